@@ -1,0 +1,65 @@
+"""Which config wins where: shipped JSON tables, read once, the same answer on every rank.
+
+A table is ``configs/<sm>_<gpu>.json``::
+
+    {"schema": 1, "kernels": {"<kernel>": {"<dtype>": {"<size>": <index into the kernel's configs>}}}}
+
+Written by the GPU run of the benchmark from measured times; no table means the default config.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DIRECTORY = Path(__file__).resolve().parent.parent / "vlm_fast" / "configs"
+if not DIRECTORY.is_dir():  # installed: this folder is vlm_fast/kernels
+    DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
+SCHEMA = 1
+
+
+def table_name(capability: tuple[int, int], gpu: str) -> str:
+    return f"sm_{capability[0]}{capability[1]}_{re.sub(r'[^0-9A-Za-z]+', '_', gpu)}.json"
+
+
+def winner(kernel: str, dtype: torch.dtype, size: int, device: int) -> int:
+    """Index of the config to use; 0, the default, where nothing was measured."""
+    return lookup(_table(device), kernel, str(dtype).removeprefix("torch."), size)
+
+
+def lookup(table: dict[str, Any], kernel: str, dtype: str, size: int) -> int:
+    """The entry of the measured size nearest to ``size`` in octaves; ties go to the smaller."""
+    measured = table.get(kernel, {}).get(dtype, {})
+    if not measured:
+        return 0
+    octave = math.log2(max(size, 1))
+    nearest = min(sorted(map(int, measured)), key=lambda s: abs(math.log2(max(s, 1)) - octave))
+    return int(measured[str(nearest)])
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The kernels of one table; empty if the file is missing, broken or of another schema."""
+    try:
+        content = json.loads(path.read_text())
+        if content["schema"] != SCHEMA:
+            return {}
+        for by_dtype in content["kernels"].values():
+            for by_size in by_dtype.values():
+                for size, index in by_size.items():
+                    if int(size) < 0 or type(index) is not int or not 0 <= index < 8:
+                        return {}
+        return dict(content["kernels"])
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return {}  # a table is advice: a bad one must never change a result or raise
+
+
+@functools.cache
+def _table(device: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return read(DIRECTORY / table_name((properties.major, properties.minor), properties.name))

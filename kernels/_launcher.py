@@ -1,0 +1,110 @@
+"""How a kernel is launched: its candidate configs, the device guard, and what tracing sees."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from . import _configs
+from ._triton import AVAILABLE, INTERPRETED
+
+KERNELS: dict[str, Kernel] = {}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to tile a kernel: its block sizes (powers of two), warps and pipeline stages."""
+
+    blocks: dict[str, int]
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def options(self) -> dict[str, int]:
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one launch would have been given: see `recording`."""
+
+    kernel: Kernel
+    arguments: dict[str, Any]
+
+
+class Kernel:
+    """A Triton kernel and its at most eight configs; the first is the default.
+
+    Called as ``kernel(size, grid, *arguments)``: ``size`` is the length of the axis the choice of
+    config may depend on, ``grid`` a function of the config's blocks.
+    """
+
+    def __init__(self, jit: Any, configs: tuple[Config, ...]) -> None:
+        self.jit, self.configs = jit, configs
+        self.name: str = getattr(jit, "__name__", "absent")
+        KERNELS[self.name] = self
+
+    def __call__(
+        self, size: int, grid: Callable[[dict[str, int]], tuple[int, ...]], *arguments: Any
+    ) -> None:
+        tensor = next(a for a in arguments if isinstance(a, Tensor))
+        if _launches is not None:
+            _launches.append(Launch(self, dict(zip(self.jit.arg_names, arguments, strict=False))))
+        if is_traced(tensor):
+            return
+        config = self.choose(tensor, size)
+        programs = grid(config.blocks)
+        if 0 in programs:
+            return
+        with _on_device_of(tensor):
+            self.jit[programs](*arguments, **config.options())
+
+    def choose(self, tensor: Tensor, size: int) -> Config:
+        """The config for this call: a pure function of kernel, dtype, size and GPU model."""
+        if not tensor.is_cuda:
+            return self.configs[0]
+        index = _configs.winner(self.name, tensor.dtype, size, tensor.device.index)
+        return self.configs[index if index < len(self.configs) else 0]
+
+
+def kernel(*configs: Config) -> Callable[[Any], Kernel]:
+    """Declare the configs of the ``triton.jit`` function below."""
+    if not 1 <= len(configs) <= 8:
+        raise ValueError(f"a kernel lists 1 to 8 configs, got {len(configs)}")
+    return lambda jit: Kernel(jit, configs)
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether work on this tensor goes to Triton; if not, to the CPU's compiled code or ATen."""
+    return AVAILABLE and (tensor.is_cuda or INTERPRETED)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether this is a stand-in without data, for which only shapes are wanted."""
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
+
+
+_launches: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect launches. With fake tensors nothing runs: kernels compile from this without a GPU."""
+    global _launches
+    outer, _launches = _launches, []
+    try:
+        yield _launches
+    finally:
+        _launches = outer
+
+
+def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    # Triton launches on the current device, which need not be the tensor's.
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()

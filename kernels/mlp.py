@@ -1,0 +1,135 @@
+"""The middle of an MLP's backward: dz, the recomputed activation and the bias gradient, one pass.
+
+A program takes one block of columns and ROWS_PER_PROGRAM rows of z, in tiles of BLOCK_ROWS, and
+leaves its share of the bias gradient in a row of its own: no atomics, one order of summation.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._activation import value_and_slope
+from ._launcher import Config, kernel, runs_triton
+from ._triton import tl, triton
+
+ROWS_PER_PROGRAM = 128
+
+
+@kernel(
+    Config({"BLOCK_ROWS": 8, "BLOCK_COLS": 256}, num_warps=4),
+    Config({"BLOCK_ROWS": 4, "BLOCK_COLS": 512}, num_warps=4),
+    Config({"BLOCK_ROWS": 16, "BLOCK_COLS": 128}, num_warps=4),
+    Config({"BLOCK_ROWS": 16, "BLOCK_COLS": 256}, num_warps=8),
+    Config({"BLOCK_ROWS": 4, "BLOCK_COLS": 256}, num_warps=4),
+    Config({"BLOCK_ROWS": 8, "BLOCK_COLS": 128}, num_warps=2),
+)
+@triton.jit(do_not_specialize=["rows", "tokens", "period"])
+def mlp_activation_backward_kernel(
+    z_ptr,  # (images * period - gap, cols): `tokens` rows of an image, then a gap
+    dh_ptr,  # (rows, cols)
+    dz_ptr,  # (rows, cols), may be dh itself
+    h_ptr,  # (rows, cols) or None
+    dbias_ptr,  # (cdiv(rows, ROWS), cols) fp32 or None
+    rows, cols, tokens, period,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    inside_cols = col < cols
+    dbias = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
+    for start in range(0, ROWS, BLOCK_ROWS):
+        row = chunk * ROWS + start + tl.arange(0, BLOCK_ROWS)
+        inside = (row < rows)[:, None] & inside_cols[None, :]
+        z_row = row // tokens * period + row % tokens
+        offset = row[:, None] * cols + col[None, :]
+        z = tl.load(z_ptr + z_row[:, None] * cols + col[None, :], mask=inside, other=0.0)
+        dh = tl.load(dh_ptr + offset, mask=inside, other=0.0)
+        h, slope = value_and_slope(z.to(tl.float32), ACTIVATION)
+        dz = dh.to(tl.float32) * slope
+        tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+        if h_ptr is not None:
+            tl.store(h_ptr + offset, h.to(h_ptr.dtype.element_ty), mask=inside)
+        if dbias_ptr is not None:
+            dbias += tl.where(inside, dz, 0.0)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + chunk * cols + col, tl.sum(dbias, axis=0), mask=inside_cols)
+
+
+def mlp_activation_backward(
+    z: Tensor,
+    dh: Tensor,
+    tokens: int,
+    period: int,
+    activation: str,
+    *,
+    want_h: bool,
+    want_dbias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``dz`` (written over dh), ``h`` and the bias gradient in fp32.
+
+    z: ``(images * period - gap, cols)``, dh: ``(images * tokens, cols)``, both contiguous.
+    """
+    rows, cols = dh.shape
+    h = torch.empty_like(dh) if want_h else None
+    if not runs_triton(dh):
+        return _aten(z, dh, tokens, period, activation, h, want_dbias)
+    chunks = triton.cdiv(rows, ROWS_PER_PROGRAM)
+    dbias = dh.new_empty(chunks, cols, dtype=torch.float32) if want_dbias else None
+    mlp_activation_backward_kernel(
+        rows,
+        lambda blocks: (chunks, triton.cdiv(cols, blocks["BLOCK_COLS"])),
+        z, dh, dh, h, dbias, rows, cols, tokens, period, activation, ROWS_PER_PROGRAM,
+    )  # fmt: skip
+    return dh, h, dbias.sum(0) if dbias is not None else None
+
+
+def _aten(
+    z: Tensor,
+    dh: Tensor,
+    tokens: int,
+    period: int,
+    activation: str,
+    h: Tensor | None,
+    want_dbias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The same from ATen's kernels, where Triton does not run."""
+    images, cols = dh.shape[0] // max(tokens, 1), dh.shape[1]
+    z = z.as_strided((images, tokens, cols), (period * cols, cols, 1))
+    dh = dh.view(images, tokens, cols)
+    if h is not None:
+        h.view(images, tokens, cols).copy_(activate(z, activation))
+    dz = _ATEN_BACKWARD[activation](dh, z).reshape(-1, cols)
+    return dz, h, dz.sum(0, dtype=torch.float32) if want_dbias else None
+
+
+def activate(z: Tensor, activation: str) -> Tensor:
+    """The activation itself; one elementwise pass, where ATen is as fast as a kernel of ours."""
+    return _ATEN[activation](z)
+
+
+_aten_ops = torch.ops.aten
+_ATEN = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+
+
+def _quick_gelu_backward(dh: Tensor, z: Tensor) -> Tensor:
+    wide = z.float()
+    gate = torch.sigmoid(1.702 * wide)
+    return (dh.float() * (gate + 1.702 * wide * gate * (1 - gate))).to(dh.dtype)
+
+
+_ATEN_BACKWARD = {
+    "gelu": lambda dh, z: _aten_ops.gelu_backward(dh, z),
+    "gelu_tanh": lambda dh, z: _aten_ops.gelu_backward(dh, z, approximate="tanh"),
+    "quick_gelu": _quick_gelu_backward,
+    "silu": lambda dh, z: _aten_ops.silu_backward(dh, z),
+    "relu": lambda dh, z: _aten_ops.threshold_backward(dh, z, 0),
+}

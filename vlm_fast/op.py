@@ -1,0 +1,198 @@
+"""How an op is declared: the reference is the op, and what makes it fast is attached to it.
+
+    @op
+    def name(x: Tensor, ..., *, option=...) -> Tensor:      the semantics, the fallback, the docs
+    @name.accepts    -> canonical positional arguments, or TypeError/ValueError before any launch
+    @name.requires   -> None, or why the fast path cannot serve this (valid) call
+    @name.forward    (needs, x, ..., *, option) -> (result, tensors that backward needs)
+    @name.backward   (needs, kept, dy, *, option) -> one gradient or None per positional argument
+    @name.cost       (x, ..., *, option) -> Cost of the forward and of the backward
+    @name.inputs(test=[...], bench={...}) over one builder of arguments
+
+``needs`` has a field per tensor argument: whether its gradient is wanted. Parity, contract, compile,
+budget and benchmark suites loop over `OPS`; an op is two files and one import line.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from vlm_fast.kernels._triton import AVAILABLE
+from vlm_fast.policy import DISABLED, count_fast, fell_back, policy
+from vlm_fast.registration import CallPath, in_functorch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+OPS: dict[str, Op[..., Any]] = {}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work one call can do: FLOPs and bytes to and from memory, each pass apart."""
+
+    forward_flops: int
+    forward_bytes: int
+    backward_flops: int
+    backward_bytes: int
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+class Op(Generic[P, R]):
+    """Three callables: ``op(...)`` chooses, ``op.fast(...)`` and ``op.reference(...)`` do not."""
+
+    def __init__(self, reference: Callable[P, R]) -> None:
+        self.name = reference.__name__
+        self.__doc__ = reference.__doc__
+        self.__name__ = self.__qualname__ = self.name
+        self.__module__ = reference.__module__
+        self.__signature__ = inspect.signature(reference, eval_str=True)
+        self.reference = reference
+        parameters = self.__signature__.parameters.values()
+        self.tensors = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
+        self.defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        self.Needs = namedtuple(f"{self.name}_needs", self.tensors)  # type: ignore[misc]
+        self.autocasts = False
+        self._accepts: Callable[..., tuple[Any, ...]] = lambda *args, **options: args
+        self._requires: Callable[..., str | None] = lambda *args, **options: None
+        OPS[self.name] = self
+
+    def __call__(self, *args: P.args, **options: P.kwargs) -> R:
+        values, settings = self._bind(args, options)
+        device = values[0].device.type
+        if self.autocasts and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            return self._under_autocast(self, device, values, settings)
+        values = self._accepts(*values, **settings)
+        reason = self._why_not(values, settings)
+        if reason is not None:
+            fell_back(self.name, reason)
+            return self.reference(*values, **settings)
+        if not torch.compiler.is_compiling():
+            count_fast(self.name)
+        return self._path(values, settings)
+
+    def fast(self, *args: P.args, **options: P.kwargs) -> R:
+        """The kernels, never the reference; raises where they cannot serve the call."""
+        values, settings = self._bind(args, options)
+        device = values[0].device.type
+        if self.autocasts and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            return self._under_autocast(self.fast, device, values, settings)
+        values = self._accepts(*values, **settings)
+        reason = self._why_not(values, settings)
+        if reason is not None and reason is not DISABLED:
+            raise RuntimeError(f"vlm_fast.{self.name}: {reason}")
+        return self._path(values, settings)
+
+    def why_not(self, *args: P.args, **options: P.kwargs) -> str | None:
+        """The reason this call would be served by the reference, or None."""
+        values, settings = self._bind(args, options)
+        return self._why_not(self._accepts(*values, **settings), settings)
+
+    def _why_not(self, values: tuple[Any, ...], settings: dict[str, Any]) -> str | None:
+        if policy.disabled:
+            return DISABLED
+        device = values[0].device.type
+        if device == "cuda":
+            if not AVAILABLE:
+                return "Triton is not installed"
+        elif device != "cpu" and device != "meta":
+            return f"device {device!r} has no kernels here"
+        if torch.compiler.is_exporting():
+            return "an exported program holds plain PyTorch"
+        if in_functorch():
+            return "inside a torch.func transform"
+        return self._requires(*values, **settings)
+
+    def _bind(
+        self, args: tuple[Any, ...], options: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Every tensor in its position, every option present; tensors may come by keyword."""
+        if len(args) == len(self.tensors) and options.keys() <= self.defaults.keys():
+            return args, {**self.defaults, **options}
+        bound = self.__signature__.bind(*args, **options)
+        bound.apply_defaults()
+        return bound.args, dict(bound.kwargs)
+
+    def _under_autocast(
+        self, call: Callable[..., Any], device: str, values: tuple[Any, ...], settings: dict
+    ) -> Any:
+        # By hand: register_autocast is skipped under torch.compile on torch 2.11.
+        dtype = torch.get_autocast_dtype(device)
+        cast = [v.to(dtype) if isinstance(v, Tensor) and v.dtype in FLOATS else v for v in values]
+        with torch.autocast(device, enabled=False):
+            return call(*cast, **settings)
+
+    def sample(
+        self,
+        shape: Mapping[str, Any],
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Random arguments, and options, of a named or test shape.
+
+        They are made in ``dtype`` rather than converted: a conversion would lose their strides.
+        """
+        options = {name: value for name, value in shape.items() if name in self.defaults}
+        sizes = {name: value for name, value in shape.items() if name not in options}
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                return self.make_inputs(**sizes), options
+        finally:
+            torch.set_default_dtype(before)
+
+    # ---- attached by the declaration ----
+
+    def accepts(self, check: Callable[..., tuple[Any, ...]]) -> None:
+        self._accepts = check
+
+    def requires(self, unsupported: Callable[..., str | None]) -> None:
+        self._requires = unsupported
+
+    def forward(self, forward: Callable[..., tuple[Any, tuple[Tensor | None, ...]]]) -> None:
+        self._forward = forward
+
+    def backward(self, backward: Callable[..., tuple[Any, ...]]) -> None:
+        self._path = CallPath(self, self._forward, backward)
+
+    def cost(self, cost: Callable[..., Cost]) -> None:
+        self._cost = cost
+
+    def cost_of(self, *args: P.args, **options: P.kwargs) -> Cost:
+        """FLOPs and bytes of this call."""
+        values, settings = self._bind(args, options)
+        return self._cost(*values, **settings)
+
+    def inputs(
+        self, test: Iterable[Mapping[str, Any]], bench: Mapping[str, Mapping[str, Any]]
+    ) -> Callable[[Callable[..., tuple[Any, ...]]], None]:
+        """Name the shapes once: the proof suites take ``test``, the benchmark ``bench``."""
+
+        def attach(make: Callable[..., tuple[Any, ...]]) -> None:
+            self.make_inputs, self.test_shapes, self.bench_shapes = make, list(test), dict(bench)
+
+        return attach
+
+
+def op(reference: Callable[P, R]) -> Op[P, R]:
+    """Declare an op that leaves dtypes alone under autocast."""
+    return Op(reference)
+
+
+def linear_op(reference: Callable[P, R]) -> Op[P, R]:
+    """Declare an op that autocast treats like ``nn.Linear``: computed and returned in its dtype."""
+    declared = Op(reference)
+    declared.autocasts = True
+    return declared

@@ -1,0 +1,246 @@
+"""Linear, activation, linear: the projector of LLaVA and of most models since."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlm_fast.kernels._activation import ACTIVATIONS
+from vlm_fast.kernels.mlp import activate, mlp_activation_backward
+from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
+from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+
+SAVED = ("all", "preactivation", "input")
+
+
+@linear_op
+def mlp(
+    x: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor | None,
+    weight_2: Tensor,
+    bias_2: Tensor | None,
+    *,
+    activation: str = "gelu",
+    saved: str = "preactivation",
+) -> Tensor:
+    """``linear(act(linear(x, weight_1, bias_1)), weight_2, bias_2)``.
+
+    Mirrors transformers' ``LlavaMultiModalProjector``; GELU (arXiv 1606.08415) is the exact erf
+    form unless ``activation`` says otherwise.
+
+    Args:
+        x: ``(..., in)``; any strides. Rows at one pitch, as in ``hidden[:, 1:]``, are not copied
+            in forward.
+        weight_1, bias_1: ``(hidden, in)`` and ``(hidden,)`` or None.
+        weight_2, bias_2: ``(out, hidden)`` and ``(out,)`` or None.
+        activation: "gelu", "gelu_tanh", "quick_gelu", "silu" or "relu".
+        saved: what backward keeps. "all": x, the pre-activation z and the activation, as eager;
+            "preactivation": x and z; "input": x alone, z is computed again (one more GEMM).
+
+    All floating, of one dtype (fp32, fp16 or bf16; others fall back) and one device. Returns
+    ``(..., out)`` in that dtype, or autocast's.
+
+    Raises:
+        TypeError: an argument is not a tensor, not floating, or of another dtype than x.
+        ValueError: shapes do not fit, devices differ, or an option is unknown.
+    """
+    return F.linear(activate(F.linear(x, weight_1, bias_1), activation), weight_2, bias_2)
+
+
+@mlp.accepts
+def accepts(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
+    arguments = (x, weight_1, bias_1, weight_2, bias_2)
+    try:
+        hidden, inner = weight_1.shape
+        out, hidden_2 = weight_2.shape
+        device, dtype = x.device, x.dtype
+        if (
+            x.shape[-1] == inner
+            and hidden == hidden_2
+            and (bias_1 is None or bias_1.shape == (hidden,))
+            and (bias_2 is None or bias_2.shape == (out,))
+            and dtype.is_floating_point
+            and activation in ACTIVATIONS
+            and saved in SAVED
+        ):
+            for tensor in arguments[1:]:
+                if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+                    break
+            else:
+                return arguments
+    except (AttributeError, ValueError, IndexError, TypeError):
+        pass
+    raise _mistake(x, weight_1, bias_1, weight_2, bias_2, activation, saved)
+
+
+def _mistake(x, weight_1, bias_1, weight_2, bias_2, activation, saved) -> Exception:
+    named = dict(x=x, weight_1=weight_1, bias_1=bias_1, weight_2=weight_2, bias_2=bias_2)
+    for name, value in named.items():
+        if not isinstance(value, Tensor) and not (value is None and name.startswith("bias")):
+            return not_a_tensor("mlp", name, value)
+    present = {name: value for name, value in named.items() if value is not None}
+    if activation not in ACTIVATIONS:
+        return wrong_value("mlp", "activation", activation, f"one of {ACTIVATIONS}")
+    if saved not in SAVED:
+        return wrong_value("mlp", "saved", saved, f"one of {SAVED}")
+    if x.ndim < 1:
+        return wrong_value("mlp", "x", x, "(..., in), at least one dimension")
+    for name in ("weight_1", "weight_2"):
+        if named[name].ndim != 2:
+            return wrong_value("mlp", name, named[name], "two dimensions, (out, in)")
+    if weight_1.shape[1] != x.shape[-1]:
+        wanted = f"(*, {x.shape[-1]}) to match x[..., {x.shape[-1]}]"
+        return wrong_value("mlp", "weight_1", weight_1, wanted)
+    hidden, out = weight_1.shape[0], weight_2.shape[0]
+    if weight_2.shape[1] != hidden:
+        wanted = f"(*, {hidden}) to match weight_1 ({hidden}, *)"
+        return wrong_value("mlp", "weight_2", weight_2, wanted)
+    for name, features in (("bias_1", hidden), ("bias_2", out)):
+        if name in present and present[name].shape != (features,):
+            return wrong_value("mlp", name, present[name], f"({features},) or None")
+    if not x.is_floating_point():
+        return wrong_type("mlp", "x", x, "a floating dtype (float32, bfloat16 or float16)")
+    for name, value in present.items():
+        if value.dtype != x.dtype:
+            return wrong_type("mlp", name, value, f"{x.dtype} as x has")
+        if value.device != x.device:
+            return wrong_value("mlp", name, value, f"{x.device}, where x is")
+    return wrong_type("mlp", "arguments", named, "dense tensors")
+
+
+@mlp.requires
+def requires(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
+    if x.dtype not in FLOATS:
+        return f"{x.dtype} has no kernels here (float32, bfloat16 and float16 have)"
+    if x.layout is not torch.strided or x.is_nested:
+        return f"x is not a dense tensor (layout {x.layout})"
+    if x.shape[-1] == 0 or weight_1.shape[0] == 0:
+        return "a feature dimension is empty"
+    return None
+
+
+@mlp.forward
+def forward(needs, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
+    z = F.linear(_gemm_rows(x), weight_1, bias_1)
+    h = activate(_image_rows(z, x.shape[:-1]), activation).view(-1, weight_1.shape[0])
+    y = F.linear(h, weight_2, bias_2).view(*x.shape[:-1], weight_2.shape[0])
+    inner = needs.x or needs.weight_1 or needs.bias_1
+    keep_z = saved != "input" and (inner or needs.weight_2)
+    rebuild_z = saved == "input" and (inner or needs.weight_2)
+    return y, (
+        x if needs.weight_1 or rebuild_z else None,
+        weight_1 if needs.x or rebuild_z else None,
+        bias_1 if rebuild_z else None,
+        weight_2 if inner else None,
+        z if keep_z else None,
+        h if saved == "all" and needs.weight_2 else None,
+    )
+
+
+@mlp.backward
+def backward(needs, kept, dy, *, activation, saved):
+    x, weight_1, bias_1, weight_2, z, h = kept
+    leading, dy = dy.shape[:-1], dy.reshape(-1, dy.shape[-1])
+    if z is None and x is not None:
+        z = F.linear(_gemm_rows(x), weight_1, bias_1)
+    want_h = needs.weight_2 and h is None
+    dx = dweight_1 = dbias_1 = dweight_2 = None
+    if needs.x or needs.weight_1 or needs.bias_1:
+        tokens, period = _tokens_and_period(z, leading)
+        dz, fresh_h, dbias_1 = mlp_activation_backward(
+            z, dy @ weight_2, tokens, period, activation, want_h=want_h, want_dbias=needs.bias_1
+        )
+        h = fresh_h if want_h else h
+    elif want_h:
+        h = activate(_image_rows(z, leading), activation).view(-1, z.shape[1])
+    # Largest temporaries first out: h is gone before dz is used, dz before anything else.
+    if needs.weight_2:
+        dweight_2 = dy.t() @ h
+    h = fresh_h = None
+    if needs.weight_1:
+        dweight_1 = dz.t() @ x.reshape(-1, x.shape[-1])
+    if needs.x:
+        dx = (dz @ weight_1).view(*leading, weight_1.shape[1])
+    dbias_1 = dbias_1.to(dy.dtype) if needs.bias_1 else None
+    return dx, dweight_1, dbias_1, dweight_2, dy.sum(0) if needs.bias_2 else None
+
+
+def _gemm_rows(x: Tensor) -> Tensor:
+    """x as a matrix for a GEMM, without a copy where rows lie at one pitch.
+
+    ``hidden[:, 1:]`` is such a case: the matrix then holds a few rows between the images too
+    (computed and never read), so that bias and GEMM stay one call on x in place.
+    """
+    if x.ndim == 3 and x.stride(2) == 1:
+        images, tokens, features = x.shape
+        pitch, stride = x.stride(1), x.stride(0)
+        if images > 1 and tokens > 0 and pitch >= features and stride % pitch == 0:
+            period = stride // pitch
+            if tokens < period <= tokens + tokens // 8:
+                return x.as_strided(((images - 1) * period + tokens, features), (pitch, 1))
+    return x.reshape(-1, x.shape[-1])
+
+
+def _tokens_and_period(z: Tensor, leading: torch.Size) -> tuple[int, int]:
+    """Tokens of an image in z, and rows from one image to the next."""
+    rows = leading.numel()
+    if z.shape[0] == rows:
+        return rows, rows
+    images, tokens = leading
+    return tokens, (z.shape[0] - tokens) // (images - 1)
+
+
+def _image_rows(z: Tensor, leading: torch.Size) -> Tensor:
+    """The rows of z that belong to images: z itself, or a view without the gaps."""
+    tokens, period = _tokens_and_period(z, leading)
+    if tokens == z.shape[0]:
+        return z
+    cols = z.shape[1]
+    return z.as_strided((leading[0], tokens, cols), (period * cols, cols, 1))
+
+
+@mlp.cost
+def cost(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
+    rows = x.shape[:-1].numel()
+    hidden, out = weight_1.shape[0], weight_2.shape[0]
+    element, flops = x.element_size(), 2 * rows * (weight_1.numel() + weight_2.numel())
+    weights = nbytes(weight_1, bias_1, weight_2, bias_2)
+    z, y = rows * hidden * element, rows * out * element
+    return Cost(
+        forward_flops=flops,
+        forward_bytes=nbytes(x) + weights + y + z,
+        backward_flops=2 * flops + (2 * rows * weight_1.numel() if saved == "input" else 0),
+        backward_bytes=2 * nbytes(x) + 2 * weights + y + z,
+    )
+
+
+@mlp.inputs(
+    test=[
+        dict(shape=(1, 1), hidden=1, out=1),
+        dict(shape=(3, 17), hidden=5, out=9, activation="silu"),
+        dict(shape=(257, 24), hidden=100, out=40),
+        dict(shape=(2, 65, 72), hidden=80, out=33, activation="gelu_tanh", saved="input"),
+        dict(shape=(3, 17, 24), drop_first=1, hidden=136, out=16, saved="all"),
+        dict(shape=(2, 130, 40), drop_first=1, hidden=264, out=24),
+        dict(shape=(5, 24), hidden=300, out=24, activation="quick_gelu"),
+        dict(shape=(140, 16), hidden=48, out=8, activation="relu", bias=False),
+    ],
+    bench={
+        "LLaVA-1.5-7B, 1 image": dict(shape=(1, 577, 1024), drop_first=1, hidden=4096, out=4096),
+        "LLaVA-1.5-7B, 8 images": dict(shape=(8, 577, 1024), drop_first=1, hidden=4096, out=4096),
+        "LLaVA-OneVision-7B, 16 tiles": dict(shape=(16, 729, 1152), hidden=3584, out=3584),
+        "BLIP-2-wide, 257 tokens": dict(shape=(8, 257, 1408), hidden=4096, out=4096),
+    },
+)
+def inputs(shape, hidden, out, *, drop_first=0, bias=True):
+    x = torch.randn(shape)[..., drop_first:, :] if drop_first else torch.randn(shape)
+    inner = shape[-1]
+    return (
+        x,
+        torch.randn(hidden, inner) * inner**-0.5,
+        torch.randn(hidden) * 0.1 if bias else None,
+        torch.randn(out, hidden) * hidden**-0.5,
+        torch.randn(out) * 0.1 if bias else None,
+    )

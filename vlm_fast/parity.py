@@ -1,0 +1,168 @@
+"""When a result counts as right: judged against the error plain PyTorch makes in the same dtype.
+
+``exact`` is the reference in float64 on the same (already rounded) inputs, ``native`` the reference
+in the working dtype, ``actual`` ours. See `judge` for the rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_fast.op import Op
+
+ULPS = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 1, torch.float64: 8}
+RMS_ELEMENTS = 4096
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One tensor's judgement: largest error, the budget it had, and what failed, if anything."""
+
+    what: str
+    error: float
+    budget: float
+    failure: str | None
+
+    @property
+    def ok(self) -> bool:
+        return self.failure is None
+
+
+def judge(
+    what: str, actual: Tensor, native: Tensor, exact: Tensor, *, gradient: bool = False
+) -> Verdict:
+    """Judge one tensor.
+
+    1. Shape, dtype and device are those of ``native``.
+    2. NaN and the infinities sit where ``exact``, cast to the dtype, has them (values within the
+       budget of the overflow threshold excepted).
+    3. ``max|actual - exact| <= max(k max|native - exact|, floor)`` with k = 2, for gradients 3;
+       the floor is 1 ulp of ``max|exact|`` (8 for float32).
+    4. Above 4096 elements also ``rms(actual - exact) <= 1.5 rms(native - exact)``, with a quarter
+       of the floor beneath it, because a result may be exactly representable natively.
+    """
+
+    def verdict(failure: str | None, error: float = math.nan, budget: float = math.nan) -> Verdict:
+        return Verdict(what, error, budget, failure)
+
+    for name in ("shape", "dtype", "device"):
+        if getattr(actual, name) != getattr(native, name):
+            return verdict(f"{name} {getattr(actual, name)}, not {getattr(native, name)}")
+    if actual.numel() == 0:
+        return verdict(None, 0.0, 0.0)
+    ours, theirs, true = (t.detach().to("cpu", torch.float64) for t in (actual, native, exact))
+    cast = exact.detach().to("cpu").to(actual.dtype).to(torch.float64)
+    finite_native = theirs.isfinite() & true.isfinite() & cast.isfinite()
+    size = true[cast.isfinite()].abs().max().item() if cast.isfinite().any() else 0.0
+    floor = ULPS[actual.dtype] * torch.finfo(actual.dtype).eps * size
+    if not finite_native.any():
+        return verdict(_misplaced(ours, cast), 0.0, 0.0)
+    allowed = (3 if gradient else 2) * (theirs - true)[finite_native].abs().max().item()
+    budget = max(allowed, floor)
+    near_overflow = true.abs() + budget >= torch.finfo(actual.dtype).max
+    misplaced = _misplaced(ours[~near_overflow], cast[~near_overflow])
+    if misplaced:
+        return verdict(misplaced, math.inf, budget)
+    both = ours.isfinite() & cast.isfinite()
+    error = (ours - true)[both].abs().max().item() if both.any() else 0.0
+    if error > budget:
+        return verdict(f"error {error:.3g} above {budget:.3g}", error, budget)
+    if actual.numel() > RMS_ELEMENTS:
+        ours_rms, native_rms = (_rms((t - true)[both & finite_native]) for t in (ours, theirs))
+        if ours_rms > max(1.5 * native_rms, floor / 4):
+            return verdict(f"rms error {ours_rms:.3g} against {native_rms:.3g}", error, budget)
+    return verdict(None, error, budget)
+
+
+def _misplaced(ours: Tensor, cast: Tensor) -> str | None:
+    for name, at in {"NaN": torch.isnan, "+Inf": torch.isposinf, "-Inf": torch.isneginf}.items():
+        if not torch.equal(at(ours), at(cast)):
+            return f"{name} in other places ({at(ours).sum()} against {at(cast).sum()})"
+    return None
+
+
+def _rms(error: Tensor) -> float:
+    return error.square().mean().sqrt().item() if error.numel() else 0.0
+
+
+def differentiable(args: Sequence[Any]) -> list[Tensor]:
+    """The floating tensors among the arguments, lists opened."""
+    flat = [t for a in args for t in (a if isinstance(a, list) else [a])]
+    return [t for t in flat if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def convert(args: Sequence[Any], change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    """The arguments with ``change`` applied to each floating tensor."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, list):
+            return [one(v) for v in value]
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return change(value)
+        return value
+
+    return tuple(one(a) for a in args)
+
+
+def outputs_and_gradients(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    options: Mapping[str, Any],
+    *,
+    upstream: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Results, and gradients to every floating argument for a fixed random upstream gradient."""
+    args = convert(args, lambda t: t.detach().requires_grad_())
+    result = function(*args, **options)
+    results = list(result) if isinstance(result, tuple) else [result]
+    make = upstream or random_upstream
+    grads = [make(r) for r in results]
+    inputs = differentiable(args)
+    found = torch.autograd.grad(results, inputs, grads, allow_unused=True)
+    return [r.detach() for r in results], list(found)
+
+
+def random_upstream(result: Tensor) -> Tensor:
+    """The same numbers for every dtype and device, rounded to bf16 so that all can hold them."""
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(result.shape, generator=generator).bfloat16()
+    return grad.to(result.device, result.dtype)
+
+
+def check(
+    op: Op[..., Any],
+    args: Sequence[Any],
+    options: Mapping[str, Any],
+    *,
+    fast: Callable[..., Any] | None = None,
+    upstream: Callable[[Tensor], Tensor] | None = None,
+) -> list[Verdict]:
+    """Judge every output and gradient of one call against the op's reference.
+
+    ``args`` are in the working dtype and on the device under test.
+    """
+    run = lambda f, a: outputs_and_gradients(f, a, options, upstream=upstream)  # noqa: E731
+    actual = run(fast or op.fast, args)
+    native = run(op.reference, args)
+    exact = run(op.reference, convert(args, torch.Tensor.double))
+    names = [f"output {i}" for i in range(len(actual[0]))] + [
+        f"gradient {i}" for i in range(len(actual[1]))
+    ]
+    triples = zip(actual[0] + actual[1], native[0] + native[1], exact[0] + exact[1], strict=True)
+    verdicts = []
+    for name, (ours, theirs, true) in zip(names, triples, strict=True):
+        if ours is None or theirs is None:
+            same = (ours is None) == (theirs is None)
+            failure = None if same else "a gradient is missing on one side"
+            verdicts.append(Verdict(name, 0.0, 0.0, failure))
+        else:
+            verdicts.append(
+                judge(name, ours, theirs, true, gradient=name.startswith("gradient"))
+            )
+    return verdicts

@@ -1,0 +1,23 @@
+"""Errors for callers' mistakes: which op and argument, what came, what was expected."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype} on {value.device}"
+    return repr(value)
+
+
+def wrong_value(op: str, argument: str, got: object, expected: str) -> ValueError:
+    return ValueError(f"vlm_fast.{op}: {argument} is {describe(got)}, expected {expected}")
+
+
+def wrong_type(op: str, argument: str, got: object, expected: str) -> TypeError:
+    return TypeError(f"vlm_fast.{op}: {argument} is {describe(got)}, expected {expected}")
+
+
+def not_a_tensor(op: str, argument: str, got: object) -> TypeError:
+    return TypeError(f"vlm_fast.{op}: {argument} is a {type(got).__name__}, expected a Tensor")

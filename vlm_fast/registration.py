@@ -1,0 +1,244 @@
+"""The call path of an op: cheap in plain eager, a registered torch op everywhere else.
+
+Plain eager calls go straight to an ``autograd.Function``. Compilation, dispatch modes, tensor
+subclasses and stand-ins without data go through ``torch.ops.vlm_fast.<name>``, whose fake is the
+forward itself run on fake tensors (launches are skipped there), so no op writes one.
+
+The private torch names this needs are all in this file; tests check that they exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.library import Library, register_autograd, register_fake
+
+_functorch_level = torch._C._functorch.maybe_current_level
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+LIBRARY = Library("vlm_fast", "FRAGMENT")
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+def in_functorch() -> bool:
+    """Whether grad, vmap and the like of torch.func are on the stack."""
+    return _functorch_level() is not None
+
+
+def refuse_forward_mode(name: str) -> None:
+    """Registered ops give a zero tangent in forward mode, silently; so raise."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"vlm_fast.{name}: forward-mode AD (jvp) is not supported; "
+            f"use vlm_fast.ops.{name}.reference or vlm_fast.disabled()"
+        )
+
+
+def _refuse_double_backward(name: str) -> None:
+    raise RuntimeError(
+        f"vlm_fast.{name}: double backward is not supported; "
+        f"use vlm_fast.ops.{name}.reference or vlm_fast.disabled()"
+    )
+
+
+class CallPath:
+    """``path(values, settings)``: the result of the kernels, differentiable once."""
+
+    def __init__(self, op: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
+        self.name, self.Needs = op.name, op.Needs
+        self.forward, self.backward = forward, backward
+        annotations = [op.__signature__.parameters[name].annotation for name in op.tensors]
+        lists = [i for i, a in enumerate(annotations) if _holds_list(a)]
+        if len(lists) > 1:
+            raise TypeError(f"{op.name}: at most one argument may be a list of tensors")
+        self.list_at = lists[0] if lists else None
+        self.single = op.__signature__.return_annotation is Tensor
+        self.results = 1 if self.single else len(get_args(op.__signature__.return_annotation))
+        self.function = _autograd_function(self)
+        self.recipes: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
+        self.registered = self._register(op, annotations)
+
+    def __call__(self, values: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+        flat = self.flatten(values)
+        if torch.compiler.is_compiling():
+            return self._call_registered(flat, values, settings)
+        if forward_ad._current_level >= 0:
+            refuse_forward_mode(self.name)
+        for value in flat:
+            if value is not None and (type(value) not in _PLAIN or value.is_meta):
+                return self._call_registered(flat, values, settings)
+        if _dispatch_modes():
+            return self._call_registered(flat, values, settings)
+        if torch.is_grad_enabled():
+            for value in flat:
+                if value is not None and value.requires_grad:
+                    return self.function.apply(self.count(values), settings, *flat)
+        return self.forward(self.no_needs(), *values, **settings)[0]
+
+    # ---- one list of tensors among the arguments is flattened for autograd ----
+
+    def count(self, values: tuple[Any, ...]) -> int:
+        return 0 if self.list_at is None else len(values[self.list_at])
+
+    def flatten(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self.list_at is None:
+            return values
+        return (*values[: self.list_at], *values[self.list_at], *values[self.list_at + 1 :])
+
+    def unflatten(self, flat: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+        if self.list_at is None:
+            return flat
+        i = self.list_at
+        return (*flat[:i], list(flat[i : i + count]), *flat[i + count :])
+
+    def needs_of(self, flat: tuple[bool, ...], count: int) -> Any:
+        if self.list_at is None:
+            return self.Needs(*flat)
+        i = self.list_at
+        return self.Needs(*flat[:i], any(flat[i : i + count]), *flat[i + count :])
+
+    def no_needs(self) -> Any:
+        return self.Needs(*[False] * len(self.Needs._fields))
+
+    def gradients(
+        self, needs: tuple[bool, ...], count: int, kept: Any, grads: Any, settings: dict[str, Any]
+    ) -> tuple[Tensor | None, ...]:
+        """The flat gradients of one backward, None where not needed."""
+        device = grads[0].device.type
+        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            # The dtypes of the forward hold, wherever backward is called.
+            with torch.autocast(device, enabled=False):
+                return self.gradients(needs, count, kept, grads, settings)
+        found = self.backward(self.needs_of(needs, count), kept, *grads, **settings)
+        flat = self.flatten(found) if self.list_at is None or found[self.list_at] is not None else (
+            *found[: self.list_at], *[None] * count, *found[self.list_at + 1 :]
+        )  # fmt: skip
+        return tuple(g if need else None for g, need in zip(flat, needs, strict=True))
+
+    # ---- the registered op ----
+
+    def _call_registered(
+        self, flat: tuple[Any, ...], values: tuple[Any, ...], settings: dict[str, Any]
+    ) -> Any:
+        grad = torch.is_grad_enabled()
+        needs = [grad and v is not None and v.requires_grad for v in flat]
+        outputs = self.registered(*values, **settings, needs=needs)
+        return outputs[0] if self.single else tuple(outputs[: self.results])
+
+    def _run(self, *values: Any, needs: list[bool], **settings: Any) -> list[Tensor]:
+        """Results, then what backward needs and is not an input (those are not returned again)."""
+        count = self.count(values)
+        result, saved = self.forward(self.needs_of(tuple(needs), count), *values, **settings)
+        inputs, fresh, recipe = self.flatten(values), [], []
+        for tensor in saved:
+            at = next((i for i, v in enumerate(inputs) if v is tensor), None)
+            if tensor is not None and at is None:
+                at = len(inputs) + len(fresh)
+                fresh.append(tensor)
+            recipe.append(None if tensor is None else at)
+        self.recipes[self._key(needs, count, settings)] = tuple(recipe)
+        return [*((result,) if self.single else result), *fresh]
+
+    def _key(self, needs: Any, count: int, settings: dict[str, Any]) -> tuple[Any, ...]:
+        return (tuple(needs), count, *sorted(settings.items()))
+
+    def _run_backward(
+        self,
+        grads: list[Tensor],
+        kept: list[Tensor | None],
+        /,  # an option may be called "saved" too
+        *,
+        list_length: int,
+        needs: list[bool],
+        **settings: Any,
+    ) -> list[Tensor]:
+        found = self.gradients(tuple(needs), list_length, kept, grads, settings)
+        return [g for g in found if g is not None]
+
+    def _register(self, op: Any, annotations: list[Any]) -> Any:
+        arguments = ", ".join(
+            f"{_schema_type(a)} {n}" for a, n in zip(annotations, op.tensors, strict=True)
+        )
+        options = "".join(
+            f"{_schema_type(op.__signature__.parameters[n].annotation)} {n}, " for n in op.defaults
+        )
+        name, backward_name = self.name, f"{self.name}_backward"
+        LIBRARY.define(f"{name}({arguments}, *, {options}bool[] needs) -> Tensor[]", tags=TAGS)
+        LIBRARY.define(
+            f"{backward_name}(Tensor[] gradients, Tensor?[] kept, *, {options}"
+            "int list_length, bool[] needs) -> Tensor[]",
+            tags=TAGS,
+        )
+        for registered, run in ((name, self._run), (backward_name, self._run_backward)):
+            LIBRARY.impl(registered, run, "CompositeExplicitAutograd")
+            register_fake(f"vlm_fast::{registered}", run, lib=LIBRARY)
+        run_backward = getattr(torch.ops.vlm_fast, backward_name).default
+
+        def setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+            settings = dict(keyword_only_inputs)
+            ctx.needs = settings.pop("needs")
+            ctx.settings, ctx.count = settings, self.count(inputs)
+            recipe = self.recipes[self._key(ctx.needs, ctx.count, settings)]
+            available = (*self.flatten(inputs), *output[self.results :])
+            ctx.save_for_backward(*[None if at is None else available[at] for at in recipe])
+
+        def backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+            found = iter(
+                run_backward(
+                    list(grads[: self.results]), list(ctx.saved_tensors),
+                    **ctx.settings, list_length=ctx.count, needs=ctx.needs,
+                )  # fmt: skip
+            )
+            flat = tuple(next(found) if need else None for need in ctx.needs)
+            return self.unflatten(flat, ctx.count)
+
+        def double_backward(ctx: Any, *grads: Any) -> None:
+            _refuse_double_backward(name)
+
+        register_autograd(f"vlm_fast::{name}", backward, setup_context=setup, lib=LIBRARY)
+        register_autograd(f"vlm_fast::{backward_name}", double_backward, lib=LIBRARY)
+        return getattr(torch.ops.vlm_fast, name).default
+
+
+def _autograd_function(path: CallPath) -> Any:
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, count: int, settings: dict[str, Any], *flat: Any) -> Any:
+            needs = path.needs_of(ctx.needs_input_grad[2:], count)
+            result, saved = path.forward(needs, *path.unflatten(flat, count), **settings)
+            ctx.save_for_backward(*saved)
+            ctx.count, ctx.settings = count, settings
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            if torch.is_grad_enabled():  # create_graph=True
+                _refuse_double_backward(path.name)
+            needs = ctx.needs_input_grad[2:]
+            found = path.gradients(needs, ctx.count, ctx.saved_tensors, grads, ctx.settings)
+            return None, None, *found
+
+    Function.__name__ = Function.__qualname__ = f"vlm_fast_{path.name}"
+    return Function
+
+
+def _holds_list(annotation: Any) -> bool:
+    if get_origin(annotation) in (Union, UnionType):
+        return any(_holds_list(a) for a in get_args(annotation))
+    return get_origin(annotation) is not None and Tensor in get_args(annotation)
+
+
+def _schema_type(annotation: Any) -> str:
+    """The schema's word for an annotation; a tensor or a list of them is canonically a list."""
+    if _holds_list(annotation):
+        return "Tensor[]"
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = [a for a in get_args(annotation) if a is not type(None)]
+        return _schema_type(kinds[0]) + "?"
+    return {Tensor: "Tensor", str: "str", float: "float", int: "int", bool: "bool"}[annotation]
