@@ -1,0 +1,122 @@
+"""LLaVA's projectors: linear, activation, linear; and the single linear of the first LLaVA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_fast import ops
+from vlm_fast.modules.activation import activation_module, activation_of, why_not_activation
+from vlm_fast.modules.plain_linear import why_not_plain
+from vlm_fast.ops.mlp import SAVED
+from vlm_fast.policy import fell_back
+
+
+class MLPProjector(nn.Module):
+    """``linear_2(act(linear_1(x)))``, with LLaVA's parameter names, through `vlm_fast.ops.mlp`.
+
+    Mirrors transformers' ``LlavaMultiModalProjector``. Whatever wraps or replaces a child (LoRA,
+    quantisation, hooks, sharding) is called as usual; only plain linears are fused.
+
+    Args:
+        in_features: width of the vision features.
+        hidden_features, out_features: widths of the two linears; ``out_features`` defaults to
+            ``hidden_features``.
+        bias: whether both linears have one.
+        activation: "gelu" (exact), "gelu_tanh", "quick_gelu", "silu" or "relu".
+        saved: what backward keeps, see `vlm_fast.ops.mlp`.
+
+    Shapes: ``(..., in_features)`` to ``(..., out_features)``.
+
+    Raises:
+        ValueError: unknown ``activation`` or ``saved``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        *,
+        bias: bool = True,
+        activation: str = "gelu",
+        saved: str = "preactivation",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        out_features = hidden_features if out_features is None else out_features
+        factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.linear_1 = nn.Linear(in_features, hidden_features, **factory)
+        self.act = activation_module(activation)
+        self.linear_2 = nn.Linear(hidden_features, out_features, **factory)
+        self.saved = _known_saved(saved)
+
+    @classmethod
+    def from_module(cls, module: nn.Module, *, saved: str = "preactivation") -> MLPProjector:
+        """A projector that shares the children, and so the parameters, of ``module``.
+
+        Raises:
+            ValueError: ``module`` is not exactly ``linear_1 -> act -> linear_2``.
+        """
+        from vlm_fast.patching.linear_act_linear import recognise
+
+        found = recognise(module)
+        if found is None or isinstance(found, str) or found.before:
+            why = found if isinstance(found, str) else "it is not linear_1 -> act -> linear_2"
+            raise ValueError(f"module is a {type(module).__name__}: {why}")
+        projector = cls.__new__(cls)
+        nn.Module.__init__(projector)
+        projector.linear_1, projector.linear_2 = module.linear_1, module.linear_2
+        projector.act = getattr(module, found.act)
+        projector.saved = _known_saved(saved)
+        projector.train(module.training)
+        return projector
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused_mlp("MLPProjector", x, self.linear_1, self.act, self.linear_2, self.saved)
+
+    def extra_repr(self) -> str:
+        return f"saved={self.saved!r}"
+
+
+class LinearProjector(nn.Linear):
+    """The single linear of the first LLaVA (arXiv 2304.08485), with its keys ``weight``, ``bias``.
+
+    A GEMM with its bias is what cuBLAS does best, so there is no kernel here; the class is there so
+    that both projectors are found in one place.
+    """
+
+
+def fused_mlp(
+    owner: str, x: Tensor, linear_1: nn.Module, act: nn.Module, linear_2: nn.Module, saved: str
+) -> Tensor:
+    """``linear_2(act(linear_1(x)))``, fused where `why_not_fused` finds no reason against it."""
+    reason = why_not_fused(linear_1, act, linear_2)
+    if reason is not None:
+        fell_back(owner, reason)
+        return linear_2(act(linear_1(x)))
+    return ops.mlp(
+        x, linear_1.weight, linear_1.bias, linear_2.weight, linear_2.bias,
+        activation=activation_of(act), saved=saved,
+    )  # fmt: skip
+
+
+def why_not_fused(linear_1: nn.Module, act: nn.Module, linear_2: nn.Module) -> str | None:
+    """None, or which child cannot be fused and why."""
+    reason = why_not_plain(linear_1)
+    if reason is not None:
+        return f"linear_1: {reason}"
+    reason = why_not_activation(act)
+    if reason is not None:
+        return f"act: {reason}"
+    reason = why_not_plain(linear_2)
+    return None if reason is None else f"linear_2: {reason}"
+
+
+def _known_saved(saved: str) -> str:
+    if saved not in SAVED:
+        raise ValueError(f"saved is {saved!r}, expected one of {SAVED}")
+    return saved

@@ -1,0 +1,81 @@
+"""May a linear's parameters be read directly, instead of calling it?
+
+Only if ``F.linear(x, linear.weight, linear.bias)`` is exactly what ``linear(x)`` would do. LoRA,
+hooks, quantisation, sharding and offloading all break that, most of them silently, so the question
+is asked at every call (a few microseconds) and the answer is a reason one can read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _nn_module
+
+_LINEAR_FORWARD = nn.Linear.forward
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def why_not_plain(linear: nn.Module) -> str | None:
+    """None if the parameters say all that ``linear`` does; else the first reason why not."""
+    if type(linear) is not nn.Linear:
+        return f"{type(linear).__module__}.{type(linear).__qualname__} is not a plain nn.Linear"
+    if nn.Linear.forward is not _LINEAR_FORWARD:
+        return "nn.Linear.forward has been replaced"
+    reason = why_not_called_plainly(linear)
+    if reason is not None:
+        return reason
+    own = linear.__dict__
+    if "weight" in own or "bias" in own:
+        return "an attribute hides a parameter"
+    parameters = own["_parameters"]
+    if parameters.keys() != {"weight", "bias"}:
+        return f"its parameters are {sorted(parameters)}, not weight and bias"
+    weight, bias = parameters["weight"], parameters["bias"]
+    for name, parameter in parameters.items():
+        if parameter is None:
+            if name == "weight":
+                return "it has no weight"
+            continue
+        if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
+            return f"{name} is a {type(parameter).__name__}"
+        if not torch.compiler.is_compiling() and type(parameter.data) is not Tensor:
+            return f"{name} holds a {type(parameter.data).__name__}"
+        if hasattr(parameter, "ds_id") or hasattr(parameter, "ds_status"):
+            return f"{name} is partitioned by DeepSpeed ZeRO-3"
+        if parameter.is_meta:
+            return f"{name} is on the meta device"
+        if parameter.layout is not torch.strided:
+            return f"{name} has layout {parameter.layout}"
+        if parameter.dtype not in _DTYPES:
+            return f"{name} has dtype {parameter.dtype}"
+        if parameter.dtype != weight.dtype or parameter.device != weight.device:
+            return f"{name} differs from weight in dtype or device"
+    if weight.shape != (linear.out_features, linear.in_features):
+        return f"weight has shape {tuple(weight.shape)}"
+    if bias is not None and bias.shape != (linear.out_features,):
+        return f"bias has shape {tuple(bias.shape)}"
+    return None
+
+
+def why_not_called_plainly(module: nn.Module) -> str | None:
+    """Whether calling ``module`` does more than its class's forward."""
+    own = module.__dict__
+    if "forward" in own:
+        return "its forward has been replaced (accelerate or another wrapper)"
+    if own.get("_compiled_call_impl") is not None:
+        return "it is compiled on its own"
+    if (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    ):
+        return "it has hooks"
+    if (
+        _nn_module._global_forward_hooks
+        or _nn_module._global_forward_pre_hooks
+        or _nn_module._global_backward_hooks
+        or _nn_module._global_backward_pre_hooks
+    ):
+        return "global module hooks are set"
+    return None

@@ -1,0 +1,136 @@
+"""``vlm_fast.patch(model)``: find the connectors of a model and make them fast, in place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from vlm_fast.ops.mlp import SAVED
+from vlm_fast.patching import image_token_merge, linear_act_linear
+from vlm_fast.patching.class_swap import Patched, swap, swap_back
+
+# Families: a mixin, and the recogniser that returns its recipe, a reason against it, or None.
+FAMILIES: list[tuple[type[Patched], Callable[..., Any]]] = [
+    (linear_act_linear.FusedMLP, linear_act_linear.recognise),
+    (image_token_merge.FusedMerge, lambda module, saved: image_token_merge.recognise(module)),
+]
+
+
+@dataclass
+class Report:
+    """What `patch` did. Also a context manager that reverts at the end.
+
+    Attributes:
+        patched: module name to the names of its class and of what serves it now.
+        skipped: module name to the reason why a candidate was left as it is.
+    """
+
+    patched: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    modules: list[nn.Module] = field(default_factory=list, repr=False)
+
+    def revert(self) -> None:
+        """Give every module that this report lists its own class back."""
+        for module in self.modules:
+            if isinstance(module, Patched):
+                swap_back(module)
+        self.modules.clear()
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.revert()
+
+    def __str__(self) -> str:
+        lines = [f"patched {name or '(the model)'}: {what}" for name, what in self.patched.items()]
+        lines += [f"skipped {name or '(the model)'}: {why}" for name, why in self.skipped.items()]
+        return "\n".join(lines) or "nothing to patch"
+
+
+def patch(model: nn.Module, *, saved: str = "preactivation", strict: bool = False) -> Report:
+    """Swap the class of every connector in ``model`` for one that runs on the fast ops.
+
+    Parameters, ``state_dict`` keys, hooks and class names stay. Patch first, shard or wrap after.
+    A second patch finds nothing left to do.
+
+    Args:
+        model: a module, as a transformers model; searched with everything inside it.
+        saved: what the projectors keep for backward, see `vlm_fast.ops.mlp`.
+        strict: raise if nothing was patched, instead of warning.
+
+    Raises:
+        TypeError: ``model`` is no module, or an option is unknown.
+        ValueError: ``saved`` is unknown; a connector is already sharded by FSDP2 or ZeRO-3 (a class
+            swap would strip what they added); nothing was patched under ``strict``. Nothing has
+            been changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    if saved not in SAVED:
+        raise ValueError(f"saved is {saved!r}, expected one of {SAVED}")
+    report, swaps, already = Report(), [], False
+    for name, module in model.named_modules():
+        if isinstance(module, Patched):
+            already = True
+            continue
+        for mixin, recognise in FAMILIES:
+            recipe = recognise(module, saved=saved)
+            if isinstance(recipe, str):
+                report.skipped[name] = recipe
+            elif recipe is not None:
+                _refuse_if_sharded(name, module)
+                swaps.append((name, module, mixin, recipe))
+    if not swaps and not already:
+        message = f"no connector of {type(model).__name__} was patched\n{report}"
+        if strict:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
+    for name, module, mixin, recipe in swaps:
+        swap(module, mixin, recipe)
+        report.patched[name] = f"{type(module).__name__} by {mixin.__name__}"
+        report.modules.append(module)
+    return report
+
+
+def unpatch(model: nn.Module) -> int:
+    """Give every patched module in ``model`` its own class back; returns how many there were."""
+    patched = list(patched_modules(model))
+    for _, module in patched:
+        swap_back(module)
+    return len(patched)
+
+
+def patched_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules in ``model`` that are patched."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, Patched))
+
+
+def explain(model: nn.Module) -> dict[str, str | None]:
+    """For every patched module, why its next call would run as plain PyTorch, or None."""
+    return {name: module.why_not() for name, module in patched_modules(model)}
+
+
+def _refuse_if_sharded(name: str, module: nn.Module) -> None:
+    why = None
+    if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+        why = "is already sharded by FSDP2"
+    for parameter_name, parameter in module.named_parameters(recurse=True):
+        if hasattr(parameter, "ds_id"):
+            why = f"has {parameter_name} partitioned by ZeRO-3"
+        elif any(base.__name__ == "DTensor" for base in type(parameter.data).__mro__):
+            why = f"has the DTensor {parameter_name}"
+    if why is not None:
+        raise ValueError(
+            f"vlm_fast.patch: {name or 'the model'} {why}; patch the model first, then shard it"
+        )

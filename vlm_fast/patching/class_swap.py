@@ -1,0 +1,55 @@
+"""Patching by class swap: the module stays, its class becomes a subclass made for it.
+
+Parameters, hooks, names and checkpoints stay the same objects. The subclass carries the names of
+its base, which device placement and output capture compare; ``repr`` shows the patch.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, ClassVar, NamedTuple
+
+from torch import nn
+
+
+class Patch(NamedTuple):
+    """What a patched class was made from; hashable, picklable."""
+
+    base: type[nn.Module]
+    mixin: type[Patched]
+    recipe: Any
+
+
+class Patched:
+    """Mixin of every patched class."""
+
+    patch: ClassVar[Patch]
+
+    def _get_name(self) -> str:
+        return f"{self.patch.base.__name__}[vlm_fast]"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A class made at run time cannot be found by name: name what it is made from instead.
+        _, _, *state = super().__reduce_ex__(max(2, int(protocol)))
+        return (_rebuild, tuple(self.patch), *state)
+
+
+@functools.cache
+def patched_class(base: type[nn.Module], mixin: type[Patched], recipe: Any) -> type[nn.Module]:
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    patch = Patch(base, mixin, recipe)
+    return type(base.__name__, (mixin, base), {**names, "__doc__": base.__doc__, "patch": patch})
+
+
+def swap(module: nn.Module, mixin: type[Patched], recipe: Any) -> None:
+    module.__class__ = patched_class(type(module), mixin, recipe)
+
+
+def swap_back(module: nn.Module) -> None:
+    assert isinstance(module, Patched)
+    module.__class__ = module.patch.base
+
+
+def _rebuild(base: type[nn.Module], mixin: type[Patched], recipe: Any) -> nn.Module:
+    cls = patched_class(base, mixin, recipe)
+    return cls.__new__(cls)

@@ -1,0 +1,109 @@
+"""The merge of image features into ``inputs_embeds``, in models that ask `get_placeholder_mask`.
+
+The model's own `get_placeholder_mask` runs, on ids of a tensor type that remembers what it is:
+whatever mask comes out, ``inputs_embeds.masked_scatter(mask, features)`` is then served by
+`vlm_fast.ops.merge_image_tokens`, and the count check in between does not wait for the device
+(the merge checks the same count there). No model's forward is restated.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_fast import ops
+from vlm_fast.patching.class_swap import Patched
+from vlm_fast.policy import policy
+
+UNREAD = "(not read from the device)"
+
+
+class PlaceholderMask(Tensor):
+    """Ids, the mask made of them, and counts of that mask: what a merge is decided by.
+
+    Only the few operations that lead from ids to mask and count keep the type; everything else
+    sees and returns plain tensors.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is Tensor.masked_scatter and not kwargs:
+                return _masked_scatter(*args)
+            if func in _READS and _would_wait(args[0]):
+                return UNREAD if func is Tensor.__format__ else True
+            if func is Tensor.__format__:  # of a number; of a subclass it would be its repr
+                return format(args[0].as_subclass(Tensor), *args[1:])
+            result = func(*args, **kwargs)
+            return result.as_subclass(PlaceholderMask) if func in _LEADING_TO_MASK else result
+
+
+_LEADING_TO_MASK = {
+    Tensor.__eq__, Tensor.eq, Tensor.all, Tensor.__and__, Tensor.__or__, Tensor.unsqueeze,
+    Tensor.to, Tensor.sum, Tensor.mul, Tensor.__mul__, Tensor._is_all_true,
+}  # fmt: skip
+# The message of the count check, and its verdict: each would wait for the device.
+_READS = {Tensor.__format__, Tensor.item}
+
+
+def _would_wait(count: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return True  # a graph break, and a synchronisation at every run of the graph
+    return count.is_cuda and not policy.strict
+
+
+# Functions that see every merge's embeds, mask and features; `vlm_fast.verify` looks through one.
+OBSERVERS: list[Callable[[Tensor, Tensor, Tensor], None]] = []
+
+
+def _masked_scatter(embeds: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    if embeds.ndim != 3 or mask.shape != (*embeds.shape[:2], 1) or mask.dtype != torch.bool:
+        return embeds.masked_scatter(mask, source)
+    if source.dtype != embeds.dtype or source.ndim < 2 or source.shape[-1] != embeds.shape[-1]:
+        return embeds.masked_scatter(mask, source)
+    mask = mask.squeeze(-1)
+    for observe in OBSERVERS:
+        observe(embeds, mask, source)
+    return ops.merge_image_tokens(embeds, source, mask)
+
+
+class FusedMerge(Patched):
+    """A model whose placeholder masks lead to the fused merge."""
+
+    def get_placeholder_mask(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if input_ids is not None:
+            input_ids = input_ids.as_subclass(PlaceholderMask)
+        else:
+            inputs_embeds = inputs_embeds.detach().as_subclass(PlaceholderMask)
+        return super().get_placeholder_mask(  # type: ignore[misc]
+            input_ids, inputs_embeds, *args, **kwargs
+        )
+
+    def why_not(self) -> str | None:
+        return None
+
+
+def recognise(module: nn.Module) -> tuple[()] | str | None:
+    """Empty recipe, the reason why a candidate is none, or None for no candidate."""
+    method = getattr(type(module), "get_placeholder_mask", None)
+    if method is None:
+        return None
+    if "masked_scatter" not in _names(type(module).forward):
+        return None  # a wrapper that hands the question on to the model inside
+    parameters = list(inspect.signature(method).parameters)
+    if parameters[1:4] != ["input_ids", "inputs_embeds", "image_features"]:
+        return f"get_placeholder_mask takes {parameters[1:]}"
+    if "torch_compilable_check" not in _names(method):
+        return "its feature count is not checked, so the merge may not check it either"
+    return ()
+
+
+def _names(function: Any) -> tuple[str, ...]:
+    return inspect.unwrap(function).__code__.co_names

@@ -1,0 +1,193 @@
+"""``vlm_fast.verify(model, **inputs)``: the patched model against itself without the patch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_fast import ops, parity
+from vlm_fast.parity import Verdict, judge
+from vlm_fast.patching import image_token_merge, patched_modules
+from vlm_fast.patching.class_swap import Patched, swap_back
+from vlm_fast.patching.linear_act_linear import FusedMLP
+
+
+@dataclass(frozen=True)
+class Connector:
+    """One connector: the verdicts on its output and on every gradient."""
+
+    name: str
+    what: str
+    verdicts: Sequence[Verdict]
+
+    @property
+    def ok(self) -> bool:
+        return all(verdict.ok for verdict in self.verdicts)
+
+    def worst(self, kind: str) -> float:
+        """Largest error among the "output"s or the "gradient"s."""
+        return max((v.error for v in self.verdicts if v.what.startswith(kind)), default=0.0)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The connectors, and how far the whole model's first output moved.
+
+    Attributes:
+        connectors: those that the inputs reached.
+        unreached: names of patched connectors that they did not.
+        output_error: largest difference between the outputs with and without the patch.
+        output_scale: largest magnitude of the output without the patch.
+    """
+
+    connectors: Sequence[Connector]
+    unreached: Sequence[str]
+    output_error: float
+    output_scale: float
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.connectors) and all(connector.ok for connector in self.connectors)
+
+    def __str__(self) -> str:
+        lines = []
+        for c in self.connectors:
+            why = "; ".join(f"{v.what}: {v.failure}" for v in c.verdicts if not v.ok)
+            lines.append(
+                f"{'ok  ' if c.ok else 'FAIL'} {c.name or '(the model)'} ({c.what}): largest error "
+                f"{c.worst('output'):.3g} in the output, {c.worst('gradient'):.3g} in gradients"
+                + (f"; {why}" if why else "")
+            )
+        lines += [f"not reached: {name}" for name in self.unreached]
+        lines.append(
+            f"model output: largest difference {self.output_error:.3g} of {self.output_scale:.3g}"
+        )
+        return "\n".join(lines)
+
+
+def verify(model: nn.Module, **inputs: Any) -> Verification:
+    """Run a patched model on ``inputs`` and judge each connector by the rule of `parity.judge`.
+
+    Each connector is run on what reached it: with the patch, without it, and without it in float64;
+    outputs and gradients (to its inputs and parameters) are compared. The model runs twice in
+    forward, under the same random seed; its parameters, gradients and mode are left as they were.
+
+    Raises:
+        ValueError: nothing in ``model`` is patched.
+    """
+    connectors = dict(patched_modules(model))
+    if not connectors:
+        raise ValueError(f"{type(model).__name__} has no patched connector; call patch() first")
+    seen: dict[str, tuple[Any, ...]] = {}
+    merges: list[tuple[Tensor, Tensor, Tensor]] = []
+    hooks = [
+        module.register_forward_pre_hook(_keep(seen, name), with_kwargs=True)
+        for name, module in connectors.items()
+    ]
+    observer = lambda *tensors: merges.append(_detached(tensors))  # noqa: E731
+    image_token_merge.OBSERVERS.append(observer)
+    try:
+        ours = _first_output(model, inputs)
+    finally:
+        image_token_merge.OBSERVERS.remove(observer)
+        for hook in hooks:
+            hook.remove()
+    theirs = _without_patch(connectors, lambda: _first_output(model, inputs))
+    found, unreached = [], []
+    for name, module in connectors.items():
+        if isinstance(module, FusedMLP) and name in seen:
+            found.append(Connector(name, "mlp", _verify_module(module, seen[name])))
+        elif isinstance(module, image_token_merge.FusedMerge) and merges:
+            verdicts = [v for merge in merges for v in _verify_merge(*merge)]
+            found.append(Connector(name, "merge_image_tokens", verdicts))
+        else:
+            unreached.append(name)
+    difference = (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0
+    return Verification(found, unreached, difference, theirs.abs().max().item())
+
+
+def _verify_module(module: nn.Module, args: tuple[Any, ...]) -> list[Verdict]:
+    plain = copy.deepcopy(module)
+    swap_back(plain)
+    runs = [_module_results(m, args) for m in (module, plain)]
+    wide = parity.convert(args, Tensor.double)
+    runs.append(_module_results(plain.double(), wide))
+    return [
+        judge(what, ours, theirs, exact, gradient=what.startswith("gradient"))
+        for (what, ours), (_, theirs), (_, exact) in zip(*runs, strict=True)
+    ]
+
+
+def _module_results(module: nn.Module, args: tuple[Any, ...]) -> list[tuple[str, Tensor]]:
+    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        args = parity.convert(args, lambda t: t.detach().requires_grad_())
+        result = module(*args)
+        inputs = parity.differentiable(args)
+        wanted = [*inputs, *parameters.values()]
+        grads = torch.autograd.grad(
+            result, wanted, parity.random_upstream(result), allow_unused=True, materialize_grads=True
+        )
+    names = [f"gradient of input {i}" for i in range(len(inputs))]
+    names += [f"gradient of {name}" for name in parameters]
+    return [("output", result.detach()), *zip(names, grads, strict=True)]
+
+
+def _verify_merge(embeds: Tensor, mask: Tensor, features: Tensor) -> list[Verdict]:
+    # Rows are copied, so nothing less than equality is expected: native and exact are one.
+    theirs = lambda e, f: e.masked_scatter(mask.unsqueeze(-1), f)  # noqa: E731
+    ours = lambda e, f: ops.merge_image_tokens(e, f, mask)  # noqa: E731
+    with torch.enable_grad():
+        runs = [parity.outputs_and_gradients(f, (embeds, features), {}) for f in (ours, theirs)]
+    names = ("output", "gradient of inputs_embeds", "gradient of image_features")
+    pairs = zip(names, *((*outputs, *gradients) for outputs, gradients in runs), strict=True)
+    return [
+        Verdict(
+            name,
+            (a.double() - b.double()).abs().max().item() if a.numel() else 0.0,
+            0.0,
+            None if torch.equal(a, b) else "not equal",
+        )
+        for name, a, b in pairs
+    ]
+
+
+def _first_output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    devices = [p.device for p in model.parameters() if p.is_cuda][:1]
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(0)
+        output = model(**inputs)
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if hasattr(output, "values") else output
+    # A loss is one number; the tensor after it says more.
+    tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    return next((t for t in tensors if t.ndim > 0), tensors[0])
+
+
+def _without_patch(connectors: dict[str, nn.Module], run: Callable[[], Tensor]) -> Tensor:
+    classes = {name: type(module) for name, module in connectors.items()}
+    try:
+        for module in connectors.values():
+            assert isinstance(module, Patched)
+            swap_back(module)
+        return run()
+    finally:
+        for name, module in connectors.items():
+            module.__class__ = classes[name]
+
+
+def _keep(seen: dict[str, tuple[Any, ...]], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[name] = _detached((*args, *kwargs.values()))
+
+    return hook
+
+
+def _detached(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(v.detach() if isinstance(v, Tensor) else v for v in values)
