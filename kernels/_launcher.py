@@ -26,7 +26,12 @@ class Config:
     num_stages: int = 3
 
     def options(self) -> dict[str, int]:
-        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {
+            **self.blocks,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,  # said, because Triton 3.10 changes the default
+        }
 
 
 @dataclass(frozen=True)

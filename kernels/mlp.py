@@ -68,14 +68,14 @@ def mlp_activation_backward(
     want_h: bool,
     want_dbias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``dz`` (written over dh), ``h`` and the bias gradient in fp32.
+    """``dz`` (written over dh), ``h`` and the bias gradient.
 
-    z: ``(images * period - gap, cols)``, dh: ``(images * tokens, cols)``, both contiguous.
+    z: ``(images * period - gap, cols)`` in any shape, dh: ``(images * tokens, cols)``; contiguous.
     """
+    if not runs_triton(dh):
+        return _aten(z, dh, tokens, period, activation, want_h, want_dbias)
     rows, cols = dh.shape
     h = torch.empty_like(dh) if want_h else None
-    if not runs_triton(dh):
-        return _aten(z, dh, tokens, period, activation, h, want_dbias)
     chunks = triton.cdiv(rows, ROWS_PER_PROGRAM)
     dbias = dh.new_empty(chunks, cols, dtype=torch.float32) if want_dbias else None
     mlp_activation_backward_kernel(
@@ -83,7 +83,7 @@ def mlp_activation_backward(
         lambda blocks: (chunks, triton.cdiv(cols, blocks["BLOCK_COLS"])),
         z, dh, dh, h, dbias, rows, cols, tokens, period, activation, ROWS_PER_PROGRAM,
     )  # fmt: skip
-    return dh, h, dbias.sum(0) if dbias is not None else None
+    return dh, h, dbias.sum(0).to(dh.dtype) if dbias is not None else None
 
 
 def _aten(
@@ -92,17 +92,19 @@ def _aten(
     tokens: int,
     period: int,
     activation: str,
-    h: Tensor | None,
+    want_h: bool,
     want_dbias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The same from ATen's kernels, where Triton does not run."""
-    images, cols = dh.shape[0] // max(tokens, 1), dh.shape[1]
-    z = z.as_strided((images, tokens, cols), (period * cols, cols, 1))
-    dh = dh.view(images, tokens, cols)
-    if h is not None:
-        h.view(images, tokens, cols).copy_(activate(z, activation))
-    dz = _ATEN_BACKWARD[activation](dh, z).reshape(-1, cols)
-    return dz, h, dz.sum(0, dtype=torch.float32) if want_dbias else None
+    if tokens == period:
+        z = z.view(dh.shape)
+        dz = _ATEN_BACKWARD[activation](dh, z)
+    else:
+        cols = dh.shape[1]
+        z = z.as_strided((dh.shape[0] // tokens, tokens, cols), (period * cols, cols, 1))
+        dz = _ATEN_BACKWARD[activation](dh.view(z.shape), z).view(-1, cols)
+    h = activate(z, activation) if want_h else None
+    return dz, h, dz.sum(0) if want_dbias else None
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
@@ -127,9 +129,9 @@ def _quick_gelu_backward(dh: Tensor, z: Tensor) -> Tensor:
 
 
 _ATEN_BACKWARD = {
-    "gelu": lambda dh, z: _aten_ops.gelu_backward(dh, z),
-    "gelu_tanh": lambda dh, z: _aten_ops.gelu_backward(dh, z, approximate="tanh"),
+    "gelu": _aten_ops.gelu_backward.default,
+    "gelu_tanh": lambda dh, z: _aten_ops.gelu_backward.default(dh, z, approximate="tanh"),
     "quick_gelu": _quick_gelu_backward,
-    "silu": lambda dh, z: _aten_ops.silu_backward(dh, z),
-    "relu": lambda dh, z: _aten_ops.threshold_backward(dh, z, 0),
+    "silu": _aten_ops.silu_backward.default,
+    "relu": lambda dh, z: _aten_ops.threshold_backward.default(dh, z, 0),
 }

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from vlm_fast.kernels._triton import AVAILABLE
-from vlm_fast.policy import DISABLED, count_fast, fell_back, policy
+from vlm_fast.policy import DISABLED, fell_back, policy
 from vlm_fast.registration import CallPath, in_functorch
 
 P = ParamSpec("P")
@@ -70,24 +70,20 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **options: P.kwargs) -> R:
         values, settings = self._bind(args, options)
-        device = values[0].device.type
-        if self.autocasts and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-            return self._under_autocast(self, device, values, settings)
+        if self.autocasts and torch.is_autocast_enabled(_autocast_device(values[0])):
+            return self._under_autocast(self, values, settings)
         values = self._accepts(*values, **settings)
         reason = self._why_not(values, settings)
         if reason is not None:
             fell_back(self.name, reason)
             return self.reference(*values, **settings)
-        if not torch.compiler.is_compiling():
-            count_fast(self.name)
         return self._path(values, settings)
 
     def fast(self, *args: P.args, **options: P.kwargs) -> R:
         """The kernels, never the reference; raises where they cannot serve the call."""
         values, settings = self._bind(args, options)
-        device = values[0].device.type
-        if self.autocasts and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-            return self._under_autocast(self.fast, device, values, settings)
+        if self.autocasts and torch.is_autocast_enabled(_autocast_device(values[0])):
+            return self._under_autocast(self.fast, values, settings)
         values = self._accepts(*values, **settings)
         reason = self._why_not(values, settings)
         if reason is not None and reason is not DISABLED:
@@ -100,14 +96,14 @@ class Op(Generic[P, R]):
         return self._why_not(self._accepts(*values, **settings), settings)
 
     def _why_not(self, values: tuple[Any, ...], settings: dict[str, Any]) -> str | None:
+        first = values[0]
         if policy.disabled:
             return DISABLED
-        device = values[0].device.type
-        if device == "cuda":
+        if first.is_cuda:
             if not AVAILABLE:
                 return "Triton is not installed"
-        elif device != "cpu" and device != "meta":
-            return f"device {device!r} has no kernels here"
+        elif not (first.is_cpu or first.is_meta):
+            return f"device {first.device.type!r} has no kernels here"
         if torch.compiler.is_exporting():
             return "an exported program holds plain PyTorch"
         if in_functorch():
@@ -118,16 +114,20 @@ class Op(Generic[P, R]):
         self, args: tuple[Any, ...], options: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Every tensor in its position, every option present; tensors may come by keyword."""
-        if len(args) == len(self.tensors) and options.keys() <= self.defaults.keys():
-            return args, {**self.defaults, **options}
+        if len(args) == len(self.tensors):
+            if not options:
+                return args, self.defaults
+            if options.keys() <= self.defaults.keys():
+                return args, {**self.defaults, **options}
         bound = self.__signature__.bind(*args, **options)
         bound.apply_defaults()
         return bound.args, dict(bound.kwargs)
 
     def _under_autocast(
-        self, call: Callable[..., Any], device: str, values: tuple[Any, ...], settings: dict
+        self, call: Callable[..., Any], values: tuple[Any, ...], settings: dict[str, Any]
     ) -> Any:
         # By hand: register_autocast is skipped under torch.compile on torch 2.11.
+        device = _autocast_device(values[0])
         dtype = torch.get_autocast_dtype(device)
         cast = [v.to(dtype) if isinstance(v, Tensor) and v.dtype in FLOATS else v for v in values]
         with torch.autocast(device, enabled=False):
@@ -184,6 +184,10 @@ class Op(Generic[P, R]):
             self.make_inputs, self.test_shapes, self.bench_shapes = make, list(test), dict(bench)
 
         return attach
+
+
+def _autocast_device(first: Tensor) -> str:
+    return "cuda" if first.is_cuda else "cpu"
 
 
 def op(reference: Callable[P, R]) -> Op[P, R]:

@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library, register_autograd, register_fake
 
+from vlm_fast.policy import count_fast
+
 _functorch_level = torch._C._functorch.maybe_current_level
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 LIBRARY = Library("vlm_fast", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -53,6 +55,7 @@ class CallPath:
     def __init__(self, op: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
         self.name, self.Needs = op.name, op.Needs
         self.forward, self.backward = forward, backward
+        self.none_needed = op.Needs(*[False] * len(op.tensors))
         annotations = [op.__signature__.parameters[name].annotation for name in op.tensors]
         lists = [i for i, a in enumerate(annotations) if _holds_list(a)]
         if len(lists) > 1:
@@ -65,21 +68,22 @@ class CallPath:
         self.registered = self._register(op, annotations)
 
     def __call__(self, values: tuple[Any, ...], settings: dict[str, Any]) -> Any:
-        flat = self.flatten(values)
+        flat = values if self.list_at is None else self.flatten(values)
         if torch.compiler.is_compiling():
             return self._call_registered(flat, values, settings)
         if forward_ad._current_level >= 0:
             refuse_forward_mode(self.name)
-        for value in flat:
-            if value is not None and (type(value) not in _PLAIN or value.is_meta):
-                return self._call_registered(flat, values, settings)
-        if _dispatch_modes():
+        count_fast(self.name)
+        if _dispatch_modes() or values[0].is_meta:
             return self._call_registered(flat, values, settings)
+        for value in flat:
+            if type(value) not in _PLAIN:
+                return self._call_registered(flat, values, settings)
         if torch.is_grad_enabled():
             for value in flat:
                 if value is not None and value.requires_grad:
                     return self.function.apply(self.count(values), settings, *flat)
-        return self.forward(self.no_needs(), *values, **settings)[0]
+        return self.forward(self.none_needed, *values, **settings)[0]
 
     # ---- one list of tensors among the arguments is flattened for autograd ----
 
@@ -103,23 +107,21 @@ class CallPath:
         i = self.list_at
         return self.Needs(*flat[:i], any(flat[i : i + count]), *flat[i + count :])
 
-    def no_needs(self) -> Any:
-        return self.Needs(*[False] * len(self.Needs._fields))
-
     def gradients(
         self, needs: tuple[bool, ...], count: int, kept: Any, grads: Any, settings: dict[str, Any]
     ) -> tuple[Tensor | None, ...]:
         """The flat gradients of one backward, None where not needed."""
-        device = grads[0].device.type
-        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        device = "cuda" if grads[0].is_cuda else "cpu"
+        if torch.is_autocast_enabled(device):
             # The dtypes of the forward hold, wherever backward is called.
             with torch.autocast(device, enabled=False):
                 return self.gradients(needs, count, kept, grads, settings)
         found = self.backward(self.needs_of(needs, count), kept, *grads, **settings)
-        flat = self.flatten(found) if self.list_at is None or found[self.list_at] is not None else (
-            *found[: self.list_at], *[None] * count, *found[self.list_at + 1 :]
-        )  # fmt: skip
-        return tuple(g if need else None for g, need in zip(flat, needs, strict=True))
+        if self.list_at is not None:
+            if found[self.list_at] is None:
+                found = (*found[: self.list_at], [None] * count, *found[self.list_at + 1 :])
+            found = self.flatten(found)
+        return tuple([g if need else None for g, need in zip(found, needs, strict=True)])
 
     # ---- the registered op ----
 

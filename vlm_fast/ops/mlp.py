@@ -51,28 +51,32 @@ def mlp(
 
 @mlp.accepts
 def accepts(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
-    arguments = (x, weight_1, bias_1, weight_2, bias_2)
+    # One pass over the usual case, at a microsecond; what is wrong is found out afterwards.
     try:
+        dtype, device = x.dtype, x.device
         hidden, inner = weight_1.shape
         out, hidden_2 = weight_2.shape
-        device, dtype = x.device, x.dtype
         if (
             x.shape[-1] == inner
             and hidden == hidden_2
-            and (bias_1 is None or bias_1.shape == (hidden,))
-            and (bias_2 is None or bias_2.shape == (out,))
+            and weight_1.dtype is dtype
+            and weight_2.dtype is dtype
+            and weight_1.device == device
+            and weight_2.device == device
             and dtype.is_floating_point
             and activation in ACTIVATIONS
             and saved in SAVED
+            and (bias_1 is None or _fits(bias_1, hidden, dtype, device))
+            and (bias_2 is None or _fits(bias_2, out, dtype, device))
         ):
-            for tensor in arguments[1:]:
-                if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
-                    break
-            else:
-                return arguments
+            return x, weight_1, bias_1, weight_2, bias_2
     except (AttributeError, ValueError, IndexError, TypeError):
         pass
     raise _mistake(x, weight_1, bias_1, weight_2, bias_2, activation, saved)
+
+
+def _fits(bias, features, dtype, device):
+    return bias.shape == (features,) and bias.dtype is dtype and bias.device == device
 
 
 def _mistake(x, weight_1, bias_1, weight_2, bias_2, activation, saved) -> Exception:
@@ -116,25 +120,25 @@ def requires(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
         return f"{x.dtype} has no kernels here (float32, bfloat16 and float16 have)"
     if x.layout is not torch.strided or x.is_nested:
         return f"x is not a dense tensor (layout {x.layout})"
-    if x.shape[-1] == 0 or weight_1.shape[0] == 0:
-        return "a feature dimension is empty"
     return None
 
 
 @mlp.forward
 def forward(needs, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
-    z = F.linear(_gemm_rows(x), weight_1, bias_1)
-    h = activate(_image_rows(z, x.shape[:-1]), activation).view(-1, weight_1.shape[0])
-    y = F.linear(h, weight_2, bias_2).view(*x.shape[:-1], weight_2.shape[0])
+    gaps = _gaps(x)
+    z = F.linear(x if gaps is None else gaps, weight_1, bias_1)
+    h = activate(z if gaps is None else _without_gaps(z, x.shape[:-1]), activation)
+    y = F.linear(h, weight_2, bias_2)
+    if not any(needs):
+        return y, ()
     inner = needs.x or needs.weight_1 or needs.bias_1
-    keep_z = saved != "input" and (inner or needs.weight_2)
-    rebuild_z = saved == "input" and (inner or needs.weight_2)
+    rebuild = saved == "input"
     return y, (
-        x if needs.weight_1 or rebuild_z else None,
-        weight_1 if needs.x or rebuild_z else None,
-        bias_1 if rebuild_z else None,
+        x if needs.weight_1 or rebuild else None,
+        weight_1 if needs.x or rebuild else None,
+        bias_1 if rebuild else None,
         weight_2 if inner else None,
-        z if keep_z else None,
+        None if rebuild or not (inner or needs.weight_2) else z,
         h if saved == "all" and needs.weight_2 else None,
     )
 
@@ -142,62 +146,65 @@ def forward(needs, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
 @mlp.backward
 def backward(needs, kept, dy, *, activation, saved):
     x, weight_1, bias_1, weight_2, z, h = kept
-    leading, dy = dy.shape[:-1], dy.reshape(-1, dy.shape[-1])
-    if z is None and x is not None:
-        z = F.linear(_gemm_rows(x), weight_1, bias_1)
+    leading = dy.shape[:-1]
+    dy = dy.reshape(-1, dy.shape[-1])
+    if saved == "input":
+        gaps = _gaps(x)
+        z = F.linear(x if gaps is None else gaps, weight_1, bias_1)
     want_h = needs.weight_2 and h is None
     dx = dweight_1 = dbias_1 = dweight_2 = None
     if needs.x or needs.weight_1 or needs.bias_1:
-        tokens, period = _tokens_and_period(z, leading)
         dz, fresh_h, dbias_1 = mlp_activation_backward(
-            z, dy @ weight_2, tokens, period, activation, want_h=want_h, want_dbias=needs.bias_1
-        )
+            z, torch.mm(dy, weight_2), *_tokens_and_period(z, leading), activation,
+            want_h=want_h, want_dbias=needs.bias_1,
+        )  # fmt: skip
         h = fresh_h if want_h else h
     elif want_h:
-        h = activate(_image_rows(z, leading), activation).view(-1, z.shape[1])
+        h = activate(_without_gaps(z, leading), activation)
     # Largest temporaries first out: h is gone before dz is used, dz before anything else.
     if needs.weight_2:
-        dweight_2 = dy.t() @ h
+        dweight_2 = torch.mm(dy.t(), h.reshape(-1, h.shape[-1]))
     h = fresh_h = None
     if needs.weight_1:
-        dweight_1 = dz.t() @ x.reshape(-1, x.shape[-1])
+        dweight_1 = torch.mm(dz.t(), x.reshape(-1, x.shape[-1]))
     if needs.x:
-        dx = (dz @ weight_1).view(*leading, weight_1.shape[1])
-    dbias_1 = dbias_1.to(dy.dtype) if needs.bias_1 else None
+        dx = torch.mm(dz, weight_1).view(*leading, weight_1.shape[1])
     return dx, dweight_1, dbias_1, dweight_2, dy.sum(0) if needs.bias_2 else None
 
 
-def _gemm_rows(x: Tensor) -> Tensor:
-    """x as a matrix for a GEMM, without a copy where rows lie at one pitch.
+def _gaps(x: Tensor) -> Tensor | None:
+    """For images of x that lie at one pitch with gaps between, the matrix with the gaps.
 
-    ``hidden[:, 1:]`` is such a case: the matrix then holds a few rows between the images too
-    (computed and never read), so that bias and GEMM stay one call on x in place.
+    ``hidden[:, 1:]`` is such a case. The GEMM then computes a few rows more (never read), but bias
+    and GEMM stay one call on x in place, without a copy. None for any other x.
     """
-    if x.ndim == 3 and x.stride(2) == 1:
-        images, tokens, features = x.shape
-        pitch, stride = x.stride(1), x.stride(0)
-        if images > 1 and tokens > 0 and pitch >= features and stride % pitch == 0:
-            period = stride // pitch
-            if tokens < period <= tokens + tokens // 8:
-                return x.as_strided(((images - 1) * period + tokens, features), (pitch, 1))
-    return x.reshape(-1, x.shape[-1])
+    if x.ndim != 3 or x.is_contiguous():
+        return None
+    images, tokens, features = x.shape
+    stride, pitch, inner = x.stride()
+    if inner != 1 or images < 2 or tokens < 1 or pitch < features or stride % pitch != 0:
+        return None
+    period = stride // pitch
+    if not tokens < period <= tokens + max(tokens // 8, 1):
+        return None
+    return x.as_strided(((images - 1) * period + tokens, features), (pitch, 1))
 
 
 def _tokens_and_period(z: Tensor, leading: torch.Size) -> tuple[int, int]:
     """Tokens of an image in z, and rows from one image to the next."""
     rows = leading.numel()
-    if z.shape[0] == rows:
+    if z.ndim != 2 or z.shape[0] == rows:
         return rows, rows
     images, tokens = leading
     return tokens, (z.shape[0] - tokens) // (images - 1)
 
 
-def _image_rows(z: Tensor, leading: torch.Size) -> Tensor:
+def _without_gaps(z: Tensor, leading: torch.Size) -> Tensor:
     """The rows of z that belong to images: z itself, or a view without the gaps."""
     tokens, period = _tokens_and_period(z, leading)
-    if tokens == z.shape[0]:
+    if tokens == period:
         return z
-    cols = z.shape[1]
+    cols = z.shape[-1]
     return z.as_strided((leading[0], tokens, cols), (period * cols, cols, 1))
 
 

@@ -51,6 +51,8 @@ def recognise(module: nn.Module, saved: str = "preactivation") -> Chain | str | 
     children = dict(module.named_children())
     if not {"linear_1", "linear_2"} <= children.keys():
         return None
+    if "forward" in module.__dict__:
+        return "its forward has been replaced (accelerate or another wrapper)"
     try:
         graph = _CallTracer().trace(module)
     except Exception as error:  # any forward may run here, so anything may be raised
