@@ -59,9 +59,11 @@ def recognise(module: nn.Module, saved: str = "preactivation") -> Chain | str | 
         return f"its forward cannot be traced ({type(error).__name__})"
     *calls, result = graph.nodes
     arguments = [node for node in calls if node.op == "placeholder"]
+    if len(arguments) != 1:
+        return "its forward takes more than one argument"
     calls = [node for node in calls if node.op != "placeholder"]
     names = [node.target for node in calls]
-    value: Any = arguments[0] if arguments else None
+    value: Any = arguments[0]
     for node in calls:
         if node.op != "call_module" or node.args != (value,) or node.kwargs:
             return "its forward is not a chain of its children"

@@ -1,0 +1,198 @@
+"""The command ``vlm-fast``. Exit codes: 0 ok, 1 failure, 2 usage, 3 environment."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, astuple, fields
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import vlm_fast.ops
+from vlm_fast import ahead_of_time, environment, evidence, selftest, tables
+from vlm_fast.kernels import _native, _triton
+from vlm_fast.op import FLOATS, OPS, Op
+
+
+class Exit(IntEnum):
+    FAILURE = 1
+    USAGE = 2
+    ENVIRONMENT = 3
+
+
+# rich's markup mode would draw boxes into pipes.
+app = typer.Typer(
+    help="Fused kernels between a vision encoder and a language model.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+)
+
+
+def _known_op(name: str | None) -> str | None:
+    if name is not None and name not in OPS:
+        raise typer.BadParameter(f"no op is called {name!r}; there are {', '.join(OPS)}")
+    return name
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+OpArgument = Annotated[str | None, typer.Argument(callback=_known_op, metavar="[OP]")]
+OpOption = Annotated[str | None, typer.Option("--op", callback=_known_op, help="Only this op.")]
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Versions, GPUs, and what is missing, why, and what to do about it."""
+    facts = list(environment.facts())
+    if as_json:
+        _print_json([asdict(fact) for fact in facts])
+        return
+    tables.show("environment", ("", "found"), [(fact.name, fact.value) for fact in facts])
+    for fact in facts:
+        if fact.cause:
+            print(f"{fact.name}: {fact.cause}\n  remedy: {fact.remedy}")
+
+
+@app.command()
+def ops(as_json: Json = False) -> None:
+    """The ops, and what results files prove of them."""
+    results = evidence.read_results()
+    rows = []
+    for op in OPS.values():
+        proofs = evidence.proofs(op, results)
+        gpu = [str(p) for p in proofs if p.device == "cuda"]
+        cpu = [str(p) for p in proofs if p.device == "cpu"]
+        rows.append(
+            {
+                "op": op.name,
+                "dtypes": _served_dtypes(op),
+                "bench_shapes": list(op.bench_shapes),
+                "gpu": gpu or ["never run on a GPU"],
+                "cpu": cpu or ["no results file; run vlm-fast check"],
+            }
+        )
+    if as_json:
+        _print_json(rows)
+        return
+    cells = [["; ".join(v) if isinstance(v, list) else v for v in row.values()] for row in rows]
+    tables.show("ops", ("op", "dtypes", "bench shapes", "GPU", "CPU path"), cells)
+
+
+@app.command()
+def check(op: OpArgument = None, as_json: Json = False) -> None:
+    """Parity on this machine: every op against its reference in fp32, bf16 and fp16."""
+    start = time.perf_counter()
+    names = [op] if op else list(OPS)
+    cuda = torch.cuda.is_available()
+    if cuda and not _triton.AVAILABLE:
+        _stop(Exit.ENVIRONMENT, "Triton is not installed, so the GPU has no kernels to check")
+    cases = []
+    with tables.counter("checking") as count:
+        for case in selftest.run(names):
+            cases.append(case)
+            count(len(cases), None)
+    summary = selftest.summarise(cases)
+    failures = [line for case in cases for line in case.failures()]
+    if as_json:
+        _print_json({"device": _device(cuda), "ok": not failures, "ops": summary})
+    else:
+        rows = [
+            (name, s["cases"], " ".join(s["dtypes"]), f"{s['worst_share_of_budget']:.2f}",
+             "FAILED" if s["failures"] else "ok")
+            for name, s in summary.items()
+        ]  # fmt: skip
+        title = f"parity on {_device(cuda)}, {time.perf_counter() - start:.1f} s"
+        tables.show(title, ("op", "cases", "dtypes", "worst error / budget", ""), rows)
+        for line in failures:
+            print(line)
+    if failures or not cases:
+        raise typer.Exit(Exit.FAILURE)
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option(help="Fewer shapes and repeats.")] = False,
+    op: OpOption = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write rows here.")] = None,
+) -> None:
+    """Time the ops against eager PyTorch and torch.compile, from a clone of the repository."""
+    root = Path(vlm_fast.__file__).resolve().parent.parent
+    if not (root / "benchmarks" / "__main__.py").exists():
+        _stop(Exit.ENVIRONMENT, "the benchmarks are in the repository, not in the package: clone it")
+    sys.path.append(str(root))  # last: nothing of the repository may shadow an installed package
+    rows = importlib.import_module("benchmarks.ops").main([op] if op else list(OPS), quick=quick)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+@app.command(name="compile")
+def compile_(
+    arch: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_90, gfx942, ...; may be repeated.")
+    ] = None,
+    op: OpOption = None,
+    as_json: Json = False,
+    check: Annotated[bool, typer.Option(help="Fail where a kernel exceeds its budget.")] = False,
+) -> None:
+    """Compile every kernel for GPUs that need not be here; print registers, spills, memory."""
+    if not _triton.AVAILABLE or _triton.INTERPRETED:
+        lack = "TRITON_INTERPRET=1 is set" if _triton.INTERPRETED else "Triton is not installed"
+        _stop(Exit.ENVIRONMENT, f"nothing can be compiled: {lack}")
+    archs, names = arch or ahead_of_time.ARCHS, [op] if op else None
+    try:
+        with tables.counter("compiling") as count:
+            found = ahead_of_time.compile_all(archs, ops=names, progress=count)
+    except ValueError as error:
+        _stop(Exit.USAGE, str(error))
+    broken = list(ahead_of_time.violations(found)) if check else []
+    if as_json:
+        _print_json({"kernels": [asdict(row) for row in found], "violations": broken})
+    else:
+        columns = [field.name for field in fields(ahead_of_time.Resources)]
+        tables.show("kernels", columns, [astuple(row) for row in found])
+        for line in broken:
+            print(line)
+    if broken or not found:
+        raise typer.Exit(Exit.FAILURE)
+
+
+def _served_dtypes(op: Op[..., Any]) -> list[str]:
+    """Those in which the smallest call does not fall back."""
+    served = []
+    for dtype in (*FLOATS, torch.float64):
+        args, options = op.sample(op.test_shapes[0], dtype)
+        if op.why_not(*args, **options) is None:
+            served.append(str(dtype).removeprefix("torch."))
+    return served
+
+
+def _device(cuda: bool) -> str:
+    if cuda:
+        return torch.cuda.get_device_name()
+    served = "compiled extension" if _native.native is not None else "ATen"
+    return f"{environment.processor()} (CPU, {served})"
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=1))
+
+
+def _stop(code: Exit, message: str) -> Any:
+    print(f"vlm-fast: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    app(None if arguments is None else list(arguments), prog_name="vlm-fast")
+
+
+if __name__ == "__main__":
+    main()

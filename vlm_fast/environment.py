@@ -1,0 +1,162 @@
+"""What this machine has of what the ops can use, and for each lack its cause and a remedy."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import vlm_fast
+from vlm_fast.kernels import _configs, _native, _triton
+
+PACKAGES = ("transformers", "xformers", "liger-kernel", "numpy", "nvidia-ml-py")
+SWITCHES = ("VLM_FAST_STRICT", "VLM_FAST_DISABLE", "VLM_FAST_BUILD_EXT", "TRITON_INTERPRET")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing that was looked for; ``cause`` and ``remedy`` are empty where nothing lacks."""
+
+    name: str
+    value: str
+    cause: str = ""
+    remedy: str = ""
+
+
+def facts() -> Iterator[Fact]:
+    """Everything that decides how the ops run here."""
+    yield Fact("vlm_fast", vlm_fast.__version__)
+    yield Fact("python", platform.python_version())
+    yield Fact("platform", platform.platform())
+    yield Fact("processor", processor())
+    yield Fact("torch", f"{torch.__version__} ({torch.get_num_threads()} threads)")
+    yield from _gpus()
+    yield _triton_fact()
+    yield _extension()
+    yield _compiler()
+    yield _config_table()
+    for package in PACKAGES:
+        version = version_of(package)
+        yield Fact(package, version or "not installed (optional)")
+    for name in SWITCHES:
+        yield Fact(name, os.environ.get(name, "not set"))
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> Iterator[Fact]:
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            cause = "this torch is built without CUDA"
+            remedy = "install a CUDA build: https://pytorch.org/get-started/locally"
+        elif not Path("/proc/driver/nvidia/version").exists():
+            cause = "no NVIDIA driver is loaded"
+            remedy = "install one, or give the container its GPUs (docker run --gpus all)"
+        else:
+            cause = "torch finds no usable device"
+            remedy = "see nvidia-smi, and CUDA_VISIBLE_DEVICES"
+        yield Fact("gpu", "none; the ops take their CPU path", cause, remedy)
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield Fact(
+            f"gpu {index}",
+            f"{properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB, "
+            f"{properties.multi_processor_count} multiprocessors",
+        )
+    yield Fact("cuda of torch", str(torch.version.cuda))
+    yield driver()
+
+
+def driver() -> Fact:
+    """The version of the NVIDIA driver."""
+    try:
+        pynvml = importlib.import_module("pynvml")
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+        return Fact("driver", version.decode() if isinstance(version, bytes) else version)
+    except Exception as error:  # whatever NVML lacks, the rest of the answer stands
+        return Fact("driver", "unknown", f"NVML: {error}", "pip install nvidia-ml-py")
+
+
+def _triton_fact() -> Fact:
+    version = version_of("triton")
+    if not _triton.AVAILABLE:
+        if platform.system() != "Linux":
+            return Fact("triton", "not importable", f"no builds for {platform.system()}", "none")
+        return Fact("triton", "not importable", _import_error("triton"), "pip install triton")
+    if _triton.INTERPRETED:
+        return Fact(
+            "triton", f"{version}, interpreted", "TRITON_INTERPRET=1: slow, for tests", "unset it"
+        )
+    return Fact("triton", f"{version}")
+
+
+def _extension() -> Fact:
+    if _native.native is not None:
+        return Fact("compiled extension", "present")
+    extension = "vlm_fast._C"
+    # Wherever the import was looked for, both errors say what is wrong.
+    return Fact(
+        "compiled extension", "absent; ATen serves the CPU", _import_error(extension),
+        "with a C++ compiler: pip install --no-build-isolation . (without VLM_FAST_BUILD_EXT=0)",
+    )  # fmt: skip
+
+
+def _import_error(module: str) -> str:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return str(error)
+    return "was not importable when vlm_fast was imported"
+
+
+def _compiler() -> Fact:
+    """Triton compiles a stub with the machine's C compiler at its first launch."""
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang", "cc")), None)
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    remedy = "apt-get install gcc python3-dev, or set CC"
+    if compiler is None or shutil.which(compiler.split()[0]) is None:
+        return Fact("c compiler", "none", "Triton needs one at the first launch", remedy)
+    if not header.exists():
+        return Fact("c compiler", compiler, "Python.h is missing; Triton needs it", remedy)
+    return Fact("c compiler", compiler)
+
+
+def _config_table() -> Fact:
+    if not torch.cuda.is_available():
+        return Fact("config table", "not needed without a GPU")
+    name = _configs.table_name(
+        torch.cuda.get_device_capability(), torch.cuda.get_device_properties(0).name
+    )
+    kernels = _configs.read(_configs.DIRECTORY / name)
+    if kernels:
+        return Fact("config table", f"{name} ({len(kernels)} kernels)")
+    return Fact(
+        "config table", "default configs", f"no {name} is shipped", "make gpu measures and writes it"
+    )

@@ -1,0 +1,97 @@
+"""What results files prove of each op: on which machine, at this source or at an older one.
+
+A results file (``benchmarks/results/<machine>.json``, schema 1) is written by the benchmark. This
+reads ``schema``, ``device`` ("cuda" or "cpu"), ``machine``, ``sources`` ({op: {file: sha256}}) and
+``parity`` ({op: {"dtypes": [...], "cases": n, "failures": [...]}}).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_fast.op import Op
+
+SCHEMA = 1
+PACKAGE = Path(__file__).resolve().parent
+RESULTS = PACKAGE.parent / "benchmarks" / "results"  # absent where the package is installed
+
+# These decide how a kernel is launched, not what it computes.
+PLUMBING = {"_configs.py", "_launcher.py", "_native.py", "_triton.py"}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """That an op passed parity on a machine, and whether its source is still the same."""
+
+    device: str
+    machine: str
+    current: bool
+    passed: bool
+    dtypes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        verdict = "proven" if self.passed else "FAILED"
+        return f"{verdict} on {self.machine}" + ("" if self.current else ", at an older source")
+
+
+def sources(op: Op[..., Any]) -> dict[str, str]:
+    """The files that decide what an op computes, and the sha256 of each."""
+    declared = Path(inspect.getsourcefile(op.reference) or "")
+    found: dict[str, str] = {}
+    todo = [declared]
+    while todo:
+        path = todo.pop()
+        name = f"{path.parent.name}/{path.name}"
+        if name in found or not path.is_file() or path.name in PLUMBING:
+            continue
+        text = path.read_bytes()
+        found[name] = hashlib.sha256(text).hexdigest()
+        todo += (PACKAGE / "kernels" / f"{kernel}.py" for kernel in _kernel_imports(text))
+    return dict(sorted(found.items()))
+
+
+def _kernel_imports(text: bytes) -> Iterator[str]:
+    """Names of the kernel files that a file of ``ops/`` or ``kernels/`` imports."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if module == "vlm_fast.kernels" or (node.level == 1 and not module):
+                yield from (alias.name for alias in node.names)
+            elif module.startswith("vlm_fast.kernels.") or node.level == 1:
+                yield module.rpartition(".")[2]
+
+
+def read_results(directory: Path = RESULTS) -> list[dict[str, Any]]:
+    """The results files of this schema; a broken one is no proof and is left out."""
+    found = []
+    for path in sorted(directory.glob("*.json")):
+        try:
+            content = json.loads(path.read_text())
+            if content["schema"] == SCHEMA:
+                found.append(content)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def proofs(op: Op[..., Any], results: list[dict[str, Any]]) -> list[Proof]:
+    """What the results say of one op, current proofs first."""
+    now, found = sources(op), []
+    for result in results:
+        parity = result.get("parity", {}).get(op.name)
+        if parity is not None:
+            current = result.get("sources", {}).get(op.name) == now
+            found.append(
+                Proof(
+                    result["device"], result["machine"], current,
+                    parity["cases"] > 0 and not parity["failures"], tuple(parity["dtypes"]),
+                )  # fmt: skip
+            )
+    return sorted(found, key=lambda proof: (not proof.current, proof.machine))
