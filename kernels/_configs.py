@@ -28,6 +28,7 @@ def table_name(capability: tuple[int, int], gpu: str) -> str:
     return f"sm_{capability[0]}{capability[1]}_{re.sub(r'[^0-9A-Za-z]+', '_', gpu)}.json"
 
 
+@functools.lru_cache(maxsize=1024)
 def winner(kernel: str, dtype: torch.dtype, size: int, device: int) -> int:
     """Index of the config to use; 0, the default, where nothing was measured."""
     return lookup(_table(device), kernel, str(dtype).removeprefix("torch."), size)

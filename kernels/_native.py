@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from types import ModuleType
 
-native: Any
+native: ModuleType | None
 try:
-    from .. import _C as native
+    native = import_module(".._C", __package__)
 except ImportError:
     native = None

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -46,6 +47,9 @@ def image_token_slots_kernel(
         found += tl.sum(here)
     if sample == batch - 1:
         tl.store(count_ptr, found)
+        for start in range(found, capacity, BLOCK):
+            slot = start + lane
+            tl.store(slots_ptr + slot, tl.zeros([BLOCK], dtype=tl.int32), mask=slot < capacity)
 
 
 @kernel(
@@ -118,11 +122,13 @@ def gather_image_tokens_kernel(
 def image_token_slots(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """``slots (capacity,)`` int32 and how many entries of ``mask (batch, sequence)`` are true.
 
+    The mask has at least one entry.
+
     Slots past the count hold 0: a wrong count is somebody's error, never a wild address.
     """
     mask = mask.contiguous()
-    slots = mask.new_zeros(capacity, dtype=torch.int32)
-    count = mask.new_zeros((), dtype=torch.int32)
+    slots = mask.new_empty(capacity, dtype=torch.int32)
+    count = mask.new_empty((), dtype=torch.int32)
     batch, sequence = mask.shape
     if runs_triton(mask):
         image_token_slots_kernel(
@@ -134,9 +140,10 @@ def image_token_slots(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     elif native is not None:
         found = native.image_token_slots(mask.data_ptr(), mask.numel(), slots.data_ptr(), capacity)
         count.fill_(found)
+        slots[found:] = 0
     else:
         rows = mask.flatten().nonzero().flatten()
-        slots[: rows.numel()] = rows[:capacity]
+        slots.zero_()[: rows.numel()] = rows[:capacity]
         count.fill_(rows.numel())
     return slots, count
 
@@ -195,7 +202,8 @@ def clear_image_tokens(source: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
 
 def gather_image_tokens(source: Tensor, slots: Tensor, first: int, out: Tensor) -> None:
     """``out[j] = source[slots[first + j]]`` over the rows of ``source (batch, sequence, cols)``."""
-    matrix, rows = row_matrix(source), out.shape[:-1].numel()
+    matrix = row_matrix(source)
+    rows = math.prod(out.shape[:-1])  # Size.numel() would fix a dynamic shape
     cols = matrix.shape[1]
     if runs_triton(source):
         gather_image_tokens_kernel(

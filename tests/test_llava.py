@@ -96,9 +96,7 @@ def test_patched_projector_trains_compiled_in_one_graph():
 
     expected = run(projector)
     vlm_fast.patch(model)
-    for ours, theirs in zip(
-        run(torch.compile(projector, fullgraph=True)), expected, strict=True
-    ):
+    for ours, theirs in zip(run(torch.compile(projector, fullgraph=True)), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -136,7 +134,10 @@ def test_verify_judges_each_connector():
     vlm_fast.patch(model)
     verification = vlm_fast.verify(model, **inputs)
     assert verification.ok and not verification.unreached
-    assert [connector.what for connector in verification.connectors] == ["merge_image_tokens", "mlp"]
+    assert [connector.what for connector in verification.connectors] == [
+        "merge_image_tokens",
+        "mlp",
+    ]
     text_only = vlm_fast.verify(model, input_ids=torch.arange(8, 20)[None])
     assert not text_only.ok and len(text_only.unreached) == 2
 

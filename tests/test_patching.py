@@ -236,7 +236,9 @@ def test_nothing_to_patch():
 def test_zero3_is_refused_and_nothing_changed():
     model = llava()
     model.model.multi_modal_projector.linear_2.weight.ds_id = 4
-    with pytest.raises(ValueError, match=r"linear_2\.weight partitioned by ZeRO-3.*patch the model"):
+    with pytest.raises(
+        ValueError, match=r"linear_2\.weight partitioned by ZeRO-3.*patch the model"
+    ):
         vlm_fast.patch(model)
     assert vlm_fast.explain(model) == {}
 

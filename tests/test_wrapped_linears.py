@@ -137,7 +137,9 @@ def test_modules_to_save(saved_modules):
     copies = [p for n, p in patched.named_parameters() if "modules_to_save" in n]
     grads = torch.autograd.grad(ours(x).sum(), [p for p in copies if p.requires_grad])
     assert len(grads) == len(copies) > 0
-    (why,) = [w for n, w in vlm_fast.explain(patched).items() if n.endswith(("projector", "default"))]
+    (why,) = [
+        w for n, w in vlm_fast.explain(patched).items() if n.endswith(("projector", "default"))
+    ]
     if saved_modules == ["linear_1"]:
         assert "ModulesToSaveWrapper" in why
     else:

@@ -1,4 +1,4 @@
-"""Every kernel compiled for GPUs that are not here, and what the compiler made of it.
+"""Every kernel compiled for GPUs that need not be here, and what the compiler made of it.
 
 Nothing is listed: each op runs forward and backward at its bench shapes on CUDA tensors without
 data, the launches are recorded, and Triton's own binder turns their arguments into signatures.
@@ -6,13 +6,13 @@ data, the launches are recorded, and Triton's own binder turns their arguments i
 
 from __future__ import annotations
 
+import json
 import re
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import vlm_fast.ops  # noqa: F401  declares what is compiled
+from vlm_fast import machine_code
 from vlm_fast.kernels._launcher import Config, Kernel, Launch, recording
 from vlm_fast.kernels._triton import AVAILABLE, INTERPRETED, triton
 from vlm_fast.op import FLOATS, OPS, Op
@@ -31,14 +32,15 @@ if AVAILABLE:
     from triton.runtime.jit import create_function_from_signature
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
-MAX_SHARED_BYTES = 227 * 1024  # a block on sm_90 and sm_100
-DEFAULT_SHARED_BYTES = 48 * 1024  # what every GPU has, several blocks a multiprocessor
-SMALL_FLOATS = re.compile(r"\b(bf16|fp16)\b")
+BUDGETS = Path(__file__).resolve().parent.parent / "tests" / "budgets.json"
+AT_MOST = ("registers", "shared_bytes")  # other budgets are of what there should be more of
+DEFAULT_SHARED_BYTES = 48 * 1024  # leaves room for several blocks on a multiprocessor of any GPU
+MAX_SHARED_BYTES = 227 * 1024  # all a block can have on sm_90 and sm_100
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes with one config; instructions are counted in the code, not as run."""
+    """What one kernel takes with one config; instructions as they stand in the code, not as run."""
 
     kernel: str
     signature: str
@@ -46,16 +48,16 @@ class Resources:
     arch: str
     registers: int
     stack_bytes: int
-    spills: int  # instructions that reach local memory
+    spills: int  # instructions on local memory
     shared_bytes: int
     tensor_core: int
     tma: int
-    wide_loads: int  # global, 128 bits or more
+    wide_loads: int  # of global memory, 128 bits or more
     wide_stores: int
-    seconds: float  # near 0 from Triton's cache
+    seconds: float  # to compile; near 0 from Triton's cache
 
     def __str__(self) -> str:
-        return f"{self.kernel} ({self.signature}) config {self.config} on {self.arch}"
+        return f"{self.kernel} ({self.signature}), config {self.config}, on {self.arch}"
 
 
 @dataclass(frozen=True)
@@ -63,23 +65,27 @@ class Build:
     """One kernel as Triton compiles it for a launch, with one of its configs, for one GPU."""
 
     kernel: Kernel
+    signature: str
     config: int
     arch: str
-    signature: str
     source: Any
     options: dict[str, Any]
 
     def compile(self) -> Any:
         return triton.compile(self.source, target=_target(self.arch), options=self.options)
 
+    def ttir(self) -> str:
+        """The kernel in Triton's first representation, inlined: the address arithmetic as meant."""
+        return str(self.compile().asm["ttir"])
+
 
 def compile_all(
-    archs: Sequence[str] = ARCHS,
+    archs: Iterable[str] = ARCHS,
     *,
     ops: Iterable[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Resources]:
-    """Compile every kernel that the ops launch, with each config, and count.
+    """Compile every kernel that the ops launch, with each of its configs, and count.
 
     Args:
         archs: "sm_80", "sm_90", "gfx942", ...
@@ -90,52 +96,102 @@ def compile_all(
         RuntimeError: Triton is absent or interpreting (TRITON_INTERPRET=1).
         ValueError: an arch or op is unknown.
     """
-    todo = list(builds(archs, ops=ops))
-    found = []
+    todo, found = list(builds(archs, ops=ops)), []
+    by_arch: dict[str, list[tuple[Build, Any, float]]] = {}
     # Threads: ptxas is a process of its own, and Triton's passes release the interpreter lock.
     with ThreadPoolExecutor(2) as pool:
-        for resources in pool.map(measure, todo):
-            found.append(resources)
+        for done, timed in enumerate(pool.map(_timed, todo), start=1):
+            by_arch.setdefault(timed[0].arch, []).append(timed)
             if progress is not None:
-                progress(len(found), len(todo))
+                progress(done, len(todo))
+    for arch, group in by_arch.items():
+        counts = machine_code.inspect([compiled.asm for _, compiled, _ in group], arch)
+        for (build, compiled, seconds), counted in zip(group, counts, strict=True):
+            found.append(
+                Resources(
+                    build.kernel.name, build.signature, build.config, arch, seconds=seconds,
+                    shared_bytes=compiled.metadata.shared, **counted,
+                )  # fmt: skip
+            )
     return found
 
 
-def builds(archs: Sequence[str] = ARCHS, *, ops: Iterable[str] | None = None) -> Iterator[Build]:
-    """What `compile_all` compiles, each different piece of code once."""
+def violations(
+    resources: Iterable[Resources],
+    budgets: Mapping[str, Mapping[str, Mapping[str, int]]] | None = None,
+) -> list[str]:
+    """What exceeds the budgets, a sentence each: {kernel: {arch: {a count of Resources: bound}}}.
+
+    No budget allows a spill. Of registers and shared memory it is the most a kernel may take; of
+    instructions the least it must have in bf16 and fp16. None reads those of the repository.
+
+    Raises:
+        FileNotFoundError: there are none beside an installed package.
+    """
+    budgets = json.loads(BUDGETS.read_text()) if budgets is None else budgets
+    found = []
+    for r in resources:
+        if r.stack_bytes or r.spills:
+            found.append(f"{r}: spills ({r.stack_bytes} bytes of stack, {r.spills} instructions)")
+        ceiling = MAX_SHARED_BYTES if r.config else DEFAULT_SHARED_BYTES
+        if r.shared_bytes > ceiling:
+            found.append(f"{r}: {r.shared_bytes} bytes of shared memory, at most {ceiling}")
+        bounds = budgets.get(r.kernel, {}).get(r.arch)
+        if bounds is None:
+            found.append(f"{r.kernel} has no budget on {r.arch}")
+            continue
+        half = re.search(r"\b(bf16|fp16)\b", r.signature)
+        for name, bound in bounds.items():
+            value = getattr(r, name)
+            if value > bound if name in AT_MOST else half and value < bound:
+                limit = "at most" if name in AT_MOST else "at least"
+                found.append(f"{r}: {name} {value}, {limit} {bound}")
+    return list(dict.fromkeys(found))
+
+
+def builds(archs: Iterable[str] = ARCHS, *, ops: Iterable[str] | None = None) -> Iterator[Build]:
+    """What `compile_all` compiles: each different piece of code once."""
     if not AVAILABLE or INTERPRETED:
-        reason = "is not installed" if not AVAILABLE else "interprets (TRITON_INTERPRET=1)"
+        reason = "is interpreting (TRITON_INTERPRET=1)" if AVAILABLE else "is not installed"
         raise RuntimeError(f"nothing can be compiled: Triton {reason}")
     names = list(OPS) if ops is None else list(ops)
     if unknown := [name for name in names if name not in OPS]:
         raise ValueError(f"no op is called {unknown[0]!r}; there are {', '.join(OPS)}")
+    backends = {arch: make_backend(_target(arch)) for arch in archs}
     recorded = [launch for name in names for launch in launches(OPS[name])]
     seen = set()
-    for arch in archs:
-        backend = make_backend(_target(arch))
+    for arch, backend in backends.items():
         for launch in recorded:
             for index, config in enumerate(launch.kernel.configs):
                 build = _build(launch, index, config, arch, backend)
-                key = (arch, index, build.source.hash())
-                if key not in seen:
+                if (key := (arch, index, build.source.hash())) not in seen:
                     seen.add(key)
                     yield build
 
 
 def launches(op: Op[..., Any]) -> list[Launch]:
-    """What an op launches at its bench shapes: without gradients, and forward and backward."""
+    """What an op launches, without gradients and with: nothing is computed, no GPU needed.
+
+    At every bench shape in every dtype; the words that its options take in the test shapes
+    (which activation) at the first bench shape in bf16.
+    """
+    named = list(op.bench_shapes.values())
+    cases = [(shape, dtype) for shape in named for dtype in FLOATS]
+    for shape in op.test_shapes:
+        words = {k: v for k, v in shape.items() if k in op.defaults and isinstance(v, str)}
+        if words:
+            cases.append(({**named[0], **words}, torch.bfloat16))
     with FakeTensorMode(), torch.no_grad(), recording() as found:
-        for shape in op.bench_shapes.values():
-            for dtype in FLOATS:
-                values, settings = op.sample(shape, dtype)
-                values = tree_map_only(Tensor, _on_cuda, values)
-                op.fast(*values, **settings)
-                _with_gradients(op, *op._bind(values, settings))
+        for shape, dtype in cases:
+            values, settings = op.sample(shape, dtype)
+            values, settings = op._bind(tree_map_only(Tensor, _on_cuda, values), settings)
+            op.fast(*values, **settings)
+            _with_gradients(op, values, settings)
     return found
 
 
 def _with_gradients(op: Op[..., Any], values: tuple[Any, ...], settings: dict[str, Any]) -> None:
-    # Not by autograd, which knows no CUDA device in a CPU build of torch, with data or without.
+    # Past autograd: in a CPU build of torch its engine knows no CUDA device, not even of stand-ins.
     path, values = op._path, op._accepts(*values, **settings)
     count = path.count(values)
     needs = tuple(isinstance(v, Tensor) and v.is_floating_point() for v in path.flatten(values))
@@ -145,25 +201,25 @@ def _with_gradients(op: Op[..., Any], values: tuple[Any, ...], settings: dict[st
 
 
 def _on_cuda(tensor: Tensor) -> Tensor:
-    """The same strides and offset: they decide how wide loads can be."""
+    """The same strides and offset, which decide how wide a load can be."""
     size = tensor.untyped_storage().nbytes() // tensor.itemsize
     storage = torch.empty(size, dtype=tensor.dtype, device="cuda")
     return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 class _Address:
-    """A tensor as Triton's binder sees it, in an allocation that is aligned as CUDA's are."""
+    """What Triton's binder asks of a tensor, for one in an allocation aligned as CUDA's are."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
         self._offset = tensor.storage_offset() * tensor.itemsize
-        self._nbytes = tensor.untyped_storage().nbytes()
+        self._size = tensor.untyped_storage().nbytes()
 
     def data_ptr(self) -> int:
         return self._offset
 
     def ptr_range(self) -> int:
-        return self._nbytes
+        return self._size
 
 
 def _build(launch: Launch, index: int, config: Config, arch: str, backend: Any) -> Build:
@@ -171,22 +227,22 @@ def _build(launch: Launch, index: int, config: Config, arch: str, backend: Any) 
     bind = create_function_from_signature(jit.signature, jit.params, backend)
     arguments = tree_map_only(Tensor, _Address, launch.arguments)
     bound = bind(**arguments, **config.options())
-    options, signature, constants, attributes = jit._pack_args(backend, config.options(), *bound)
-    source = ASTSource(jit, signature, constants, attributes)
-    described = _describe(jit.params, source, config)
-    return Build(launch.kernel, index, arch, described, source, options.__dict__)
+    options, *parts = jit._pack_args(backend, config.options(), *bound)
+    source = ASTSource(jit, *parts)
+    signature = _describe(jit.params, source, config)
+    return Build(launch.kernel, signature, index, arch, source, options.__dict__)
 
 
 def _describe(params: Sequence[Any], source: Any, config: Config) -> str:
-    """Pointers, constants, and the integers that are not plain aligned i32."""
+    """Pointers, constants, and the integers that are not plain i32."""
     words = []
     for i, param in enumerate(params):
         kind = source.signature[param.name]
         if kind == "constexpr":
             text = source.constants[(i,)]
         else:
-            aligned = param.do_not_specialize or source.attrs.get((i,)) or kind.startswith("fp")
-            text = kind.removeprefix("*") + ("" if aligned else " unaligned")
+            known = source.attrs.get((i,)) or param.do_not_specialize or kind.startswith("fp")
+            text = kind.removeprefix("*") + ("" if known else " unaligned")
         if text is not None and text != "i32" and param.name not in config.blocks:
             words.append(f"{param.name.removesuffix('_ptr')} {text}")
     return ", ".join(words)
@@ -200,53 +256,7 @@ def _target(arch: str) -> Any:
     raise ValueError(f"arch must be like 'sm_90' or 'gfx942', got {arch!r}")
 
 
-def measure(build: Build) -> Resources:
-    """Compile, and read registers and instructions from the machine code."""
+def _timed(build: Build) -> tuple[Build, Any, float]:
     start = time.perf_counter()
     compiled = build.compile()
-    seconds = time.perf_counter() - start
-    amd = "amdgcn" in compiled.asm
-    counts = _amd(compiled.asm["amdgcn"]) if amd else _nvidia(compiled.asm["cubin"])
-    return Resources(
-        build.kernel.name, build.signature, build.config, build.arch,
-        shared_bytes=compiled.metadata.shared, seconds=round(seconds, 2), **counts,
-    )  # fmt: skip
-
-
-def _nvidia(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tools = triton.knobs.nvidia
-        usage = _output(tools.cuobjdump.path, "-res-usage", file.name)
-        code = _output(tools.nvdisasm.path, "-c", file.name)
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
-    return dict(
-        registers=registers,
-        stack_bytes=stack,
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        tensor_core=len(re.findall(r"\b(?:UTC)?[A-Z]G?MMA\b", code)),
-        tma=len(re.findall(r"\bUTMA(?:LDG|STG|REDG)\b", code)),
-        wide_loads=len(re.findall(r"\bLDG\.[.\w]*\b(?:128|256)\b", code)),
-        wide_stores=len(re.findall(r"\bSTG\.[.\w]*\b(?:128|256)\b", code)),
-    )
-
-
-def _amd(code: str) -> dict[str, int]:
-    def noted(name: str) -> int:
-        match = re.search(rf"\.{name}:\s+(\d+)", code)
-        return int(match[1]) if match else 0
-
-    return dict(
-        registers=noted("vgpr_count"),
-        stack_bytes=noted("private_segment_fixed_size"),
-        spills=noted("vgpr_spill_count") + noted("sgpr_spill_count"),
-        tensor_core=len(re.findall(r"\bv_(?:mfma|wmma)_", code)),
-        tma=0,
-        wide_loads=len(re.findall(r"\b(?:global|buffer)_load_(?:dwordx4|b128)\b", code)),
-        wide_stores=len(re.findall(r"\b(?:global|buffer)_store_(?:dwordx4|b128)\b", code)),
-    )
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return build, compiled, round(time.perf_counter() - start, 2)

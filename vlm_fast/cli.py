@@ -126,7 +126,7 @@ def bench(
     """Time the ops against eager PyTorch and torch.compile, from a clone of the repository."""
     root = Path(vlm_fast.__file__).resolve().parent.parent
     if not (root / "benchmarks" / "__main__.py").exists():
-        _stop(Exit.ENVIRONMENT, "the benchmarks are in the repository, not in the package: clone it")
+        _stop(Exit.ENVIRONMENT, "the benchmarks come with the repository, not with the package")
     sys.path.append(str(root))  # last: nothing of the repository may shadow an installed package
     rows = importlib.import_module("benchmarks.ops").main([op] if op else list(OPS), quick=quick)
     if json_file is not None:

@@ -186,8 +186,9 @@ class Op(Generic[P, R]):
         return attach
 
 
-def _autocast_device(first: Tensor) -> str:
-    return "cuda" if first.is_cuda else "cpu"
+def _autocast_device(first: Any) -> str:
+    # Not a tensor: said by the op's own checks, which come next.
+    return "cuda" if getattr(first, "is_cuda", False) else "cpu"
 
 
 def op(reference: Callable[P, R]) -> Op[P, R]:

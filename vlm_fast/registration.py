@@ -148,7 +148,9 @@ class CallPath:
         return [*((result,) if self.single else result), *fresh]
 
     def _key(self, needs: Any, count: int, settings: dict[str, Any]) -> tuple[Any, ...]:
-        return (tuple(needs), count, *sorted(settings.items()))
+        # Not the sizes: hashing a symbolic one would fix it.
+        plain = [(k, v) for k, v in settings.items() if isinstance(v, (str, float, bool))]
+        return (tuple(needs), count, *sorted(plain))
 
     def _run_backward(
         self,
@@ -191,6 +193,8 @@ class CallPath:
             ctx.save_for_backward(*[None if at is None else available[at] for at in recipe])
 
         def backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+            if torch.is_grad_enabled():  # create_graph=True
+                _refuse_double_backward(name)
             found = iter(
                 run_backward(
                     list(grads[: self.results]), list(ctx.saved_tensors),
@@ -216,7 +220,7 @@ def _autograd_function(path: CallPath) -> Any:
             result, saved = path.forward(needs, *path.unflatten(flat, count), **settings)
             ctx.save_for_backward(*saved)
             ctx.count, ctx.settings = count, settings
-            return result
+            return _fresh(result) if path.single else tuple(map(_fresh, result))
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -228,6 +232,11 @@ def _autograd_function(path: CallPath) -> Any:
 
     Function.__name__ = Function.__qualname__ = f"vlm_fast_{path.name}"
     return Function
+
+
+def _fresh(result: Tensor) -> Tensor:
+    # Autograd forbids in-place work on a view that a Function made; nn.Linear's result allows it.
+    return result.data if result._is_view() else result
 
 
 def _holds_list(annotation: Any) -> bool:
@@ -243,4 +252,5 @@ def _schema_type(annotation: Any) -> str:
     if get_origin(annotation) in (Union, UnionType):
         kinds = [a for a in get_args(annotation) if a is not type(None)]
         return _schema_type(kinds[0]) + "?"
-    return {Tensor: "Tensor", str: "str", float: "float", int: "int", bool: "bool"}[annotation]
+    kinds = {Tensor: "Tensor", str: "str", float: "float", int: "SymInt", bool: "bool"}
+    return kinds[annotation]

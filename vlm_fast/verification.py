@@ -130,9 +130,8 @@ def _module_results(module: nn.Module, args: tuple[Any, ...]) -> list[tuple[str,
         result = module(*args)
         inputs = parity.differentiable(args)
         wanted = [*inputs, *parameters.values()]
-        grads = torch.autograd.grad(
-            result, wanted, parity.random_upstream(result), allow_unused=True, materialize_grads=True
-        )
+        upstream = parity.random_upstream(result)
+        grads = torch.autograd.grad(result, wanted, upstream, materialize_grads=True)
     names = [f"gradient of input {i}" for i in range(len(inputs))]
     names += [f"gradient of {name}" for name in parameters]
     return [("output", result.detach()), *zip(names, grads, strict=True)]

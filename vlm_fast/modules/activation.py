@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from vlm_fast.kernels.mlp import activate
@@ -30,7 +32,7 @@ class QuickGELU(nn.Module):
 def activation_of(module: nn.Module) -> str | None:
     """Its name for `vlm_fast.ops.mlp`, or None if it is none of those."""
     kind = type(module)
-    if kind is nn.GELU:
+    if isinstance(module, nn.GELU) and kind is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
     if kind is nn.SiLU:
         return "silu"
@@ -52,14 +54,15 @@ def why_not_activation(module: nn.Module) -> str | None:
 
 def activation_module(name: str) -> nn.Module:
     """A module for one of the kernels' activations."""
-    if name == "quick_gelu":
-        return QuickGELU()
-    modules = {
-        "gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU,
-        "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-    }  # fmt: skip
-    if name not in modules:
-        raise ValueError(
-            f"activation is {name!r}, expected one of {(*sorted(modules), 'quick_gelu')}"
-        )
-    return modules[name]()
+    if name not in _MODULES:
+        raise ValueError(f"activation is {name!r}, expected one of {tuple(_MODULES)}")
+    return _MODULES[name]()
+
+
+_MODULES: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "quick_gelu": QuickGELU,
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +69,8 @@ class MLPProjector(nn.Module):
             raise ValueError(f"module is a {type(module).__name__}: {why}")
         projector = cls.__new__(cls)
         nn.Module.__init__(projector)
-        projector.linear_1, projector.linear_2 = module.linear_1, module.linear_2
-        projector.act = getattr(module, found.act)
+        for name, child in (("linear_1", "linear_1"), ("act", found.act), ("linear_2", "linear_2")):
+            setattr(projector, name, getattr(module, child))
         projector.saved = _known_saved(saved)
         projector.train(module.training)
         return projector
@@ -98,9 +98,10 @@ def fused_mlp(
     if reason is not None:
         fell_back(owner, reason)
         return linear_2(act(linear_1(x)))
+    first, second = cast(nn.Linear, linear_1), cast(nn.Linear, linear_2)
     return ops.mlp(
-        x, linear_1.weight, linear_1.bias, linear_2.weight, linear_2.bias,
-        activation=activation_of(act), saved=saved,
+        x, first.weight, first.bias, second.weight, second.bias,
+        activation=cast(str, activation_of(act)), saved=saved,
     )  # fmt: skip
 
 

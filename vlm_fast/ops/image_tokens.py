@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,6 +53,8 @@ def accepts(inputs_embeds, image_features, image_mask):
     _check_sequence(name, "inputs_embeds", inputs_embeds, image_mask)
     if isinstance(image_features, Tensor):
         image_features = [image_features]
+    elif not isinstance(image_features, Sequence):
+        raise not_a_tensor(name, "image_features", image_features)
     hidden, rows = inputs_embeds.shape[-1], 0
     for i, image in enumerate(image_features):
         argument = "image_features" if len(image_features) == 1 else f"image_features[{i}]"
@@ -65,7 +68,7 @@ def accepts(inputs_embeds, image_features, image_mask):
         if image.device != inputs_embeds.device:
             wanted = f"{inputs_embeds.device}, where inputs_embeds is"
             raise wrong_value(name, argument, image, wanted)
-        rows += image.shape[:-1].numel()
+        rows += _rows(image)
     if rows > image_mask.numel():
         raise ValueError(
             f"vlm_fast.{name}: image_features has {rows} rows, expected at most "
@@ -83,7 +86,7 @@ def requires(inputs_embeds, image_features, image_mask):
 
 @merge_image_tokens.forward
 def forward(needs, inputs_embeds, image_features, image_mask):
-    count = sum(image.shape[:-1].numel() for image in image_features)
+    count = sum(_rows(image) for image in image_features)
     slots, found = kernels.image_token_slots(image_mask, count)
     _check_count("merge_image_tokens", "image_features", count, found)
     out = kernels.merge_image_tokens(inputs_embeds, image_features, image_mask, slots)
@@ -104,17 +107,17 @@ def backward(needs, kept, dy):
         if likeness is None:
             dfeatures.append(None)
             continue
-        dimage = likeness.new_empty(likeness.shape)
+        dimage = likeness.new_empty(*likeness.shape[:-1], dy.shape[-1])
         kernels.gather_image_tokens(dy, slots, first, dimage)
         dfeatures.append(dimage)
-        first += dimage.shape[:-1].numel()
+        first += _rows(dimage)
     return dembeds, dfeatures, None
 
 
 @merge_image_tokens.cost
 def cost(inputs_embeds, image_features, image_mask):
     images = [image_features] if isinstance(image_features, Tensor) else image_features
-    rows = sum(image.shape[:-1].numel() for image in images)
+    rows = sum(_rows(image) for image in images)
     hidden = inputs_embeds.shape[-1]
     text = nbytes(inputs_embeds) - rows * hidden * inputs_embeds.element_size()
     moved = nbytes(*images) + text + nbytes(inputs_embeds)
@@ -250,6 +253,10 @@ def _check_sequence(name: str, argument: str, rows: Tensor, mask: Tensor) -> Non
         raise wrong_value(name, "image_mask", mask, f"{rows.device}, where {argument} is")
 
 
+def _rows(image: Tensor) -> int:
+    return math.prod(image.shape[:-1])  # Size.numel() would fix a dynamic shape
+
+
 def _no_rows(rows: Tensor) -> str | None:
     if rows.shape[0] * rows.shape[1] > MAX_ROWS:
         return f"more than {MAX_ROWS} rows"
@@ -273,5 +280,5 @@ def _check_count(name: str, argument: str, count: int, found: Tensor) -> None:
 
 
 def _likeness(image: Tensor) -> Tensor:
-    """Shape and dtype of a tensor at one element of memory, for its gradient."""
-    return image.new_empty(1).expand(image.shape)
+    """The rows and dtype of a tensor without its elements, for its gradient."""
+    return image.new_empty(*image.shape[:-1], 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -192,7 +194,7 @@ def _gaps(x: Tensor) -> Tensor | None:
 
 def _tokens_and_period(z: Tensor, leading: torch.Size) -> tuple[int, int]:
     """Tokens of an image in z, and rows from one image to the next."""
-    rows = leading.numel()
+    rows = math.prod(leading)  # Size.numel() would fix a dynamic shape
     if z.ndim != 2 or z.shape[0] == rows:
         return rows, rows
     images, tokens = leading

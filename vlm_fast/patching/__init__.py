@@ -111,7 +111,7 @@ def unpatch(model: nn.Module) -> int:
     return len(patched)
 
 
-def patched_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def patched_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Names and modules in ``model`` that are patched."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, Patched))
 

@@ -25,6 +25,10 @@ class Patched:
 
     patch: ClassVar[Patch]
 
+    def why_not(self) -> str | None:
+        """Why the next call would run as plain PyTorch, or None."""
+        return None
+
     def _get_name(self) -> str:
         return f"{self.patch.base.__name__}[vlm_fast]"
 

@@ -35,10 +35,12 @@ class PlaceholderMask(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is Tensor.masked_scatter and not kwargs:
                 return _masked_scatter(*args)
-            if func in _READS and _would_wait(args[0]):
-                return UNREAD if func is Tensor.__format__ else True
+            if func is Tensor.__format__ and _would_wait(args[0]):  # the message of the count check
+                return UNREAD
             if func is Tensor.__format__:  # of a number; of a subclass it would be its repr
                 return format(args[0].as_subclass(Tensor), *args[1:])
+            if func is Tensor.item and args[0].dtype == torch.bool and _would_wait(args[0]):
+                return True  # its verdict
             result = func(*args, **kwargs)
             return result.as_subclass(PlaceholderMask) if func in _LEADING_TO_MASK else result
 
@@ -47,8 +49,6 @@ _LEADING_TO_MASK = {
     Tensor.__eq__, Tensor.eq, Tensor.all, Tensor.__and__, Tensor.__or__, Tensor.unsqueeze,
     Tensor.to, Tensor.sum, Tensor.mul, Tensor.__mul__, Tensor._is_all_true,
 }  # fmt: skip
-# The message of the count check, and its verdict: each would wait for the device.
-_READS = {Tensor.__format__, Tensor.item}
 
 
 def _would_wait(count: Tensor) -> bool:
@@ -78,16 +78,17 @@ class FusedMerge(Patched):
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        if input_ids is not None:
-            input_ids = input_ids.as_subclass(PlaceholderMask)
-        else:
-            inputs_embeds = inputs_embeds.detach().as_subclass(PlaceholderMask)
+        compared = inputs_embeds.detach() if input_ids is None else input_ids
+        # Without features nothing is counted; a FakeTensor or DTensor cannot change its type.
+        if any(f is not None for f in (*args, *kwargs.values())) and type(compared) is Tensor:
+            compared = compared.as_subclass(PlaceholderMask)
+            if input_ids is None:
+                inputs_embeds = compared
+            else:
+                input_ids = compared
         return super().get_placeholder_mask(  # type: ignore[misc]
             input_ids, inputs_embeds, *args, **kwargs
         )
-
-    def why_not(self) -> str | None:
-        return None
 
 
 def recognise(module: nn.Module) -> tuple[()] | str | None:
@@ -95,11 +96,16 @@ def recognise(module: nn.Module) -> tuple[()] | str | None:
     method = getattr(type(module), "get_placeholder_mask", None)
     if method is None:
         return None
-    if "masked_scatter" not in _names(type(module).forward):
+    forward = _names(type(module).forward)
+    if "masked_scatter" not in forward:
         return None  # a wrapper that hands the question on to the model inside
+    if "get_placeholder_mask" not in forward:
+        return "its forward makes its own mask, not by get_placeholder_mask"
     parameters = list(inspect.signature(method).parameters)
     if parameters[1:4] != ["input_ids", "inputs_embeds", "image_features"]:
-        return f"get_placeholder_mask takes {parameters[1:]}"
+        return f"get_placeholder_mask takes {', '.join(parameters[1:])}"
+    if "expand_as" in _names(method):
+        return "its mask is expanded to the hidden size"
     if "torch_compilable_check" not in _names(method):
         return "its feature count is not checked, so the merge may not check it either"
     return ()

@@ -27,6 +27,9 @@ class Chain(NamedTuple):
 class FusedMLP(Patched):
     """The forward of such a projector through `vlm_fast.ops.mlp`."""
 
+    linear_1: nn.Module
+    linear_2: nn.Module
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         chain: Chain = self.patch.recipe
         if len(args) == 1 and not kwargs:
@@ -42,7 +45,6 @@ class FusedMLP(Patched):
         return fused_mlp(type(self).__name__, x, self.linear_1, act, self.linear_2, chain.saved)
 
     def why_not(self) -> str | None:
-        """Why the next call would run as plain PyTorch, or None."""
         return why_not_fused(self.linear_1, getattr(self, self.patch.recipe.act), self.linear_2)
 
 

@@ -1,0 +1,41 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALLED := .venv/installed
+
+.PHONY: test bench check gpu lint clean
+
+# Triton is either interpreted or compiled for the life of a process, so the suite takes two.
+test: $(INSTALLED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
+	$(BIN)/python -m pytest tests --ignore=tests/interpreted
+	@echo "make test: both processes passed"
+
+# Peers that are missing are left out; for xformers and Liger: pip install -e '.[bench]'.
+bench: .venv/bench
+	$(BIN)/python -m benchmarks
+
+check: $(INSTALLED)
+	$(BIN)/vlm-fast check
+
+# No environment of its own: a GPU machine comes with its torch, perhaps without a network.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .venv-triton-newest build dist *.egg-info vlm_fast/_C*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv
+	$(PIP) -e '.[hf,dev]'
+	@touch $@
+
+.venv/bench: $(INSTALLED)
+	$(PIP) matplotlib pytest-benchmark
+	@touch $@

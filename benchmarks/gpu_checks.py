@@ -1,0 +1,223 @@
+"""What only a GPU can show of the ops: each check returns its failures, one line each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.ops import with_upstream
+from vlm_fast import selftest
+from vlm_fast.kernels._launcher import KERNELS, Config, Kernel
+from vlm_fast.op import FLOATS, OPS, Op
+from vlm_fast.parity import convert, differentiable
+
+Failures = list[str]
+BATCH = 5  # of the large shapes; no other size equals it
+# More than 2^31 elements in the largest tensor, so that 32-bit offsets would wrap.
+LARGE: dict[str, dict[str, Any]] = {
+    "merge_image_tokens": {
+        "batch": BATCH, "sequence": 107_000, "hidden": 4096, "images": 1, "tokens": 576,
+    },
+    "gather_image_tokens": {
+        "batch": BATCH, "sequence": 107_000, "hidden": 4096, "images": 1, "tokens": 576,
+        "count": BATCH * 576,
+    },
+    "mlp": {"shape": (BATCH, 107_000, 64), "hidden": 4096, "out": 64},
+}  # fmt: skip
+LARGE_BYTES = 40 * 2**30  # what they need, gradients and copies included
+
+
+def cases(device: str) -> Iterator[tuple[str, Op[..., Any], tuple[Any, ...], dict[str, Any]]]:
+    """Every op at its first named shape in every dtype: a sample, or a small one on a CPU."""
+    for op in OPS.values():
+        shape = selftest.one_sample(next(iter(op.bench_shapes.values())))
+        if device == "cpu":
+            shape = selftest.shrink(shape)
+        for dtype in FLOATS:
+            torch.manual_seed(0)
+            args, options = op.sample(shape, dtype, device)
+            yield f"{op.name} {str(dtype).removeprefix('torch.')}", op, args, options
+
+
+def step(
+    function: Callable[..., Any], inputs: tuple[Any, ...], options: Mapping[str, Any]
+) -> list[Tensor]:
+    """Results and gradients; ``inputs`` end with the upstream gradients."""
+    *args, upstream = inputs
+    results = function(*args, **options)
+    results = results if isinstance(results, tuple) else (results,)
+    wanted = differentiable(args)
+    gradients = torch.autograd.grad(results, wanted, upstream, allow_unused=True)
+    return [r.detach() for r in results] + [g for g in gradients if g is not None]
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def repeats(device: str) -> Failures:
+    """Ten calls on the same inputs give the same bits."""
+    failures = []
+    for label, op, args, options in cases(device):
+        inputs = with_upstream(op, args, options)
+        first = step(op.fast, inputs, options)
+        if not all(equal(first, step(op.fast, inputs, options)) for _ in range(9)):
+            failures.append(f"{label}: results differ from call to call")
+    return failures
+
+
+def no_synchronisation(device: str) -> Failures:
+    """Forward and backward under torch's own guard against waiting for the device."""
+    failures = []
+    for label, op, args, options in cases(device):
+        inputs = with_upstream(op, args, options)
+        step(op.fast, inputs, options)  # compiling a kernel may wait
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(op.fast, inputs, options)
+        except RuntimeError as error:
+            failures.append(f"{label}: {error}")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return failures
+
+
+def side_stream(device: str) -> Failures:
+    """Work goes to the current stream, behind what is there: inputs arrive late."""
+    failures = []
+    for label, op, args, options in cases(device):
+        inputs = with_upstream(op, args, options)
+        expected = step(op.fast, inputs, options)
+        late = _empty_like(inputs)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(100_000_000)
+            _copy(late, inputs)
+            found = step(op.fast, late, options)
+        torch.cuda.synchronize()
+        if not equal(found, expected):
+            failures.append(f"{label}: not on the current stream")
+    return failures
+
+
+def cuda_graphs(device: str) -> Failures:
+    """Captured once, replayed on other inputs: the bits of an ordinary call."""
+    failures = []
+    for label, op, args, options in cases(device):
+        inputs = with_upstream(op, args, options)
+        passes = {"forward": _forward, "forward+backward": step}
+        for name, run in passes.items():
+            expected = run(op.fast, inputs, options)
+            static = _empty_like(inputs)
+            _copy(static, with_upstream(op, convert(args, torch.Tensor.neg), options))
+            try:
+                graph, found = _captured(lambda s=static, r=run, o=op, p=options: r(o.fast, s, p))
+            except RuntimeError as error:
+                failures.append(f"{label}: {name}: not captured: {error}")
+                continue
+            _copy(static, inputs)
+            graph.replay()
+            torch.cuda.synchronize()
+            if not equal(found, expected):
+                failures.append(f"{label}: {name}: the replay differs")
+    return failures
+
+
+def _captured(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+def _forward(
+    function: Callable[..., Any], inputs: tuple[Any, ...], options: Mapping[str, Any]
+) -> list[Tensor]:
+    with torch.no_grad():
+        results = function(*inputs[:-1], **options)
+    return list(results) if isinstance(results, tuple) else [results]
+
+
+def _empty_like(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return convert(inputs, lambda t: torch.empty_like(t).requires_grad_(t.requires_grad))
+
+
+def _copy(targets: tuple[Any, ...], sources: tuple[Any, ...]) -> None:
+    with torch.no_grad():
+        for target, source in zip(differentiable(targets), differentiable(sources), strict=True):
+            target.copy_(source)
+
+
+def large(device: str) -> Failures:
+    """Beyond 2^31 elements: results and gradients of each sample are as they are alone."""
+    failures = []
+    for name, op in OPS.items():
+        if name not in LARGE:
+            failures.append(f"{name}: no large shape is named for it")
+            continue
+        torch.manual_seed(0)
+        args, options = op.sample(LARGE[name], torch.bfloat16, device)
+        inputs = with_upstream(op, args, options)
+        whole = step(op.fast, inputs, options)
+        for i in range(BATCH):
+            alone = {k: v // BATCH if k == "count" else v for k, v in options.items()}
+            args = tuple(_sample(value, i) for value in inputs[:-1])
+            upstream = [_part(t, i) for t in inputs[-1]]
+            parts = step(op.fast, (*args, upstream), alone)
+            for j, (expected, found) in enumerate(zip(parts, whole, strict=True)):
+                if found.numel() != BATCH * expected.numel():
+                    continue  # the gradient of a weight: a sum over the samples
+                # A GEMM of another height may add up in another order.
+                allowed = 2**-6 * expected.abs().max().item() if name == "mlp" else 0.0
+                error = (_part(found, i).view(expected.shape) - expected).abs().max().item()
+                if not error <= allowed:
+                    failures.append(f"{name}: tensor {j} of sample {i} is off by {error:.3g}")
+        del args, inputs, whole, upstream, parts, found, expected
+        if device != "cpu":
+            torch.cuda.empty_cache()
+    return failures
+
+
+def _part(tensor: Tensor, i: int) -> Tensor:
+    """The share of sample i in a tensor whose rows lie in the order of the samples."""
+    rows = tensor.shape[0] // BATCH
+    return tensor[i * rows : (i + 1) * rows]
+
+
+def _sample(value: Any, i: int) -> Any:
+    if isinstance(value, list):
+        return [_sample(v, i) for v in value]
+    batched = isinstance(value, Tensor) and value.shape[:1] == (BATCH,)
+    if not batched:
+        return value
+    return value[i : i + 1].detach().requires_grad_(value.requires_grad)
+
+
+def every_config(device: str, deadline: float) -> Failures:
+    """Every config of every kernel at every test shape, in bf16: a table may name any of them."""
+    failures = []
+    for index in range(1, max(len(kernel.configs) for kernel in KERNELS.values())):
+
+        def choose(kernel: Kernel, tensor: Tensor, size: int, index: int = index) -> Config:
+            return kernel.configs[min(index, len(kernel.configs) - 1)]
+
+        with mock.patch.object(Kernel, "choose", choose):
+            for op in OPS.values():
+                for label, shape in selftest.shapes(op, full=False):
+                    if time.monotonic() > deadline:
+                        return [*failures, f"out of time at config {index}"]
+                    case = selftest.check(op, label, shape, torch.bfloat16, device)
+                    failures += [f"config {index}: {line}" for line in case.failures()]
+    return failures

@@ -1,0 +1,83 @@
+// The one file that knows Python. Tensors arrive as addresses, so a build serves every torch.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "image_tokens.h"
+
+namespace py = pybind11;
+using namespace vlm_fast;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Rows rows_at(uintptr_t address, int64_t stride) { return {pointer<const char>(address), stride}; }
+
+std::vector<RowBlock> row_blocks(const std::vector<uintptr_t>& addresses,
+                                 const std::vector<int64_t>& counts,
+                                 const std::vector<int64_t>& strides) {
+  if (counts.size() != addresses.size() || strides.size() != addresses.size()) {
+    throw std::invalid_argument("feature pointers, rows and strides differ in length");
+  }
+  std::vector<RowBlock> blocks;
+  for (size_t i = 0; i < addresses.size(); ++i) {
+    blocks.push_back({rows_at(addresses[i], strides[i]), counts[i]});
+  }
+  return blocks;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  const auto without_gil = py::call_guard<py::gil_scoped_release>();
+
+  m.def(
+      "image_token_slots",
+      [](uintptr_t mask, int64_t rows, uintptr_t slots, int64_t capacity) {
+        return image_token_slots(pointer<const uint8_t>(mask), rows, pointer<int32_t>(slots),
+                                 capacity);
+      },
+      py::arg("mask_ptr"), py::arg("rows"), py::arg("slots_ptr"), py::arg("capacity"), without_gil);
+
+  m.def(
+      "merge_image_tokens",
+      [](uintptr_t embeds, int64_t embeds_stride, uintptr_t slots,
+         const std::vector<uintptr_t>& features, const std::vector<int64_t>& feature_rows,
+         const std::vector<int64_t>& feature_strides, uintptr_t out, int64_t rows,
+         int64_t row_bytes, int threads) {
+        merge_image_tokens(rows_at(embeds, embeds_stride), pointer<const int32_t>(slots),
+                           row_blocks(features, feature_rows, feature_strides), pointer<char>(out),
+                           rows, row_bytes, threads);
+      },
+      py::arg("embeds_ptr"), py::arg("embeds_row_stride_bytes"), py::arg("slots_ptr"),
+      py::arg("feature_ptrs"), py::arg("feature_rows"), py::arg("feature_row_stride_bytes"),
+      py::arg("out_ptr"), py::arg("rows"), py::arg("row_bytes"), py::arg("threads"), without_gil);
+
+  m.def(
+      "gather_image_tokens",
+      [](uintptr_t source, int64_t source_stride, uintptr_t slots, int64_t start, int64_t rows,
+         uintptr_t out, int64_t row_bytes, int threads) {
+        gather_image_tokens(rows_at(source, source_stride), pointer<const int32_t>(slots) + start,
+                            pointer<char>(out), rows, row_bytes, threads);
+      },
+      py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("slots_ptr"),
+      py::arg("start"), py::arg("rows"), py::arg("out_ptr"), py::arg("row_bytes"),
+      py::arg("threads"), without_gil);
+
+  m.def(
+      "clear_image_tokens",
+      [](uintptr_t source, int64_t source_stride, uintptr_t slots, int64_t count, uintptr_t out,
+         int64_t rows, int64_t row_bytes, int threads) {
+        clear_image_tokens(rows_at(source, source_stride), pointer<const int32_t>(slots), count,
+                           pointer<char>(out), rows, row_bytes, threads);
+      },
+      py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("slots_ptr"),
+      py::arg("count"), py::arg("out_ptr"), py::arg("rows"), py::arg("row_bytes"),
+      py::arg("threads"), without_gil);
+}

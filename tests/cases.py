@@ -1,0 +1,48 @@
+"""What the suites loop over: every declared op at every one of its test shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vlm_fast import ops as ops
+from vlm_fast.op import OPS, Op
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def shape_id(shape: dict[str, Any]) -> str:
+    def text(value: Any) -> str:
+        return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    return "-".join(f"{name}{text(value)}" for name, value in shape.items())
+
+
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
+every_case = pytest.mark.parametrize(
+    "op, shape",
+    [
+        pytest.param(op, shape, id=f"{op.name}-{shape_id(shape)}")
+        for op in OPS.values()
+        for shape in op.test_shapes
+    ],
+)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+
+
+def usual_shape(op: Op[..., Any]) -> dict[str, Any]:
+    """A test shape beyond the degenerate first: odd, and larger than one of anything."""
+    return op.test_shapes[1]
+
+
+def enlarged(shape: dict[str, Any], factor: int) -> dict[str, Any]:
+    """The shape with ``factor`` times the rows or images; with 0, none of them."""
+    new = dict(shape)
+    for name in {"batch", "count"} & shape.keys():
+        new[name] = factor * shape[name]
+    if "shape" in shape:
+        new["shape"] = (factor * shape["shape"][0], *shape["shape"][1:])
+    assert factor == 1 or new != shape, f"which of {list(shape)} is the number of images or rows?"
+    return new

@@ -1,0 +1,38 @@
+"""Shared fixtures, and guards against suites that test nothing."""
+
+import copy
+import os
+
+import pytest
+import torch
+
+pytest.register_assert_rewrite("guard_bands", "kernel_properties")
+
+# On a busy machine threads mostly wait for each other: 10x. Tests about threads ask for them.
+torch.set_num_threads(1)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Each has a process of its own: `python -m pytest tests/interpreted`, `python -m pytest tests/gpu`.
+collect_ignore = ["interpreted", "gpu"]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any("empty parameter set" in mark.kwargs.get("reason", "") for mark in item.own_markers):
+            raise pytest.UsageError(f"{item.nodeid} has nothing to run on")
+        if INTERPRETED and item.path.parent.name != "interpreted":
+            raise pytest.UsageError(f"{item.nodeid} needs a process without TRITON_INTERPRET")
+
+
+@pytest.fixture(autouse=True)
+def fresh_state(monkeypatch):
+    """The same random numbers for every test; no counts, warnings or switches from another."""
+    from vlm_fast import policy
+
+    torch.manual_seed(0)
+    for switch in ("strict", "disabled"):
+        monkeypatch.setattr(policy.policy, switch, False)
+    for record in ("_fast", "_fallbacks", "_warned"):
+        empty = copy.copy(getattr(policy, record))
+        empty.clear()
+        monkeypatch.setattr(policy, record, empty)

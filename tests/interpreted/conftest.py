@@ -1,0 +1,20 @@
+"""The suites of this folder run kernels through Triton's interpreter, on CPU tensors."""
+
+import os
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise pytest.UsageError(
+        "tests/interpreted needs its own process: "
+        "TRITON_INTERPRET=1 python -m pytest tests/interpreted"
+    )
+
+import interpreter_fixes
+
+interpreter_fixes.apply()
+
+
+@pytest.fixture(scope="session")
+def device():
+    return "cpu"

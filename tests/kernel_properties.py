@@ -1,0 +1,187 @@
+"""What holds for the fast path of every op, wherever it runs.
+
+Imported by the suites of one device each: compiled code on the CPU (test_cpu_path.py), Triton's
+interpreter (interpreted/) and CUDA (gpu/). They provide the fixture ``device``.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from cases import every_case, every_dtype, every_op, usual_shape
+from guard_bands import LAYOUTS, GuardBands
+from torch import Tensor
+
+from vlm_fast import parity
+from vlm_fast.kernels import _launcher
+from vlm_fast.op import OPS
+
+UPSTREAMS = ("dense", "padded rows", "transposed", "every other column", "expanded", "scalar")
+
+
+def judged(op, args, options, *, layout="dense", upstream="dense", fair=False):
+    """Outputs and gradients meet the tolerance rule, and no memory around them is touched.
+
+    With ``fair``, nothing is asked of elements that plain PyTorch makes infinite or NaN where its
+    own float64 does not, or the other way round, if ours are like one of the two. (So are its
+    GELU of +Inf, NaN in fp32, and intermediates that overflow in fp16.)
+    """
+    with GuardBands() as bands:
+        args = tuple(bands.lay_out(value, layout, i) for i, value in enumerate(args))
+
+        def make_upstream(result: Tensor) -> Tensor:
+            grad = parity.random_upstream(result)
+            if upstream == "scalar":
+                return grad.new_full((), 0.75).expand_as(grad)
+            return bands.lay_out(grad, upstream)
+
+        names, triples = evaluated(op, args, options, make_upstream)
+    for name, (ours, native, exact) in zip(names, triples, strict=True):
+        if fair:
+            ours, native, exact = without_unfair(ours, native, exact)
+        verdict = parity.judge(name, ours, native, exact, gradient=name.startswith("gradient"))
+        assert verdict.ok, verdict
+    bands.check()
+
+
+def evaluated(op, args, options, upstream=None):
+    """Names of all results and gradients, and of each ours, plain PyTorch's and float64's."""
+    wide = parity.convert(args, Tensor.double)
+    runs = [(op.fast, args), (op.reference, args), (op.reference, wide)]
+    found = [parity.outputs_and_gradients(f, a, options, upstream=upstream) for f, a in runs]
+    names = [
+        f"{kind} {i}" for kind, part in zip(("output", "gradient"), found[0], strict=True)
+        for i in range(len(part))
+    ]  # fmt: skip
+    triples = list(zip(*(outputs + gradients for outputs, gradients in found), strict=True))
+    assert names and not any(t is None for triple in triples for t in triple)
+    return names, triples
+
+
+def without_unfair(ours, native, exact):
+    def kind(x):  # finite, NaN, +Inf or -Inf
+        return torch.where(x.isnan(), 2, x.isposinf().int() - x.isneginf().int())
+
+    kinds = [kind(x) for x in (ours, native, exact.to(ours.dtype))]
+    alike = (kinds[0] == kinds[1]) | (kinds[0] == kinds[2])
+    unfair = (kinds[1] != kinds[2]) & alike
+    return [t.masked_fill(unfair, 0) for t in (ours, native, exact)]
+
+
+@every_dtype
+@every_case
+def test_parity(device, op, shape, dtype):
+    judged(op, *op.sample(shape, dtype, device), layout="padded rows", upstream="padded rows")
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "padded rows"])
+@every_case
+def test_layouts_of_inputs(device, op, shape, layout):
+    judged(op, *op.sample(shape, torch.bfloat16, device), layout=layout)
+
+
+@pytest.mark.parametrize("upstream", UPSTREAMS)
+@every_op
+def test_layouts_of_upstream_gradients(device, op, upstream):
+    for shape in op.test_shapes[1:3]:
+        judged(op, *op.sample(shape, device=device), upstream=upstream)
+
+
+HOSTILE = {
+    "nan row": lambda x: x.index_fill(-2, last_row(x), torch.nan),
+    "inf": lambda x: one_element(x, torch.inf),
+    "minus inf": lambda x: one_element(x, -torch.inf),
+    "zeros": torch.zeros_like,
+    "subnormal": lambda x: x * (torch.finfo(x.dtype).smallest_normal / 8),
+    "large mean": lambda x: 1000 + 1e-4 * x,
+    "large spread": lambda x: 60 * x,
+}
+
+
+def last_row(x: Tensor) -> Tensor:
+    return torch.tensor([x.shape[-2] - 1], device=x.device)
+
+
+def one_element(x: Tensor, value: float) -> Tensor:
+    x = x.clone()
+    x.view(-1, x.shape[-1])[-1, -1] = value
+    return x
+
+
+@pytest.mark.parametrize("values", HOSTILE)
+@every_case
+def test_hostile_values(device, op, shape, values):
+    args, options = op.sample(shape, device=device)
+    if args[0].numel():
+        hostile = HOSTILE[values](args[0])
+        judged(op, (hostile, *args[1:]), options, fair=not hostile.isfinite().all())
+
+
+@every_case
+def test_overflow_in_fp16(device, op, shape):
+    args, options = op.sample(shape, torch.float16, device)
+    judged(op, (args[0] * 2e4, *args[1:]), options, fair=True)
+
+
+@every_case
+def test_only_wanted_gradients_are_computed(device, op, shape):
+    args, options = op.sample(shape, device=device)
+    values = op._accepts(*args, **{**op.defaults, **options})
+    settings = {**op.defaults, **options}
+    floating = [i for i, v in enumerate(values) if parity.differentiable([v])]
+    sizes = range(len(floating) + 1) if shape is usual_shape(op) else (1, len(floating))
+    names, triples = evaluated(op, args, options)
+    expected = [t for name, t in zip(names, triples, strict=True) if name.startswith("gradient")]
+    for wanted in (c for size in sizes for c in itertools.combinations(floating, size)):
+        needs = op.Needs(*[i in wanted for i in range(len(values))])
+        with GuardBands() as bands, torch.no_grad():
+            result, kept = op._path.forward(needs, *values, **settings)
+            if not wanted:
+                assert all(tensor is None for tensor in kept), "kept without need"
+                continue
+            dy = parity.random_upstream(result)
+            found = op._path.backward(needs, kept, dy, **settings)
+        bands.check()
+        at = 0
+        for value, gradient, needed in zip(values, found, needs, strict=True):
+            for one in gradient if isinstance(gradient, list) else [gradient]:
+                assert needed or one is None, "computed without need"
+                if needed:
+                    verdict = parity.judge(str(needs), one, *expected[at][1:], gradient=True)
+                    assert verdict.ok, verdict
+                    at += 1
+            at += 0 if needed else len(parity.differentiable([value]))
+
+
+@every_case
+def test_repeats_are_identical(device, op, shape):
+    args, options = op.sample(shape, torch.bfloat16, device)
+    first, *others = [parity.outputs_and_gradients(op.fast, args, options) for _ in range(3)]
+    for other in others:
+        for tensor, again in zip(first[0] + first[1], other[0] + other[1], strict=True):
+            assert torch.equal(tensor, again)
+
+
+def launched(device: str) -> set[str]:
+    with _launcher.recording() as launches:
+        for op in OPS.values():
+            for shape in op.test_shapes:
+                args, options = op.sample(shape, device=device)
+                parity.outputs_and_gradients(op.fast, args, options)
+    return {launch.kernel.name for launch in launches}
+
+
+def test_every_kernel_is_launched_where_triton_runs(device):
+    runs = _launcher.runs_triton(torch.empty(1, device=device))
+    assert launched(device) == (set(_launcher.KERNELS) if runs else set())
+
+
+@pytest.mark.parametrize("index", range(1, 8))
+def test_every_config_is_right(device, monkeypatch, index):
+    for kernel in _launcher.KERNELS.values():
+        config = kernel.configs[index % len(kernel.configs)]
+        monkeypatch.setattr(kernel, "choose", lambda tensor, size, config=config: config)
+    for op in OPS.values():
+        judged(op, *op.sample(usual_shape(op), torch.bfloat16, device), layout="padded rows")

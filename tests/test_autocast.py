@@ -1,0 +1,66 @@
+"""Autocast: ops that contain a linear are cast like nn.Linear, the others are left alone."""
+
+import pytest
+import torch
+from cases import every_case
+
+from vlm_fast import parity
+
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+every_low_dtype = pytest.mark.parametrize("dtype", LOW.values(), ids=LOW.keys())
+
+
+def run(call, args, options, *, forward=None, backward=None):
+    """Result and gradients, forward and backward each under a context of its own."""
+    args = parity.convert(args, lambda t: t.detach().requires_grad_())
+    with forward or torch.autocast("cpu", enabled=False):
+        result = call(*args, **options)
+    grad = parity.random_upstream(result)
+    with backward or torch.autocast("cpu", enabled=False):
+        return [result.detach(), *torch.autograd.grad(result, parity.differentiable(args), grad)]
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@every_low_dtype
+@every_case
+def test_autocast_is_that_of_the_reference(op, shape, dtype, inside):
+    args, options = op.sample(shape)
+    region = lambda: torch.autocast("cpu", dtype)  # noqa: E731
+    back = region() if inside else None
+    ours = run(op, args, options, forward=region(), backward=back)
+    native = run(op.reference, args, options, forward=region(), backward=back)
+    assert [t.dtype for t in ours] == [t.dtype for t in native]
+    assert {t.dtype for t in ours[1:]} == {torch.float32}
+    assert (ours[0].dtype == dtype) == op.autocasts
+
+    rounded = parity.convert(args, lambda t: t.to(dtype).double() if op.autocasts else t.double())
+    exact = run(op.reference, rounded, options)
+    for name, *triple in zip(["output", *op.tensors * 9], ours, native, exact, strict=False):
+        if op.autocasts:
+            # The gradient was rounded to the dtype of the region before it became fp32.
+            triple = [*(t.to(dtype) for t in triple[:2]), triple[2]]
+        verdict = parity.judge(name, *triple, gradient=name != "output")
+        assert verdict.ok, verdict
+
+
+@every_low_dtype
+@every_case
+def test_a_disabled_region_inside_is_obeyed(op, shape, dtype):
+    args, options = op.sample(shape)
+
+    def within(*values, **settings):
+        with torch.autocast("cpu", enabled=False):
+            return op(*values, **settings)
+
+    nested = run(within, args, options, forward=torch.autocast("cpu", dtype))
+    for one, other in zip(nested, run(op, args, options), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@every_low_dtype
+@every_case
+def test_backward_under_autocast_keeps_the_dtypes_of_forward(op, shape, dtype):
+    args, options = op.sample(shape)
+    inside = run(op, args, options, backward=torch.autocast("cpu", dtype))
+    for one, other in zip(inside, run(op, args, options), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)

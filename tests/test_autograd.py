@@ -1,0 +1,194 @@
+"""How ops behave inside autograd: what they keep, refuse, and leave unchanged."""
+
+import weakref
+
+import pytest
+import torch
+from cases import enlarged, every_case, every_op, usual_shape
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+from onlooker import Onlooker
+
+import vlm_fast
+from vlm_fast import parity
+
+
+def leaves(op, shape):
+    args, options = op.sample(shape)
+    return parity.convert(args, lambda t: t.detach().requires_grad_()), options
+
+
+def total(result):
+    """A scalar that depends on every element of every result, each in its own way."""
+    results = result if isinstance(result, tuple) else [result]
+    return sum((r * parity.random_upstream(r)).sum() for r in results)
+
+
+def gradients(function, args):
+    return torch.autograd.grad(total(function(*args)), parity.differentiable(args))
+
+
+def assert_equal(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("registered", [False, True], ids=["direct", "registered"])
+@every_op
+def test_double_backward_raises(op, registered):
+    args, options = leaves(op, usual_shape(op))
+    if registered:
+        with Onlooker():
+            result = op(*args, **options)
+    else:
+        result = op(*args, **options)
+    with pytest.raises(RuntimeError, match=f"{op.name}.*double backward"):
+        first = torch.autograd.grad(total(result), parity.differentiable(args), create_graph=True)
+        torch.autograd.grad(sum(g.square().sum() for g in first), parity.differentiable(args))
+
+
+@every_op
+def test_forward_mode_raises(op):
+    args, options = op.sample(usual_shape(op))
+    with forward_ad.dual_level():
+        dual = parity.convert(args, lambda t: forward_ad.make_dual(t, torch.ones_like(t)))
+        for call in (op, op.fast):
+            with pytest.raises(RuntimeError, match=f"{op.name}.*forward-mode"):
+                call(*dual, **options)
+
+
+@pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
+@every_op
+def test_torch_func_transforms_use_the_reference(op):
+    args, options = op.sample(usual_shape(op))
+    first, rest = args[0], args[1:]
+
+    def results(call):
+        value = lambda x: total(call(x, *rest, **options))  # noqa: E731
+        plain = lambda x: call(x, *rest, **options)  # noqa: E731
+        yield torch.func.grad(value)(first)
+        yield torch.func.jvp(plain, (first,), (torch.ones_like(first),))[1]
+        yield torch.func.vmap(plain)(torch.stack([first, 2 * first]))
+
+    assert_equal(results(op), results(op.reference))
+    assert sum(vlm_fast.stats()[op.name]["fallback"].values()) == 3
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@every_case
+def test_checkpointing_changes_nothing(op, shape, reentrant):
+    args, options = leaves(op, shape)
+
+    def flat(*tensors):
+        # Reentrant checkpointing does not look for tensors inside lists.
+        tensors = iter(tensors)
+        nested = [[next(tensors) for _ in a] if isinstance(a, list) else next(tensors) for a in args]
+        return op(*nested, **options)
+
+    tensors = [t for a in args for t in (a if isinstance(a, list) else [a])]
+    again = lambda *_: checkpoint(flat, *tensors, use_reentrant=reentrant)  # noqa: E731
+    inputs = parity.differentiable(args)
+    expected = gradients(lambda *a: op(*a, **options), args)
+    total(again()).backward()  # reentrant checkpointing has no autograd.grad
+    assert_equal([t.grad for t in inputs], expected)
+
+
+@every_case
+def test_backward_twice_is_identical(op, shape):
+    args, options = leaves(op, shape)
+    inputs = parity.differentiable(args)
+    value = total(op(*args, **options))
+    first = torch.autograd.grad(value, inputs, retain_graph=True)
+    assert_equal(torch.autograd.grad(value, inputs), first)
+
+
+@every_case
+def test_mutating_a_saved_tensor_is_noticed(op, shape):
+    """Each argument in turn: its mutation raises, or does not matter because it was not saved."""
+    args, options = leaves(op, shape)
+    raised = 0
+    for at in range(len(tensors_of(args))):
+        mutable = nested_map(args, torch.clone)  # leaves cannot be written in place
+        value = total(op(*mutable, **options))
+        expected = torch.autograd.grad(value, parity.differentiable(args), retain_graph=True)
+        victim = tensors_of(mutable)[at]
+        with torch.no_grad():
+            victim.logical_not_() if victim.dtype == torch.bool else victim.add_(1)
+        try:
+            found = torch.autograd.grad(value, parity.differentiable(args))
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+            raised += 1
+        else:
+            assert_equal(found, expected)
+    assert raised
+
+
+def tensors_of(args):
+    flat = [t for a in args for t in (a if isinstance(a, list) else [a])]
+    return [t for t in flat if isinstance(t, torch.Tensor)]
+
+
+def nested_map(args, change):
+    return tuple(
+        [change(v) for v in a] if isinstance(a, list) else a if a is None else change(a)
+        for a in args
+    )
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+@every_case
+def test_without_gradients_nothing_is_kept(op, shape, mode):
+    with mode():
+        args, options = leaves(op, shape)
+        result = op(*args, **options)
+    watched = [weakref.ref(t) for t in tensors_of(args)]
+    del args
+    assert not result.requires_grad and result.grad_fn is None
+    assert [w() for w in watched] == [None] * len(watched)
+
+
+@every_case
+def test_the_graph_is_all_that_keeps_inputs(op, shape):
+    args, options = leaves(op, shape)
+    result = op(*args, **options)
+    watched = [weakref.ref(t) for t in tensors_of(args)]
+    del args
+    assert any(w() is not None for w in watched)
+    del result
+    assert [w() for w in watched] == [None] * len(watched)
+
+
+@pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
+@every_op
+def test_no_rows_leave_a_graph_with_zero_gradients(op):
+    """A rank without images: an empty result, and zeros, not None, for every parameter."""
+    args, options = leaves(op, enlarged(usual_shape(op), 0))
+    result = op(*args, **options)
+    expected = op.reference(*args, **options)
+    assert result.shape == expected.shape and result.dtype == expected.dtype
+    assert result.requires_grad and result.numel() == 0
+    result.sum().backward()
+    for tensor in parity.differentiable(args):
+        assert tensor.grad is not None and tensor.grad.shape == tensor.shape
+        assert not tensor.grad.any()
+
+
+@every_op
+def test_tensors_by_keyword_keep_their_gradients(op):
+    args, options = leaves(op, usual_shape(op))
+    by_keyword = lambda *a: op(**dict(zip(op.tensors, a, strict=True)), **options)  # noqa: E731
+    assert_equal(gradients(by_keyword, args), gradients(lambda *a: op(*a, **options), args))
+
+
+@every_case
+def test_results_are_fresh_tensors(op, shape):
+    """They can be changed in place, as those of nn.Linear; FSDP2 does not want views either."""
+    args, options = leaves(op, shape)
+    result = op(*args, **options)
+    assert not result._is_view()
+    result.add_(1)
+    assert_equal(
+        torch.autograd.grad(total(result), parity.differentiable(args)),
+        gradients(lambda *a: op(*a, **options), args),
+    )

@@ -1,0 +1,126 @@
+"""Choosing between fast path and reference, and saying so."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from cases import OPS, every_case, every_op, usual_shape
+
+import vlm_fast
+from vlm_fast import parity
+
+UNSERVED = torch.float64
+
+
+def unserved_calls():
+    """Valid calls that the fast path cannot serve, with the reason it gives."""
+    for op in OPS.values():
+        args, options = op.sample(usual_shape(op), UNSERVED)
+        reason = op.why_not(*args, **options)
+        if reason is not None:
+            yield pytest.param(op, args, options, reason, id=op.name)
+
+
+every_unserved_call = pytest.mark.parametrize("op, args, options, reason", list(unserved_calls()))
+
+
+@every_case
+def test_the_fast_path_serves_the_test_shapes(op, shape):
+    args, options = op.sample(shape)
+    assert op.why_not(*args, **options) is None
+    with vlm_fast.strict(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = op(*args, **options)
+    assert torch.equal(result, op.fast(*args, **options))
+    assert vlm_fast.stats() == {op.name: {"fast": 2, "fallback": {}}}
+
+
+@every_unserved_call
+def test_a_fallback_is_right_counted_and_said_once(op, args, options, reason):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = [op(*args, **options) for _ in range(3)]
+    assert all(torch.equal(r, op.reference(*args, **options)) for r in results)
+    assert vlm_fast.stats(reset=True) == {op.name: {"fast": 0, "fallback": {reason: 3}}}
+    assert vlm_fast.stats() == {}
+    (warning,) = caught
+    assert warning.category is vlm_fast.VlmFastFallbackWarning
+    assert op.name in str(warning.message) and reason in str(warning.message)
+    assert warning.filename == __file__, "the warning should point at the caller"
+
+
+@every_unserved_call
+def test_strict_raises_with_the_reason(op, args, options, reason):
+    with vlm_fast.strict(), pytest.raises(vlm_fast.VlmFastFallbackError) as error:
+        op(*args, **options)
+    assert op.name in str(error.value) and reason in str(error.value)
+    with pytest.warns(vlm_fast.VlmFastFallbackWarning):
+        op(*args, **options)
+
+
+@every_unserved_call
+def test_fast_never_falls_back(op, args, options, reason):
+    with pytest.raises(RuntimeError) as error:
+        op.fast(*args, **options)
+    assert op.name in str(error.value) and reason in str(error.value)
+
+
+@every_op
+def test_disabled_uses_the_reference_silently(op, monkeypatch):
+    args, options = op.sample(usual_shape(op))
+    called = []
+    reference = op.reference
+    monkeypatch.setattr(op, "reference", lambda *a, **k: called.append(op) or reference(*a, **k))
+    with vlm_fast.disabled(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with vlm_fast.strict():  # disabling was asked for, so it is no fallback
+            op(*args, **options)
+        assert called and op.why_not(*args, **options) is not None
+        op.fast(*args, **options)
+    assert called == [op]
+    op(*args, **options)
+    assert called == [op] and op.why_not(*args, **options) is None
+
+
+@every_op
+def test_reference_never_takes_the_fast_path(op, monkeypatch):
+    monkeypatch.setattr(op._path, "forward", lambda *a, **k: pytest.fail("the fast path ran"))
+    args, options = op.sample(usual_shape(op))
+    op.reference(*args, **options)
+    with vlm_fast.disabled():
+        op(*args, **options)
+
+
+def test_switches_nest_and_survive_errors():
+    state = vlm_fast.policy.policy
+    for manager, name in ((vlm_fast.strict, "strict"), (vlm_fast.disabled, "disabled")):
+        with pytest.raises(KeyError), manager():
+            with manager():
+                assert getattr(state, name)
+            assert getattr(state, name)
+            raise KeyError
+        assert not getattr(state, name)
+
+
+@pytest.mark.parametrize(
+    "value, strict", [("1", True), ("on", True), ("0", False), ("", False), ("maybe", False)]
+)
+def test_environment_switches(value, strict):
+    code = "import vlm_fast.policy as p; print(p.policy.strict, p.policy.disabled)"
+    environment = {"VLM_FAST_STRICT": value, "VLM_FAST_DISABLE": value}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert run.stdout.split() == [str(strict)] * 2
+    assert ("not a switch" in run.stderr) == (value == "maybe")
+
+
+@every_op
+def test_the_served_dtypes_are_right_also_when_chosen(op):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        args, options = op.sample(usual_shape(op), dtype)
+        assert all(v.ok for v in parity.check(op, args, options, fast=op))
