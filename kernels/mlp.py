@@ -97,7 +97,7 @@ def _aten(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The same from ATen's kernels, where Triton does not run."""
     if tokens == period:
-        z = z.view(dh.shape)
+        z = z if z.ndim == 2 else z.view(dh.shape)
         dz = _ATEN_BACKWARD[activation](dh, z)
     else:
         cols = dh.shape[1]

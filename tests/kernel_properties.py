@@ -10,8 +10,8 @@ import itertools
 
 import pytest
 import torch
-from cases import every_case, every_dtype, every_op, usual_shape
-from guard_bands import LAYOUTS, GuardBands
+from tests.cases import every_case, every_dtype, every_op, usual_shape
+from tests.guard_bands import LAYOUTS, GuardBands
 from torch import Tensor
 
 from vlm_fast import parity

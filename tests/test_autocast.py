@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import every_case
+from tests.cases import every_case
 
 from vlm_fast import parity
 

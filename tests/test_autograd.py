@@ -4,10 +4,10 @@ import weakref
 
 import pytest
 import torch
-from cases import enlarged, every_case, every_op, usual_shape
+from tests.cases import enlarged, every_case, every_op, usual_shape
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
-from onlooker import Onlooker
+from tests.onlooker import Onlooker
 
 import vlm_fast
 from vlm_fast import parity

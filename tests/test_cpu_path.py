@@ -3,9 +3,12 @@
 import sys
 
 import pytest
-from kernel_properties import *  # noqa: F403
+import torch
 
+from tests.kernel_properties import *  # noqa: F403
+from vlm_fast import parity
 from vlm_fast.kernels._native import native
+from vlm_fast.op import OPS
 
 
 @pytest.fixture(params=["ATen", *(["native"] if native is not None else [])])
@@ -15,3 +18,26 @@ def device(request, monkeypatch):
             if name.startswith("vlm_fast.kernels.") and hasattr(module, "native"):
                 monkeypatch.setattr(module, "native", None)
     return "cpu"
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("mebibytes", [1, 17, 33])
+def test_large_rows_in_threads(device, mebibytes, threads):
+    """Sizes at which the compiled code starts threads, bypasses the cache and asks for huge pages."""
+    hidden = 4095
+    rows = (mebibytes << 20) // (2 * hidden)
+    op = OPS["merge_image_tokens"]
+    args, options = op.sample(
+        dict(batch=1, sequence=rows, hidden=hidden, images=2, tokens=rows // 3), torch.bfloat16
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = parity.outputs_and_gradients(op.fast, args, options)
+        gathered = OPS["gather_image_tokens"].fast(args[0], args[2], count=2 * (rows // 3))
+    finally:
+        torch.set_num_threads(before)
+    expected = parity.outputs_and_gradients(op.reference, args, options)
+    for one, other in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(gathered, args[0][args[2]])

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from cases import OPS, every_case, every_op, usual_shape
+from tests.cases import OPS, every_case, every_op, usual_shape
 
 import vlm_fast
 from vlm_fast import parity

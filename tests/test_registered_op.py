@@ -4,8 +4,8 @@ import io
 
 import pytest
 import torch
-from cases import OPS, enlarged, every_case, every_op, usual_shape
-from onlooker import Onlooker
+from tests.cases import OPS, enlarged, every_case, every_op, usual_shape
+from tests.onlooker import Onlooker
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import OPS, every_op, usual_shape
+from tests.cases import OPS, every_op, usual_shape
 
 from vlm_fast import parity
 

@@ -9,6 +9,7 @@ The private torch names this needs are all in this file; tests check that they e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -53,8 +54,10 @@ class CallPath:
     """``path(values, settings)``: the result of the kernels, differentiable once."""
 
     def __init__(self, op: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
-        self.name, self.Needs = op.name, op.Needs
+        self.name = op.name
         self.forward, self.backward = forward, backward
+        every = itertools.product((False, True), repeat=len(op.tensors))
+        self.needs = {flags: op.Needs(*flags) for flags in every}
         self.none_needed = op.Needs(*[False] * len(op.tensors))
         annotations = [op.__signature__.parameters[name].annotation for name in op.tensors]
         lists = [i for i, a in enumerate(annotations) if _holds_list(a)]
@@ -82,7 +85,7 @@ class CallPath:
         if torch.is_grad_enabled():
             for value in flat:
                 if value is not None and value.requires_grad:
-                    return self.function.apply(self.count(values), settings, *flat)
+                    return self.function.apply((self.count(values), settings), *flat)
         return self.forward(self.none_needed, *values, **settings)[0]
 
     # ---- one list of tensors among the arguments is flattened for autograd ----
@@ -102,10 +105,10 @@ class CallPath:
         return (*flat[:i], list(flat[i : i + count]), *flat[i + count :])
 
     def needs_of(self, flat: tuple[bool, ...], count: int) -> Any:
-        if self.list_at is None:
-            return self.Needs(*flat)
-        i = self.list_at
-        return self.Needs(*flat[:i], any(flat[i : i + count]), *flat[i + count :])
+        if self.list_at is not None:
+            i = self.list_at
+            flat = (*flat[:i], any(flat[i : i + count]), *flat[i + count :])
+        return self.needs[flat]
 
     def gradients(
         self, needs: tuple[bool, ...], count: int, kept: Any, grads: Any, settings: dict[str, Any]
@@ -121,7 +124,9 @@ class CallPath:
             if found[self.list_at] is None:
                 found = (*found[: self.list_at], [None] * count, *found[self.list_at + 1 :])
             found = self.flatten(found)
-        return tuple([g if need else None for g, need in zip(found, needs, strict=True)])
+        if len(found) != len(needs):
+            raise TypeError(f"{self.name}: backward gave {len(found)} gradients of {len(needs)}")
+        return tuple([g if need else None for g, need in zip(found, needs)])  # noqa: B905
 
     # ---- the registered op ----
 
@@ -215,20 +220,20 @@ class CallPath:
 def _autograd_function(path: CallPath) -> Any:
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, count: int, settings: dict[str, Any], *flat: Any) -> Any:
-            needs = path.needs_of(ctx.needs_input_grad[2:], count)
+        def forward(ctx: Any, call: tuple[int, dict[str, Any]], *flat: Any) -> Any:
+            count, settings = ctx.call = call
+            needs = path.needs_of(ctx.needs_input_grad[1:], count)
             result, saved = path.forward(needs, *path.unflatten(flat, count), **settings)
             ctx.save_for_backward(*saved)
-            ctx.count, ctx.settings = count, settings
             return _fresh(result) if path.single else tuple(map(_fresh, result))
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
             if torch.is_grad_enabled():  # create_graph=True
                 _refuse_double_backward(path.name)
-            needs = ctx.needs_input_grad[2:]
-            found = path.gradients(needs, ctx.count, ctx.saved_tensors, grads, ctx.settings)
-            return None, None, *found
+            count, settings = ctx.call
+            needs = ctx.needs_input_grad[1:]
+            return None, *path.gradients(needs, count, ctx.saved_tensors, grads, settings)
 
     Function.__name__ = Function.__qualname__ = f"vlm_fast_{path.name}"
     return Function

@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         "TRITON_INTERPRET=1 python -m pytest tests/interpreted"
     )
 
-import interpreter_fixes
+from tests import interpreter_fixes
 
 interpreter_fixes.apply()
 

@@ -1,3 +1,3 @@
 """Every kernel through Triton's interpreter."""
 
-from kernel_properties import *  # noqa: F403
+from tests.kernel_properties import *  # noqa: F403

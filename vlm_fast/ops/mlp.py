@@ -127,9 +127,8 @@ def requires(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
 
 @mlp.forward
 def forward(needs, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
-    gaps = _gaps(x)
-    z = F.linear(x if gaps is None else gaps, weight_1, bias_1)
-    h = activate(z if gaps is None else _without_gaps(z, x.shape[:-1]), activation)
+    z = F.linear(_gemm_input(x), weight_1, bias_1)
+    h = activate(_without_gaps(z, x.shape[:-1]), activation)
     y = F.linear(h, weight_2, bias_2)
     if not any(needs):
         return y, ()
@@ -148,16 +147,15 @@ def forward(needs, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
 @mlp.backward
 def backward(needs, kept, dy, *, activation, saved):
     x, weight_1, bias_1, weight_2, z, h = kept
-    leading = dy.shape[:-1]
-    dy = dy.reshape(-1, dy.shape[-1])
+    leading, dy = dy.shape[:-1], _rows(dy)
     if saved == "input":
-        gaps = _gaps(x)
-        z = F.linear(x if gaps is None else gaps, weight_1, bias_1)
+        z = F.linear(_gemm_input(x), weight_1, bias_1)
     want_h = needs.weight_2 and h is None
     dx = dweight_1 = dbias_1 = dweight_2 = None
     if needs.x or needs.weight_1 or needs.bias_1:
+        tokens, period = _tokens_and_period(z, leading)
         dz, fresh_h, dbias_1 = mlp_activation_backward(
-            z, torch.mm(dy, weight_2), *_tokens_and_period(z, leading), activation,
+            z, torch.mm(dy, weight_2), tokens, period, activation,
             want_h=want_h, want_dbias=needs.bias_1,
         )  # fmt: skip
         h = fresh_h if want_h else h
@@ -165,37 +163,42 @@ def backward(needs, kept, dy, *, activation, saved):
         h = activate(_without_gaps(z, leading), activation)
     # Largest temporaries first out: h is gone before dz is used, dz before anything else.
     if needs.weight_2:
-        dweight_2 = torch.mm(dy.t(), h.reshape(-1, h.shape[-1]))
+        dweight_2 = torch.mm(dy.t(), _rows(h))
     h = fresh_h = None
     if needs.weight_1:
-        dweight_1 = torch.mm(dz.t(), x.reshape(-1, x.shape[-1]))
+        dweight_1 = torch.mm(dz.t(), _rows(x))
     if needs.x:
-        dx = torch.mm(dz, weight_1).view(*leading, weight_1.shape[1])
+        dx = torch.mm(dz, weight_1)
+        dx = dx if len(leading) == 1 else dx.view(*leading, dx.shape[1])
     return dx, dweight_1, dbias_1, dweight_2, dy.sum(0) if needs.bias_2 else None
 
 
-def _gaps(x: Tensor) -> Tensor | None:
-    """For images of x that lie at one pitch with gaps between, the matrix with the gaps.
+def _rows(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
-    ``hidden[:, 1:]`` is such a case. The GEMM then computes a few rows more (never read), but bias
-    and GEMM stay one call on x in place, without a copy. None for any other x.
+
+def _gemm_input(x: Tensor) -> Tensor:
+    """x as the GEMM with its bias takes it in one call, copied only where that cannot be.
+
+    Images at one pitch with gaps between, as ``hidden[:, 1:]``, are taken in place as one matrix
+    with the gaps: a few rows more are computed, and never read.
     """
-    if x.ndim != 3 or x.is_contiguous():
-        return None
-    images, tokens, features = x.shape
-    stride, pitch, inner = x.stride()
-    if inner != 1 or images < 2 or tokens < 1 or pitch < features or stride % pitch != 0:
-        return None
-    period = stride // pitch
-    if not tokens < period <= tokens + max(tokens // 8, 1):
-        return None
-    return x.as_strided(((images - 1) * period + tokens, features), (pitch, 1))
+    if x.ndim < 3 or x.is_contiguous():
+        return x
+    if x.ndim == 3:
+        images, tokens, features = x.shape
+        stride, pitch, inner = x.stride()
+        if inner == 1 and images > 1 and tokens > 0 and pitch >= features and stride % pitch == 0:
+            period = stride // pitch
+            if tokens < period <= tokens + max(tokens // 8, 1):
+                return x.as_strided(((images - 1) * period + tokens, features), (pitch, 1))
+    return x.contiguous()
 
 
 def _tokens_and_period(z: Tensor, leading: torch.Size) -> tuple[int, int]:
     """Tokens of an image in z, and rows from one image to the next."""
-    rows = math.prod(leading)  # Size.numel() would fix a dynamic shape
-    if z.ndim != 2 or z.shape[0] == rows:
+    if z.ndim != 2 or len(leading) < 2:
+        rows = math.prod(leading)  # Size.numel() would fix a dynamic shape
         return rows, rows
     images, tokens = leading
     return tokens, (z.shape[0] - tokens) // (images - 1)
@@ -203,10 +206,10 @@ def _tokens_and_period(z: Tensor, leading: torch.Size) -> tuple[int, int]:
 
 def _without_gaps(z: Tensor, leading: torch.Size) -> Tensor:
     """The rows of z that belong to images: z itself, or a view without the gaps."""
-    tokens, period = _tokens_and_period(z, leading)
-    if tokens == period:
+    if z.ndim != 2 or len(leading) < 2:
         return z
-    cols = z.shape[-1]
+    tokens, period = _tokens_and_period(z, leading)
+    cols = z.shape[1]
     return z.as_strided((leading[0], tokens, cols), (period * cols, cols, 1))
 
 
