@@ -7,166 +7,40 @@ after every stage, so that whatever ends a run early leaves the results so far. 
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
+import contextlib
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import gpu_checks, gpu_configs, llava, machine, ops, overhead
-from vlm_fast import evidence, selftest
-from vlm_fast.kernels import _triton
-from vlm_fast.op import OPS
+from benchmarks import machine
+from benchmarks.gpu_stages import STAGES, Results, Stage
+from vlm_fast.kernels import _configs, _triton
 
-TOTAL_SECONDS = 525.0
-MEMCHECK = "from benchmarks.gpu import memcheck_cases; memcheck_cases()"
-Results = dict[str, Any]
+TOTAL_SECONDS = 510.0
+GRACE = 10.0
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A function of results, device and deadline: adds to the results, returns its failures."""
+@contextlib.contextmanager
+def limit(deadline: float) -> Iterator[None]:
+    """Break off what does not look at its deadline, a little after it."""
 
-    name: str
-    seconds: float
-    run: Callable[[Results, str, float], list[str]]
-    needs_cuda: bool = True
-    timed: bool = False
+    def out_of_time(number: int, frame: object) -> None:
+        raise TimeoutError("out of time")
 
-
-def parity(results: Results, device: str, deadline: float) -> list[str]:
-    """Every op in three dtypes, at its test shapes and its named ones."""
-    cases, finished = [], True
-    for case in selftest.run(device=device):
-        cases.append(case)
-        if time.monotonic() > deadline:
-            finished = False
-            break
-    summary = selftest.summarise(cases)
-    if not finished:
-        for name in OPS:
-            entry = summary.setdefault(name, {"cases": 0, "dtypes": [], "failures": []})
-            entry["failures"].append(f"{name}: out of time")
-    results["parity"] = summary
-    return [line for entry in summary.values() for line in entry["failures"]]
-
-
-def configs(results: Results, device: str, deadline: float) -> list[str]:
-    rows = gpu_configs.measure(device, deadline)
-    results["configs"] = rows
-    if rows and device != "cpu":
-        results["config_table"] = gpu_configs.write(rows).name
-    return []
-
-
-def check(function: Callable[[str], list[str]]) -> Callable[[Results, str, float], list[str]]:
-    return lambda results, device, deadline: function(device)
-
-
-def large(results: Results, device: str, deadline: float) -> list[str]:
-    if device != "cpu" and torch.cuda.mem_get_info()[0] < gpu_checks.LARGE_BYTES:
-        results["large"] = f"left out: less than {gpu_checks.LARGE_BYTES / 2**30:.0f} GiB free"
-        return []
-    return gpu_checks.large(device)
-
-
-def suites(results: Results, device: str, deadline: float) -> list[str]:
-    """The test suites for a GPU, where pytest is installed."""
-    if importlib.util.find_spec("pytest") is None:
-        results["suites"] = "left out: pytest is not installed"
-        return []
-    return _process(["-m", "pytest", "-q", "-x", "tests/gpu"], {}, deadline, results, "suites")
-
-
-def memcheck(results: Results, device: str, deadline: float) -> list[str]:
-    """A reduced parity run under compute-sanitizer, every allocation for itself."""
-    tool = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
-    )
-    if tool is None:
-        results["memcheck"] = "left out: compute-sanitizer is not on PATH"
-        return []
-    # In one block of the caching allocator, no access is out of bounds.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    before = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
-    return _process(["-c", MEMCHECK], environment, deadline, results, "memcheck", before)
-
-
-def memcheck_cases() -> None:
-    """Two test shapes of every op in bf16; what compute-sanitizer watches."""
-    for op in OPS.values():
-        for label, shape in itertools.islice(selftest.shapes(op, full=False), 1, 3):
-            case = selftest.check(op, label, shape, torch.bfloat16, "cuda")
-            if not case.ok:
-                raise SystemExit("\n".join(case.failures()))
-
-
-def _process(
-    arguments: list[str],
-    environment: dict[str, str],
-    deadline: float,
-    results: Results,
-    name: str,
-    before: list[str] | None = None,
-) -> list[str]:
-    command = [*(before or []), sys.executable, *arguments]
+    before = signal.signal(signal.SIGALRM, out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 0) + GRACE)
     try:
-        done = subprocess.run(
-            command, cwd=evidence.PACKAGE.parent, env={**os.environ, **environment},
-            capture_output=True, text=True, timeout=max(deadline - time.monotonic(), 1),
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        results[name] = "out of time"
-        return [f"{name}: out of time"]
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    results[name] = lines[-1] if lines else ""
-    return [] if done.returncode == 0 else [f"{name}: exit {done.returncode}", *lines[-15:]]
-
-
-def benchmark_ops(results: Results, device: str, deadline: float) -> list[str]:
-    results["ops"] = rows = []
-    for row in ops.measure(OPS, quick=device == "cpu", device=device, seconds=1.0):
-        rows.append(row)
-        if time.monotonic() > deadline:
-            return ["out of time"]
-    ops.show(rows, device)
-    return []
-
-
-def benchmark_llava(results: Results, device: str, deadline: float) -> list[str]:
-    results["llava"] = found = llava.main(device=device, quick=device == "cpu", seconds=4.0)
-    return [] if found["proof"]["verified"] else ["the patched LLaVA is not the same"]
-
-
-def benchmark_overhead(results: Results, device: str, deadline: float) -> list[str]:
-    results["overhead"] = overhead.main(device=device, quick=True)
-    return []
-
-
-# In the order of worth: what comes last is lost where time runs out.
-STAGES = (
-    Stage("parity", 150, parity, needs_cuda=False),
-    Stage("repeats", 20, check(gpu_checks.repeats), needs_cuda=False),
-    Stage("no synchronisation", 10, check(gpu_checks.no_synchronisation)),
-    Stage("CUDA graphs", 20, check(gpu_checks.cuda_graphs)),
-    Stage("side stream", 10, check(gpu_checks.side_stream)),
-    Stage("configs", 70, configs, needs_cuda=False, timed=True),
-    Stage("LLaVA", 110, benchmark_llava, needs_cuda=False, timed=True),
-    Stage("ops", 110, benchmark_ops, needs_cuda=False, timed=True),
-    Stage("overhead", 20, benchmark_overhead, needs_cuda=False, timed=True),
-    Stage("large", 30, large, needs_cuda=False),
-    Stage("every config", 60, lambda _, *rest: gpu_checks.every_config(*rest), needs_cuda=False),
-    Stage("suites", 120, suites),
-    Stage("memcheck", 60, memcheck),
-)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def run(
@@ -186,7 +60,9 @@ def run(
         else:
             record |= {"clocks_before": machine.clocks()} if stage.timed else {}
             try:
-                failures = stage.run(results, device, min(start + stage.seconds, end))
+                deadline = min(start + stage.seconds, end)
+                with limit(deadline):
+                    failures = stage.run(results, device, deadline)
             except Exception as error:  # a stage that breaks must not take the others with it
                 failures = [f"{type(error).__name__}: {error}"]
             record |= {"clocks_after": machine.clocks()} if stage.timed else {}
@@ -210,12 +86,11 @@ def main() -> int:
     path = machine.results_file(machine.name("cuda"))
     results = run("cuda", path)
     if "OUT" in os.environ:  # where a borrowed machine hands files back
-        for written in (path, gpu_configs._configs.DIRECTORY / results.get("config_table", "")):
+        for written in (path, _configs.DIRECTORY / results.get("config_table", "")):
             if written.is_file():
                 shutil.copy(written, os.environ["OUT"])
     print(f"written: {path.name}")
-    failed = any(stage["status"] not in ("ok",) for stage in results["stages"].values())
-    return 1 if failed else 0
+    return 0 if all(stage["status"] == "ok" for stage in results["stages"].values()) else 1
 
 
 if __name__ == "__main__":

@@ -206,18 +206,19 @@ def _sample(value: Any, i: int) -> Any:
 
 
 def every_config(device: str, deadline: float) -> Failures:
-    """Every config of every kernel at every test shape, in bf16: a table may name any of them."""
+    """Every config of every kernel, in bf16: a table may name any of them."""
     failures = []
-    for index in range(1, max(len(kernel.configs) for kernel in KERNELS.values())):
+    for index in range(max(len(kernel.configs) for kernel in KERNELS.values())):
 
         def choose(kernel: Kernel, tensor: Tensor, size: int, index: int = index) -> Config:
             return kernel.configs[min(index, len(kernel.configs) - 1)]
 
         with mock.patch.object(Kernel, "choose", choose):
             for op in OPS.values():
-                for label, shape in selftest.shapes(op, full=False):
+                shapes = list(selftest.shapes(op, full=False))
+                for label, shape in (shapes[1], shapes[2], shapes[-1]):
                     if time.monotonic() > deadline:
                         return [*failures, f"out of time at config {index}"]
                     case = selftest.check(op, label, shape, torch.bfloat16, device)
-                    failures += [f"config {index}: {line}" for line in case.failures()]
+                    failures += [f"{line}, with config {index}" for line in case.failures()]
     return failures

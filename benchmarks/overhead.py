@@ -31,7 +31,7 @@ def plain_merge(embeds: Tensor, features: Tensor, mask: Tensor) -> Tensor:
 
 def main(*, quick: bool = False, device: str = "cpu") -> list[Row]:
     """Measure, print a table, and return the rows."""
-    rows = measure(runs=10 if quick else 60, device=device)
+    rows = measure(runs=5 if quick else 60, device=device)
     cells = [
         (row["op"], row["mode"], *(f"{row[k]:.1f}" for k in ("ours_us", "plain_us", "extra_us")))
         for row in rows
@@ -58,7 +58,7 @@ def measure(*, runs: int, device: str) -> list[Row]:
         for name, (ours, plain, args) in cases.items():
             args = tuple(a.to(device) for a in args)
             for mode in MODES:
-                best = _best([_repeat(f, args, mode) for f in (ours, plain)], runs)
+                best = _best([_repeat(f, args, mode) for f in (ours, plain)], runs, device)
                 ours_us, plain_us = (seconds / CALLS * 1e6 for seconds in best)
                 rows.append(
                     {
@@ -84,10 +84,11 @@ def _repeat(function: Callable[..., Tensor], args: tuple[Tensor, ...], mode: str
     return both if mode == MODES[2] else forward
 
 
-def _best(calls: list[Callable[[], None]], runs: int) -> list[float]:
+def _best(calls: list[Callable[[], None]], runs: int, device: str) -> list[float]:
     best = [float("inf")] * len(calls)
     for _ in range(runs):
         for i, call in enumerate(calls):
+            timing.wait(device)  # with the queue full, launches would wait
             start = time.process_time()
             call()
             best[i] = min(best[i], time.process_time() - start)

@@ -13,7 +13,6 @@ import torch
 
 FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU
 HEAD_START_CYCLES = 2_000_000  # about a millisecond: launches queue up behind it
-SLOW = 0.5  # seconds; a slower call need not run again to be warm
 COPY_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 
@@ -57,26 +56,18 @@ def interleaved(
     GPU until its work is done, as on a CPU: this includes launches and synchronisations.
     """
     clock = _wall(device) if wall or device == "cpu" else _Events()
-    once = 0.0
-    for call in calls.values():
+    for call in calls.values():  # compiles, allocates, and warms up
         for args in inputs:
-            start = time.perf_counter()
-            call(*args)  # compiles, allocates, and warms up
-            _wait(device)
-            last = time.perf_counter() - start
-        if last < SLOW:
-            start = time.perf_counter()
-            call(*inputs[0])
-            _wait(device)
-            last = time.perf_counter() - start
-        once += last
-    count = min(max(int(seconds / max(once, 1e-9)), rounds[0]), rounds[1])
+            call(*args)
     found: dict[str, list[float]] = {name: [] for name in calls}
+    names, (least, most) = list(calls), rounds
     collecting = gc.isenabled()
     gc.disable()
+    start = time.perf_counter()
     try:
-        names = list(calls)
-        for i in range(count):
+        for i in range(most):
+            if i >= least and time.perf_counter() - start > seconds:
+                break
             # Nobody always runs first, or always after the same other.
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 found[name].append(clock(calls[name], inputs[i % len(inputs)]))
@@ -86,17 +77,17 @@ def interleaved(
     return {name: Times.of(values) for name, values in found.items()}
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 def _wall(device: str) -> Callable[..., float]:
     def measure(call: Callable[..., Any], args: tuple[Any, ...]) -> float:
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         result = call(*args)
-        _wait(device)
+        wait(device)
         seconds = time.perf_counter() - start
         del result  # freeing it is the caller's time
         return seconds

@@ -43,7 +43,7 @@ def mlp_activation_backward_kernel(
     for start in range(0, ROWS, BLOCK_ROWS):
         row = chunk * ROWS + start + tl.arange(0, BLOCK_ROWS)
         inside = (row < rows)[:, None] & inside_cols[None, :]
-        z_row = row // tokens * period + row % tokens
+        z_row = row + row // tokens * (period - tokens)
         offset = row[:, None] * cols + col[None, :]
         z = tl.load(z_ptr + z_row[:, None] * cols + col[None, :], mask=inside, other=0.0)
         dh = tl.load(dh_ptr + offset, mask=inside, other=0.0)

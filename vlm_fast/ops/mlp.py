@@ -128,7 +128,7 @@ def requires(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
 @mlp.forward
 def forward(needs, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
     z = F.linear(_gemm_input(x), weight_1, bias_1)
-    h = activate(_without_gaps(z, x.shape[:-1]), activation)
+    h = activate(z if z.ndim == x.ndim else _without_gaps(z, x.shape[:-1]), activation)
     y = F.linear(h, weight_2, bias_2)
     if not any(needs):
         return y, ()

@@ -1,0 +1,127 @@
+"""Which 32-bit multiplications of a kernel can overflow on the way into an address, from its TTIR.
+
+A load or store past 2**31 elements needs a big GPU to try; this needs none. From the offset of
+each ``tt.addptr`` the definitions are followed back, and a 32-bit product is accepted only where its
+operands are bounded so that it stays below 2**31: a grid has up to 2**31 - 1 programs along x but
+65,535 along y and z, so ``program_id(1) * BLOCK`` is, and ``program_id(0) * cols`` is not.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+
+INT32_MAX = 2**31 - 1
+GRID = {"x": INT32_MAX, "y": 65_535, "z": 65_535}
+VALUE = re.compile(r"%[\w$.-]+(?:#\d+)?")
+OPERATION = re.compile(r'(?:(%[\w$.-]+)(?::(\d+))? = )?"?([a-z_]+\.[\w.]+)"?(.*)')
+LOOP = re.compile(r" (%\S+) = (%\S+) to (%\S+) step %\S+(?: iter_args\((.*?)\) ->)?")
+
+
+@dataclass(eq=False)
+class Value:
+    operation: str
+    text: str = ""
+    operands: list[Value] = field(default_factory=list)
+
+    def bits(self) -> int:
+        found = re.findall(r"\bi(\d+)\b|xi(\d+)>", self.text.rpartition(" : ")[2])
+        return int("".join(found[-1])) if found else 32
+
+    def bound(self) -> int:
+        """The largest this can be, sizes and indices being no less than 0."""
+        return min(self.unwrapped(), 2 ** (self.bits() - 1) - 1)
+
+    def unwrapped(self) -> int:
+        match self.operation, self.operands:
+            case "arith.constant", _:
+                number = re.search(r"(?:dense<|constant )(-?\d+)[> ]", self.text)
+                return abs(int(number[1])) if number else INT32_MAX
+            case "tt.get_program_id" | "tt.get_num_programs", _:
+                return GRID[self.text.split()[1]]
+            case "tt.make_range", _:
+                return int(re.search(r"end = (\d+)", self.text)[1]) - 1
+            case "arith.muli", [a, b]:
+                return a.bound() * b.bound()
+            case "arith.shli", [a, b]:
+                return a.bound() << min(b.bound(), 64)
+            case "arith.addi", [a, b]:
+                return a.bound() + b.bound()
+            case "arith.divsi" | "arith.divui", [a, b] if b.operation == "arith.constant":
+                return a.bound() // max(b.bound(), 1)
+            case "arith.remsi" | "arith.remui", [a, b]:
+                return min(a.bound(), b.bound() - 1)
+            case "arith.minsi" | "arith.minui", [a, b]:
+                return min(a.bound(), b.bound())
+            case "arith.select", [_, a, b]:
+                return max(a.bound(), b.bound())
+            case "arith.extsi" | "arith.trunci" | "tt.splat" | "tt.broadcast" | "tt.expand_dims", [a]:
+                return a.bound()
+            case "induction", [_, end]:
+                return end.bound()
+            case _:
+                return math.inf
+
+
+def overflowing_products(ttir: str) -> list[str]:
+    """The lines at fault; NotImplementedError where control flow is not understood."""
+    found = {}
+    todo = [value.operands[1] for value in parse(ttir) if value.operation == "tt.addptr"]
+    seen = set()
+    while todo:
+        value = todo.pop()
+        if id(value) in seen or value.operation in ("tt.load", "tt.addptr"):
+            continue  # what is loaded is data; another address is looked at by itself
+        seen.add(id(value))
+        todo += value.operands
+        product = value.operation in ("arith.muli", "arith.shli") and value.bits() <= 32
+        if product and value.unwrapped() > INT32_MAX:
+            found[value.text] = None
+    return list(found)
+
+
+def parse(ttir: str) -> list[Value]:
+    """Every operation, operands resolved; what a loop carries has its start and its next value."""
+    values: list[Value] = []
+    names: dict[str, Value] = {}
+    regions: list[list[list[Value]]] = []  # by region: the values that its i-th yield reaches
+
+    def resolve(text: str) -> list[Value]:
+        # A name means its last definition above: sibling regions use names again.
+        return [names.setdefault(name, Value("argument")) for name in VALUE.findall(text)]
+
+    for line in ttir.splitlines():
+        line = re.sub(r"\s*loc\(.*$", "", line).strip()
+        if line.startswith("}"):
+            region = regions.pop()
+            if line.endswith("{"):  # else
+                regions.append(region)
+            continue
+        reached: list[list[Value]] = []
+        if (parsed := OPERATION.match(line)) and not line.startswith("tt.func"):
+            result, count, operation, rest = parsed.groups()
+            if operation.startswith("cf.") or operation in ("scf.while", "tt.call"):
+                raise NotImplementedError(line)
+            results = [result] if count is None else [f"{result}#{i}" for i in range(int(count))]
+            if operation == "scf.yield":
+                for value, targets in zip(resolve(rest), regions[-1], strict=False):
+                    for target in targets:
+                        target.operands.append(value)
+            elif operation in ("scf.for", "scf.if") and line.endswith("{"):
+                reached = [[Value(operation)] for _ in results if result]
+                if loop := LOOP.match(rest):
+                    carried = re.findall(rf"({VALUE.pattern}) = ({VALUE.pattern})", loop[4] or "")
+                    names[loop[1]] = Value("induction", "", resolve(f"{loop[2]} {loop[3]}"))
+                    for targets, (name, start) in zip(reached, carried, strict=True):
+                        inside = names[name] = Value("carried", "", resolve(start))
+                        targets[0].operands += inside.operands
+                        targets.append(inside)
+                names.update(zip(results, (targets[0] for targets in reached), strict=False))
+            else:
+                value = Value(operation, line, resolve(rest))
+                values.append(value)
+                names.update(dict.fromkeys(results, value))
+        if line.endswith("{"):
+            regions.append(reached)
+    return values

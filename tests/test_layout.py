@@ -1,0 +1,178 @@
+"""The shape of the repository: who imports whom, what imports anywhere, how long files get."""
+
+import ast
+import inspect
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import vlm_fast
+from tests.cases import OPS
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "vlm_fast"
+# A folder may import those after it, and the single files of the package may import ops.
+ORDER = ("patching", "modules", "ops", "kernels")
+LONGEST = 400
+SOURCES = sorted(
+    path
+    for folder in ("vlm_fast", "kernels", "benchmarks", "tests", "csrc", "examples")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".cpp", ".h", ".cu") and "vlm_fast/kernels" not in path.as_posix()
+)
+
+
+def imports(path):
+    """Absolute names of the modules that a file imports, at its top or inside functions."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*parents, *(node.module.split(".") if node.module else ())))
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def at_top_level(path):
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("folder", ORDER[:-1])
+def test_imports_point_one_way(folder):
+    before = tuple(f"vlm_fast.{name}" for name in ORDER[: ORDER.index(folder)])
+    files = sorted((PACKAGE / folder).glob("*.py"))
+    assert files
+    for path in files:
+        assert not [name for name in imports(path) if name.startswith(before)], path
+
+
+def test_kernels_import_only_torch_triton_and_each_other():
+    files = sorted((ROOT / "kernels").glob("*.py"))
+    assert files
+    for path in files:
+        for name in imports(path):
+            top = name.split(".")[0]
+            known = top in sys.stdlib_module_names or top in ("torch", "triton", "kernels", "_C", "")
+            assert known, f"{path.name} imports {name}"
+
+
+def test_the_folder_of_kernels_is_no_package():
+    """An installed package of the same name, which transformers imports, must win over it."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (PACKAGE / "kernels").resolve() == ROOT / "kernels"
+
+
+def test_declared_packages_are_the_folders():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = {p.parent for p in PACKAGE.rglob("*.py")} | {PACKAGE / "kernels"}
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    declared = project["tool"]["setuptools"]["packages"]
+    assert sorted(declared) == sorted(names)
+    assert project["project"]["version"] == vlm_fast.__version__
+
+
+def test_files_stay_short():
+    assert len(SOURCES) > 20
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in SOURCES}
+    assert not {name: length for name, length in lengths.items() if length > LONGEST}
+
+
+def test_every_op_has_a_file_of_kernels_or_needs_none():
+    assert {op.__module__.rsplit(".", 1)[0] for op in OPS.values()} == {"vlm_fast.ops"}
+    for op in OPS.values():
+        assert (PACKAGE / "ops" / f"{op.__module__.rsplit('.', 1)[1]}.py").exists()
+
+
+def public_names():
+    for module in (vlm_fast, vlm_fast.ops, vlm_fast.modules):
+        for name, value in vars(module).items():
+            if not name.startswith("_") and not inspect.ismodule(value) and callable(value):
+                yield f"{module.__name__}.{name}", value
+
+
+@pytest.mark.parametrize("name, value", list(public_names()), ids=lambda v: v if type(v) is str else "")
+def test_public_functions_and_classes_say_what_they_do(name, value):
+    # An instance or class without a docstring of its own inherits one.
+    own = value.__doc__ if name.startswith("vlm_fast.ops.") else vars(value).get("__doc__", value.__doc__)
+    assert own and len(own.split()) >= 4, name
+    if name.startswith("vlm_fast.ops."):
+        for argument in (*value.tensors, *value.defaults):
+            assert argument in own, f"{name}: {argument} is not explained"
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "error::ImportWarning", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+EVERYTHING = """
+import importlib, pkgutil, sys
+import vlm_fast
+for module in pkgutil.walk_packages(vlm_fast.__path__, "vlm_fast."):
+    if not module.name.endswith("._C"):
+        importlib.import_module(module.name)
+"""
+
+
+def test_import_brings_no_transformers_and_touches_no_device():
+    found = run(
+        EVERYTHING + "import torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "heavy = {'transformers', 'peft', 'accelerate', 'deepspeed', 'matplotlib'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+        "driver = sys.modules.get('triton.runtime.driver')\n"
+        "assert driver is None or driver.driver._active is None\n"
+    )
+    assert found.returncode == 0, found.stderr
+
+
+BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if any(name == b or name.startswith(b + ".") for b in {blocked}):
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+WORKS = """
+import torch
+import vlm_fast
+from vlm_fast import parity
+from vlm_fast.op import OPS
+from vlm_fast.kernels import _native, _triton
+for op in OPS.values():
+    for shape in op.test_shapes:
+        args, options = op.sample(shape)
+        with vlm_fast.strict():
+            op(*args, **options)
+        assert all(v.ok for v in parity.check(op, args, options))
+        with vlm_fast.disabled():
+            op(*args, **options)
+print(len(OPS), _triton.AVAILABLE, _native.native is not None)
+"""
+
+
+@pytest.mark.parametrize(
+    "blocked", [["triton"], ["vlm_fast._C"], ["triton", "vlm_fast._C"]], ids="+".join
+)
+def test_cpu_path_without(blocked):
+    found = run(BLOCKED.format(blocked=blocked) + WORKS + EVERYTHING)
+    assert found.returncode == 0, found.stderr
+    count, triton, native = found.stdout.split()
+    assert int(count) == len(OPS)
+    assert not ("triton" in blocked and triton == "True")
+    assert not ("vlm_fast._C" in blocked and native == "True")
