@@ -16,6 +16,7 @@ INT32_MAX = 2**31 - 1
 GRID = {"x": INT32_MAX, "y": 65_535, "z": 65_535}
 VALUE = re.compile(r"%[\w$.-]+(?:#\d+)?")
 OPERATION = re.compile(r'(?:(%[\w$.-]+)(?::(\d+))? = )?"?([a-z_]+\.[\w.]+)"?(.*)')
+LOCATION = re.compile(r"\s*loc\((?:[^()]|\([^()]*\))*\)")
 LOOP = re.compile(r" (%\S+) = (%\S+) to (%\S+) step %\S+(?: iter_args\((.*?)\) ->)?")
 
 
@@ -92,7 +93,7 @@ def parse(ttir: str) -> list[Value]:
         return [names.setdefault(name, Value("argument")) for name in VALUE.findall(text)]
 
     for line in ttir.splitlines():
-        line = re.sub(r"\s*loc\(.*$", "", line).strip()
+        line = LOCATION.sub("", line).strip()
         if line.startswith("}"):
             region = regions.pop()
             if line.endswith("{"):  # else

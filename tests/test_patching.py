@@ -11,7 +11,8 @@ from torch import nn
 import vlm_fast
 from tests.tiny_llava import llava, prompt
 from vlm_fast.modules import LinearProjector, MLPProjector
-from vlm_fast.patching import image_token_merge, linear_act_linear
+from vlm_fast.modules.chain import chain_of
+from vlm_fast.patching import image_token_merge
 
 
 class Projector(nn.Module):
@@ -54,7 +55,7 @@ def test_found_by_structure_not_by_name():
 
 def test_norm_first_and_unknown_arguments():
     # A second argument makes it no chain: it may do anything.
-    assert vlm_fast.patching.linear_act_linear.recognise(Normed()) == (
+    assert chain_of(Normed()) == (
         "its forward takes more than one argument"
     )
 
@@ -308,5 +309,5 @@ def test_projector_keys_are_llavas():
 
 
 def test_chains_carry_their_names():
-    chain = linear_act_linear.recognise(llava().model.multi_modal_projector)
+    chain = chain_of(llava().model.multi_modal_projector)
     assert chain == ((), "act", "image_features", "preactivation")

@@ -1,56 +1,57 @@
-"""Which transformers models are served, and that a patched one is still the same model."""
+"""Real transformers models, small: what is patched in each, and that it is the same model then."""
 
-import glob
-import importlib
-import os
-import re
-from types import SimpleNamespace
+from contextlib import nullcontext
 
 import pytest
 import torch
 import transformers
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlm_fast
 from tests.tiny_models import AUDIO, IMAGE, MODELS, build
 from vlm_fast.ops import image_tokens
-from vlm_fast.patching import image_token_merge, linear_act_linear
+from vlm_fast.patching import image_token_merge
 
-PROJECTORS = {
+PROJECTOR = {
     "llava", "llava of two layers", "llava of pixtral", "llava_next", "llava_next_video",
     "llava_onevision", "vipllava", "video_llava", "fast_vlm", "internvl", "qianfan_ocr",
     "voxtral", "audioflamingo3", "musicflamingo", "glmasr", "qwen3_asr",
 }  # fmt: skip
-UNMERGED = {
+NO_MERGE = {
     "deepseek_vl_hybrid", "minimax_m3_vl", "voxtral", "audioflamingo3", "musicflamingo", "glmasr",
     "qwen3_asr",
 }  # fmt: skip
-MERGED = sorted(MODELS.keys() - UNMERGED)
+MERGE = [name for name in MODELS if name not in NO_MERGE]
 
 
-def merges(name):
-    """How many merges a forward has; those of sounds are left as they are."""
-    return 0 if name in UNMERGED else sum(p.token != AUDIO for p in MODELS[name].placeholders)
-
-
-def patch(model):
-    """Patch, under pytest's -W error too where there is nothing to patch."""
-    with pytest.warns(UserWarning) if type(model).__name__ in UNSERVED else NOTHING:
-        return vlm_fast.patch(model)
+def patch(name, model):
+    """Patch, and check that just what should be patched was."""
+    served = name in PROJECTOR or name not in NO_MERGE
+    with nullcontext() if served else pytest.warns(UserWarning, match="no connector of"):
+        report = vlm_fast.patch(model)
+    kinds = {what.split(" by ")[1] for what in report.patched.values()}
+    expected = {"FusedMLP": name in PROJECTOR, "FusedMerge": name not in NO_MERGE}
+    assert kinds == {kind for kind, is_expected in expected.items() if is_expected}
+    return report
 
 
 def step(model, inputs):
-    """Everything one training step computes: outputs, loss, hidden states, gradients."""
+    """All that a training step computes: loss, logits, hidden states, gradients."""
     model.zero_grad(set_to_none=True)
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] > 90, -100)
-    output = model(**inputs, labels=labels, output_hidden_states=True)
+    output = model(**inputs, labels=labels(inputs), output_hidden_states=True)
     output.loss.backward()
-    found = dict(tensors(output.to_tuple(), "output"))
-    return found | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return dict(tensors(output)) | gradients
 
 
-def tensors(value, path):
-    """Every tensor in nested outputs and caches, by where it is."""
+def labels(inputs):
+    ids = inputs["input_ids"]
+    return ids.masked_fill(ids > 90, -100)  # the placeholders, and what encloses them
+
+
+def tensors(value, path="output"):
+    """Every tensor in nested containers and caches, with the way to it."""
     if isinstance(value, torch.Tensor):
         yield path, value
     elif isinstance(value, (list, tuple)):
@@ -59,8 +60,133 @@ def tensors(value, path):
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from tensors(item, f"{path}.{key}")
-    elif hasattr(value, "layers") and not isinstance(value, torch.nn.Module):
+    elif isinstance(value, transformers.Cache):
         yield from tensors([vars(layer) for layer in value.layers], path)
 
 
-UNSERVED = ()
+@pytest.mark.parametrize("name", MODELS)
+def test_patched_is_the_same_model(name):
+    model, inputs = build(name)
+    generate = dict(inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    before, text = step(model, inputs), model.generate(**generate)
+    patch(name, model)
+    with vlm_fast.strict():
+        after = step(model, inputs)
+        calls = {op: counts["fast"] for op, counts in vlm_fast.stats().items()}
+        assert torch.equal(model.generate(**generate), text)
+    # Omni's sounds are merged without a count, so by masked_scatter.
+    merges = sum(p.token != AUDIO for p in MODELS[name].placeholders) * (name in MERGE)
+    assert calls.get("merge_image_tokens", 0) == merges
+    assert (calls.get("mlp", 0) > 0) == (name in PROJECTOR)
+    assert after.keys() == before.keys()
+    for where, value in after.items():
+        assert type(value) is type(before[where]), where
+        if name in PROJECTOR:
+            torch.testing.assert_close(value, before[where], rtol=1e-4, atol=2e-6, msg=where)
+        else:
+            assert torch.equal(value, before[where]), where
+    if vlm_fast.explain(model):
+        verification = vlm_fast.verify(model, **inputs, labels=labels(inputs))
+        assert verification.ok and not verification.unreached, verification
+
+
+@pytest.mark.parametrize("name", MERGE)
+def test_merge_neither_waits_nor_leaks_its_type(name, monkeypatch):
+    """As on CUDA, where the placeholders are counted by the merge, on the device."""
+    model, inputs = build(name)
+    with torch.no_grad():
+        logits = model(**inputs, labels=labels(inputs)).logits
+    asking = [m for m in model.modules() if image_token_merge.recognise(m) == ()]
+    for module in asking:
+        watched = Waits.watching(module.get_placeholder_mask)
+        monkeypatch.setattr(module, "get_placeholder_mask", watched, raising=False)
+    with torch.no_grad():
+        model(**inputs, labels=labels(inputs))
+    assert len(Waits.take()) >= 2 * len(asking)
+
+    for module in asking:
+        del module.get_placeholder_mask
+    patch(name, model)
+    monkeypatch.setattr(image_token_merge, "_would_wait", lambda count: True)
+    monkeypatch.setattr(image_tokens, "_check_count", lambda *args: None)
+    merge = Waits.watching(image_token_merge._masked_scatter)
+    monkeypatch.setattr(image_token_merge, "_masked_scatter", merge)
+    for module in asking:
+        watched = Waits.watching(module.get_placeholder_mask)
+        monkeypatch.setattr(module, "get_placeholder_mask", watched, raising=False)
+    leaks = []
+
+    def look(module, args, kwargs, output):
+        for where, tensor in tensors((args, kwargs, output)):
+            if isinstance(tensor, image_token_merge.PlaceholderMask):
+                leaks.append((type(module).__name__, where))
+
+    for module in model.modules():
+        module.register_forward_hook(look, with_kwargs=True)
+    with torch.no_grad():
+        patched = model(**inputs, labels=labels(inputs)).logits
+    assert Waits.take() == [] and leaks == []
+    torch.testing.assert_close(patched, logits, rtol=1e-4, atol=2e-6)
+
+
+class Waits(TorchDispatchMode):
+    """Sees every operation that reads a number from the device."""
+
+    seen = []  # noqa: RUF012
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        by_mask = name == "aten.index.Tensor" and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        if by_mask or name.split(".")[1] in ("_local_scalar_dense", "nonzero", "masked_select"):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def watching(cls, function):
+        def watched(*args, **kwargs):
+            with cls():
+                return function(*args, **kwargs)
+
+        return watched
+
+    @classmethod
+    def take(cls):
+        seen, cls.seen = cls.seen, []
+        return seen
+
+
+def test_uncounted_sounds_may_outnumber_their_placeholders():
+    """As in the model itself, whose audio merge checks nothing."""
+    model, inputs = build("qwen2_5_omni")
+    inputs["input_ids"][0, inputs["input_ids"][0] == AUDIO] = 9
+    before = model(**inputs).logits
+    patch("qwen2_5_omni", model)
+    assert torch.equal(model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("name", ["llava", "video_llava", "llava_onevision", "qwen3_vl"])
+def test_counts_are_checked(name):
+    model, inputs = build(name)
+    inputs["input_ids"][0, (inputs["input_ids"][0] == IMAGE).nonzero()[0]] = 9
+    patch(name, model)
+    with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: "):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("name", ["vipllava", "deepseek_vl", "aya_vision"])
+def test_compiled_whole(name):
+    model, inputs = build(name)
+    base, graphs = model.model, {}
+    with torch.no_grad():
+        expected = base(**inputs)[0]
+        for what in ("plain", "patched"):
+            if what == "patched":
+                patch(name, model)
+            torch._dynamo.reset()
+            counter = CompileCounterWithBackend("aot_eager" if what == "patched" else "eager")
+            actual = torch.compile(base, backend=counter)(**inputs)[0]
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-6)
+            graphs[what] = counter.frame_count
+    assert graphs["patched"] == 1 < graphs["plain"]

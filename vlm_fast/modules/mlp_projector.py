@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_module, activation_of, why_not_activation
+from vlm_fast.modules.chain import chain_of
 from vlm_fast.modules.plain_linear import why_not_plain
 from vlm_fast.ops.mlp import SAVED
 from vlm_fast.policy import fell_back
@@ -61,9 +62,7 @@ class MLPProjector(nn.Module):
         Raises:
             ValueError: ``module`` is not exactly ``linear_1 -> act -> linear_2``.
         """
-        from vlm_fast.patching.linear_act_linear import recognise
-
-        found = recognise(module)
+        found = chain_of(module)
         if found is None or isinstance(found, str) or found.before:
             why = found if isinstance(found, str) else "it is not linear_1 -> act -> linear_2"
             raise ValueError(f"module is a {type(module).__name__}: {why}")

@@ -129,17 +129,19 @@ def requires(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
 def forward(needs, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
     z = F.linear(_gemm_input(x), weight_1, bias_1)
     h = activate(z if z.ndim == x.ndim else _without_gaps(z, x.shape[:-1]), activation)
+    inner = needs.x or needs.weight_1 or needs.bias_1
+    rebuild = saved == "input"
+    if rebuild or not (inner or needs.weight_2):
+        z = None  # gone before the second GEMM allocates
     y = F.linear(h, weight_2, bias_2)
     if not any(needs):
         return y, ()
-    inner = needs.x or needs.weight_1 or needs.bias_1
-    rebuild = saved == "input"
     return y, (
         x if needs.weight_1 or rebuild else None,
         weight_1 if needs.x or rebuild else None,
         bias_1 if rebuild else None,
         weight_2 if inner else None,
-        None if rebuild or not (inner or needs.weight_2) else z,
+        z,
         h if saved == "all" and needs.weight_2 else None,
     )
 

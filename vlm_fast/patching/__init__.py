@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from vlm_fast.modules.chain import chain_of
 from vlm_fast.ops.mlp import SAVED
 from vlm_fast.patching import image_token_merge, linear_act_linear
 from vlm_fast.patching.class_swap import Patched, swap, swap_back
 
 # Families: a mixin, and the recogniser that returns its recipe, a reason against it, or None.
 FAMILIES: list[tuple[type[Patched], Callable[..., Any]]] = [
-    (linear_act_linear.FusedMLP, linear_act_linear.recognise),
+    (linear_act_linear.FusedMLP, chain_of),
     (image_token_merge.FusedMerge, lambda module, saved: image_token_merge.recognise(module)),
 ]
 

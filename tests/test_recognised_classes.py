@@ -1,0 +1,183 @@
+"""Exactly which classes of transformers are recognised as connectors, and why the others are not.
+
+The lists are those of the release below: another may have more classes, or other forwards.
+"""
+
+import importlib
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+from vlm_fast.modules.chain import Chain, chain_of
+from vlm_fast.patching import image_token_merge
+
+RELEASE = "5.17"
+pytestmark = pytest.mark.skipif(
+    transformers.__version__.rsplit(".", 1)[0] != RELEASE,
+    reason=f"transformers {transformers.__version__}, the lists are of {RELEASE}",
+)
+
+MERGE = {
+    "AriaModel", "AyaVisionModel", "ChameleonModel", "Cohere2VisionModel", "CohereCompassModel",
+    "Cosmos3EdgeModel", "Cosmos3OmniModel", "DeepseekOcr2Model", "DeepseekVLModel", "Emu3Model",
+    "Ernie4_5_VLMoeModel", "Exaone4_5_Model", "FastVlmModel", "Florence2Model", "FuyuModel",
+    "Gemma3Model", "Gemma3nModel", "Glm46VModel", "Glm4vModel", "Glm4vMoeModel", "Glm5NextModel",
+    "GlmOcrModel", "GotOcr2Model", "InternVLModel", "JanusModel", "Kimi_K25Model", "Lfm2VlModel",
+    "LightOnOcrModel", "Llama4ForConditionalGeneration", "LlavaModel", "LlavaNextModel",
+    "LlavaNextVideoModel", "LlavaOnevisionModel", "Mistral3Model", "MuseGlimmerModel",
+    "Ovis2Model", "PaddleOCRVLModel", "PaliGemmaModel", "PerceptionLMModel", "QianfanOCRModel",
+    "Qwen2_5OmniThinkerForConditionalGeneration", "Qwen2_5_VLModel", "Qwen2VLModel",
+    "Qwen3_5Model", "Qwen3_5MoeModel", "Qwen3OmniMoeThinkerForConditionalGeneration",
+    "Qwen3VLModel", "Qwen3VLMoeModel", "Qwen4ExpModel", "Step3p7Model", "VideoLlama3Model",
+    "VideoLlavaModel", "VipLlavaModel",
+}  # fmt: skip
+TAKES = "get_placeholder_mask takes input_ids, inputs_embeds"
+NO_MERGE = {
+    **dict.fromkeys(
+        ["AudioFlamingo3Model", "FunAsrNanoModel", "GlmAsrModel", "MusicFlamingoModel",
+         "Qwen3ASRModel", "VibeVoiceModel", "VoxtralModel"],
+        TAKES + ", audio_features",
+    ),
+    **dict.fromkeys(
+        ["Blip2Model", "Blip2ForConditionalGeneration", "InstructBlipModel",
+         "InstructBlipForConditionalGeneration", "InstructBlipVideoForConditionalGeneration",
+         "DiffusionGemmaEncoderModel", "Gemma4Model", "Gemma4UnifiedModel"],
+        TAKES,
+    ),
+    **dict.fromkeys(["InklingModel", "MiniCPMV4_6Model"], TAKES + ", features, token_id"),
+    "HiggsAudioV2Model": TAKES + ", audio_input_ids_mask",
+    "GlmImageModel": "get_placeholder_mask takes input_ids, image_ids",
+    "NeoMMEModel": "get_placeholder_mask takes input_ids, image_features",
+    **dict.fromkeys(
+        ["DeepseekVLHybridModel", "InstructBlipVideoModel"],
+        "its forward makes its own mask, not by get_placeholder_mask",
+    ),
+    **dict.fromkeys(
+        ["HunYuanVLModel", "MiniMaxM3VLModel"], "its mask is expanded to the hidden size"
+    ),
+    # They hand the question to another model, or to a method that merges.
+    **dict.fromkeys(
+        ["Florence2ForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusModel"]
+    ),
+}  # fmt: skip
+
+ADAPTER = SimpleNamespace(hidden_size=8, adapter_attn_dim=4)
+TIMM = {"model_args": {"embed_dim": 8}}
+CHAIN = "its forward is not a chain of its children"
+UNTRACED = "its forward cannot be traced"
+ARGUMENTS = "its forward takes more than one argument"
+# The children before linear_1; or why it is none; or None where it is not even a candidate.
+PROJECTORS = {
+    **dict.fromkeys(
+        ["AudioFlamingo3MultiModalProjector", "FastVlmMultiModalProjector",
+         "GlmAsrMultiModalProjector", "LlavaMultiModalProjector", "LlavaNextMultiModalProjector",
+         "LlavaNextVideoMultiModalProjector", "LlavaOnevisionMultiModalProjector",
+         "MusicFlamingoMultiModalProjector", "Nemotron3_5AsrPromptProjector",
+         "Qwen3ASRMultiModalProjector", "VideoLlavaMultiModalProjector",
+         "VoxtralMultiModalProjector", "VoxtralRealtimeMultiModalProjector"],
+        (),
+    ),
+    "InternVLMultiModalProjector": ("layer_norm",),
+    "QianfanOCRMultiModalProjector": ("layer_norm",),
+    "VipLlavaMultiModalProjector": ("projector_layernorm",),
+    "HubertAttnAdapterLayer": ("norm",),
+    "UniSpeechAttnAdapterLayer": ("norm",),
+    "UniSpeechSatAttnAdapterLayer": ("norm",),
+    "Wav2Vec2AttnAdapterLayer": ("norm",),
+    "AyaVisionMultiModalProjector": UNTRACED,  # pixel shuffle and SwiGLU
+    "Cohere2VisionMultiModalProjector": UNTRACED,  # the same
+    "FunAsrNanoMultiModalProjector": UNTRACED,  # encoder layers behind
+    "PaddleOCRProjector": UNTRACED,  # a loop over images
+    "FunnelPositionwiseFFN": CHAIN,  # a residual
+    "Lfm2VlMultiModalProjector": CHAIN,  # pixel unshuffle
+    "MiniCPMV4_6DownsampleMLP": CHAIN,  # a view
+    "MiniMaxM3VLMultiModalProjector": CHAIN,  # two MLPs
+    "PerceptionLMMultiModalProjector": CHAIN,  # permutes and pooling
+    "LightOnOcrMultiModalProjector": ARGUMENTS,  # image sizes
+    "MiniCPMV4_6ViTWindowAttentionMerger": ARGUMENTS,
+    "Mistral3MultiModalProjector": ARGUMENTS,  # image sizes
+    "PPFormulaNetMultiModalProjector": ARGUMENTS,  # convolutions
+    "VibeVoiceDiffusionHeadFinalLayer": ARGUMENTS,
+    "VibeVoiceMultiModalProjector": "its activation VibeVoiceRMSNorm is not one the kernels know",
+    # Other children's names: no candidates.
+    "DeepseekVLAligner": None,
+    "Kimi_K25MultimodalProjection": None,
+    "Llama4MultiModalProjector": None,
+}  # fmt: skip
+# What a class is made from, if not from its model's config.
+MADE_FROM = {
+    "HubertAttnAdapterLayer": lambda config: [ADAPTER],
+    "UniSpeechAttnAdapterLayer": lambda config: [ADAPTER],
+    "UniSpeechSatAttnAdapterLayer": lambda config: [ADAPTER],
+    "Wav2Vec2AttnAdapterLayer": lambda config: [ADAPTER],
+    "MiniCPMV4_6DownsampleMLP": lambda config: [8, 8],
+    "MiniCPMV4_6ViTWindowAttentionMerger": lambda config: [config().vision_config],
+    "PPFormulaNetMultiModalProjector": lambda config: [config().vision_config],
+    "PerceptionLMMultiModalProjector": lambda config: [config(vision_config=TIMM)],
+    "VibeVoiceDiffusionHeadFinalLayer": lambda config: [config().diffusion_head_config, 8],
+    "VibeVoiceMultiModalProjector": lambda config: [8, 8],
+}
+
+
+def classes(*written):
+    """Classes of transformers in whose source all of these are written, with their model type."""
+    for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        for source in re.split(r"^class ", path.read_text(encoding="utf8"), flags=re.M)[1:]:
+            if path.stem == f"modeling_{path.parent.name}" and all(w in source for w in written):
+                yield re.match(r"\w+", source)[0], path.parent.name
+
+
+def written(*texts):
+    """Classes in whose source all of these are written, with their model type."""
+    for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        if path.stem != f"modeling_{path.parent.name}":
+            continue
+        for source in re.split(r"^class ", path.read_text(encoding="utf8"), flags=re.M)[1:]:
+            if all(text in source for text in texts):
+                yield re.match(r"\w+", source)[0], path.parent.name
+
+
+ASKING = dict(written("def get_placeholder_mask", ".masked_scatter("))
+CANDIDATES = dict(written("self.linear_1 =", "self.linear_2 ="))
+OTHER_NAMES = {
+    "DeepseekVLAligner": "deepseek_vl",
+    "Kimi_K25MultimodalProjection": "kimi_k25",
+    "Llama4MultiModalProjector": "llama4",
+}
+
+
+def of_transformers(name, model_type):
+    return getattr(
+        importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}"), name
+    )
+
+
+def test_no_class_is_missing():
+    assert ASKING.keys() == MERGE | NO_MERGE.keys()
+    assert {**CANDIDATES, **OTHER_NAMES}.keys() == PROJECTORS.keys()
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_merges(name):
+    module = torch.nn.Module.__new__(of_transformers(name, ASKING[name]))
+    assert image_token_merge.recognise(module) == (() if name in MERGE else NO_MERGE[name])
+
+
+@pytest.mark.parametrize("name", PROJECTORS)
+def test_projectors(name):
+    model_type = CANDIDATES.get(name) or OTHER_NAMES[name]
+    config = transformers.CONFIG_MAPPING[model_type.replace("unispeech_sat", "unispeech-sat")]
+    with torch.device("meta"):
+        arguments = MADE_FROM[name](config) if name in MADE_FROM else [config()]
+        found = chain_of(of_transformers(name, model_type)(*arguments))
+    if isinstance(PROJECTORS[name], tuple):
+        assert isinstance(found, Chain), found
+        assert found.before == PROJECTORS[name]
+    elif PROJECTORS[name] is None:
+        assert found is None
+    else:
+        assert isinstance(found, str) and found.startswith(PROJECTORS[name])
