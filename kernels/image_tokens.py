@@ -119,33 +119,33 @@ def gather_image_tokens_kernel(
         tl.store(out_ptr + feature * cols + col, x, mask=inside)
 
 
-def image_token_slots(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+def image_token_slots(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor | int]:
     """``slots (capacity,)`` int32 and how many entries of ``mask (batch, sequence)`` are true.
 
-    The mask has at least one entry.
-
+    The mask has at least one entry. The count is a number where it is known without waiting.
     Slots past the count hold 0: a wrong count is somebody's error, never a wild address.
     """
     mask = mask.contiguous()
     slots = mask.new_empty(capacity, dtype=torch.int32)
-    count = mask.new_empty((), dtype=torch.int32)
-    batch, sequence = mask.shape
     if runs_triton(mask):
+        count = mask.new_empty((), dtype=torch.int32)
+        batch, sequence = mask.shape
         image_token_slots_kernel(
             mask.numel(), lambda blocks: (batch,),
             mask.view(torch.uint8), slots, count, batch, sequence, capacity,
         )  # fmt: skip
-    elif is_traced(mask):
-        pass
-    elif native is not None:
+        return slots, count
+    if is_traced(mask):
+        return slots, capacity
+    if native is not None:
         found = native.image_token_slots(mask.data_ptr(), mask.numel(), slots.data_ptr(), capacity)
-        count.fill_(found)
-        slots[found:] = 0
     else:
         rows = mask.flatten().nonzero().flatten()
-        slots.zero_()[: rows.numel()] = rows[:capacity]
-        count.fill_(rows.numel())
-    return slots, count
+        found = rows.numel()
+        slots[:found] = rows[:capacity]
+    if found < capacity:
+        slots[found:] = 0
+    return slots, found
 
 
 def merge_image_tokens(

@@ -40,7 +40,7 @@ class Value:
                 number = re.search(r"(?:dense<|constant )(-?\d+)[> ]", self.text)
                 return abs(int(number[1])) if number else INT32_MAX
             case "tt.get_program_id" | "tt.get_num_programs", _:
-                return GRID[self.text.split()[1]]
+                return GRID[re.search(r"_(?:id|programs) ([xyz])", self.text)[1]]
             case "tt.make_range", _:
                 return int(re.search(r"end = (\d+)", self.text)[1]) - 1
             case "arith.muli", [a, b]:

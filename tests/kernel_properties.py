@@ -10,10 +10,10 @@ import itertools
 
 import pytest
 import torch
-from tests.cases import every_case, every_dtype, every_op, usual_shape
-from tests.guard_bands import LAYOUTS, GuardBands
 from torch import Tensor
 
+from tests.cases import every_case, every_dtype, every_op, usual_shape
+from tests.guard_bands import LAYOUTS, GuardBands
 from vlm_fast import parity
 from vlm_fast.kernels import _launcher
 from vlm_fast.op import OPS

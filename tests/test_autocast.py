@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tests.cases import every_case
 
+from tests.cases import every_case
 from vlm_fast import parity
 
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}

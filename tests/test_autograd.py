@@ -4,12 +4,12 @@ import weakref
 
 import pytest
 import torch
-from tests.cases import enlarged, every_case, every_op, usual_shape
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
-from tests.onlooker import Onlooker
 
 import vlm_fast
+from tests.cases import enlarged, every_case, every_op, usual_shape
+from tests.onlooker import Onlooker
 from vlm_fast import parity
 
 
@@ -82,7 +82,9 @@ def test_checkpointing_changes_nothing(op, shape, reentrant):
     def flat(*tensors):
         # Reentrant checkpointing does not look for tensors inside lists.
         tensors = iter(tensors)
-        nested = [[next(tensors) for _ in a] if isinstance(a, list) else next(tensors) for a in args]
+        nested = [
+            [next(tensors) for _ in a] if isinstance(a, list) else next(tensors) for a in args
+        ]
         return op(*nested, **options)
 
     tensors = [t for a in args for t in (a if isinstance(a, list) else [a])]
@@ -136,7 +138,9 @@ def nested_map(args, change):
     )
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"]
+)
 @every_case
 def test_without_gradients_nothing_is_kept(op, shape, mode):
     with mode():

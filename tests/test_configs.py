@@ -89,7 +89,9 @@ def test_table_names_stay_in_their_folder(gpu):
     name = table_name((9, 0), gpu)
     assert (_configs.DIRECTORY / name).resolve().parent == _configs.DIRECTORY.resolve()
     assert name.isascii() and name.startswith("sm_90_") and name.endswith(".json")
-    assert set(name.removesuffix(".json")) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
+    assert set(name.removesuffix(".json")) <= set(
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"
+    )
 
 
 def test_table_names_tell_gpus_apart():
@@ -100,9 +102,9 @@ def test_table_names_tell_gpus_apart():
 @pytest.mark.parametrize("kernel", _launcher.KERNELS.values(), ids=_launcher.KERNELS.keys())
 def test_kernels_list_few_configs_with_powers_of_two(kernel):
     assert 1 <= len(kernel.configs) <= 8
-    assert len({(tuple(c.blocks.items()), c.num_warps, c.num_stages) for c in kernel.configs}) == len(
-        kernel.configs
-    )
+    assert len(
+        {(tuple(c.blocks.items()), c.num_warps, c.num_stages) for c in kernel.configs}
+    ) == len(kernel.configs)
     for config in kernel.configs:
         assert config.blocks.keys() == kernel.configs[0].blocks.keys()
         for size in (*config.blocks.values(), config.num_warps):

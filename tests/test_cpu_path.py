@@ -23,7 +23,7 @@ def device(request, monkeypatch):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("mebibytes", [1, 17, 33])
 def test_large_rows_in_threads(device, mebibytes, threads):
-    """Sizes at which the compiled code starts threads, bypasses the cache and asks for huge pages."""
+    """From where the compiled code starts threads, bypasses the cache, asks for huge pages."""
     hidden = 4095
     rows = (mebibytes << 20) // (2 * hidden)
     op = OPS["merge_image_tokens"]

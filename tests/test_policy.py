@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 import torch
-from tests.cases import OPS, every_case, every_op, usual_shape
 
 import vlm_fast
+from tests.cases import OPS, every_case, every_op, usual_shape
 from vlm_fast import parity
 
 UNSERVED = torch.float64

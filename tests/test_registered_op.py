@@ -4,13 +4,13 @@ import io
 
 import pytest
 import torch
-from tests.cases import OPS, enlarged, every_case, every_op, usual_shape
-from tests.onlooker import Onlooker
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.library import opcheck
 
+from tests.cases import OPS, enlarged, every_case, every_op, usual_shape
+from tests.onlooker import Onlooker
 from vlm_fast import parity, registration
 
 OPCHECKS = (

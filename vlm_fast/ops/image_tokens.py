@@ -265,14 +265,16 @@ def _no_rows(rows: Tensor) -> str | None:
     return None
 
 
-def _check_count(name: str, argument: str, count: int, found: Tensor) -> None:
+def _check_count(name: str, argument: str, count: int, found: Tensor | int) -> None:
     """Exact where it costs nothing or strictness asks for it; else an assertion on the device."""
-    if kernels.is_traced(found):
-        return
-    if found.is_cuda and not policy.strict:
-        message = f"vlm_fast.{name}: {argument} has {count} rows, image_mask another count"
-        torch._assert_async(found == count, message)
-    elif int(found) != count:
+    if isinstance(found, Tensor):
+        if kernels.is_traced(found):
+            return
+        if found.is_cuda and not policy.strict:
+            message = f"vlm_fast.{name}: {argument} has {count} rows, image_mask another count"
+            torch._assert_async(found == count, message)
+            return
+    if int(found) != count:
         raise ValueError(
             f"vlm_fast.{name}: {argument} has {count} rows, "
             f"expected {int(found)}, the true entries of image_mask"
