@@ -127,17 +127,17 @@ def image_token_slots(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor | int
     """
     mask = mask.contiguous()
     slots = mask.new_empty(capacity, dtype=torch.int32)
-    if runs_triton(mask):
+    if runs_triton(mask) or is_traced(mask):
         count = mask.new_empty((), dtype=torch.int32)
+        if not runs_triton(mask):
+            return slots, count
         batch, sequence = mask.shape
         image_token_slots_kernel(
             mask.numel(), lambda blocks: (batch,),
             mask.view(torch.uint8), slots, count, batch, sequence, capacity,
         )  # fmt: skip
         return slots, count
-    if is_traced(mask):
-        return slots, capacity
-    if native is not None:
+    if native is not None and mask.is_cpu:
         found = native.image_token_slots(mask.data_ptr(), mask.numel(), slots.data_ptr(), capacity)
     else:
         rows = mask.flatten().nonzero().flatten()
@@ -163,7 +163,7 @@ def merge_image_tokens(
             first += image.shape[0]
     elif is_traced(embeds):
         pass
-    elif native is not None:
+    elif native is not None and embeds.is_cpu:
         images = [image.to(embeds.dtype) for image in images]
         native.merge_image_tokens(
             text.data_ptr(), _pitch(text), slots.data_ptr(),
@@ -175,8 +175,8 @@ def merge_image_tokens(
         out.copy_(embeds)
         first = 0
         for image in images:
-            rows = slots[first : first + image.shape[0]]
-            out.view(-1, cols).index_copy_(0, rows.long(), image.to(out.dtype))
+            where = slots[first : first + image.shape[0]].long()
+            out.view(-1, cols).index_copy_(0, where, image.to(out.dtype))
             first += image.shape[0]
     return out
 
@@ -190,7 +190,7 @@ def clear_image_tokens(source: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
         _merge(None, slots, 0, text, mask, out, cols, clear=True)
     elif is_traced(source):
         pass
-    elif native is not None:
+    elif native is not None and source.is_cpu:
         native.clear_image_tokens(
             text.data_ptr(), _pitch(text), slots.data_ptr(), slots.numel(),
             out.data_ptr(), rows, cols * out.element_size(), torch.get_num_threads(),
@@ -211,7 +211,7 @@ def gather_image_tokens(source: Tensor, slots: Tensor, first: int, out: Tensor) 
         )
     elif is_traced(source):
         pass
-    elif native is not None and source.dtype == out.dtype:
+    elif native is not None and source.is_cpu and source.dtype == out.dtype:
         native.gather_image_tokens(
             matrix.data_ptr(), _pitch(matrix), slots.data_ptr(), first,
             rows, out.data_ptr(), cols * out.element_size(), torch.get_num_threads(),

@@ -6,6 +6,8 @@ leaves its share of the bias gradient in a row of its own: no atomics, one order
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -113,7 +115,7 @@ def activate(z: Tensor, activation: str) -> Tensor:
 
 
 _aten_ops = torch.ops.aten
-_ATEN = {
+_ATEN: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
@@ -128,7 +130,7 @@ def _quick_gelu_backward(dh: Tensor, z: Tensor) -> Tensor:
     return (dh.float() * (gate + 1.702 * wide * gate * (1 - gate))).to(dh.dtype)
 
 
-_ATEN_BACKWARD = {
+_ATEN_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": _aten_ops.gelu_backward.default,
     "gelu_tanh": lambda dh, z: _aten_ops.gelu_backward.default(dh, z, approximate="tanh"),
     "quick_gelu": _quick_gelu_backward,

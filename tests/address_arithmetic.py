@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 
 INT32_MAX = 2**31 - 1
 GRID = {"x": INT32_MAX, "y": 65_535, "z": 65_535}
@@ -30,11 +31,14 @@ class Value:
         found = re.findall(r"\bi(\d+)\b|xi(\d+)>", self.text.rpartition(" : ")[2])
         return int("".join(found[-1])) if found else 32
 
+    @cached_property
     def bound(self) -> int:
         """The largest this can be, sizes and indices being no less than 0."""
-        return min(self.unwrapped(), 2 ** (self.bits() - 1) - 1)
+        return min(self.unwrapped, 2 ** (self.bits() - 1) - 1)
 
-    def unwrapped(self) -> int:
+    @cached_property
+    def unwrapped(self) -> float:
+        """The same before the width of its type is counted in."""
         match self.operation, self.operands:
             case "arith.constant", _:
                 number = re.search(r"(?:dense<|constant )(-?\d+)[> ]", self.text)
@@ -44,23 +48,25 @@ class Value:
             case "tt.make_range", _:
                 return int(re.search(r"end = (\d+)", self.text)[1]) - 1
             case "arith.muli", [a, b]:
-                return a.bound() * b.bound()
+                return a.bound * b.bound
             case "arith.shli", [a, b]:
-                return a.bound() << min(b.bound(), 64)
+                return a.bound << min(b.bound, 64)
             case "arith.addi", [a, b]:
-                return a.bound() + b.bound()
+                return a.bound + b.bound
             case "arith.divsi" | "arith.divui", [a, b] if b.operation == "arith.constant":
-                return a.bound() // max(b.bound(), 1)
+                return a.bound // max(b.bound, 1)
             case "arith.remsi" | "arith.remui", [a, b]:
-                return min(a.bound(), b.bound() - 1)
+                return min(a.bound, b.bound - 1)
             case "arith.minsi" | "arith.minui", [a, b]:
-                return min(a.bound(), b.bound())
+                return min(a.bound, b.bound)
             case "arith.select", [_, a, b]:
-                return max(a.bound(), b.bound())
-            case "arith.extsi" | "arith.trunci" | "tt.splat" | "tt.broadcast" | "tt.expand_dims", [a]:
-                return a.bound()
+                return max(a.bound, b.bound)
+            case "arith.extsi" | "arith.trunci" | "tt.splat" | "tt.broadcast" | "tt.expand_dims", [
+                a
+            ]:
+                return a.bound
             case "induction", [_, end]:
-                return end.bound()
+                return end.bound
             case _:
                 return math.inf
 
@@ -77,7 +83,7 @@ def overflowing_products(ttir: str) -> list[str]:
         seen.add(id(value))
         todo += value.operands
         product = value.operation in ("arith.muli", "arith.shli") and value.bits() <= 32
-        if product and value.unwrapped() > INT32_MAX:
+        if product and value.unwrapped > INT32_MAX:
             found[value.text] = None
     return list(found)
 

@@ -6,7 +6,9 @@ import os
 import pytest
 import torch
 
-pytest.register_assert_rewrite("tests.guard_bands", "tests.kernel_properties")
+pytest.register_assert_rewrite(
+    "tests.guard_bands", "tests.kernel_properties", "tests.tile_properties"
+)
 
 # On a busy machine threads mostly wait for each other: 10x. Tests about threads ask for them.
 torch.set_num_threads(1)

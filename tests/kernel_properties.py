@@ -16,6 +16,7 @@ from tests.cases import every_case, every_dtype, every_op, usual_shape
 from tests.guard_bands import LAYOUTS, GuardBands
 from vlm_fast import parity
 from vlm_fast.kernels import _launcher
+from vlm_fast.kernels.image_tokens import image_token_slots
 from vlm_fast.op import OPS
 
 UPSTREAMS = ("dense", "padded rows", "transposed", "every other column", "expanded", "scalar")
@@ -178,10 +179,14 @@ def test_every_kernel_is_launched_where_triton_runs(device):
     assert launched(device) == (set(_launcher.KERNELS) if runs else set())
 
 
-@pytest.mark.parametrize("index", range(1, 8))
-def test_every_config_is_right(device, monkeypatch, index):
-    for kernel in _launcher.KERNELS.values():
-        config = kernel.configs[index % len(kernel.configs)]
-        monkeypatch.setattr(kernel, "choose", lambda tensor, size, config=config: config)
-    for op in OPS.values():
-        judged(op, *op.sample(usual_shape(op), torch.bfloat16, device), layout="padded rows")
+@pytest.mark.parametrize("beyond", [-15, -1, 0, 1, 5000])
+def test_slots_with_a_wrong_count_are_safe_addresses(device, beyond):
+    op = OPS["merge_image_tokens"]
+    (_, _, mask), _ = op.sample(usual_shape(op), device=device)
+    true = mask.flatten().nonzero().flatten()
+    with GuardBands() as bands:
+        mask = bands.lay_out(mask, "dense")
+        slots, found = image_token_slots(mask, len(true) + beyond)
+    bands.check()
+    assert int(found) == len(true)
+    assert slots.tolist() == (true.tolist() + max(beyond, 0) * [0])[: len(slots)]

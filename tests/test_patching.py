@@ -55,9 +55,7 @@ def test_found_by_structure_not_by_name():
 
 def test_norm_first_and_unknown_arguments():
     # A second argument makes it no chain: it may do anything.
-    assert chain_of(Normed()) == (
-        "its forward takes more than one argument"
-    )
+    assert chain_of(Normed()) == ("its forward takes more than one argument")
 
     class OneArgument(Normed):
         def forward(self, x):

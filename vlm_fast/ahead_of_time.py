@@ -109,8 +109,13 @@ def compile_all(
         for (build, compiled, seconds), counted in zip(group, counts, strict=True):
             found.append(
                 Resources(
-                    build.kernel.name, build.signature, build.config, arch, seconds=seconds,
-                    shared_bytes=compiled.metadata.shared, **counted,
+                    build.kernel.name,
+                    build.signature,
+                    build.config,
+                    arch,
+                    seconds=seconds,
+                    shared_bytes=compiled.metadata.shared,
+                    **counted,
                 )  # fmt: skip
             )
     return found
@@ -212,7 +217,7 @@ class _Address:
 
     def __init__(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
-        self._offset = tensor.storage_offset() * tensor.itemsize
+        self._offset = int(tensor.storage_offset()) * tensor.itemsize
         self._size = tensor.untyped_storage().nbytes()
 
     def data_ptr(self) -> int:

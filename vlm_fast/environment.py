@@ -158,5 +158,8 @@ def _config_table() -> Fact:
     if kernels:
         return Fact("config table", f"{name} ({len(kernels)} kernels)")
     return Fact(
-        "config table", "default configs", f"no {name} is shipped", "make gpu measures and writes it"
+        "config table",
+        "default configs",
+        f"no {name} is shipped",
+        "make gpu measures and writes it",
     )

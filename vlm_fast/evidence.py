@@ -90,8 +90,11 @@ def proofs(op: Op[..., Any], results: list[dict[str, Any]]) -> list[Proof]:
             current = result.get("sources", {}).get(op.name) == now
             found.append(
                 Proof(
-                    result["device"], result["machine"], current,
-                    parity["cases"] > 0 and not parity["failures"], tuple(parity["dtypes"]),
+                    result["device"],
+                    result["machine"],
+                    current,
+                    parity["cases"] > 0 and not parity["failures"],
+                    tuple(parity["dtypes"]),
                 )  # fmt: skip
             )
     return sorted(found, key=lambda proof: (not proof.current, proof.machine))

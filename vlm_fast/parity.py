@@ -157,12 +157,10 @@ def check(
     triples = zip(actual[0] + actual[1], native[0] + native[1], exact[0] + exact[1], strict=True)
     verdicts = []
     for name, (ours, theirs, true) in zip(names, triples, strict=True):
-        if ours is None or theirs is None:
+        if ours is None or theirs is None or true is None:
             same = (ours is None) == (theirs is None)
             failure = None if same else "a gradient is missing on one side"
             verdicts.append(Verdict(name, 0.0, 0.0, failure))
         else:
-            verdicts.append(
-                judge(name, ours, theirs, true, gradient=name.startswith("gradient"))
-            )
+            verdicts.append(judge(name, ours, theirs, true, gradient=name.startswith("gradient")))
     return verdicts

@@ -142,7 +142,9 @@ class CallPath:
         """Results, then what backward needs and is not an input (those are not returned again)."""
         count = self.count(values)
         result, saved = self.forward(self.needs_of(tuple(needs), count), *values, **settings)
-        inputs, fresh, recipe = self.flatten(values), [], []
+        inputs = self.flatten(values)
+        fresh: list[Tensor] = []
+        recipe: list[int | None] = []
         for tensor in saved:
             at = next((i for i, v in enumerate(inputs) if v is tensor), None)
             if tensor is not None and at is None:
@@ -202,9 +204,12 @@ class CallPath:
                 _refuse_double_backward(name)
             found = iter(
                 run_backward(
-                    list(grads[: self.results]), list(ctx.saved_tensors),
-                    **ctx.settings, list_length=ctx.count, needs=ctx.needs,
-                )  # fmt: skip
+                    list(grads[: self.results]),
+                    list(ctx.saved_tensors),
+                    **ctx.settings,
+                    list_length=ctx.count,
+                    needs=ctx.needs,
+                )
             )
             flat = tuple(next(found) if need else None for need in ctx.needs)
             return self.unflatten(flat, ctx.count)
@@ -257,5 +262,5 @@ def _schema_type(annotation: Any) -> str:
     if get_origin(annotation) in (Union, UnionType):
         kinds = [a for a in get_args(annotation) if a is not type(None)]
         return _schema_type(kinds[0]) + "?"
-    kinds = {Tensor: "Tensor", str: "str", float: "float", int: "SymInt", bool: "bool"}
-    return kinds[annotation]
+    words = {Tensor: "Tensor", str: "str", float: "float", int: "SymInt", bool: "bool"}
+    return words[annotation]

@@ -55,7 +55,7 @@ def shapes(op: Op[..., Any], *, full: bool) -> Iterator[tuple[str, Mapping[str, 
 
 def one_sample(shape: Mapping[str, Any]) -> dict[str, Any]:
     """A shape with a batch of one, and what is counted over the batch divided with it."""
-    batch = shape["batch"] if "batch" in shape else 1
+    batch = shape.get("batch", 1)
     smaller = dict(shape)
     for name in ("batch", "count"):
         if name in shape:

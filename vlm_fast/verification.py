@@ -101,7 +101,7 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
     found, unreached = [], []
     for name, module in connectors.items():
         if isinstance(module, FusedMLP) and name in seen:
-            found.append(Connector(name, "mlp", _verify_module(module, seen[name])))
+            found.append(Connector(name, "mlp", _verify_module(connectors[name], seen[name])))
         elif isinstance(module, image_token_merge.FusedMerge) and merges:
             verdicts = [v for merge in merges for v in _verify_merge(*merge)]
             found.append(Connector(name, "merge_image_tokens", verdicts))

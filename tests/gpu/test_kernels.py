@@ -4,6 +4,7 @@ import torch
 
 from tests.cases import every_case
 from tests.kernel_properties import *  # noqa: F403
+from tests.tile_properties import *  # noqa: F403
 from vlm_fast import parity
 
 

@@ -102,7 +102,8 @@ def forward(needs, inputs_embeds, image_features, image_mask):
 def backward(needs, kept, dy):
     mask, slots, *likenesses = kept
     dembeds = kernels.clear_image_tokens(dy, mask, slots) if needs.inputs_embeds else None
-    dfeatures, first = [], 0
+    first = 0
+    dfeatures: list[Tensor | None] = []
     for likeness in likenesses:
         if likeness is None:
             dfeatures.append(None)
@@ -134,12 +135,8 @@ def cost(inputs_embeds, image_features, image_mask):
         dict(batch=2, sequence=30, hidden=40, images=3, tokens=4, as_list=True),
     ],
     bench={
-        "LLaVA-1.5-7B, 8 x 2944": dict(
-            batch=8, sequence=2944, hidden=4096, images=1, tokens=576
-        ),
-        "LLaVA-1.5-7B, 16 x 1024": dict(
-            batch=16, sequence=1024, hidden=4096, images=1, tokens=576
-        ),
+        "LLaVA-1.5-7B, 8 x 2944": dict(batch=8, sequence=2944, hidden=4096, images=1, tokens=576),
+        "LLaVA-1.5-7B, 16 x 1024": dict(batch=16, sequence=1024, hidden=4096, images=1, tokens=576),
         "1 image, 1 x 2048": dict(batch=1, sequence=2048, hidden=4096, images=1, tokens=576),
         "LLaVA-NeXT, 8 x 4096": dict(batch=8, sequence=4096, hidden=4096, images=1, tokens=2880),
     },

@@ -81,7 +81,7 @@ def _fits(bias, features, dtype, device):
     return bias.shape == (features,) and bias.dtype is dtype and bias.device == device
 
 
-def _mistake(x, weight_1, bias_1, weight_2, bias_2, activation, saved) -> Exception:
+def _mistake(x, weight_1, bias_1, weight_2, bias_2, activation, saved):
     named = dict(x=x, weight_1=weight_1, bias_1=bias_1, weight_2=weight_2, bias_2=bias_2)
     for name, value in named.items():
         if not isinstance(value, Tensor) and not (value is None and name.startswith("bias")):
@@ -127,7 +127,7 @@ def requires(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
 
 @mlp.forward
 def forward(needs, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
-    z = F.linear(_gemm_input(x), weight_1, bias_1)
+    z: Tensor | None = F.linear(_gemm_input(x), weight_1, bias_1)
     h = activate(z if z.ndim == x.ndim else _without_gaps(z, x.shape[:-1]), activation)
     inner = needs.x or needs.weight_1 or needs.bias_1
     rebuild = saved == "input"

@@ -34,8 +34,8 @@ class Patched:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class made at run time cannot be found by name: name what it is made from instead.
-        _, _, *state = super().__reduce_ex__(max(2, int(protocol)))
-        return (_rebuild, tuple(self.patch), *state)
+        reduced: tuple[Any, ...] = super().__reduce_ex__(max(2, int(protocol)))  # type: ignore
+        return (_rebuild, tuple(self.patch), *reduced[2:])
 
 
 @functools.cache
@@ -46,14 +46,14 @@ def patched_class(base: type[nn.Module], mixin: type[Patched], recipe: Any) -> t
 
 
 def swap(module: nn.Module, mixin: type[Patched], recipe: Any) -> None:
-    module.__class__ = patched_class(type(module), mixin, recipe)
+    module.__class__ = patched_class(type(module), mixin, recipe)  # type: ignore[arg-type]
 
 
 def swap_back(module: nn.Module) -> None:
-    assert isinstance(module, Patched)
-    module.__class__ = module.patch.base
+    base: Any = type(module).patch.base  # type: ignore[attr-defined]
+    module.__class__ = base
 
 
 def _rebuild(base: type[nn.Module], mixin: type[Patched], recipe: Any) -> nn.Module:
-    cls = patched_class(base, mixin, recipe)
+    cls = patched_class(base, mixin, recipe)  # type: ignore[arg-type]
     return cls.__new__(cls)
