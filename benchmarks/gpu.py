@@ -28,14 +28,14 @@ GRACE = 10.0
 
 
 @contextlib.contextmanager
-def limit(deadline: float) -> Iterator[None]:
+def limit(deadline: float, grace: float) -> Iterator[None]:
     """Break off what does not look at its deadline, a little after it."""
 
     def out_of_time(number: int, frame: object) -> None:
         raise TimeoutError("out of time")
 
     before = signal.signal(signal.SIGALRM, out_of_time)
-    signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 0) + GRACE)
+    signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 0) + grace)
     try:
         yield
     finally:
@@ -44,7 +44,12 @@ def limit(deadline: float) -> Iterator[None]:
 
 
 def run(
-    device: str, path: Path, *, stages: tuple[Stage, ...] = STAGES, total: float = TOTAL_SECONDS
+    device: str,
+    path: Path,
+    *,
+    stages: tuple[Stage, ...] = STAGES,
+    total: float = TOTAL_SECONDS,
+    grace: float = GRACE,
 ) -> Results:
     """Run the stages, write what they find to ``path``, and return it."""
     end = time.monotonic() + total
@@ -61,7 +66,7 @@ def run(
             record |= {"clocks_before": machine.clocks()} if stage.timed else {}
             try:
                 deadline = min(start + stage.seconds, end)
-                with limit(deadline):
+                with limit(deadline, grace):
                     failures = stage.run(results, device, deadline)
             except Exception as error:  # a stage that breaks must not take the others with it
                 failures = [f"{type(error).__name__}: {error}"]

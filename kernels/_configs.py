@@ -2,7 +2,7 @@
 
 A table is ``configs/<sm>_<gpu>.json``::
 
-    {"schema": 1, "kernels": {"<kernel>": {"<dtype>": {"<size>": <index into the kernel's configs>}}}}
+    {"schema": 1, "kernels": {"<kernel>": {"<dtype>": {"<size>": <index of the config>}}}}
 
 Written by the GPU run of the benchmark from measured times; no table means the default config.
 """

@@ -182,7 +182,7 @@ def merge_image_tokens(
 
 
 def clear_image_tokens(source: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
-    """``source (batch, sequence, cols)`` with zeros in the slots: the gradient to the embeddings."""
+    """``source (batch, sequence, cols)`` with zeros in its slots: the gradient of the text."""
     out = source.new_empty(source.shape)
     text = row_matrix(source)
     rows, cols = text.shape

@@ -1,8 +1,8 @@
 """Which 32-bit multiplications of a kernel can overflow on the way into an address, from its TTIR.
 
 A load or store past 2**31 elements needs a big GPU to try; this needs none. From the offset of
-each ``tt.addptr`` the definitions are followed back, and a 32-bit product is accepted only where its
-operands are bounded so that it stays below 2**31: a grid has up to 2**31 - 1 programs along x but
+each ``tt.addptr`` the definitions are followed back, and a 32-bit product is accepted only where
+its operands are bounded so that it stays below 2**31: a grid has up to 2**31 - 1 programs along x but
 65,535 along y and z, so ``program_id(1) * BLOCK`` is, and ``program_id(0) * cols`` is not.
 """
 

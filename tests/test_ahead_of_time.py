@@ -185,5 +185,5 @@ def test_amd_is_compiled_on_request(fresh_cache):
 
 @pytest.mark.parametrize("archs, ops", [(["sm90"], None), (["sm_90"], ["no_such_op"])])
 def test_unknown_names_are_refused(archs, ops):
-    with pytest.raises(ValueError, match="'sm90'|'no_such_op'"):
+    with pytest.raises(ValueError, match=r"'sm90'|'no_such_op'"):
         ahead_of_time.compile_all(archs, ops=ops)

@@ -1,4 +1,4 @@
-"""The life of a patch: found by structure, survives copies and files, refuses what it would break."""
+"""The life of a patch: found by structure, survives copies and files, refuses to break things."""
 
 import copy
 import io

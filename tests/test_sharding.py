@@ -109,7 +109,7 @@ def refuse_after_sharding(rank):
 
     sharded = fully_shard(Plain())
     kind = type(sharded)
-    with pytest.raises(ValueError, match="already sharded|DTensor"):
+    with pytest.raises(ValueError, match=r"already sharded|DTensor"):
         vlm_fast.patch(sharded)
     assert type(sharded) is kind
 

@@ -55,7 +55,7 @@ def assert_fused(projector):
 def assert_falls_back(projector, reason):
     why = vlm_fast.explain(projector)[""]
     assert why is not None and reason in why, why
-    with vlm_fast.strict(), pytest.raises(vlm_fast.VlmFastFallbackError, match="linear_|act:"):
+    with vlm_fast.strict(), pytest.raises(vlm_fast.VlmFastFallbackError, match=r"linear_|act:"):
         projector(torch.randn(3, 5, 48))
     vlm_fast.stats(reset=True)
     projector(torch.randn(3, 5, 48))

@@ -116,7 +116,7 @@ def compile_all(
                     seconds=seconds,
                     shared_bytes=compiled.metadata.shared,
                     **counted,
-                )  # fmt: skip
+                )
             )
     return found
 

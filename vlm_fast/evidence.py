@@ -95,6 +95,6 @@ def proofs(op: Op[..., Any], results: list[dict[str, Any]]) -> list[Proof]:
                     current,
                     parity["cases"] > 0 and not parity["failures"],
                     tuple(parity["dtypes"]),
-                )  # fmt: skip
+                )
             )
     return sorted(found, key=lambda proof: (not proof.current, proof.machine))

@@ -9,8 +9,8 @@
     @name.cost       (x, ..., *, option) -> Cost of the forward and of the backward
     @name.inputs(test=[...], bench={...}) over one builder of arguments
 
-``needs`` has a field per tensor argument: whether its gradient is wanted. Parity, contract, compile,
-budget and benchmark suites loop over `OPS`; an op is two files and one import line.
+``needs`` has a field per tensor argument: whether its gradient is wanted. Parity, contract,
+compile, budget and benchmark suites loop over `OPS`; an op is two files and one import line.
 """
 
 from __future__ import annotations

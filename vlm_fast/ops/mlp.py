@@ -127,12 +127,12 @@ def requires(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
 
 @mlp.forward
 def forward(needs, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
-    z: Tensor | None = F.linear(_gemm_input(x), weight_1, bias_1)
+    z = F.linear(_gemm_input(x), weight_1, bias_1)
     h = activate(z if z.ndim == x.ndim else _without_gaps(z, x.shape[:-1]), activation)
     inner = needs.x or needs.weight_1 or needs.bias_1
     rebuild = saved == "input"
-    if rebuild or not (inner or needs.weight_2):
-        z = None  # gone before the second GEMM allocates
+    kept_z = None if rebuild or not (inner or needs.weight_2) else z
+    del z  # if not kept, gone before the second GEMM allocates
     y = F.linear(h, weight_2, bias_2)
     if not any(needs):
         return y, ()
@@ -141,7 +141,7 @@ def forward(needs, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
         weight_1 if needs.x or rebuild else None,
         bias_1 if rebuild else None,
         weight_2 if inner else None,
-        z,
+        kept_z,
         h if saved == "all" and needs.weight_2 else None,
     )
 

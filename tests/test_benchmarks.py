@@ -1,0 +1,236 @@
+"""The benchmark and the GPU run, as far as they go on a CPU."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_checks, gpu_configs, llava_model, machine, memory, picture, timing
+from benchmarks.gpu_stages import STAGES, Stage, every_config, parity
+from vlm_fast import ahead_of_time, evidence
+from vlm_fast.kernels import _configs
+from vlm_fast.kernels._triton import AVAILABLE
+from vlm_fast.op import OPS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    path = tmp_path_factory.mktemp("quick") / "results.json"
+    found = python("benchmarks", "--quick", "--json", str(path))
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout, json.loads(path.read_text())
+
+
+def test_quick_run_measures_every_op_and_proves_the_patched_model(quick):
+    text, results = quick
+    assert {row["op"] for row in results["ops"]} == set(OPS) == set(results["parity"])
+    assert all(row["median"] > 0 and row["rounds"] >= 3 for row in results["ops"])
+    proof = results["llava"]["proof"]
+    assert proof["verified"] and proof["same_tokens"] and proof["repeats_bitwise"]
+    assert len(proof["patched"]) == 2
+    waits = {r["part"]: [] for r in results["llava"]["rows"]}
+    for row in results["llava"]["rows"]:
+        waits[row["part"]].append(row["synchronisations"])
+    before, after = waits["merge, forward+backward"]
+    assert after == 0 < before
+
+
+def test_output_is_plain_when_piped(quick):
+    text, _ = quick
+    assert text.isascii() and "\x1b" not in text
+    assert "verify passed" in text
+
+
+def test_results_name_no_path_of_this_machine(quick):
+    _, results = quick
+    assert str(ROOT) not in json.dumps(results)
+    assert str(Path.home()) + "/" not in json.dumps(results)
+
+
+def test_quick_results_are_not_saved():
+    assert python("benchmarks", "--quick", "--save").returncode == 2
+
+
+def test_gpu_run_says_what_it_lacks():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    found = python("benchmarks.gpu")
+    assert found.returncode == 3
+    assert found.stderr.startswith("benchmarks.gpu needs a CUDA GPU: ")
+
+
+# ---- the GPU run, on a CPU ----
+
+
+def test_stages_write_results_as_they_go(tmp_path):
+    def broken(results, device, deadline):
+        written = json.loads(path.read_text())
+        assert written["stages"]["first"]["status"] == "ok"
+        raise RuntimeError("broken")
+
+    def slow(results, device, deadline):
+        time.sleep(60)
+
+    path = tmp_path / "results.json"
+    stages = (
+        Stage("first", 9, lambda results, *_: results.update(found=1) or [], needs_cuda=False),
+        Stage("breaks", 9, broken, needs_cuda=False),
+        Stage("hangs", 0.1, slow, needs_cuda=False),
+        Stage("cuda only", 9, slow),
+    )
+    gpu.run("cpu", path, stages=stages, grace=0.1)
+    written = json.loads(path.read_text())
+    status = {name: stage["status"] for name, stage in written["stages"].items()}
+    assert status == {
+        "first": "ok", "breaks": "FAILED", "hangs": "FAILED", "cuda only": "needs a GPU",
+    }  # fmt: skip
+    assert written["stages"]["breaks"]["failures"] == ["RuntimeError: broken"]
+    assert written["stages"]["hangs"]["failures"] == ["TimeoutError: out of time"]
+    assert written["found"] == 1 and written["schema"] == evidence.SCHEMA
+
+
+def test_no_stage_can_start_after_the_end(tmp_path):
+    stages = (Stage("late", 9, lambda *_: [], needs_cuda=False),)
+    results = gpu.run("cpu", tmp_path / "results.json", stages=stages, total=-1)
+    assert results["stages"]["late"]["status"] == "out of time"
+
+
+def test_all_stages_have_names_of_their_own():
+    assert len({stage.name for stage in STAGES}) == len(STAGES)
+
+
+def test_parity_cut_off_is_no_proof():
+    results = {}
+    assert parity(results, "cpu", time.monotonic() - 1)
+    assert all(entry["failures"] for entry in results["parity"].values())
+    results = {"parity": {name: {"failures": []} for name in OPS}}
+    assert every_config(results, "cpu", time.monotonic() - 1) == ["out of time at config 0"]
+
+
+def test_repeats_are_bitwise_equal():
+    assert gpu_checks.repeats("cpu") == []
+
+
+def test_large_shapes_are_beyond_32_bits_and_named_for_every_op(monkeypatch):
+    assert gpu_checks.LARGE.keys() == OPS.keys()
+    for name, op in OPS.items():
+        torch.set_default_device("meta")
+        try:
+            args, options = op.sample(gpu_checks.LARGE[name], torch.bfloat16, "meta")
+        finally:
+            torch.set_default_device("cpu")
+        cost = op.cost_of(*args, **options)
+        assert max(cost.forward_bytes, cost.backward_bytes) > 2**32
+    small = {"batch": 5, "sequence": 107, "hidden": 40, "images": 1, "tokens": 57}
+    shapes = {
+        "merge_image_tokens": small,
+        "gather_image_tokens": {**small, "count": 5 * 57},
+        "mlp": {"shape": (5, 107, 64), "hidden": 96, "out": 64},
+    }
+    monkeypatch.setattr(gpu_checks, "LARGE", shapes)
+    assert gpu_checks.large("cpu") == []
+    monkeypatch.setattr(OPS["mlp"], "fast", lambda x, *rest, **options: x * x[0, 0, 0])
+    assert any(line.startswith("mlp: ") for line in gpu_checks.large("cpu"))
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
+def test_launches_are_collected_with_size_and_grid():
+    for op in OPS.values():
+        with gpu_configs.calls() as found:
+            ahead_of_time.launches(op)
+        assert found, op.name
+        for call in found:
+            for config in call.kernel.configs:
+                assert all(isinstance(n, int) for n in call.grid(config.blocks))
+            assert call.size > 0 and isinstance(call.dtype, torch.dtype)
+
+
+def row(config, median, size=1024, spread=0.01):
+    times = {"median": median, "lower": median * (1 - spread), "upper": median * (1 + spread)}
+    return {"kernel": "k", "dtype": "bfloat16", "size": size, "config": config, **times}
+
+
+def test_only_a_clear_winner_enters_the_table(tmp_path):
+    rows = [row(0, 1.0), row(1, 0.8), row(2, 0.9)]  # clear
+    rows += [row(0, 1.0, size=2048), row(1, 0.99, size=2048)]  # within 2%
+    rows += [row(0, 1.0, size=4096, spread=0.3), row(1, 0.8, size=4096, spread=0.3)]  # overlapping
+    table = gpu_configs.table(rows)
+    path = tmp_path / "table.json"
+    machine.write(path, table)
+    assert _configs.read(path) == {"k": {"bfloat16": {"1024": 1, "2048": 0, "4096": 0}}}
+
+
+# ---- measuring ----
+
+
+def test_times_are_quartiles_and_overlap_claims_nothing():
+    times = timing.Times.of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (times.lower, times.median, times.upper, times.rounds) == (2.0, 3.0, 4.0, 5)
+    fast = timing.Times.of([0.5, 0.6])
+    assert timing.verdict(fast, times) == "faster"
+    assert timing.verdict(times, fast) == "slower"
+    assert timing.verdict(times, timing.Times.of([2.5, 3.5])) == "same"
+
+
+def test_calls_take_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    found = timing.interleaved(calls, [()], device="cpu", seconds=0.0, rounds=(4, 9))
+    assert order[2:] == list("abbaabba")  # after the warm-up
+    assert found["a"].rounds == 4
+
+
+def test_bytes_and_waits_are_those_of_a_known_call():
+    x = torch.randn(1000, requires_grad=True)
+    assert memory.saved_bytes(lambda: x.exp().sin(), [x]) == 4000  # exp's result, for both
+    assert memory.saved_bytes(lambda: x.exp(), [x]) == 0  # its own result
+    y = torch.randn(100_000)
+    assert memory.peak_bytes(lambda: y + 1, "cpu") == 400_000
+    assert memory.peak_bytes(lambda: (y + 1) * 2, "cpu") == 800_000
+    assert memory.synchronisations(lambda: (y.sum().item(), y.nonzero(), y + 1), "cpu") == 2
+
+
+def test_photograph_becomes_what_the_tower_takes():
+    pixels, source = llava_model.pixels(*llava_model.photograph())
+    assert pixels.shape == (1, 3, 336, 336) and pixels.std() > 0.1
+    assert source
+
+
+# ---- README ----
+
+
+def test_readme_shows_what_results_hold_and_nothing_else(quick, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    _, results = quick
+    readme, image = tmp_path / "README.md", tmp_path / "picture.svg"
+    markers = "<!-- {0}:begin -->\nold\n<!-- {0}:end -->\n"
+    readme.write_text("top\n" + markers.format("picture") + markers.format("results") + "end\n")
+    monkeypatch.setattr(evidence, "read_results", lambda: [{**results, "quick": False}])
+    picture.main(readme, image)
+    text = readme.read_text()
+    assert "old" not in text and text.startswith("top\n") and text.endswith("end\n")
+    assert "![" in text and "(picture.svg)" in text
+    assert "No GPU has run this yet" in text
+    first = image.read_bytes()
+    picture.main(readme, image)
+    assert readme.read_text() == text and image.read_bytes() == first
+    monkeypatch.setattr(evidence, "read_results", lambda: [results])  # quick: worth nothing
+    picture.main(readme, image)
+    assert "| " not in readme.read_text()
+
+
+def test_markers_must_stand_once():
+    with pytest.raises(ValueError, match="once, found 0 times"):
+        picture.between("nothing here", "results", "x")
