@@ -130,10 +130,13 @@ def _quick_gelu_backward(dh: Tensor, z: Tensor) -> Tensor:
     return (dh.float() * (gate + 1.702 * wide * gate * (1 - gate))).to(dh.dtype)
 
 
+# In place: dh is a temporary of the caller's, and nobody reads it afterwards.
 _ATEN_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "gelu": _aten_ops.gelu_backward.default,
-    "gelu_tanh": lambda dh, z: _aten_ops.gelu_backward.default(dh, z, approximate="tanh"),
+    "gelu": lambda dh, z: _aten_ops.gelu_backward.grad_input(dh, z, grad_input=dh),
+    "gelu_tanh": lambda dh, z: _aten_ops.gelu_backward.grad_input(
+        dh, z, approximate="tanh", grad_input=dh
+    ),
     "quick_gelu": _quick_gelu_backward,
-    "silu": _aten_ops.silu_backward.default,
-    "relu": lambda dh, z: _aten_ops.threshold_backward.default(dh, z, 0),
+    "silu": lambda dh, z: _aten_ops.silu_backward.grad_input(dh, z, grad_input=dh),
+    "relu": lambda dh, z: _aten_ops.threshold_backward.grad_input(dh, z, 0, grad_input=dh),
 }

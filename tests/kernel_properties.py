@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import every_case, every_dtype, every_op, usual_shape
+from tests.cases import every_case, every_dtype, every_op, shape_id, usual_shape
 from tests.guard_bands import LAYOUTS, GuardBands
 from vlm_fast import parity
 from vlm_fast.kernels import _launcher
@@ -132,7 +132,7 @@ def test_only_wanted_gradients_are_computed(device, op, shape):
     values = op._accepts(*args, **{**op.defaults, **options})
     settings = {**op.defaults, **options}
     floating = [i for i, v in enumerate(values) if parity.differentiable([v])]
-    sizes = range(len(floating) + 1) if shape is usual_shape(op) else (1, len(floating))
+    sizes = range(len(floating) + 1) if shape is usual_shape(op) else (0, 1, len(floating))
     names, triples = evaluated(op, args, options)
     expected = [t for name, t in zip(names, triples, strict=True) if name.startswith("gradient")]
     for wanted in (c for size in sizes for c in itertools.combinations(floating, size)):
@@ -165,6 +165,18 @@ def test_repeats_are_identical(device, op, shape):
             assert torch.equal(tensor, again)
 
 
+@pytest.fixture
+def deterministic_algorithms():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@every_op
+def test_deterministic_algorithms_are_obeyed(device, op, deterministic_algorithms):
+    judged(op, *op.sample(usual_shape(op), device=device))
+
+
 def launched(device: str) -> set[str]:
     with _launcher.recording() as launches:
         for op in OPS.values():
@@ -190,3 +202,14 @@ def test_slots_with_a_wrong_count_are_safe_addresses(device, beyond):
     bands.check()
     assert int(found) == len(true)
     assert slots.tolist() == (true.tolist() + max(beyond, 0) * [0])[: len(slots)]
+
+
+@pytest.mark.parametrize("features_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", OPS["merge_image_tokens"].test_shapes, ids=shape_id)
+def test_features_of_another_dtype(device, shape, features_dtype):
+    """Projectors in fp32 feed language models in bf16; gradients come back in fp32."""
+    op = OPS["merge_image_tokens"]
+    (embeds, features, mask), options = op.sample(shape, torch.bfloat16, device)
+    change = lambda t: t.to(features_dtype) * 1.001  # noqa: E731
+    features = [change(f) for f in features] if isinstance(features, list) else change(features)
+    judged(op, (embeds, features, mask), options, layout="padded rows")

@@ -158,23 +158,38 @@ def square_matmul_kernel(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
     tl.store(c_ptr + row * SIZE + col, product)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_machine_code_tells_tensor_cores_wide_accesses_and_spills(fresh_cache, arch):
+@triton.jit
+def copy_tile_kernel(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
+    source = tl.make_tensor_descriptor(a_ptr, [SIZE, SIZE], [SIZE, 1], [SIZE, SIZE])
+    target = tl.make_tensor_descriptor(b_ptr, [SIZE, SIZE], [SIZE, 1], [SIZE, SIZE])
+    target.store([0, 0], source.load([0, 0]))
+
+
+def counted(kernel, arch, **options):
     signature = dict(a_ptr="*bf16", b_ptr="*bf16", c_ptr="*fp32", SIZE="constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
-    source = ASTSource(square_matmul_kernel, signature, dict(SIZE=128), aligned)
+    source = ASTSource(kernel, signature, dict(SIZE=128), aligned)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    roomy, cramped = machine_code.inspect(
-        [
-            triton.compile(source, target=target, options=dict(num_warps=8)).asm,
-            triton.compile(source, target=target, options=dict(num_warps=8, maxnreg=40)).asm,
-        ],
-        arch,
-    )
-    for found in (roomy, cramped):
-        assert found["tensor_core"] and found["wide_loads"] and found["wide_stores"]
-    assert not roomy["stack_bytes"] and not roomy["spills"] and 40 < roomy["registers"] < 255
-    assert cramped["stack_bytes"] and cramped["spills"] and cramped["registers"] <= 40
+    compiled = triton.compile(source, target=target, options=dict(num_warps=8, **options))
+    return machine_code.inspect([compiled.asm], arch)[0]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tensor_cores_and_wide_accesses_are_counted(fresh_cache, arch):
+    found = counted(square_matmul_kernel, arch)
+    assert found["tensor_core"] and found["wide_loads"] and found["wide_stores"]
+    assert 64 < found["registers"] < 255 and not found["stack_bytes"] and not found["spills"]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])  # sm_90's tensor cores refuse to be cramped
+def test_spills_are_counted(fresh_cache, arch):
+    found = counted(square_matmul_kernel, arch, maxnreg=64)
+    assert found["stack_bytes"] and found["spills"] and found["registers"] <= 64
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_bulk_copies_are_counted(fresh_cache, arch):
+    assert counted(copy_tile_kernel, arch)["tma"] >= 2
 
 
 def test_amd_is_compiled_on_request(fresh_cache):

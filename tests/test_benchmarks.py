@@ -1,6 +1,7 @@
 """The benchmark and the GPU run, as far as they go on a CPU."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -20,9 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(*arguments):
+    # On a busy machine threads mostly wait for each other.
     return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, "-m", *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def quick(tmp_path_factory):
 
 
 def test_quick_run_measures_every_op_and_proves_the_patched_model(quick):
-    text, results = quick
+    _, results = quick
     assert {row["op"] for row in results["ops"]} == set(OPS) == set(results["parity"])
     assert all(row["median"] > 0 and row["rounds"] >= 3 for row in results["ops"])
     proof = results["llava"]["proof"]
@@ -197,8 +200,8 @@ def test_bytes_and_waits_are_those_of_a_known_call():
     assert memory.saved_bytes(lambda: x.exp().sin(), [x]) == 4000  # exp's result, for both
     assert memory.saved_bytes(lambda: x.exp(), [x]) == 0  # its own result
     y = torch.randn(100_000)
-    assert memory.peak_bytes(lambda: y + 1, "cpu") == 400_000
-    assert memory.peak_bytes(lambda: (y + 1) * 2, "cpu") == 800_000
+    assert memory.peak_bytes(lambda: y + 1, "cpu") == pytest.approx(400_000, rel=1e-3)
+    assert memory.peak_bytes(lambda: (y + 1) * 2, "cpu") == pytest.approx(800_000, rel=1e-3)
     assert memory.synchronisations(lambda: (y.sum().item(), y.nonzero(), y + 1), "cpu") == 2
 
 

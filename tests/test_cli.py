@@ -102,7 +102,7 @@ def test_named_shapes_are_small_on_a_cpu_and_whole_on_a_gpu():
     for op in OPS.values():
         for full in (False, True):
             for _, shape in selftest.shapes(op, full=full):
-                args, options = op.sample(shape, device="meta")
+                args, _ = op.sample(shape, device="meta")
                 assert all(a.numel() for a in args if isinstance(a, torch.Tensor) and a.ndim == 2)
 
 

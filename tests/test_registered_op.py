@@ -94,6 +94,21 @@ def test_compiled_by_inductor(op):
 
 
 @every_op
+def test_compiled_under_autocast(op):
+    args, options = op.sample(usual_shape(op))
+
+    def call(*values):
+        with torch.autocast("cpu", torch.bfloat16):
+            return op(*values, **options)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_same(
+        parity.outputs_and_gradients(compiled, args, {}),
+        parity.outputs_and_gradients(call, args, {}),
+    )
+
+
+@every_op
 def test_other_sizes_compile_at_most_once_more(op):
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op, fullgraph=True, backend=graphs)

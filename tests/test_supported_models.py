@@ -1,6 +1,7 @@
 """Real transformers models, small: what is patched in each, and that it is the same model then."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -33,7 +34,6 @@ def patch(name, model):
     kinds = {what.split(" by ")[1] for what in report.patched.values()}
     expected = {"FusedMLP": name in PROJECTOR, "FusedMerge": name not in NO_MERGE}
     assert kinds == {kind for kind, is_expected in expected.items() if is_expected}
-    return report
 
 
 def step(model, inputs):
@@ -117,12 +117,11 @@ class Waits(TorchDispatchMode):
 def logits_and_waits(model, inputs, asking):
     """Logits, and what the models in ``asking`` wait for until their features are merged."""
     waits = Waits()
-    with torch.no_grad(), pytest.MonkeyPatch.context() as watch:
-        for module in asking:
-            method = waits.during(module.get_placeholder_mask)
-            watch.setattr(module, "get_placeholder_mask", method, raising=False)
-        merge = waits.during(image_token_merge._masked_scatter)
-        watch.setattr(image_token_merge, "_masked_scatter", merge)
+    watched = [(module, "get_placeholder_mask") for module in asking]
+    watched.append((image_token_merge, "_masked_scatter"))
+    with torch.no_grad(), ExitStack() as stack:
+        for owner, name in watched:
+            stack.enter_context(mock.patch.object(owner, name, waits.during(getattr(owner, name))))
         return model(**inputs, labels=labels(inputs)).logits, waits.seen
 
 
