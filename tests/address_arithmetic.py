@@ -2,8 +2,8 @@
 
 A load or store past 2**31 elements needs a big GPU to try; this needs none. From the offset of
 each ``tt.addptr`` the definitions are followed back, and a 32-bit product is accepted only where
-its operands are bounded so that it stays below 2**31: a grid has up to 2**31 - 1 programs along x but
-65,535 along y and z, so ``program_id(1) * BLOCK`` is, and ``program_id(0) * cols`` is not.
+its operands are bounded so that it stays below 2**31: a grid has up to 2**31 - 1 programs along x
+but 65,535 along y and z, so ``program_id(1) * BLOCK`` is, and ``program_id(0) * cols`` is not.
 """
 
 from __future__ import annotations

@@ -147,7 +147,9 @@ def clear_rows_kernel(x_ptr, cols, CASE: tl.constexpr, BLOCK: tl.constexpr):
 def test_the_address_check_sees_narrow_products(fresh_cache, case, faults):
     signature = dict(x_ptr="*fp32", cols="i32", CASE="constexpr", BLOCK="constexpr")
     source = ASTSource(clear_rows_kernel, signature, dict(CASE=case, BLOCK=128))
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options=dict(enable_fp_fusion=True)
+    )
     assert len(overflowing_products(compiled.asm["ttir"])) == faults
 
 
@@ -170,7 +172,9 @@ def counted(kernel, arch, **options):
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
     source = ASTSource(kernel, signature, dict(SIZE=128), aligned)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options=dict(num_warps=8, **options))
+    compiled = triton.compile(
+        source, target=target, options=dict(num_warps=8, enable_fp_fusion=True, **options)
+    )
     return machine_code.inspect([compiled.asm], arch)[0]
 
 

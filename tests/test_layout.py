@@ -17,6 +17,7 @@ PACKAGE = ROOT / "vlm_fast"
 # A folder may import those after it, and the single files of the package may import ops.
 ORDER = ("patching", "modules", "ops", "kernels")
 LONGEST = 400
+TABLES = {"tests/tiny_models.py": 450}  # a table of models is longer, and read by the row
 SOURCES = sorted(
     path
     for folder in ("vlm_fast", "kernels", "benchmarks", "tests", "csrc", "examples")
@@ -76,7 +77,8 @@ def test_declared_packages_are_the_folders():
 def test_files_stay_short():
     assert len(SOURCES) > 20
     lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in SOURCES}
-    assert not {name: length for name, length in lengths.items() if length > LONGEST}
+    too_long = {n: lines for n, lines in lengths.items() if lines > TABLES.get(n, LONGEST)}
+    assert not too_long
 
 
 def test_every_op_has_a_file_of_kernels_or_needs_none():

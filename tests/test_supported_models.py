@@ -82,7 +82,7 @@ def test_patched_is_the_same_model(name):
     for where, value in after.items():
         assert type(value) is type(before[where]), where
         if name in PROJECTOR:
-            torch.testing.assert_close(value, before[where], rtol=1e-4, atol=2e-6, msg=where)
+            torch.testing.assert_close(value, before[where], rtol=1e-4, atol=2e-6)
         else:
             assert torch.equal(value, before[where]), where
     if vlm_fast.explain(model):
