@@ -75,6 +75,7 @@ def test_addresses_do_not_overflow(builds, kernel):
 # ---- that these tests can fail ----
 
 WITHIN = Resources("k", "x bf16", 1, "sm_90", 64, 0, 0, 1024, 0, 0, 4, 4, 0.1)
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 BUDGET = {"k": {"sm_90": {"registers": 64, "shared_bytes": 1024, "wide_loads": 4}}}
 
 
