@@ -12,7 +12,7 @@ test: $(INSTALLED)
 	@echo "make test: both processes passed"
 
 # Peers that are missing are left out; for xformers and Liger: pip install -e '.[bench]'.
-bench: .venv/bench
+bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
 check: $(INSTALLED)
@@ -34,8 +34,4 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(PIP) -e '.[hf,dev]'
-	@touch $@
-
-.venv/bench: $(INSTALLED)
-	$(PIP) matplotlib pytest-benchmark
 	@touch $@

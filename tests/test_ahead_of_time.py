@@ -75,7 +75,6 @@ def test_addresses_do_not_overflow(builds, kernel):
 # ---- that these tests can fail ----
 
 WITHIN = Resources("k", "x bf16", 1, "sm_90", 64, 0, 0, 1024, 0, 0, 4, 4, 0.1)
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 BUDGET = {"k": {"sm_90": {"registers": 64, "shared_bytes": 1024, "wide_loads": 4}}}
 
 
@@ -101,6 +100,9 @@ def test_a_violation_is_told(change, said):
 def test_what_is_within_its_budget_is_not_told():
     narrow = dataclasses.replace(WITHIN, signature="x fp32", wide_loads=3)
     assert violations([WITHIN, narrow], BUDGET) == []
+
+
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -148,9 +150,7 @@ def clear_rows_kernel(x_ptr, cols, CASE: tl.constexpr, BLOCK: tl.constexpr):
 def test_the_address_check_sees_narrow_products(fresh_cache, case, faults):
     signature = dict(x_ptr="*fp32", cols="i32", CASE="constexpr", BLOCK="constexpr")
     source = ASTSource(clear_rows_kernel, signature, dict(CASE=case, BLOCK=128))
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", 90, 32), options=dict(enable_fp_fusion=True)
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS)
     assert len(overflowing_products(compiled.asm["ttir"])) == faults
 
 
@@ -173,9 +173,7 @@ def counted(kernel, arch, **options):
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
     source = ASTSource(kernel, signature, dict(SIZE=128), aligned)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(
-        source, target=target, options=dict(num_warps=8, enable_fp_fusion=True, **options)
-    )
+    compiled = triton.compile(source, target=target, options=OPTIONS | options)
     return machine_code.inspect([compiled.asm], arch)[0]
 
 

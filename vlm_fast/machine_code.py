@@ -11,6 +11,7 @@ from typing import Any
 
 from vlm_fast.kernels._triton import triton
 
+INSTRUCTION_BYTES = 16  # on NVIDIA since sm_70
 NVIDIA = {
     "spills": re.compile(r"\b(?:LDL|STL)\b"),
     "tensor_core": re.compile(r"\b(?:UTC)?[A-Z]G?MMA\b"),
@@ -55,14 +56,16 @@ def _count(cubins: Sequence[bytes], arch: str) -> list[dict[str, int]]:
         file.flush()
         model = arch.replace("sm_", "SM")
         listing = _output(triton.knobs.nvidia.nvdisasm.path, "-ndf", "-b", model, file.name)
-    # Each line starts with its address; branch labels have lines of their own.
+    # An instruction's line starts with its address.
     lines = [line for line in listing.splitlines() if re.match(r"\s*/\*[0-9a-f]+\*/", line)]
-    width = sum(map(len, code)) // max(len(lines), 1)
+    if INSTRUCTION_BYTES * len(lines) != sum(map(len, code)):
+        raise RuntimeError(f"nvdisasm left out instructions of {arch}")
     found, first = [], 0
     for size in map(len, code):
-        text = "\n".join(lines[first // width : (first + size) // width])
+        last = first + size // INSTRUCTION_BYTES
+        text = "\n".join(lines[first:last])
         found.append({kind: len(pattern.findall(text)) for kind, pattern in NVIDIA.items()})
-        first += size
+        first = last
     return found
 
 
