@@ -20,6 +20,8 @@ WAITING = {
     "aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::item", "aten::nonzero",
     "aten::masked_select", "aten::masked_scatter_backward",
 }  # fmt: skip
+# With a mask these count its true entries first.
+INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 
 
 def saved_bytes(call: Callable[[], Any], arguments: Iterable[Tensor]) -> int:
@@ -76,7 +78,9 @@ class _Waits(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        self.count += func.name().split(".")[0] in WAITING
+        name = func.name().split(".")[0]
+        by_mask = name in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.count += by_mask or name in WAITING
         return func(*args, **(kwargs or {}))
 
 

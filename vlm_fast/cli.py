@@ -147,6 +147,8 @@ def compile_(
         lack = "TRITON_INTERPRET=1 is set" if _triton.INTERPRETED else "Triton is not installed"
         _stop(Exit.ENVIRONMENT, f"nothing can be compiled: {lack}")
     archs, names = arch or ahead_of_time.ARCHS, [op] if op else None
+    if check and not ahead_of_time.BUDGETS.exists():
+        _stop(Exit.ENVIRONMENT, "--check needs tests/budgets.json of a checkout")
     try:
         with tables.counter("compiling") as count:
             found = ahead_of_time.compile_all(archs, ops=names, progress=count)
