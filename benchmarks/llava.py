@@ -46,12 +46,12 @@ def main(
         "batch": batch,
         "sequence": given["input_ids"].shape[1],
         "image_tokens": IMAGE_TOKENS,
-        "proof": llava_proof.proof(llava, given),
-        "rows": compare(llava, given, device, seconds),
         "merges": [],
     }
-    if device == "cpu":
-        with timing.one_thread():
+    with timing.one_thread():
+        found["proof"] = llava_proof.proof(llava, given)
+        found["rows"] = compare(llava, given, device, seconds)
+        if device == "cpu":
             found["merges"] = merges(MERGES[1:] if quick else MERGES, seconds)
     show(found, device)
     return found
@@ -161,7 +161,7 @@ def merges(shapes: tuple[tuple[int, int, int], ...], seconds: float) -> list[Row
 
 
 def show(found: dict[str, Any], device: str) -> None:
-    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    threads = ", one thread" if device == "cpu" else ""
     title = (
         f"{found['model']}, {found['dtype']}, batch {found['batch']}, {found['sequence']} tokens "
         f"({found['image_tokens']} of an image), on {machine.name(device)}{threads}"

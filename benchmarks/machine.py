@@ -40,7 +40,7 @@ def description(device: str) -> dict[str, Any]:
         "sources": {op.name: evidence.sources(op) for op in OPS.values()},
     }
     if device == "cpu":
-        return {**described, "threads": torch.get_num_threads()}
+        return {**described, "threads": 1}  # see timing.one_thread
     major, minor = torch.cuda.get_device_capability()
     return {**described, "cuda": torch.version.cuda, "capability": f"sm_{major}{minor}"}
 

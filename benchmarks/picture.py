@@ -50,13 +50,18 @@ def conditions(result: dict[str, Any]) -> str:
     where = result["machine"]
     if result["device"] == "cpu":
         extension = "with" if result["compiled_extension"] else "without"
-        where += f" ({result['threads']} threads, {extension} the compiled extension)"
+        where += f" (one thread, {extension} the compiled extension)"
     return (
         f"{found['model']}, {found['dtype']}, batch {found['batch']}, {found['sequence']} tokens "
         f"({found['image_tokens']} of an image: {found['photograph']}); on {where}, torch "
         f"{versions['torch']}, transformers {versions['transformers']}, {result['date']}, commit "
-        f"{(result['commit'] or 'unknown')[:12]}. Medians of calls in turns; quartiles in the file."
+        f"{short(result['commit'])}. Medians of calls in turns; quartiles in the file."
     )
+
+
+def short(commit: str | None) -> str:
+    """The plus sign of a tree with changes is kept."""
+    return commit[:12] + commit[40:] if commit else "unknown"
 
 
 # ---- tables ----
@@ -159,10 +164,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     # The same results give the same file.
-    matplotlib.rcParams.update({"svg.hashsalt": "vlm_fast", "font.size": 9})
+    matplotlib.rcParams.update({"svg.hashsalt": "vlm_fast", "svg.fonttype": "none", "font.size": 9})
     from matplotlib import pyplot
 
-    rows = list(pairs([*result["llava"]["rows"], *result["llava"]["merges"]]))
+    alone = [{**row, "part": f"merge {row['part']}"} for row in result["llava"]["merges"]]
+    rows = list(pairs([*result["llava"]["rows"], *alone]))
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 0.42 * len(rows) + 1.2), sharey=True)
     keys = (("median", milliseconds, "time"), ("peak_bytes", megabytes, "peak memory"))
     for panel, (key, show, name) in zip(panels, keys, strict=True):
@@ -173,6 +179,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             label = f"{show(before[key])} → {show(after[key])}"
             panel.text(max(ratio, 1) + 0.02, y, label, va="center", fontsize=8)
         panel.set_xlim(0, 1.75)
+        panel.set_xticks([0, 0.5, 1])
         panel.set_xlabel(f"{name}, as a share of the unpatched model's")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(rows)), [after["part"] for _, after in rows])

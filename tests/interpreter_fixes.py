@@ -166,18 +166,18 @@ def _reduce_in_bf16() -> None:
             data = data.reshape([1] * len(tensor.shape))
         return self.to_tensor(data if data.ndim else data.item(), tl.bfloat16)
 
+    def as_bf16(tensor):
+        block = tl.block_type(tl.bfloat16, tensor.shape) if tensor.type.is_block() else tl.bfloat16
+        return tl.tensor(rounded(tensor.handle), block)
+
     def min_max(self, tensor, val_reduce_op, idx_reduce_op=None):
         tensor = tensor[0] if isinstance(tensor, tuple) else tensor
         if not is_bf16(tensor.handle):
             return extrema(self, tensor, val_reduce_op, idx_reduce_op)
         wide = self.to_tensor(widened(tensor.handle).data, tl.float32)
         found = extrema(self, wide, val_reduce_op, idx_reduce_op)
-        narrow = [
-            self.to_tensor(rounded(part.handle).data, tl.bfloat16)
-            if part.dtype == tl.float32
-            else part
-            for part in (found if isinstance(found, tuple) else (found,))
-        ]
+        parts = found if isinstance(found, tuple) else (found,)
+        narrow = [as_bf16(part) if part.dtype == tl.float32 else part for part in parts]
         return tuple(narrow) if isinstance(found, tuple) else narrow[0]
 
     def scan_steps(self, tensors):

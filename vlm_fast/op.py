@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vlm_fast.kernels._triton import AVAILABLE
 from vlm_fast.policy import DISABLED, fell_back, policy
-from vlm_fast.registration import CallPath, in_functorch
+from vlm_fast.registration import CallPath, in_functorch, refuse_forward_mode
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -107,6 +107,7 @@ class Op(Generic[P, R]):
         if torch.compiler.is_exporting():
             return "an exported program holds plain PyTorch"
         if in_functorch():
+            refuse_forward_mode(self.name)  # jvp; the others are served
             return "inside a torch.func transform"
         return self._requires(*values, **settings)
 

@@ -74,8 +74,7 @@ class CallPath:
         flat = values if self.list_at is None else self.flatten(values)
         if torch.compiler.is_compiling():
             return self._call_registered(flat, values, settings)
-        if forward_ad._current_level >= 0:
-            refuse_forward_mode(self.name)
+        refuse_forward_mode(self.name)
         count_fast(self.name)
         if _dispatch_modes() or values[0].is_meta:
             return self._call_registered(flat, values, settings)

@@ -11,8 +11,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     )
 
 from tests import interpreter_fixes
+from tests.interpreted import bounds
 
 interpreter_fixes.apply()
+bounds.enforce()
 
 
 @pytest.fixture(scope="session")

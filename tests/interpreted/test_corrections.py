@@ -95,8 +95,9 @@ def reduce_kernel(x_ptr, out_ptr, LENGTH: tl.constexpr):
     at = tl.arange(0, LENGTH)
     x = tl.load(x_ptr + at)
     tl.store(out_ptr + 0, tl.sum(x))
-    tl.store(out_ptr + 1, tl.max(x).to(tl.bfloat16))
-    tl.store(out_ptr + 2, tl.min(x).to(tl.bfloat16))
+    # Not tl.max and tl.min, which widen bf16 themselves.
+    tl.store(out_ptr + 1, tl.reduce(x, 0, tl.standard._elementwise_max))
+    tl.store(out_ptr + 2, tl.reduce(x, 0, tl.standard._elementwise_min))
     tl.store(out_ptr + 3 + at, tl.associative_scan(x, 0, tl.standard._sum_combine))
 
 
@@ -125,7 +126,7 @@ def atomic_kernel(at_ptr, x_ptr, out_ptr, count, LENGTH: tl.constexpr):
     lane = tl.arange(0, LENGTH)
     inside = lane < count
     at = tl.load(at_ptr + lane, mask=inside, other=0)
-    tl.atomic_add(out_ptr + at, tl.load(x_ptr + lane, mask=inside), mask=inside)
+    tl.atomic_add(out_ptr + at, tl.load(x_ptr + lane), mask=inside)
 
 
 def test_bf16_atomic_add_to_repeated_addresses():
