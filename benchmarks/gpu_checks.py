@@ -27,6 +27,7 @@ LARGE: dict[str, dict[str, Any]] = {
         "batch": BATCH, "sequence": 107_000, "hidden": 4096, "images": 1, "tokens": 576,
         "count": BATCH * 576,
     },
+    "max_similarity": {"shape": (BATCH, 107_000, 4096), "texts": 64},
     "mlp": {"shape": (BATCH, 107_000, 64), "hidden": 4096, "out": 64},
 }  # fmt: skip
 LARGE_BYTES = 40 * 2**30  # what they need, gradients and copies included

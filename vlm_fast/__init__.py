@@ -1,6 +1,7 @@
 """The path between a vision encoder and a language model: exact, small in memory, graph-safe."""
 
 from vlm_fast import modules as modules
+from vlm_fast import objectives as objectives
 from vlm_fast import ops as ops
 from vlm_fast.patching import Report as Report
 from vlm_fast.patching import explain as explain

@@ -130,7 +130,13 @@ class Op(Generic[P, R]):
         # By hand: register_autocast is skipped under torch.compile on torch 2.11.
         device = _autocast_device(values[0])
         dtype = torch.get_autocast_dtype(device)
-        cast = [v.to(dtype) if isinstance(v, Tensor) and v.dtype in FLOATS else v for v in values]
+
+        def to(value: Any) -> Any:
+            if isinstance(value, list):
+                return [to(v) for v in value]
+            return value.to(dtype) if isinstance(value, Tensor) and value.dtype in FLOATS else value
+
+        cast = [to(value) for value in values]
         with torch.autocast(device, enabled=False):
             return call(*cast, **settings)
 

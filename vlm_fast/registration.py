@@ -138,20 +138,20 @@ class CallPath:
         return outputs[0] if self.single else tuple(outputs[: self.results])
 
     def _run(self, *values: Any, needs: list[bool], **settings: Any) -> list[Tensor]:
-        """Results, then what backward needs and is not an input (those are not returned again)."""
+        """Results, then what else backward needs; nothing is returned twice, nor an input."""
         count = self.count(values)
         result, saved = self.forward(self.needs_of(tuple(needs), count), *values, **settings)
-        inputs = self.flatten(values)
-        fresh: list[Tensor] = []
+        results = [result] if self.single else list(result)
+        known = [*self.flatten(values), *results]
         recipe: list[int | None] = []
         for tensor in saved:
-            at = next((i for i, v in enumerate(inputs) if v is tensor), None)
+            at = next((i for i, v in enumerate(known) if v is tensor), None)
             if tensor is not None and at is None:
-                at = len(inputs) + len(fresh)
-                fresh.append(tensor)
+                at = len(known)
+                known.append(tensor)
             recipe.append(None if tensor is None else at)
         self.recipes[self._key(needs, count, settings)] = tuple(recipe)
-        return [*((result,) if self.single else result), *fresh]
+        return known[len(self.flatten(values)) :]
 
     def _key(self, needs: Any, count: int, settings: dict[str, Any]) -> tuple[Any, ...]:
         # Not the sizes: hashing a symbolic one would fix it.
@@ -195,7 +195,7 @@ class CallPath:
             ctx.needs = settings.pop("needs")
             ctx.settings, ctx.count = settings, self.count(inputs)
             recipe = self.recipes[self._key(ctx.needs, ctx.count, settings)]
-            available = (*self.flatten(inputs), *output[self.results :])
+            available = (*self.flatten(inputs), *output)
             ctx.save_for_backward(*[None if at is None else available[at] for at in recipe])
 
         def backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:

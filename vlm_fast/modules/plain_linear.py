@@ -57,15 +57,15 @@ def why_not_plain(linear: nn.Module) -> str | None:
     return None
 
 
-def why_not_called_plainly(module: nn.Module) -> str | None:
-    """Whether calling ``module`` does more than its class's forward."""
+def why_not_called_plainly(module: nn.Module, *, but_forward_hooks: bool = False) -> str | None:
+    """Why calling ``module`` does more than its class's forward, or None if it does not."""
     own = module.__dict__
     if "forward" in own:
         return "its forward has been replaced (accelerate or another wrapper)"
     if own.get("_compiled_call_impl") is not None:
         return "it is compiled on its own"
     if (
-        own["_forward_hooks"]
+        (own["_forward_hooks"] and not but_forward_hooks)
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]

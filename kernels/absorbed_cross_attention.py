@@ -1,0 +1,437 @@
+"""Attention against raw features, the key and value projections absorbed into the queries.
+
+With ``S = (q W_k) x^T`` and ``o = (P x) W_v^T`` no key and no value is formed. The products with x
+are plain batched GEMMs over the images, and cuBLAS's. What those cannot do without a copy is here:
+the products with one head's rows of a weight, whose other side lies (image, head, query) for the
+GEMM next to it and (image, query, head) for the caller; and the softmax between the two.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._dropout import keep_mask, kept, threshold
+from ._launcher import Config, kernel, runs_triton
+from ._triton import tl, triton
+
+
+@kernel(
+    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_INNER": 32}, num_warps=4, num_stages=3),
+    Config({"BLOCK_ROWS": 128, "BLOCK_COLS": 128, "BLOCK_INNER": 64}, num_warps=8, num_stages=3),
+    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 128, "BLOCK_INNER": 64}, num_warps=4, num_stages=3),
+    Config({"BLOCK_ROWS": 128, "BLOCK_COLS": 64, "BLOCK_INNER": 64}, num_warps=4, num_stages=4),
+)
+@triton.jit(do_not_specialize=["rows", "queries"])
+def head_product_kernel(
+    a_ptr, a_image, a_query, a_head,  # (images, queries, heads, inner), inner at stride 1
+    weight_ptr, weight_head, weight_inner, weight_col,
+    bias_ptr, total_ptr,  # (heads * cols,) and (images, heads, queries) or None
+    out_ptr, out_image, out_query, out_head,  # (images, queries, heads, cols)
+    rows, queries, heads, inner, cols, scale,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+):  # fmt: skip
+    # Tiles of one head's columns are neighbours, so that its weight is read from L2.
+    col_blocks = tl.cdiv(cols, BLOCK_COLS)
+    program = tl.program_id(0)
+    head = (program // col_blocks % heads).to(tl.int64)
+    row = (program // (col_blocks * heads)).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = program % col_blocks * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    inside_rows, inside_cols = row < rows, col < cols
+    image, query = row // queries, row % queries
+    a_row = a_ptr + head * a_head + image * a_image + query * a_query
+    weight = weight_ptr + head * weight_head + col[None, :].to(tl.int64) * weight_col
+    sums = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
+    for start in range(0, inner, BLOCK_INNER):
+        i = start + tl.arange(0, BLOCK_INNER)
+        a = tl.load(
+            a_row[:, None] + i[None, :], mask=inside_rows[:, None] & (i < inner)[None, :], other=0.0
+        )
+        w = tl.load(
+            weight + i[:, None].to(tl.int64) * weight_inner,
+            mask=(i < inner)[:, None] & inside_cols[None, :],
+            other=0.0,
+        )
+        sums = tl.dot(a, w, sums, input_precision=PRECISION)
+    sums *= scale
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + head * cols + col, mask=inside_cols, other=0.0).to(tl.float32)
+        if total_ptr is not None:
+            place = (image * heads + head) * queries + query
+            total = tl.load(total_ptr + place, mask=inside_rows, other=0.0)
+            sums += total[:, None] * bias[None, :]
+        else:
+            sums += bias[None, :]
+    out = out_ptr + head * out_head + image * out_image + query * out_query
+    inside = inside_rows[:, None] & inside_cols[None, :]
+    tl.store(out[:, None] + col[None, :], sums.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@kernel(
+    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_INNER": 32}, num_warps=4, num_stages=3),
+    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 128, "BLOCK_INNER": 64}, num_warps=4, num_stages=3),
+    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 128, "BLOCK_INNER": 128}, num_warps=8, num_stages=2),
+)
+@triton.jit(do_not_specialize=["tokens", "queries"])
+def head_weight_gradient_kernel(
+    a_ptr, a_image, a_query, a_head,  # (images, queries, heads, rows)
+    b_ptr, b_image, b_query, b_head,  # (images, queries, heads, cols)
+    out_ptr,  # (heads, rows, cols)
+    tokens, queries, heads, rows, cols, scale,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+):  # fmt: skip
+    row_blocks, col_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(cols, BLOCK_COLS)
+    program = tl.program_id(0)
+    head = (program // (row_blocks * col_blocks)).to(tl.int64)
+    row = program // col_blocks % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = program % col_blocks * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    inside_rows, inside_cols = row < rows, col < cols
+    sums = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
+    for start in range(0, tokens, BLOCK_INNER):
+        token = start.to(tl.int64) + tl.arange(0, BLOCK_INNER)
+        inside = token < tokens
+        image, query = token // queries, token % queries
+        a_at = a_ptr + head * a_head + image * a_image + query * a_query
+        b_at = b_ptr + head * b_head + image * b_image + query * b_query
+        a = tl.load(
+            a_at[None, :] + row[:, None], mask=inside[None, :] & inside_rows[:, None], other=0.0
+        )
+        b = tl.load(
+            b_at[:, None] + col[None, :], mask=inside[:, None] & inside_cols[None, :], other=0.0
+        )
+        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+    out = out_ptr + (head * rows + row[:, None]) * cols + col[None, :]
+    inside = inside_rows[:, None] & inside_cols[None, :]
+    tl.store(out, (sums * scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@kernel(Config({}, num_warps=4), Config({}, num_warps=2), Config({}, num_warps=8))
+@triton.jit(do_not_specialize=["queries", "keys"])
+def score_softmax_kernel(
+    scores_ptr,  # (images, heads, queries, keys), fp32 or the dtype of p
+    mask_ptr, mask_image, mask_key,  # (images, keys) bytes or None
+    seed_ptr, drop_below, survivor_scale,
+    p_ptr,  # as scores: before dropout
+    dropped_ptr,  # as scores, after dropout, or None
+    total_ptr,  # (images, heads, queries) fp32: sums after dropout, or None
+    heads, queries, keys,
+    BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    image = row // (heads * queries)
+    key = tl.arange(0, BLOCK_KEYS)
+    inside = key < keys
+    seen = inside
+    if mask_ptr is not None:
+        at = mask_ptr + image * mask_image + key.to(tl.int64) * mask_key
+        seen = tl.load(at, mask=inside, other=0) != 0
+    s = tl.load(scores_ptr + row * keys + key, mask=inside, other=0.0).to(tl.float32)
+    s = tl.where(seen, s, -float("inf"))
+    largest = tl.max(s, axis=0)
+    e = tl.exp(s - tl.where(largest == -float("inf"), 0.0, largest))
+    total = tl.sum(e, axis=0)
+    p = e / tl.where(total == 0.0, 1.0, total)  # no key to see: zeros
+    tl.store(p_ptr + row * keys + key, p.to(p_ptr.dtype.element_ty), mask=inside)
+    if dropped_ptr is not None:
+        query = (row % queries).to(tl.int32)
+        head = (row // queries).to(tl.int32)
+        p *= kept(tl.load(seed_ptr), key, query, head, drop_below) * survivor_scale
+        tl.store(dropped_ptr + row * keys + key, p.to(p_ptr.dtype.element_ty), mask=inside)
+    if total_ptr is not None:
+        tl.store(total_ptr + row, tl.sum(tl.where(inside, p, 0.0), axis=0))
+
+
+@kernel(Config({}, num_warps=4), Config({}, num_warps=2), Config({}, num_warps=8))
+@triton.jit(do_not_specialize=["queries", "keys"])
+def score_softmax_backward_kernel(
+    p_ptr,  # (images, heads, queries, keys)
+    dp_ptr,  # as p, fp32 or the dtype of p
+    dtotal_ptr,  # (images, heads, queries) fp32 or None
+    seed_ptr, drop_below, survivor_scale,
+    ds_ptr,  # as p
+    queries, keys,
+    DROPS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    key = tl.arange(0, BLOCK_KEYS)
+    inside = key < keys
+    p = tl.load(p_ptr + row * keys + key, mask=inside, other=0.0).to(tl.float32)
+    dp = tl.load(dp_ptr + row * keys + key, mask=inside, other=0.0).to(tl.float32)
+    if dtotal_ptr is not None:
+        dp += tl.load(dtotal_ptr + row)
+    if DROPS:
+        query = (row % queries).to(tl.int32)
+        head = (row // queries).to(tl.int32)
+        dp *= kept(tl.load(seed_ptr), key, query, head, drop_below) * survivor_scale
+    ds = p * (dp - tl.sum(tl.where(inside, p * dp, 0.0), axis=0))
+    tl.store(ds_ptr + row * keys + key, ds.to(ds_ptr.dtype.element_ty), mask=inside)
+
+
+def absorbed_attention(
+    q: Tensor,
+    x: Tensor,
+    weight_k: Tensor,
+    weight_v: Tensor,
+    bias_v: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    *,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """The result ``(images, queries, heads, d)``, and the probabilities before dropout.
+
+    q: ``(images, queries, heads, d)``, x: ``(images, keys, width)``, weights
+    ``(heads, d, width)``; probabilities ``(images, heads * queries, keys)`` in the dtype of x.
+    """
+    images, queries, heads, d = q.shape
+    keys, width = x.shape[1:]
+    out = q.new_empty(images, queries, heads, d)
+    p = q.new_empty(images, heads * queries, keys)
+    if not runs_triton(q):
+        _aten(q, x, weight_k, weight_v, bias_v, key_mask, seed, scale, dropout, out, p)
+        return out, p
+    wide = q.new_empty(images, heads, queries, width)
+    by_query, by_image = wide.transpose(1, 2), wide.view(images, heads * queries, width)
+    head_product(q, weight_k, by_query, scale=scale)
+    scores = _scores(by_image, x)
+    dropped = torch.empty_like(p) if dropout > 0 else None
+    total = None
+    if bias_v is not None and (dropout > 0 or key_mask is not None):
+        total = q.new_empty(images, heads, queries, dtype=torch.float32)
+    score_softmax_kernel(
+        keys, lambda blocks: (images * heads * queries,),
+        scores, key_mask, *(key_mask.stride() if key_mask is not None else (0, 0)),
+        seed, threshold(dropout), 1 / (1 - dropout), p, dropped, total,
+        heads, queries, keys, triton.next_power_of_2(keys),
+    )  # fmt: skip
+    torch.bmm(p if dropped is None else dropped, x, out=by_image)
+    head_product(by_query, weight_v.transpose(1, 2), out, bias=bias_v, total=total)
+    return out, p
+
+
+def absorbed_attention_backward(
+    dout: Tensor,
+    p: Tensor,
+    q: Tensor,
+    x: Tensor,
+    weight_k: Tensor,
+    weight_v: Tensor,
+    bias_v: Tensor | None,
+    seed: Tensor | None,
+    *,
+    scale: float,
+    dropout: float,
+    want_q: bool,
+    want_x: bool,
+    want_k: bool,
+    want_v: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, x and the two weights; arguments as in `absorbed_attention`."""
+    images, queries, heads, d = q.shape
+    keys, width = x.shape[1:]
+    if not runs_triton(q):
+        return _aten_backward(
+            dout, p, q, x, weight_k, weight_v, bias_v, seed, scale, dropout,
+            want_q, want_x, want_k, want_v,
+        )  # fmt: skip
+    dq = dx = dweight_k = dweight_v = None
+    wide = q.new_empty(images, heads, queries, width)
+    by_query, by_image = wide.transpose(1, 2), wide.view(images, heads * queries, width)
+    if want_q or want_x or want_k:
+        head_product(dout, weight_v, by_query)
+        if want_x:
+            dx = torch.bmm(after_dropout(p, seed, heads, dropout).transpose(1, 2), by_image)
+        dp = _scores(by_image, x)
+        dtotal = None
+        if bias_v is not None and dropout > 0:
+            bias = bias_v.view(heads, d)
+            dtotal = torch.einsum("bmhd,hd->bhm", dout.float(), bias.float()).contiguous()
+        ds = torch.empty_like(p)
+        score_softmax_backward_kernel(
+            keys, lambda blocks: (images * heads * queries,),
+            p, dp, dtotal, seed, threshold(dropout), 1 / (1 - dropout), ds,
+            queries, keys, dropout > 0, triton.next_power_of_2(keys),
+        )  # fmt: skip
+        del dp
+        if want_q or want_k:
+            torch.bmm(ds, x, out=by_image)
+            if want_q:
+                dq = q.new_empty(images, queries, heads, d)
+                head_product(by_query, weight_k.transpose(1, 2), dq, scale=scale)
+            if want_k:
+                dweight_k = head_weight_gradient(q, by_query, scale=scale)
+        if want_x:
+            head_product(q, weight_k, by_query, scale=scale)
+            dx.baddbmm_(ds.transpose(1, 2), by_image)
+    if want_v:
+        torch.bmm(after_dropout(p, seed, heads, dropout), x, out=by_image)
+        dweight_v = head_weight_gradient(dout, by_query)
+    return dq, dx, dweight_k, dweight_v
+
+
+def head_product(
+    a: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    total: Tensor | None = None,
+) -> None:
+    """``out[b, m, h] = scale * a[b, m, h] @ weight[h] + total[b, h, m] * bias[h]``.
+
+    a: ``(images, queries, heads, inner)``, weight: ``(heads, inner, cols)`` of any strides, out:
+    ``(images, queries, heads, cols)``; last strides of a and out are 1.
+    """
+    images, queries, heads, inner = a.shape
+    cols, rows = out.shape[3], images * queries
+
+    def grid(blocks: dict[str, int]) -> tuple[int, ...]:
+        tiles = triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(cols, blocks["BLOCK_COLS"])
+        return (tiles * heads,)
+
+    head_product_kernel(
+        rows, grid, a, *a.stride()[:3], weight, *weight.stride(), bias, total,
+        out, *out.stride()[:3], rows, queries, heads, inner, cols, scale, _precision(),
+    )  # fmt: skip
+
+
+def head_weight_gradient(a: Tensor, b: Tensor, *, scale: float = 1.0) -> Tensor:
+    """``scale * sum over images and queries of a[b, m, h] (outer) b[b, m, h]``, one per head."""
+    images, queries, heads, rows = a.shape
+    cols, tokens = b.shape[3], images * queries
+    out = a.new_empty(heads, rows, cols)
+
+    def grid(blocks: dict[str, int]) -> tuple[int, ...]:
+        tiles = triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(cols, blocks["BLOCK_COLS"])
+        return (tiles * heads,)
+
+    head_weight_gradient_kernel(
+        tokens, grid, a, *a.stride()[:3], b, *b.stride()[:3], out,
+        tokens, queries, heads, rows, cols, scale, _precision(),
+    )  # fmt: skip
+    return out
+
+
+def _precision() -> str:
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _scores(a: Tensor, x: Tensor) -> Tensor:
+    """``a @ x^T`` for every image, in fp32: a score rounded to bf16 is off by up to 2^-9 of it."""
+    if a.dtype == torch.float32:
+        return torch.bmm(a, x.transpose(1, 2))
+    if a.is_cuda:
+        return torch.bmm(a, x.transpose(1, 2), out_dtype=torch.float32)
+    return torch.bmm(a.float(), x.float().transpose(1, 2))
+
+
+def after_dropout(p: Tensor, seed: Tensor | None, heads: int, dropout: float) -> Tensor:
+    """The probabilities that weigh the values: p itself, or a copy with its dropout."""
+    if dropout == 0 or seed is None:
+        return p
+    images, rows, keys = p.shape
+    index = [torch.arange(n, device=p.device) for n in (keys, rows // heads, images * heads)]
+    kept_here = keep_mask(seed, dropout, index[0], index[1][:, None], index[2][:, None, None])
+    return p * kept_here.view(p.shape).to(p.dtype).div_(1 - dropout)
+
+
+def _aten(
+    q: Tensor, x: Tensor, weight_k: Tensor, weight_v: Tensor, bias_v: Tensor | None,
+    key_mask: Tensor | None, seed: Tensor | None, scale: float, dropout: float,
+    out: Tensor, p: Tensor,
+) -> None:  # fmt: skip
+    """Image by image, so that what is wide stays in cache and is there once."""
+    images, queries, heads, _ = q.shape
+    wide = q.new_empty(heads, queries, x.shape[2])
+    rows = wide.view(heads * queries, -1)
+    hidden = None if key_mask is None else ~key_mask
+    for image in range(images):
+        torch.baddbmm(
+            wide, q[image].transpose(0, 1), weight_k, beta=0, alpha=scale, out=wide
+        )  # fmt: skip
+        torch.mm(rows, x[image].t(), out=p[image])
+        if hidden is not None:
+            p[image].masked_fill_(hidden[image], -torch.inf)
+            p[image] = torch.ops.aten._safe_softmax(p[image], -1)
+        else:
+            torch.softmax(p[image], -1, out=p[image])
+        if dropout == 0:
+            torch.mm(p[image], x[image], out=rows)
+            torch.bmm(wide, weight_v.transpose(1, 2), out=out[image].transpose(0, 1))
+    if dropout > 0:
+        dropped = after_dropout(p, seed, heads, dropout)
+        for image in range(images):
+            torch.mm(dropped[image], x[image], out=rows)
+            torch.bmm(wide, weight_v.transpose(1, 2), out=out[image].transpose(0, 1))
+    if bias_v is None:
+        return
+    bias = bias_v.view(heads, -1)
+    if dropout > 0 or hidden is not None:
+        total = (dropped if dropout > 0 else p).view(images, heads, queries, -1).sum(-1)
+        out += total.transpose(1, 2)[..., None] * bias
+    else:
+        out += bias
+
+
+def _aten_backward(
+    dout: Tensor, p: Tensor, q: Tensor, x: Tensor, weight_k: Tensor, weight_v: Tensor,
+    bias_v: Tensor | None, seed: Tensor | None, scale: float, dropout: float,
+    want_q: bool, want_x: bool, want_k: bool, want_v: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    images, queries, heads, _ = q.shape
+    wide = q.new_empty(heads, queries, x.shape[2])
+    rows = wide.view(heads * queries, -1)
+    dp = torch.empty_like(p[0])
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if want_q else None
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else None
+    dweight_k = torch.zeros_like(weight_k, dtype=torch.float32) if want_k else None
+    dweight_v = torch.zeros_like(weight_v, dtype=torch.float32) if want_v else None
+    factor = dropped = None
+    if dropout > 0:
+        factor = after_dropout(torch.ones_like(p), seed, heads, dropout)
+        dropped = p * factor
+    for image in range(images):
+        seen = (p if dropped is None else dropped)[image]
+        dout_here = dout[image].transpose(0, 1)
+        if want_q or want_x or want_k:
+            torch.bmm(dout_here, weight_v, out=wide)
+            torch.mm(rows, x[image].t(), out=dp)
+            if dx is not None:
+                torch.mm(seen.t(), rows, out=dx[image])
+            if factor is not None:
+                if bias_v is not None:
+                    dp += (dout[image] * bias_v.view(heads, -1)).sum(-1).t().reshape(-1, 1)
+                dp *= factor[image]
+            ds = torch.ops.aten._softmax_backward_data(dp, p[image], -1, dp.dtype)
+            if want_q or want_k:
+                torch.mm(ds, x[image], out=rows)
+            if dweight_k is not None:
+                _accumulate(dweight_k, q[image].permute(1, 2, 0), wide, scale)
+            if dq is not None:
+                to = dq[image].transpose(0, 1)
+                torch.baddbmm(to, wide, weight_k.transpose(1, 2), beta=0, alpha=scale, out=to)
+            if dx is not None:
+                torch.baddbmm(
+                    wide, q[image].transpose(0, 1), weight_k, beta=0, alpha=scale, out=wide
+                )
+                dx[image].addmm_(ds.t(), rows)
+        if dweight_v is not None:
+            torch.mm(seen, x[image], out=rows)
+            _accumulate(dweight_v, dout_here.transpose(1, 2), wide, 1.0)
+    return (
+        dq,
+        dx,
+        None if dweight_k is None else dweight_k.to(weight_k.dtype),
+        None if dweight_v is None else dweight_v.to(weight_v.dtype),
+    )
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    if a.dtype == total.dtype:
+        total.baddbmm_(a, b, alpha=scale)
+    else:  # over many images, a sum in bf16 would lose what each adds
+        total.add_(torch.bmm(a, b), alpha=scale)

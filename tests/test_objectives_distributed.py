@@ -1,0 +1,246 @@
+"""The objectives on gloo processes: what they give and what they send back, on 1 to 4 ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+
+from tests import plain_blip2
+from vlm_fast import objectives
+from vlm_fast.objectives import _exchange
+
+BATCH, QUERIES, WIDTH = 3, 5, 8
+
+
+class Towers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = nn.Linear(6, WIDTH), nn.Linear(4, WIDTH)
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+
+    def forward(self, images, texts):
+        features = (self.image(images), self.text(texts))
+        return *(F.normalize(x, dim=-1) for x in features), self.temperature
+
+
+def averaged_gradients(loss, parameters, world):
+    """As DistributedDataParallel leaves them."""
+    gradients = list(torch.autograd.grad(loss, parameters))
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+    return [gradient / world for gradient in gradients]
+
+
+def contrast_is_that_of_one_process(rank, world, local_loss, smoothing, dtype):
+    torch.manual_seed(0)
+    towers = Towers().to(dtype)
+    images = torch.randn(world * BATCH, QUERIES, 6, dtype=dtype)
+    texts = torch.randn(world * BATCH, 4, dtype=dtype)
+    expected, logits = plain_blip2.itc(*towers(images, texts), smoothing)
+    wanted = torch.autograd.grad(expected, list(towers.parameters()))
+
+    own = slice(rank * BATCH, (rank + 1) * BATCH)
+    loss, i2t, t2i = objectives.itc_loss(
+        *towers(images[own], texts[own]), label_smoothing=smoothing, local_loss=local_loss
+    )
+    torch.testing.assert_close(i2t, logits[own])
+    torch.testing.assert_close(t2i, logits.t()[own])
+    found = averaged_gradients(loss, list(towers.parameters()), world)
+    for gradient, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, exact)
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    torch.testing.assert_close(mean / world, expected.detach())
+    if not local_loss:
+        torch.testing.assert_close(loss, expected)
+
+
+def contrast_under_ddp(rank, world):
+    """The wrapper itself, not its rule written again."""
+    torch.manual_seed(0)
+    plain = Towers()
+    images, texts = torch.randn(world * BATCH, QUERIES, 6), torch.randn(world * BATCH, 4)
+    expected, _ = plain_blip2.itc(*plain(images, texts))
+    wanted = torch.autograd.grad(expected, list(plain.parameters()))
+    wrapped = nn.parallel.DistributedDataParallel(plain)
+    own = slice(rank * BATCH, (rank + 1) * BATCH)
+    objectives.itc_loss(*wrapped(images[own], texts[own])).loss.backward()
+    for parameter, exact in zip(plain.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, exact)
+
+
+def rows_are_exchanged(rank, world):
+    torch.manual_seed(1)
+    whole = torch.randn(world * BATCH, 4, 2, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(world, 7, 4, 2, dtype=torch.float64)
+    own = slice(rank * BATCH, (rank + 1) * BATCH)
+    choices = {
+        "random": torch.randint(world * BATCH, (world, 7)),
+        "own": torch.arange(world)[:, None] * BATCH + torch.randint(BATCH, (world, 7)),
+        "one row for all": torch.full((world, 7), world * BATCH - 1),
+        "the next rank's": (torch.arange(world)[:, None] + 1) % world * BATCH + torch.arange(7) % 2,
+    }
+    for rows in choices.values():
+        (wanted,) = torch.autograd.grad((whole[rows] * weights).sum(), whole)
+        tensor = whole[own].detach().requires_grad_()
+        found = objectives.exchange_rows(tensor, rows[rank])
+        assert torch.equal(found, whole[rows[rank]])
+        (gradient,) = torch.autograd.grad((found * weights[rank]).sum(), tensor)
+        torch.testing.assert_close(gradient, wanted[own])
+        numbers = torch.arange(world * BATCH)[own]
+        assert torch.equal(objectives.exchange_rows(numbers, rows[rank]), rows[rank])
+
+
+def only_rows_asked_for_travel(rank, world):
+    sent = []
+    transport = dist.all_to_all_single
+    dist.all_to_all_single = lambda out, tensor, *args, **options: (
+        sent.append(len(tensor)), transport(out, tensor, *args, **options)
+    )  # fmt: skip
+    try:
+        last = world * BATCH - 1
+        objectives.exchange_rows(torch.randn(BATCH, 2), torch.tensor([last, rank * BATCH]))
+    finally:
+        dist.all_to_all_single = transport
+    assert sent == ([] if world == 1 else [world - 1 if rank == world - 1 else 0])
+
+
+def rows_beyond_the_last_are_refused_everywhere(rank, world):
+    if world > 1:
+        for wrong in (-1, world * BATCH):
+            rows = torch.tensor([0, wrong if rank == 0 else 1])
+            with pytest.raises(ValueError, match=rf"exchange_rows: rows .* {world * BATCH - 1}"):
+                objectives.exchange_rows(torch.randn(BATCH, 2), rows)
+
+
+def uneven_sizes_are_refused_everywhere(rank, world):
+    if world == 1:
+        return
+    sizes = [1] * (world - 1) + [2]
+    for batch in (sizes, [0, *sizes[1:]]):
+        features = torch.randn(batch[rank], QUERIES, 4), torch.randn(batch[rank], 4)
+        with pytest.raises(ValueError) as error:
+            objectives.itc_loss(*features, 0.1)
+        assert f"batch is {batch} on ranks 0 to {world - 1}" in str(error.value)
+    queries = QUERIES + rank
+    with pytest.raises(ValueError, match="queries is"):
+        objectives.itc_loss(torch.randn(2, queries, 4), torch.randn(2, 4), 0.1)
+
+
+def the_check_of_sizes_can_be_left_out(rank, world):
+    features = torch.randn(2, QUERIES, 4), torch.randn(2, 4)
+    gathered = []
+    gather = _exchange._all_gather
+    _exchange._all_gather = lambda tensor, *rest: (gathered.append(tensor), gather(tensor, *rest))[
+        1
+    ]
+    try:
+        objectives.itc_loss(*features, 0.1)
+        objectives.itc_loss(*features, 0.1, check_sizes=False)
+    finally:
+        _exchange._all_gather = gather
+    checks = [t for t in gathered if t.dtype == torch.int64]
+    assert (len(checks), len(gathered)) == ((0, 0) if world == 1 else (1, 3))
+
+
+def negatives_come_from_all_ranks(rank, world):
+    if world == 1:
+        return
+    drawn = objectives.hard_negatives(torch.zeros(2, 2 * world).repeat(1, 1), 2 * rank)
+    assert drawn.shape == (2,)
+    counts = torch.zeros(2 * world)
+    for _ in range(200):
+        drawn = objectives.hard_negatives(torch.zeros(2, 2 * world), 2 * rank)
+        assert (drawn != 2 * rank + torch.arange(2)).all()
+        counts += torch.bincount(drawn, minlength=2 * world)
+    assert (counts > 0).all()
+
+
+def a_group_of_some_ranks(rank, world):
+    if world < 3:
+        return
+    group = dist.new_group([0, world - 1])
+    if rank in (0, world - 1):
+        rows = torch.arange(4)
+        found = objectives.exchange_rows(torch.tensor([rank, rank + 10]), rows, group)
+        assert found.tolist() == [0, 10, world - 1, world + 9]
+    else:
+        with pytest.raises(ValueError, match="group"):
+            objectives.exchange_rows(torch.zeros(2), torch.zeros(1, dtype=torch.int64), group)
+
+
+def stage1_is_that_of_one_process(rank, world):
+    from tests.tiny_blip2 import parts
+
+    model, head, image_embeds, ids, mask = parts(world * 2)
+    own = slice(rank * 2, rank * 2 + 2)
+    drawn = {}
+
+    def fixed(similarity, offset, generator=None):  # the same on any number of ranks
+        kind = "text" if not drawn else "image"
+        drawn[kind] = offset
+        step = 1 if kind == "text" else 2 * world - 1
+        return (offset + torch.arange(len(similarity)) + step) % (2 * world)
+
+    every = torch.arange(2 * world)
+    negatives = ((every + 1) % len(every), (every - 1) % len(every))
+    expected = plain_blip2.stage1(
+        model, image_embeds, ids, mask, head, 60, model.temp, 0.1, negatives
+    )
+    parameters = [*model.parameters(), *head.transform.parameters(), head.decoder.bias]
+    wanted = torch.autograd.grad(expected[0], parameters, allow_unused=True)
+    from vlm_fast.objectives import blip2
+
+    original, blip2.hard_negatives = blip2.hard_negatives, fixed
+    try:
+        found = objectives.stage1_loss(
+            model, image_embeds[own], ids[own], mask[own], lm_head=head, bos_token_id=60
+        )
+    finally:
+        blip2.hard_negatives = original
+    losses = torch.stack([x.detach() for x in found])
+    dist.all_reduce(losses)
+    torch.testing.assert_close(losses / world, torch.stack([x.detach() for x in expected]))
+    gradients = torch.autograd.grad(found.loss, parameters, allow_unused=True)
+    for gradient, exact in zip(gradients, wanted, strict=True):
+        assert (gradient is None) == (exact is None)
+        if exact is not None:
+            gradient = gradient.clone()
+            dist.all_reduce(gradient)
+            torch.testing.assert_close(gradient / world, exact, rtol=1e-4, atol=2e-5)
+
+
+CHECKS = [
+    *(
+        (contrast_is_that_of_one_process, local_loss, smoothing, torch.float32)
+        for local_loss in (True, False)
+        for smoothing in (0.0, 0.1)
+    ),
+    (contrast_is_that_of_one_process, True, 0.1, torch.float64),
+    (contrast_under_ddp,),
+    (rows_are_exchanged,),
+    (only_rows_asked_for_travel,),
+    (rows_beyond_the_last_are_refused_everywhere,),
+    (uneven_sizes_are_refused_everywhere,),
+    (the_check_of_sizes_can_be_left_out,),
+    (negatives_come_from_all_ranks,),
+    (a_group_of_some_ranks,),
+    (stage1_is_that_of_one_process,),
+]
+
+
+def _rank(rank, file, world):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    for function, *arguments in CHECKS:
+        function(rank, world, *arguments)
+    dist.barrier()  # gloo aborts a process whose peer has gone in the middle of a collective
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_on_ranks(tmp_path, world):
+    """All checks in one set of processes: starting them costs more than the checks."""
+    mp.spawn(_rank, (str(tmp_path / "rendezvous"), world), nprocs=world)

@@ -1,0 +1,137 @@
+"""Are the modules of a tree still what they were when their parameters were first read?
+
+`plain_linear` answers for one linear in a few microseconds. A Q-Former reads a hundred of them in
+every forward, so the answer is remembered here, with what it rests on, and each call only compares:
+the same children, of the same types, with the same parameters, without hooks or wrappers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _nn_module
+
+from vlm_fast.modules.activation import why_not_activation
+from vlm_fast.modules.plain_linear import why_not_called_plainly, why_not_plain
+
+_LINEAR_FORWARD = nn.Linear.forward
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [
+    getattr(_nn_module, f"_global_{kind}_hooks")
+    for kind in ("forward", "forward_pre", "backward")
+] + [_nn_module._global_backward_pre_hooks]  # fmt: skip
+
+
+class PlainTree:
+    """A module whose descendants' parameters may be read directly, while nothing changes."""
+
+    def __init__(self, root: nn.Module) -> None:
+        found = dict(_descendants(root))
+        self.names, self.modules = list(found), list(found.values())
+        self.owns = [m.__dict__ for m in self.modules]
+        self.types = list(map(type, self.modules))
+        self.hooks = [own[kind] for own in self.owns for kind in _HOOKS] + _GLOBAL_HOOKS
+        parents = [root.__dict__, *self.owns]
+        self.slots = [(own["_modules"], name) for own in parents for name in own["_modules"]]
+        self.children = [children[name] for children, name in self.slots]
+        pairs = [(own["_parameters"], name) for own in self.owns for name in own["_parameters"]]
+        self.parameter_slots = pairs
+        self.parameters = [parameters[name] for parameters, name in pairs]
+
+    def unchanged(self) -> bool:
+        """Whether what was found on the first look still stands."""
+        if nn.Linear.forward is not _LINEAR_FORWARD:
+            return False
+        if any(self.hooks) and not all(map(_only_watched, filter(None, self.hooks))):
+            return False
+        if list(map(type, self.modules)) != self.types:
+            return False
+        for children, (slots, name) in zip(self.children, self.slots, strict=True):
+            if slots.get(name) is not children:
+                return False
+        for parameter, (slots, name) in zip(self.parameters, self.parameter_slots, strict=True):
+            if slots.get(name) is not parameter:
+                return False
+        for own in self.owns:
+            if "forward" in own or own.get("_compiled_call_impl") is not None:
+                return False
+        return not any(map(_is_partitioned, self.parameters))
+
+    def why_not(self) -> str | None:
+        """The first module that must be called as a module, and why; None if there is none."""
+        for name, module in zip(self.names, self.modules, strict=True):
+            if isinstance(module, (nn.LayerNorm, nn.Dropout, nn.ModuleList)) or _holds(module):
+                reason = None if _only_watched(module._forward_hooks) else "it has hooks"
+                reason = reason or why_not_called_plainly(module, but_forward_hooks=True)
+                if isinstance(module, nn.LayerNorm) and not _has_affine(module):
+                    reason = "it has no weight or no bias"
+            elif not list(module.parameters(recurse=False)) and not _is_linear(module):
+                reason = why_not_activation(module)
+            else:
+                reason = why_not_plain(module)
+                if reason is None and module.bias is None:
+                    reason = "it has no bias"
+            if reason is not None:
+                return f"{name}: {reason}"
+        return None
+
+
+def _only_watched(hooks: dict[int, Any]) -> bool:
+    """Whether these hooks do nothing but collect outputs, for a caller who asks for them.
+
+    transformers leaves its own in place after the first call that asks; see `wants_attentions`.
+    """
+    return all(getattr(h, "__name__", "") == "output_capturing_hook" for h in hooks.values())
+
+
+def wants_attentions() -> bool:
+    """Whether a caller of a transformers model is collecting attention maps now."""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collected = None if capturing is None else capturing._active_collector.get()
+    return bool(collected) and not collected.keys().isdisjoint(("attentions", "cross_attentions"))
+
+
+def _has_affine(norm: nn.LayerNorm) -> bool:
+    return norm.weight is not None and norm.bias is not None
+
+
+def _is_partitioned(parameter: Tensor | None) -> bool:
+    return hasattr(parameter, "ds_id") or (parameter is not None and parameter.is_meta)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _holds(module: nn.Module) -> bool:
+    """A module with children: its forward is the one that is restated."""
+    return bool(module._modules) and not _is_linear(module) and not hasattr(module, "weight")
+
+
+def _descendants(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    modules: Iterable[tuple[str, nn.Module]] = root.named_modules()
+    return ((name, module) for name, module in modules if module is not root)
+
+
+_trees: WeakKeyDictionary[nn.Module, tuple[PlainTree, str | None]] = WeakKeyDictionary()
+
+
+def why_not_plain_tree(root: nn.Module) -> str | None:
+    """None if the parameters of all modules in ``root`` say what those do; else the first reason.
+
+    The root itself is not asked: its forward is the caller's.
+    """
+    if torch.compiler.is_compiling():
+        return PlainTree(root).why_not()
+    known = _trees.get(root)
+    if known is not None and known[1] is None and known[0].unchanged():
+        return None
+    tree = PlainTree(root)
+    reason = tree.why_not()
+    _trees[root] = (tree, reason)
+    return reason

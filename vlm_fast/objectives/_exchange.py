@@ -1,0 +1,173 @@
+"""Rows that cross ranks, with their gradients. Without a process group nothing is sent.
+
+Two collectives of torch.distributed carry everything, all-gather and all-to-all: each is the
+adjoint of one made of the other, and sums are taken here, in the order of the ranks, so that
+gradients do not depend on the backend's own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vlm_fast.refusal import not_a_tensor, wrong_value
+
+
+class World(NamedTuple):
+    """The ranks among which a batch is divided, and the place of this one."""
+
+    size: int
+    rank: int
+
+
+def world_of(group: Any) -> World:
+    """One rank, unless torch.distributed has been initialised."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return World(1, 0)
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("vlm_fast.objectives: this rank is not in group, expected a member")
+    return World(size, rank)
+
+
+def refuse_uneven(name: str, sizes: dict[str, int], device: torch.device, group: Any) -> None:
+    """Raise ValueError on every rank, if one of ``sizes`` is not the same on all.
+
+    One small all-gather, which the host reads: it waits for the device.
+    """
+    world = world_of(group)
+    if world.size == 1:
+        return
+    own = torch.tensor(list(sizes.values()), dtype=torch.int64, device=device)
+    per_rank = _all_gather(own, world, group).view(world.size, -1).t().tolist()
+    for size, found in zip(sizes, per_rank, strict=True):
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"vlm_fast.{name}: {size} is {found} on ranks 0 to {world.size - 1}, "
+                "expected the same on every rank"
+            )
+
+
+def gather_rows(tensor: Tensor, group: Any = None) -> Tensor:
+    """``(ranks * rows, ...)``: the rows of every rank, in the order of the ranks; differentiable.
+
+    Backward adds up what every rank says of a row. Every rank brings as many rows.
+    """
+    world = world_of(group)
+    return tensor if world.size == 1 else _Gather.apply(tensor, world, group)
+
+
+def trade_rows(
+    tensor: Tensor, sent: Sequence[int], received: Sequence[int], group: Any = None
+) -> Tensor:
+    """``sent[r]`` rows to rank r in order, ``received[r]`` from it, concatenated; differentiable.
+
+    Backward sends each row's gradient back to where the row came from.
+    """
+    if world_of(group).size == 1:
+        return tensor
+    return _Trade.apply(tensor, list(sent), list(received), group)
+
+
+def exchange_rows(tensor: Tensor, rows: Tensor, group: Any = None) -> Tensor:
+    """``world[rows]``, where ``world`` is the concatenation of ``tensor`` over the ranks.
+
+    Only the rows asked for travel, each from its owner to who asks; own rows stay. The numbers
+    are gathered first and their owners counted, which the host reads (with a process group).
+
+    Args:
+        tensor: ``(batch, ...)``, any dtype; of one shape on every rank.
+        rows: ``(count,)`` int64, from 0 to ranks * batch - 1; as many on every rank.
+        group: the process group; None is the default one, or a single process without one.
+
+    Returns:
+        ``(count, ...)``, differentiable: the gradient of a row goes back to its owner, where
+        those of several ranks are added in the order of the ranks.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: rows is not ``(count,)`` int64 on the device of tensor. In a process group also
+            a number beyond the last row, on every rank; in one process indexing says so.
+    """
+    name = "exchange_rows"
+    for argument, value in (("tensor", tensor), ("rows", rows)):
+        if not isinstance(value, Tensor):
+            raise not_a_tensor(name, argument, value)
+    if tensor.ndim < 1:
+        raise wrong_value(name, "tensor", tensor, "(batch, ...)")
+    if rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != tensor.device:
+        raise wrong_value(name, "rows", rows, f"(count,) torch.int64 on {tensor.device}")
+    world = world_of(group)
+    if world.size == 1:
+        return tensor[rows]
+    batch, count = len(tensor), len(rows)
+    asked = _all_gather(rows, world, group).view(world.size, count)
+    owner = asked.div(max(batch, 1), rounding_mode="floor")
+    ranks = torch.arange(world.size, device=rows.device)
+    # counts[r][s]: how many rows rank r wants of rank s.
+    counts = (owner[:, :, None] == ranks).sum(1).tolist()
+    if any(sum(wanted) != count for wanted in counts):
+        raise ValueError(
+            f"vlm_fast.{name}: rows has a number outside 0 to {world.size * batch - 1}, "
+            f"expected rows of {world.size} ranks with {batch} each"
+        )
+    here = world.rank
+    received = [0 if rank == here else counts[here][rank] for rank in range(world.size)]
+    sent = [0 if rank == here else counts[rank][here] for rank in range(world.size)]
+    # What others want of this rank, in the order of the ranks; and the own requests in the order
+    # of their owners, those that stay last.
+    others = (owner == here) & (ranks[:, None] != here)
+    leaving = others.flatten().int().argsort(descending=True, stable=True)[: sum(sent)]
+    order = owner[here].masked_fill(owner[here] == here, world.size).argsort(stable=True)
+    staying = rows[order[sum(received) :]]
+    local = torch.cat([asked.flatten()[leaving], staying]) - here * batch
+    # One gather of own rows: its backward adds up all that comes back to a row, in one order.
+    chosen = tensor[local]
+    arrived = trade_rows(chosen[: sum(sent)], sent, received, group)
+    return torch.cat([arrived, chosen[sum(sent) :]])[order.argsort()]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, world: World, group: Any) -> Tensor:
+        ctx.world, ctx.group = world, group
+        return _all_gather(tensor, world, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        size = ctx.world.size
+        even = [len(grad) // size] * size
+        per_rank = _all_to_all(grad, even, even, ctx.group).unflatten(0, (size, -1))
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        return per_rank.sum(0, dtype=wide).to(grad.dtype), None, None
+
+
+class _Trade(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: Tensor, sent: list[int], received: list[int], group: Any
+    ) -> Tensor:
+        ctx.back = received, sent, group
+        return _all_to_all(tensor, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grad, *ctx.back), None, None, None
+
+
+def _all_gather(tensor: Tensor, world: World, group: Any) -> Tensor:
+    # torch 2.13 calls it by the first name and warns of the second.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    out = tensor.new_empty(world.size * len(tensor), *tensor.shape[1:])
+    gather(out, tensor.contiguous(), group=group)
+    return out
+
+
+def _all_to_all(tensor: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+    out = tensor.new_empty(sum(received), *tensor.shape[1:])
+    dist.all_to_all_single(out, tensor.contiguous(), received, sent, group=group)
+    return out

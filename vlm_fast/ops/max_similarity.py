@@ -1,0 +1,166 @@
+"""The similarity of BLIP-2: a text against that query of an image that is nearest to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlm_fast.kernels._launcher import is_traced
+from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
+from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+
+# Elements of a tile of (images, queries, texts): on a CPU it stays in the second-level cache, on a
+# GPU in the second-level cache too, but is large enough to fill the tensor cores.
+TILE = {"cpu": 2**18, "cuda": 2**22}
+
+
+@linear_op
+def max_similarity(images: Tensor, texts: Tensor) -> Tensor:
+    """``out[a, c] = max over q of <images[a, q], texts[c]>``.
+
+    The image-text similarity of BLIP-2 (arXiv 2301.12597, section 3.2): of all query outputs, the
+    one nearest to the text counts. Beyond a tile, the scores of all queries are never in memory;
+    backward keeps the number of the winning query, one byte a pair (two above 256 queries, four
+    above 32768). Of equal scores the first wins, as in ``torch.max``.
+
+    Args:
+        images: ``(images, queries, features)``; any strides.
+        texts: ``(texts, features)``; any strides.
+
+    Both floating, of one dtype (fp32, fp16 or bf16; others fall back) and one device. Returns
+    ``(images, texts)`` in that dtype, or autocast's.
+
+    Raises:
+        TypeError: an argument is not a tensor, not floating, or dtypes differ.
+        ValueError: shapes do not fit, an image has no queries, or devices differ.
+    """
+    return torch.matmul(images, texts.t()).max(dim=1).values
+
+
+@max_similarity.accepts
+def accepts(images, texts):
+    for name, value in (("images", images), ("texts", texts)):
+        if not isinstance(value, Tensor):
+            raise not_a_tensor("max_similarity", name, value)
+    if images.ndim != 3 or images.shape[1] == 0:
+        raise wrong_value(
+            "max_similarity", "images", images, "(images, queries, features), 1 query at least"
+        )
+    if texts.ndim != 2 or texts.shape[1] != images.shape[2]:
+        wanted = f"(texts, {images.shape[2]}), the features of images"
+        raise wrong_value("max_similarity", "texts", texts, wanted)
+    if not images.is_floating_point():
+        raise wrong_type("max_similarity", "images", images, "a floating dtype")
+    if texts.dtype != images.dtype:
+        raise wrong_type("max_similarity", "texts", texts, f"{images.dtype} as images has")
+    if texts.device != images.device:
+        raise wrong_value("max_similarity", "texts", texts, f"{images.device}, where images is")
+    return images, texts
+
+
+@max_similarity.requires
+def requires(images, texts):
+    if images.dtype not in FLOATS:
+        return f"{images.dtype} is not served here (float32, bfloat16 and float16 are)"
+    for name, value in (("images", images), ("texts", texts)):
+        if value.layout is not torch.strided or value.is_nested:
+            return f"{name} is not a dense tensor (layout {value.layout})"
+    return None
+
+
+@max_similarity.forward
+def forward(needs, images, texts):
+    count, queries, _ = images.shape
+    out = images.new_empty(count, texts.shape[0])
+    winner = torch.empty_like(out, dtype=_number_dtype(queries)) if any(needs) else None
+    if not is_traced(images):
+        columns = texts.t()
+        for part in _parts(count, queries * texts.shape[0], images):
+            scores = torch.matmul(images[part], columns)
+            if winner is None:
+                torch.amax(scores, 1, out=out[part])
+            else:
+                out[part], winner[part] = scores.max(1)
+    if winner is None:
+        return out, (None, None, None, None)
+    return out, (
+        images if needs.texts else None,
+        texts if needs.images else None,
+        winner,
+        images.new_empty(count, queries, 0) if needs.images else None,  # the shape alone
+    )
+
+
+@max_similarity.backward
+def backward(needs, kept, dy):
+    images, texts, winner, like = kept
+    count, queries, _ = (images if like is None else like).shape
+    dimages = dy.new_empty(count, queries, texts.shape[1]) if needs.images else None
+    dtexts = dy.new_empty(winner.shape[1], images.shape[2]) if needs.texts else None
+    if is_traced(dy):
+        return dimages, dtexts
+    # Each gradient is split along its own rows: no sum is cut into parts, so none is rounded twice.
+    per_image, per_text = queries * winner.shape[1], queries * count
+    tile = None
+    if dimages is not None:
+        for part in _parts(count, per_image, dy):
+            tile = _spread(dy[part], winner[part], queries)
+            torch.mm(tile.flatten(0, 1), texts, out=dimages[part].flatten(0, 1))
+    if dtexts is not None:
+        rows = images.reshape(-1, images.shape[2])
+        whole = tile is not None and tile.shape[0] == count  # the same for both
+        for part in [slice(None)] if whole else _parts(winner.shape[1], per_text, dy):
+            if not whole:
+                tile = _spread(dy[:, part], winner[:, part], queries)
+            torch.mm(tile.flatten(0, 1).t(), rows, out=dtexts[part])
+    return dimages, dtexts
+
+
+def _number_dtype(queries: int) -> torch.dtype:
+    if queries <= 2**8:
+        return torch.uint8
+    return torch.int16 if queries <= 2**15 else torch.int32
+
+
+def _parts(rows: int, width: int, like: Tensor) -> list[slice]:
+    """Ranges of rows whose tiles keep to the limit; at least a row each."""
+    step = max(TILE["cuda" if like.is_cuda else "cpu"] // max(width, 1), 1)
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def _spread(dy: Tensor, winner: Tensor, queries: int) -> Tensor:
+    """``(images, queries, texts)``: each gradient at the query that won, zeros elsewhere."""
+    tile = dy.new_zeros(dy.shape[0], queries, dy.shape[1])
+    return tile.scatter_(1, winner[:, None].long(), dy[:, None])
+
+
+@max_similarity.cost
+def cost(images, texts):
+    pairs = images.shape[0] * texts.shape[0]
+    scores = 2 * pairs * images.shape[1] * images.shape[2]
+    numbers = pairs * (1 if images.shape[1] <= 2**8 else 2)
+    values = pairs * images.element_size()
+    return Cost(
+        forward_flops=scores,
+        forward_bytes=nbytes(images, texts) + values + numbers,
+        backward_flops=4 * pairs * images.shape[2],  # to the winners alone
+        backward_bytes=2 * nbytes(images, texts) + values + numbers,
+    )
+
+
+@max_similarity.inputs(
+    test=[
+        dict(shape=(1, 1, 1), texts=1),
+        dict(shape=(3, 5, 17), texts=4),
+        dict(shape=(7, 32, 24), texts=11),
+        dict(shape=(40, 33, 8), texts=200),
+        dict(shape=(2, 300, 9), texts=5),
+    ],
+    bench={
+        "64 images x 64 texts": dict(shape=(64, 32, 256), texts=64),
+        "64 x 512 texts": dict(shape=(64, 32, 256), texts=512),
+    },
+)
+def inputs(shape, texts):
+    features = shape[-1] ** -0.5
+    return torch.randn(shape) * features, torch.randn(texts, shape[-1])
