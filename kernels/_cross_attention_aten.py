@@ -1,7 +1,9 @@
 """Few-query attention from ATen's kernels, where Triton does not run.
 
 The heads that share a key head are packed into the rows of one, so that no key is read twice and
-its gradient comes out summed.
+its gradient comes out summed. In bf16 that is ATen's flash attention. In the other dtypes it is not
+exact enough (its exponential, and the gradient where one key has all the weight), so there images
+are taken one by one, with scores that stay in cache.
 """
 
 from __future__ import annotations
@@ -13,140 +15,185 @@ from ._dropout import keep_mask
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_softmax_backward = torch.ops.aten._softmax_backward_data
+
+
+def stats_shape(q: Tensor, dropout: float) -> tuple[int, ...]:
+    """Of the statistics of the forward that the backward takes; none here but flash attention's."""
+    return (2, *q.shape[:3]) if _flashes(q, dropout) else (0,)
+
+
+def _flashes(q: Tensor, dropout: float) -> bool:
+    return q.dtype == torch.bfloat16 and dropout == 0
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
     bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
-    scale: float, dropout: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The result ``(batch, heads, queries, d)`` and ``lse (batch, heads, queries)``."""
-    queries = q.shape[2]
-    if k2 is not None and v2 is not None:
-        k, v = torch.cat([k, k2], 2), torch.cat([v, v2], 2)
+    scale: float, dropout: float, stats: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The result ``(batch, heads, queries, d)``; fills ``stats``."""
     rows = _packed(q, k.shape[1])
-    if dropout > 0 and seed is not None:
-        s = _scores(rows, k, _packed_mask(bias, None, q, k), key_mask, scale)
-        lse = s.logsumexp(-1)
-        lse.masked_fill_(lse == -torch.inf, 0)  # no key to see: zeros
-        p = s.sub_(lse[..., None]).exp_()
-        p *= _survivors(p, queries, seed, dropout, 0)
-        o = torch.matmul(p, v.float()).to(q.dtype)
-    else:
+    if _flashes(q, dropout):
+        k, v = _joined(k, k2), _joined(v, v2)
         mask = _packed_mask(bias, key_mask, q, k)
         o, lse = _flash(rows, k, v, 0.0, False, attn_mask=mask, scale=scale)
-        if key_mask is not None:
-            # ATen adds the mask: NaN scores that nobody should see stay NaN.
-            for image in _blind(key_mask):
-                o[image], lse[image] = 0, 0
-    return _unpacked(o, q), lse.reshape(q.shape[:3]).contiguous()
+        for image in _blind(key_mask):  # ATen adds the mask: NaN that nobody sees stays NaN
+            o[image], lse[image] = 0, 0
+        if stats is not None:
+            stats[0], stats[1] = lse.reshape(q.shape[:3]), 1
+        return _unpacked(o, q)
+    o = by_tokens(q)
+    for image in range(q.shape[0]):
+        p = _probabilities(image, rows, k, k2, bias, key_mask, q.shape[1:3], scale)
+        if dropout > 0 and seed is not None:
+            p *= _survivors(image, q.shape, p.shape, seed, dropout)
+        found = torch.bmm(p[..., : k.shape[2]], v[image].float())
+        if v2 is not None:
+            found.baddbmm_(p[..., k.shape[2] :], v2[image].float())
+        o[image] = found.view(q.shape[1:])
+    return o
 
 
 def backward(
-    do: Tensor, o: Tensor, lse: Tensor,
+    do: Tensor, o: Tensor, stats: Tensor,
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
     bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
     scale: float, dropout: float, want_q: bool, want_kv: bool, want_kv2: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of q, k, v, k2 and v2: source by source, as lse and o are of all keys."""
-    dq, *found = [None] * 5
-    if want_q or want_kv:
-        dq, *found[:2] = _of_source(
-            do, o, lse, q, k, v, bias, key_mask, seed, scale, dropout, 0
-        )  # fmt: skip
-    if k2 is not None and v2 is not None and k2.shape[2] > 0 and (want_q or want_kv2):
-        more, *found[2:] = _of_source(
-            do, o, lse, q, k2, v2, bias, key_mask, seed, scale, dropout, k.shape[2]
+    """Gradients of q, k, v, k2 and v2."""
+    if _flashes(q, dropout):
+        return _flash_gradients(
+            do, o, stats[0], q, k, v, k2, v2, bias, key_mask, scale, want_q, want_kv, want_kv2
         )
-        dq = more if dq is None else dq.add_(more)
-    wanted = (want_kv, want_kv, want_kv2, want_kv2)
-    others = (g if want else None for g, want in zip(found, wanted, strict=True))
-    return dq if want_q else None, *others
-
-
-def _of_source(
-    do: Tensor, o: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_mask: Tensor | None,
-    seed: Tensor | None, scale: float, dropout: float, first: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v through the keys of one source, whose first is number ``first``."""
-    kv_heads, keys = k.shape[1:3]
-    blind = [] if key_mask is None else _blind(key_mask)
-    if bias is not None and bias.shape[3] != 1:
-        bias = bias[..., first : first + keys]
-    if key_mask is not None:
-        key_mask = key_mask[:, first : first + keys]
-    rows, drows, orows = (_packed(t, kv_heads) for t in (q, do, o))
-    lse = lse.reshape(rows.shape[:3])
-    if dropout > 0:
-        mask = _packed_mask(bias, None, q, k)
+    sources = [(k, v, 0, want_kv)]
+    if k2 is not None and v2 is not None:
+        sources.append((k2, v2, k.shape[2], want_kv2))
+    dq = by_tokens(q) if want_q else None
+    found = [tuple(by_tokens(t) if want else None for t in (x, y)) for x, y, _, want in sources]
+    rows, drows = _packed(q, k.shape[1]), _packed(do, k.shape[1])
+    for image in range(q.shape[0]):
+        q_here, do_here = rows[image].float(), drows[image].float()
         p, ds = _score_gradients(
-            drows, orows, lse, rows, k, v, mask, key_mask, seed, scale, dropout, q.shape[2], first
+            image, rows, do_here, k, v, k2, v2, bias, key_mask, seed, q, scale, dropout
         )
-        p, ds = p.to(q.dtype), ds.mul_(scale).to(q.dtype)
-        dq = torch.matmul(ds, k)
-        dk = _by_tokens(torch.matmul(ds.transpose(2, 3), rows))
-        dv = _by_tokens(torch.matmul(p.transpose(2, 3), drows))
-    else:
-        mask = _packed_mask(bias, key_mask, q, k)
-        dq, dk, dv = _flash_backward(
-            drows, rows, k, v, orows, lse, 0.0, False, attn_mask=mask, scale=scale
-        )
-        for image in blind:
-            dq[image], dv[image] = 0, 0
-    return _unpacked(dq, q), dk, dv
+        ds *= scale
+        if dq is not None:
+            here = torch.bmm(ds[..., : k.shape[2]], k[image].float())
+            if k2 is not None:
+                here.baddbmm_(ds[..., k.shape[2] :], k2[image].float())
+            dq[image] = here.view(q.shape[1:])
+        for (x, _, first, want), (dk, dv) in zip(sources, found, strict=True):
+            if want:
+                keys = slice(first, first + x.shape[2])
+                dk[image] = torch.bmm(ds[..., keys].transpose(1, 2), q_here)
+                dv[image] = torch.bmm(p[..., keys].transpose(1, 2), do_here)
+    return dq, *found[0], *(found[1] if k2 is not None else (None, None))
 
 
 def bias_gradient(
-    do: Tensor, o: Tensor, lse: Tensor,
+    do: Tensor,
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
     bias: Tensor, key_mask: Tensor | None, seed: Tensor | None,
     scale: float, dropout: float,
 ) -> Tensor:  # fmt: skip
     """The gradient of the bias, from scores that are there in full, as the bias is."""
-    if k2 is not None and v2 is not None:
-        k, v = torch.cat([k, k2], 2), torch.cat([v, v2], 2)
-    kv_heads = k.shape[1]
-    rows, drows, orows = (_packed(t, kv_heads) for t in (q, do, o))
-    _, ds = _score_gradients(
-        drows, orows, lse.reshape(rows.shape[:3]), rows, k, v, _packed_mask(bias, None, q, k),
-        key_mask, seed, scale, dropout, q.shape[2], 0,
-    )  # fmt: skip
-    return ds.view(*q.shape[:3], k.shape[2]).sum_to_size(bias.shape).to(bias.dtype)
+    rows, drows = _packed(q, k.shape[1]), _packed(do, k.shape[1])
+    keys = k.shape[2] + (0 if k2 is None else k2.shape[2])
+    every = q.new_empty(*q.shape[:3], keys, dtype=torch.float32)
+    for image in range(q.shape[0]):
+        _, ds = _score_gradients(
+            image, rows, drows[image].float(), k, v, k2, v2, bias, key_mask, seed, q,
+            scale, dropout,
+        )  # fmt: skip
+        every[image] = ds.view(every.shape[1:])
+    return every.sum_to_size(bias.shape).to(bias.dtype)
 
 
 def _score_gradients(
-    do: Tensor, o: Tensor, lse: Tensor, rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-    key_mask: Tensor | None, seed: Tensor | None, scale: float, dropout: float,
-    queries: int, first: int,
+    image: int, rows: Tensor, do: Tensor, k: Tensor, v: Tensor,
+    k2: Tensor | None, v2: Tensor | None, bias: Tensor | None, key_mask: Tensor | None,
+    seed: Tensor | None, q: Tensor, scale: float, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Probabilities after dropout, and the gradient of the scores, in fp32."""
-    p = _scores(rows, k, mask, key_mask, scale).sub_(lse[..., None]).exp_()
-    dp = torch.matmul(do.float(), v.float().transpose(2, 3))
-    delta = (do.float() * o.float()).sum(-1, keepdim=True)
+    """Of one image the probabilities after dropout and the gradient of the scores, in fp32."""
+    p = _probabilities(image, rows, k, k2, bias, key_mask, q.shape[1:3], scale)
+    dp = _products(do, v[image], None if v2 is None else v2[image])
+    factor = None
     if dropout > 0 and seed is not None:
-        factor = _survivors(p, queries, seed, dropout, first)
-        return p * factor, dp.mul_(factor).sub_(delta).mul_(p)
-    return p, dp.sub_(delta).mul_(p)
+        factor = _survivors(image, q.shape, p.shape, seed, dropout)
+        dp *= factor
+    ds = _softmax_backward(dp, p, -1, p.dtype)
+    if key_mask is not None:
+        ds.masked_fill_(~key_mask[image], 0)  # 0 even if p is NaN
+    return p if factor is None else p * factor, ds
 
 
-def _scores(
-    rows: Tensor, k: Tensor, mask: Tensor | None, key_mask: Tensor | None, scale: float
+def _probabilities(
+    image: int, rows: Tensor, k: Tensor, k2: Tensor | None, bias: Tensor | None,
+    key_mask: Tensor | None, heads_and_queries: torch.Size, scale: float,
+) -> Tensor:  # fmt: skip
+    """Of one image the probabilities ``(kv_heads, rows, keys)``, in fp32."""
+    s = _products(rows[image].float(), k[image], None if k2 is None else k2[image]).mul_(scale)
+    if bias is not None:
+        by_head = s.view(*heads_and_queries, -1)
+        by_head += bias[image if bias.shape[0] > 1 else 0]
+    if key_mask is not None:
+        s.masked_fill_(~key_mask[image], -torch.inf)
+    if bias is not None or key_mask is not None:
+        return torch.ops.aten._safe_softmax(s, -1)
+    return torch.softmax(s, -1)
+
+
+def _products(rows: Tensor, x: Tensor, x2: Tensor | None) -> Tensor:
+    if x2 is None:
+        return torch.bmm(rows, x.float().transpose(1, 2))
+    out = rows.new_empty(*rows.shape[:2], x.shape[1] + x2.shape[1])
+    torch.bmm(rows, x.float().transpose(1, 2), out=out[..., : x.shape[1]])
+    torch.bmm(rows, x2.float().transpose(1, 2), out=out[..., x.shape[1] :])
+    return out
+
+
+def _flash_gradients(
+    do: Tensor, o: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
+    bias: Tensor | None, key_mask: Tensor | None, scale: float,
+    want_q: bool, want_kv: bool, want_kv2: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Source by source: as lse and o are of all keys, so are the shares of the gradients."""
+    kv_heads = k.shape[1]
+    rows, drows, orows = (_packed(t, kv_heads) for t in (q, do, o))
+    lse, blind = lse.reshape(rows.shape[:3]), _blind(key_mask)
+    dq, found, first = None, [None] * 4, 0
+    for i, (x, y, want) in enumerate(((k, v, want_kv), (k2, v2, want_kv2))):
+        if x is None or x.shape[2] == 0 or not (want or want_q):
+            first += 0 if x is None else x.shape[2]
+            continue
+        keys = slice(first, first + x.shape[2])
+        here = bias if bias is None or bias.shape[3] == 1 else bias[..., keys]
+        mask = _packed_mask(here, key_mask if key_mask is None else key_mask[:, keys], q, x)
+        more, dx, dy = _flash_backward(
+            drows, rows, x, y, orows, lse, 0.0, False, attn_mask=mask, scale=scale
+        )
+        for image in blind:
+            more[image], dy[image] = 0, 0
+        dq = more if dq is None else dq.add_(more)
+        if want:
+            found[2 * i : 2 * i + 2] = dx, dy
+        first += x.shape[2]
+    return _unpacked(dq, q) if want_q else None, *found
+
+
+def _survivors(
+    image: int, q_shape: torch.Size, shape: torch.Size, seed: Tensor, dropout: float
 ) -> Tensor:
-    s = torch.matmul(rows.float(), k.float().transpose(2, 3)).mul_(scale)
-    if mask is not None:
-        s += mask
-    return s if key_mask is None else s.masked_fill_(~key_mask[:, None, None], -torch.inf)
-
-
-def _survivors(p: Tensor, queries: int, seed: Tensor, dropout: float, first: int) -> Tensor:
-    """What dropout multiplies the probabilities ``(batch, kv_heads, rows, keys)`` by."""
-    heads = p.shape[:3].numel() // queries
+    """What dropout multiplies the probabilities ``(kv_heads, rows, keys)`` of an image by."""
+    heads, queries = q_shape[1:3]
     key, query, head = (
-        torch.arange(n, device=p.device) for n in (p.shape[3], queries, heads)
+        torch.arange(n, device=seed.device) for n in (shape[2], queries, heads)
     )  # fmt: skip
-    survives = keep_mask(seed, dropout, key + first, query[:, None], head[:, None, None])
-    return survives.view(p.shape).to(p.dtype).div_(1 - dropout)
+    head = head[:, None, None] + image * heads
+    survives = keep_mask(seed, dropout, key, query[:, None], head)
+    return survives.view(shape).float().div_(1 - dropout)
 
 
 def _packed(x: Tensor, kv_heads: int) -> Tensor:
@@ -158,19 +205,24 @@ def _packed(x: Tensor, kv_heads: int) -> Tensor:
 
 def _unpacked(x: Tensor, q: Tensor) -> Tensor:
     """The other way round, in memory ``(batch, queries, heads, d)``."""
-    if x.shape == q.shape and x.transpose(1, 2).is_contiguous():
+    out = by_tokens(q)
+    if x.shape == q.shape and x.stride() == out.stride():
         return x
-    batch, heads, queries, d = q.shape
-    out = q.new_empty_strided(
-        (batch, x.shape[1], heads // x.shape[1], queries, d),
-        (queries * heads * d, heads // x.shape[1] * d, d, heads * d, 1),
-    )
-    return out.copy_(x.unflatten(2, (-1, queries))).view(q.shape)
+    if x.shape == q.shape:
+        return out.copy_(x)
+    out.unflatten(1, (x.shape[1], -1)).copy_(x.unflatten(2, (-1, q.shape[2])))
+    return out
 
 
-def _by_tokens(x: Tensor) -> Tensor:
-    """``(batch, heads, tokens, d)`` in memory ``(batch, tokens, heads, d)``."""
-    return _unpacked(x, x)
+def by_tokens(like: Tensor) -> Tensor:
+    """An empty ``(batch, heads, tokens, d)`` in memory ``(batch, tokens, heads, d)``, no view."""
+    batch, heads, tokens, d = like.shape
+    strides = (tokens * heads * d, d, heads * d, 1)
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
+
+
+def _joined(x: Tensor, x2: Tensor | None) -> Tensor:
+    return x if x2 is None else torch.cat([x, x2], 2)
 
 
 def _packed_mask(
@@ -182,7 +234,7 @@ def _packed_mask(
         zeros = q.new_zeros(hidden.shape) if bias is None else bias
         mask = zeros.masked_fill(hidden, -torch.inf)
     elif bias is not None:
-        mask = bias if bias.shape[3] == k.shape[2] else bias.expand(-1, -1, -1, k.shape[2])
+        mask = bias
     else:
         return None
     if q.shape[1] == k.shape[1] or mask.shape[1] == mask.shape[2] == 1:
@@ -191,6 +243,8 @@ def _packed_mask(
     return _packed(mask.expand(shape), k.shape[1])
 
 
-def _blind(key_mask: Tensor) -> list[int]:
+def _blind(key_mask: Tensor | None) -> list[int]:
     """The images of which no key is seen."""
-    return (~key_mask.any(1)).nonzero().flatten().tolist()
+    if key_mask is None:
+        return []
+    return list((~key_mask.any(1)).nonzero().flatten().tolist())

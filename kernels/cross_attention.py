@@ -6,7 +6,178 @@ import torch
 from torch import Tensor
 
 from . import _cross_attention_aten as aten
-from ._launcher import is_traced, runs_triton
+from ._attention_tiles import (
+    LOG2_E,
+    dropout_factor,
+    head_parts,
+    inner_product,
+    load_parts,
+    precision,
+    row_block,
+    score_strides,
+    score_tile,
+    shrink,
+    store_parts,
+    strides,
+)
+from ._cross_attention_backward import launch_backward
+from ._dropout import threshold
+from ._launcher import Config, is_traced, kernel, runs_triton
+from ._triton import tl, triton
+
+FULL_GPU = 132  # programs; below, the keys are split among more
+MAX_SPLITS = 16
+MIN_SPLIT_KEYS = 128  # below, combining costs more than it saves
+
+
+@triton.jit
+def _attend(
+    largest, total, acc1, acc2, q1, q2,
+    k_ptr, k_key, v_ptr, v_key, start, end, keys, first,
+    image, head, query, place, inside_rows,
+    bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
+    seed_ptr, drop_below, survivor_scale, scale,
+    d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One pass over the keys ``start`` to ``end`` of a source, whose first is number ``first``."""
+    for at in range(start, end, TILE):
+        n = at + tl.arange(0, TILE)
+        inside = n < keys
+        k1, k2 = load_parts(k_ptr, n.to(tl.int64) * k_key, inside, d, D1, D2)
+        s, _ = score_tile(
+            inner_product(k1, k2, q1, q2, D2, PRECISION),
+            n, inside, first, image, head, query, inside_rows,
+            bias_ptr, bias_batch, bias_head, bias_query, bias_key,
+            mask_ptr, mask_batch, mask_key, scale,
+        )  # fmt: skip
+        larger = tl.maximum(largest, tl.max(s, axis=0))
+        shift = tl.where(larger == -float("inf"), 0.0, larger)  # no key seen yet
+        p = tl.exp2((s - shift[None, :]) * LOG2_E)
+        shrunk = tl.exp2((largest - shift) * LOG2_E)
+        total = total * shrunk + tl.sum(p, axis=0)
+        if seed_ptr is not None:
+            p *= dropout_factor(seed_ptr, drop_below, survivor_scale, first + n, query, place)
+        v1, v2 = load_parts(v_ptr, n.to(tl.int64) * v_key, inside, d, D1, D2)
+        p = p.to(v1.dtype)
+        acc1 = tl.dot(tl.trans(v1), p, acc1 * shrunk[None, :], input_precision=PRECISION)
+        if D2 > 0:
+            acc2 = tl.dot(tl.trans(v2), p, acc2 * shrunk[None, :], input_precision=PRECISION)
+        largest = larger
+    return largest, total, acc1, acc2
+
+
+@kernel(
+    Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
+    Config({"BLOCK_N": 64}, num_warps=4, num_stages=3),
+    Config({"BLOCK_N": 128}, num_warps=8, num_stages=2),
+)
+@triton.jit(do_not_specialize=["queries", "rows", "keys", "keys2", "count", "splits", "drop_below", "kv_heads"])
+def cross_attention_kernel(
+    q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
+    k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
+    k2_ptr, k2_batch, k2_head, k2_key, v2_ptr, v2_batch, v2_head, v2_key,  # or None
+    bias_ptr, bias_batch, bias_head, bias_query, bias_key,
+    mask_ptr, mask_batch, mask_key,  # (batch, keys + keys2) bytes
+    seed_ptr, drop_below, survivor_scale,
+    o_ptr,  # (batch, queries, heads, d); with `splits` > 1 (splits, count, d) fp32
+    stats_ptr,  # (splits, 2, count) fp32: largest score, sum of exponentials; or None
+    kv_heads, group, queries, rows, keys, keys2, count, splits, scale,
+    d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
+    SHRINK: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    TILE: tl.constexpr = BLOCK_N // SHRINK if BLOCK_N // SHRINK > 16 else 16
+    program = tl.program_id(0)
+    split, program = (program % splits).to(tl.int64), program // splits
+    tiles = tl.cdiv(rows, BLOCK_M)
+    row = ((program % tiles).to(tl.int64) * BLOCK_M).to(tl.int32) + tl.arange(0, BLOCK_M)
+    kv_head = (program // tiles % kv_heads).to(tl.int64)
+    image = (program // tiles // kv_heads).to(tl.int64)
+    inside_rows = row < rows
+    head, query = kv_head * group + row // queries, (row % queries).to(tl.int64)
+    place = image * kv_heads * group + head
+    q_ptr += image * q_batch
+    q1, q2 = load_parts(q_ptr, head * q_head + query * q_query, inside_rows, d, D1, D2)
+    largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc1 = tl.zeros([D1, BLOCK_M], tl.float32)
+    acc2 = tl.zeros([D2 if D2 > 0 else 16, BLOCK_M], tl.float32)
+    # Tiles of both sources are numbered through and divided among the splits.
+    tiles1 = tl.cdiv(keys, TILE)
+    share = tl.cdiv(tiles1 + tl.cdiv(keys2, TILE), splits)
+    start, end = split * share * TILE, (split + 1) * share * TILE
+    largest, total, acc1, acc2 = _attend(
+        largest, total, acc1, acc2, q1, q2,
+        k_ptr + image * k_batch + kv_head * k_head, k_key,
+        v_ptr + image * v_batch + kv_head * v_head, v_key,
+        tl.minimum(start, keys).to(tl.int32), tl.minimum(end, keys).to(tl.int32), keys, 0,
+        image, head, query, place, inside_rows,
+        bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
+        seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE, PRECISION,
+    )  # fmt: skip
+    if k2_ptr is not None:
+        start, end = start - tiles1.to(tl.int64) * TILE, end - tiles1.to(tl.int64) * TILE
+        largest, total, acc1, acc2 = _attend(
+            largest, total, acc1, acc2, q1, q2,
+            k2_ptr + image * k2_batch + kv_head * k2_head, k2_key,
+            v2_ptr + image * v2_batch + kv_head * v2_head, v2_key,
+            tl.maximum(start, 0).to(tl.int32), tl.minimum(end, keys2).to(tl.int32), keys2, keys,
+            image, head, query, place, inside_rows,
+            bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
+            seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE, PRECISION,
+        )  # fmt: skip
+    at = place * queries + query
+    if PARTIAL:
+        stats_ptr += split * 2 * count
+        o_ptr += split * count * d
+        tl.store(stats_ptr + at, largest, mask=inside_rows)
+        tl.store(stats_ptr + count + at, total, mask=inside_rows)
+        store_parts(o_ptr, at * d, inside_rows, tl.trans(acc1), tl.trans(acc2), d, D1, D2)
+    else:
+        unseen = total == 0.0
+        total = tl.where(unseen, 1.0, total)
+        if stats_ptr is not None:
+            tl.store(stats_ptr + at, tl.where(unseen, 0.0, largest), mask=inside_rows)
+            tl.store(stats_ptr + count + at, total, mask=inside_rows)
+        acc1, acc2 = acc1 / total[None, :], acc2 / total[None, :]
+        out_row = ((image * queries + query) * kv_heads * group + head) * d
+        store_parts(o_ptr, out_row, inside_rows, tl.trans(acc1), tl.trans(acc2), d, D1, D2)
+
+
+@kernel(Config({}, num_warps=1), Config({}, num_warps=2), Config({}, num_warps=4))
+@triton.jit(do_not_specialize=["queries", "count", "splits"])
+def combine_splits_kernel(
+    partial_ptr,  # (splits, count, d) fp32
+    partial_stats_ptr,  # (splits, 2, count) fp32
+    o_ptr,  # (batch, queries, heads, d)
+    stats_ptr,  # (2, count) fp32 or None
+    heads, queries, count, splits, d: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    # A program per row (batch, head, query); all splits at once.
+    row = tl.program_id(0).to(tl.int64)
+    split, col = tl.arange(0, SPLITS).to(tl.int64), tl.arange(0, WIDTH)
+    inside = split < splits
+    at = partial_stats_ptr + split * 2 * count + row
+    largest = tl.load(at, mask=inside, other=-float("inf"))
+    totals = tl.load(at + count, mask=inside, other=0.0)
+    overall = tl.max(largest, axis=0)
+    overall = tl.where(overall == -float("inf"), 0.0, overall)
+    weight = tl.exp2((largest - overall) * LOG2_E)
+    total = tl.sum(weight * totals, axis=0)
+    total = tl.where(total == 0.0, 1.0, total)
+    parts = tl.load(
+        partial_ptr + (split * count + row)[:, None] * d + col[None, :],
+        mask=inside[:, None] & (col < d)[None, :],
+        other=0.0,
+    )
+    o = tl.sum(parts * weight[:, None], axis=0) / total
+    image, head, query = row // queries // heads, row // queries % heads, row % queries
+    out = o_ptr + ((image * queries + query) * heads + head) * d + col
+    tl.store(out, o.to(o_ptr.dtype.element_ty), mask=col < d)
+    if stats_ptr is not None:
+        tl.store(stats_ptr + row, overall)
+        tl.store(stats_ptr + count + row, total)
 
 
 def attention_forward(
@@ -25,21 +196,24 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The result ``(batch, heads, queries, d)``, in memory ``(batch, queries, heads, d)``, and lse.
 
-    Arguments as of the op `cross_attention`. ``lse (batch, heads, queries)``, fp32, is the natural
-    logarithm of the sum of exponentials, 0 where no key is seen.
+    Arguments as of the op `cross_attention`. ``lse``, fp32, is what the backward wants to know of
+    the sums of exponentials: ``(2, batch, heads, queries)`` from kernels, the largest score and the
+    sum of what is relative to it.
     """
-    batch, heads, queries, d = q.shape
-    keys = k.shape[2] + (0 if k2 is None else k2.shape[2])
-    if q.numel() == 0 or keys == 0:
-        o = by_rows(q, heads, queries).zero_()
-        return o, q.new_zeros(q.shape[:3], dtype=torch.float32) if want_lse else None
     q, k, v = dense(q), dense(k), dense(v)
     k2, v2 = k2 if k2 is None else dense(k2), v2 if v2 is None else dense(v2)
-    if is_traced(q):
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        return by_rows(q, heads, queries), lse if want_lse else None
-    o, lse = aten.forward(q, k, v, k2, v2, bias, key_mask, seed, scale, dropout)
-    return o, lse if want_lse else None
+    empty = q.numel() == 0 or k.shape[2] + (0 if k2 is None else k2.shape[2]) == 0
+    triton_runs = runs_triton(q)
+    shape = (2, *q.shape[:3]) if triton_runs else aten.stats_shape(q, dropout)
+    lse = q.new_empty(shape, dtype=torch.float32) if want_lse else None
+    if not (triton_runs or is_traced(q) or empty):
+        return aten.forward(q, k, v, k2, v2, bias, key_mask, seed, scale, dropout, lse), lse
+    o = aten.by_tokens(q)
+    if empty:
+        o.zero_()
+    elif triton_runs:
+        _launch_forward(q, k, v, k2, v2, bias, key_mask, seed, scale, dropout, o, lse)
+    return o, lse
 
 
 def attention_backward(
@@ -69,17 +243,22 @@ def attention_backward(
     """
     do, q, k, v = dense(do), dense(q), dense(k), dense(v)
     k2, v2 = k2 if k2 is None else dense(k2), v2 if v2 is None else dense(v2)
-    want_kv2 = want_kv2 and k2 is not None
-    if not (runs_triton(q) or is_traced(q)) and q.numel() > 0 and k.shape[2] > 0:
+    empty = q.numel() == 0 or k.shape[2] + (0 if k2 is None else k2.shape[2]) == 0
+    if not (runs_triton(q) or is_traced(q) or empty):
         found = aten.backward(
             do, o, lse, q, k, v, k2, v2, bias, key_mask, seed, scale, dropout,
             want_q, want_kv, want_kv2,
         )  # fmt: skip
         return found if into is None else _copied(found, into)
     targets = _targets(q, k, k2, want_q, want_kv, want_kv2, into)
-    for target in targets:
-        if target is not None:
-            target.zero_()
+    if empty:
+        for target in targets:
+            if target is not None:
+                target.zero_()
+    elif runs_triton(q):
+        launch_backward(
+            do, o, lse, q, k, v, k2, v2, bias, _bytes(key_mask), seed, scale, dropout, *targets
+        )
     return targets
 
 
@@ -95,11 +274,11 @@ def _targets(
     dq, dk, dv = into if into is not None else (None, None, None)
     dk2 = dv2 = None
     if into is None and want_q:
-        dq = by_rows(q, q.shape[1], q.shape[2])
+        dq = aten.by_tokens(q)
     if into is None and want_kv:
-        dk, dv = (by_rows(k, k.shape[1], k.shape[2]) for _ in range(2))
+        dk, dv = (aten.by_tokens(k) for _ in range(2))
     if want_kv2 and k2 is not None:
-        dk2, dv2 = (by_rows(k2, k2.shape[1], k2.shape[2]) for _ in range(2))
+        dk2, dv2 = (aten.by_tokens(k2) for _ in range(2))
     return dq if want_q else None, dk if want_kv else None, dv if want_kv else None, dk2, dv2
 
 
@@ -111,15 +290,47 @@ def _copied(
     )  # fmt: skip
 
 
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
+    bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
+    scale: float, dropout: float, o: Tensor, lse: Tensor | None,
+) -> None:  # fmt: skip
+    batch, heads, queries, d = q.shape
+    kv_heads, keys = k.shape[1:3]
+    keys2 = 0 if k2 is None else k2.shape[2]
+    rows, count = heads // kv_heads * queries, batch * heads * queries
+    block = row_block(q, rows)
+    programs = batch * kv_heads * triton.cdiv(rows, block)
+    splits = key_splits(programs, keys + keys2)
+    out, stats = o, lse
+    if splits > 1:
+        out = q.new_empty(splits, count, d, dtype=torch.float32)
+        stats = q.new_empty(splits, 2, count, dtype=torch.float32)
+    cross_attention_kernel(
+        keys + keys2, lambda blocks: (programs * splits,),
+        q, *strides(q), k, *strides(k), v, *strides(v), k2, *strides(k2), v2, *strides(v2),
+        bias, *score_strides(bias, (batch, heads, queries, keys + keys2)),
+        _bytes(key_mask), *strides(key_mask, 2),
+        seed if dropout > 0 else None, threshold(dropout), 1 / (1 - dropout),
+        out, stats, kv_heads, heads // kv_heads, queries, rows, keys, keys2, count, splits, scale,
+        d, *head_parts(d), block, shrink(q), splits > 1, precision(),
+    )  # fmt: skip
+    if splits > 1:
+        combine_splits_kernel(
+            count, lambda blocks: (count,), out, stats, o, lse, heads, queries, count, splits,
+            d, triton.next_power_of_2(d), triton.next_power_of_2(splits),
+        )  # fmt: skip
+
+
+def key_splits(programs: int, keys: int) -> int:
+    """Among how many programs each row's keys are divided: a function of shapes alone."""
+    return max(1, min(FULL_GPU // programs, keys // MIN_SPLIT_KEYS, MAX_SPLITS))
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None else mask.view(torch.uint8)
+
+
 def dense(x: Tensor) -> Tensor:
     """x with a last stride of 1."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def by_rows(like: Tensor, heads: int, tokens: int) -> Tensor:
-    """An empty ``(batch, heads, tokens, d)`` in memory ``(batch, tokens, heads, d)``, no view."""
-    batch, _, _, d = like.shape
-    strides = (tokens * heads * d, d, heads * d, 1)
-    return torch.empty_strided(
-        (batch, heads, tokens, d), strides, dtype=like.dtype, device=like.device
-    )

@@ -107,7 +107,7 @@ def last_row(x: Tensor) -> Tensor:
 
 def one_element(x: Tensor, value: float) -> Tensor:
     x = x.clone()
-    x.view(-1, x.shape[-1])[-1, -1] = value
+    x[(-1,) * x.ndim] = value
     return x
 
 

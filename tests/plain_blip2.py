@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from vlm_fast.parity import judge
+
 
 def itc(images, texts, temperature, smoothing=0.0):
     """The loss and the logits of images, whose transpose are those of texts."""
@@ -74,3 +76,15 @@ def stage1(model, image_embeds, ids, mask, head, bos, temperature, smoothing, ne
     labels = decoded.masked_fill(mask == 0, -100)
     generation = itg(hidden, head.decoder.weight, labels, head.decoder.bias, smoothing)
     return contrast + matching + generation, contrast, matching, generation
+
+
+def judged(ours, plain, tensors, dtype):
+    """Value and gradients of a loss against the plain one, in this dtype and in float64."""
+    runs = []
+    for function, kind in ((ours, dtype), (plain, dtype), (plain, torch.float64)):
+        inputs = [t.detach().to(kind).requires_grad_() for t in tensors]
+        loss = function(*inputs)
+        runs.append([loss, *torch.autograd.grad(loss, inputs)])
+    for i, (found, native, exact) in enumerate(zip(*runs, strict=True)):
+        verdict = judge(f"tensor {i}", found, native, exact, gradient=i > 0)
+        assert verdict.ok, verdict

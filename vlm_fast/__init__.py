@@ -7,6 +7,7 @@ from vlm_fast.patching import Report as Report
 from vlm_fast.patching import explain as explain
 from vlm_fast.patching import patch as patch
 from vlm_fast.patching import unpatch as unpatch
+from vlm_fast.patching.attention_interface import register_attention as register_attention
 from vlm_fast.policy import VlmFastFallbackError as VlmFastFallbackError
 from vlm_fast.policy import VlmFastFallbackWarning as VlmFastFallbackWarning
 from vlm_fast.policy import disabled as disabled

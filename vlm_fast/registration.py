@@ -168,8 +168,13 @@ class CallPath:
         needs: list[bool],
         **settings: Any,
     ) -> list[Tensor]:
-        found = self.gradients(tuple(needs), list_length, kept, grads, settings)
-        return [g for g in found if g is not None]
+        found: list[Tensor] = []
+        for gradient in self.gradients(tuple(needs), list_length, kept, grads, settings):
+            if gradient is not None:
+                # Two arguments may have one gradient; two results of an op may not be one tensor.
+                shared = any(gradient is other for other in found)
+                found.append(gradient.clone() if shared else gradient)
+        return found
 
     def _register(self, op: Any, annotations: list[Any]) -> Any:
         arguments = ", ".join(

@@ -85,6 +85,8 @@ def stage1_loss(
     generation starts with a token of its own, [DEC], in the place of the first.
 
     Under DistributedDataParallel call this within the forward of the module that is wrapped.
+    Contrast and matching are then those of the whole batch; generation is a mean over the tokens
+    of each rank, which count for more where there are fewer of them, as everywhere.
 
     Args:
         model: transformers' ``Blip2ForImageTextRetrieval``, or a module with its ``query_tokens``,

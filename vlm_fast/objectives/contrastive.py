@@ -162,10 +162,10 @@ def _check(
     if isinstance(temperature, Tensor):
         if temperature.ndim or not temperature.is_floating_point():
             raise wrong_value(name, "temperature", temperature, "a floating tensor of shape ()")
-        seen = temperature.device.type == "cpu"
+        number = float(temperature.detach()) if temperature.device.type == "cpu" else None
     else:
-        seen = True
-    if seen and not 0 < float(temperature) < math.inf:
-        raise wrong_value(name, "temperature", temperature, "a positive number")
+        number = float(temperature)
+    if number is not None and not 0 < number < math.inf:
+        raise wrong_value(name, "temperature", number, "a positive number")
     if not 0.0 <= label_smoothing <= 1.0:
         raise wrong_value(name, "label_smoothing", label_smoothing, "0 to 1")

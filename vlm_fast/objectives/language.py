@@ -173,8 +173,9 @@ def _check(
 ) -> None:
     name = "itg_loss"
     named = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias}
-    present = {argument: value for argument, value in named.items() if value is not None}
-    for argument, value in present.items():
+    if bias is None:
+        del named["bias"]
+    for argument, value in named.items():
         if not isinstance(value, Tensor):
             raise not_a_tensor(name, argument, value)
         if argument == "labels":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_fast.kernels._launcher import is_traced
@@ -12,6 +15,10 @@ from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
 # Elements of a tile of (images, queries, texts): on a CPU it stays in the second-level cache, on a
 # GPU in the second-level cache too, but is large enough to fill the tensor cores.
 TILE = {"cpu": 2**18, "cuda": 2**22}
+
+
+# On a CPU, from how many queries on sums over winners beat GEMMs full of zeros.
+SPARSE = 16
 
 
 @linear_op
@@ -76,11 +83,11 @@ def forward(needs, images, texts):
     if not is_traced(images):
         columns = texts.t()
         for part in _parts(count, queries * texts.shape[0], images):
-            scores = torch.matmul(images[part], columns)
+            # The tile has no name: it is gone before the next is made.
             if winner is None:
-                torch.amax(scores, 1, out=out[part])
+                torch.amax(torch.matmul(images[part], columns), 1, out=out[part])
             else:
-                out[part], winner[part] = scores.max(1)
+                out[part], winner[part] = torch.matmul(images[part], columns).max(1)
     if winner is None:
         return out, (None, None, None, None)
     return out, (
@@ -95,9 +102,13 @@ def forward(needs, images, texts):
 def backward(needs, kept, dy):
     images, texts, winner, like = kept
     count, queries, _ = (images if like is None else like).shape
+    traced = is_traced(dy)
+    sparse = not (traced or dy.is_cuda) and queries >= SPARSE and dy.numel() > 0
+    if sparse and all(operand is None or _is_finite(operand) for operand in (images, texts)):
+        return _sum_winners(dy, winner, images, texts, queries)
     dimages = dy.new_empty(count, queries, texts.shape[1]) if needs.images else None
     dtexts = dy.new_empty(winner.shape[1], images.shape[2]) if needs.texts else None
-    if is_traced(dy):
+    if traced:
         return dimages, dtexts
     # Each gradient is split along its own rows: no sum is cut into parts, so none is rounded twice.
     per_image, per_text = queries * winner.shape[1], queries * count
@@ -107,11 +118,11 @@ def backward(needs, kept, dy):
             tile = _spread(dy[part], winner[part], queries)
             torch.mm(tile.flatten(0, 1), texts, out=dimages[part].flatten(0, 1))
     if dtexts is not None:
-        rows = images.reshape(-1, images.shape[2])
-        whole = tile is not None and tile.shape[0] == count  # the same for both
-        for part in [slice(None)] if whole else _parts(winner.shape[1], per_text, dy):
-            if not whole:
-                tile = _spread(dy[:, part], winner[:, part], queries)
+        rows = images.flatten(0, 1)
+        if tile is not None and len(tile) == count:  # the whole, which serves both
+            return dimages, torch.mm(tile.flatten(0, 1).t(), rows, out=dtexts)
+        for part in _parts(winner.shape[1], per_text, dy):
+            tile = _spread(dy[:, part], winner[:, part], queries)
             torch.mm(tile.flatten(0, 1).t(), rows, out=dtexts[part])
     return dimages, dtexts
 
@@ -132,6 +143,39 @@ def _spread(dy: Tensor, winner: Tensor, queries: int) -> Tensor:
     """``(images, queries, texts)``: each gradient at the query that won, zeros elsewhere."""
     tile = dy.new_zeros(dy.shape[0], queries, dy.shape[1])
     return tile.scatter_(1, winner[:, None].long(), dy[:, None])
+
+
+def _is_finite(operand: Tensor) -> bool:
+    # A sum is read faster than each element; one that overflows is served by the GEMMs too.
+    return operand.numel() > 0 and math.isfinite(operand.sum().item())
+
+
+def _sum_winners(
+    dy: Tensor, winner: Tensor, images: Tensor | None, texts: Tensor | None, queries: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients from the pairs (query, text) that won alone: one in ``queries`` of the GEMMs.
+
+    These multiply infinities by zeros where a query did not win, as autograd does, and give NaN;
+    sums of winners would not. So they are for finite operands.
+    """
+    count, width = winner.shape
+    dimages = dtexts = None
+    if texts is not None:
+        won, order = winner.sort(stable=True, dim=1)  # the texts of each query side by side
+        numbers = torch.arange(queries, device=dy.device).to(winner.dtype)
+        first = torch.searchsorted(won, numbers.repeat(count, 1))
+        first += torch.arange(0, count * width, width, device=dy.device)[:, None]
+        dimages = F.embedding_bag(
+            order.flatten(), texts, first.flatten(), mode="sum",
+            per_sample_weights=dy.gather(1, order).flatten(),
+        ).view(count, queries, texts.shape[1])  # fmt: skip
+    if images is not None:
+        rows = winner.t() + torch.arange(0, count * queries, queries, device=dy.device)
+        dtexts = F.embedding_bag(
+            rows, images.flatten(0, 1), mode="sum",
+            per_sample_weights=dy.t().contiguous(),
+        )  # fmt: skip
+    return dimages, dtexts
 
 
 @max_similarity.cost

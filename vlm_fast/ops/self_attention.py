@@ -191,7 +191,7 @@ def backward(needs, kept, dout, *, heads, scale, dropout):
     dx = dparameters = dbias = None
     if needs.bias:
         dbias = bias_gradient(
-            do, o, lse, q, k, v, None, None, bias, key_mask, seed, scale, dropout
+            do, q, k, v, None, None, bias, key_mask, seed, scale, dropout
         )  # fmt: skip
     if not (needs.x or needs.parameters):
         return None, None, dbias, None, None
@@ -205,9 +205,9 @@ def backward(needs, kept, dout, *, heads, scale, dropout):
         dx = torch.mm(rows, stacked(weights)).view(batch, tokens, -1)
     if needs.parameters:
         dweight = torch.mm(rows.t(), x.reshape(batch * tokens, -1))
-        dbiases = rows.sum(0)
-        dbiases[features : 2 * features] *= 0  # it shifts all scores of a query alike
-        dparameters = [*dweight.split(features), *dbiases.split(features)]
+        dbiases = rows.sum(0).split(features)
+        dbiases[1].mul_(0)  # a key's bias shifts all scores of a query alike
+        dparameters = [*dweight.split(features), *dbiases]
     return dx, dparameters, dbias, None, None
 
 

@@ -8,17 +8,22 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from vlm_fast.modules.chain import chain_of
+from vlm_fast.op import FLOATS
 from vlm_fast.ops.mlp import SAVED
-from vlm_fast.patching import image_token_merge, linear_act_linear
+from vlm_fast.patching import image_token_merge, linear_act_linear, qformer
 from vlm_fast.patching.class_swap import Patched, swap, swap_back
 
 # Families: a mixin, and the recogniser that returns its recipe, a reason against it, or None.
 FAMILIES: list[tuple[type[Patched], Callable[..., Any]]] = [
-    (linear_act_linear.FusedMLP, chain_of),
-    (image_token_merge.FusedMerge, lambda module, saved: image_token_merge.recognise(module)),
+    (linear_act_linear.FusedMLP, lambda module, saved, **_: chain_of(module, saved)),
+    (image_token_merge.FusedMerge, lambda module, **_: image_token_merge.recognise(module)),
+    (qformer.FusedQFormerModel, qformer.recognise_model),
+    (qformer.FusedQFormerEncoder, qformer.recognise_encoder),
+    (qformer.FusedQFormerLayer, qformer.recognise_layer),
 ]
 
 
@@ -59,7 +64,13 @@ class Report:
         return "\n".join(lines) or "nothing to patch"
 
 
-def patch(model: nn.Module, *, saved: str = "preactivation", strict: bool = False) -> Report:
+def patch(
+    model: nn.Module,
+    *,
+    saved: str = "preactivation",
+    compute_dtype: torch.dtype | None = None,
+    strict: bool = False,
+) -> Report:
     """Swap the class of every connector in ``model`` for one that runs on the fast ops.
 
     Parameters, ``state_dict`` keys, hooks and class names stay. Patch first, shard or wrap after.
@@ -68,25 +79,29 @@ def patch(model: nn.Module, *, saved: str = "preactivation", strict: bool = Fals
     Args:
         model: a module, as a transformers model; searched with everything inside it.
         saved: what the projectors keep for backward, see `vlm_fast.ops.mlp`.
+        compute_dtype: of Q-Formers, whatever the dtype of their parameters (transformers keeps
+            those in fp32 under fp16); statistics and accumulation stay in fp32.
         strict: raise if nothing was patched, instead of warning.
 
     Raises:
         TypeError: ``model`` is no module, or an option is unknown.
-        ValueError: ``saved`` is unknown; a connector is already sharded by FSDP2 or ZeRO-3 (a class
-            swap would strip what they added); nothing was patched under ``strict``. Nothing has
-            been changed then.
+        ValueError: ``saved`` or ``compute_dtype`` is unknown; a connector is already sharded by
+            FSDP2 or ZeRO-3 (a class swap would strip what they added); nothing was patched under
+            ``strict``. Nothing has been changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     if saved not in SAVED:
         raise ValueError(f"saved is {saved!r}, expected one of {SAVED}")
+    if compute_dtype not in (None, *FLOATS):
+        raise ValueError(f"compute_dtype is {compute_dtype!r}, expected one of {FLOATS} or None")
     report, swaps, already = Report(), [], False
     for name, module in model.named_modules():
         if isinstance(module, Patched):
             already = True
             continue
         for mixin, recognise in FAMILIES:
-            recipe = recognise(module, saved=saved)
+            recipe = recognise(module, saved=saved, compute_dtype=compute_dtype)
             if isinstance(recipe, str):
                 report.skipped[name] = recipe
             elif recipe is not None:

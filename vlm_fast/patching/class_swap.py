@@ -25,6 +25,9 @@ class Patched:
 
     patch: ClassVar[Patch]
 
+    def prepare(self) -> None:
+        """What becoming this class brings with it; values, names and objects must stay."""
+
     def why_not(self) -> str | None:
         """Why the next call would run as plain PyTorch, or None."""
         return None
@@ -47,6 +50,7 @@ def patched_class(base: type[nn.Module], mixin: type[Patched], recipe: Any) -> t
 
 def swap(module: nn.Module, mixin: type[Patched], recipe: Any) -> None:
     module.__class__ = patched_class(type(module), mixin, recipe)  # type: ignore[arg-type]
+    module.prepare()  # type: ignore[operator]
 
 
 def swap_back(module: nn.Module) -> None:

@@ -85,6 +85,14 @@ class FusedQFormerEncoder(Patched):
     layer: Any
     config: Any
 
+    def prepare(self) -> None:
+        pack(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        pack(self)  # .to() and .cuda() make every parameter anew
+        return self
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -235,7 +243,7 @@ def recognise_layer(module: nn.Module, **options: Any) -> Recipe | str | None:
     if not _is_layer(module):
         return None
     layer: Any = module
-    if "Fused" not in type(module).__name__ and not _known(type(module)):
+    if not _known(type(module)):
         return f"the forward of {type(module).__name__} is not one that was read"
     if getattr(layer, "chunk_size_feed_forward", 0):
         return "chunk_size_feed_forward is set"
@@ -267,9 +275,3 @@ def _known(cls: type[nn.Module]) -> bool:
         cls.__name__.startswith(family) and cls.__name__.endswith(("Model", "Encoder", "Layer"))
         for family in ("Blip2QFormer", "InstructBlipQFormer", "InstructBlipVideoQFormer")
     )
-
-
-def prepare(module: Any) -> None:
-    """What a swap of this module brings with it."""
-    if isinstance(module, FusedQFormerEncoder):
-        pack(module)

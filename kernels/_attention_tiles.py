@@ -1,0 +1,131 @@
+"""What the forward and the backward kernels of attention have in common.
+
+Scores are held transposed, keys by queries: the tensor cores' long side takes the keys, and the few
+queries are its short side, which need not be padded. Heads that share keys are packed: row ``r`` of
+a key head is head ``r // queries`` of its group, query ``r % queries``. A head size that is no
+power of two is two parts, each a product of its own: 80 = 64 + 16 is not padded to 128.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._dropout import kept
+from ._triton import tl, triton
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_parts(
+    ptr, row, inside, d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
+):  # fmt: skip
+    """The columns of some rows, ``[rows, D1]`` and ``[rows, D2]`` (D2 = 0: anything)."""
+    col = tl.arange(0, D1)
+    at = ptr + row[:, None] + col[None, :]
+    if D1 > d:
+        x1 = tl.load(at, mask=inside[:, None] & (col < d)[None, :], other=0.0)
+    else:
+        x1 = tl.load(at, mask=inside[:, None], other=0.0)
+    x2 = x1
+    if D2 > 0:
+        col = D1 + tl.arange(0, D2)
+        at = ptr + row[:, None] + col[None, :]
+        if D1 + D2 > d:
+            x2 = tl.load(at, mask=inside[:, None] & (col < d)[None, :], other=0.0)
+        else:
+            x2 = tl.load(at, mask=inside[:, None], other=0.0)
+    return x1, x2
+
+
+@triton.jit
+def store_parts(
+    ptr, row, inside, x1, x2, d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
+):  # fmt: skip
+    col = tl.arange(0, D1)
+    mask = inside[:, None] & (col < d)[None, :] if D1 > d else inside[:, None]
+    tl.store(ptr + row[:, None] + col[None, :], x1.to(ptr.dtype.element_ty), mask=mask)
+    if D2 > 0:
+        col = D1 + tl.arange(0, D2)
+        mask = inside[:, None] & (col < d)[None, :] if D1 + D2 > d else inside[:, None]
+        tl.store(ptr + row[:, None] + col[None, :], x2.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def inner_product(a1, a2, b1, b2, D2: tl.constexpr, PRECISION: tl.constexpr):
+    """``a b^T`` over both parts."""
+    product = tl.dot(a1, tl.trans(b1), input_precision=PRECISION)
+    if D2 > 0:
+        product = tl.dot(a2, tl.trans(b2), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def score_tile(
+    product, n, inside, first, image, head, query, inside_rows,
+    bias_ptr, bias_batch, bias_head, bias_query, bias_key,
+    mask_ptr, mask_batch, mask_key, scale,
+):  # fmt: skip
+    """Scores ``[keys, rows]`` from the products, -Inf where a key is not seen; and the seen."""
+    s = product * scale
+    key = (first + n).to(tl.int64)
+    if bias_ptr is not None:
+        row = image * bias_batch + head * bias_head + query * bias_query
+        at = bias_ptr + row[None, :] + (key * bias_key)[:, None]
+        bias = tl.load(at, mask=inside[:, None] & inside_rows[None, :], other=0.0)
+        s += bias.to(tl.float32)
+    seen = inside
+    if mask_ptr is not None:
+        at = mask_ptr + image * mask_batch + key * mask_key
+        seen = tl.load(at, mask=inside, other=0) != 0
+    return tl.where(seen[:, None], s, -float("inf")), seen
+
+
+@triton.jit
+def dropout_factor(seed_ptr, drop_below, survivor_scale, key, query, row):
+    """What the probabilities ``[keys, rows]`` are multiplied by; ``row``: of all heads' images."""
+    survives = kept(
+        tl.load(seed_ptr), key[:, None], query.to(tl.int32)[None, :], row.to(tl.int32)[None, :],
+        drop_below,
+    )  # fmt: skip
+    return survives * survivor_scale
+
+
+def head_parts(d: int) -> tuple[int, int]:
+    """The widths of the two parts of a head."""
+    first = max(16, 1 << (d.bit_length() - 1))
+    return first, 0 if d <= first else max(16, triton.next_power_of_2(d - first))
+
+
+def shrink(q: Tensor) -> int:
+    """What a tile's number of keys is divided by: it is for 64 columns of 16 bits.
+
+    In fp32, whose products are sums of scalars in registers, by twice as much as the bytes grow.
+    """
+    columns = triton.next_power_of_2(sum(head_parts(q.shape[3])))
+    return max(1, columns // 64) * (4 if q.dtype == torch.float32 else 1)
+
+
+def row_block(q: Tensor, rows: int, most: int = 64) -> int:
+    """The rows of a tile."""
+    most = 16 if q.dtype == torch.float32 else most
+    return min(most, max(16, triton.next_power_of_2(rows)))
+
+
+def precision() -> str:
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def strides(x: Tensor | None, count: int = 3) -> tuple[int, ...]:
+    return x.stride()[:count] if x is not None else (0,) * count
+
+
+def score_strides(bias: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of the bias, 0 where it is broadcast."""
+    if bias is None:
+        return (0,) * 4
+    return tuple(
+        0 if n == 1 and size != 1 else s
+        for n, size, s in zip(bias.shape, shape, bias.stride(), strict=True)
+    )

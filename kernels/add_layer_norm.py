@@ -1,0 +1,258 @@
+"""``LayerNorm(dropout(x + x_bias) + residual)``, one pass over memory each way.
+
+A program holds whole rows. Backward keeps the sum before the norm and its statistics; programs take
+a fixed run of rows and leave their shares of the parameters' gradients in a row of their own: no
+atomics, one order of summation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._dropout import keep_mask, kept, threshold
+from ._launcher import Config, kernel, runs_triton
+from ._triton import tl, triton
+
+MAX_PROGRAMS = 512  # of backward: four to a multiprocessor of the largest GPUs
+
+
+@kernel(
+    Config({"ELEMENTS": 4096}, num_warps=8),
+    Config({"ELEMENTS": 2048}, num_warps=4),
+    Config({"ELEMENTS": 1024}, num_warps=4),
+    Config({"ELEMENTS": 1024}, num_warps=2),
+    Config({"ELEMENTS": 8192}, num_warps=8),
+)
+@triton.jit(do_not_specialize=["rows", "tokens"])
+def add_layer_norm_kernel(
+    x_ptr, x_batch, x_token,  # (batch, tokens, cols) at these strides, inner 1
+    residual_ptr, residual_batch, residual_token,
+    x_bias_ptr, weight_ptr, bias_ptr,  # (cols,); x_bias may be None
+    seed_ptr, drop_below, survivor_scale,
+    y_ptr,  # (rows, cols)
+    z_ptr, mean_ptr, rstd_ptr,  # (rows, cols), (rows,), (rows,), or None
+    rows, tokens, cols, eps,
+    BLOCK_COLS: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = ELEMENTS // BLOCK_COLS if ELEMENTS > BLOCK_COLS else 1
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK_COLS)
+    inside_cols = col < cols
+    inside = (row < rows)[:, None] & inside_cols[None, :]
+    batch, token = row // tokens, row % tokens
+    x_row = x_ptr + batch * x_batch + token * x_token
+    residual_row = residual_ptr + batch * residual_batch + token * residual_token
+    z = tl.load(x_row[:, None] + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    if x_bias_ptr is not None:
+        z += tl.load(x_bias_ptr + col, mask=inside_cols, other=0.0).to(tl.float32)[None, :]
+    if seed_ptr is not None:
+        z *= survivor_scale * kept(
+            tl.load(seed_ptr), col[None, :], row.to(tl.int32)[:, None], 0, drop_below
+        )
+    z += tl.load(residual_row[:, None] + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    z = z.to(y_ptr.dtype.element_ty).to(tl.float32)  # as backward will find it
+    mean = tl.sum(tl.where(inside, z, 0.0), axis=1) / cols
+    # Where the mean is far above the spread, its own rounding counts: taken out once more.
+    rest = tl.sum(tl.where(inside, z - mean[:, None], 0.0), axis=1) / cols
+    spread = tl.where(inside, z - mean[:, None] - rest[:, None], 0.0)
+    mean += rest
+    rstd = 1.0 / tl.sqrt(tl.sum(spread * spread, axis=1) / cols + eps)
+    weight = tl.load(weight_ptr + col, mask=inside_cols, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + col, mask=inside_cols, other=0.0).to(tl.float32)
+    y = spread * rstd[:, None] * weight[None, :] + bias[None, :]
+    offset = row[:, None] * cols + col[None, :]
+    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+    if z_ptr is not None:
+        tl.store(z_ptr + offset, z.to(z_ptr.dtype.element_ty), mask=inside)
+        tl.store(mean_ptr + row, mean, mask=row < rows)
+        tl.store(rstd_ptr + row, rstd, mask=row < rows)
+
+
+@kernel(
+    Config({"ELEMENTS": 4096}, num_warps=8),
+    Config({"ELEMENTS": 2048}, num_warps=4),
+    Config({"ELEMENTS": 1024}, num_warps=4),
+    Config({"ELEMENTS": 2048}, num_warps=8),
+)
+@triton.jit(do_not_specialize=["rows", "rows_per_program"])
+def add_layer_norm_backward_kernel(
+    dy_ptr, z_ptr,  # (rows, cols)
+    mean_ptr, rstd_ptr,  # (rows,)
+    weight_ptr,  # (cols,)
+    seed_ptr, drop_below, survivor_scale,
+    dz_ptr, dx_ptr,  # (rows, cols) or None
+    dweight_ptr, dbias_ptr, dx_bias_ptr,  # (programs, cols) fp32 or None
+    rows, rows_per_program, cols,
+    BLOCK_COLS: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = ELEMENTS // BLOCK_COLS if ELEMENTS > BLOCK_COLS else 1
+    program = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK_COLS)
+    inside_cols = col < cols
+    weight = tl.load(weight_ptr + col, mask=inside_cols, other=0.0).to(tl.float32)
+    dweight = tl.zeros([ROWS, BLOCK_COLS], dtype=tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK_COLS], dtype=tl.float32)
+    dx_bias = tl.zeros([ROWS, BLOCK_COLS], dtype=tl.float32)
+    first = program * rows_per_program
+    last = tl.minimum(first + rows_per_program, rows)
+    for start in range(0, rows_per_program, ROWS):
+        row = first + start + tl.arange(0, ROWS)
+        inside_rows = row < last
+        inside = inside_rows[:, None] & inside_cols[None, :]
+        offset = row[:, None] * cols + col[None, :]
+        dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + row, mask=inside_rows, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=inside_rows, other=0.0)
+        normed = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
+        dnormed = dy * weight[None, :]
+        along = tl.sum(dnormed * normed, axis=1) / cols
+        level = tl.sum(dnormed, axis=1) / cols
+        dz = (dnormed - normed * along[:, None] - level[:, None]) * rstd[:, None]
+        if dz_ptr is not None:
+            tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+        if seed_ptr is not None:
+            dz *= survivor_scale * kept(
+                tl.load(seed_ptr), col[None, :], row.to(tl.int32)[:, None], 0, drop_below
+            )
+        if dx_ptr is not None:
+            tl.store(dx_ptr + offset, dz.to(dx_ptr.dtype.element_ty), mask=inside)
+        if dweight_ptr is not None:
+            dweight += dy * normed
+        if dbias_ptr is not None:
+            dbias += dy
+        if dx_bias_ptr is not None:
+            dx_bias += tl.where(inside, dz, 0.0)
+    share = program * cols + col
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + share, tl.sum(dweight, axis=0), mask=inside_cols)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + share, tl.sum(dbias, axis=0), mask=inside_cols)
+    if dx_bias_ptr is not None:
+        tl.store(dx_bias_ptr + share, tl.sum(dx_bias, axis=0), mask=inside_cols)
+
+
+Statistics = tuple[Tensor, Tensor, Tensor]  # z, mean, rstd
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    seed: Tensor | None,
+    *,
+    eps: float,
+    dropout: float,
+    want_statistics: bool,
+) -> tuple[Tensor, Statistics | None]:
+    """y like the residual, contiguous, and what backward needs.
+
+    x, residual: ``(batch, tokens, cols)``, inner stride 1; parameters ``(cols,)``, contiguous;
+    ``seed`` is None without dropout.
+    """
+    if not runs_triton(residual):
+        return _aten(x, residual, weight, bias, x_bias, seed, eps, dropout)
+    batch, tokens, cols = residual.shape
+    rows = batch * tokens
+    y = residual.new_empty(residual.shape)
+    statistics = None
+    if want_statistics:
+        z, mean = residual.new_empty(rows, cols), residual.new_empty(rows, dtype=torch.float32)
+        statistics = z, mean, torch.empty_like(mean)
+    block = triton.next_power_of_2(cols)
+    add_layer_norm_kernel(
+        rows, lambda blocks: (triton.cdiv(rows, max(blocks["ELEMENTS"] // block, 1)),),
+        x, *x.stride()[:2], residual, *residual.stride()[:2], x_bias, weight, bias,
+        seed, threshold(dropout), 1 / (1 - dropout), y, *(statistics or (None, None, None)),
+        rows, tokens, cols, eps, block,
+    )  # fmt: skip
+    return y, statistics
+
+
+def add_layer_norm_backward(
+    dy: Tensor,
+    statistics: Statistics,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    *,
+    dropout: float,
+    x_dtype: torch.dtype,
+    want_x: bool,
+    want_residual: bool,
+    want_weight: bool,
+    want_bias: bool,
+    want_x_bias: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients ``(rows, cols)`` of x and residual, and those of weight, bias and x_bias, in fp32.
+
+    dy: ``(rows, cols)``, contiguous. Without dropout x and residual have one gradient, which is
+    one tensor where their dtypes are one.
+    """
+    z, mean, rstd = statistics
+    if not runs_triton(dy):
+        return _aten_backward(
+            dy, statistics, weight, bias, seed, dropout, x_dtype,
+            want_x, want_residual, want_weight, want_bias, want_x_bias,
+        )  # fmt: skip
+    rows, cols = dy.shape
+    shared = seed is None and x_dtype == z.dtype
+    dz = torch.empty_like(z) if want_residual or (shared and want_x) else None
+    dx = torch.empty_like(z, dtype=x_dtype) if want_x and not shared else None
+    rows_per_program = max(16, triton.cdiv(rows, MAX_PROGRAMS))
+    programs = triton.cdiv(rows, rows_per_program)
+    shares = [
+        dy.new_empty(programs, cols, dtype=torch.float32) if want else None
+        for want in (want_weight, want_bias, want_x_bias)
+    ]
+    add_layer_norm_backward_kernel(
+        rows, lambda blocks: (programs,),
+        dy, z, mean, rstd, weight, seed, threshold(dropout), 1 / (1 - dropout), dz, dx, *shares,
+        rows, rows_per_program, cols, triton.next_power_of_2(cols),
+    )  # fmt: skip
+    dx = dz if shared and want_x else dx
+    return dx, dz if want_residual else None, *(None if s is None else s.sum(0) for s in shares)
+
+
+def _survivors(seed: Tensor, dropout: float, rows: int, cols: int) -> Tensor:
+    """What dropout multiplies by."""
+    row, col = (torch.arange(n, device=seed.device) for n in (rows, cols))
+    keep = keep_mask(seed, dropout, col, row[:, None], row.new_zeros(()))
+    return keep.to(torch.float32).div_(1 - dropout)
+
+
+def _aten(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None,
+    seed: Tensor | None, eps: float, dropout: float,
+) -> tuple[Tensor, Statistics]:  # fmt: skip
+    cols = residual.shape[2]
+    if seed is not None:
+        z = x.float() if x_bias is None else x.float() + x_bias
+        factor = _survivors(seed, dropout, z.shape[0] * z.shape[1], cols)
+        z = (z * factor.view(z.shape)).add_(residual).to(residual.dtype)
+    else:
+        z = x + residual if x_bias is None else (x + x_bias).add(residual)
+    y, mean, rstd = torch.native_layer_norm(z.to(residual.dtype), (cols,), weight, bias, eps)
+    return y, (z.view(-1, cols), mean.view(-1, 1), rstd.view(-1, 1))
+
+
+def _aten_backward(
+    dy: Tensor, statistics: Statistics, weight: Tensor, bias: Tensor | None, seed: Tensor | None,
+    dropout: float, x_dtype: torch.dtype,
+    want_x: bool, want_residual: bool, want_weight: bool, want_bias: bool, want_x_bias: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    z, mean, rstd = statistics
+    rows, cols = z.shape
+    wants = [want_x or want_residual or want_x_bias, want_weight, want_bias]
+    dz, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dy, z, (cols,), mean, rstd, weight, weight if bias is None else bias, wants
+    )
+    dx = dz
+    if seed is not None and (want_x or want_x_bias):
+        dx = (dz * _survivors(seed, dropout, rows, cols)).to(dz.dtype)
+    dx_bias = dx.sum(0, dtype=torch.float32) if want_x_bias else None
+    dx = dx.to(x_dtype) if want_x else None
+    return dx, dz if want_residual else None, dweight, dbias, dx_bias

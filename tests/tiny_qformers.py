@@ -1,0 +1,63 @@
+"""Q-Formers of transformers, of default widths with few layers, or small."""
+
+import copy
+
+import torch
+from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
+from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
+from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerModel
+
+SMALL = dict(
+    hidden_size=48, num_attention_heads=3, intermediate_size=80, num_hidden_layers=3,
+    encoder_hidden_size=40, vocab_size=99,
+)  # fmt: skip
+
+
+def blip2(implementation="sdpa", *, text=False, seed=0, **sizes):
+    torch.manual_seed(seed)
+    sizes.pop("vocab_size", None)
+    config = Blip2QFormerConfig(**sizes, use_qformer_text_input=text)
+    return scattered(Blip2QFormerModel._from_config(config, attn_implementation=implementation))
+
+
+def instructblip(implementation="sdpa", *, seed=0, **sizes):
+    torch.manual_seed(seed)
+    config = InstructBlipQFormerConfig(**sizes)
+    return scattered(
+        InstructBlipQFormerModel._from_config(config, attn_implementation=implementation)
+    )
+
+
+def scattered(model):
+    """With biases and norms that matter: fresh ones are 0 and 1."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def images(batch, keys, width):
+    return torch.randn(batch, keys, width)
+
+
+def ones_but(batch, length, *hidden):
+    """An attention mask that hides the last tokens of some rows: ``(row, count)``."""
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for row, count in hidden:
+        mask[row, length - count :] = 0
+    return mask
+
+
+def outputs_and_gradients(model, inputs, dtype):
+    """The last hidden state, and the gradients of parameters and floating inputs."""
+    model = copy.deepcopy(model).to(dtype)
+    given = {
+        name: value.to(dtype).requires_grad_() if value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    out = model(**given).last_hidden_state
+    generator = torch.Generator().manual_seed(7)
+    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype))
+    leaves = dict(model.named_parameters()) | given
+    found = {name: leaf.grad for name, leaf in leaves.items() if leaf.is_floating_point()}
+    return {"output": out.detach()} | found
