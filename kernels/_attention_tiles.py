@@ -15,6 +15,7 @@ from ._dropout import kept
 from ._triton import tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+SIZES = ("kv_heads", "queries", "rows", "keys", "count", "drop_below")  # differ from call to call
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def load_parts(
     """The columns of some rows, ``[rows, D1]`` and ``[rows, D2]`` (D2 = 0: anything)."""
     col = tl.arange(0, D1)
     at = ptr + row[:, None] + col[None, :]
-    if D1 > d:
+    if d < D1:
         x1 = tl.load(at, mask=inside[:, None] & (col < d)[None, :], other=0.0)
     else:
         x1 = tl.load(at, mask=inside[:, None], other=0.0)
@@ -32,7 +33,7 @@ def load_parts(
     if D2 > 0:
         col = D1 + tl.arange(0, D2)
         at = ptr + row[:, None] + col[None, :]
-        if D1 + D2 > d:
+        if d < D1 + D2:
             x2 = tl.load(at, mask=inside[:, None] & (col < d)[None, :], other=0.0)
         else:
             x2 = tl.load(at, mask=inside[:, None], other=0.0)
@@ -44,11 +45,11 @@ def store_parts(
     ptr, row, inside, x1, x2, d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
 ):  # fmt: skip
     col = tl.arange(0, D1)
-    mask = inside[:, None] & (col < d)[None, :] if D1 > d else inside[:, None]
+    mask = inside[:, None] & (col < d)[None, :] if d < D1 else inside[:, None]
     tl.store(ptr + row[:, None] + col[None, :], x1.to(ptr.dtype.element_ty), mask=mask)
     if D2 > 0:
         col = D1 + tl.arange(0, D2)
-        mask = inside[:, None] & (col < d)[None, :] if D1 + D2 > d else inside[:, None]
+        mask = inside[:, None] & (col < d)[None, :] if d < D1 + D2 else inside[:, None]
         tl.store(ptr + row[:, None] + col[None, :], x2.to(ptr.dtype.element_ty), mask=mask)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._dropout import keep_mask
+from ._launcher import is_traced
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -56,13 +57,13 @@ def forward(
 
 
 def backward(
-    do: Tensor, o: Tensor, stats: Tensor,
+    do: Tensor, o: Tensor | None, stats: Tensor,
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
     bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
     scale: float, dropout: float, want_q: bool, want_kv: bool, want_kv2: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of q, k, v, k2 and v2."""
-    if _flashes(q, dropout):
+    """Gradients of q, k, v, k2 and v2; ``o`` where the forward was flash attention's."""
+    if o is not None and _flashes(q, dropout):
         return _flash_gradients(
             do, o, stats[0], q, k, v, k2, v2, bias, key_mask, scale, want_q, want_kv, want_kv2
         )
@@ -98,6 +99,8 @@ def bias_gradient(
     scale: float, dropout: float,
 ) -> Tensor:  # fmt: skip
     """The gradient of the bias, from scores that are there in full, as the bias is."""
+    if is_traced(q):
+        return torch.empty_like(bias, memory_format=torch.contiguous_format)
     rows, drows = _packed(q, k.shape[1]), _packed(do, k.shape[1])
     keys = k.shape[2] + (0 if k2 is None else k2.shape[2])
     every = q.new_empty(*q.shape[:3], keys, dtype=torch.float32)
@@ -139,9 +142,10 @@ def _probabilities(
         by_head += bias[image if bias.shape[0] > 1 else 0]
     if key_mask is not None:
         s.masked_fill_(~key_mask[image], -torch.inf)
-    if bias is not None or key_mask is not None:
-        return torch.ops.aten._safe_softmax(s, -1)
-    return torch.softmax(s, -1)
+    p = torch.softmax(s, -1)
+    if s.is_cpu and not p[..., 0].isnan().any():
+        return p
+    return torch.ops.aten._safe_softmax(s, -1)  # no key seen: zeros
 
 
 def _products(rows: Tensor, x: Tensor, x2: Tensor | None) -> Tensor:
@@ -216,7 +220,7 @@ def _unpacked(x: Tensor, q: Tensor) -> Tensor:
 
 def by_tokens(like: Tensor) -> Tensor:
     """An empty ``(batch, heads, tokens, d)`` in memory ``(batch, tokens, heads, d)``, no view."""
-    batch, heads, tokens, d = like.shape
+    _, heads, tokens, d = like.shape
     strides = (tokens * heads * d, d, heads * d, 1)
     return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._attention_tiles import (
     LOG2_E,
+    SIZES,
     dropout_factor,
     head_parts,
     inner_product,
@@ -131,7 +132,7 @@ def _over_keys(
     Config({"BLOCK_N": 64}, num_warps=8, num_stages=2),
     Config({"BLOCK_N": 128}, num_warps=8, num_stages=2),
 )
-@triton.jit(do_not_specialize=["queries", "rows", "keys", "keys2", "count", "drop_below", "kv_heads"])
+@triton.jit(do_not_specialize=[*SIZES, "keys2"])
 def cross_attention_backward_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
     do_ptr, do_batch, do_head, do_query,
@@ -192,11 +193,11 @@ def cross_attention_backward_kernel(
 
 
 @kernel(
-    Config({"BLOCK_N": 32}, num_warps=4, num_stages=1),
-    Config({"BLOCK_N": 64}, num_warps=8, num_stages=2),
+    Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
+    Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
     Config({"BLOCK_N": 128}, num_warps=8, num_stages=2),
 )
-@triton.jit(do_not_specialize=["queries", "rows", "keys", "first", "count", "drop_below", "kv_heads"])
+@triton.jit(do_not_specialize=[*SIZES, "first"])
 def key_gradient_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
     do_ptr, do_batch, do_head, do_query,
@@ -276,7 +277,7 @@ def launch_backward(
     count, shrunk = batch * heads * queries, shrink(q)
     sizes = (kv_heads, heads // kv_heads, queries, rows)
     widths = (d, *head_parts(d))
-    if dq is not None or one_pass and (dk is not None or dk2 is not None):
+    if dq is not None or (one_pass and (dk is not None or dk2 is not None)):
         grads = (dk, dv, dk2, dv2) if one_pass else (None,) * 4
         cross_attention_backward_kernel(
             keys + keys2, lambda blocks: (batch * kv_heads * row_tiles,),
@@ -294,7 +295,7 @@ def launch_backward(
                 *shared, *(a for t in source[:2] for a in (t, *strides(t))), *masks,
                 *(a for t in source[2:] for a in (t, *strides(t))),
                 *sizes, source[0].shape[2], first, count, scale, *widths,
-                row_block(q, rows, 32), shrunk, precision(),
+                row_block(q, rows, 32 if d <= 64 else 16), shrunk, precision(),
             )  # fmt: skip
 
 

@@ -18,11 +18,9 @@ MAX_PROGRAMS = 512  # of backward: four to a multiprocessor of the largest GPUs
 
 
 @kernel(
-    Config({"ELEMENTS": 4096}, num_warps=8),
-    Config({"ELEMENTS": 2048}, num_warps=4),
-    Config({"ELEMENTS": 1024}, num_warps=4),
-    Config({"ELEMENTS": 1024}, num_warps=2),
-    Config({"ELEMENTS": 8192}, num_warps=8),
+    Config({"ELEMENTS": 2048}, num_warps=8),
+    Config({"ELEMENTS": 1024}, num_warps=8),
+    Config({"ELEMENTS": 4096}, num_warps=16),
 )
 @triton.jit(do_not_specialize=["rows", "tokens"])
 def add_layer_norm_kernel(
@@ -36,11 +34,11 @@ def add_layer_norm_kernel(
     BLOCK_COLS: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = ELEMENTS // BLOCK_COLS if ELEMENTS > BLOCK_COLS else 1
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_COLS)
     inside_cols = col < cols
     inside = (row < rows)[:, None] & inside_cols[None, :]
-    batch, token = row // tokens, row % tokens
+    batch, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
     x_row = x_ptr + batch * x_batch + token * x_token
     residual_row = residual_ptr + batch * residual_batch + token * residual_token
     z = tl.load(x_row[:, None] + col[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -48,7 +46,7 @@ def add_layer_norm_kernel(
         z += tl.load(x_bias_ptr + col, mask=inside_cols, other=0.0).to(tl.float32)[None, :]
     if seed_ptr is not None:
         z *= survivor_scale * kept(
-            tl.load(seed_ptr), col[None, :], row.to(tl.int32)[:, None], 0, drop_below
+            tl.load(seed_ptr), col[None, :], row[:, None], 0, drop_below
         )
     z += tl.load(residual_row[:, None] + col[None, :], mask=inside, other=0.0).to(tl.float32)
     z = z.to(y_ptr.dtype.element_ty).to(tl.float32)  # as backward will find it
@@ -61,7 +59,7 @@ def add_layer_norm_kernel(
     weight = tl.load(weight_ptr + col, mask=inside_cols, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + col, mask=inside_cols, other=0.0).to(tl.float32)
     y = spread * rstd[:, None] * weight[None, :] + bias[None, :]
-    offset = row[:, None] * cols + col[None, :]
+    offset = row.to(tl.int64)[:, None] * cols + col[None, :]
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
     if z_ptr is not None:
         tl.store(z_ptr + offset, z.to(z_ptr.dtype.element_ty), mask=inside)
@@ -70,10 +68,8 @@ def add_layer_norm_kernel(
 
 
 @kernel(
-    Config({"ELEMENTS": 4096}, num_warps=8),
-    Config({"ELEMENTS": 2048}, num_warps=4),
-    Config({"ELEMENTS": 1024}, num_warps=4),
-    Config({"ELEMENTS": 2048}, num_warps=8),
+    Config({"ELEMENTS": 4096}, num_warps=16),
+    Config({"ELEMENTS": 2048}, num_warps=16),
 )
 @triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def add_layer_norm_backward_kernel(

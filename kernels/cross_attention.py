@@ -8,6 +8,7 @@ from torch import Tensor
 from . import _cross_attention_aten as aten
 from ._attention_tiles import (
     LOG2_E,
+    SIZES,
     dropout_factor,
     head_parts,
     inner_product,
@@ -72,7 +73,7 @@ def _attend(
     Config({"BLOCK_N": 64}, num_warps=4, num_stages=3),
     Config({"BLOCK_N": 128}, num_warps=8, num_stages=2),
 )
-@triton.jit(do_not_specialize=["queries", "rows", "keys", "keys2", "count", "splits", "drop_below", "kv_heads"])
+@triton.jit(do_not_specialize=[*SIZES, "keys2", "splits"])
 def cross_attention_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
     k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
@@ -137,12 +138,12 @@ def cross_attention_kernel(
     else:
         unseen = total == 0.0
         total = tl.where(unseen, 1.0, total)
-        if stats_ptr is not None:
-            tl.store(stats_ptr + at, tl.where(unseen, 0.0, largest), mask=inside_rows)
-            tl.store(stats_ptr + count + at, total, mask=inside_rows)
         acc1, acc2 = acc1 / total[None, :], acc2 / total[None, :]
         out_row = ((image * queries + query) * kv_heads * group + head) * d
         store_parts(o_ptr, out_row, inside_rows, tl.trans(acc1), tl.trans(acc2), d, D1, D2)
+        if stats_ptr is not None:
+            tl.store(stats_ptr + at, tl.where(unseen, 0.0, largest), mask=inside_rows)
+            tl.store(stats_ptr + count + at, total, mask=inside_rows)
 
 
 @kernel(Config({}, num_warps=1), Config({}, num_warps=2), Config({}, num_warps=4))
@@ -218,7 +219,7 @@ def attention_forward(
 
 def attention_backward(
     do: Tensor,
-    o: Tensor,
+    o: Tensor | None,
     lse: Tensor,
     q: Tensor,
     k: Tensor,

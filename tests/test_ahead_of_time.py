@@ -34,12 +34,12 @@ def fresh_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resources(fresh_cache):
-    return ahead_of_time.compile_all()
+    return ahead_of_time.compile_all(thorough=False)
 
 
 @pytest.fixture(scope="module")
 def builds(resources):
-    return list(ahead_of_time.builds(["sm_90"]))
+    return list(ahead_of_time.builds(["sm_90"], thorough=False))
 
 
 def test_every_declared_kernel_is_launched_by_a_bench_shape(resources):

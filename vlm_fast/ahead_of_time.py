@@ -83,6 +83,7 @@ def compile_all(
     archs: Iterable[str] = ARCHS,
     *,
     ops: Iterable[str] | None = None,
+    thorough: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Resources]:
     """Compile every kernel that the ops launch, with each of its configs, and count.
@@ -90,13 +91,15 @@ def compile_all(
     Args:
         archs: "sm_80", "sm_90", "gfx942", ...
         ops: names; None is all of them.
+        thorough: also in fp16, and with every config at every shape; else all shapes with the
+            first config, and one launch in bf16 with each of the others.
         progress: called with how many builds are done, of how many.
 
     Raises:
         RuntimeError: Triton is absent or interpreting (TRITON_INTERPRET=1).
         ValueError: an arch or op is unknown.
     """
-    todo, found = list(builds(archs, ops=ops)), []
+    todo, found = list(builds(archs, ops=ops, thorough=thorough)), []
     by_arch: dict[str, list[tuple[Build, Any, float]]] = {}
     # Threads: ptxas is a process of its own, and Triton's passes release the interpreter lock.
     with ThreadPoolExecutor(2) as pool:
@@ -154,7 +157,9 @@ def violations(
     return list(dict.fromkeys(found))
 
 
-def builds(archs: Iterable[str] = ARCHS, *, ops: Iterable[str] | None = None) -> Iterator[Build]:
+def builds(
+    archs: Iterable[str] = ARCHS, *, ops: Iterable[str] | None = None, thorough: bool = True
+) -> Iterator[Build]:
     """What `compile_all` compiles: each different piece of code once."""
     if not AVAILABLE or INTERPRETED:
         reason = "is interpreting (TRITON_INTERPRET=1)" if AVAILABLE else "is not installed"
@@ -163,25 +168,30 @@ def builds(archs: Iterable[str] = ARCHS, *, ops: Iterable[str] | None = None) ->
     if unknown := [name for name in names if name not in OPS]:
         raise ValueError(f"no op is called {unknown[0]!r}; there are {', '.join(OPS)}")
     backends = {arch: make_backend(_target(arch)) for arch in archs}
-    recorded = [launch for name in names for launch in launches(OPS[name])]
-    seen = set()
+    dtypes = FLOATS if thorough else (torch.bfloat16, torch.float32)
+    recorded = [launch for name in names for launch in launches(OPS[name], dtypes)]
+    seen: set[Any] = set()
     for arch, backend in backends.items():
+        met: set[Kernel] = set()
         for launch in recorded:
             for index, config in enumerate(launch.kernel.configs):
+                if index and launch.kernel in met and not thorough:
+                    break
                 build = _build(launch, index, config, arch, backend)
                 if (key := (arch, index, build.source.hash())) not in seen:
                     seen.add(key)
                     yield build
+            met.add(launch.kernel)
 
 
-def launches(op: Op[..., Any]) -> list[Launch]:
+def launches(op: Op[..., Any], dtypes: Sequence[torch.dtype] = FLOATS) -> list[Launch]:
     """What an op launches, without gradients and with: nothing is computed, no GPU needed.
 
-    At every bench shape in every dtype; the words that its options take in the test shapes
+    At every bench shape in every one of ``dtypes``; the words that its options take in the test shapes
     (which activation) at the first bench shape in bf16.
     """
     named = list(op.bench_shapes.values())
-    cases = [(shape, dtype) for shape in named for dtype in FLOATS]
+    cases = [(shape, dtype) for shape in named for dtype in dtypes]
     for shape in op.test_shapes:
         words = {k: v for k, v in shape.items() if k in op.defaults and isinstance(v, str)}
         if words:

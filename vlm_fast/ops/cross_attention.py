@@ -60,9 +60,9 @@ def cross_attention(
     kv_heads = k.shape[1]
     if k2 is not None:
         k, v = torch.cat([k, k2], 2), torch.cat([v, v2], 2)
-    rows = q.reshape(batch, kv_heads, -1, d)  # heads of a group share keys
+    rows = q.reshape(batch, kv_heads, heads // kv_heads * queries, d)  # of heads that share keys
     scores = torch.matmul(rows, k.transpose(2, 3)) * (d**-0.5 if scale is None else scale)
-    scores = scores.view(batch, heads, queries, -1)
+    scores = scores.view(batch, heads, queries, k.shape[2])
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if bias is not None:
         scores = scores + bias
@@ -73,7 +73,7 @@ def cross_attention(
         index = [torch.arange(n, device=q.device) for n in (p.shape[3], queries, batch * heads)]
         survives = keep_mask(seed, dropout, index[0], index[1][:, None], index[2][:, None, None])
         p = p * survives.view(p.shape) / (1 - dropout)
-    o = torch.matmul(p.to(q.dtype).view(batch, kv_heads, -1, p.shape[3]), v)
+    o = torch.matmul(p.to(q.dtype).view(*rows.shape[:3], k.shape[2]), v)
     return o.view(q.shape).transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -82,8 +82,8 @@ def accepts(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
     # One pass over the usual case; what is wrong is found out afterwards.
     try:
         dtype, device = q.dtype, q.device
-        batch, heads, queries, d = q.shape
-        images, kv_heads, keys, d_k = k.shape
+        batch, heads, _, d = q.shape
+        images, kv_heads, _, d_k = k.shape
         if (
             batch == images
             and d == d_k
@@ -131,7 +131,7 @@ def _mistake(q, k, v, k2, v2, bias, key_mask, seed, dropout):
     if k.shape != (batch, k.shape[1], keys, d):
         return wrong_value(name, "k", k, f"({batch}, kv_heads, keys, {d}) to match q")
     kv_heads = k.shape[1]
-    if kv_heads == 0 and heads or kv_heads and heads % kv_heads:
+    if heads % kv_heads if kv_heads else heads:
         return wrong_value(name, "k", k, f"(*, a divisor of the {heads} heads of q, *, *)")
     if v.shape != k.shape:
         return wrong_value(name, "v", v, f"{tuple(k.shape)} as k has")
@@ -184,7 +184,9 @@ def forward(needs, q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
     )
     if not any(needs):
         return o, ()
-    return o, (q, k, v, k2, v2, bias, key_mask, seed if dropout > 0 else None, o, lse)
+    # A copy of o: the caller may change his in place.
+    kept_o = o.clone() if lse.numel() else None
+    return o, (q, k, v, k2, v2, bias, key_mask, seed if dropout > 0 else None, kept_o, lse)
 
 
 @cross_attention.backward
@@ -224,8 +226,8 @@ def cost(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
         dict(batch=1, heads=2, shape=(32, 257), d=64),
         dict(batch=3, heads=4, kv_heads=2, shape=(5, 19), d=16, hidden=True, blind=1),
         dict(batch=2, heads=2, shape=(7, 33), keys2=7, d=40, bias="keys"),
-        dict(batch=1, heads=2, shape=(4, 35), d=80, scale=0.1),
-        dict(batch=1, heads=4, kv_heads=1, shape=(9, 40), keys2=9, d=96),
+        dict(batch=1, heads=2, shape=(4, 37), d=80, scale=0.1),
+        dict(batch=1, heads=4, kv_heads=1, shape=(9, 39), keys2=9, d=96),
         dict(batch=1, heads=1, shape=(96, 96), d=32),
     ],
     bench={
