@@ -1,9 +1,8 @@
 """Few-query attention from ATen's kernels, where Triton does not run.
 
-The heads that share a key head are packed into the rows of one, so that no key is read twice and
-its gradient comes out summed. In bf16 that is ATen's flash attention. In the other dtypes it is not
-exact enough (its exponential, and the gradient where one key has all the weight), so there images
-are taken one by one, with scores that stay in cache.
+Images are taken one by one, with scores that stay in cache; ATen's flash attention is no faster
+here with its backward, and not exact enough. The heads that share a key head are packed into the
+rows of one, so that no key is read twice and its gradient comes out summed.
 """
 
 from __future__ import annotations
@@ -14,36 +13,16 @@ from torch import Tensor
 from ._dropout import keep_mask
 from ._launcher import is_traced
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _softmax_backward = torch.ops.aten._softmax_backward_data
-
-
-def stats_shape(q: Tensor, dropout: float) -> tuple[int, ...]:
-    """Of the statistics of the forward that the backward takes; none here but flash attention's."""
-    return (2, *q.shape[:3]) if _flashes(q, dropout) else (0,)
-
-
-def _flashes(q: Tensor, dropout: float) -> bool:
-    return q.dtype == torch.bfloat16 and dropout == 0
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
     bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
-    scale: float, dropout: float, stats: Tensor | None,
+    scale: float, dropout: float,
 ) -> Tensor:  # fmt: skip
-    """The result ``(batch, heads, queries, d)``; fills ``stats``."""
+    """The result ``(batch, heads, queries, d)``."""
     rows = _packed(q, k.shape[1])
-    if _flashes(q, dropout):
-        k, v = _joined(k, k2), _joined(v, v2)
-        mask = _packed_mask(bias, key_mask, q, k)
-        o, lse = _flash(rows, k, v, 0.0, False, attn_mask=mask, scale=scale)
-        for image in _blind(key_mask):  # ATen adds the mask: NaN that nobody sees stays NaN
-            o[image], lse[image] = 0, 0
-        if stats is not None:
-            stats[0], stats[1] = lse.reshape(q.shape[:3]), 1
-        return _unpacked(o, q)
     o = by_tokens(q)
     for image in range(q.shape[0]):
         p = _probabilities(image, rows, k, k2, bias, key_mask, q.shape[1:3], scale)
@@ -57,16 +36,11 @@ def forward(
 
 
 def backward(
-    do: Tensor, o: Tensor | None, stats: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
     bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
     scale: float, dropout: float, want_q: bool, want_kv: bool, want_kv2: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of q, k, v, k2 and v2; ``o`` where the forward was flash attention's."""
-    if o is not None and _flashes(q, dropout):
-        return _flash_gradients(
-            do, o, stats[0], q, k, v, k2, v2, bias, key_mask, scale, want_q, want_kv, want_kv2
-        )
+    """Gradients of q, k, v, k2 and v2."""
     sources = [(k, v, 0, want_kv)]
     if k2 is not None and v2 is not None:
         sources.append((k2, v2, k.shape[2], want_kv2))
@@ -157,36 +131,6 @@ def _products(rows: Tensor, x: Tensor, x2: Tensor | None) -> Tensor:
     return out
 
 
-def _flash_gradients(
-    do: Tensor, o: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
-    bias: Tensor | None, key_mask: Tensor | None, scale: float,
-    want_q: bool, want_kv: bool, want_kv2: bool,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Source by source: as lse and o are of all keys, so are the shares of the gradients."""
-    kv_heads = k.shape[1]
-    rows, drows, orows = (_packed(t, kv_heads) for t in (q, do, o))
-    lse, blind = lse.reshape(rows.shape[:3]), _blind(key_mask)
-    dq, found, first = None, [None] * 4, 0
-    for i, (x, y, want) in enumerate(((k, v, want_kv), (k2, v2, want_kv2))):
-        if x is None or x.shape[2] == 0 or not (want or want_q):
-            first += 0 if x is None else x.shape[2]
-            continue
-        keys = slice(first, first + x.shape[2])
-        here = bias if bias is None or bias.shape[3] == 1 else bias[..., keys]
-        mask = _packed_mask(here, key_mask if key_mask is None else key_mask[:, keys], q, x)
-        more, dx, dy = _flash_backward(
-            drows, rows, x, y, orows, lse, 0.0, False, attn_mask=mask, scale=scale
-        )
-        for image in blind:
-            more[image], dy[image] = 0, 0
-        dq = more if dq is None else dq.add_(more)
-        if want:
-            found[2 * i : 2 * i + 2] = dx, dy
-        first += x.shape[2]
-    return _unpacked(dq, q) if want_q else None, *found
-
-
 def _survivors(
     image: int, q_shape: torch.Size, shape: torch.Size, seed: Tensor, dropout: float
 ) -> Tensor:
@@ -207,48 +151,8 @@ def _packed(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(x.shape[0], kv_heads, -1, x.shape[3])
 
 
-def _unpacked(x: Tensor, q: Tensor) -> Tensor:
-    """The other way round, in memory ``(batch, queries, heads, d)``."""
-    out = by_tokens(q)
-    if x.shape == q.shape and x.stride() == out.stride():
-        return x
-    if x.shape == q.shape:
-        return out.copy_(x)
-    out.unflatten(1, (x.shape[1], -1)).copy_(x.unflatten(2, (-1, q.shape[2])))
-    return out
-
-
 def by_tokens(like: Tensor) -> Tensor:
     """An empty ``(batch, heads, tokens, d)`` in memory ``(batch, tokens, heads, d)``, no view."""
     _, heads, tokens, d = like.shape
     strides = (tokens * heads * d, d, heads * d, 1)
     return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
-
-
-def _joined(x: Tensor, x2: Tensor | None) -> Tensor:
-    return x if x2 is None else torch.cat([x, x2], 2)
-
-
-def _packed_mask(
-    bias: Tensor | None, key_mask: Tensor | None, q: Tensor, k: Tensor
-) -> Tensor | None:
-    """What is added to the packed scores, broadcastable to them."""
-    if key_mask is not None:
-        hidden = ~key_mask[:, None, None]
-        zeros = q.new_zeros(hidden.shape) if bias is None else bias
-        mask = zeros.masked_fill(hidden, -torch.inf)
-    elif bias is not None:
-        mask = bias
-    else:
-        return None
-    if q.shape[1] == k.shape[1] or mask.shape[1] == mask.shape[2] == 1:
-        return mask
-    shape = (mask.shape[0], *q.shape[1:3], mask.shape[3])
-    return _packed(mask.expand(shape), k.shape[1])
-
-
-def _blind(key_mask: Tensor | None) -> list[int]:
-    """The images of which no key is seen."""
-    if key_mask is None:
-        return []
-    return list((~key_mask.any(1)).nonzero().flatten().tolist())

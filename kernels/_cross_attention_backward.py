@@ -1,15 +1,20 @@
 """The backward of few-query attention: no atomics, every gradient element summed in one order.
 
-Where all rows of a key head fit in one tile, and there are key heads enough, one kernel reads every
-key once. Else the same kernel gives dq alone, a program per tile of rows, and a second one dk and
-dv, a program per tile of keys. Probabilities are formed again from the scores, their largest and
-their sum: from one logarithm of both they would lose digits that plain PyTorch has.
+Nothing of the forward is kept but its inputs. A first pass over the keys, which the second then
+finds in L2, gives a row's largest score, its sum of exponentials, and the mean of dp that the
+softmax takes off: from the very scores and dp it is used with, so that rounding cancels where one
+key has all the weight, as it does in plain PyTorch and not in ``sum(do * o)``.
+
+Where all rows of a key head fit in one tile, and there are key heads enough, that kernel gives
+every gradient. Else it gives dq, a program per tile of rows, and a second one dk and dv, a program
+per tile of keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ._attention_tiles import (
@@ -36,13 +41,11 @@ ENOUGH_HEADS = 64  # key heads of all images, to have a program each
 
 @triton.jit
 def _load_rows(
-    row, rows, image, kv_head, kv_heads, group, queries, count,
+    row, rows, image, kv_head, kv_heads, group, queries,
     q_ptr, q_batch, q_head, q_query, do_ptr, do_batch, do_head, do_query,
-    o_ptr, o_batch, o_head, o_query, stats_ptr,
-    d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
+    d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows: where they are, q, do, and their statistics."""
+    """A tile of rows: where they are, q and do."""
     inside = row < rows
     head, query = kv_head * group + row // queries, (row % queries).to(tl.int64)
     place = image * kv_heads * group + head
@@ -52,50 +55,75 @@ def _load_rows(
     do1, do2 = load_parts(
         do_ptr + image * do_batch, head * do_head + query * do_query, inside, d, D1, D2
     )
-    o1, o2 = load_parts(
-        o_ptr + image * o_batch, head * o_head + query * o_query, inside, d, D1, D2
-    )  # fmt: skip
-    # sum(do * o) by the same instruction as do v^T: where one key has all the weight, o is v, the
-    # two are equal to the last bit, and the gradient of its score is 0.
-    every = inner_product(o1, o2, do1, do2, D2, PRECISION)
-    own = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
-    delta = tl.sum(tl.where(own, every, 0.0), axis=0)
-    at = stats_ptr + place * queries + query
-    largest = tl.load(at, mask=inside, other=0.0)
-    total = tl.load(at + count, mask=inside, other=1.0)
-    return inside, head, query, place, q1, q2, do1, do2, delta, largest, 1.0 / total
+    return inside, head, query, place, q1, q2, do1, do2
 
 
 @triton.jit
-def _probabilities_and_score_gradients(
+def _scores_and_their_dp(
     k1, k2, v1, v2, n, inside_keys, first, image,
-    inside, head, query, place, q1, q2, do1, do2, delta, largest, inverse,
+    inside, head, query, place, q1, q2, do1, do2,
     bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
     seed_ptr, drop_below, survivor_scale, scale,
     D2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[keys, rows]`` of p after dropout and of ds, in the dtype of the dots to come."""
+    """A tile ``[keys, rows]`` of scores, of dp before the softmax, and the factor of dropout."""
     s, seen = score_tile(
         inner_product(k1, k2, q1, q2, D2, PRECISION),
         n, inside_keys, first, image, head, query, inside,
         bias_ptr, bias_batch, bias_head, bias_query, bias_key,
         mask_ptr, mask_batch, mask_key, scale,
     )  # fmt: skip
-    p = tl.exp2((s - largest[None, :]) * LOG2_E) * inverse[None, :]
     dp = inner_product(v1, v2, do1, do2, D2, PRECISION)
-    dropped = p
+    factor = 1.0
     if seed_ptr is not None:
         factor = dropout_factor(seed_ptr, drop_below, survivor_scale, first + n, query, place)
-        dropped = p * factor
         dp *= factor
+    return s, seen, dp, factor
+
+
+@triton.jit
+def _summed_over_keys(
+    largest, total, weighted, k_ptr, k_key, v_ptr, v_key, keys, first, image,
+    inside, head, query, place, q1, q2, do1, do2,
+    bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
+    seed_ptr, drop_below, survivor_scale, scale,
+    d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The first pass over one source: largest score, sum of exponentials, that weighted by dp."""
+    for at in range(0, keys, TILE):
+        n = at + tl.arange(0, TILE)
+        inside_keys = n < keys
+        k1, k2 = load_parts(k_ptr, n.to(tl.int64) * k_key, inside_keys, d, D1, D2)
+        v1, v2 = load_parts(v_ptr, n.to(tl.int64) * v_key, inside_keys, d, D1, D2)
+        s, _, dp, _ = _scores_and_their_dp(
+            k1, k2, v1, v2, n, inside_keys, first, image,
+            inside, head, query, place, q1, q2, do1, do2,
+            bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
+            seed_ptr, drop_below, survivor_scale, scale, D2, PRECISION,
+        )  # fmt: skip
+        larger = tl.maximum(largest, tl.max(s, axis=0))
+        shift = tl.where(larger == -float("inf"), 0.0, larger)  # no key seen yet
+        e = tl.exp2((s - shift[None, :]) * LOG2_E)
+        shrunk = tl.exp2((largest - shift) * LOG2_E)
+        total = total * shrunk + tl.sum(e, axis=0)
+        weighted = weighted * shrunk + tl.sum(e * dp, axis=0)
+        largest = larger
+    return largest, total, weighted
+
+
+@triton.jit
+def _probabilities_and_score_gradients(s, seen, dp, factor, largest, inverse, delta, dtype):
+    """A tile ``[keys, rows]`` of p after dropout and of ds, as the dots to come take them."""
+    p = tl.exp2((s - largest[None, :]) * LOG2_E) * inverse[None, :]
     ds = tl.where(seen[:, None], p * (dp - delta[None, :]), 0.0)  # 0 even if p is NaN
-    return dropped.to(do1.dtype), ds.to(q1.dtype)
+    return (p * factor).to(dtype), ds.to(dtype)
 
 
 @triton.jit
 def _over_keys(
     dq1, dq2, k_ptr, k_key, v_ptr, v_key, dk_ptr, dk_key, dv_ptr, dv_key, keys, first, image,
-    inside, head, query, place, q1, q2, do1, do2, delta, largest, inverse,
+    inside, head, query, place, q1, q2, do1, do2, largest, inverse, delta,
     bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
     seed_ptr, drop_below, survivor_scale, scale,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TILE: tl.constexpr,
@@ -107,12 +135,15 @@ def _over_keys(
         key = n.to(tl.int64)
         k1, k2 = load_parts(k_ptr, key * k_key, inside_keys, d, D1, D2)
         v1, v2 = load_parts(v_ptr, key * v_key, inside_keys, d, D1, D2)
-        p, ds = _probabilities_and_score_gradients(
+        s, seen, dp, factor = _scores_and_their_dp(
             k1, k2, v1, v2, n, inside_keys, first, image,
-            inside, head, query, place, q1, q2, do1, do2, delta, largest, inverse,
+            inside, head, query, place, q1, q2, do1, do2,
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
             seed_ptr, drop_below, survivor_scale, scale, D2, PRECISION,
         )  # fmt: skip
+        p, ds = _probabilities_and_score_gradients(
+            s, seen, dp, factor, largest, inverse, delta, q1.dtype
+        )
         if WANT_KV:
             dv1 = tl.dot(p, do1, input_precision=PRECISION)
             dv2 = tl.dot(p, do2, input_precision=PRECISION) if D2 > 0 else dv1
@@ -136,7 +167,7 @@ def _over_keys(
 def cross_attention_backward_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
     do_ptr, do_batch, do_head, do_query,
-    o_ptr, o_batch, o_head, o_query, stats_ptr,  # stats (2, count) fp32
+    stats_ptr,  # (3, count) fp32: largest score, 1 / sum of exponentials, mean of dp; or None
     k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
     k2_ptr, k2_batch, k2_head, k2_key, v2_ptr, v2_batch, v2_head, v2_key,  # or None
     bias_ptr, bias_batch, bias_head, bias_query, bias_key,
@@ -155,20 +186,46 @@ def cross_attention_backward_kernel(
     kv_head = (program // tiles % kv_heads).to(tl.int64)
     image = (program // tiles // kv_heads).to(tl.int64)
     row = ((program % tiles).to(tl.int64) * BLOCK_M).to(tl.int32) + tl.arange(0, BLOCK_M)
-    inside, head, query, place, q1, q2, do1, do2, delta, largest, inverse = _load_rows(
-        row, rows, image, kv_head, kv_heads, group, queries, count,
-        q_ptr, q_batch, q_head, q_query, do_ptr, do_batch, do_head, do_query,
-        o_ptr, o_batch, o_head, o_query, stats_ptr, d, D1, D2, BLOCK_M, PRECISION,
+    inside, head, query, place, q1, q2, do1, do2 = _load_rows(
+        row, rows, image, kv_head, kv_heads, group, queries,
+        q_ptr, q_batch, q_head, q_query, do_ptr, do_batch, do_head, do_query, d, D1, D2,
     )  # fmt: skip
+    k_ptr += image * k_batch + kv_head * k_head
+    v_ptr += image * v_batch + kv_head * v_head
+    largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    weighted = tl.zeros([BLOCK_M], tl.float32)
+    largest, total, weighted = _summed_over_keys(
+        largest, total, weighted, k_ptr, k_key, v_ptr, v_key, keys, 0, image,
+        inside, head, query, place, q1, q2, do1, do2,
+        bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
+        seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE, PRECISION,
+    )  # fmt: skip
+    if k2_ptr is not None:
+        k2_ptr += image * k2_batch + kv_head * k2_head
+        v2_ptr += image * v2_batch + kv_head * v2_head
+        largest, total, weighted = _summed_over_keys(
+            largest, total, weighted, k2_ptr, k2_key, v2_ptr, v2_key, keys2, keys, image,
+            inside, head, query, place, q1, q2, do1, do2,
+            bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
+            seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE, PRECISION,
+        )  # fmt: skip
+    largest = tl.where(total == 0.0, 0.0, largest)
+    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    delta = weighted * inverse
+    if stats_ptr is not None:
+        at = stats_ptr + place * queries + query
+        tl.store(at, largest, mask=inside)
+        tl.store(at + count, inverse, mask=inside)
+        tl.store(at + 2 * count, delta, mask=inside)
     dq1 = tl.zeros([D1, BLOCK_M], tl.float32)
     dq2 = tl.zeros([D2 if D2 > 0 else 16, BLOCK_M], tl.float32)
     dq1, dq2 = _over_keys(
         dq1, dq2,
-        k_ptr + image * k_batch + kv_head * k_head, k_key,
-        v_ptr + image * v_batch + kv_head * v_head, v_key,
+        k_ptr, k_key, v_ptr, v_key,
         None if dk_ptr is None else dk_ptr + image * dk_batch + kv_head * dk_head, dk_key,
         None if dv_ptr is None else dv_ptr + image * dv_batch + kv_head * dv_head, dv_key,
-        keys, 0, image, inside, head, query, place, q1, q2, do1, do2, delta, largest, inverse,
+        keys, 0, image, inside, head, query, place, q1, q2, do1, do2, largest, inverse, delta,
         bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
         seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE,
         dq_ptr is not None, dk_ptr is not None, PRECISION,
@@ -176,12 +233,11 @@ def cross_attention_backward_kernel(
     if k2_ptr is not None:
         dq1, dq2 = _over_keys(
             dq1, dq2,
-            k2_ptr + image * k2_batch + kv_head * k2_head, k2_key,
-            v2_ptr + image * v2_batch + kv_head * v2_head, v2_key,
+            k2_ptr, k2_key, v2_ptr, v2_key,
             None if dk2_ptr is None else dk2_ptr + image * dk2_batch + kv_head * dk2_head, dk2_key,
             None if dv2_ptr is None else dv2_ptr + image * dv2_batch + kv_head * dv2_head, dv2_key,
             keys2, keys, image,
-            inside, head, query, place, q1, q2, do1, do2, delta, largest, inverse,
+            inside, head, query, place, q1, q2, do1, do2, largest, inverse, delta,
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
             seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE,
             dq_ptr is not None, dk2_ptr is not None, PRECISION,
@@ -201,7 +257,7 @@ def cross_attention_backward_kernel(
 def key_gradient_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
     do_ptr, do_batch, do_head, do_query,
-    o_ptr, o_batch, o_head, o_query, stats_ptr,  # stats (2, count) fp32
+    stats_ptr,  # (3, count) fp32: as the kernel above leaves it
     k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
     bias_ptr, bias_batch, bias_head, bias_query, bias_key,
     mask_ptr, mask_batch, mask_key,  # (batch, keys of all sources) bytes
@@ -229,17 +285,23 @@ def key_gradient_kernel(
     dv2 = tl.zeros([TILE, D2 if D2 > 0 else 16], tl.float32)
     for start in range(0, rows, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        inside, head, query, place, q1, q2, do1, do2, delta, largest, inverse = _load_rows(
-            row, rows, image, kv_head, kv_heads, group, queries, count,
-            q_ptr, q_batch, q_head, q_query, do_ptr, do_batch, do_head, do_query,
-            o_ptr, o_batch, o_head, o_query, stats_ptr, d, D1, D2, BLOCK_M, PRECISION,
+        inside, head, query, place, q1, q2, do1, do2 = _load_rows(
+            row, rows, image, kv_head, kv_heads, group, queries,
+            q_ptr, q_batch, q_head, q_query, do_ptr, do_batch, do_head, do_query, d, D1, D2,
         )  # fmt: skip
-        p, ds = _probabilities_and_score_gradients(
+        at = stats_ptr + place * queries + query
+        largest = tl.load(at, mask=inside, other=0.0)
+        inverse = tl.load(at + count, mask=inside, other=0.0)
+        delta = tl.load(at + 2 * count, mask=inside, other=0.0)
+        s, seen, dp, factor = _scores_and_their_dp(
             k1, k2, v1, v2, n, inside_keys, first, image,
-            inside, head, query, place, q1, q2, do1, do2, delta, largest, inverse,
+            inside, head, query, place, q1, q2, do1, do2,
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
             seed_ptr, drop_below, survivor_scale, scale, D2, PRECISION,
         )  # fmt: skip
+        p, ds = _probabilities_and_score_gradients(
+            s, seen, dp, factor, largest, inverse, delta, q1.dtype
+        )
         dv1 = tl.dot(p, do1, dv1, input_precision=PRECISION)
         dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
         if D2 > 0:
@@ -252,9 +314,9 @@ def key_gradient_kernel(
 
 
 def launch_backward(
-    do: Tensor, o: Tensor, stats: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    k2: Tensor | None, v2: Tensor | None, bias: Tensor | None, key_mask: Tensor | None,
-    seed: Tensor | None, scale: float, dropout: float,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
+    bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
+    scale: float, dropout: float,
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
     dk2: Tensor | None, dv2: Tensor | None,
 ) -> None:  # fmt: skip
@@ -262,40 +324,36 @@ def launch_backward(
     batch, heads, queries, d = q.shape
     kv_heads, keys = k.shape[1:3]
     keys2 = 0 if k2 is None else k2.shape[2]
-    rows = heads // kv_heads * queries
+    rows, count = heads // kv_heads * queries, batch * heads * queries
     block = row_block(q, rows, 64 if d <= 64 else 32)
     row_tiles = triton.cdiv(rows, block)
     one_pass = row_tiles == 1 and batch * kv_heads >= ENOUGH_HEADS
-    shared = (
-        q, *strides(q), do, *strides(do), o, *strides(o), stats,
-    )  # fmt: skip
+    written = (dk, dv, dk2, dv2) if one_pass else (None,) * 4
+    stats = None if one_pass else q.new_empty(3, count, dtype=torch.float32)
+    shared = (q, *strides(q), do, *strides(do), stats)
     masks = (
         bias, *score_strides(bias, (batch, heads, queries, keys + keys2)),
         key_mask, *strides(key_mask, 2),
         seed if dropout > 0 else None, threshold(dropout), 1 / (1 - dropout),
     )  # fmt: skip
-    count, shrunk = batch * heads * queries, shrink(q)
-    sizes = (kv_heads, heads // kv_heads, queries, rows)
-    widths = (d, *head_parts(d))
-    if dq is not None or (one_pass and (dk is not None or dk2 is not None)):
-        grads = (dk, dv, dk2, dv2) if one_pass else (None,) * 4
-        cross_attention_backward_kernel(
-            keys + keys2, lambda blocks: (batch * kv_heads * row_tiles,),
-            *shared, k, *strides(k), v, *strides(v), k2, *strides(k2), v2, *strides(v2), *masks,
-            dq, *strides(dq), *(a for g in grads for a in (g, *strides(g))),
-            *sizes, keys, keys2, count, scale, *widths, block,
-            shrunk, precision(),
-        )  # fmt: skip
+    shrunk, widths = shrink(q), (d, *head_parts(d))
+    cross_attention_backward_kernel(
+        keys + keys2, lambda blocks: (batch * kv_heads * row_tiles,),
+        *shared, k, *strides(k), v, *strides(v), k2, *strides(k2), v2, *strides(v2), *masks,
+        dq, *strides(dq), *(a for g in written for a in (g, *strides(g))),
+        kv_heads, heads // kv_heads, queries, rows, keys, keys2, count, scale,
+        *widths, block, shrunk, precision(),
+    )  # fmt: skip
     if one_pass:
         return
-    for first, source in ((0, (k, v, dk, dv)), (keys, (k2, v2, dk2, dv2))):
-        if source[0] is not None and source[2] is not None:
+    for first, x, y, dx, dy in ((0, k, v, dk, dv), (keys, k2, v2, dk2, dv2)):
+        if x is not None and dx is not None:
             key_gradient_kernel(
-                source[0].shape[2], _by_keys(source[0], shrunk),
-                *shared, *(a for t in source[:2] for a in (t, *strides(t))), *masks,
-                *(a for t in source[2:] for a in (t, *strides(t))),
-                *sizes, source[0].shape[2], first, count, scale, *widths,
-                row_block(q, rows, 32 if d <= 64 else 16), shrunk, precision(),
+                x.shape[2], _by_keys(x, shrunk),
+                *shared, x, *strides(x), y, *strides(y), *masks,
+                dx, *strides(dx), dy, *strides(dy),
+                kv_heads, heads // kv_heads, queries, rows, x.shape[2], first, count, scale,
+                *widths, row_block(q, rows, 32 if d <= 64 else 16), shrunk, precision(),
             )  # fmt: skip
 
 

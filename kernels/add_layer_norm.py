@@ -225,13 +225,17 @@ def _aten(
     seed: Tensor | None, eps: float, dropout: float,
 ) -> tuple[Tensor, Statistics]:  # fmt: skip
     cols = residual.shape[2]
+    # Temporaries are written over: a pass each, and no more memory than eager's.
     if seed is not None:
-        z = x.float() if x_bias is None else x.float() + x_bias
-        factor = _survivors(seed, dropout, z.shape[0] * z.shape[1], cols)
-        z = (z * factor.view(z.shape)).add_(residual).to(residual.dtype)
+        z = _survivors(seed, dropout, residual.shape[0] * residual.shape[1], cols).view(x.shape)
+        z = z.mul_(x if x_bias is None else x.float() + x_bias).add_(residual)
+    elif x_bias is None:
+        z = x + residual
     else:
-        z = x + residual if x_bias is None else (x + x_bias).add(residual)
-    y, mean, rstd = torch.native_layer_norm(z.to(residual.dtype), (cols,), weight, bias, eps)
+        z = x + x_bias
+        z = z.add_(residual) if z.dtype == residual.dtype else z + residual
+    z = z.to(residual.dtype).contiguous()
+    y, mean, rstd = torch.native_layer_norm(z, (cols,), weight, bias, eps)
     return y, (z.view(-1, cols), mean.view(-1, 1), rstd.view(-1, 1))
 
 
@@ -248,7 +252,7 @@ def _aten_backward(
     )
     dx = dz
     if seed is not None and (want_x or want_x_bias):
-        dx = (dz * _survivors(seed, dropout, rows, cols)).to(dz.dtype)
+        dx = _survivors(seed, dropout, rows, cols).mul_(dz).to(dz.dtype)
     dx_bias = dx.sum(0, dtype=torch.float32) if want_x_bias else None
     dx = dx.to(x_dtype) if want_x else None
     return dx, dz if want_residual else None, dweight, dbias, dx_bias

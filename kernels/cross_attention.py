@@ -81,8 +81,8 @@ def cross_attention_kernel(
     bias_ptr, bias_batch, bias_head, bias_query, bias_key,
     mask_ptr, mask_batch, mask_key,  # (batch, keys + keys2) bytes
     seed_ptr, drop_below, survivor_scale,
-    o_ptr,  # (batch, queries, heads, d); with `splits` > 1 (splits, count, d) fp32
-    stats_ptr,  # (splits, 2, count) fp32: largest score, sum of exponentials; or None
+    o_ptr,  # (batch, queries, heads, d); of more than one split (splits, count, d) fp32, and
+    stats_ptr,  # (splits, 2, count) fp32: largest score, sum of exponentials
     kv_heads, group, queries, rows, keys, keys2, count, splits, scale,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
     SHRINK: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -128,38 +128,33 @@ def cross_attention_kernel(
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
             seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE, PRECISION,
         )  # fmt: skip
-    at = place * queries + query
     if PARTIAL:
+        at = place * queries + query
         stats_ptr += split * 2 * count
         o_ptr += split * count * d
         tl.store(stats_ptr + at, largest, mask=inside_rows)
         tl.store(stats_ptr + count + at, total, mask=inside_rows)
         store_parts(o_ptr, at * d, inside_rows, tl.trans(acc1), tl.trans(acc2), d, D1, D2)
     else:
-        unseen = total == 0.0
-        total = tl.where(unseen, 1.0, total)
+        total = tl.where(total == 0.0, 1.0, total)  # no key seen: zeros
         acc1, acc2 = acc1 / total[None, :], acc2 / total[None, :]
         out_row = ((image * queries + query) * kv_heads * group + head) * d
         store_parts(o_ptr, out_row, inside_rows, tl.trans(acc1), tl.trans(acc2), d, D1, D2)
-        if stats_ptr is not None:
-            tl.store(stats_ptr + at, tl.where(unseen, 0.0, largest), mask=inside_rows)
-            tl.store(stats_ptr + count + at, total, mask=inside_rows)
 
 
 @kernel(Config({}, num_warps=1), Config({}, num_warps=2), Config({}, num_warps=4))
 @triton.jit(do_not_specialize=["queries", "count", "splits"])
 def combine_splits_kernel(
     partial_ptr,  # (splits, count, d) fp32
-    partial_stats_ptr,  # (splits, 2, count) fp32
+    stats_ptr,  # (splits, 2, count) fp32
     o_ptr,  # (batch, queries, heads, d)
-    stats_ptr,  # (2, count) fp32 or None
     heads, queries, count, splits, d: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     # A program per row (batch, head, query); all splits at once.
     row = tl.program_id(0).to(tl.int64)
     split, col = tl.arange(0, SPLITS).to(tl.int64), tl.arange(0, WIDTH)
     inside = split < splits
-    at = partial_stats_ptr + split * 2 * count + row
+    at = stats_ptr + split * 2 * count + row
     largest = tl.load(at, mask=inside, other=-float("inf"))
     totals = tl.load(at + count, mask=inside, other=0.0)
     overall = tl.max(largest, axis=0)
@@ -176,9 +171,6 @@ def combine_splits_kernel(
     image, head, query = row // queries // heads, row // queries % heads, row % queries
     out = o_ptr + ((image * queries + query) * heads + head) * d + col
     tl.store(out, o.to(o_ptr.dtype.element_ty), mask=col < d)
-    if stats_ptr is not None:
-        tl.store(stats_ptr + row, overall)
-        tl.store(stats_ptr + count + row, total)
 
 
 def attention_forward(
@@ -193,34 +185,26 @@ def attention_forward(
     *,
     scale: float,
     dropout: float,
-    want_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The result ``(batch, heads, queries, d)``, in memory ``(batch, queries, heads, d)``, and lse.
+) -> Tensor:
+    """The result ``(batch, heads, queries, d)``, in memory ``(batch, queries, heads, d)``.
 
-    Arguments as of the op `cross_attention`. ``lse``, fp32, is what the backward wants to know of
-    the sums of exponentials: ``(2, batch, heads, queries)`` from kernels, the largest score and the
-    sum of what is relative to it.
+    Arguments as of the op `cross_attention`.
     """
     q, k, v = dense(q), dense(k), dense(v)
     k2, v2 = k2 if k2 is None else dense(k2), v2 if v2 is None else dense(v2)
     empty = q.numel() == 0 or k.shape[2] + (0 if k2 is None else k2.shape[2]) == 0
-    triton_runs = runs_triton(q)
-    shape = (2, *q.shape[:3]) if triton_runs else aten.stats_shape(q, dropout)
-    lse = q.new_empty(shape, dtype=torch.float32) if want_lse else None
-    if not (triton_runs or is_traced(q) or empty):
-        return aten.forward(q, k, v, k2, v2, bias, key_mask, seed, scale, dropout, lse), lse
+    if not (runs_triton(q) or is_traced(q) or empty):
+        return aten.forward(q, k, v, k2, v2, bias, key_mask, seed, scale, dropout)
     o = aten.by_tokens(q)
     if empty:
         o.zero_()
-    elif triton_runs:
-        _launch_forward(q, k, v, k2, v2, bias, key_mask, seed, scale, dropout, o, lse)
-    return o, lse
+    elif runs_triton(q):
+        _launch_forward(q, k, v, k2, v2, bias, key_mask, seed, scale, dropout, o)
+    return o
 
 
 def attention_backward(
     do: Tensor,
-    o: Tensor | None,
-    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -237,7 +221,7 @@ def attention_backward(
     want_kv2: bool,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, k2 and v2, None where not wanted; ``o`` and ``lse`` of the forward.
+    """Gradients of q, k, v, k2 and v2, None where not wanted.
 
     Each lies in memory as ``(batch, tokens, heads, d)``, the first three in ``into`` if given,
     whose last strides are 1.
@@ -247,7 +231,7 @@ def attention_backward(
     empty = q.numel() == 0 or k.shape[2] + (0 if k2 is None else k2.shape[2]) == 0
     if not (runs_triton(q) or is_traced(q) or empty):
         found = aten.backward(
-            do, o, lse, q, k, v, k2, v2, bias, key_mask, seed, scale, dropout,
+            do, q, k, v, k2, v2, bias, key_mask, seed, scale, dropout,
             want_q, want_kv, want_kv2,
         )  # fmt: skip
         return found if into is None else _copied(found, into)
@@ -257,9 +241,7 @@ def attention_backward(
             if target is not None:
                 target.zero_()
     elif runs_triton(q):
-        launch_backward(
-            do, o, lse, q, k, v, k2, v2, bias, _bytes(key_mask), seed, scale, dropout, *targets
-        )
+        launch_backward(do, q, k, v, k2, v2, bias, _bytes(key_mask), seed, scale, dropout, *targets)
     return targets
 
 
@@ -294,7 +276,7 @@ def _copied(
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
     bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
-    scale: float, dropout: float, o: Tensor, lse: Tensor | None,
+    scale: float, dropout: float, o: Tensor,
 ) -> None:  # fmt: skip
     batch, heads, queries, d = q.shape
     kv_heads, keys = k.shape[1:3]
@@ -303,7 +285,7 @@ def _launch_forward(
     block = row_block(q, rows)
     programs = batch * kv_heads * triton.cdiv(rows, block)
     splits = key_splits(programs, keys + keys2)
-    out, stats = o, lse
+    out, stats = o, None
     if splits > 1:
         out = q.new_empty(splits, count, d, dtype=torch.float32)
         stats = q.new_empty(splits, 2, count, dtype=torch.float32)
@@ -318,7 +300,7 @@ def _launch_forward(
     )  # fmt: skip
     if splits > 1:
         combine_splits_kernel(
-            count, lambda blocks: (count,), out, stats, o, lse, heads, queries, count, splits,
+            count, lambda blocks: (count,), out, stats, o, heads, queries, count, splits,
             d, triton.next_power_of_2(d), triton.next_power_of_2(splits),
         )  # fmt: skip
 

@@ -52,7 +52,9 @@ def outputs_and_gradients(model, inputs, dtype):
     """The last hidden state, and the gradients of parameters and floating inputs."""
     model = copy.deepcopy(model).to(dtype)
     given = {
-        name: value.to(dtype).requires_grad_() if value.is_floating_point() else value
+        name: value.detach().clone().to(dtype).requires_grad_()
+        if value.is_floating_point()
+        else value
         for name, value in inputs.items()
     }
     out = model(**given).last_hidden_state

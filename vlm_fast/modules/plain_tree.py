@@ -70,7 +70,7 @@ class PlainTree:
                 reason = reason or why_not_called_plainly(module, but_forward_hooks=True)
                 if isinstance(module, nn.LayerNorm) and not _has_affine(module):
                     reason = "it has no weight or no bias"
-            elif not list(module.parameters(recurse=False)) and not _is_linear(module):
+            elif name.endswith("act_fn"):
                 reason = why_not_activation(module)
             else:
                 reason = why_not_plain(module)
@@ -92,7 +92,10 @@ def _only_watched(hooks: dict[int, Any]) -> bool:
 def wants_attentions() -> bool:
     """Whether a caller of a transformers model is collecting attention maps now."""
     capturing = sys.modules.get("transformers.utils.output_capturing")
-    collected = None if capturing is None else capturing._active_collector.get()
+    if capturing is None:
+        return False
+    collector = capturing._active_collector  # a ContextVar, which Dynamo does not read
+    collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
     return bool(collected) and not collected.keys().isdisjoint(("attentions", "cross_attentions"))
 
 

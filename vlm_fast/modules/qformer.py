@@ -244,7 +244,7 @@ class QFormer(nn.Module):
         kept: list[KeysValues] = []
         with self._computing(hidden):
             images = images_of_layers(self.encoder, hidden, image, image_key_values, n)
-            seeds = dropout_seeds(self.encoder, hidden)
+            seeds = dropout_seeds(self.encoder.layer, hidden)
             for i, layer in enumerate(self.encoder.layer):
                 reason = why_not_plain_tree(layer)
                 if reason is not None:
@@ -407,11 +407,11 @@ def _crossattention(layer: Any) -> Any:
     return getattr(layer, "crossattention", None)
 
 
-def dropout_seeds(encoder: Any, hidden: Tensor) -> Tensor | None:
+def dropout_seeds(layers: Sequence[Any], hidden: Tensor) -> Tensor | None:
     """One int64 for each dropout of each layer, drawn on the device; None if none is active."""
-    if not any(dropout_of(layer) > 0 for layer in encoder.layer):
+    if not any(dropout_of(layer) > 0 for layer in layers):
         return None
-    shape = (len(encoder.layer), SEEDS)
+    shape = (len(layers), SEEDS)
     return torch.randint(2**62, shape, dtype=torch.int64, device=hidden.device)
 
 

@@ -35,7 +35,7 @@ def add_layer_norm(
         x, residual: ``(..., features)``, of one shape; rows at any pitch, as in ``hidden[:, :32]``,
             and a batch stride of 0 are not copied. x may be fp16 or bf16 where the residual is
             fp32.
-        weight, bias: ``(features,)``; of the residual's dtype or fp32.
+        weight, bias: ``(features,)``; both of the residual's dtype, or both fp32.
         x_bias: ``(features,)`` or None, of x's dtype or fp32.
         seed: one int64, for dropout of x (see `vlm_fast.kernels._dropout`).
         eps: added to the variance.
@@ -130,10 +130,12 @@ def _mistake(x, residual, weight, bias, x_bias, seed, dropout):
         residual.dtype is torch.float32 and x.is_floating_point() and x.element_size() == 2
     ):
         return wrong_type(name, "x", x, f"{residual.dtype} as residual has")
-    for argument, like in (("weight", residual), ("bias", residual), ("x_bias", x)):
+    for argument, like in (("weight", residual), ("x_bias", x)):
         value = named[argument]
         if value is not None and value.dtype not in (like.dtype, torch.float32):
             return wrong_type(name, argument, value, f"{like.dtype}, or torch.float32")
+    if bias.dtype != weight.dtype:
+        return wrong_type(name, "bias", bias, f"{weight.dtype} as weight has")
     for argument, value in named.items():
         if value is not None and value.device != residual.device:
             return wrong_value(name, argument, value, f"{residual.device}, where residual is")

@@ -179,22 +179,21 @@ def requires(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
 @cross_attention.forward
 def forward(needs, q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    o, lse = attention_forward(
-        q, k, v, k2, v2, bias, key_mask, seed, scale=scale, dropout=dropout, want_lse=any(needs)
-    )
+    o = attention_forward(
+        q, k, v, k2, v2, bias, key_mask, seed, scale=scale, dropout=dropout
+    )  # fmt: skip
     if not any(needs):
         return o, ()
-    # A copy of o: the caller may change his in place.
-    kept_o = o.clone() if lse.numel() else None
-    return o, (q, k, v, k2, v2, bias, key_mask, seed if dropout > 0 else None, kept_o, lse)
+    # Inputs alone: what the forward found of the scores is found again.
+    return o, (q, k, v, k2, v2, bias, key_mask, seed if dropout > 0 else None)
 
 
 @cross_attention.backward
 def backward(needs, kept, do, *, scale, dropout):
-    q, k, v, k2, v2, bias, key_mask, seed, o, lse = kept
+    q, k, v, k2, v2, bias, key_mask, seed = kept
     scale = q.shape[3] ** -0.5 if scale is None else scale
     found = attention_backward(
-        do, o, lse, q, k, v, k2, v2, bias, key_mask, seed, scale=scale, dropout=dropout,
+        do, q, k, v, k2, v2, bias, key_mask, seed, scale=scale, dropout=dropout,
         want_q=needs.q, want_kv=needs.k or needs.v, want_kv2=needs.k2 or needs.v2,
     )  # fmt: skip
     dbias = None

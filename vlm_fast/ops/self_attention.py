@@ -82,9 +82,11 @@ def accepts(x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
             and (bias is None or _reaches(bias, (batch, heads, tokens, tokens), device))
             and (
                 key_mask is None
-                or (key_mask.shape == (batch, tokens)
-                and key_mask.dtype is torch.bool
-                and key_mask.device == device)
+                or (
+                    key_mask.shape == (batch, tokens)
+                    and key_mask.dtype is torch.bool
+                    and key_mask.device == device
+                )
             )
             and 0 <= dropout < 1
             and (dropout == 0 or (seed.dtype is torch.int64 and seed.numel() == 1))
@@ -164,9 +166,9 @@ def forward(needs, x, parameters, bias, key_mask, seed, *, heads, scale, dropout
     qkv = F.linear(x, stacked(parameters[:3]), stacked(parameters[3:]))
     q, k, v = _parts(qkv, heads)
     wanted = needs.x or needs.parameters or needs.bias
-    o, lse = attention_forward(
+    o = attention_forward(
         q, k, v, None, None, bias, key_mask, seed,
-        scale=_scale(scale, features // heads), dropout=dropout, want_lse=wanted,
+        scale=_scale(scale, features // heads), dropout=dropout,
     )  # fmt: skip
     out = o.transpose(1, 2).reshape(batch, tokens, features)
     if not wanted:
@@ -174,20 +176,16 @@ def forward(needs, x, parameters, bias, key_mask, seed, *, heads, scale, dropout
     return out, (
         x if needs.parameters else None,
         *(parameters[:3] if needs.x else (None, None, None)),
-        qkv, out, lse, bias, key_mask, seed if dropout > 0 else None,
+        qkv, bias, key_mask, seed if dropout > 0 else None,
     )  # fmt: skip
 
 
 @self_attention.backward
 def backward(needs, kept, dout, *, heads, scale, dropout):
-    x, *weights, qkv, out, lse, bias, key_mask, seed = kept
-    batch, tokens, features = out.shape
+    x, *weights, qkv, bias, key_mask, seed = kept
+    batch, tokens, features = dout.shape
     q, k, v = _parts(qkv, heads)
-    do, o, scale = (
-        _heads(dout.contiguous(), heads),
-        _heads(out, heads),
-        _scale(scale, features // heads),
-    )
+    do, scale = _heads(dout.contiguous(), heads), _scale(scale, features // heads)
     dx = dparameters = dbias = None
     if needs.bias:
         dbias = bias_gradient(
@@ -197,7 +195,7 @@ def backward(needs, kept, dout, *, heads, scale, dropout):
         return None, None, dbias, None, None
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     attention_backward(
-        do, o, lse, q, k, v, None, None, bias, key_mask, seed, scale=scale, dropout=dropout,
+        do, q, k, v, None, None, bias, key_mask, seed, scale=scale, dropout=dropout,
         want_q=True, want_kv=True, want_kv2=False, into=_parts(dqkv, heads),
     )  # fmt: skip
     rows = dqkv.view(batch * tokens, 3 * features)

@@ -41,10 +41,12 @@ class FusedQFormerModel(Patched):
     """A Q-Former model that neither expands queries nor reads a mask on the host."""
 
     encoder: Any
+    config: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         base = self.patch.base.forward
-        if wants_attentions() or self.why_not() is not None:
+        asked = kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))
+        if asked or self.why_not() is not None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         bound = inspect.signature(base).bind(self, *args, **kwargs)
         given = bound.arguments
@@ -124,7 +126,7 @@ class FusedQFormerEncoder(Patched):
                 self, hidden_states, None if inputs.image_bias is not None else image, None,
                 query_length,
             )  # fmt: skip
-            seeds = dropout_seeds(self, hidden_states)
+            seeds = dropout_seeds(self.layer, hidden_states)
             for i, layer in enumerate(self.layer):
                 of_layer = dataclasses.replace(
                     inputs, projected=images[i][1], seeds=None if seeds is None else seeds[i]
