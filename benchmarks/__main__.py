@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: the ops, their overhead and LLaVA, on the GPU if there is one."""
+"""``python -m benchmarks``: ops, overhead, LLaVA and the Q-Former, on the GPU if there is one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks import llava, machine, ops, overhead
+from benchmarks import llava, machine, ops, overhead, qformer
 from vlm_fast import selftest
 from vlm_fast.op import OPS
 
@@ -36,6 +36,7 @@ def main(
     results["ops"] = ops.main(OPS, quick=True if device == "cpu" else quick, device=device)
     results["overhead"] = overhead.main(quick=quick, device=device)
     results["llava"] = llava.main(quick=quick, device=device)
+    results["qformer"] = qformer.main(quick=quick, device=device)
     if json_file is not None:
         machine.write(json_file, results)
     if save:

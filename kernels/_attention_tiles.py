@@ -122,6 +122,10 @@ def strides(x: Tensor | None, count: int = 3) -> tuple[int, ...]:
     return x.stride()[:count] if x is not None else (0,) * count
 
 
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None else mask.view(torch.uint8)
+
+
 def score_strides(bias: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of the bias, 0 where it is broadcast."""
     if bias is None:

@@ -38,14 +38,12 @@ def forward(
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
     bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
-    scale: float, dropout: float, want_q: bool, want_kv: bool, want_kv2: bool,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of q, k, v, k2 and v2."""
-    sources = [(k, v, 0, want_kv)]
-    if k2 is not None and v2 is not None:
-        sources.append((k2, v2, k.shape[2], want_kv2))
-    dq = by_tokens(q) if want_q else None
-    found = [tuple(by_tokens(t) if want else None for t in (x, y)) for x, y, _, want in sources]
+    scale: float, dropout: float,
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
+    dk2: Tensor | None, dv2: Tensor | None,
+) -> None:  # fmt: skip
+    """Fill the gradients that are not None."""
+    keys = k.shape[2]
     rows, drows = _packed(q, k.shape[1]), _packed(do, k.shape[1])
     for image in range(q.shape[0]):
         q_here, do_here = rows[image].float(), drows[image].float()
@@ -54,16 +52,17 @@ def backward(
         )
         ds *= scale
         if dq is not None:
-            here = torch.bmm(ds[..., : k.shape[2]], k[image].float())
+            found = torch.bmm(ds[..., :keys], k[image].float())
             if k2 is not None:
-                here.baddbmm_(ds[..., k.shape[2] :], k2[image].float())
-            dq[image] = here.view(q.shape[1:])
-        for (x, _, first, want), (dk, dv) in zip(sources, found, strict=True):
-            if want:
-                keys = slice(first, first + x.shape[2])
-                dk[image] = torch.bmm(ds[..., keys].transpose(1, 2), q_here)
-                dv[image] = torch.bmm(p[..., keys].transpose(1, 2), do_here)
-    return dq, *found[0], *(found[1] if k2 is not None else (None, None))
+                found.baddbmm_(ds[..., keys:], k2[image].float())
+            dq[image] = found.view(q.shape[1:])
+        first, second = slice(0, keys), slice(keys, None)
+        for grad, weights, x, part in (
+            (dk, ds, q_here, first), (dv, p, do_here, first),
+            (dk2, ds, q_here, second), (dv2, p, do_here, second),
+        ):  # fmt: skip
+            if grad is not None:
+                grad[image] = torch.bmm(weights[..., part].transpose(1, 2), x)
 
 
 def bias_gradient(

@@ -20,6 +20,7 @@ from torch import Tensor
 from ._attention_tiles import (
     LOG2_E,
     SIZES,
+    as_bytes,
     dropout_factor,
     head_parts,
     inner_product,
@@ -333,7 +334,7 @@ def launch_backward(
     shared = (q, *strides(q), do, *strides(do), stats)
     masks = (
         bias, *score_strides(bias, (batch, heads, queries, keys + keys2)),
-        key_mask, *strides(key_mask, 2),
+        as_bytes(key_mask), *strides(key_mask, 2),
         seed if dropout > 0 else None, threshold(dropout), 1 / (1 - dropout),
     )  # fmt: skip
     shrunk, widths = shrink(q), (d, *head_parts(d))

@@ -7,6 +7,8 @@ atomics, one order of summation.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,9 +47,7 @@ def add_layer_norm_kernel(
     if x_bias_ptr is not None:
         z += tl.load(x_bias_ptr + col, mask=inside_cols, other=0.0).to(tl.float32)[None, :]
     if seed_ptr is not None:
-        z *= survivor_scale * kept(
-            tl.load(seed_ptr), col[None, :], row[:, None], 0, drop_below
-        )
+        z *= survivor_scale * kept(tl.load(seed_ptr), col[None, :], row[:, None], 0, drop_below)
     z += tl.load(residual_row[:, None] + col[None, :], mask=inside, other=0.0).to(tl.float32)
     z = z.to(y_ptr.dtype.element_ty).to(tl.float32)  # as backward will find it
     mean = tl.sum(tl.where(inside, z, 0.0), axis=1) / cols
@@ -129,7 +129,7 @@ def add_layer_norm_backward_kernel(
         tl.store(dx_bias_ptr + share, tl.sum(dx_bias, axis=0), mask=inside_cols)
 
 
-Statistics = tuple[Tensor, Tensor, Tensor]  # z, mean, rstd
+Statistics = tuple[Tensor, ...]  # z, mean, rstd, or nothing
 
 
 def add_layer_norm(
@@ -143,7 +143,7 @@ def add_layer_norm(
     eps: float,
     dropout: float,
     want_statistics: bool,
-) -> tuple[Tensor, Statistics | None]:
+) -> tuple[Tensor, Statistics]:
     """y like the residual, contiguous, and what backward needs.
 
     x, residual: ``(batch, tokens, cols)``, inner stride 1; parameters ``(cols,)``, contiguous;
@@ -154,7 +154,7 @@ def add_layer_norm(
     batch, tokens, cols = residual.shape
     rows = batch * tokens
     y = residual.new_empty(residual.shape)
-    statistics = None
+    statistics: Statistics = ()
     if want_statistics:
         z, mean = residual.new_empty(rows, cols), residual.new_empty(rows, dtype=torch.float32)
         statistics = z, mean, torch.empty_like(mean)
@@ -182,7 +182,7 @@ def add_layer_norm_backward(
     want_weight: bool,
     want_bias: bool,
     want_x_bias: bool,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """Gradients ``(rows, cols)`` of x and residual, and those of weight, bias and x_bias, in fp32.
 
     dy: ``(rows, cols)``, contiguous. Without dropout x and residual have one gradient, which is
@@ -243,7 +243,7 @@ def _aten_backward(
     dy: Tensor, statistics: Statistics, weight: Tensor, bias: Tensor | None, seed: Tensor | None,
     dropout: float, x_dtype: torch.dtype,
     want_x: bool, want_residual: bool, want_weight: bool, want_bias: bool, want_x_bias: bool,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+) -> tuple[Any, ...]:  # fmt: skip
     z, mean, rstd = statistics
     rows, cols = z.shape
     wants = [want_x or want_residual or want_x_bias, want_weight, want_bias]

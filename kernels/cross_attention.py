@@ -9,6 +9,7 @@ from . import _cross_attention_aten as aten
 from ._attention_tiles import (
     LOG2_E,
     SIZES,
+    as_bytes,
     dropout_factor,
     head_parts,
     inner_product,
@@ -229,19 +230,14 @@ def attention_backward(
     do, q, k, v = dense(do), dense(q), dense(k), dense(v)
     k2, v2 = k2 if k2 is None else dense(k2), v2 if v2 is None else dense(v2)
     empty = q.numel() == 0 or k.shape[2] + (0 if k2 is None else k2.shape[2]) == 0
-    if not (runs_triton(q) or is_traced(q) or empty):
-        found = aten.backward(
-            do, q, k, v, k2, v2, bias, key_mask, seed, scale, dropout,
-            want_q, want_kv, want_kv2,
-        )  # fmt: skip
-        return found if into is None else _copied(found, into)
     targets = _targets(q, k, k2, want_q, want_kv, want_kv2, into)
     if empty:
         for target in targets:
             if target is not None:
                 target.zero_()
-    elif runs_triton(q):
-        launch_backward(do, q, k, v, k2, v2, bias, _bytes(key_mask), seed, scale, dropout, *targets)
+    elif runs_triton(q) or not is_traced(q):
+        fill = launch_backward if runs_triton(q) else aten.backward
+        fill(do, q, k, v, k2, v2, bias, key_mask, seed, scale, dropout, *targets)
     return targets
 
 
@@ -265,14 +261,6 @@ def _targets(
     return dq if want_q else None, dk if want_kv else None, dv if want_kv else None, dk2, dv2
 
 
-def _copied(
-    found: tuple[Tensor | None, ...], into: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor | None, ...]:
-    return tuple(
-        t if t is None or i > 2 else into[i].copy_(t) for i, t in enumerate(found)
-    )  # fmt: skip
-
-
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
     bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
@@ -293,7 +281,7 @@ def _launch_forward(
         keys + keys2, lambda blocks: (programs * splits,),
         q, *strides(q), k, *strides(k), v, *strides(v), k2, *strides(k2), v2, *strides(v2),
         bias, *score_strides(bias, (batch, heads, queries, keys + keys2)),
-        _bytes(key_mask), *strides(key_mask, 2),
+        as_bytes(key_mask), *strides(key_mask, 2),
         seed if dropout > 0 else None, threshold(dropout), 1 / (1 - dropout),
         out, stats, kv_heads, heads // kv_heads, queries, rows, keys, keys2, count, splits, scale,
         d, *head_parts(d), block, shrink(q), splits > 1, precision(),
@@ -308,10 +296,6 @@ def _launch_forward(
 def key_splits(programs: int, keys: int) -> int:
     """Among how many programs each row's keys are divided: a function of shapes alone."""
     return max(1, min(FULL_GPU // programs, keys // MIN_SPLIT_KEYS, MAX_SPLITS))
-
-
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    return mask if mask is None else mask.view(torch.uint8)
 
 
 def dense(x: Tensor) -> Tensor:

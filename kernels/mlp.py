@@ -60,6 +60,78 @@ def mlp_activation_backward_kernel(
         tl.store(dbias_ptr + chunk * cols + col, tl.sum(dbias, axis=0), mask=inside_cols)
 
 
+FEW_ROWS = 512  # 16 images of 32 queries: a launch less counts for more than cuBLAS's tiles
+
+
+@kernel(
+    Config({"BLOCK_ROWS": 32, "BLOCK_COLS": 64, "BLOCK_INNER": 64}, num_warps=4, num_stages=3),
+    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_INNER": 64}, num_warps=4, num_stages=4),
+    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 128, "BLOCK_INNER": 64}, num_warps=8, num_stages=3),
+    Config({"BLOCK_ROWS": 16, "BLOCK_COLS": 64, "BLOCK_INNER": 128}, num_warps=4, num_stages=3),
+)
+@triton.jit(do_not_specialize=["rows"])
+def linear_activation_kernel(
+    x_ptr, x_row,  # (rows, inner) at this pitch
+    weight_ptr,  # (cols, inner)
+    bias_ptr,  # (cols,) or None
+    out_ptr,  # (rows, cols)
+    rows, inner, cols,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+):  # fmt: skip
+    # Tiles of the same columns are neighbours: their weights are read from L2.
+    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
+    program = tl.program_id(0)
+    row = (program % row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = (program // row_blocks).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    inside_rows, inside_cols = row < rows, col < cols
+    z = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
+    for start in range(0, inner, BLOCK_INNER):
+        i = start + tl.arange(0, BLOCK_INNER)
+        inside = i < inner
+        x = tl.load(
+            x_ptr + row[:, None] * x_row + i[None, :],
+            mask=inside_rows[:, None] & inside[None, :],
+            other=0.0,
+        )
+        weight = tl.load(
+            weight_ptr + col[None, :] * inner + i[:, None],
+            mask=inside[:, None] & inside_cols[None, :],
+            other=0.0,
+        )
+        z = tl.dot(x, weight, z, input_precision=PRECISION)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + col, mask=inside_cols, other=0.0).to(tl.float32)[None, :]
+    # Rounded where the linear alone would have rounded it.
+    z = z.to(out_ptr.dtype.element_ty).to(tl.float32)
+    h, _ = value_and_slope(z, ACTIVATION)
+    inside = inside_rows[:, None] & inside_cols[None, :]
+    tl.store(
+        out_ptr + row[:, None] * cols + col[None, :], h.to(out_ptr.dtype.element_ty), mask=inside
+    )
+
+
+def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """``activate(F.linear(x, weight, bias))`` in one launch, where rows are few and Triton runs.
+
+    x: ``(rows, inner)``, inner stride 1. For calls without gradients: the pre-activation is gone.
+    """
+    rows, inner = x.shape
+    cols = weight.shape[0]
+    out = x.new_empty(rows, cols)
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+    def grid(blocks: dict[str, int]) -> tuple[int, ...]:
+        return (triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(cols, blocks["BLOCK_COLS"]),)
+
+    linear_activation_kernel(
+        rows, grid, x, x.stride(0), weight.contiguous(),
+        bias if bias is None else bias.contiguous(), out,
+        rows, inner, cols, activation, precision,
+    )  # fmt: skip
+    return out
+
+
 def mlp_activation_backward(
     z: Tensor,
     dh: Tensor,

@@ -46,7 +46,7 @@ def test_another_dtype_beside_the_activations_is_refused(device):
     dtypes = dict(x=FP32, residual=FP32, parameters=FP32, x_bias=FP32)
     for name in ("residual", "parameters", "x_bias"):
         args = arguments(device, **{**dtypes, name: torch.bfloat16})
-        with pytest.raises(TypeError, match="expected .*(bfloat16|float32)"):
+        with pytest.raises(TypeError, match=r"expected .*(bfloat16|float32)"):
             ADD_LAYER_NORM.fast(*args)
 
 

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite(
-    "tests.guard_bands", "tests.kernel_properties", "tests.tile_properties"
+    "tests.add_layer_norm_properties",
+    "tests.dropout_properties",
+    "tests.guard_bands",
+    "tests.kernel_properties",
+    "tests.tile_properties",
 )
 
 # On a busy machine threads mostly wait for each other: 10x. Tests about threads ask for them.

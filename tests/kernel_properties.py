@@ -77,6 +77,23 @@ def test_parity(device, op, shape, dtype):
     judged(op, *op.sample(shape, dtype, device), layout="padded rows", upstream="padded rows")
 
 
+@every_dtype
+@every_case
+def test_parity_without_gradients(device, op, shape, dtype):
+    """Where nothing is kept another path may be taken."""
+    args, options = op.sample(shape, dtype, device)
+    with GuardBands() as bands, torch.no_grad():
+        args = tuple(bands.lay_out(value, "padded rows", i) for i, value in enumerate(args))
+        runs = [(op.fast, args), (op.reference, args)]
+        runs.append((op.reference, parity.convert(args, Tensor.double)))
+        results = [f(*a, **options) for f, a in runs]
+        results = [r if isinstance(r, tuple) else (r,) for r in results]
+    for i, triple in enumerate(zip(*results, strict=True)):
+        verdict = parity.judge(f"output {i}", *triple, gradient=False)
+        assert verdict.ok, verdict
+    bands.check()
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "padded rows"])
 @every_case
 def test_layouts_of_inputs(device, op, shape, layout):

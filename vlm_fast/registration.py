@@ -171,8 +171,9 @@ class CallPath:
         found: list[Tensor] = []
         for gradient in self.gradients(tuple(needs), list_length, kept, grads, settings):
             if gradient is not None:
-                # Two arguments may have one gradient; two results of an op may not be one tensor.
-                shared = any(gradient is other for other in found)
+                # Two arguments may have one gradient, or be parts of one buffer; torch wants the
+                # results of a registered op apart.
+                shared = any(_share_storage(gradient, other) for other in found)
                 found.append(gradient.clone() if shared else gradient)
         return found
 
@@ -251,6 +252,10 @@ def _autograd_function(path: CallPath) -> Any:
 def _fresh(result: Tensor) -> Tensor:
     # Autograd forbids in-place work on a view that a Function made; nn.Linear's result allows it.
     return result.data if result._is_view() else result
+
+
+def _share_storage(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _holds_list(annotation: Any) -> bool:

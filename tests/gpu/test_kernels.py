@@ -2,7 +2,9 @@
 
 import torch
 
+from tests.add_layer_norm_properties import *  # noqa: F403
 from tests.cases import every_case
+from tests.dropout_properties import *  # noqa: F403
 from tests.kernel_properties import *  # noqa: F403
 from tests.tile_properties import *  # noqa: F403
 from vlm_fast import parity

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,7 +53,8 @@ def add_layer_norm(
     if x_bias is not None:
         x = x + x_bias
     if dropout > 0:
-        rows, features = x.shape[:-1].numel(), x.shape[-1]
+        assert seed is not None, "dropout needs a seed"
+        rows, features = math.prod(x.shape[:-1]), x.shape[-1]
         row, col = (torch.arange(n, device=x.device) for n in (rows, features))
         keep = keep_mask(seed, dropout, col, row[:, None], row.new_zeros(()))
         x = x * keep.view(x.shape) / (1 - dropout)
@@ -156,7 +159,7 @@ def forward(needs, x, residual, weight, bias, x_bias, seed, *, eps, dropout):
     seed = seed if dropout > 0 else None
     wanted = any(needs)
     if residual.numel() == 0:
-        y, statistics = torch.empty_like(residual), (residual, residual, residual)
+        y, statistics = torch.empty_like(residual), tuple([residual] * 3)
     else:
         y, statistics = kernels.add_layer_norm(
             _in_rows(x), _in_rows(residual), weight.contiguous(), bias.contiguous(),

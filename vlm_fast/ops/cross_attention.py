@@ -58,7 +58,7 @@ def cross_attention(
     """
     batch, heads, queries, d = q.shape
     kv_heads = k.shape[1]
-    if k2 is not None:
+    if k2 is not None and v2 is not None:
         k, v = torch.cat([k, k2], 2), torch.cat([v, v2], 2)
     rows = q.reshape(batch, kv_heads, heads // kv_heads * queries, d)  # of heads that share keys
     scores = torch.matmul(rows, k.transpose(2, 3)) * (d**-0.5 if scale is None else scale)
@@ -69,7 +69,7 @@ def cross_attention(
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
     p = torch.ops.aten._safe_softmax(scores, -1)
-    if dropout > 0:
+    if dropout > 0 and seed is not None:
         index = [torch.arange(n, device=q.device) for n in (p.shape[3], queries, batch * heads)]
         survives = keep_mask(seed, dropout, index[0], index[1][:, None], index[2][:, None, None])
         p = p * survives.view(p.shape) / (1 - dropout)
@@ -226,7 +226,7 @@ def cost(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
         dict(batch=3, heads=4, kv_heads=2, shape=(5, 19), d=16, hidden=True, blind=1),
         dict(batch=2, heads=2, shape=(7, 33), keys2=7, d=40, bias="keys"),
         dict(batch=1, heads=2, shape=(4, 37), d=80, scale=0.1),
-        dict(batch=1, heads=4, kv_heads=1, shape=(9, 39), keys2=9, d=96),
+        dict(batch=1, heads=4, kv_heads=1, shape=(9, 41), keys2=9, d=96),
         dict(batch=1, heads=1, shape=(96, 96), d=32),
     ],
     bench={

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_fast.kernels._activation import ACTIVATIONS
-from vlm_fast.kernels.mlp import activate, mlp_activation_backward
+from vlm_fast.kernels._launcher import runs_triton
+from vlm_fast.kernels.mlp import (
+    FEW_ROWS,
+    activate,
+    linear_activation,
+    mlp_activation_backward,
+)
 from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
 from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
 
@@ -127,6 +133,13 @@ def requires(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
 
 @mlp.forward
 def forward(needs, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
+    if not any(needs) and x.dtype is not torch.float32 and runs_triton(x):
+        rows = math.prod(x.shape[:-1])
+        if 0 < rows <= FEW_ROWS and x.shape[-1] > 0:
+            few = x.reshape(rows, x.shape[-1])
+            few = few if few.stride(1) == 1 else few.contiguous()
+            h = linear_activation(few, weight_1, bias_1, activation)
+            return F.linear(h.view(*x.shape[:-1], h.shape[1]), weight_2, bias_2), ()
     z = F.linear(_gemm_input(x), weight_1, bias_1)
     h = activate(z if z.ndim == x.ndim else _without_gaps(z, x.shape[:-1]), activation)
     inner = needs.x or needs.weight_1 or needs.bias_1
@@ -245,6 +258,8 @@ def cost(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
         "LLaVA-1.5-7B, 1 image": dict(shape=(1, 577, 1024), drop_first=1, hidden=4096, out=4096),
         "LLaVA-1.5-7B, 8 images": dict(shape=(8, 577, 1024), drop_first=1, hidden=4096, out=4096),
         "LLaVA-OneVision-7B, 16 tiles": dict(shape=(16, 729, 1152), hidden=3584, out=3584),
+        "BLIP-2 Q-Former, 16 images": dict(shape=(16, 32, 768), hidden=3072, out=768),
+        "BLIP-2 Q-Former, 1 image": dict(shape=(1, 32, 768), hidden=3072, out=768),
         "BLIP-2-wide, 257 tokens": dict(shape=(8, 257, 1408), hidden=4096, out=4096),
     },
 )

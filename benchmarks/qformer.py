@@ -1,0 +1,156 @@
+"""BLIP-2's Q-Former of transformers, without and with ``vlm_fast.patch``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vlm_fast
+from benchmarks import machine, memory, timing
+from vlm_fast import tables
+from vlm_fast.modules import QFormer
+
+Row = dict[str, Any]
+DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
+BATCH = {"cpu": (4,), "cuda": (1, 8, 64)}
+# (name, keys, width of the image features, text tokens)
+SHAPES = (
+    ("BLIP-2", 257, 1408, 0),
+    ("BLIP-2 with ViT-L", 257, 1024, 0),
+    ("BLIP-2 at 364 px", 677, 1408, 0),
+    ("1025 keys", 1025, 1408, 0),
+    ("InstructBLIP, 64 text tokens", 257, 1408, 64),
+)
+
+
+def model(width: int, text: int) -> nn.Module:
+    """The Q-Former of its default config, with random weights."""
+    if text:
+        from transformers import InstructBlipQFormerConfig
+        from transformers.models.instructblip.modeling_instructblip import (
+            InstructBlipQFormerModel,
+        )
+
+        return InstructBlipQFormerModel(InstructBlipQFormerConfig(encoder_hidden_size=width)).eval()
+    from transformers import Blip2QFormerConfig
+    from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
+
+    return Blip2QFormerModel(Blip2QFormerConfig(encoder_hidden_size=width)).eval()
+
+
+def inputs(
+    batch: int, keys: int, width: int, text: int, device: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """As the whole model calls it: one set of queries for all, a mask that hides nothing."""
+    query = torch.randn(1, 32, 768, device=device, dtype=dtype)
+    given = dict(
+        query_embeds=query.expand(batch, -1, -1),
+        encoder_hidden_states=torch.randn(batch, keys, width, device=device, dtype=dtype),
+        encoder_attention_mask=torch.ones(batch, keys, dtype=torch.long, device=device),
+    )
+    if text:
+        given["input_ids"] = torch.randint(5, 999, (batch, text), device=device)
+        given["attention_mask"] = torch.ones(batch, 32 + text, dtype=torch.long, device=device)
+    return given
+
+
+def main(
+    *, quick: bool = False, device: str | None = None, seconds: float = 40.0
+) -> dict[str, Any]:
+    """Measure, about ``seconds`` a part, print a table, and return what was found."""
+    seconds = 0.2 if quick else seconds if device == "cpu" else seconds / 8
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPE[device]
+    shapes = SHAPES[:1] if device == "cpu" or quick else SHAPES
+    rows: list[Row] = []
+    with timing.one_thread():
+        for name, keys, width, text in shapes:
+            torch.manual_seed(0)
+            before = model(width, text).to(device, dtype)
+            after = copy.deepcopy(before)
+            vlm_fast.patch(after, strict=True)
+            for batch in BATCH[device]:
+                given = inputs(batch, keys, width, text, device, dtype)
+                rows += compare(f"{name}, batch {batch}", before, after, given, device, seconds)
+    found = {"rows": rows, "dtype": str(dtype).removeprefix("torch.")}
+    show(found, device)
+    return found
+
+
+def compare(
+    name: str, before: nn.Module, after: nn.Module, given: dict[str, Tensor],
+    device: str, seconds: float,
+) -> list[Row]:  # fmt: skip
+    """Forward and training step, in turns; on a GPU compiled and graphed forwards too."""
+
+    def forward(called: Callable[..., Any]) -> Callable[[], Any]:
+        return torch.no_grad()(lambda: called(**given).last_hidden_state)
+
+    def step(called: nn.Module) -> Callable[[], Any]:
+        def run() -> None:
+            called.zero_grad(set_to_none=True)
+            called(**given).last_hidden_state.sum().backward()
+
+        return run
+
+    states = {"before": before, "after": after}
+    parts: dict[str, dict[str, Callable[[], Any]]] = {
+        "forward": {state: forward(called) for state, called in states.items()},
+        "training step": {state: step(called) for state, called in states.items()},
+    }
+    if device == "cuda":
+        compiled = torch.compile(before, mode="reduce-overhead")
+        parts["forward"]["compiled"] = forward(compiled)
+        parts["training step"]["compiled"] = step(torch.compile(before))
+        if "input_ids" not in given:
+            query, image = given["query_embeds"].contiguous(), given["encoder_hidden_states"]
+            graphed = QFormer.of(copy.deepcopy(before)).eval().capture_graph(query, image)
+            parts["forward"]["graphed"] = lambda: graphed(query, image)
+    tensors = [*before.parameters(), *after.parameters(), *given.values()]
+    rows = []
+    for part, calls in parts.items():
+        times = timing.interleaved(
+            calls, [()], device=device, seconds=seconds, rounds=(3, 100), wall=True
+        )
+        for state in calls:
+            training = part == "training step"
+            rows.append(
+                {
+                    "part": f"{name}, {part}",
+                    "state": state,
+                    **asdict(times[state]),
+                    "ratio": times["before"].median / times[state].median,
+                    "saved_bytes": _saved(states[state], given, tensors)
+                    if training and state in states
+                    else 0,
+                    "ours_is": timing.verdict(times[state], times["before"]),
+                }
+            )
+    return rows
+
+
+def _saved(called: nn.Module, given: dict[str, Tensor], known: list[Tensor]) -> int:
+    return memory.saved_bytes(lambda: called(**given).last_hidden_state, known)
+
+
+def show(found: dict[str, Any], device: str) -> None:
+    threads = ", one thread" if device == "cpu" else ""
+    columns = ("part", "", "median", "quartiles", "times faster", "saved MB", "is")
+    cells = [
+        (
+            row["part"],
+            row["state"],
+            f"{row['median'] * 1e3:.2f} ms",
+            f"{row['lower'] * 1e3:.2f}-{row['upper'] * 1e3:.2f}",
+            f"{row['ratio']:.2f}",
+            f"{row['saved_bytes'] / 1e6:.1f}" if row["saved_bytes"] else "",
+            row["ours_is"],
+        )
+        for row in found["rows"]
+    ]
+    tables.show(f"Q-Former, {found['dtype']}, on {machine.name(device)}{threads}", columns, cells)
