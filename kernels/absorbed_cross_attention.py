@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dropout import keep_mask, kept, threshold
+from . import _absorbed_cross_attention_aten as aten
+from ._absorbed_cross_attention_aten import after_dropout
+from ._dropout import kept, threshold
 from ._launcher import Config, kernel, runs_triton
 from ._triton import tl, triton
 
@@ -90,7 +92,7 @@ def head_weight_gradient_kernel(
     inside_rows, inside_cols = row < rows, col < cols
     sums = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
     for start in range(0, tokens, BLOCK_INNER):
-        token = start.to(tl.int64) + tl.arange(0, BLOCK_INNER)
+        token = (start + tl.arange(0, BLOCK_INNER)).to(tl.int64)
         inside = token < tokens
         image, query = token // queries, token % queries
         a_at = a_ptr + head * a_head + image * a_image + query * a_query
@@ -191,7 +193,7 @@ def absorbed_attention(
     out = q.new_empty(images, queries, heads, d)
     p = q.new_empty(images, heads * queries, keys)
     if not runs_triton(q):
-        _aten(q, x, weight_k, weight_v, bias_v, key_mask, seed, scale, dropout, out, p)
+        aten.forward(q, x, weight_k, weight_v, bias_v, key_mask, seed, scale, dropout, out, p)
         return out, p
     wide = q.new_empty(images, heads, queries, width)
     by_query, by_image = wide.transpose(1, 2), wide.view(images, heads * queries, width)
@@ -233,7 +235,7 @@ def absorbed_attention_backward(
     images, queries, heads, d = q.shape
     keys, width = x.shape[1:]
     if not runs_triton(q):
-        return _aten_backward(
+        return aten.backward(
             dout, p, q, x, weight_k, weight_v, bias_v, seed, scale, dropout,
             want_q, want_x, want_k, want_v,
         )  # fmt: skip
@@ -327,111 +329,3 @@ def _scores(a: Tensor, x: Tensor) -> Tensor:
     if a.is_cuda:
         return torch.bmm(a, x.transpose(1, 2), out_dtype=torch.float32)
     return torch.bmm(a.float(), x.float().transpose(1, 2))
-
-
-def after_dropout(p: Tensor, seed: Tensor | None, heads: int, dropout: float) -> Tensor:
-    """The probabilities that weigh the values: p itself, or a copy with its dropout."""
-    if dropout == 0 or seed is None:
-        return p
-    images, rows, keys = p.shape
-    index = [torch.arange(n, device=p.device) for n in (keys, rows // heads, images * heads)]
-    kept_here = keep_mask(seed, dropout, index[0], index[1][:, None], index[2][:, None, None])
-    return p * kept_here.view(p.shape).to(p.dtype).div_(1 - dropout)
-
-
-def _aten(
-    q: Tensor, x: Tensor, weight_k: Tensor, weight_v: Tensor, bias_v: Tensor | None,
-    key_mask: Tensor | None, seed: Tensor | None, scale: float, dropout: float,
-    out: Tensor, p: Tensor,
-) -> None:  # fmt: skip
-    """Image by image, so that what is wide stays in cache and is there once."""
-    images, queries, heads, _ = q.shape
-    wide = q.new_empty(heads, queries, x.shape[2])
-    rows = wide.view(heads * queries, -1)
-    hidden = None if key_mask is None else ~key_mask
-    for image in range(images):
-        torch.baddbmm(
-            wide, q[image].transpose(0, 1), weight_k, beta=0, alpha=scale, out=wide
-        )  # fmt: skip
-        torch.mm(rows, x[image].t(), out=p[image])
-        if hidden is not None:
-            p[image].masked_fill_(hidden[image], -torch.inf)
-            p[image] = torch.ops.aten._safe_softmax(p[image], -1)
-        else:
-            torch.softmax(p[image], -1, out=p[image])
-        if dropout == 0:
-            torch.mm(p[image], x[image], out=rows)
-            torch.bmm(wide, weight_v.transpose(1, 2), out=out[image].transpose(0, 1))
-    if dropout > 0:
-        dropped = after_dropout(p, seed, heads, dropout)
-        for image in range(images):
-            torch.mm(dropped[image], x[image], out=rows)
-            torch.bmm(wide, weight_v.transpose(1, 2), out=out[image].transpose(0, 1))
-    if bias_v is None:
-        return
-    bias = bias_v.view(heads, -1)
-    if dropout > 0 or hidden is not None:
-        total = (dropped if dropout > 0 else p).view(images, heads, queries, -1).sum(-1)
-        out += total.transpose(1, 2)[..., None] * bias
-    else:
-        out += bias
-
-
-def _aten_backward(
-    dout: Tensor, p: Tensor, q: Tensor, x: Tensor, weight_k: Tensor, weight_v: Tensor,
-    bias_v: Tensor | None, seed: Tensor | None, scale: float, dropout: float,
-    want_q: bool, want_x: bool, want_k: bool, want_v: bool,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    images, queries, heads, _ = q.shape
-    wide = q.new_empty(heads, queries, x.shape[2])
-    rows = wide.view(heads * queries, -1)
-    dp = torch.empty_like(p[0])
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if want_q else None
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else None
-    dweight_k = torch.zeros_like(weight_k, dtype=torch.float32) if want_k else None
-    dweight_v = torch.zeros_like(weight_v, dtype=torch.float32) if want_v else None
-    factor = dropped = None
-    if dropout > 0:
-        factor = after_dropout(torch.ones_like(p), seed, heads, dropout)
-        dropped = p * factor
-    for image in range(images):
-        seen = (p if dropped is None else dropped)[image]
-        dout_here = dout[image].transpose(0, 1)
-        if want_q or want_x or want_k:
-            torch.bmm(dout_here, weight_v, out=wide)
-            torch.mm(rows, x[image].t(), out=dp)
-            if dx is not None:
-                torch.mm(seen.t(), rows, out=dx[image])
-            if factor is not None:
-                if bias_v is not None:
-                    dp += (dout[image] * bias_v.view(heads, -1)).sum(-1).t().reshape(-1, 1)
-                dp *= factor[image]
-            ds = torch.ops.aten._softmax_backward_data(dp, p[image], -1, dp.dtype)
-            if want_q or want_k:
-                torch.mm(ds, x[image], out=rows)
-            if dweight_k is not None:
-                _accumulate(dweight_k, q[image].permute(1, 2, 0), wide, scale)
-            if dq is not None:
-                to = dq[image].transpose(0, 1)
-                torch.baddbmm(to, wide, weight_k.transpose(1, 2), beta=0, alpha=scale, out=to)
-            if dx is not None:
-                torch.baddbmm(
-                    wide, q[image].transpose(0, 1), weight_k, beta=0, alpha=scale, out=wide
-                )
-                dx[image].addmm_(ds.t(), rows)
-        if dweight_v is not None:
-            torch.mm(seen, x[image], out=rows)
-            _accumulate(dweight_v, dout_here.transpose(1, 2), wide, 1.0)
-    return (
-        dq,
-        dx,
-        None if dweight_k is None else dweight_k.to(weight_k.dtype),
-        None if dweight_v is None else dweight_v.to(weight_v.dtype),
-    )
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    if a.dtype == total.dtype:
-        total.baddbmm_(a, b, alpha=scale)
-    else:  # over many images, a sum in bf16 would lose what each adds
-        total.add_(torch.bmm(a, b), alpha=scale)

@@ -187,8 +187,8 @@ def builds(
 def launches(op: Op[..., Any], dtypes: Sequence[torch.dtype] = FLOATS) -> list[Launch]:
     """What an op launches, without gradients and with: nothing is computed, no GPU needed.
 
-    At every bench shape in every one of ``dtypes``; the words that its options take in the test shapes
-    (which activation) at the first bench shape in bf16.
+    At every bench shape in every one of ``dtypes``; the words that its options take in the test
+    shapes (which activation) at the first bench shape in bf16.
     """
     named = list(op.bench_shapes.values())
     cases = [(shape, dtype) for shape in named for dtype in dtypes]

@@ -2,6 +2,6 @@
 
 from vlm_fast.modules.mlp_projector import LinearProjector as LinearProjector
 from vlm_fast.modules.mlp_projector import MLPProjector as MLPProjector
-from vlm_fast.modules.qformer import ImageKeyValues as ImageKeyValues
 from vlm_fast.modules.qformer import QFormer as QFormer
 from vlm_fast.modules.qformer import QFormerOutput as QFormerOutput
+from vlm_fast.modules.qformer_shared import ImageKeyValues as ImageKeyValues

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm_fast.modules.qformer import ImageKeyValues, QFormer
+from vlm_fast.modules.qformer import QFormer
+from vlm_fast.modules.qformer_shared import ImageKeyValues
 from vlm_fast.objectives._exchange import exchange_rows, refuse_uneven, world_of
 from vlm_fast.objectives.contrastive import hard_negatives, itc_loss
 from vlm_fast.objectives.language import itg_loss

@@ -38,8 +38,8 @@ def absorbed_cross_attention(
 
     Computed as ``softmax(scale (q W_k) x^T) x W_v^T + b_v``: the key bias shifts all scores of a
     query alike and drops out; the value bias adds once. Fewer FLOPs wherever a head has fewer
-    queries than ``d`` (`absorbs` says when), and neither K nor V exists. Mirrors the cross-attention
-    of transformers' ``Blip2QFormerMultiHeadAttention`` after its query projection.
+    queries than ``d`` (`absorbs` says when), and neither K nor V exists. Mirrors the attention to
+    the image in transformers' ``Blip2QFormerMultiHeadAttention``, after its query projection.
 
     Args:
         q: ``(batch, queries, heads * d)``, projected queries; a stride of 0 over the batch is fine.
@@ -104,9 +104,11 @@ def accepts(
             and (bias_v is None or _fits(bias_v, features, dtype, device))
             and (
                 key_mask is None
-                or (key_mask.shape == (batch, keys)
-                and key_mask.dtype is torch.bool
-                and key_mask.device == device)
+                or (
+                    key_mask.shape == (batch, keys)
+                    and key_mask.dtype is torch.bool
+                    and key_mask.device == device
+                )
             )
             and 0 <= dropout < 1
             and (dropout == 0 or (seed.dtype is torch.int64 and seed.numel() == 1))
@@ -230,8 +232,11 @@ def backward(needs, kept, dout, *, heads, scale, dropout):
             dbias_v = (dout * total[..., None]).sum((0, 1)).to(dout.dtype)
         dbias_v = dbias_v.view(features)
     dbias_k = None
-    if needs.bias_k:  # zero, unless something is not finite
-        dbias_k = (dout if dq is None else dq).sum((0, 1)).view(features) * 0
+    if needs.bias_k or (needs.bias_v and dq is not None):
+        # Zero, unless scores were not finite: then they are NaN, as what they weigh.
+        nothing = (dout if dq is None else dq).sum((0, 1)).view(features) * 0
+        dbias_k = nothing if needs.bias_k else None
+        dbias_v = dbias_v + nothing if needs.bias_v else None
     return dq, dx, dweight_k, dbias_k, dweight_v, dbias_v, None, None
 
 

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from vlm_fast.modules.activation import activation_of
 from vlm_fast.modules.plain_tree import wants_attentions, why_not_plain_tree
-from vlm_fast.modules.qformer import (
+from vlm_fast.modules.qformer_layer import LayerInputs, dropout_of, qformer_layer
+from vlm_fast.modules.qformer_shared import (
     check_image,
     dropout_seeds,
     images_of_layers,
     pack,
     self_attention_masks,
 )
-from vlm_fast.modules.qformer_layer import LayerInputs, dropout_of, qformer_layer
 from vlm_fast.patching.class_swap import Patched
 from vlm_fast.policy import fell_back
 
