@@ -35,9 +35,7 @@ def forward(
         torch.mm(rows, x[image].t(), out=p[image])
         if hidden is not None:
             p[image].masked_fill_(hidden[image], -torch.inf)
-            p[image] = torch.ops.aten._safe_softmax(p[image], -1)
-        else:
-            torch.softmax(p[image], -1, out=p[image])
+        p[image] = torch.ops.aten._safe_softmax(p[image], -1)
         if dropout == 0:
             torch.mm(p[image], x[image], out=rows)
             torch.bmm(wide, weight_v.transpose(1, 2), out=out[image].transpose(0, 1))
@@ -48,12 +46,8 @@ def forward(
             torch.bmm(wide, weight_v.transpose(1, 2), out=out[image].transpose(0, 1))
     if bias_v is None:
         return
-    bias = bias_v.view(heads, -1)
-    if dropout > 0 or hidden is not None:
-        total = (dropped if dropout > 0 else p).view(images, heads, queries, -1).sum(-1)
-        out += total.transpose(1, 2)[..., None] * bias
-    else:
-        out += bias
+    total = (dropped if dropout > 0 else p).view(images, heads, queries, -1).sum(-1)
+    out += total.transpose(1, 2)[..., None] * bias_v.view(heads, -1)
 
 
 def backward(
@@ -67,8 +61,9 @@ def backward(
     dp = torch.empty_like(p[0])
     dq = torch.empty_like(q, memory_format=torch.contiguous_format) if want_q else None
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else None
-    dweight_k = torch.zeros_like(weight_k, dtype=torch.float32) if want_k else None
-    dweight_v = torch.zeros_like(weight_v, dtype=torch.float32) if want_v else None
+    weight = (heads, q.shape[3], x.shape[2])
+    dweight_k = q.new_zeros(weight, dtype=torch.float32) if want_k else None
+    dweight_v = q.new_zeros(weight, dtype=torch.float32) if want_v else None
     factor = dropped = None
     if dropout > 0:
         factor = after_dropout(torch.ones_like(p), seed, heads, dropout)
@@ -104,8 +99,8 @@ def backward(
     return (
         dq,
         dx,
-        None if dweight_k is None else dweight_k.to(weight_k.dtype),
-        None if dweight_v is None else dweight_v.to(weight_v.dtype),
+        None if dweight_k is None else dweight_k.to(q.dtype),
+        None if dweight_v is None else dweight_v.to(q.dtype),
     )
 
 

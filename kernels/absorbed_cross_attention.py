@@ -59,12 +59,9 @@ def head_product_kernel(
     sums *= scale
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + head * cols + col, mask=inside_cols, other=0.0).to(tl.float32)
-        if total_ptr is not None:
-            place = (image * heads + head) * queries + query
-            total = tl.load(total_ptr + place, mask=inside_rows, other=0.0)
-            sums += total[:, None] * bias[None, :]
-        else:
-            sums += bias[None, :]
+        place = (image * heads + head) * queries + query
+        total = tl.load(total_ptr + place, mask=inside_rows, other=0.0)
+        sums += total[:, None] * bias[None, :]
     out = out_ptr + head * out_head + image * out_image + query * out_query
     inside = inside_rows[:, None] & inside_cols[None, :]
     tl.store(out[:, None] + col[None, :], sums.to(out_ptr.dtype.element_ty), mask=inside)
@@ -201,7 +198,7 @@ def absorbed_attention(
     scores = _scores(by_image, x)
     dropped = torch.empty_like(p) if dropout > 0 else None
     total = None
-    if bias_v is not None and (dropout > 0 or key_mask is not None):
+    if bias_v is not None:  # a query that sees nothing gets none of it
         total = q.new_empty(images, heads, queries, dtype=torch.float32)
     score_softmax_kernel(
         keys, lambda blocks: (images * heads * queries,),

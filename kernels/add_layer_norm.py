@@ -21,7 +21,7 @@ MAX_PROGRAMS = 512  # of backward: four to a multiprocessor of the largest GPUs
 
 @kernel(
     Config({"ELEMENTS": 2048}, num_warps=8),
-    Config({"ELEMENTS": 1024}, num_warps=4),
+    Config({"ELEMENTS": 1024}, num_warps=8),
     Config({"ELEMENTS": 4096}, num_warps=16),
 )
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -69,7 +69,7 @@ def add_layer_norm_kernel(
 
 @kernel(
     Config({"ELEMENTS": 4096}, num_warps=16),
-    Config({"ELEMENTS": 2048}, num_warps=8),
+    Config({"ELEMENTS": 2048}, num_warps=16),
 )
 @triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def add_layer_norm_backward_kernel(

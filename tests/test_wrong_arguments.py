@@ -2,6 +2,8 @@
 
 import inspect
 
+import inspect
+
 import pytest
 import torch
 
@@ -48,19 +50,21 @@ def no_work(monkeypatch):
 
 
 def each_argument(op):
-    """Name and value of each tensor, how to replace it among the arguments, and the options.
+    """Arguments, options, and for each position its name and how to replace it; of a list the first.
 
-    The value is None where the sample has none.
+    Not those that the shape leaves out, nor the seed, which nothing reads without dropout.
     """
     args, options = op.sample(usual_shape(op))
     for i, name in enumerate(op.tensors):
-        replaced = lambda new, i=i: (*args[:i], new, *args[i + 1 :])  # noqa: E731
-        if not isinstance(args[i], list):
-            yield name, args[i], replaced, options
+        value = args[i]
+        if value is None or name == "seed":
             continue
-        for j, one in enumerate(args[i]):
-            in_list = lambda new, i=i, j=j: [*args[i][:j], new, *args[i][j + 1 :]]  # noqa: E731
-            yield name, one, lambda new, put=replaced, into=in_list: put(into(new)), options
+
+        def replaced(new, i=i, value=value):
+            new = [new, *value[1:]] if isinstance(value, list) else new
+            return (*args[:i], new, *args[i + 1 :])
+
+        yield name, value[0] if isinstance(value, list) else value, replaced, options
 
 
 @pytest.mark.parametrize("wrong", ["words", 3, [1.5]], ids=repr)

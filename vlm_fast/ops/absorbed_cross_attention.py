@@ -189,14 +189,13 @@ def forward(
         )  # fmt: skip
         out = out.view(q.shape)
     inner = needs.q or needs.x or needs.weight_k
-    weighs = inner or needs.weight_v or (needs.bias_v and _biased_by_sums(key_mask, dropout))
+    weighs = inner or needs.weight_v or needs.bias_v
     return out, (
         q if needs.x or needs.weight_k else None,
         x if inner or needs.weight_v else None,
         weight_k if needs.q or needs.x else None,
         weight_v if inner else None,
         bias_v if inner and dropout > 0 else None,
-        key_mask if needs.bias_v else None,
         seed if weighs and dropout > 0 else None,
         p if weighs else None,
     )
@@ -204,10 +203,10 @@ def forward(
 
 @absorbed_cross_attention.backward
 def backward(needs, kept, dout, *, heads, scale, dropout):
-    q, x, weight_k, weight_v, bias_v, key_mask, seed, p = kept
+    q, x, weight_k, weight_v, bias_v, seed, p = kept
     batch, queries, features = dout.shape
     dout = _split(dout, heads)
-    dq = dx = dweight_k = dweight_v = dbias_v = None
+    dq = dx = dweight_k = dweight_v = dbias_k = dbias_v = None
     if p is not None and p.numel() == 0:
         return tuple(
             torch.zeros(shape, dtype=dout.dtype, device=dout.device) if need else None
@@ -224,19 +223,12 @@ def backward(needs, kept, dout, *, heads, scale, dropout):
         dq = None if dq is None else dq.view(batch, queries, features)
         dweight_k = None if dweight_k is None else dweight_k.view(features, -1)
         dweight_v = None if dweight_v is None else dweight_v.view(features, -1)
-    if needs.bias_v:
-        dbias_v = dout.sum((0, 1))
-        if _biased_by_sums(key_mask, dropout):
-            total = after_dropout(p, seed, heads, dropout).sum(-1, dtype=torch.float32)
-            total = total.view(batch, heads, queries).transpose(1, 2)
-            dbias_v = (dout * total[..., None]).sum((0, 1)).to(dout.dtype)
-        dbias_v = dbias_v.view(features)
-    dbias_k = None
-    if needs.bias_k or (needs.bias_v and dq is not None):
-        # Zero, unless scores were not finite: then they are NaN, as what they weigh.
-        nothing = (dout if dq is None else dq).sum((0, 1)).view(features) * 0
-        dbias_k = nothing if needs.bias_k else None
-        dbias_v = dbias_v + nothing if needs.bias_v else None
+    if needs.bias_v:  # it counts as often as probabilities sum to 1: not where no key is seen
+        total = after_dropout(p, seed, heads, dropout).sum(-1, dtype=torch.float32)
+        total = total.view(batch, heads, queries).transpose(1, 2)
+        dbias_v = (dout * total[..., None]).sum((0, 1)).to(dout.dtype).view(features)
+    if needs.bias_k:
+        dbias_k = dout.new_zeros(features)
     return dq, dx, dweight_k, dbias_k, dweight_v, dbias_v, None, None
 
 
@@ -245,11 +237,6 @@ def _shapes(x: Tensor | None, batch: int, queries: int, features: int) -> tuple[
     rows = () if x is None else x.shape
     weight = (features, rows[2]) if x is not None else ()
     return (batch, queries, features), rows, weight, (features,), weight, (features,), (), ()
-
-
-def _biased_by_sums(key_mask, dropout):
-    """Whether the probabilities of a query may sum to something else than 1."""
-    return key_mask is not None or dropout > 0
 
 
 def _scale(scale: float | None, d: int) -> float:
