@@ -226,7 +226,7 @@ def backward(needs, kept, dout, *, heads, scale, dropout):
     if needs.bias_v:  # it counts as often as probabilities sum to 1: not where no key is seen
         total = after_dropout(p, seed, heads, dropout).sum(-1, dtype=torch.float32)
         total = total.view(batch, heads, queries).transpose(1, 2)
-        dbias_v = (dout * total[..., None]).sum((0, 1)).to(dout.dtype).view(features)
+        dbias_v = (dout * total.unsqueeze(-1)).sum((0, 1)).to(dout.dtype).view(features)
     if needs.bias_k:
         dbias_k = dout.new_zeros(features)
     return dq, dx, dweight_k, dbias_k, dweight_v, dbias_v, None, None
