@@ -162,7 +162,6 @@ def _over_keys(
 @kernel(
     Config({"BLOCK_N": 64}, num_warps=8, num_stages=1),
     Config({"BLOCK_N": 128}, num_warps=8, num_stages=2),
-    Config({"BLOCK_N": 32}, num_warps=8, num_stages=1),
 )
 @triton.jit(do_not_specialize=[*SIZES, "keys2"])
 def cross_attention_backward_kernel(
@@ -252,7 +251,6 @@ def cross_attention_backward_kernel(
 @kernel(
     Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
     Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
-    Config({"BLOCK_N": 128}, num_warps=8, num_stages=2),
 )
 @triton.jit(do_not_specialize=[*SIZES, "first"])
 def key_gradient_kernel(
@@ -326,7 +324,7 @@ def launch_backward(
     kv_heads, keys = k.shape[1:3]
     keys2 = 0 if k2 is None else k2.shape[2]
     rows, count = heads // kv_heads * queries, batch * heads * queries
-    block = row_block(q, rows, 32)
+    block = row_block(q, rows)
     row_tiles = triton.cdiv(rows, block)
     one_pass = row_tiles == 1 and batch * kv_heads >= ENOUGH_HEADS
     written = (dk, dv, dk2, dv2) if one_pass else (None,) * 4
@@ -354,7 +352,7 @@ def launch_backward(
                 *shared, x, *strides(x), y, *strides(y), *masks,
                 dx, *strides(dx), dy, *strides(dy),
                 kv_heads, heads // kv_heads, queries, rows, x.shape[2], first, count, scale,
-                *widths, row_block(q, rows, 32 if d <= 64 else 16), shrunk, precision(),
+                *widths, row_block(q, rows) if d <= 64 else 16, shrunk, precision(),
             )  # fmt: skip
 
 

@@ -14,15 +14,14 @@ from torch import Tensor
 from . import _absorbed_cross_attention_aten as aten
 from ._absorbed_cross_attention_aten import after_dropout
 from ._dropout import kept, threshold
-from ._launcher import Config, kernel, runs_triton
+from ._launcher import Config, is_traced, kernel, runs_triton
 from ._triton import tl, triton
 
 
 @kernel(
-    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_INNER": 32}, num_warps=4, num_stages=3),
+    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_INNER": 64}, num_warps=4, num_stages=2),
     Config({"BLOCK_ROWS": 128, "BLOCK_COLS": 128, "BLOCK_INNER": 64}, num_warps=8, num_stages=3),
-    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 128, "BLOCK_INNER": 64}, num_warps=4, num_stages=3),
-    Config({"BLOCK_ROWS": 128, "BLOCK_COLS": 64, "BLOCK_INNER": 64}, num_warps=4, num_stages=4),
+    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 128, "BLOCK_INNER": 64}, num_warps=8, num_stages=3),
 )
 @triton.jit(do_not_specialize=["rows", "queries"])
 def head_product_kernel(
@@ -68,9 +67,8 @@ def head_product_kernel(
 
 
 @kernel(
-    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_INNER": 32}, num_warps=4, num_stages=3),
-    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 128, "BLOCK_INNER": 64}, num_warps=4, num_stages=3),
-    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 128, "BLOCK_INNER": 128}, num_warps=8, num_stages=2),
+    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_INNER": 32}, num_warps=8, num_stages=3),
+    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 128, "BLOCK_INNER": 64}, num_warps=8, num_stages=3),
 )
 @triton.jit(do_not_specialize=["tokens", "queries"])
 def head_weight_gradient_kernel(
@@ -190,7 +188,8 @@ def absorbed_attention(
     out = q.new_empty(images, queries, heads, d)
     p = q.new_empty(images, heads * queries, keys)
     if not runs_triton(q):
-        aten.forward(q, x, weight_k, weight_v, bias_v, key_mask, seed, scale, dropout, out, p)
+        if not is_traced(q):
+            aten.forward(q, x, weight_k, weight_v, bias_v, key_mask, seed, scale, dropout, out, p)
         return out, p
     wide = q.new_empty(images, heads, queries, width)
     by_query, by_image = wide.transpose(1, 2), wide.view(images, heads * queries, width)
@@ -232,6 +231,12 @@ def absorbed_attention_backward(
     images, queries, heads, d = q.shape
     keys, width = x.shape[1:]
     if not runs_triton(q):
+        if is_traced(q):
+            weight = (heads, d, width)
+            wanted = zip(
+                (want_q, want_x, want_k, want_v), (q.shape, x.shape, weight, weight), strict=True
+            )
+            return tuple(q.new_empty(shape) if want else None for want, shape in wanted)
         return aten.backward(
             dout, p, q, x, weight_k, weight_v, bias_v, seed, scale, dropout,
             want_q, want_x, want_k, want_v,
@@ -285,6 +290,11 @@ def head_product(
     a: ``(images, queries, heads, inner)``, weight: ``(heads, inner, cols)`` of any strides, out:
     ``(images, queries, heads, cols)``; last strides of a and out are 1.
     """
+    if a.is_cuda and a.dtype == torch.float32:  # no tensor cores: cuBLAS is worth its copies
+        torch.mul(torch.einsum("bmhi,hic->bmhc", a, weight), scale, out=out)
+        if bias is not None and total is not None:
+            out.add_(total.transpose(1, 2).unsqueeze(-1) * bias.view(a.shape[2], -1))
+        return
     images, queries, heads, inner = a.shape
     cols, rows = out.shape[3], images * queries
 
@@ -300,6 +310,8 @@ def head_product(
 
 def head_weight_gradient(a: Tensor, b: Tensor, *, scale: float = 1.0) -> Tensor:
     """``scale * sum over images and queries of a[b, m, h] (outer) b[b, m, h]``, one per head."""
+    if a.is_cuda and a.dtype == torch.float32:
+        return torch.einsum("bmhr,bmhc->hrc", a, b).mul_(scale)
     images, queries, heads, rows = a.shape
     cols, tokens = b.shape[3], images * queries
     out = a.new_empty(heads, rows, cols)

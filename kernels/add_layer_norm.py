@@ -36,7 +36,8 @@ def add_layer_norm_kernel(
     BLOCK_COLS: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = ELEMENTS // BLOCK_COLS if ELEMENTS > BLOCK_COLS else 1
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = (tl.program_id(0).to(tl.int64) * ROWS).to(tl.int32)  # row numbers fit, offsets do not
+    row = first + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_COLS)
     inside_cols = col < cols
     inside = (row < rows)[:, None] & inside_cols[None, :]

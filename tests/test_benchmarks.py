@@ -141,6 +141,19 @@ def test_large_shapes_are_beyond_32_bits_and_named_for_every_op(monkeypatch):
         "merge_image_tokens": small,
         "gather_image_tokens": {**small, "count": 5 * 57},
         "mlp": {"shape": (5, 107, 64), "hidden": 96, "out": 64},
+        "cross_attention": {"batch": 5, "heads": 2, "shape": (4, 17), "d": 16},
+        "absorbed_cross_attention": {
+            "batch": 5,
+            "queries": 4,
+            "keys": 17,
+            "width": 24,
+            "features": 32,
+            "heads": 2,
+        },
+        "add_layer_norm": {"shape": (5, 17, 24)},
+        "self_attention": {"batch": 5, "tokens": 7, "width": 24, "features": 32, "heads": 2},
+        "stacked_linear": {"shape": (5, 17, 24), "outs": (16, 8)},
+        "max_similarity": {"shape": (5, 7, 16), "texts": 9},
     }
     monkeypatch.setattr(gpu_checks, "LARGE", shapes)
     assert gpu_checks.large("cpu") == []
@@ -153,7 +166,7 @@ def test_launches_are_collected_with_size_and_grid():
     for op in OPS.values():
         with gpu_configs.calls() as found:
             ahead_of_time.launches(op)
-        assert found, op.name
+        assert bool(found) == (op.name not in {"max_similarity", "stacked_linear"}), op.name
         for call in found:
             for config in call.kernel.configs:
                 assert all(isinstance(n, int) for n in call.grid(config.blocks))

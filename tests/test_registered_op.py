@@ -190,6 +190,8 @@ def test_dtensors_are_refused(op, mesh, everything):
     args, options = op.sample(usual_shape(op))
 
     def distributed(value):
+        if value is None:
+            return None
         if isinstance(value, list):
             return [distributed(v) for v in value]
         return DTensor.from_local(value, mesh, [Replicate()], run_check=False)

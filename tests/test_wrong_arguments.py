@@ -2,8 +2,6 @@
 
 import inspect
 
-import inspect
-
 import pytest
 import torch
 
@@ -50,7 +48,7 @@ def no_work(monkeypatch):
 
 
 def each_argument(op):
-    """Arguments, options, and for each position its name and how to replace it; of a list the first.
+    """Options, and for each argument its name, value and how to replace it; of a list the first.
 
     Not those that the shape leaves out, nor the seed, which nothing reads without dropout.
     """

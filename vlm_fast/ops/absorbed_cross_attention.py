@@ -59,12 +59,13 @@ def absorbed_cross_attention(
         TypeError: an argument is no tensor, not floating, or of another dtype than q.
         ValueError: shapes do not fit, devices differ, dropout without a seed or not in [0, 1).
     """
-    batch, _queries, features = q.shape
-    split = (batch, -1, heads, features // heads)
+    batch, queries, features = q.shape
+    d = features // heads
+    split = (batch, x.shape[1], heads, d)
     k = torch.nn.functional.linear(x, weight_k, bias_k).view(split).transpose(1, 2)
     v = torch.nn.functional.linear(x, weight_v, bias_v).view(split).transpose(1, 2)
     attended = cross_attention.reference(
-        q.view(split).transpose(1, 2), k, v, None, None, None, key_mask, seed,
+        q.reshape(batch, queries, heads, d).transpose(1, 2), k, v, None, None, None, key_mask, seed,
         scale=scale, dropout=dropout,
     )  # fmt: skip
     return attended.transpose(1, 2).reshape(q.shape)
@@ -299,7 +300,7 @@ def cost(q, x, weight_k, bias_k, weight_v, bias_v, key_mask, seed, *, heads, sca
 )
 def inputs(batch, queries, keys, width, features, *, masked=False, bias=True):
     key_mask = torch.rand(batch, keys) < 0.7 if masked else None
-    if key_mask is not None:
+    if key_mask is not None and batch > 0:
         key_mask[batch // 2] = False  # an image of which nothing is seen
     return (
         torch.randn(batch, queries, features),

@@ -58,7 +58,7 @@ def self_attention(
     attended = cross_attention.reference(
         q, k, v, None, None, bias, key_mask, seed, scale=scale, dropout=dropout
     )
-    return attended.transpose(1, 2).reshape(*x.shape[:2], -1)
+    return attended.transpose(1, 2).reshape(*x.shape[:2], weights[0].shape[0])
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -200,9 +200,10 @@ def backward(needs, kept, dout, *, heads, scale, dropout):
     )  # fmt: skip
     rows = dqkv.view(batch * tokens, 3 * features)
     if needs.x:
-        dx = torch.mm(rows, stacked(weights)).view(batch, tokens, -1)
+        dx = torch.mm(rows, stacked(weights))
+        dx = dx.view(batch, tokens, dx.shape[1])
     if needs.parameters:
-        dweight = torch.mm(rows.t(), x.reshape(batch * tokens, -1))
+        dweight = torch.mm(rows.t(), x.reshape(batch * tokens, x.shape[2]))
         dbiases = rows.sum(0).split(features)
         dbiases[1].mul_(0)  # a key's bias shifts all scores of a query alike
         dparameters = [*dweight.split(features), *dbiases]
@@ -254,7 +255,7 @@ def cost(x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
 )
 def inputs(batch, tokens, width, features, *, masked=False, biased=False):
     key_mask = torch.rand(batch, tokens) < 0.7 if masked else None
-    if key_mask is not None:
+    if key_mask is not None and batch > 0:
         key_mask[batch // 2] = False
     weights = [torch.randn(features, width) * width**-0.5 for _ in range(3)]
     return (
