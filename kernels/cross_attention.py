@@ -47,6 +47,7 @@ def _attend(
         n = at + tl.arange(0, TILE)
         inside = n < keys
         k1, k2 = load_parts(k_ptr, n.to(tl.int64) * k_key, inside, d, D1, D2)
+        v1, v2 = load_parts(v_ptr, n.to(tl.int64) * v_key, inside, d, D1, D2)
         s, _ = score_tile(
             inner_product(k1, k2, q1, q2, D2, PRECISION),
             n, inside, first, image, head, query, inside_rows,
@@ -60,7 +61,6 @@ def _attend(
         total = total * shrunk + tl.sum(p, axis=0)
         if seed_ptr is not None:
             p *= dropout_factor(seed_ptr, drop_below, survivor_scale, first + n, query, place)
-        v1, v2 = load_parts(v_ptr, n.to(tl.int64) * v_key, inside, d, D1, D2)
         p = p.to(v1.dtype)
         acc1 = tl.dot(tl.trans(v1), p, acc1 * shrunk[None, :], input_precision=PRECISION)
         if D2 > 0:
@@ -71,8 +71,7 @@ def _attend(
 
 @kernel(
     Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
-    Config({"BLOCK_N": 64}, num_warps=4, num_stages=3),
-    Config({"BLOCK_N": 128}, num_warps=8, num_stages=2),
+    Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
 )
 @triton.jit(do_not_specialize=[*SIZES, "keys2", "splits"])
 def cross_attention_kernel(
@@ -137,8 +136,8 @@ def cross_attention_kernel(
         tl.store(stats_ptr + count + at, total, mask=inside_rows)
         store_parts(o_ptr, at * d, inside_rows, tl.trans(acc1), tl.trans(acc2), d, D1, D2)
     else:
-        total = tl.where(total == 0.0, 1.0, total)  # no key seen: zeros
-        acc1, acc2 = acc1 / total[None, :], acc2 / total[None, :]
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)[None, :]  # no key seen: zeros
+        acc1, acc2 = acc1 * inverse, acc2 * inverse
         out_row = ((image * queries + query) * kv_heads * group + head) * d
         store_parts(o_ptr, out_row, inside_rows, tl.trans(acc1), tl.trans(acc2), d, D1, D2)
 
