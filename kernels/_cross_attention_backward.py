@@ -217,7 +217,7 @@ def cross_attention_backward_kernel(
         at = stats_ptr + place * queries + query
         tl.store(at, largest, mask=inside)
         tl.store(at + count, inverse, mask=inside)
-        tl.store(at + 2 * count, delta, mask=inside)
+        tl.store(at + count + count, delta, mask=inside)
     dq1 = tl.zeros([D1, BLOCK_M], tl.float32)
     dq2 = tl.zeros([D2 if D2 > 0 else 16, BLOCK_M], tl.float32)
     dq1, dq2 = _over_keys(
@@ -291,7 +291,7 @@ def key_gradient_kernel(
         at = stats_ptr + place * queries + query
         largest = tl.load(at, mask=inside, other=0.0)
         inverse = tl.load(at + count, mask=inside, other=0.0)
-        delta = tl.load(at + 2 * count, mask=inside, other=0.0)
+        delta = tl.load(at + count + count, mask=inside, other=0.0)
         s, seen, dp, factor = _scores_and_their_dp(
             k1, k2, v1, v2, n, inside_keys, first, image,
             inside, head, query, place, q1, q2, do1, do2,

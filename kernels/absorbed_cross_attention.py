@@ -8,6 +8,8 @@ GEMM next to it and (image, query, head) for the caller; and the softmax between
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -215,8 +217,8 @@ def absorbed_attention_backward(
     p: Tensor,
     q: Tensor,
     x: Tensor,
-    weight_k: Tensor,
-    weight_v: Tensor,
+    weight_k: Any,
+    weight_v: Any,  # None where no gradient needs it
     bias_v: Tensor | None,
     seed: Tensor | None,
     *,
@@ -241,6 +243,8 @@ def absorbed_attention_backward(
             dout, p, q, x, weight_k, weight_v, bias_v, seed, scale, dropout,
             want_q, want_x, want_k, want_v,
         )  # fmt: skip
+    dq: Any
+    dx: Any
     dq = dx = dweight_k = dweight_v = None
     wide = q.new_empty(images, heads, queries, width)
     by_query, by_image = wide.transpose(1, 2), wide.view(images, heads * queries, width)

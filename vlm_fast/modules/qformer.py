@@ -122,7 +122,7 @@ class QFormer(nn.Module):
                 value=nn.Linear(keys_from, hidden_size, **factory),
             )
             projections.num_attention_heads = num_attention_heads  # type: ignore[assignment]
-            projections.scaling = (hidden_size // num_attention_heads) ** -0.5  # type: ignore
+            projections.scaling = (hidden_size // num_attention_heads) ** -0.5
             projections.attention_dropout = attention_probs_dropout_prob  # type: ignore
             return _Names(attention=projections, output=output(hidden_size))
 
@@ -165,7 +165,7 @@ class QFormer(nn.Module):
         return qformer
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         pack(self.encoder)  # .to() and .cuda() make every parameter anew
         return self
 
@@ -278,7 +278,8 @@ class QFormer(nn.Module):
 
         mask = () if encoder_attention_mask is None else (encoder_attention_mask,)
         sample = tuple(t.detach() for t in (query_embeds, encoder_hidden_states, *mask))
-        return torch.cuda.make_graphed_callables(run, sample)  # type: ignore[no-any-return]
+        graphed: Any = torch.cuda.make_graphed_callables(run, sample)
+        return graphed
 
     def _drops(self) -> bool:
         return self.training and (self.dropout.p > 0 or dropout_of(self.encoder.layer[0]) > 0)

@@ -186,7 +186,7 @@ def _feed_forward(
         inner = act(intermediate.dense(hidden))
         return _add_and_norm(output, inner, hidden, inputs, seed)
     first, second, norm = intermediate.dense, output.dense, output.LayerNorm
-    name = activation_of(act)
+    name = activation_of(act) or ""  # known: a plain tree has no other
     inner = ops.mlp(hidden, first.weight, first.bias, second.weight, None, activation=name)
     return _normed(norm, output.dropout, inner, hidden, second.bias, inputs, seed)
 

@@ -216,8 +216,8 @@ def backward(needs, kept, dout, *, heads, scale, dropout):
     if needs.q or needs.x or needs.weight_k or needs.weight_v:
         dq, dx, dweight_k, dweight_v = absorbed_attention_backward(
             dout, p, dout if q is None else _split(q, heads), _rows(x),
-            None if weight_k is None else _split_weight(weight_k, heads),
-            None if weight_v is None else _split_weight(weight_v, heads),
+            weight_k if weight_k is None else _split_weight(weight_k, heads),
+            weight_v if weight_v is None else _split_weight(weight_v, heads),
             bias_v, seed, scale=_scale(scale, features // heads), dropout=dropout,
             want_q=needs.q, want_x=needs.x, want_k=needs.weight_k, want_v=needs.weight_v,
         )  # fmt: skip
@@ -235,8 +235,8 @@ def backward(needs, kept, dout, *, heads, scale, dropout):
 
 def _shapes(x: Tensor | None, batch: int, queries: int, features: int) -> tuple[Any, ...]:
     """Of the arguments, as far as gradients can be wanted."""
-    rows = () if x is None else x.shape
-    weight = (features, rows[2]) if x is not None else ()
+    rows: tuple[int, ...] = () if x is None else tuple(x.shape)
+    weight = (features, *rows[2:])
     return (batch, queries, features), rows, weight, (features,), weight, (features,), (), ()
 
 

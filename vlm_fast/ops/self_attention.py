@@ -145,8 +145,8 @@ def _mistake(x, parameters, bias, key_mask, seed, heads, dropout):
     for name, value in {**named, **optional}.items():
         if value is not None and value.device != x.device:
             return wrong_value(op, name, value, f"{x.device}, where x is")
-    wanted = f"floating, broadcasting to ({batch}, {heads}, {tokens}, {tokens})"
-    return wrong_value(op, "bias", bias, wanted)
+    reach = f"floating, broadcasting to ({batch}, {heads}, {tokens}, {tokens})"
+    return wrong_value(op, "bias", bias, reach)
 
 
 @self_attention.requires

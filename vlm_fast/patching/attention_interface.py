@@ -54,7 +54,7 @@ def attend(
     if causal and attention_mask is None and query.shape[2] > 1:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        return sdpa_attention_forward(
             module, query, key, value, None, dropout, scaling, is_causal, **kwargs
         )
     key_mask, bias = None, attention_mask
@@ -93,7 +93,7 @@ def mask_of_attention(
             return None
         seen: Tensor = attention_mask[:, None, None, kv_offset : kv_offset + kv_length] != 0
         return seen
-    return sdpa_mask(  # type: ignore[no-any-return]
+    return sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, **kwargs,
     )  # fmt: skip

@@ -139,7 +139,8 @@ class FusedQFormerEncoder(Patched):
             return (hidden_states,)
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+        output: Any = BaseModelOutputWithPastAndCrossAttentions
+        return output(last_hidden_state=hidden_states)
 
     def why_not(self) -> str | None:
         for i, layer in enumerate(self.layer):
