@@ -74,7 +74,7 @@ class PlainTree:
                 reason = why_not_activation(module)
             else:
                 reason = why_not_plain(module)
-                if reason is None and module.bias is None:
+                if reason is None and module._parameters["bias"] is None:
                     reason = "it has no bias"
             if reason is not None:
                 return f"{name}: {reason}"
