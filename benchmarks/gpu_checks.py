@@ -29,7 +29,7 @@ LARGE: dict[str, dict[str, Any]] = {
     },
     "cross_attention": {"batch": BATCH, "heads": 16, "shape": (64, 107_000), "d": 64},
     "absorbed_cross_attention": {
-        "batch": BATCH, "queries": 32, "keys": 8192, "width": 57_344, "features": 64,
+        "batch": BATCH, "queries": 32, "keys": 4096, "width": 114_688, "features": 64,
         "heads": 1,
     },
     "add_layer_norm": {"shape": (BATCH, 107_000, 4096)},

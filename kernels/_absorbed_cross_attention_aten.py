@@ -13,8 +13,10 @@ def after_dropout(p: Tensor, seed: Tensor | None, heads: int, dropout: float) ->
     if dropout == 0 or seed is None:
         return p
     images, rows, keys = p.shape
-    index = [torch.arange(n, device=p.device) for n in (keys, rows // heads, images * heads)]
-    kept_here = keep_mask(seed, dropout, index[0], index[1][:, None], index[2][:, None, None])
+    key, query, head = (
+        torch.arange(n, device=p.device) for n in (keys, rows // heads, images * heads)
+    )
+    kept_here = keep_mask(seed, dropout, key, query.view(-1, 1), head.view(-1, 1, 1))
     return p * kept_here.view(p.shape).to(p.dtype).div_(1 - dropout)
 
 

@@ -39,7 +39,7 @@ def head_product_kernel(
     col_blocks = tl.cdiv(cols, BLOCK_COLS)
     program = tl.program_id(0)
     head = (program // col_blocks % heads).to(tl.int64)
-    row = (program // (col_blocks * heads)).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = (program // col_blocks // heads).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col = program % col_blocks * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     inside_rows, inside_cols = row < rows, col < cols
     image, query = row // queries, row % queries
@@ -83,7 +83,7 @@ def head_weight_gradient_kernel(
 ):  # fmt: skip
     row_blocks, col_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(cols, BLOCK_COLS)
     program = tl.program_id(0)
-    head = (program // (row_blocks * col_blocks)).to(tl.int64)
+    head = (program // col_blocks // row_blocks).to(tl.int64)
     row = program // col_blocks % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col = program % col_blocks * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     inside_rows, inside_cols = row < rows, col < cols
@@ -106,7 +106,7 @@ def head_weight_gradient_kernel(
     tl.store(out, (sums * scale).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@kernel(Config({}, num_warps=4), Config({}, num_warps=2), Config({}, num_warps=8))
+@kernel(Config({}, num_warps=4), Config({}, num_warps=8))
 @triton.jit(do_not_specialize=["queries", "keys"])
 def score_softmax_kernel(
     scores_ptr,  # (images, heads, queries, keys), fp32 or the dtype of p
@@ -142,7 +142,7 @@ def score_softmax_kernel(
         tl.store(total_ptr + row, tl.sum(tl.where(inside, p, 0.0), axis=0))
 
 
-@kernel(Config({}, num_warps=4), Config({}, num_warps=2), Config({}, num_warps=8))
+@kernel(Config({}, num_warps=4), Config({}, num_warps=8))
 @triton.jit(do_not_specialize=["queries", "keys"])
 def score_softmax_backward_kernel(
     p_ptr,  # (images, heads, queries, keys)
@@ -255,8 +255,8 @@ def absorbed_attention_backward(
         dp = _scores(by_image, x)
         dtotal = None
         if bias_v is not None and dropout > 0:
-            bias = bias_v.view(heads, d)
-            dtotal = torch.einsum("bmhd,hd->bhm", dout.float(), bias.float()).contiguous()
+            dtotal = torch.einsum("bmhd,hd->bhm", dout.float(), bias_v.view(heads, d).float())
+            dtotal = dtotal.clone(memory_format=torch.contiguous_format)
         ds = torch.empty_like(p)
         score_softmax_backward_kernel(
             keys, lambda blocks: (images * heads * queries,),

@@ -16,7 +16,7 @@ from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
 from vlm_fast.ops.cross_attention import cross_attention
 from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
 
-MAX_KEYS = 8192  # of one row of scores, which a program holds whole
+MAX_KEYS = 4096  # of one row of scores, which a program holds whole: with more, it spills
 
 
 @linear_op
@@ -296,6 +296,9 @@ def cost(q, x, weight_k, bias_k, weight_v, bias_v, key_mask, seed, *, heads, sca
             batch=16, queries=32, keys=1025, width=1408, features=768, heads=12
         ),
         "BLIP-2, 1 image": dict(batch=1, queries=32, keys=257, width=1408, features=768, heads=12),
+        "most keys, dropout, 4 images": dict(
+            batch=4, queries=32, keys=MAX_KEYS, width=1408, features=768, heads=12, dropout=0.1
+        ),
     },
 )
 def inputs(batch, queries, keys, width, features, *, masked=False, bias=True):
