@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._cross_attention_aten import softmax_gradient
 from ._dropout import keep_mask
 
 
@@ -82,7 +83,7 @@ def backward(
                 if bias_v is not None:
                     dp += (dout[image] * bias_v.view(heads, -1)).sum(-1).t().reshape(-1, 1)
                 dp *= factor[image]
-            ds = torch.ops.aten._softmax_backward_data(dp, p[image], -1, dp.dtype)
+            ds = softmax_gradient(dp, p[image])
             if want_q or want_k:
                 torch.mm(ds, x[image], out=rows)
             if dweight_k is not None:

@@ -98,10 +98,20 @@ def _score_gradients(
     if dropout > 0 and seed is not None:
         factor = _survivors(image, q.shape, p.shape, seed, dropout)
         dp *= factor
-    ds = _softmax_backward(dp, p, -1, p.dtype)
+    ds = softmax_gradient(dp, p)
     if key_mask is not None:
         ds.masked_fill_(~key_mask[image], 0)  # 0 even if p is NaN
     return p if factor is None else p * factor, ds
+
+
+def softmax_gradient(dp: Tensor, p: Tensor) -> Tensor:
+    """The gradient of the scores from that of their softmax p, which is changed.
+
+    What dp is at the largest probability is taken off first, from all of its row: it cancels, and
+    where one key has all the weight only the rounding of dp would be left.
+    """
+    dp -= dp.gather(-1, p.argmax(-1, keepdim=True)).nan_to_num_(0, 0, 0)
+    return _softmax_backward(dp, p, -1, dp.dtype)
 
 
 def _probabilities(

@@ -2,8 +2,9 @@
 
 Nothing of the forward is kept but its inputs. A first pass over the keys, which the second then
 finds in L2, gives a row's largest score, its sum of exponentials, and the mean of dp that the
-softmax takes off: from the very scores and dp it is used with, so that rounding cancels where one
-key has all the weight, as it does in plain PyTorch and not in ``sum(do * o)``.
+softmax takes off, as dp at the largest score and what the mean is beyond it. So ``dp - mean`` is
+exactly 0 where one key has all the weight or all keys have one dp, and elsewhere has the rounding
+of the differences of dp and not, as ``sum(do * o)``, that of dp itself.
 
 Where all rows of a key head fit in one tile, and there are key heads enough, that kernel gives
 every gradient. Else it gives dq, a program per tile of rows, and a second one dk and dv, a program
@@ -84,14 +85,18 @@ def _scores_and_their_dp(
 
 @triton.jit
 def _summed_over_keys(
-    largest, total, weighted, k_ptr, k_key, v_ptr, v_key, keys, first, image,
+    largest, total, pivot, beyond, k_ptr, k_key, v_ptr, v_key, keys, first, image,
     inside, head, query, place, q1, q2, do1, do2,
     bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
     seed_ptr, drop_below, survivor_scale, scale,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The first pass over one source: largest score, sum of exponentials, that weighted by dp."""
+    """The first pass over one source.
+
+    Largest score, sum of exponentials, dp at the largest score, and the sum of what dp is beyond
+    that, weighted by the exponentials.
+    """
     for at in range(0, keys, TILE):
         n = at + tl.arange(0, TILE)
         inside_keys = n < keys
@@ -103,28 +108,37 @@ def _summed_over_keys(
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
             seed_ptr, drop_below, survivor_scale, scale, D2, PRECISION,
         )  # fmt: skip
-        larger = tl.maximum(largest, tl.max(s, axis=0))
+        here = tl.max(s, axis=0)
+        there = tl.max(tl.where(s == here[None, :], dp, -float("inf")), axis=0)
+        there = tl.where((here > largest) & (tl.abs(there) < float("inf")), there, pivot)
+        larger = tl.maximum(largest, here)
         shift = tl.where(larger == -float("inf"), 0.0, larger)  # no key seen yet
         e = tl.exp2((s - shift[None, :]) * LOG2_E)
         shrunk = tl.exp2((largest - shift) * LOG2_E)
-        total = total * shrunk + tl.sum(e, axis=0)
-        weighted = weighted * shrunk + tl.sum(e * dp, axis=0)
-        largest = larger
-    return largest, total, weighted
+        total *= shrunk
+        beyond = beyond * shrunk + total * (pivot - there)
+        beyond += tl.sum(e * (dp - there[None, :]), axis=0)
+        total += tl.sum(e, axis=0)
+        largest, pivot = larger, there
+    return largest, total, pivot, beyond
 
 
 @triton.jit
-def _probabilities_and_score_gradients(s, seen, dp, factor, largest, inverse, delta, dtype):
+def _probabilities_and_score_gradients(
+    s, seen, inside, dp, factor, largest, inverse, pivot, delta, dtype
+):  # fmt: skip
     """A tile ``[keys, rows]`` of p after dropout and of ds, as the dots to come take them."""
     p = tl.exp2((s - largest[None, :]) * LOG2_E) * inverse[None, :]
-    ds = tl.where(seen[:, None], p * (dp - delta[None, :]), 0.0)  # 0 even if p is NaN
-    return (p * factor).to(dtype), ds.to(dtype)
+    ds = p * ((dp - pivot[None, :]) - delta[None, :])
+    ds = tl.where(seen[:, None] & inside[None, :], ds, 0.0)  # 0 even if p is NaN
+    p = tl.where(inside[None, :], p * factor, 0.0)  # rows beyond the last: 0 * Inf is NaN
+    return p.to(dtype), ds.to(dtype)
 
 
 @triton.jit
 def _over_keys(
     dq1, dq2, k_ptr, k_key, v_ptr, v_key, dk_ptr, dk_key, dv_ptr, dv_key, keys, first, image,
-    inside, head, query, place, q1, q2, do1, do2, largest, inverse, delta,
+    inside, head, query, place, q1, q2, do1, do2, largest, inverse, pivot, delta,
     bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
     seed_ptr, drop_below, survivor_scale, scale,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TILE: tl.constexpr,
@@ -143,7 +157,7 @@ def _over_keys(
             seed_ptr, drop_below, survivor_scale, scale, D2, PRECISION,
         )  # fmt: skip
         p, ds = _probabilities_and_score_gradients(
-            s, seen, dp, factor, largest, inverse, delta, q1.dtype
+            s, seen, inside, dp, factor, largest, inverse, pivot, delta, q1.dtype
         )
         if WANT_KV:
             dv1 = tl.dot(p, do1, input_precision=PRECISION)
@@ -167,7 +181,7 @@ def _over_keys(
 def cross_attention_backward_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
     do_ptr, do_batch, do_head, do_query,
-    stats_ptr,  # (3, count) fp32: largest score, 1 / sum of exponentials, mean of dp; or None
+    stats_ptr,  # (4, count) fp32: largest score, 1 / sum of them, the mean of dp; or None
     k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
     k2_ptr, k2_batch, k2_head, k2_key, v2_ptr, v2_batch, v2_head, v2_key,  # or None
     bias_ptr, bias_batch, bias_head, bias_query, bias_key,
@@ -194,9 +208,10 @@ def cross_attention_backward_kernel(
     v_ptr += image * v_batch + kv_head * v_head
     largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    weighted = tl.zeros([BLOCK_M], tl.float32)
-    largest, total, weighted = _summed_over_keys(
-        largest, total, weighted, k_ptr, k_key, v_ptr, v_key, keys, 0, image,
+    pivot = tl.zeros([BLOCK_M], tl.float32)
+    beyond = tl.zeros([BLOCK_M], tl.float32)
+    largest, total, pivot, beyond = _summed_over_keys(
+        largest, total, pivot, beyond, k_ptr, k_key, v_ptr, v_key, keys, 0, image,
         inside, head, query, place, q1, q2, do1, do2,
         bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
         seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE, PRECISION,
@@ -204,20 +219,21 @@ def cross_attention_backward_kernel(
     if k2_ptr is not None:
         k2_ptr += image * k2_batch + kv_head * k2_head
         v2_ptr += image * v2_batch + kv_head * v2_head
-        largest, total, weighted = _summed_over_keys(
-            largest, total, weighted, k2_ptr, k2_key, v2_ptr, v2_key, keys2, keys, image,
+        largest, total, pivot, beyond = _summed_over_keys(
+            largest, total, pivot, beyond, k2_ptr, k2_key, v2_ptr, v2_key, keys2, keys, image,
             inside, head, query, place, q1, q2, do1, do2,
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
             seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE, PRECISION,
         )  # fmt: skip
     largest = tl.where(total == 0.0, 0.0, largest)
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    delta = weighted * inverse
+    delta = beyond * inverse
     if stats_ptr is not None:
         at = stats_ptr + place * queries + query
         tl.store(at, largest, mask=inside)
         tl.store(at + count, inverse, mask=inside)
-        tl.store(at + count + count, delta, mask=inside)
+        tl.store(at + count + count, pivot, mask=inside)
+        tl.store(at + count + count + count, delta, mask=inside)
     dq1 = tl.zeros([D1, BLOCK_M], tl.float32)
     dq2 = tl.zeros([D2 if D2 > 0 else 16, BLOCK_M], tl.float32)
     dq1, dq2 = _over_keys(
@@ -225,7 +241,7 @@ def cross_attention_backward_kernel(
         k_ptr, k_key, v_ptr, v_key,
         None if dk_ptr is None else dk_ptr + image * dk_batch + kv_head * dk_head, dk_key,
         None if dv_ptr is None else dv_ptr + image * dv_batch + kv_head * dv_head, dv_key,
-        keys, 0, image, inside, head, query, place, q1, q2, do1, do2, largest, inverse, delta,
+        keys, 0, image, inside, head, query, place, q1, q2, do1, do2, largest, inverse, pivot, delta,
         bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
         seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE,
         dq_ptr is not None, dk_ptr is not None, PRECISION,
@@ -237,7 +253,7 @@ def cross_attention_backward_kernel(
             None if dk2_ptr is None else dk2_ptr + image * dk2_batch + kv_head * dk2_head, dk2_key,
             None if dv2_ptr is None else dv2_ptr + image * dv2_batch + kv_head * dv2_head, dv2_key,
             keys2, keys, image,
-            inside, head, query, place, q1, q2, do1, do2, largest, inverse, delta,
+            inside, head, query, place, q1, q2, do1, do2, largest, inverse, pivot, delta,
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
             seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE,
             dq_ptr is not None, dk2_ptr is not None, PRECISION,
@@ -256,7 +272,7 @@ def cross_attention_backward_kernel(
 def key_gradient_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
     do_ptr, do_batch, do_head, do_query,
-    stats_ptr,  # (3, count) fp32: as the kernel above leaves it
+    stats_ptr,  # (4, count) fp32: as the kernel above leaves it
     k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
     bias_ptr, bias_batch, bias_head, bias_query, bias_key,
     mask_ptr, mask_batch, mask_key,  # (batch, keys of all sources) bytes
@@ -291,7 +307,8 @@ def key_gradient_kernel(
         at = stats_ptr + place * queries + query
         largest = tl.load(at, mask=inside, other=0.0)
         inverse = tl.load(at + count, mask=inside, other=0.0)
-        delta = tl.load(at + count + count, mask=inside, other=0.0)
+        pivot = tl.load(at + count + count, mask=inside, other=0.0)
+        delta = tl.load(at + count + count + count, mask=inside, other=0.0)
         s, seen, dp, factor = _scores_and_their_dp(
             k1, k2, v1, v2, n, inside_keys, first, image,
             inside, head, query, place, q1, q2, do1, do2,
@@ -299,7 +316,7 @@ def key_gradient_kernel(
             seed_ptr, drop_below, survivor_scale, scale, D2, PRECISION,
         )  # fmt: skip
         p, ds = _probabilities_and_score_gradients(
-            s, seen, dp, factor, largest, inverse, delta, q1.dtype
+            s, seen, inside, dp, factor, largest, inverse, pivot, delta, q1.dtype
         )
         dv1 = tl.dot(p, do1, dv1, input_precision=PRECISION)
         dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
@@ -328,7 +345,7 @@ def launch_backward(
     row_tiles = triton.cdiv(rows, block)
     one_pass = row_tiles == 1 and batch * kv_heads >= ENOUGH_HEADS
     written = (dk, dv, dk2, dv2) if one_pass else (None,) * 4
-    stats = None if one_pass else q.new_empty(3, count, dtype=torch.float32)
+    stats = None if one_pass else q.new_empty(4, count, dtype=torch.float32)
     shared = (q, *strides(q), do, *strides(do), stats)
     masks = (
         bias, *score_strides(bias, (batch, heads, queries, keys + keys2)),

@@ -164,6 +164,9 @@ def score_softmax_backward_kernel(
         query = (row % queries).to(tl.int32)
         head = (row // queries).to(tl.int32)
         dp *= kept(tl.load(seed_ptr), key, query, head, drop_below) * survivor_scale
+    # dp at the largest probability cancels; taken off first, it leaves no rounding of its size.
+    pivot = tl.max(tl.where(inside & (p == tl.max(p, axis=0)), dp, -float("inf")), axis=0)
+    dp -= tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
     ds = p * (dp - tl.sum(tl.where(inside, p * dp, 0.0), axis=0))
     tl.store(ds_ptr + row * keys + key, ds.to(ds_ptr.dtype.element_ty), mask=inside)
 

@@ -1,0 +1,124 @@
+"""Plain PyTorch summing in other orders, to know the size of its rounding and not one draw of it.
+
+Attention whose scores are in the thousands is all but a choice of one key; what is left of the
+other keys carries the rounding of their scores whole, and its largest error hangs on a few rows.
+Plain PyTorch with its features permuted is then beyond three times plain PyTorch's error in a
+tenth to a third of all draws: one draw is no yardstick. The largest of several orders is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vlm_fast import ops
+from vlm_fast.kernels._absorbed_cross_attention_aten import after_dropout
+from vlm_fast.kernels._dropout import keep_mask
+from vlm_fast.op import Op
+
+ORDERS = 8
+
+
+def in_other_orders(op: Op[..., Any]) -> list[Callable[..., Tensor]]:
+    """Functions equal to the op's reference but for the order of their sums."""
+    permuted = {
+        "cross_attention": [_cross_attention],
+        "self_attention": [_self_attention],
+        "absorbed_cross_attention": [
+            functools.partial(_absorbed, plain)
+            for plain in (ops.absorbed_cross_attention.reference, _plain_absorbed)
+        ],
+    }.get(op.name, [])
+    return [functools.partial(f, order) for f in permuted for order in range(ORDERS)]
+
+
+class ExactSoftmaxBackward(TorchDispatchMode):
+    """Softmax's backward without the cancellation at the largest probability.
+
+    ``p (dp - sum(p dp))`` there is the sum of all other keys' gradients; where these are below one
+    ulp of dp, it comes out as 0, in float64 too. That is no truth to be measured against.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._softmax_backward_data.default:
+            dp, p, dim = args[:3]
+            dp = dp - dp.gather(dim, p.argmax(dim, keepdim=True)).nan_to_num(0, 0, 0)
+            args = (dp, p, *args[2:])
+        return function(*args, **(kwargs or {}))
+
+
+def _permutation(order: int, n: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(order))
+
+
+def _cross_attention(
+    order, q, k, v, k2=None, v2=None, bias=None, key_mask=None, seed=None, *, scale=None, dropout=0.0
+):  # fmt: skip
+    if k2 is not None:
+        k, v = torch.cat([k, k2], 2), torch.cat([v, v2], 2)
+    batch, heads, queries, d = q.shape
+    i, j = _permutation(order, d), _permutation(order, k.shape[2])
+    k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k[:, :, j][..., i], v[:, :, j]))
+    scores = (q[..., i] @ k.transpose(2, 3) * (d**-0.5 if scale is None else scale)).float()
+    if bias is not None:
+        scores = scores + (bias if bias.shape[3] == 1 else bias[..., j])
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None, j], -torch.inf)
+    p = torch.ops.aten._safe_softmax(scores, -1)
+    if dropout > 0:
+        at = [torch.arange(n, device=q.device) for n in (batch * heads, queries)]
+        survives = keep_mask(seed, dropout, j.to(q.device), at[1][:, None], at[0][:, None, None])
+        p = p * survives.view(p.shape) / (1 - dropout)
+    return p.to(q.dtype) @ v
+
+
+def _self_attention(
+    order, x, parameters, bias=None, key_mask=None, seed=None, *, heads, **options
+):  # fmt: skip
+    i = _permutation(order, x.shape[2])
+    q, k, v = (
+        torch.nn.functional.linear(x[..., i], w[:, i], b).unflatten(2, (heads, -1)).transpose(1, 2)
+        for w, b in zip(parameters[:3], parameters[3:], strict=True)
+    )
+    o = _cross_attention(order, q, k, v, None, None, bias, key_mask, seed, **options)
+    return o.transpose(1, 2).flatten(2)
+
+
+def _absorbed(plain, order, q, x, weight_k, bias_k, weight_v, *others, heads, **options):
+    i, j = _permutation(order, x.shape[2]), _within_heads(order, len(weight_k), heads)
+    return plain(
+        q[..., j], x[..., i], weight_k[j][:, i], None if bias_k is None else bias_k[j],
+        weight_v[:, i], *others, heads=heads, **options,
+    )  # fmt: skip
+
+
+def _within_heads(order: int, features: int, heads: int) -> Tensor:
+    d = features // heads
+    return (torch.arange(heads)[:, None] * d + _permutation(order, d)).flatten()
+
+
+def _plain_absorbed(
+    q, x, weight_k, bias_k, weight_v, bias_v, key_mask, seed, *, heads, scale=None, dropout=0.0
+):
+    """The queries first multiplied by the key weights, as the op documents."""
+    batch, queries, features = q.shape
+    d = features // heads
+    split = q.view(batch, queries, heads, d).transpose(1, 2)
+    wide = split @ weight_k.view(heads, d, -1) * (d**-0.5 if scale is None else scale)
+    scores = wide @ x[:, None].transpose(2, 3)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
+    p = torch.ops.aten._safe_softmax(scores, -1)
+    if dropout > 0:
+        p = after_dropout(p.flatten(1, 2), seed, heads, dropout).view(p.shape)
+    out = (p @ x[:, None]) @ weight_v.view(heads, d, -1).transpose(1, 2)
+    if bias_v is not None:
+        out = out + p.sum(-1, keepdim=True) * bias_v.view(heads, 1, d)
+    if bias_k is not None:
+        out = out + 0 * bias_k.sum()
+    return out.transpose(1, 2).reshape(q.shape)
