@@ -1,4 +1,4 @@
-"""Every op at its named shapes, against its reference in eager mode and under torch.compile."""
+"""Every op at its named shapes, against its reference, eager and compiled, and its peers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import machine, memory, timing
+from benchmarks import machine, memory, peers, timing
 from benchmarks.timing import Ceilings, Times
 from vlm_fast import tables
 from vlm_fast.op import OPS, Op
@@ -36,9 +36,18 @@ def main(names: Iterable[str], *, quick: bool = False, device: str | None = None
 
 
 def measure(
-    names: Iterable[str], *, quick: bool = False, device: str, seconds: float | None = None
+    names: Iterable[str],
+    *,
+    quick: bool = False,
+    device: str,
+    seconds: float | None = None,
+    compile_all: bool = True,
 ) -> Iterable[Row]:
-    """The rows, a provider each; ``quick`` is one small shape an op, and no torch.compile."""
+    """The rows, a provider each.
+
+    ``quick`` is one small shape an op, and no torch.compile; without ``compile_all`` only the first
+    shape of an op is compiled.
+    """
     seconds = seconds or (0.2 if quick else 2.0)
     dtype = DTYPE[device]
     best = timing.ceilings(device, dtype)
@@ -49,7 +58,10 @@ def measure(
                 shape, label = one_sample(shape), f"{label}: one sample"
             if quick:
                 shape, label = shrink(one_sample(shape)), f"{label}, sizes / 8"
-            yield from _measure_shape(op, label, shape, dtype, device, best, quick, seconds)
+            compiled = not quick and (compile_all or label == next(iter(op.bench_shapes)))
+            yield from _measure_shape(
+                op, label, shape, dtype, device, best, quick, seconds, compiled
+            )
             if quick:
                 break
 
@@ -63,12 +75,14 @@ def _measure_shape(
     best: Ceilings,
     quick: bool,
     seconds: float,
+    compiled: bool,
 ) -> Iterable[Row]:
     torch.manual_seed(0)
     samples = [op.sample(shape, dtype, device) for _ in range(INPUTS)]
     options = samples[0][1]
     providers: dict[str, Callable[..., Any]] = {OURS: op, "eager": op.reference}
-    if not quick:
+    providers |= peers.of(op.name, *samples[0])
+    if compiled:
         torch._dynamo.reset()  # the last shape would make this one a dynamic shape
         providers["torch.compile"] = torch.compile(op.reference)
     cost = op.cost_of(*samples[0][0], **options)

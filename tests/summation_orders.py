@@ -57,7 +57,8 @@ def _permutation(order: int, n: int) -> Tensor:
 
 
 def _cross_attention(
-    order, q, k, v, k2=None, v2=None, bias=None, key_mask=None, seed=None, *, scale=None, dropout=0.0
+    order, q, k, v, k2=None, v2=None, bias=None, key_mask=None, seed=None, *,
+    scale=None, dropout=0.0,
 ):  # fmt: skip
     if k2 is not None:
         k, v = torch.cat([k, k2], 2), torch.cat([v, v2], 2)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlm_fast.modules.activation import activation_module
 from vlm_fast.modules.plain_tree import why_not_plain_tree
-from vlm_fast.modules.qformer_layer import KeysValues, LayerInputs, dropout_of, qformer_layer
+from vlm_fast.modules.qformer_layer import KeysValues, LayerInputs, qformer_layer
 from vlm_fast.modules.qformer_shared import (
     OP,
     ImageKeyValues,
@@ -19,6 +19,7 @@ from vlm_fast.modules.qformer_shared import (
     causal_bias,
     check_image,
     dropout_seeds,
+    drops,
     images_of_layers,
     keys_and_values,
     pack,
@@ -203,14 +204,14 @@ class QFormer(nn.Module):
             TypeError: an argument is no tensor.
             ValueError: shapes do not fit; image features missing for cross-attention layers.
         """
-        n = self._check(query_embeds, query_length, attention_mask, encoder_hidden_states,
-                        encoder_attention_mask, image_key_values, past)  # fmt: skip
+        n, images = self._check(query_embeds, query_length, attention_mask, encoder_hidden_states,
+                                encoder_attention_mask, image_key_values, past)  # fmt: skip
         hidden = query_embeds.to(self.layernorm.weight.dtype)
-        shared = hidden.shape[0] > 1 and hidden.stride(0) == 0 and n == hidden.shape[1]
+        batch, tokens = hidden.shape[:2]
+        shared = batch == images and batch > 1 and hidden.stride(0) == 0 and n == tokens
         if shared and attention_mask is None and past is None and not keep and not self._drops():
             hidden = hidden[:1]
         hidden = self.dropout(self.layernorm(hidden))
-        _batch, tokens = hidden.shape[:2]
         image = encoder_hidden_states
         if image is not None and image.dtype != hidden.dtype:
             image = image.to(hidden.dtype)
@@ -227,14 +228,16 @@ class QFormer(nn.Module):
         )  # fmt: skip
         kept: list[KeysValues] = []
         with self._computing(hidden):
-            images = images_of_layers(self.encoder, hidden, image, image_key_values, n)
+            reasons = list(map(why_not_plain_tree, self.encoder.layer))
+            read = images_of_layers(
+                self.encoder, hidden, image, image_key_values, n, plain=not any(reasons)
+            )
             seeds = dropout_seeds(self.encoder.layer, hidden)
             for i, layer in enumerate(self.encoder.layer):
-                reason = why_not_plain_tree(layer)
-                if reason is not None:
-                    fell_back(OP, f"layer {i} calls its children: {reason}")
-                inputs.plain = reason is None
-                inputs.image, inputs.projected = images[i]
+                if reasons[i] is not None:
+                    fell_back(OP, f"layer {i} calls its children: {reasons[i]}")
+                inputs.plain = reasons[i] is None
+                inputs.image, inputs.projected = read[i]
                 inputs.past = None if past is None else past[i]
                 inputs.seeds = None if seeds is None else seeds[i]
                 inputs.kept = kept
@@ -249,8 +252,9 @@ class QFormer(nn.Module):
         it needs them.
         """
         x = encoder_hidden_states.to(self.layernorm.weight.dtype)
+        plain = not any(map(why_not_plain_tree, self.encoder.layer))
         with self._computing(x):
-            return ImageKeyValues(keys_and_values(self.encoder, x))
+            return ImageKeyValues(keys_and_values(self.encoder, x, plain))
 
     def capture_graph(
         self,
@@ -282,7 +286,9 @@ class QFormer(nn.Module):
         return graphed
 
     def _drops(self) -> bool:
-        return self.training and (self.dropout.p > 0 or dropout_of(self.encoder.layer[0]) > 0)
+        # What lies before the image is read is all that can be shared.
+        first = self.encoder.layer[:1]
+        return (self.dropout.training and self.dropout.p > 0) or drops(first)
 
     def _computing(self, x: Tensor) -> AbstractContextManager[Any]:
         if self.compute_dtype is None:
@@ -292,7 +298,8 @@ class QFormer(nn.Module):
     def _check(
         self, query: Tensor, query_length: int | None, mask: Tensor | None, image: Tensor | None,
         image_mask: Tensor | None, projected: ImageKeyValues | None, past: Any,
-    ) -> int:  # fmt: skip
+    ) -> tuple[int, int]:  # fmt: skip
+        """How many tokens are queries, and how many images they read."""
         width = self.layernorm.weight.shape[0]
         if not isinstance(query, Tensor):
             raise not_a_tensor(OP, "query_embeds", query)
@@ -302,7 +309,7 @@ class QFormer(nn.Module):
         n = tokens if query_length is None else query_length
         if not 0 <= n <= tokens:
             raise wrong_value(OP, "query_length", n, f"0 to {tokens}, the tokens of query_embeds")
-        check_image(self.encoder, n, batch, image, image_mask, projected)
+        images = check_image(self.encoder, n, batch, image, image_mask, projected)
         if mask is not None and mask.shape[-1] != tokens:
             raise wrong_value(OP, "attention_mask", mask, f"({batch}, {tokens})")
         if past is not None and len(past) != len(self.encoder.layer):
@@ -310,7 +317,7 @@ class QFormer(nn.Module):
         first = self.encoder.layer[0]
         if n < tokens and not hasattr(first, "intermediate"):
             raise wrong_value(OP, "query_length", n, f"{tokens}: it was made without text input")
-        return n
+        return n, images
 
 
 class _Names(nn.Module):

@@ -221,10 +221,14 @@ def parameters_of(linears: Any) -> list[Tensor]:
 
 def dropout_of(layer: Any) -> float:
     """The largest probability of a dropout that is active in this layer."""
-    if not layer.training:
-        return 0.0
-    attention = layer.attention
-    return max(_attention_dropout(attention.attention), attention.output.dropout.p)
+    names = ("attention", "crossattention", "output_query", "output")
+    parts = [part for part in (getattr(layer, name, None) for name in names) if part is not None]
+    outputs = [getattr(part, "output", part) for part in parts]
+    return max(
+        *(_attention_dropout(part.attention) for part in parts if hasattr(part, "attention")),
+        *(float(getattr(o.dropout, "p", 0)) for o in outputs if o.dropout.training),
+        0.0,
+    )
 
 
 def _attention_dropout(attention: Any) -> float:

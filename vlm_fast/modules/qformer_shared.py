@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.kernels._stacking import lay_side_by_side
-from vlm_fast.modules.plain_tree import why_not_plain_tree
 from vlm_fast.modules.qformer_layer import SEEDS, dropout_of, parameters_of
 from vlm_fast.ops.absorbed_cross_attention import absorbs
 from vlm_fast.refusal import not_a_tensor, wrong_value
@@ -37,11 +36,11 @@ class ImageKeyValues:
 def check_image(
     encoder: Any, queries: int, batch: int, image: Tensor | None, image_mask: Tensor | None,
     projected: ImageKeyValues | None,
-) -> None:  # fmt: skip
-    """Raise ValueError or TypeError unless the image fits the cross-attention layers."""
+) -> int:  # fmt: skip
+    """How many images are read; ValueError or TypeError unless they fit the layers that do."""
     crossing = [m for m in map(_crossattention, encoder.layer) if m is not None]
     if not crossing or queries == 0:
-        return
+        return 0
     if image is None and projected is None:
         raise ValueError(
             f"vlm_fast.{OP}: encoder_hidden_states is None, expected image features for "
@@ -64,18 +63,21 @@ def check_image(
         raise wrong_value(OP, "encoder_hidden_states", image, wanted)
     if image_mask is not None and image_mask.shape != (images, keys):
         raise wrong_value(OP, "encoder_attention_mask", image_mask, f"({images}, {keys})")
+    return images
 
 
 def images_of_layers(
     encoder: Any, hidden: Tensor, image: Tensor | None, projected: ImageKeyValues | None,
-    queries: int,
+    queries: int, *, plain: bool,
 ) -> list[tuple[Tensor | None, bool]]:  # fmt: skip
-    """What each layer reads of the image, and whether that is keys and values already."""
+    """What each layer reads of the image, and whether that is keys and values already.
+
+    ``plain``: whether the parameters of all layers may be read.
+    """
     if image is None and projected is None:
         return [(None, False)] * len(encoder.layer)
     if projected is None and image is not None:
         crossing = next(filter(None, map(_crossattention, encoder.layer)), None)
-        plain = all(why_not_plain_tree(layer) is None for layer in encoder.layer)
         if crossing is None or not plain:
             return [(image, False)] * len(encoder.layer)
         heads, features = crossing.attention.num_attention_heads, hidden.shape[2]
@@ -83,18 +85,19 @@ def images_of_layers(
         of_an_image = queries * max(hidden.shape[0] // max(images, 1), 1)
         if absorbs(of_an_image, keys, width, features // heads, images, on_gpu=image.is_cuda):
             return [(image, False)] * len(encoder.layer)
-    layers = iter(keys_and_values(encoder, image) if projected is None else projected.layers)
+    found = projected.layers if projected is not None else keys_and_values(encoder, image, plain)
+    layers = iter(found)
     return [
         (None, False) if _crossattention(layer) is None else (next(layers), True)
         for layer in encoder.layer
     ]
 
 
-def keys_and_values(encoder: Any, image: Any) -> Sequence[Tensor]:
-    """Keys and values of all cross-attention layers in one GEMM."""
+def keys_and_values(encoder: Any, image: Any, plain: bool) -> Sequence[Tensor]:
+    """Keys and values of all cross-attention layers, in one GEMM if the layers are plain."""
     crossing = [m for m in map(_crossattention, encoder.layer) if m is not None]
     linears = [child for m in crossing for child in (m.attention.key, m.attention.value)]
-    if any(why_not_plain_tree(layer) is not None for layer in encoder.layer):
+    if not plain:
         return [torch.cat((k(image), v(image)), dim=-1)
                 for k, v in zip(linears[::2], linears[1::2], strict=True)]  # fmt: skip
     return ops.stacked_linear(image, parameters_of(linears)).chunk(len(crossing), dim=-1)
@@ -104,9 +107,14 @@ def _crossattention(layer: Any) -> Any:
     return getattr(layer, "crossattention", None)
 
 
+def drops(layers: Sequence[Any]) -> bool:
+    """Whether any dropout of these layers is active."""
+    return any(dropout_of(layer) > 0 for layer in layers)
+
+
 def dropout_seeds(layers: Sequence[Any], hidden: Tensor) -> Tensor | None:
     """One int64 for each dropout of each layer, drawn on the device; None if none is active."""
-    if not any(dropout_of(layer) > 0 for layer in layers):
+    if not drops(layers):
         return None
     shape = (len(layers), SEEDS)
     return torch.randint(2**62, shape, dtype=torch.int64, device=hidden.device)

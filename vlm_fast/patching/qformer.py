@@ -8,6 +8,7 @@ child that is not plain (LoRA, quantisation, hooks) runs its own forward.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 
 from vlm_fast.modules.activation import activation_of
 from vlm_fast.modules.plain_tree import wants_attentions, why_not_plain_tree
-from vlm_fast.modules.qformer_layer import LayerInputs, dropout_of, qformer_layer
+from vlm_fast.modules.qformer_layer import LayerInputs, qformer_layer
 from vlm_fast.modules.qformer_shared import (
     check_image,
     dropout_seeds,
+    drops,
     images_of_layers,
     pack,
     self_attention_masks,
@@ -42,19 +44,20 @@ class FusedQFormerModel(Patched):
 
     encoder: Any
     config: Any
+    dropout: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         base = self.patch.base.forward
         asked = kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))
         if asked or self.why_not() is not None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        bound = inspect.signature(base).bind(self, *args, **kwargs)
+        bound = _signature(base).bind(self, *args, **kwargs)
         given = bound.arguments
         for name in ("attention_mask", "encoder_attention_mask"):
             mask = given.get(name)
             if isinstance(mask, Tensor) and mask.ndim == 2:
                 given[name] = self._mask(mask)
-        query = given.get("query_embeds")
+        query, image = given.get("query_embeds"), given.get("encoder_hidden_states")
         if (
             isinstance(query, Tensor)
             and query.ndim == 3
@@ -62,10 +65,12 @@ class FusedQFormerModel(Patched):
             and query.stride(0) == 0
             and given.get("input_ids") is None
             and given.get("attention_mask") is None
-            and given.get("encoder_hidden_states") is not None
+            and isinstance(image, Tensor)
+            and image.shape[0] == query.shape[0]
             and given.get("query_length") in (None, query.shape[1])
             and hasattr(self.encoder.layer[0], "crossattention")
-            and dropout_of(self.encoder.layer[0]) == 0
+            and not (self.dropout.training and self.dropout.p > 0)
+            and not drops(self.encoder.layer[:1])
         ):
             given["query_embeds"] = query[:1]  # what comes before the image is the same for all
         return super().forward(*bound.args[1:], **bound.kwargs)  # type: ignore[misc]
@@ -124,11 +129,11 @@ class FusedQFormerEncoder(Patched):
         with _computing(self.patch.recipe, hidden_states):
             images = images_of_layers(
                 self, hidden_states, None if inputs.image_bias is not None else image, None,
-                query_length,
+                query_length, plain=True,
             )  # fmt: skip
             seeds = dropout_seeds(self.layer, hidden_states)
             for i, layer in enumerate(self.layer):
-                of_layer = dataclasses.replace(
+                of_layer = dataclasses.replace(  # its own: checkpointing comes back to it
                     inputs, projected=images[i][1], seeds=None if seeds is None else seeds[i]
                 )
                 read = image if images[i][0] is None else images[i][0]
@@ -165,7 +170,7 @@ class FusedQFormerLayer(Patched):
         **kwargs: Any,
     ) -> Any:
         if inputs is not None:  # from the encoder, which has looked
-            inputs = dataclasses.replace(inputs, image=encoder_hidden_states)
+            inputs.image = encoder_hidden_states
             return qformer_layer(self, hidden_states, inputs)
         reason = ATTENTIONS if wants_attentions() else self.why_not()
         reason = reason or _why_not_masks(attention_mask, encoder_attention_mask)
@@ -185,6 +190,9 @@ class FusedQFormerLayer(Patched):
 
     def why_not(self) -> str | None:
         return why_not_plain_tree(self)  # type: ignore[arg-type]
+
+
+_signature = functools.cache(inspect.signature)
 
 
 def layer_inputs(hidden: Tensor, mask: Any, image_mask: Any, query_length: int) -> LayerInputs:
