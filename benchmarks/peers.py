@@ -1,0 +1,58 @@
+"""What others offer for an op: attention of PyTorch, backend by backend, and of xformers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Function = Callable[..., Any]
+BACKENDS = {
+    "SDPA (flash)": SDPBackend.FLASH_ATTENTION,
+    "SDPA (cuDNN)": SDPBackend.CUDNN_ATTENTION,
+    "SDPA (efficient)": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def of(name: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Function]:
+    """The peers of the op ``name`` that can serve these arguments, forward and backward."""
+    if name != "cross_attention" or any(a is not None for a in args[3:7]) or options.get("dropout"):
+        return {}
+    found: dict[str, Function] = {label: _sdpa(backend) for label, backend in BACKENDS.items()}
+    if importlib.util.find_spec("xformers") is not None:
+        found["xformers"] = _xformers
+    return {label: f for label, f in found.items() if _serves(f, args, options)}
+
+
+def _serves(function: Function, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
+    leaves = [a.detach().requires_grad_() for a in args[:3]]
+    try:
+        out = function(*leaves, *args[3:], **options)
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    except (RuntimeError, NotImplementedError, ValueError, ImportError):  # no kernel for these
+        return False
+    return True
+
+
+def _sdpa(backend: SDPBackend) -> Function:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None) -> Tensor:
+        with sdpa_kernel([backend]):
+            grouped = q.shape[1] != k.shape[1]
+            return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+
+    return attend
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None) -> Tensor:
+    xformers: Any = importlib.import_module("xformers.ops")
+    if q.shape[1] != k.shape[1]:
+        raise ValueError("xformers takes grouped heads in another layout")
+    by_tokens = (t.transpose(1, 2) for t in (q, k, v))
+    out: Tensor = xformers.memory_efficient_attention(*by_tokens, scale=scale)
+    return out.transpose(1, 2)
