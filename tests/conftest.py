@@ -2,6 +2,7 @@
 
 import copy
 import os
+import tempfile
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ pytest.register_assert_rewrite(
     "tests.kernel_properties",
     "tests.tile_properties",
 )
+
+# Inductor's cache does not see what a custom op became: that of an earlier version is no use.
+_inductor_cache = tempfile.TemporaryDirectory(prefix="vlm_fast-inductor-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
 
 # On a busy machine threads mostly wait for each other: 10x. Tests about threads ask for them.
 torch.set_num_threads(1)

@@ -147,6 +147,37 @@ def test_expanded_queries_are_computed_once(expanded):
     )
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_expanded_queries_are_one_sequence_each(count):
+    """Two sequences an image, or as many as images: as many come out as went in."""
+    model = blip2(**SMALL)
+    query, image = torch.randn(1, 5, 48).expand(4, -1, -1), images(count, 17, 40)
+    qformer = QFormer.of(model)
+    found = qformer(query, None, None, image).last_hidden_state
+    expected = qformer(
+        query.contiguous(), None, None, image.repeat_interleave(4 // count, 0)
+    ).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_expanded_queries_without_an_image():
+    model = blip2(**SMALL, cross_attention_frequency=100)
+    for layer in model.encoder.layer:
+        vars(layer)["_modules"].pop("crossattention", None)
+    out = QFormer.of(model)(torch.randn(1, 5, 48).expand(3, -1, -1)).last_hidden_state
+    assert out.shape == (3, 5, 48)
+
+
+@pytest.mark.parametrize("part", ["attention", "crossattention", "output_query"])
+def test_any_active_dropout_is_seeded(part):
+    model = blip2(**SMALL, hidden_dropout_prob=0.5)
+    getattr(model.encoder.layer[0], part).train()
+    qformer = QFormer.of(model)
+    given = (torch.randn(2, 5, 48), None, None, images(2, 17, 40))
+    first, second = (qformer(*given).last_hidden_state for _ in range(2))
+    assert first.isfinite().all() and not torch.equal(first, second)
+
+
 # ---- the module ----
 
 

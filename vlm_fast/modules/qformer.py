@@ -161,7 +161,7 @@ class QFormer(nn.Module):
         qformer.compute_dtype = compute_dtype
         qformer.layernorm, qformer.dropout = module.layernorm, module.dropout
         qformer.encoder = module.encoder
-        qformer.train(module.training)
+        qformer.training = module.training  # that of the children is theirs
         pack(qformer.encoder)
         return qformer
 

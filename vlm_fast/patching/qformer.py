@@ -192,7 +192,12 @@ class FusedQFormerLayer(Patched):
         return why_not_plain_tree(self)  # type: ignore[arg-type]
 
 
-_signature = functools.cache(inspect.signature)
+def _signature(function: Any) -> inspect.Signature:
+    compiling = torch.compiler.is_compiling()  # Dynamo looks through a cache, and warns
+    return inspect.signature(function) if compiling else _remembered(function)
+
+
+_remembered = functools.cache(inspect.signature)
 
 
 def layer_inputs(hidden: Tensor, mask: Any, image_mask: Any, query_length: int) -> LayerInputs:
