@@ -113,10 +113,6 @@ def row_block(q: Tensor, rows: int) -> int:
     return 16 if rows <= 16 or q.dtype == torch.float32 else 32
 
 
-def precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def strides(x: Tensor | None, count: int = 3) -> tuple[int, ...]:
     return x.stride()[:count] if x is not None else (0,) * count
 

@@ -2,9 +2,9 @@
 
 Nothing of the forward is kept but its inputs. A first pass over the keys, which the second then
 finds in L2, gives a row's largest score, its sum of exponentials, and the mean of dp that the
-softmax takes off, as dp at the largest score and what the mean is beyond it. So ``dp - mean`` is
-exactly 0 where one key has all the weight or all keys have one dp, and elsewhere has the rounding
-of the differences of dp and not, as ``sum(do * o)``, that of dp itself.
+softmax takes off, in fp32 as dp at the largest score and what the mean is beyond it. So ``dp -
+mean`` is exactly 0 where one key has all the weight or all keys have one dp, and elsewhere has the
+rounding of the differences of dp and not, as ``sum(do * o)``, that of dp itself.
 
 Where all rows of a key head fit in one tile, and there are key heads enough, that kernel gives
 every gradient. Else it gives dq, a program per tile of rows, and a second one dk and dv, a program
@@ -26,7 +26,6 @@ from ._attention_tiles import (
     head_parts,
     inner_product,
     load_parts,
-    precision,
     row_block,
     score_strides,
     score_tile,
@@ -35,7 +34,7 @@ from ._attention_tiles import (
     strides,
 )
 from ._dropout import threshold
-from ._launcher import Config, kernel
+from ._launcher import Config, kernel, precision
 from ._triton import tl, triton
 
 ENOUGH_HEADS = 64  # key heads of all images, to have a program each
@@ -129,7 +128,9 @@ def _probabilities_and_score_gradients(
 ):  # fmt: skip
     """A tile ``[keys, rows]`` of p after dropout and of ds, as the dots to come take them."""
     p = tl.exp2((s - largest[None, :]) * LOG2_E) * inverse[None, :]
-    ds = p * ((dp - pivot[None, :]) - delta[None, :])
+    if dtype == tl.float32:
+        dp -= pivot[None, :]
+    ds = p * (dp - delta[None, :])
     ds = tl.where(seen[:, None] & inside[None, :], ds, 0.0)  # 0 even if p is NaN
     p = tl.where(inside[None, :], p * factor, 0.0)  # rows beyond the last: 0 * Inf is NaN
     return p.to(dtype), ds.to(dtype)
@@ -174,8 +175,7 @@ def _over_keys(
 
 
 @kernel(
-    Config({"BLOCK_N": 64}, num_warps=8, num_stages=1),
-    Config({"BLOCK_N": 128}, num_warps=8, num_stages=2),
+    Config({"BLOCK_N": 64}, num_warps=8, num_stages=1),  # others spill somewhere
 )
 @triton.jit(do_not_specialize=[*SIZES, "keys2"])
 def cross_attention_backward_kernel(
@@ -228,12 +228,15 @@ def cross_attention_backward_kernel(
     largest = tl.where(total == 0.0, 0.0, largest)
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
     delta = beyond * inverse
+    if q1.dtype != tl.float32:  # whose ds is rounded to 16 bits: one number, and fewer registers
+        delta += pivot
     if stats_ptr is not None:
         at = stats_ptr + place * queries + query
         tl.store(at, largest, mask=inside)
         tl.store(at + count, inverse, mask=inside)
-        tl.store(at + count + count, pivot, mask=inside)
-        tl.store(at + count + count + count, delta, mask=inside)
+        tl.store(at + count + count, delta, mask=inside)
+        if q1.dtype == tl.float32:
+            tl.store(at + count + count + count, pivot, mask=inside)
     dq1 = tl.zeros([D1, BLOCK_M], tl.float32)
     dq2 = tl.zeros([D2 if D2 > 0 else 16, BLOCK_M], tl.float32)
     dq1, dq2 = _over_keys(
@@ -308,8 +311,10 @@ def key_gradient_kernel(
         at = stats_ptr + place * queries + query
         largest = tl.load(at, mask=inside, other=0.0)
         inverse = tl.load(at + count, mask=inside, other=0.0)
-        pivot = tl.load(at + count + count, mask=inside, other=0.0)
-        delta = tl.load(at + count + count + count, mask=inside, other=0.0)
+        delta = tl.load(at + count + count, mask=inside, other=0.0)
+        pivot = delta
+        if q1.dtype == tl.float32:
+            pivot = tl.load(at + count + count + count, mask=inside, other=0.0)
         s, seen, dp, factor = _scores_and_their_dp(
             k1, k2, v1, v2, n, inside_keys, first, image,
             inside, head, query, place, q1, q2, do1, do2,
@@ -359,7 +364,7 @@ def launch_backward(
         *shared, k, *strides(k), v, *strides(v), k2, *strides(k2), v2, *strides(v2), *masks,
         dq, *strides(dq), *(a for g in written for a in (g, *strides(g))),
         kv_heads, heads // kv_heads, queries, rows, keys, keys2, count, scale,
-        *widths, block, shrunk, precision(),
+        *widths, block, shrunk * (2 if d > 96 else 1), precision(),  # else, on sm_100, 4 spill
     )  # fmt: skip
     if one_pass:
         return

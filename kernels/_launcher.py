@@ -113,3 +113,13 @@ def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+def precision() -> str:
+    """Of products in fp32, as the user lets cuBLAS take them."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def dense(x: Tensor) -> Tensor:
+    """x with a last stride of 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()

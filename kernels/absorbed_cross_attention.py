@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _absorbed_cross_attention_aten as aten
 from ._absorbed_cross_attention_aten import after_dropout
 from ._dropout import kept, threshold
-from ._launcher import Config, is_traced, kernel, runs_triton
+from ._launcher import Config, is_traced, kernel, precision, runs_triton
 from ._triton import tl, triton
 
 
@@ -311,7 +311,7 @@ def head_product(
 
     head_product_kernel(
         rows, grid, a, *a.stride()[:3], weight, *weight.stride(), bias, total,
-        out, *out.stride()[:3], rows, queries, heads, inner, cols, scale, _precision(),
+        out, *out.stride()[:3], rows, queries, heads, inner, cols, scale, precision(),
     )  # fmt: skip
 
 
@@ -329,13 +329,9 @@ def head_weight_gradient(a: Tensor, b: Tensor, *, scale: float = 1.0) -> Tensor:
 
     head_weight_gradient_kernel(
         tokens, grid, a, *a.stride()[:3], b, *b.stride()[:3], out,
-        tokens, queries, heads, rows, cols, scale, _precision(),
+        tokens, queries, heads, rows, cols, scale, precision(),
     )  # fmt: skip
     return out
-
-
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _scores(a: Tensor, x: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from ._attention_tiles import (
     head_parts,
     inner_product,
     load_parts,
-    precision,
     row_block,
     score_strides,
     score_tile,
@@ -24,7 +23,7 @@ from ._attention_tiles import (
 )
 from ._cross_attention_backward import launch_backward
 from ._dropout import threshold
-from ._launcher import Config, is_traced, kernel, runs_triton
+from ._launcher import Config, dense, is_traced, kernel, precision, runs_triton
 from ._triton import tl, triton
 
 FULL_GPU = 132  # programs; below, the keys are split among more
@@ -295,8 +294,3 @@ def _launch_forward(
 def key_splits(programs: int, keys: int) -> int:
     """Among how many programs each row's keys are divided: a function of shapes alone."""
     return max(1, min(FULL_GPU // programs, keys // MIN_SPLIT_KEYS, MAX_SPLITS))
-
-
-def dense(x: Tensor) -> Tensor:
-    """x with a last stride of 1."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._activation import value_and_slope
-from ._launcher import Config, kernel, runs_triton
+from ._launcher import Config, kernel, precision, runs_triton
 from ._triton import tl, triton
 
 ROWS_PER_PROGRAM = 128
@@ -119,7 +119,6 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation
     rows, inner = x.shape
     cols = weight.shape[0]
     out = x.new_empty(rows, cols)
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
     def grid(blocks: dict[str, int]) -> tuple[int, ...]:
         return (triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(cols, blocks["BLOCK_COLS"]),)
@@ -127,7 +126,7 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation
     linear_activation_kernel(
         rows, grid, x, x.stride(0), weight.contiguous(),
         bias if bias is None else bias.contiguous(), out,
-        rows, inner, cols, activation, precision,
+        rows, inner, cols, activation, precision(),
     )  # fmt: skip
     return out
 

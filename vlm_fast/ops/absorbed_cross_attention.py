@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_fast.kernels._launcher import dense
 from vlm_fast.kernels.absorbed_cross_attention import (
     absorbed_attention,
     absorbed_attention_backward,
     after_dropout,
 )
 from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
-from vlm_fast.ops.cross_attention import cross_attention
+from vlm_fast.ops.cross_attention import cross_attention, score_scale
 from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
 
 MAX_KEYS = 4096  # of one row of scores, which a program holds whole: with more, it spills
@@ -184,9 +185,9 @@ def forward(
         out, p = q.new_zeros(q.shape), q.new_zeros(q.shape[0], heads * q.shape[1], x.shape[1])
     else:
         out, p = absorbed_attention(
-            _split(q, heads), _rows(x), _split_weight(weight_k, heads),
+            _split(q, heads), dense(x), _split_weight(weight_k, heads),
             _split_weight(weight_v, heads), None if bias_v is None else bias_v.contiguous(),
-            key_mask, seed, scale=_scale(scale, q.shape[2] // heads), dropout=dropout,
+            key_mask, seed, scale=score_scale(scale, q.shape[2] // heads), dropout=dropout,
         )  # fmt: skip
         out = out.view(q.shape)
     inner = needs.q or needs.x or needs.weight_k
@@ -215,10 +216,10 @@ def backward(needs, kept, dout, *, heads, scale, dropout):
         )
     if needs.q or needs.x or needs.weight_k or needs.weight_v:
         dq, dx, dweight_k, dweight_v = absorbed_attention_backward(
-            dout, p, dout if q is None else _split(q, heads), _rows(x),
+            dout, p, dout if q is None else _split(q, heads), dense(x),
             weight_k if weight_k is None else _split_weight(weight_k, heads),
             weight_v if weight_v is None else _split_weight(weight_v, heads),
-            bias_v, seed, scale=_scale(scale, features // heads), dropout=dropout,
+            bias_v, seed, scale=score_scale(scale, features // heads), dropout=dropout,
             want_q=needs.q, want_x=needs.x, want_k=needs.weight_k, want_v=needs.weight_v,
         )  # fmt: skip
         dq = None if dq is None else dq.view(batch, queries, features)
@@ -240,17 +241,9 @@ def _shapes(x: Tensor | None, batch: int, queries: int, features: int) -> tuple[
     return (batch, queries, features), rows, weight, (features,), weight, (features,), (), ()
 
 
-def _scale(scale: float | None, d: int) -> float:
-    return d**-0.5 if scale is None else scale
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _split(x: Tensor, heads: int) -> Tensor:
     batch, tokens, features = x.shape
-    return _rows(x).view(batch, tokens, heads, features // heads)
+    return dense(x).view(batch, tokens, heads, features // heads)
 
 
 def _split_weight(weight: Tensor, heads: int) -> Tensor:

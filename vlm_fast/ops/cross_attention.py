@@ -61,7 +61,7 @@ def cross_attention(
     if k2 is not None and v2 is not None:
         k, v = torch.cat([k, k2], 2), torch.cat([v, v2], 2)
     rows = q.reshape(batch, kv_heads, heads // kv_heads * queries, d)  # of heads that share keys
-    scores = torch.matmul(rows, k.transpose(2, 3)) * (d**-0.5 if scale is None else scale)
+    scores = torch.matmul(rows, k.transpose(2, 3)) * score_scale(scale, d)
     scores = scores.view(batch, heads, queries, k.shape[2])
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if bias is not None:
@@ -172,13 +172,18 @@ def requires(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
     if q.dtype not in FLOATS:
         return f"{q.dtype} has no kernels here (float32, bfloat16 and float16 have)"
     if not 1 <= q.shape[3] <= MAX_HEAD_SIZE:
-        return f"head size {q.shape[3]} is not 1 to {MAX_HEAD_SIZE} (no more than 128 is tiled)"
+        return f"head size {q.shape[3]} is not 1 to {MAX_HEAD_SIZE} (no more is tiled)"
     return None
+
+
+def score_scale(scale: float | None, d: int) -> float:
+    """What scores are multiplied by, of heads of size d."""
+    return d**-0.5 if scale is None else scale
 
 
 @cross_attention.forward
 def forward(needs, q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = score_scale(scale, q.shape[3])
     o = attention_forward(
         q, k, v, k2, v2, bias, key_mask, seed, scale=scale, dropout=dropout
     )  # fmt: skip
@@ -191,7 +196,7 @@ def forward(needs, q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
 @cross_attention.backward
 def backward(needs, kept, do, *, scale, dropout):
     q, k, v, k2, v2, bias, key_mask, seed = kept
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = score_scale(scale, q.shape[3])
     found = attention_backward(
         do, q, k, v, k2, v2, bias, key_mask, seed, scale=scale, dropout=dropout,
         want_q=needs.q, want_kv=needs.k or needs.v, want_kv2=needs.k2 or needs.v2,

@@ -10,7 +10,7 @@ from vlm_fast.kernels._cross_attention_aten import bias_gradient
 from vlm_fast.kernels._stacking import stacked
 from vlm_fast.kernels.cross_attention import attention_backward, attention_forward
 from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
-from vlm_fast.ops.cross_attention import cross_attention
+from vlm_fast.ops.cross_attention import MAX_HEAD_SIZE, cross_attention, score_scale
 from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
 
 
@@ -154,8 +154,8 @@ def requires(x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
     if x.dtype not in FLOATS:
         return f"{x.dtype} has no kernels here (float32, bfloat16 and float16 have)"
     d = parameters[0].shape[0] // heads
-    if d > 128:
-        return f"heads of {d} features are more than 128"
+    if d > MAX_HEAD_SIZE:
+        return f"heads of {d} features are more than {MAX_HEAD_SIZE}"
     return None
 
 
@@ -168,7 +168,7 @@ def forward(needs, x, parameters, bias, key_mask, seed, *, heads, scale, dropout
     wanted = needs.x or needs.parameters or needs.bias
     o = attention_forward(
         q, k, v, None, None, bias, key_mask, seed,
-        scale=_scale(scale, features // heads), dropout=dropout,
+        scale=score_scale(scale, features // heads), dropout=dropout,
     )  # fmt: skip
     out = o.transpose(1, 2).reshape(batch, tokens, features)
     if not wanted:
@@ -185,7 +185,7 @@ def backward(needs, kept, dout, *, heads, scale, dropout):
     x, *weights, qkv, bias, key_mask, seed = kept
     batch, tokens, features = dout.shape
     q, k, v = _parts(qkv, heads)
-    do, scale = _heads(dout.contiguous(), heads), _scale(scale, features // heads)
+    do, scale = _heads(dout.contiguous(), heads), score_scale(scale, features // heads)
     dx = dparameters = dbias = None
     if needs.bias:
         dbias = bias_gradient(
@@ -216,10 +216,6 @@ def _parts(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     split = qkv.view(batch, tokens, 3, heads, features // (3 * heads))
     q, k, v = split.permute(2, 0, 3, 1, 4)
     return q, k, v
-
-
-def _scale(scale: float | None, d: int) -> float:
-    return d**-0.5 if scale is None else scale
 
 
 @self_attention.cost
