@@ -101,17 +101,27 @@ def compare(
     def forward(called: Callable[..., Any]) -> Callable[[], Any]:
         return torch.no_grad()(lambda: called(**given).last_hidden_state)
 
-    def step(called: nn.Module) -> Callable[[], Any]:
+    def step(called: nn.Module, given: dict[str, Tensor] = given) -> Callable[[], Any]:
         def run() -> None:
             called.zero_grad(set_to_none=True)
-            called(**given).last_hidden_state.sum().backward()
+            given["encoder_hidden_states"].grad = None
+            called(**given).last_hidden_state.backward(upstream)
 
         return run
 
+    image = given["encoder_hidden_states"].detach().requires_grad_()
+    trained = {**given, "encoder_hidden_states": image}
+
+    # Random: through the last LayerNorm, equal gradients are zeros, and their rounding subnormal.
+    with torch.no_grad():
+        upstream = torch.randn_like(before(**given).last_hidden_state)
     states = {"before": before, "after": after}
     parts: dict[str, dict[str, Callable[[], Any]]] = {
         "forward": {state: forward(called) for state, called in states.items()},
         "training step": {state: step(called) for state, called in states.items()},
+        "training step, encoder too": {
+            state: step(called, trained) for state, called in states.items()
+        },
     }
     if device == "cuda":
         torch._dynamo.reset()
@@ -119,9 +129,9 @@ def compare(
         parts["forward"]["compiled"] = forward(compiled)
         parts["training step"]["compiled"] = step(torch.compile(before))
         if "input_ids" not in given:
-            query, image = given["query_embeds"].contiguous(), given["encoder_hidden_states"]
-            graphed = QFormer.of(copy.deepcopy(before)).eval().capture_graph(query, image)
-            parts["forward"]["graphed"] = lambda: graphed(query, image)
+            sample = given["query_embeds"].contiguous(), given["encoder_hidden_states"]
+            graphed = QFormer.of(copy.deepcopy(before)).eval().capture_graph(*sample)
+            parts["forward"]["graphed"] = lambda: graphed(*sample)
     tensors = [*before.parameters(), *after.parameters(), *given.values()]
     rows = []
     for part, calls in parts.items():
