@@ -3,13 +3,18 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := .venv/installed
 
-.PHONY: test bench check gpu lint clean
+.PHONY: test interpreted compiled bench check gpu lint clean
 
-# Triton is either interpreted or compiled for the life of a process, so the suite takes two.
+# Triton is either interpreted or compiled for the life of a process, so the suite takes two, at once.
 test: $(INSTALLED)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
-	$(BIN)/python -m pytest tests --ignore=tests/interpreted
+	@$(MAKE) --jobs=2 --output-sync=target interpreted compiled
 	@echo "make test: both processes passed"
+
+interpreted: $(INSTALLED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
+
+compiled: $(INSTALLED)
+	$(BIN)/python -m pytest tests --ignore=tests/interpreted
 
 # Peers that are missing are left out; for xformers and Liger: pip install -e '.[bench]'.
 bench: $(INSTALLED)
