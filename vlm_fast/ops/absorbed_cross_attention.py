@@ -42,11 +42,15 @@ def absorbed_cross_attention(
     queries than ``d`` (`absorbs` says when), and neither K nor V exists. Mirrors the attention to
     the image in transformers' ``Blip2QFormerMultiHeadAttention``, after its query projection.
 
+    Scores carry the rounding of ``|q W_k| |x|`` where formed keys carry that of ``|q| |k|``: the
+    same size but where keys cancel, and felt only by scores so large that one key has all weight.
+
     Args:
         q: ``(batch, queries, heads * d)``, projected queries; a stride of 0 over the batch is fine.
         x: ``(batch, keys, width)``, raw features.
         weight_k, weight_v: ``(heads * d, width)``.
-        bias_k, bias_v: ``(heads * d,)`` or None. The gradient of ``bias_k`` is zero.
+        bias_k, bias_v: ``(heads * d,)`` or None. The gradient of ``bias_k`` is zero, whatever the
+            values.
         key_mask: bool ``(batch, keys)``, True where a key is seen; a query that sees none gives 0.
         seed: one int64, for dropout of probabilities (see `vlm_fast.kernels._dropout`).
         heads: how many heads ``q`` holds.
