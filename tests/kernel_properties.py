@@ -223,6 +223,9 @@ def launched(device: str) -> set[str]:
             for shape in op.test_shapes:
                 args, options = op.sample(shape, device=device)
                 parity.outputs_and_gradients(op.fast, args, options)
+                args, options = op.sample(shape, torch.bfloat16, device)
+                with torch.no_grad():  # another path may be taken
+                    op.fast(*args, **options)
     return {launch.kernel.name for launch in launches}
 
 
