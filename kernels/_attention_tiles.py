@@ -84,6 +84,58 @@ def score_tile(
 
 
 @triton.jit
+def softmax_step(s, largest, total, KEYS: tl.constexpr):
+    """Online softmax over a tile of scores whose axis KEYS is of keys (arXiv 1805.02867).
+
+    Gives its exponentials, what earlier sums shrink by, the largest score and the sum so far.
+    """
+    larger = tl.maximum(largest, tl.max(s, axis=KEYS))
+    shift = tl.where(larger == -float("inf"), 0.0, larger)  # no key seen yet
+    p = tl.exp2((s - tl.expand_dims(shift, KEYS)) * LOG2_E)
+    shrunk = tl.exp2((largest - shift) * LOG2_E)
+    return p, shrunk, larger, total * shrunk + tl.sum(p, axis=KEYS)
+
+
+@triton.jit
+def mean_step(s, dp, largest, total, pivot, beyond, KEYS: tl.constexpr):
+    """A step of the mean of dp under the softmax of s, tiles whose axis KEYS is of keys.
+
+    Largest score, sum of exponentials, dp at the largest score, and the sum of what dp is beyond
+    that, weighted by the exponentials.
+    """
+    here = tl.max(s, axis=KEYS)
+    there = tl.max(tl.where(s == tl.expand_dims(here, KEYS), dp, -float("inf")), axis=KEYS)
+    there = tl.where((here > largest) & (tl.abs(there) < float("inf")), there, pivot)
+    larger = tl.maximum(largest, here)
+    shift = tl.where(larger == -float("inf"), 0.0, larger)  # no key seen yet
+    e = tl.exp2((s - tl.expand_dims(shift, KEYS)) * LOG2_E)
+    shrunk = tl.exp2((largest - shift) * LOG2_E)
+    total *= shrunk
+    beyond = beyond * shrunk + total * (pivot - there)
+    beyond += tl.sum(e * (dp - tl.expand_dims(there, KEYS)), axis=KEYS)
+    total += tl.sum(e, axis=KEYS)
+    return larger, total, there, beyond
+
+
+@triton.jit
+def probabilities_and_score_gradients(
+    s, scored, inside, dp, factor, largest, inverse, pivot, delta, dtype, KEYS: tl.constexpr
+):  # fmt: skip
+    """A tile of p after dropout and of ds, as the dots to come take them.
+
+    ``scored``: where the scores have a gradient; ``inside``: rows that are there.
+    """
+    inside = tl.expand_dims(inside, KEYS)
+    p = tl.exp2((s - tl.expand_dims(largest, KEYS)) * LOG2_E) * tl.expand_dims(inverse, KEYS)
+    if dtype == tl.float32:
+        dp -= tl.expand_dims(pivot, KEYS)
+    ds = p * (dp - tl.expand_dims(delta, KEYS))
+    ds = tl.where(scored & inside, ds, 0.0)  # 0 even if p is NaN
+    p = tl.where(inside, p * factor, 0.0)  # rows beyond the last: 0 * Inf is NaN
+    return p.to(dtype), ds.to(dtype)
+
+
+@triton.jit
 def dropout_factor(seed_ptr, drop_below, survivor_scale, key, query, row):
     """What the probabilities ``[keys, rows]`` are multiplied by; ``row``: of all heads' images."""
     survives = kept(

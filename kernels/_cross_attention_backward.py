@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from ._attention_tiles import (
-    LOG2_E,
     SIZES,
     as_bytes,
     dropout_factor,
     head_parts,
     inner_product,
     load_parts,
+    mean_step,
+    probabilities_and_score_gradients,
     row_block,
     score_strides,
     score_tile,
@@ -91,11 +92,7 @@ def _summed_over_keys(
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The first pass over one source.
-
-    Largest score, sum of exponentials, dp at the largest score, and the sum of what dp is beyond
-    that, weighted by the exponentials.
-    """
+    """The first pass over one source: see `mean_step`."""
     for at in range(0, keys, TILE):
         n = at + tl.arange(0, TILE)
         inside_keys = n < keys
@@ -107,33 +104,8 @@ def _summed_over_keys(
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
             seed_ptr, drop_below, survivor_scale, scale, D2, PRECISION,
         )  # fmt: skip
-        here = tl.max(s, axis=0)
-        there = tl.max(tl.where(s == here[None, :], dp, -float("inf")), axis=0)
-        there = tl.where((here > largest) & (tl.abs(there) < float("inf")), there, pivot)
-        larger = tl.maximum(largest, here)
-        shift = tl.where(larger == -float("inf"), 0.0, larger)  # no key seen yet
-        e = tl.exp2((s - shift[None, :]) * LOG2_E)
-        shrunk = tl.exp2((largest - shift) * LOG2_E)
-        total *= shrunk
-        beyond = beyond * shrunk + total * (pivot - there)
-        beyond += tl.sum(e * (dp - there[None, :]), axis=0)
-        total += tl.sum(e, axis=0)
-        largest, pivot = larger, there
+        largest, total, pivot, beyond = mean_step(s, dp, largest, total, pivot, beyond, 0)
     return largest, total, pivot, beyond
-
-
-@triton.jit
-def _probabilities_and_score_gradients(
-    s, seen, inside, dp, factor, largest, inverse, pivot, delta, dtype
-):  # fmt: skip
-    """A tile ``[keys, rows]`` of p after dropout and of ds, as the dots to come take them."""
-    p = tl.exp2((s - largest[None, :]) * LOG2_E) * inverse[None, :]
-    if dtype == tl.float32:
-        dp -= pivot[None, :]
-    ds = p * (dp - delta[None, :])
-    ds = tl.where(seen[:, None] & inside[None, :], ds, 0.0)  # 0 even if p is NaN
-    p = tl.where(inside[None, :], p * factor, 0.0)  # rows beyond the last: 0 * Inf is NaN
-    return p.to(dtype), ds.to(dtype)
 
 
 @triton.jit
@@ -157,8 +129,8 @@ def _over_keys(
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
             seed_ptr, drop_below, survivor_scale, scale, D2, PRECISION,
         )  # fmt: skip
-        p, ds = _probabilities_and_score_gradients(
-            s, seen, inside, dp, factor, largest, inverse, pivot, delta, q1.dtype
+        p, ds = probabilities_and_score_gradients(
+            s, seen[:, None], inside, dp, factor, largest, inverse, pivot, delta, q1.dtype, 0
         )
         if WANT_KV:
             dv1 = tl.dot(p, do1, input_precision=PRECISION)
@@ -321,8 +293,8 @@ def key_gradient_kernel(
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
             seed_ptr, drop_below, survivor_scale, scale, D2, PRECISION,
         )  # fmt: skip
-        p, ds = _probabilities_and_score_gradients(
-            s, seen, inside, dp, factor, largest, inverse, pivot, delta, q1.dtype
+        p, ds = probabilities_and_score_gradients(
+            s, seen[:, None], inside, dp, factor, largest, inverse, pivot, delta, q1.dtype, 0
         )
         dv1 = tl.dot(p, do1, dv1, input_precision=PRECISION)
         dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)

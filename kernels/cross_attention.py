@@ -18,6 +18,7 @@ from ._attention_tiles import (
     score_strides,
     score_tile,
     shrink,
+    softmax_step,
     store_parts,
     strides,
 )
@@ -53,18 +54,13 @@ def _attend(
             bias_ptr, bias_batch, bias_head, bias_query, bias_key,
             mask_ptr, mask_batch, mask_key, scale,
         )  # fmt: skip
-        larger = tl.maximum(largest, tl.max(s, axis=0))
-        shift = tl.where(larger == -float("inf"), 0.0, larger)  # no key seen yet
-        p = tl.exp2((s - shift[None, :]) * LOG2_E)
-        shrunk = tl.exp2((largest - shift) * LOG2_E)
-        total = total * shrunk + tl.sum(p, axis=0)
+        p, shrunk, largest, total = softmax_step(s, largest, total, 0)
         if seed_ptr is not None:
             p *= dropout_factor(seed_ptr, drop_below, survivor_scale, first + n, query, place)
         p = p.to(v1.dtype)
         acc1 = tl.dot(tl.trans(v1), p, acc1 * shrunk[None, :], input_precision=PRECISION)
         if D2 > 0:
             acc2 = tl.dot(tl.trans(v2), p, acc2 * shrunk[None, :], input_precision=PRECISION)
-        largest = larger
     return largest, total, acc1, acc2
 
 

@@ -28,6 +28,7 @@ def in_other_orders(op: Op[..., Any]) -> list[Callable[..., Tensor]]:
     """Functions equal to the op's reference but for the order of their sums."""
     permuted = {
         "cross_attention": [_cross_attention],
+        "media_cross_attention": [_media_cross_attention],
         "self_attention": [_self_attention],
         "absorbed_cross_attention": [
             functools.partial(_absorbed, plain)
@@ -76,6 +77,19 @@ def _cross_attention(
         survives = keep_mask(seed, dropout, j.to(q.device), at[1][:, None], at[0][:, None, None])
         p = p * survives.view(p.shape) / (1 - dropout)
     return p.to(q.dtype) @ v
+
+
+def _media_cross_attention(order, q, k, v, media_index, *, tokens_per_media, **options):
+    def permuted(x):  # the features, and the keys within each medium
+        i, j = _permutation(order, q.shape[3]), _permutation(order, tokens_per_media)
+        x = x.unflatten(2, (-1, tokens_per_media))[:, :, :, j]
+        return x.flatten(2, 3), x.flatten(2, 3)[..., i]
+
+    options |= dict(tokens_per_media=tokens_per_media)
+    options["scale"] = options.get("scale") or q.shape[3] ** -0.5
+    i = _permutation(order, q.shape[3])
+    reference = ops.media_cross_attention.reference
+    return reference(q[..., i], permuted(k)[1], permuted(v)[0], media_index, **options)
 
 
 def _self_attention(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 
-from vlm_fast.modules.activation import why_not_activation
+from vlm_fast.modules.activation import activation_of, why_not_activation
 from vlm_fast.modules.plain_linear import why_not_called_plainly, why_not_plain
 
 _LINEAR_FORWARD = nn.Linear.forward
@@ -62,23 +62,42 @@ class PlainTree:
                 return False
         return not any(map(_is_partitioned, self.parameters))
 
-    def why_not(self) -> str | None:
-        """The first module that must be called as a module, and why; None if there is none."""
+    def why_not(self, biases: bool = True) -> str | None:
+        """The first module that must be called as a module, and why; None if there is none.
+
+        ``biases``: whether every linear must have one.
+        """
         for name, module in zip(self.names, self.modules, strict=True):
-            if isinstance(module, (nn.LayerNorm, nn.Dropout, nn.ModuleList)) or _holds(module):
+            if isinstance(module, _RESTATED) or rms_eps(module) is not None or _holds(module):
                 reason = None if _only_watched(module._forward_hooks) else "it has hooks"
                 reason = reason or why_not_called_plainly(module, but_forward_hooks=True)
                 if isinstance(module, nn.LayerNorm) and not _has_affine(module):
                     reason = "it has no weight or no bias"
-            elif name.endswith("act_fn"):
+            elif name.endswith("act_fn") or activation_of(module) is not None:
                 reason = why_not_activation(module)
             else:
                 reason = why_not_plain(module)
-                if reason is None and module._parameters["bias"] is None:
+                if reason is None and biases and module._parameters["bias"] is None:
                     reason = "it has no bias"
             if reason is not None:
                 return f"{name}: {reason}"
         return None
+
+
+def rms_eps(norm: nn.Module) -> float | None:
+    """The eps of an RMSNorm in Llama's form, or None for any other module.
+
+    Those of transformers that round to the input's dtype before the weight, told by their names.
+    """
+    kind = type(norm)
+    if kind.__name__ in _RMS_NORMS and kind.__module__.startswith("transformers.models."):
+        eps: float = norm.variance_epsilon
+        return eps
+    return None
+
+
+_RMS_NORMS = ("IdeficsRMSNorm", "Idefics2RMSNorm", "MllamaTextRMSNorm")
+_RESTATED = (nn.LayerNorm, nn.Dropout, nn.ModuleList, nn.Identity, nn.Tanh)
 
 
 def _only_watched(hooks: dict[int, Any]) -> bool:
@@ -124,17 +143,18 @@ def _descendants(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 _trees: WeakKeyDictionary[nn.Module, tuple[PlainTree, str | None]] = WeakKeyDictionary()
 
 
-def why_not_plain_tree(root: nn.Module) -> str | None:
+def why_not_plain_tree(root: nn.Module, *, biases: bool = True) -> str | None:
     """None if the parameters of all modules in ``root`` say what those do; else the first reason.
 
-    The root itself is not asked: its forward is the caller's.
+    The root itself is not asked: its forward is the caller's. ``biases``: whether every linear must
+    have one.
     """
     if torch.compiler.is_compiling():
-        return PlainTree(root).why_not()
+        return PlainTree(root).why_not(biases)
     known = _trees.get(root)
     if known is not None and known[1] is None and known[0].unchanged():
         return None
     tree = PlainTree(root)
-    reason = tree.why_not()
+    reason = tree.why_not(biases)
     _trees[root] = (tree, reason)
     return reason

@@ -8,6 +8,7 @@ from vlm_fast.ops.cross_attention import cross_attention as cross_attention
 from vlm_fast.ops.image_tokens import gather_image_tokens as gather_image_tokens
 from vlm_fast.ops.image_tokens import merge_image_tokens as merge_image_tokens
 from vlm_fast.ops.max_similarity import max_similarity as max_similarity
+from vlm_fast.ops.media_cross_attention import media_cross_attention as media_cross_attention
 from vlm_fast.ops.mlp import mlp as mlp
 from vlm_fast.ops.self_attention import self_attention as self_attention
 from vlm_fast.ops.stacked_linear import stacked_linear as stacked_linear

@@ -1,0 +1,269 @@
+"""The backward of attention to media: no atomics, every gradient element summed in one order.
+
+Nothing of the forward is kept but its inputs, see `_cross_attention_backward`. One kernel gives the
+queries' gradient, a program per tile of text, and leaves the statistics of the softmax; one finds
+the first and the last token that sees each medium; and one goes from there to there, a program per
+tile of a medium's keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._attention_tiles import (
+    SIZES,
+    head_parts,
+    inner_product,
+    load_parts,
+    mean_step,
+    probabilities_and_score_gradients,
+    shrink,
+    store_parts,
+    strides,
+)
+from ._launcher import Config, kernel, precision
+from ._media_sight import load_index, medium_is_seen, sight
+from ._triton import tl, triton
+
+
+@triton.jit
+def _scores_and_dp(
+    k1, k2, v1, v2, q1, q2, do1, do2, inside_keys, seen, alone, scale,
+    UNATTENDED: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile ``[rows, keys]`` of scores, where they have a gradient, and of dp."""
+    s = inner_product(q1, q2, k1, k2, D2, PRECISION) * scale
+    scored = seen[:, None] & inside_keys[None, :]
+    s = tl.where(scored, s, -float("inf"))
+    if UNATTENDED == "uniform":  # equal weights, whatever the scores
+        s = tl.where(scored & alone[:, None], 0.0, s)
+        scored = scored & ~alone[:, None]
+    return s, scored, inner_product(do1, do2, v1, v2, D2, PRECISION)
+
+
+@kernel(Config({"BLOCK_N": 64}, num_warps=8, num_stages=1))  # others spill somewhere
+@triton.jit(do_not_specialize=[*SIZES, "media"])
+def media_query_gradient_kernel(
+    q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
+    do_ptr, do_batch, do_head, do_query,
+    k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
+    index_ptr,  # (batch, queries) int64
+    stats_ptr,  # (4, count) fp32: largest score, 1 / sum of them, the mean of dp; or None
+    dq_ptr, dq_batch, dq_head, dq_query,  # or None
+    kv_heads, group, queries, rows, media, tokens_per_media, count, scale,
+    ATTEND: tl.constexpr, UNATTENDED: tl.constexpr,
+    d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
+    SHRINK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    TILE: tl.constexpr = BLOCK_N // SHRINK if BLOCK_N // SHRINK > 16 else 16
+    program = tl.program_id(0)
+    tiles = tl.cdiv(rows, BLOCK_M)
+    kv_head = (program // tiles % kv_heads).to(tl.int64)
+    image = (program // tiles // kv_heads).to(tl.int64)
+    row = ((program % tiles).to(tl.int64) * BLOCK_M).to(tl.int32) + tl.arange(0, BLOCK_M)
+    inside = row < rows
+    head, query = kv_head * group + row // queries, (row % queries).to(tl.int64)
+    q1, q2 = load_parts(
+        q_ptr + image * q_batch, head * q_head + query * q_query, inside, d, D1, D2
+    )  # fmt: skip
+    do1, do2 = load_parts(
+        do_ptr + image * do_batch, head * do_head + query * do_query, inside, d, D1, D2
+    )
+    index, alone, low, high = sight(
+        index_ptr + image * queries, query, inside, media, ATTEND, UNATTENDED
+    )
+    k_ptr += image * k_batch + kv_head * k_head
+    v_ptr += image * v_batch + kv_head * v_head
+    largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    pivot = tl.zeros([BLOCK_M], tl.float32)
+    beyond = tl.zeros([BLOCK_M], tl.float32)
+    per_medium = tl.cdiv(tokens_per_media, TILE)
+    for at in range(low * per_medium, high * per_medium):
+        medium, n = at // per_medium, at % per_medium * TILE + tl.arange(0, TILE)
+        seen = medium_is_seen(index, alone, inside, medium, ATTEND, UNATTENDED)
+        inside_keys = n < tokens_per_media
+        key = medium.to(tl.int64) * tokens_per_media + n
+        k1, k2 = load_parts(k_ptr, key * k_key, inside_keys, d, D1, D2)
+        v1, v2 = load_parts(v_ptr, key * v_key, inside_keys, d, D1, D2)
+        s, _, dp = _scores_and_dp(
+            k1, k2, v1, v2, q1, q2, do1, do2, inside_keys, seen, alone, scale,
+            UNATTENDED, D2, PRECISION,
+        )  # fmt: skip
+        largest, total, pivot, beyond = mean_step(s, dp, largest, total, pivot, beyond, 1)
+    largest = tl.where(total == 0.0, 0.0, largest)
+    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    delta = beyond * inverse
+    if q1.dtype != tl.float32:  # whose ds is rounded to 16 bits: one number, and fewer registers
+        delta += pivot
+    if stats_ptr is not None:
+        at = stats_ptr + (image * kv_heads * group + head) * queries + query
+        tl.store(at, largest, mask=inside)
+        tl.store(at + count, inverse, mask=inside)
+        tl.store(at + count + count, delta, mask=inside)
+        if q1.dtype == tl.float32:
+            tl.store(at + count + count + count, pivot, mask=inside)
+    if dq_ptr is not None:
+        dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
+        dq2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
+        for at in range(low * per_medium, high * per_medium):
+            medium, n = at // per_medium, at % per_medium * TILE + tl.arange(0, TILE)
+            seen = medium_is_seen(index, alone, inside, medium, ATTEND, UNATTENDED)
+            inside_keys = n < tokens_per_media
+            key = medium.to(tl.int64) * tokens_per_media + n
+            k1, k2 = load_parts(k_ptr, key * k_key, inside_keys, d, D1, D2)
+            v1, v2 = load_parts(v_ptr, key * v_key, inside_keys, d, D1, D2)
+            s, scored, dp = _scores_and_dp(
+                k1, k2, v1, v2, q1, q2, do1, do2, inside_keys, seen, alone, scale,
+                UNATTENDED, D2, PRECISION,
+            )  # fmt: skip
+            _, ds = probabilities_and_score_gradients(
+                s, scored, inside, dp, 1.0, largest, inverse, pivot, delta, q1.dtype, 1
+            )
+            dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+            if D2 > 0:
+                dq2 = tl.dot(ds, k2, dq2, input_precision=PRECISION)
+        at = image * dq_batch + head * dq_head + query * dq_query
+        store_parts(dq_ptr, at, inside, dq1 * scale, dq2 * scale, d, D1, D2)
+
+
+@kernel(Config({}, num_warps=4))
+@triton.jit(do_not_specialize=["queries", "media"])
+def media_reach_kernel(
+    index_ptr,  # (batch, queries) int64
+    reach_ptr,  # (batch, media, 2) int32: the first token that sees it, and one past the last
+    queries, media, ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    image, medium = (program // media).to(tl.int64), program % media
+    first, last = queries, queries * 0
+    for start in range(0, queries, BLOCK):
+        query = start + tl.arange(0, BLOCK)
+        inside = query < queries
+        index, alone = load_index(index_ptr + image * queries, query, inside, ATTEND)
+        seen = medium_is_seen(index, alone, inside, medium, ATTEND, UNATTENDED)
+        first = tl.minimum(first, tl.min(tl.where(seen, query, queries), axis=0))
+        last = tl.maximum(last, tl.max(tl.where(seen, query + 1, 0), axis=0))
+    at = reach_ptr + (image * media + medium) * 2
+    tl.store(at, first)
+    tl.store(at + 1, last)
+
+
+@kernel(
+    Config({"BLOCK_N": 32}, num_warps=8, num_stages=1),
+    Config({"BLOCK_N": 64}, num_warps=8, num_stages=2),
+)
+@triton.jit(do_not_specialize=[*SIZES, "media"])
+def media_key_gradient_kernel(
+    q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
+    do_ptr, do_batch, do_head, do_query,
+    k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
+    index_ptr, reach_ptr,  # (batch, queries) int64, (batch, media, 2) int32
+    stats_ptr,  # (4, count) fp32: as the first kernel leaves it
+    dk_ptr, dk_batch, dk_head, dk_key, dv_ptr, dv_batch, dv_head, dv_key,
+    kv_heads, group, queries, media, tokens_per_media, count, scale,
+    ATTEND: tl.constexpr, UNATTENDED: tl.constexpr,
+    d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
+    SHRINK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    TILE: tl.constexpr = BLOCK_N // SHRINK if BLOCK_N // SHRINK > 16 else 16
+    program = tl.program_id(0)
+    per_medium = tl.cdiv(tokens_per_media, TILE)
+    at = program % (per_medium * media)
+    medium, n = at // per_medium, at % per_medium * TILE + tl.arange(0, TILE)
+    kv_head = (program // (per_medium * media) % kv_heads).to(tl.int64)
+    image = (program // (per_medium * media) // kv_heads).to(tl.int64)
+    inside_keys = n < tokens_per_media
+    key = medium.to(tl.int64) * tokens_per_media + n
+    k_ptr += image * k_batch + kv_head * k_head
+    v_ptr += image * v_batch + kv_head * v_head
+    k1, k2 = load_parts(k_ptr, key * k_key, inside_keys, d, D1, D2)
+    v1, v2 = load_parts(v_ptr, key * v_key, inside_keys, d, D1, D2)
+    first = tl.load(reach_ptr + (image * media + medium) * 2)
+    last = tl.load(reach_ptr + (image * media + medium) * 2 + 1)
+    index_ptr += image * queries
+    dk1 = tl.zeros([TILE, D1], tl.float32)
+    dv1 = tl.zeros([TILE, D1], tl.float32)
+    dk2 = tl.zeros([TILE, D2 if D2 > 0 else 16], tl.float32)
+    dv2 = tl.zeros([TILE, D2 if D2 > 0 else 16], tl.float32)
+    blocks = tl.maximum(tl.cdiv(last - first, BLOCK_M), 0)
+    for step in range(blocks * group):
+        head = kv_head * group + step // blocks
+        token = first + step % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = token < last
+        query = token.to(tl.int64)
+        q1, q2 = load_parts(
+            q_ptr + image * q_batch + head * q_head, query * q_query, inside, d, D1, D2
+        )
+        do1, do2 = load_parts(
+            do_ptr + image * do_batch + head * do_head, query * do_query, inside, d, D1, D2
+        )
+        index, alone = load_index(index_ptr, query, inside, ATTEND)
+        seen = medium_is_seen(index, alone, inside, medium, ATTEND, UNATTENDED)
+        stats = stats_ptr + (image * kv_heads * group + head) * queries + query
+        largest = tl.load(stats, mask=inside, other=0.0)
+        inverse = tl.load(stats + count, mask=inside, other=0.0)
+        delta = tl.load(stats + count + count, mask=inside, other=0.0)
+        pivot = delta
+        if q1.dtype == tl.float32:
+            pivot = tl.load(stats + count + count + count, mask=inside, other=0.0)
+        s, scored, dp = _scores_and_dp(
+            k1, k2, v1, v2, q1, q2, do1, do2, inside_keys, seen, alone, scale,
+            UNATTENDED, D2, PRECISION,
+        )  # fmt: skip
+        p, ds = probabilities_and_score_gradients(
+            s, scored, inside & seen, dp, 1.0, largest, inverse, pivot, delta, q1.dtype, 1
+        )
+        dv1 = tl.dot(tl.trans(p), do1, dv1, input_precision=PRECISION)
+        dk1 = tl.dot(tl.trans(ds), q1, dk1, input_precision=PRECISION)
+        if D2 > 0:
+            dv2 = tl.dot(tl.trans(p), do2, dv2, input_precision=PRECISION)
+            dk2 = tl.dot(tl.trans(ds), q2, dk2, input_precision=PRECISION)
+    dk_ptr += image * dk_batch + kv_head * dk_head
+    dv_ptr += image * dv_batch + kv_head * dv_head
+    store_parts(dv_ptr, key * dv_key, inside_keys, dv1, dv2, d, D1, D2)
+    store_parts(dk_ptr, key * dk_key, inside_keys, dk1 * scale, dk2 * scale, d, D1, D2)
+
+
+def launch_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor,
+    tokens_per_media: int, attend: str, unattended: str, scale: float,
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
+) -> None:  # fmt: skip
+    """Fill the gradients that are not None; see `media_attention_backward`."""
+    batch, heads, queries, d = q.shape
+    kv_heads, keys = k.shape[1:3]
+    media, group = keys // tokens_per_media, heads // kv_heads
+    rows, count = group * queries, batch * heads * queries
+    block = 16 if q.dtype == torch.float32 else 32  # with 64, registers overflow on some GPU
+    shrunk, widths = shrink(q), (d, *head_parts(d))
+    stats = None if dk is None else q.new_empty(4, count, dtype=torch.float32)
+    shared = (
+        q, *strides(q), do, *strides(do), k, *strides(k), v, *strides(v), index
+    )  # fmt: skip
+    media_query_gradient_kernel(
+        tokens_per_media, lambda blocks: (batch * kv_heads * triton.cdiv(rows, block),),
+        *shared, stats, dq, *strides(dq),
+        kv_heads, group, queries, rows, media, tokens_per_media, count, scale, attend, unattended,
+        *widths, block, shrunk, precision(),
+    )  # fmt: skip
+    if dk is None or dv is None:
+        return
+    reach = torch.empty(batch, media, 2, dtype=torch.int32, device=q.device)
+    media_reach_kernel(
+        queries, lambda blocks: (batch * media,),
+        index, reach, queries, media, attend, unattended,
+        min(1024, triton.next_power_of_2(queries)),
+    )  # fmt: skip
+
+    def programs(blocks: dict[str, int]) -> tuple[int, ...]:
+        tile = max(16, blocks["BLOCK_N"] // shrunk)
+        return (batch * kv_heads * media * triton.cdiv(tokens_per_media, tile),)
+
+    media_key_gradient_kernel(
+        tokens_per_media, programs,
+        *shared, reach, stats, dk, *strides(dk), dv, *strides(dv),
+        kv_heads, group, queries, media, tokens_per_media, count, scale, attend, unattended,
+        *widths, block, shrunk, precision(),
+    )  # fmt: skip

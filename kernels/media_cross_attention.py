@@ -1,0 +1,210 @@
+"""Attention of text to the latents of the images it may see, and to no others.
+
+A program takes a tile of text and the keys of those images that some token in it sees, one image
+after the other: neither a mask nor a score is ever formed of an image that nobody there sees.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _media_cross_attention_aten as aten
+from ._attention_tiles import (
+    SIZES,
+    head_parts,
+    inner_product,
+    load_parts,
+    shrink,
+    softmax_step,
+    store_parts,
+    strides,
+)
+from ._cross_attention_aten import by_tokens
+from ._launcher import Config, dense, is_traced, kernel, precision, runs_triton
+from ._media_cross_attention_backward import launch_backward
+from ._media_sight import medium_is_seen, sight
+from ._triton import tl, triton
+from .cross_attention import combine_splits_kernel, key_splits
+
+
+@triton.jit
+def _attend_to_medium(
+    largest, total, acc1, acc2, q1, q2, seen, alone,
+    k_ptr, k_key, v_ptr, v_key, medium, first, tokens_per_media, scale,
+    UNATTENDED: tl.constexpr, d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of a medium's keys."""
+    n = first + tl.arange(0, TILE)
+    inside = n < tokens_per_media
+    key = medium.to(tl.int64) * tokens_per_media + n
+    k1, k2 = load_parts(k_ptr, key * k_key, inside, d, D1, D2)
+    v1, v2 = load_parts(v_ptr, key * v_key, inside, d, D1, D2)
+    s = inner_product(q1, q2, k1, k2, D2, PRECISION) * scale
+    if UNATTENDED == "uniform":
+        s = tl.where(alone[:, None], 0.0, s)
+    s = tl.where(seen[:, None] & inside[None, :], s, -float("inf"))
+    p, shrunk, largest, total = softmax_step(s, largest, total, 1)
+    p = p.to(v1.dtype)
+    acc1 = tl.dot(p, v1, acc1 * shrunk[:, None], input_precision=PRECISION)
+    if D2 > 0:
+        acc2 = tl.dot(p, v2, acc2 * shrunk[:, None], input_precision=PRECISION)
+    return largest, total, acc1, acc2
+
+
+@kernel(
+    Config({"BLOCK_N": 32}, num_warps=4, num_stages=1),  # others spill somewhere
+)
+@triton.jit(do_not_specialize=[*SIZES, "media", "splits"])
+def media_cross_attention_kernel(
+    q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
+    k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
+    index_ptr,  # (batch, queries) int64
+    o_ptr,  # (batch, queries, heads, d); of more than one split (splits, count, d) fp32, and
+    stats_ptr,  # (splits, 2, count) fp32: largest score, sum of exponentials
+    kv_heads, group, queries, rows, media, tokens_per_media, count, splits, scale,
+    ATTEND: tl.constexpr, UNATTENDED: tl.constexpr,
+    d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
+    SHRINK: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    TILE: tl.constexpr = BLOCK_N // SHRINK if BLOCK_N // SHRINK > 16 else 16
+    program = tl.program_id(0)
+    split, program = (program % splits).to(tl.int64), program // splits
+    tiles = tl.cdiv(rows, BLOCK_M)
+    row = ((program % tiles).to(tl.int64) * BLOCK_M).to(tl.int32) + tl.arange(0, BLOCK_M)
+    kv_head = (program // tiles % kv_heads).to(tl.int64)
+    image = (program // tiles // kv_heads).to(tl.int64)
+    inside_rows = row < rows
+    head, query = kv_head * group + row // queries, (row % queries).to(tl.int64)
+    place = image * kv_heads * group + head
+    q_ptr += image * q_batch
+    q1, q2 = load_parts(q_ptr, head * q_head + query * q_query, inside_rows, d, D1, D2)
+    index, alone, low, high = sight(
+        index_ptr + image * queries, query, inside_rows, media, ATTEND, UNATTENDED
+    )
+    k_ptr += image * k_batch + kv_head * k_head
+    v_ptr += image * v_batch + kv_head * v_head
+    largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    acc2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
+    # The tiles of the media in sight are numbered through and divided among the splits.
+    per_medium = tl.cdiv(tokens_per_media, TILE)
+    share = tl.cdiv((high - low) * per_medium, splits)
+    start = low * per_medium + split.to(tl.int32) * share
+    for at in range(start, tl.minimum(start + share, high * per_medium)):
+        medium, first = at // per_medium, at % per_medium * TILE
+        seen = medium_is_seen(index, alone, inside_rows, medium, ATTEND, UNATTENDED)
+        if ATTEND == "listed":
+            if tl.max(seen.to(tl.int32), axis=0) > 0:
+                largest, total, acc1, acc2 = _attend_to_medium(
+                    largest, total, acc1, acc2, q1, q2, seen, alone,
+                    k_ptr, k_key, v_ptr, v_key, medium, first, tokens_per_media, scale,
+                    UNATTENDED, d, D1, D2, TILE, PRECISION,
+                )  # fmt: skip
+        else:
+            largest, total, acc1, acc2 = _attend_to_medium(
+                largest, total, acc1, acc2, q1, q2, seen, alone,
+                k_ptr, k_key, v_ptr, v_key, medium, first, tokens_per_media, scale,
+                UNATTENDED, d, D1, D2, TILE, PRECISION,
+            )  # fmt: skip
+    if PARTIAL:
+        at = place * queries + query
+        stats_ptr += split * 2 * count
+        o_ptr += split * count * d
+        tl.store(stats_ptr + at, largest, mask=inside_rows)
+        tl.store(stats_ptr + count + at, total, mask=inside_rows)
+        store_parts(o_ptr, at * d, inside_rows, acc1, acc2, d, D1, D2)
+    else:
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]  # no medium seen: zeros
+        acc1, acc2 = acc1 * inverse, acc2 * inverse
+        out_row = ((image * queries + query) * kv_heads * group + head) * d
+        store_parts(o_ptr, out_row, inside_rows, acc1, acc2, d, D1, D2)
+
+
+def media_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    media_index: Tensor,
+    *,
+    tokens_per_media: int,
+    attend: str,
+    unattended: str,
+    scale: float,
+) -> Tensor:
+    """The result ``(batch, heads, queries, d)``, in memory ``(batch, queries, heads, d)``.
+
+    Arguments as of the op `media_cross_attention`; an index beyond the media sees nothing.
+    """
+    q, k, v, index = dense(q), dense(k), dense(v), media_index.contiguous()
+    empty = q.numel() == 0 or k.shape[2] == 0
+    if not (runs_triton(q) or is_traced(q) or empty):
+        return aten.forward(q, k, v, index, tokens_per_media, attend, unattended, scale)
+    o = by_tokens(q)
+    if empty:
+        o.zero_()
+    elif runs_triton(q):
+        _launch_forward(q, k, v, index, tokens_per_media, attend, unattended, scale, o)
+    return o
+
+
+def media_attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    media_index: Tensor,
+    *,
+    tokens_per_media: int,
+    attend: str,
+    unattended: str,
+    scale: float,
+    want_q: bool,
+    want_kv: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k and v, None where not wanted, in memory ``(batch, tokens, heads, d)``."""
+    do, q, k, v = dense(do), dense(q), dense(k), dense(v)
+    index = media_index.contiguous()
+    dq = by_tokens(q) if want_q else None
+    dk, dv = (by_tokens(k), by_tokens(k)) if want_kv else (None, None)
+    if q.numel() == 0 or k.shape[2] == 0:
+        for gradient in (dq, dk, dv):
+            if gradient is not None:
+                gradient.zero_()
+    elif runs_triton(q) or not is_traced(q):
+        fill = launch_backward if runs_triton(q) else aten.backward
+        fill(do, q, k, v, index, tokens_per_media, attend, unattended, scale, dq, dk, dv)
+    return dq, dk, dv
+
+
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor,
+    tokens_per_media: int, attend: str, unattended: str, scale: float, o: Tensor,
+) -> None:  # fmt: skip
+    batch, heads, queries, d = q.shape
+    kv_heads, keys = k.shape[1:3]
+    rows, count = heads // kv_heads * queries, batch * heads * queries
+    # In fp32 products are sums of scalars in registers, which 64 rows would overflow.
+    block = 16 if rows <= 16 or q.dtype == torch.float32 else 64
+    programs = batch * kv_heads * triton.cdiv(rows, block)
+    # The latest medium is all that a token sees; of more there may be work for several programs.
+    splits = key_splits(programs, tokens_per_media if attend == "latest" else keys)
+    out, stats = o, None
+    if splits > 1:
+        out = q.new_empty(splits, count, d, dtype=torch.float32)
+        stats = q.new_empty(splits, 2, count, dtype=torch.float32)
+    media_cross_attention_kernel(
+        tokens_per_media, lambda blocks: (programs * splits,),
+        q, *strides(q), k, *strides(k), v, *strides(v), index, out, stats,
+        kv_heads, heads // kv_heads, queries, rows, keys // tokens_per_media, tokens_per_media,
+        count, splits, scale, attend, unattended,
+        d, *head_parts(d), block, shrink(q), splits > 1, precision(),
+    )  # fmt: skip
+    if splits > 1:
+        combine_splits_kernel(
+            count, lambda blocks: (count,), out, stats, o, heads, queries, count, splits,
+            d, triton.next_power_of_2(d), triton.next_power_of_2(splits),
+        )  # fmt: skip

@@ -1,0 +1,273 @@
+"""Attention of text to the images it may see: Flamingo's, and Llama 3.2's over tiles."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlm_fast.kernels._launcher import is_traced
+from vlm_fast.kernels._media_sight import media_seen
+from vlm_fast.kernels.media_cross_attention import (
+    media_attention_backward,
+    media_attention_forward,
+)
+from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
+from vlm_fast.ops.cross_attention import MAX_HEAD_SIZE, score_scale
+from vlm_fast.policy import policy
+from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+
+ATTEND = ("latest", "all_previous", "listed")
+UNATTENDED = ("zero", "uniform", "everything")
+MAX_LISTED = 63  # bits of an index that are no sign
+
+
+@linear_op
+def media_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    media_index: Tensor,
+    *,
+    tokens_per_media: int,
+    attend: str = "latest",
+    unattended: str = "zero",
+    scale: float | None = None,
+) -> Tensor:
+    """``softmax(scale q k^T) v`` over the keys of those media that a token of text may see.
+
+    Mirrors the masked cross-attention of OpenFlamingo (Flamingo, arXiv 2204.14198, section 3.1.3)
+    and, over tiles, transformers' ``MllamaTextCrossAttention`` and the cross-attention of
+    ``IdeficsAttention``. Work and memory are those of the media seen: no mask and no score of text
+    by all keys is formed.
+
+    Args:
+        q: ``(batch, heads, queries, d)``; d is at most 128, larger falls back.
+        k, v: ``(batch, kv_heads, media * tokens_per_media, d)``, medium after medium; ``heads`` is
+            a multiple of ``kv_heads``, and consecutive heads share one (arXiv 2305.13245).
+        media_index: int64 ``(batch, queries)``. For "latest" and "all_previous" how many media
+            there were up to this token, as ``(input_ids == image_token).cumsum(1)``; for "listed" a
+            set of media, bit m standing for medium m of at most 63.
+        tokens_per_media: keys of one medium.
+        attend: what a token sees: "latest", the last of its media (Flamingo); "all_previous", all
+            of them; "listed", those in its set.
+        unattended: what a token with no media gets: "zero"; "uniform", the mean of all values
+            (OpenFlamingo with ``only_attend_immediate_media=False``, IDEFICS); "everything",
+            attention to all media (Llama 3.2).
+        scale: of the scores, ``d ** -0.5`` by default.
+
+    All floating, of one dtype (fp32, fp16 or bf16; others fall back) and one device, with any
+    strides; a last one other than 1 costs a copy.
+
+    Returns ``(batch, heads, queries, d)``, in memory ``(batch, queries, heads, d)``.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: shapes do not fit, devices differ, an option is unknown, or an index names media
+            that are not there. On CUDA indices are checked on the device, without a
+            synchronisation (a device-side assertion), and on the host only under
+            `vlm_fast.strict`; what is not there is never read.
+    """
+    batch, heads, queries, d = q.shape
+    kv_heads, keys = k.shape[1:3]
+    group = (batch, kv_heads, heads // kv_heads * queries)  # rows of heads that share keys
+    seen = media_seen(media_index, keys // tokens_per_media, attend)
+    alone = ~seen.any(-1, keepdim=True)
+    if unattended != "zero":
+        seen = seen | alone
+    if unattended == "uniform":
+        q = q.masked_fill(alone[:, None], 0)
+
+    def scores_of(medium: int, k: Tensor) -> Tensor:
+        # Tokens that do not see it are taken out: even of NaN, nothing reaches its keys.
+        own = q.masked_fill(~seen[:, None, :, medium, None], 0).reshape(*group, d)
+        return torch.matmul(own, k.transpose(2, 3)) * score_scale(scale, d)
+
+    every = [scores_of(m, part) for m, part in enumerate(k.split(tokens_per_media, 2))]
+    scores = torch.cat(every, -1).view(batch, heads, queries, keys)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    hidden = ~seen.repeat_interleave(tokens_per_media, -1)[:, None]
+    p = torch.ops.aten._safe_softmax(scores.masked_fill(hidden, -torch.inf), -1)
+    p = p.masked_fill(hidden, 0).to(q.dtype)
+    o = torch.matmul(p.view(*group, keys), v)
+    return o.view(q.shape).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@media_cross_attention.accepts
+def accepts(q, k, v, media_index, *, tokens_per_media, attend, unattended, scale):
+    mistake = _mistake(q, k, v, media_index, tokens_per_media, attend, unattended)
+    if mistake is not None:
+        raise mistake
+    return q, k, v, media_index
+
+
+def _mistake(q, k, v, media_index, tokens_per_media, attend, unattended):
+    name = "media_cross_attention"
+    named = dict(q=q, k=k, v=v, media_index=media_index)
+    for argument, value in named.items():
+        if not isinstance(value, Tensor):
+            return not_a_tensor(name, argument, value)
+    if attend not in ATTEND:
+        return wrong_value(name, "attend", attend, f"one of {ATTEND}")
+    if unattended not in UNATTENDED:
+        return wrong_value(name, "unattended", unattended, f"one of {UNATTENDED}")
+    if isinstance(tokens_per_media, bool) or not isinstance(tokens_per_media, (int, torch.SymInt)):
+        return wrong_type(name, "tokens_per_media", tokens_per_media, "a positive int")
+    if tokens_per_media < 1:
+        return wrong_value(name, "tokens_per_media", tokens_per_media, "a positive int")
+    for argument in ("q", "k", "v"):
+        if named[argument].ndim != 4:
+            wanted = "four dimensions, (batch, heads, tokens, d)"
+            return wrong_value(name, argument, named[argument], wanted)
+    batch, heads, queries, d = q.shape
+    kv_heads, keys = k.shape[1:3]
+    if k.shape != (batch, kv_heads, keys, d):
+        return wrong_value(name, "k", k, f"({batch}, kv_heads, keys, {d}) to match q")
+    if heads % kv_heads if kv_heads else heads:
+        return wrong_value(name, "k", k, f"(*, a divisor of the {heads} heads of q, *, *)")
+    if keys % tokens_per_media:
+        wanted = f"(*, *, a multiple of the {tokens_per_media} tokens_per_media, *)"
+        return wrong_value(name, "k", k, wanted)
+    if attend == "listed" and keys // tokens_per_media > MAX_LISTED:
+        return wrong_value(name, "k", k, f"at most {MAX_LISTED} media, the bits of an index")
+    if v.shape != k.shape:
+        return wrong_value(name, "v", v, f"{tuple(k.shape)} as k has")
+    if media_index.shape != (batch, queries):
+        wanted = f"({batch}, {queries}), one index for each query"
+        return wrong_value(name, "media_index", media_index, wanted)
+    if not q.is_floating_point():
+        return wrong_type(name, "q", q, "a floating dtype (float32, bfloat16 or float16)")
+    for argument in ("k", "v"):
+        if named[argument].dtype != q.dtype:
+            return wrong_type(name, argument, named[argument], f"{q.dtype} as q has")
+    if media_index.dtype != torch.int64:
+        return wrong_type(name, "media_index", media_index, "torch.int64")
+    for argument, value in named.items():
+        if value.device != q.device:
+            return wrong_value(name, argument, value, f"{q.device}, where q is")
+    return None
+
+
+@media_cross_attention.requires
+def requires(q, k, v, media_index, *, tokens_per_media, attend, unattended, scale):
+    if q.dtype not in FLOATS:
+        return f"{q.dtype} has no kernels here (float32, bfloat16 and float16 have)"
+    if not 1 <= q.shape[3] <= MAX_HEAD_SIZE:
+        return f"head size {q.shape[3]} is not 1 to {MAX_HEAD_SIZE} (no more is tiled)"
+    return None
+
+
+@media_cross_attention.forward
+def forward(needs, q, k, v, media_index, *, tokens_per_media, attend, unattended, scale):
+    _check_index(media_index, k.shape[2] // tokens_per_media, attend)
+    o = media_attention_forward(
+        q, k, v, media_index, tokens_per_media=tokens_per_media, attend=attend,
+        unattended=unattended, scale=score_scale(scale, q.shape[3]),
+    )  # fmt: skip
+    # Inputs alone: what the forward found of the scores is found again.
+    return o, (q, k, v, media_index) if any(needs) else ()
+
+
+@media_cross_attention.backward
+def backward(needs, kept, do, *, tokens_per_media, attend, unattended, scale):
+    q, k, v, media_index = kept
+    found = media_attention_backward(
+        do, q, k, v, media_index, tokens_per_media=tokens_per_media, attend=attend,
+        unattended=unattended, scale=score_scale(scale, q.shape[3]),
+        want_q=needs.q, want_kv=needs.k or needs.v,
+    )  # fmt: skip
+    return tuple(g if need else None for g, need in zip((*found, None), needs, strict=True))
+
+
+def _check_index(index: Tensor, media: int, attend: str) -> None:
+    """On the host where it costs nothing or strictness asks; else an assertion on the device."""
+    if is_traced(index) or not index.numel():
+        return
+    wrong = (index >> media) != 0 if attend == "listed" else (index < 0) | (index > media)
+    if index.is_cuda and not policy.strict:
+        message = f"vlm_fast.media_cross_attention: media_index names more than {media} media"
+        torch._assert_async(~wrong.any(), message)
+        return
+    if wrong.any():
+        sample, token = (int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"vlm_fast.media_cross_attention: media_index[{sample}, {token}] is "
+            f"{int(index[sample, token])}, expected "
+            + (f"no bit beyond the {media} media" if attend == "listed" else f"0 to {media} media")
+        )
+
+
+@media_cross_attention.cost
+def cost(q, k, v, media_index, *, tokens_per_media, attend, unattended, scale):
+    # Of what is surely seen: one medium, half of them, all.
+    media = k.shape[2] // tokens_per_media
+    seen = {"latest": min(1, media), "all_previous": (media + 1) / 2, "listed": media}[attend]
+    flops = int(4 * q.numel() * tokens_per_media * seen)
+    sources = nbytes(k, v)
+    return Cost(
+        forward_flops=flops,
+        forward_bytes=2 * nbytes(q) + sources + nbytes(media_index),
+        backward_flops=5 * flops // 2,
+        backward_bytes=4 * nbytes(q) + 2 * sources + nbytes(media_index),
+    )
+
+
+_FLAMINGO = dict(batch=8, heads=8, queries=2048, tokens_per_media=64, d=64)
+_LLAMA = dict(
+    batch=4, heads=32, kv_heads=8, media=4, keys=6404, tokens_per_media=1601, d=128,
+    attend="listed", unattended="everything", sets="all",
+)  # fmt: skip
+
+
+@media_cross_attention.inputs(
+    test=[
+        dict(batch=1, heads=1, queries=1, media=1, keys=1, tokens_per_media=1, d=1),
+        dict(batch=2, heads=2, queries=19, media=3, keys=27, tokens_per_media=9, d=24, before=3),
+        dict(
+            batch=1, heads=2, kv_heads=1, queries=9, media=3, keys=51, tokens_per_media=17, d=40,
+            before=3, attend="all_previous", unattended="uniform",
+        ),
+        dict(
+            batch=1, heads=4, kv_heads=1, queries=5, media=3, keys=57, tokens_per_media=19, d=80,
+            before=2, attend="listed", unattended="everything", scale=0.2,
+        ),
+        dict(
+            batch=1, heads=2, kv_heads=1, queries=1, media=2, keys=266, tokens_per_media=133, d=16,
+            before=-1, attend="listed", sets="all",
+        ),
+    ],
+    bench={
+        "OpenFlamingo-9B, 8 x 2048, 1 image": dict(media=1, keys=64, before=32, **_FLAMINGO),
+        "OpenFlamingo-9B, 8 x 2048, 4 images": dict(media=4, keys=256, before=32, **_FLAMINGO),
+        "OpenFlamingo-9B, 8 x 2048, 16 images": dict(media=16, keys=1024, before=32, **_FLAMINGO),
+        "OpenFlamingo-9B, 8 x 2048, 4 images, all previous": dict(
+            media=4, keys=256, before=32, attend="all_previous", unattended="uniform", **_FLAMINGO
+        ),
+        "IDEFICS-9B, 4 x 1024, 4 images": dict(
+            batch=4, heads=32, queries=1024, media=4, keys=256, tokens_per_media=64, d=128,
+            before=16, attend="listed", unattended="uniform", sets="previous",
+        ),
+        "Llama-3.2-11B-Vision, prefill 4 x 512": dict(queries=512, before=4, **_LLAMA),
+        "Llama-3.2-11B-Vision, a step of 4": dict(queries=1, before=-1, **_LLAMA),
+    },
+)  # fmt: skip
+def inputs(
+    batch, heads, queries, media, keys, d, *, kv_heads=None, before=0, sets=None
+):  # fmt: skip
+    """Media at even distances after ``before`` tokens of text (-1: all of them before the text).
+
+    ``sets``: bits of "previous" media, or of "all" from the first on; else the number itself.
+    """
+
+    def tokens(n, width):
+        return torch.randn(batch, n, width, d).transpose(1, 2)
+
+    kv_heads = kv_heads or heads
+    sample, token = torch.arange(batch).unsqueeze(1), torch.arange(queries).unsqueeze(0)
+    after = token - before - sample if before >= 0 else token * 0 + sample * 0 + queries
+    index = (after * media).div(max(1, queries - before), rounding_mode="floor") + 1
+    index = index.clamp(0, media)
+    if sets == "all":
+        index = (index > 0) * (2**media - 1)
+    elif sets == "previous":
+        index = 2**index - 1
+    return tokens(queries, heads), tokens(keys, kv_heads), tokens(keys, kv_heads), index
