@@ -39,6 +39,13 @@ LARGE: dict[str, dict[str, Any]] = {
     "stacked_linear": {"shape": (BATCH, 107_000, 64), "outs": (2048, 2048)},
     "max_similarity": {"shape": (BATCH, 107_000, 4096), "texts": 64},
     "mlp": {"shape": (BATCH, 107_000, 64), "hidden": 4096, "out": 64},
+    "gated_mlp": {"shape": (BATCH, 107_000, 64), "hidden": 4096, "out": 64},
+    "gated_add": {"shape": (BATCH, 107_000, 4096)},
+    "gated_add_norm": {"shape": (BATCH, 107_000, 4096)},
+    "media_cross_attention": {
+        "batch": BATCH, "heads": 16, "queries": 107_000, "media": 16, "keys": 1024,
+        "tokens_per_media": 64, "d": 64,
+    },
 }  # fmt: skip
 EXACT = {"merge_image_tokens", "gather_image_tokens", "add_layer_norm"}  # no GEMM in them
 LARGE_BYTES = 40 * 2**30  # what they need, gradients and copies included

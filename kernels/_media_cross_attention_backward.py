@@ -23,7 +23,7 @@ from ._attention_tiles import (
     strides,
 )
 from ._launcher import Config, kernel, precision
-from ._media_sight import load_index, medium_is_seen, sight
+from ._media_sight import first_of_tile, load_index, medium_is_seen, sight, tiles_of
 from ._triton import tl, triton
 
 
@@ -80,8 +80,9 @@ def media_query_gradient_kernel(
     pivot = tl.zeros([BLOCK_M], tl.float32)
     beyond = tl.zeros([BLOCK_M], tl.float32)
     per_medium = tl.cdiv(tokens_per_media, TILE)
-    for at in range(low * per_medium, high * per_medium):
-        medium, n = at // per_medium, at % per_medium * TILE + tl.arange(0, TILE)
+    start, end = tiles_of(low, high, per_medium)
+    for at in range(start, end):
+        medium, n = at // per_medium, first_of_tile(at % per_medium, TILE) + tl.arange(0, TILE)
         seen = medium_is_seen(index, alone, inside, medium, ATTEND, UNATTENDED)
         inside_keys = n < tokens_per_media
         key = medium.to(tl.int64) * tokens_per_media + n
@@ -107,8 +108,8 @@ def media_query_gradient_kernel(
     if dq_ptr is not None:
         dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
         dq2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
-        for at in range(low * per_medium, high * per_medium):
-            medium, n = at // per_medium, at % per_medium * TILE + tl.arange(0, TILE)
+        for at in range(start, end):
+            medium, n = at // per_medium, first_of_tile(at % per_medium, TILE) + tl.arange(0, TILE)
             seen = medium_is_seen(index, alone, inside, medium, ATTEND, UNATTENDED)
             inside_keys = n < tokens_per_media
             key = medium.to(tl.int64) * tokens_per_media + n
@@ -170,10 +171,10 @@ def media_key_gradient_kernel(
     TILE: tl.constexpr = BLOCK_N // SHRINK if BLOCK_N // SHRINK > 16 else 16
     program = tl.program_id(0)
     per_medium = tl.cdiv(tokens_per_media, TILE)
-    at = program % (per_medium * media)
-    medium, n = at // per_medium, at % per_medium * TILE + tl.arange(0, TILE)
-    kv_head = (program // (per_medium * media) % kv_heads).to(tl.int64)
-    image = (program // (per_medium * media) // kv_heads).to(tl.int64)
+    n = first_of_tile(program % per_medium, TILE) + tl.arange(0, TILE)
+    medium = program // per_medium % media
+    kv_head = (program // per_medium // media % kv_heads).to(tl.int64)
+    image = (program // per_medium // media // kv_heads).to(tl.int64)
     inside_keys = n < tokens_per_media
     key = medium.to(tl.int64) * tokens_per_media + n
     k_ptr += image * k_batch + kv_head * k_head
@@ -188,9 +189,9 @@ def media_key_gradient_kernel(
     dk2 = tl.zeros([TILE, D2 if D2 > 0 else 16], tl.float32)
     dv2 = tl.zeros([TILE, D2 if D2 > 0 else 16], tl.float32)
     blocks = tl.maximum(tl.cdiv(last - first, BLOCK_M), 0)
-    for step in range(blocks * group):
+    for step in range((blocks.to(tl.int64) * group).to(tl.int32)):
         head = kv_head * group + step // blocks
-        token = first + step % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+        token = first + first_of_tile(step % blocks, BLOCK_M) + tl.arange(0, BLOCK_M)
         inside = token < last
         query = token.to(tl.int64)
         q1, q2 = load_parts(

@@ -61,6 +61,18 @@ def medium_is_seen(
     return seen & inside
 
 
+@triton.jit
+def tiles_of(low, high, per_medium):
+    """Media ``low`` to ``high`` as tiles, numbered through."""
+    first, last = low.to(tl.int64) * per_medium, high.to(tl.int64) * per_medium
+    return first.to(tl.int32), last.to(tl.int32)
+
+
+@triton.jit
+def first_of_tile(tile, SIZE: tl.constexpr):
+    return (tile.to(tl.int64) * SIZE).to(tl.int32)  # numbers of tokens fit
+
+
 def media_seen(media_index: Tensor, media: int, attend: str) -> Tensor:
     """Bool ``(batch, queries, media)``: the same on the host's side."""
     medium = torch.arange(media, device=media_index.device)

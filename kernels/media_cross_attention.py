@@ -23,7 +23,7 @@ from ._attention_tiles import (
 from ._cross_attention_aten import by_tokens
 from ._launcher import Config, dense, is_traced, kernel, precision, runs_triton
 from ._media_cross_attention_backward import launch_backward
-from ._media_sight import medium_is_seen, sight
+from ._media_sight import first_of_tile, medium_is_seen, sight, tiles_of
 from ._triton import tl, triton
 from .cross_attention import combine_splits_kernel, key_splits
 
@@ -92,10 +92,11 @@ def media_cross_attention_kernel(
     acc2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
     # The tiles of the media in sight are numbered through and divided among the splits.
     per_medium = tl.cdiv(tokens_per_media, TILE)
-    share = tl.cdiv((high - low) * per_medium, splits)
-    start = low * per_medium + split.to(tl.int32) * share
-    for at in range(start, tl.minimum(start + share, high * per_medium)):
-        medium, first = at // per_medium, at % per_medium * TILE
+    start, end = tiles_of(low, high, per_medium)
+    share = tl.cdiv(end - start, splits)
+    start += (split * share).to(tl.int32)
+    for at in range(start, tl.minimum(start + share, end)):
+        medium, first = at // per_medium, first_of_tile(at % per_medium, TILE)
         seen = medium_is_seen(index, alone, inside_rows, medium, ATTEND, UNATTENDED)
         if ATTEND == "listed":
             if tl.max(seen.to(tl.int32), axis=0) > 0:

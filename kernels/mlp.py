@@ -171,11 +171,11 @@ def _aten(
     """The same from ATen's kernels, where Triton does not run."""
     if tokens == period:
         z = z if z.ndim == 2 else z.view(dh.shape)
-        dz = _ATEN_BACKWARD[activation](dh, z)
+        dz = activation_backward(dh, z, activation)
     else:
         cols = dh.shape[1]
         z = z.as_strided((dh.shape[0] // tokens, tokens, cols), (period * cols, cols, 1))
-        dz = _ATEN_BACKWARD[activation](dh.view(z.shape), z).view(-1, cols)
+        dz = activation_backward(dh.view(z.shape), z, activation).view(-1, cols)
     h = activate(z, activation) if want_h else None
     return dz, h, dz.sum(0) if want_dbias else None
 
@@ -193,6 +193,11 @@ _ATEN: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
 }
+
+
+def activation_backward(dh: Tensor, z: Tensor, activation: str) -> Tensor:
+    """The gradient of z, written over dh, from ATen's kernels."""
+    return _ATEN_BACKWARD[activation](dh, z)
 
 
 def _quick_gelu_backward(dh: Tensor, z: Tensor) -> Tensor:

@@ -1,5 +1,10 @@
 """Modules with the parameter names of the original checkpoints."""
 
+from vlm_fast.modules.gated_cross_attention import (
+    GatedCrossAttentionBlock as GatedCrossAttentionBlock,
+)
+from vlm_fast.modules.gated_cross_attention import MaskedCrossAttention as MaskedCrossAttention
+from vlm_fast.modules.gated_cross_attention import MediaKeyValues as MediaKeyValues
 from vlm_fast.modules.mlp_projector import LinearProjector as LinearProjector
 from vlm_fast.modules.mlp_projector import MLPProjector as MLPProjector
 from vlm_fast.modules.qformer import QFormer as QFormer

@@ -5,6 +5,9 @@ from vlm_fast.ops.absorbed_cross_attention import (
 )
 from vlm_fast.ops.add_layer_norm import add_layer_norm as add_layer_norm
 from vlm_fast.ops.cross_attention import cross_attention as cross_attention
+from vlm_fast.ops.gated_add import gated_add as gated_add
+from vlm_fast.ops.gated_add import gated_add_norm as gated_add_norm
+from vlm_fast.ops.gated_mlp import gated_mlp as gated_mlp
 from vlm_fast.ops.image_tokens import gather_image_tokens as gather_image_tokens
 from vlm_fast.ops.image_tokens import merge_image_tokens as merge_image_tokens
 from vlm_fast.ops.max_similarity import max_similarity as max_similarity

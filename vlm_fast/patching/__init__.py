@@ -14,7 +14,14 @@ from torch import nn
 from vlm_fast.modules.chain import chain_of
 from vlm_fast.op import FLOATS
 from vlm_fast.ops.mlp import SAVED
-from vlm_fast.patching import image_token_merge, linear_act_linear, qformer
+from vlm_fast.patching import (
+    flamingo,
+    idefics,
+    image_token_merge,
+    linear_act_linear,
+    mllama,
+    qformer,
+)
 from vlm_fast.patching.class_swap import Patched, swap, swap_back
 
 # Families: a mixin, and the recogniser that returns its recipe, a reason against it, or None.
@@ -24,6 +31,11 @@ FAMILIES: list[tuple[type[Patched], Callable[..., Any]]] = [
     (qformer.FusedQFormerModel, qformer.recognise_model),
     (qformer.FusedQFormerEncoder, qformer.recognise_encoder),
     (qformer.FusedQFormerLayer, qformer.recognise_layer),
+    (flamingo.FusedGatedBlock, flamingo.recognise),
+    (idefics.FusedIdeficsModel, idefics.recognise_model),
+    (idefics.FusedIdeficsLayer, idefics.recognise_layer),
+    (mllama.FusedMllamaModel, mllama.recognise_model),
+    (mllama.FusedMllamaLayer, mllama.recognise_layer),
 ]
 
 

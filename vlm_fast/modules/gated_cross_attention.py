@@ -1,0 +1,243 @@
+"""Flamingo's tanh-gated cross-attention block, with the keys and arguments of OpenFlamingo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vlm_fast import ops
+from vlm_fast.modules.activation import activation_of
+from vlm_fast.modules.media_memory import remembered
+from vlm_fast.modules.plain_tree import why_not_plain_tree
+from vlm_fast.policy import fell_back
+from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+
+OP = "GatedCrossAttentionBlock"
+
+
+@dataclass(frozen=True)
+class MediaKeyValues:
+    """Keys and values of media for one block; see `GatedCrossAttentionBlock.key_values`.
+
+    Attributes:
+        k, v: ``(batch, heads, media * tokens_per_media, d)``.
+        tokens_per_media: latents of one medium.
+    """
+
+    k: Tensor
+    v: Tensor
+    tokens_per_media: int
+
+
+class MaskedCrossAttention(nn.Module):
+    """The attention of a `GatedCrossAttentionBlock`, with OpenFlamingo's parameter names."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        dim_visual: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        only_attend_immediate_media: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale = dim_head**-0.5
+        self.heads = heads
+        inner = dim_head * heads
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(dim, **factory)
+        self.to_q = nn.Linear(dim, inner, bias=False, **factory)
+        self.to_kv = nn.Linear(dim_visual, inner * 2, bias=False, **factory)
+        self.to_out = nn.Linear(inner, dim, bias=False, **factory)
+        self.only_attend_immediate_media = only_attend_immediate_media
+
+    def forward(
+        self,
+        x: Tensor,
+        media: Tensor | MediaKeyValues,
+        media_locations: Tensor | None = None,
+        use_cached_media: bool = False,
+    ) -> Tensor:
+        """``(batch, tokens, dim)``: what the attention adds; arguments as of the block."""
+        return attend(self, x, media, media_locations, use_cached_media)
+
+
+class GatedCrossAttentionBlock(nn.Module):
+    """``x + tanh(attn_gate) attn(x, media)``, then the same of a feed-forward network.
+
+    Mirrors OpenFlamingo's class of this name (Flamingo, arXiv 2204.14198, section 3.1.2), with its
+    arguments and parameter names; no mask and no score of text by all latents is formed.
+
+    Args:
+        dim: width of the text.
+        dim_visual: width of the media's latents.
+        dim_head, heads: of the attention; heads of more than 128 fall back.
+        ff_mult: width of the feed-forward network in multiples of ``dim``.
+        only_attend_immediate_media: whether a token sees its last medium alone, and nothing before
+            the first; else it sees all previous ones, and before the first the mean of all values.
+
+    Without gradients, in eval mode, keys and values are remembered while the features live, so that
+    a generated token costs no projection of them; see also `key_values`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        dim_visual: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        ff_mult: int = 4,
+        only_attend_immediate_media: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.attn = MaskedCrossAttention(
+            dim=dim, dim_visual=dim_visual, dim_head=dim_head, heads=heads,
+            only_attend_immediate_media=only_attend_immediate_media, **factory,
+        )  # fmt: skip
+        self.attn_gate = nn.Parameter(torch.zeros(1, **factory))
+        self.ff = nn.Sequential(
+            nn.LayerNorm(dim, **factory),
+            nn.Linear(dim, dim * ff_mult, bias=False, **factory),
+            nn.GELU(),
+            nn.Linear(dim * ff_mult, dim, bias=False, **factory),
+        )
+        self.ff_gate = nn.Parameter(torch.zeros(1, **factory))
+
+    def key_values(self, media: Tensor) -> MediaKeyValues:
+        """Keys and values of ``media (batch, media, latents, dim_visual)``, to be passed instead.
+
+        Raises:
+            TypeError, ValueError: media is no tensor, or of another shape.
+        """
+        return project(self.attn, media)
+
+    def forward(
+        self,
+        x: Tensor,
+        media: Tensor | MediaKeyValues,
+        media_locations: Tensor | None = None,
+        use_cached_media: bool = False,
+    ) -> Tensor:
+        """``(batch, tokens, dim)`` to the same.
+
+        Args:
+            x: the text.
+            media: ``(batch, media, latents, dim_visual)``, or what `key_values` made of it.
+            media_locations: bool ``(batch, tokens)``, True where a medium is named; None: every
+                token sees all media.
+            use_cached_media: the media were named before x; ``media_locations`` is then of that
+                text, of any length, and every token of x stands after it.
+
+        Raises:
+            TypeError, ValueError: shapes or dtypes do not fit, or more media are named than there
+                are (on CUDA checked on the device, see `vlm_fast.ops.media_cross_attention`).
+        """
+        return gated_block(self, x, media, media_locations, use_cached_media)
+
+
+def why_not_fused(block: Any) -> str | None:
+    """Why a block's children are called one by one, or None."""
+    return why_not_plain_tree(block, biases=False)
+
+
+def gated_block(
+    block: Any, x: Tensor, media: Any, media_locations: Tensor | None, use_cached_media: bool
+) -> Tensor:
+    """The forward of any module with the children of `GatedCrossAttentionBlock`."""
+    reason = why_not_fused(block)
+    if reason is not None:
+        fell_back(type(block).__name__, reason)
+        attended = attend(block.attn, x, media, media_locations, use_cached_media, plain=False)
+        x = ops.gated_add(x, attended.to(x.dtype), block.attn_gate)
+        return ops.gated_add(x, block.ff(x).to(x.dtype), block.ff_gate)
+    norm, linear_1, act, linear_2 = block.ff
+    attended = attend(block.attn, x, media, media_locations, use_cached_media)
+    x, normed = ops.gated_add_norm(
+        x, attended.to(x.dtype), block.attn_gate, norm.weight, norm.bias, eps=norm.eps
+    )
+    expanded = ops.mlp(
+        normed, linear_1.weight, linear_1.bias, linear_2.weight, linear_2.bias,
+        activation=cast(str, activation_of(act)),
+    )  # fmt: skip
+    return ops.gated_add(x, expanded.to(x.dtype), block.ff_gate)
+
+
+def attend(
+    attn: Any,
+    x: Tensor,
+    media: Any,
+    media_locations: Tensor | None,
+    use_cached_media: bool,
+    *,
+    plain: bool = True,
+) -> Tensor:
+    """The forward of any module with the children of `MaskedCrossAttention`.
+
+    ``plain``: whether parameters may be read; else the children are called.
+    """
+    if not isinstance(x, Tensor):
+        raise not_a_tensor(OP, "x", x)
+    if x.ndim != 3 or x.shape[2] != getattr(attn.to_q, "in_features", x.shape[2]):
+        raise wrong_value(OP, "x", x, f"(batch, tokens, {attn.to_q.in_features})")
+    found = media if isinstance(media, MediaKeyValues) else project(attn, media, plain=plain)
+    if found.k.shape[0] != x.shape[0]:
+        raise wrong_value(OP, "media", found.k, f"{x.shape[0]} samples, as x has")
+    q = attn.to_q(attn.norm(x)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+    count = found.k.shape[2] // max(1, found.tokens_per_media)
+    immediate = bool(attn.only_attend_immediate_media)
+    attended = ops.media_cross_attention(
+        q, found.k, found.v, media_index(x, count, media_locations, use_cached_media),
+        tokens_per_media=found.tokens_per_media, scale=attn.scale,
+        attend="latest" if immediate and media_locations is not None else "all_previous",
+        unattended="zero" if immediate else "uniform",
+    )  # fmt: skip
+    return attn.to_out(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def media_index(
+    x: Tensor, media: int, media_locations: Tensor | None, use_cached_media: bool
+) -> Tensor:
+    """How many media there are up to each token, int64 ``(batch, tokens)``."""
+    batch, tokens = x.shape[:2]
+    if media_locations is None:
+        return torch.full((batch, tokens), media, dtype=torch.int64, device=x.device)
+    if not isinstance(media_locations, Tensor):
+        raise not_a_tensor(OP, "media_locations", media_locations)
+    if media_locations.dtype != torch.bool:
+        raise wrong_type(OP, "media_locations", media_locations, "torch.bool")
+    length = media_locations.shape[-1] if use_cached_media else tokens
+    if media_locations.shape != (batch, length):
+        wanted = f"({batch}, {'any length' if use_cached_media else tokens})"
+        raise wrong_value(OP, "media_locations", media_locations, wanted)
+    if use_cached_media:
+        return media_locations.sum(1, keepdim=True).expand(batch, tokens)
+    return media_locations.cumsum(1)
+
+
+def project(attn: Any, media: Any, *, plain: bool = True) -> MediaKeyValues:
+    """Keys and values of media, remembered without gradients while the features live."""
+    if not isinstance(media, Tensor):
+        raise not_a_tensor(OP, "media", media)
+    width = getattr(attn.to_kv, "in_features", media.shape[-1])
+    if media.ndim != 4 or media.shape[3] != width:
+        raise wrong_value(OP, "media", media, f"(batch, media, latents, {width})")
+
+    def made() -> MediaKeyValues:
+        kv = attn.to_kv(media.flatten(1, 2)).unflatten(2, (2, attn.heads, -1))
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        return MediaKeyValues(k, v, media.shape[2])
+
+    autocast = torch.is_autocast_enabled(media.device.type)
+    if not plain or autocast:
+        return made()
+    return remembered(attn, media, [attn.to_kv.weight], made)

@@ -1,0 +1,173 @@
+"""IDEFICS: gated cross-attention layers, and keys and values of images that outlive a token.
+
+The model's own ``forward`` runs with a mask of one token, from which it makes that of text by image
+tokens; the layers get a set of images for each token instead. transformers projects all images anew
+for every generated token in every layer; here that is remembered while the features live.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_fast import ops
+from vlm_fast.modules.activation import activation_of
+from vlm_fast.modules.media_memory import remembered
+from vlm_fast.modules.plain_tree import why_not_plain_tree
+from vlm_fast.patching.class_swap import Patched
+from vlm_fast.patching.media_sets import MediaSets, why_not_sets
+from vlm_fast.patching.mllama import rms_norm
+from vlm_fast.policy import fell_back
+from vlm_fast.refusal import wrong_value
+
+
+class FusedIdeficsModel(Patched):
+    """A model that tells its gated layers the images each token sees."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(self.patch.base.forward).bind(self, *args, **kwargs)
+        given = bound.arguments
+        mask = given.get("image_attention_mask")
+        if self.why_not_sets(mask) is not None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        given["image_attention_mask"] = mask[:, :1]
+        options = given.pop("kwargs", {})
+        media_sets = MediaSets.of(mask.bool())
+        return super().forward(*bound.args[1:], **options, media_sets=media_sets)  # type: ignore
+
+    def why_not_sets(self, mask: Any) -> str | None:
+        layers: Any = self.gated_cross_attn_layers  # type: ignore[attr-defined]
+        if not all(isinstance(layer, FusedIdeficsLayer) for layer in layers):
+            return "a gated layer is not patched"
+        return why_not_sets(mask, 3)
+
+
+class FusedIdeficsLayer(Patched):
+    """One gated cross-attention layer; ``media_sets`` comes from `FusedIdeficsModel`."""
+
+    cross_attn: Any
+    mlp: Any
+    config: Any
+    training: bool
+    input_layernorm: Any
+    post_attention_layernorm: Any
+    alpha_cross_attn: Any
+    alpha_dense: Any
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        image_hidden_states: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        cross_attention_gate: Tensor | None = None,
+        past_key_values: Any = None,
+        *,
+        media_sets: MediaSets | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        x, images = hidden_states, image_hidden_states
+        if images is not None and media_sets is not None:
+            _check(media_sets, x, images, image_attention_mask)
+        reason = self.why_not()
+        if images is None or cross_attention_gate is None or past_key_values is not None:
+            reason = "an argument is not as the model gives it"
+        elif kwargs.get("output_attentions"):
+            reason = "attention maps were asked for, which no kernel forms"
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            if images is not None and media_sets is not None:
+                image_attention_mask = media_sets.dense_mask(images.shape[1], images.dtype)
+                cross_attention_gate = (media_sets.index != 0).to(images.dtype)
+            return super().forward(  # type: ignore[misc]
+                x, attention_mask, images, image_attention_mask, cross_attention_gate,
+                past_key_values, **kwargs,
+            )  # fmt: skip
+        assert images is not None and cross_attention_gate is not None
+        attn, post = self.cross_attn, self.post_attention_layernorm
+        q = attn.q_proj(rms_norm(x, self.input_layernorm)).unflatten(2, (attn.num_heads, -1))
+        if attn.qk_layer_norms:
+            q = rms_norm(q, attn.q_layer_norm)
+        attended, row_mask = self._attend(
+            q.transpose(1, 2), images, image_attention_mask, cross_attention_gate, media_sets
+        )
+        attended = attn.o_proj(attended.transpose(1, 2).flatten(2))
+        x, normed = ops.gated_add_norm(
+            x, attended.to(x.dtype), self.alpha_cross_attn, post.weight, None, row_mask,
+            eps=post.variance_epsilon, norm="rms",
+        )  # fmt: skip
+        expanded = ops.gated_mlp(
+            normed, self.mlp.gate_proj.weight, self.mlp.up_proj.weight, self.mlp.down_proj.weight,
+            activation=activation_of(self.mlp.act_fn) or "",
+        )  # fmt: skip
+        return ops.gated_add(x, expanded.to(x.dtype), self.alpha_dense)
+
+    def _attend(
+        self, q: Tensor, images: Tensor, mask: Tensor | None, gate: Tensor, sets: MediaSets | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is seen of the images, and which rows to keep of it (None: all)."""
+        attn = self.cross_attn
+        k, v = self._key_values(images)
+        if sets is None:  # a layer on its own, given a mask of text by image tokens
+            return ops.cross_attention(q, k, v, bias=mask, scale=attn.scaling), gate != 0
+        # A token that sees no image gets zeros already.
+        return ops.media_cross_attention(
+            q, k, v, sets.index, attend="listed", tokens_per_media=k.shape[2] // sets.media,
+            scale=attn.scaling,
+        ), None  # fmt: skip
+
+    def _key_values(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        attn = self.cross_attn
+
+        def made() -> tuple[Tensor, Tensor]:
+            k, v = (
+                linear(images).unflatten(2, (attn.num_heads, -1))
+                for linear in (attn.k_proj, attn.v_proj)
+            )
+            if attn.qk_layer_norms:
+                k = rms_norm(k, attn.k_layer_norm)
+            return k.transpose(1, 2), v.transpose(1, 2)
+
+        if torch.is_autocast_enabled(images.device.type):
+            return made()
+        weights = [attn.k_proj.weight, attn.v_proj.weight]
+        weights += [attn.k_layer_norm.weight] if attn.qk_layer_norms else []
+        return remembered(attn, images, weights, made)
+
+    def why_not(self) -> str | None:
+        if self.training and (self.cross_attn.dropout > 0 or self.config > 0):
+            return "it has dropout"
+        return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+
+
+def _check(sets: MediaSets, x: Tensor, images: Tensor, mask: Tensor | None) -> None:
+    owner = "patch(Idefics)"
+    if sets.index.shape != x.shape[:2]:
+        wanted = f"({x.shape[0]}, {x.shape[1]}, images), a row for each token"
+        raise wrong_value(owner, "image_attention_mask", sets.seen, wanted)
+    if mask is not None and mask.shape[-1] != images.shape[1]:
+        wanted = f"as many images as image_hidden_states, {images.shape[1]} tokens, has"
+        raise wrong_value(owner, "image_attention_mask", sets.seen, wanted)
+
+
+def recognise_model(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """A recipe, a reason against, or None for another class."""
+    return () if _is(module, "IdeficsModel") else None
+
+
+def recognise_layer(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """The same for a gated cross-attention layer."""
+    if not _is(module, "IdeficsGatedCrossAttentionLayer"):
+        return None
+    layer: Any = module
+    if activation_of(layer.mlp.act_fn) is None:
+        return f"{type(layer.mlp.act_fn).__name__} is not an activation the kernels know"
+    return ()
+
+
+def _is(module: nn.Module, name: str) -> bool:
+    kind = type(module)
+    return kind.__name__ == name and kind.__module__.startswith("transformers.models.idefics.")

@@ -1,0 +1,48 @@
+"""Which media each token sees, as patched models hand it to their layers: sets, not masks."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlm_fast.ops.media_cross_attention import MAX_LISTED
+
+
+class MediaSets(NamedTuple):
+    """A set of media for each token.
+
+    Attributes:
+        index: int64 ``(batch, tokens)``, bit m standing for medium m.
+        media: how many there are.
+    """
+
+    index: Tensor
+    media: int
+
+    @classmethod
+    def of(cls, seen: Tensor) -> MediaSets:
+        """Of bool ``(batch, tokens, media)``."""
+        bits = torch.arange(seen.shape[2], device=seen.device)
+        return cls((seen.long() << bits).sum(2), seen.shape[2])
+
+    @property
+    def seen(self) -> Tensor:
+        """Bool ``(batch, tokens, media)``."""
+        bits = torch.arange(self.media, device=self.index.device)
+        return (self.index.unsqueeze(2) >> bits) & 1 != 0
+
+    def dense_mask(self, keys: int, dtype: torch.dtype) -> Tensor:
+        """``(batch, 1, tokens, keys)``: 0 where a key is seen, else the least number of dtype."""
+        hidden = ~self.seen.repeat_interleave(keys // self.media, 2).unsqueeze(1)
+        return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+
+
+def why_not_sets(mask: Any, dimensions: int) -> str | None:
+    """Why a mask of tokens by media is not taken as sets, or None."""
+    if not isinstance(mask, Tensor) or mask.ndim != dimensions:
+        return "there is no mask of tokens by media"
+    if mask[0, 0].numel() > MAX_LISTED:
+        return f"{mask[0, 0].numel()} media are more than {MAX_LISTED}, the bits of a set"
+    return None

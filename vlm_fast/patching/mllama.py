@@ -1,0 +1,197 @@
+"""Llama 3.2 Vision: cross-attention layers over image tiles, and the mask prepared for them.
+
+The model's own ``forward`` runs, without its mask of text by image tokens, which it would make anew
+for the whole context at every generated token; the layers get a set of tiles for each new token. A
+layer with a child that is not plain (LoRA, quantisation, hooks) runs its own forward, with the mask
+it expects.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlm_fast import ops
+from vlm_fast.modules.activation import activation_of
+from vlm_fast.modules.plain_tree import wants_attentions, why_not_plain_tree
+from vlm_fast.patching.class_swap import Patched
+from vlm_fast.patching.media_sets import MediaSets, why_not_sets
+from vlm_fast.policy import fell_back
+from vlm_fast.refusal import wrong_value
+
+ATTENTIONS = "attention maps were asked for, which no kernel forms"
+
+
+class FusedMllamaModel(Patched):
+    """A model that tells its cross-attention layers the tiles each token sees."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(self.patch.base.forward).bind(self, *args, **kwargs)
+        given = bound.arguments
+        mask = given.get("cross_attention_mask")
+        if mask is None or self.why_not_sets(mask) is not None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        text = given.get("input_ids")
+        text = given.get("inputs_embeds") if text is None else text
+        past = given.get("past_key_values")
+        first = past.get_seq_length() if past is not None else 0
+        if isinstance(first, int):
+            last = first + text.shape[1]
+            if mask.shape[1] < last:
+                wanted = f"(batch, {last} or more, images, tiles): {first} tokens cached, then more"
+                raise wrong_value("patch(Mllama)", "cross_attention_mask", mask, wanted)
+            mask = mask[:, first:last]
+        else:
+            mask = mask[:, torch.arange(text.shape[1], device=mask.device) + first]
+        given["cross_attention_mask"] = None
+        options = given.pop("kwargs", {})
+        media_sets = MediaSets.of(mask.flatten(2) == 1)
+        return super().forward(*bound.args[1:], **options, media_sets=media_sets)  # type: ignore
+
+    def why_not_sets(self, mask: Any) -> str | None:
+        layers: Any = self.language_model.layers  # type: ignore[attr-defined]
+        crossing = [layer for layer in layers if hasattr(layer, "cross_attn")]
+        if not all(isinstance(layer, FusedMllamaLayer) for layer in crossing):
+            return "a cross-attention layer is not patched"
+        return why_not_sets(mask, 4)
+
+
+class FusedMllamaLayer(Patched):
+    """One gated cross-attention layer; ``media_sets`` comes from `FusedMllamaModel`."""
+
+    cross_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+    cross_attn_attn_gate: Any
+    cross_attn_mlp_gate: Any
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cross_attention_states: Tensor | None = None,
+        cross_attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
+        full_text_row_masked_out_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: Any = None,
+        *,
+        media_sets: MediaSets | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        reason = ATTENTIONS if wants_attentions() or kwargs.get("output_attentions") else None
+        if cross_attention_mask is not None:
+            reason = "a mask of text by image tokens was given, not the tiles each token sees"
+        reason = reason or self.why_not()
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            if media_sets is not None:
+                keys = self._keys(hidden_states, cross_attention_states, past_key_values)
+                cross_attention_mask, full_text_row_masked_out_mask = _as_prepared(
+                    media_sets, keys, hidden_states.dtype
+                )
+            return super().forward(  # type: ignore[misc]
+                hidden_states, cross_attention_states, cross_attention_mask, attention_mask,
+                full_text_row_masked_out_mask, position_ids, past_key_values, use_cache,
+                position_embeddings, **kwargs,
+            )  # fmt: skip
+        attn, norm = self.cross_attn, self.input_layernorm
+        k, v = self._key_values(hidden_states, cross_attention_states, past_key_values)
+        if media_sets is None:  # every token sees all
+            media_sets = MediaSets(hidden_states.new_zeros(hidden_states.shape[:2]).long(), 1)
+            row_mask = None
+        else:
+            row_mask = media_sets.index != 0
+        if k.shape[2] % media_sets.media:
+            wanted = f"a multiple of the {media_sets.media} tiles of cross_attention_mask"
+            raise wrong_value("patch(Mllama)", "image tokens", k.shape[2], wanted)
+        normed = rms_norm(hidden_states, norm)
+        q = rms_norm(attn.q_proj(normed).unflatten(2, (attn.num_heads, -1)), attn.q_norm)
+        attended = ops.media_cross_attention(
+            q.transpose(1, 2), k, v, media_sets.index, attend="listed", unattended="everything",
+            tokens_per_media=k.shape[2] // media_sets.media, scale=attn.scaling,
+        )  # fmt: skip
+        attended = attn.o_proj(attended.transpose(1, 2).flatten(2))
+        post = self.post_attention_layernorm
+        hidden_states, normed = ops.gated_add_norm(
+            hidden_states, attended.to(hidden_states.dtype), self.cross_attn_attn_gate,
+            post.weight, eps=post.variance_epsilon, norm="rms",
+        )  # fmt: skip
+        expanded = ops.gated_mlp(
+            normed, self.mlp.gate_proj.weight, self.mlp.up_proj.weight, self.mlp.down_proj.weight,
+            activation=activation_of(self.mlp.act_fn) or "",
+        )  # fmt: skip
+        return ops.gated_add(
+            hidden_states, expanded.to(hidden_states.dtype), self.cross_attn_mlp_gate, row_mask
+        )
+
+    def _key_values(
+        self, hidden: Tensor, states: Tensor | None, past_key_values: Any
+    ) -> tuple[Tensor, Tensor]:
+        """``(batch, kv_heads, image tokens, d)``, from the states or the cache."""
+        attn = self.cross_attn
+        if states is None:
+            if past_key_values is None or past_key_values.get_seq_length(attn.layer_idx) == 0:
+                raise ValueError(
+                    "vlm_fast.patch(Mllama): cross_attention_states is None and the cache has no "
+                    "keys of images, expected one of them"
+                )
+            cached = past_key_values.layers[attn.layer_idx]
+            return cached.keys, cached.values
+        k, v = (
+            linear(states).reshape(hidden.shape[0], -1, attn.num_key_value_heads, attn.head_dim)
+            for linear in (attn.k_proj, attn.v_proj)
+        )
+        k, v = rms_norm(k, attn.k_norm).transpose(1, 2), v.transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, attn.layer_idx)
+        return k, v
+
+    def _keys(self, hidden: Tensor, states: Tensor | None, past_key_values: Any) -> int:
+        """How many image tokens there are, cached and new."""
+        attn = self.cross_attn
+        cached = 0 if past_key_values is None else past_key_values.get_seq_length(attn.layer_idx)
+        new = 0 if states is None else states.shape[:-1].numel() // hidden.shape[0]
+        return int(cached) + new
+
+    def why_not(self) -> str | None:
+        if self.cross_attn.training and self.cross_attn.dropout > 0:
+            return "attention has dropout"
+        return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+
+
+def rms_norm(x: Tensor, norm: Any) -> Tensor:
+    """An RMSNorm of transformers over the last dimension."""
+    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+
+
+def _as_prepared(sets: MediaSets, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The masks as the model would have prepared them; a token without tiles sees all."""
+    some = (sets.index != 0)[:, None, :, None]
+    return sets.dense_mask(keys, dtype) * some, some.to(dtype)
+
+
+def recognise_model(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """A recipe, a reason against, or None for another class."""
+    return () if _is(module, "MllamaModel") else None
+
+
+def recognise_layer(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """The same for a cross-attention layer."""
+    if not _is(module, "MllamaCrossAttentionDecoderLayer"):
+        return None
+    layer: Any = module
+    if activation_of(layer.mlp.act_fn) is None:
+        return f"{type(layer.mlp.act_fn).__name__} is not an activation the kernels know"
+    return ()
+
+
+def _is(module: nn.Module, name: str) -> bool:
+    kind = type(module)
+    return kind.__name__ == name and kind.__module__.startswith("transformers.models.mllama")
