@@ -62,12 +62,14 @@ class PlainTree:
                 return False
         return not any(map(_is_partitioned, self.parameters))
 
-    def why_not(self, biases: bool = True) -> str | None:
+    def why_not(self, biases: bool = True, unread: str | None = None) -> str | None:
         """The first module that must be called as a module, and why; None if there is none.
 
-        ``biases``: whether every linear must have one.
+        ``biases``: whether every linear must have one; ``unread``: a child that is never called.
         """
         for name, module in zip(self.names, self.modules, strict=True):
+            if name.rpartition(".")[2] == unread:
+                continue
             if isinstance(module, _RESTATED) or rms_eps(module) is not None or _holds(module):
                 reason = None if _only_watched(module._forward_hooks) else "it has hooks"
                 reason = reason or why_not_called_plainly(module, but_forward_hooks=True)
@@ -143,18 +145,20 @@ def _descendants(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 _trees: WeakKeyDictionary[nn.Module, tuple[PlainTree, str | None]] = WeakKeyDictionary()
 
 
-def why_not_plain_tree(root: nn.Module, *, biases: bool = True) -> str | None:
+def why_not_plain_tree(
+    root: nn.Module, *, biases: bool = True, unread: str | None = None
+) -> str | None:
     """None if the parameters of all modules in ``root`` say what those do; else the first reason.
 
     The root itself is not asked: its forward is the caller's. ``biases``: whether every linear must
-    have one.
+    have one; ``unread``: the name of a child that is never called.
     """
     if torch.compiler.is_compiling():
-        return PlainTree(root).why_not(biases)
+        return PlainTree(root).why_not(biases, unread)
     known = _trees.get(root)
     if known is not None and known[1] is None and known[0].unchanged():
         return None
     tree = PlainTree(root)
-    reason = tree.why_not(biases)
+    reason = tree.why_not(biases, unread)
     _trees[root] = (tree, reason)
     return reason

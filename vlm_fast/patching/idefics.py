@@ -35,8 +35,9 @@ class FusedIdeficsModel(Patched):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         given["image_attention_mask"] = mask[:, :1]
         options = given.pop("kwargs", {})
+        del given["self"]
         media_sets = MediaSets.of(mask.bool())
-        return super().forward(*bound.args[1:], **options, media_sets=media_sets)  # type: ignore
+        return super().forward(**given, **options, media_sets=media_sets)  # type: ignore[misc]
 
     def why_not_sets(self, mask: Any) -> str | None:
         layers: Any = self.gated_cross_attn_layers  # type: ignore[attr-defined]
@@ -140,7 +141,8 @@ class FusedIdeficsLayer(Patched):
     def why_not(self) -> str | None:
         if self.training and (self.cross_attn.dropout > 0 or self.config > 0):
             return "it has dropout"
-        return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+        # Cross-attention rotates nothing.
+        return why_not_plain_tree(self, biases=False, unread="rotary_emb")  # type: ignore[arg-type]
 
 
 def _check(sets: MediaSets, x: Tensor, images: Tensor, mask: Tensor | None) -> None:

@@ -49,8 +49,9 @@ class FusedMllamaModel(Patched):
             mask = mask[:, torch.arange(text.shape[1], device=mask.device) + first]
         given["cross_attention_mask"] = None
         options = given.pop("kwargs", {})
+        del given["self"]
         media_sets = MediaSets.of(mask.flatten(2) == 1)
-        return super().forward(*bound.args[1:], **options, media_sets=media_sets)  # type: ignore
+        return super().forward(**given, **options, media_sets=media_sets)  # type: ignore[misc]
 
     def why_not_sets(self, mask: Any) -> str | None:
         layers: Any = self.language_model.layers  # type: ignore[attr-defined]

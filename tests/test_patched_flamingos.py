@@ -1,0 +1,214 @@
+"""IDEFICS and Llama 3.2 Vision, patched: parity, generation, caches, what falls back."""
+
+import copy
+
+import pytest
+import torch
+
+import vlm_fast
+from tests import tiny_flamingos
+from vlm_fast import parity
+from vlm_fast.modules import media_memory
+
+FAMILIES = {
+    "idefics": (tiny_flamingos.idefics, tiny_flamingos.idefics_inputs),
+    "mllama": (tiny_flamingos.mllama, tiny_flamingos.mllama_inputs),
+}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def pair(family, dtype=torch.float32, **changes):
+    """A model, and the same one patched."""
+    build, inputs = FAMILIES[family]
+    model = build(**changes).to(dtype)
+    fast = copy.deepcopy(model)
+    vlm_fast.patch(fast)
+    given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs().items()}
+    return model, fast, given
+
+
+def everything(model, given):
+    """Logits, and gradients of pixels and of every parameter that has one."""
+    pixels = given["pixel_values"].detach().requires_grad_()
+    logits = model(**{**given, "pixel_values": pixels}).logits
+    named = dict(model.named_parameters())
+    found = torch.autograd.grad(
+        logits, [pixels, *named.values()], parity.random_upstream(logits), allow_unused=True
+    )
+    return {"logits": logits.detach(), **dict(zip(["pixels", *named], found, strict=True))}
+
+
+def joined(found, exact):
+    """Gradients of one number together, as parts of what they are: one error is no yardstick."""
+    single = [name for name, t in exact.items() if t is not None and t.numel() == 1]
+    parts = [found[name].double().view(1) / exact[name] for name in single]
+    rest = {name: t for name, t in found.items() if name not in single}
+    return rest | {"single": torch.cat([torch.ones(1), *parts]).to(found["logits"].dtype)}
+
+
+def same(model, fast, given):
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+    true = copy.deepcopy(model).double()
+    true.set_attn_implementation("sdpa")  # eager's softmax would be in fp32
+    exact = everything(true, wide)
+    native, found = everything(model, given), everything(fast, given)
+    native, found, exact = (joined(some, exact) for some in (native, found, exact))
+    for name, tensor in found.items():
+        if native[name] is None:
+            assert tensor is None, name
+            continue
+        verdict = parity.judge(name, tensor, native[name], exact[name], gradient=name != "logits")
+        assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_family
+def test_parity(family, dtype):
+    model, fast, given = pair(family, dtype)
+    with vlm_fast.strict():
+        same(model, fast, given)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(alpha_type="vector"), dict(qk_layer_norms=False)], ids=str
+)
+def test_parity_of_other_idefics(changes):
+    same(*pair("idefics", **changes))
+
+
+@every_family
+def test_generated_tokens_are_the_same(family):
+    model, fast, given = pair(family)
+    options = dict(max_new_tokens=8, do_sample=False, output_logits=True)
+    for several in (dict(), dict(num_beams=3, num_return_sequences=2)):
+        with vlm_fast.strict(), torch.no_grad():
+            found = fast.generate(**given, **options, **several, return_dict_in_generate=True)
+        expected = model.generate(**given, **options, **several, return_dict_in_generate=True)
+        assert torch.equal(found.sequences, expected.sequences)
+        for ours, theirs in zip(found.logits, expected.logits, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_images_are_projected_once_in_a_generation(monkeypatch):
+    _, fast, given = pair("idefics")
+    projected = []
+    remembered = media_memory.remembered
+
+    def counted(owner, source, weights, make):
+        def counting():
+            projected.append(owner)
+            return make()
+
+        return remembered(owner, source, weights, counting)
+
+    monkeypatch.setattr("vlm_fast.patching.idefics.remembered", counted)
+    with torch.inference_mode():
+        fast.generate(**given, max_new_tokens=5, do_sample=False)
+    assert len(projected) == len(fast.model.gated_cross_attn_layers)
+
+
+def test_the_mask_of_the_whole_context_is_not_prepared(monkeypatch):
+    model, fast, given = pair("mllama")
+    prepared = []
+    module = "transformers.models.mllama.modeling_mllama._prepare_cross_attention_mask"
+    monkeypatch.setattr(module, lambda *a, **k: prepared.append(1))
+    with torch.no_grad():
+        fast(**given)
+    assert not prepared
+    with pytest.raises(TypeError), torch.no_grad():
+        model(**given)
+    assert prepared
+
+
+@every_family
+def test_what_falls_back_gives_the_same(family):
+    """A layer with an adapter or a hook, between layers that are fused."""
+    model, fast, given = pair(family)
+    name = "cross_attn.q_proj"
+    layers = {
+        "idefics": lambda m: m.model.gated_cross_attn_layers[0],
+        "mllama": lambda m: m.model.language_model.layers[1],
+    }[family]
+    for m in (model, fast):
+        layers(m).get_submodule(name).register_forward_hook(lambda module, x, y: y * 1.5)
+    with pytest.warns(vlm_fast.VlmFastFallbackWarning, match=f"{name}: it has hooks"):
+        same(model, fast, given)
+    assert "hooks" in str(vlm_fast.explain(fast))
+    options = dict(max_new_tokens=4, do_sample=False)
+    assert torch.equal(fast.generate(**given, **options), model.generate(**given, **options))
+
+
+def test_attention_maps_of_mllama_are_those_of_its_own_forward():
+    model, fast, given = pair("mllama")
+    with torch.no_grad():
+        found = fast(**given, output_attentions=True).attentions
+        expected = model(**given, output_attentions=True).attentions
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_mllama_without_a_mask_sees_every_tile():
+    model, fast, given = pair("mllama")  # eager: the default implementation crops, and is wrong
+    del given["cross_attention_mask"]
+    same(model, fast, given)
+
+
+def test_an_idefics_layer_on_its_own():
+    model, fast, _ = pair("idefics")
+    torch.manual_seed(5)
+    x, images = torch.randn(2, 7, 64), torch.randn(2, 12, 40)
+    hidden = torch.rand(2, 1, 7, 12) < 0.4
+    hidden[:, :, 2] = True
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    given = dict(
+        image_hidden_states=images, image_attention_mask=mask,
+        cross_attention_gate=(~hidden).any(-1).float().squeeze(1),
+    )  # fmt: skip
+    with torch.no_grad(), vlm_fast.strict():
+        found = fast.model.gated_cross_attn_layers[1](x, **given)
+        expected = model.model.gated_cross_attn_layers[1](x, **given)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@every_family
+def test_gradient_checkpointing(family):
+    model, fast, given = pair(family)
+    fast.gradient_checkpointing_enable()
+    fast.train()
+    same(model, fast, given)
+
+
+@every_family
+def test_revert(family):
+    model, fast, given = pair(family)
+    assert vlm_fast.unpatch(fast) > 2
+    assert [type(m) for m in fast.modules()] == [type(m) for m in model.modules()]
+    with torch.no_grad():
+        assert torch.equal(fast(**given).logits, model(**given).logits)
+
+
+def test_more_images_than_a_set_holds_go_the_old_way():
+    model, fast, given = pair("idefics")
+    mask = given["image_attention_mask"]
+    given["image_attention_mask"] = mask.repeat_interleave(22, 2)  # 66
+    given["pixel_values"] = given["pixel_values"].repeat_interleave(22, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fast(**given).logits, model(**given).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    "family, change, said",
+    [
+        ("idefics", dict(image_attention_mask=torch.ones(2, 11, 2).long()), "image_attention_mask"),
+        ("idefics", dict(image_attention_mask=torch.ones(2, 9, 3).long()), "a row for each token"),
+        ("mllama", dict(cross_attention_mask=torch.ones(2, 9, 2, 2).long()), "11 or more"),
+        ("mllama", dict(cross_attention_mask=torch.ones(2, 11, 3, 2).long()), "6 tiles"),
+    ],
+)
+def test_mistakes_are_named(family, change, said):
+    _, fast, given = pair(family)
+    with pytest.raises(ValueError, match=said), torch.no_grad():
+        fast(**(given | change))
