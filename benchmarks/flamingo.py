@@ -1,0 +1,217 @@
+"""Attention to interleaved media, and the layers of IDEFICS and Llama 3.2 Vision around it.
+
+``before`` is plain PyTorch with a mask of text by all latents, or the layer of transformers;
+``after`` is `vlm_fast.ops.media_cross_attention`, or the same layer patched.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vlm_fast
+from benchmarks import machine, timing
+from vlm_fast import ops, tables
+from vlm_fast.patching.media_sets import MediaSets
+
+Row = dict[str, Any]
+Part = tuple[str, dict[str, Callable[[], Any]]]
+DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, tokens_per_media: int
+) -> Tensor:
+    """Flamingo's attention as OpenFlamingo writes it, through a mask of text by all latents."""
+    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
+    number = torch.arange(k.shape[2] // tokens_per_media, device=q.device) + 1
+    shown = index[:, None, :, None] == number.repeat_interleave(tokens_per_media)
+    scores = scores.masked_fill(~shown, -torch.finfo(scores.dtype).max)
+    p = (scores - scores.amax(-1, keepdim=True).detach()).softmax(-1)
+    return p.masked_fill((index == 0)[:, None, :, None], 0) @ v
+
+
+def media_core(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
+    """q, k and v given; on a CPU 1024 tokens and 8 images, on a GPU 8 x 2048 and 1, 4, 16."""
+    shapes = [(1, 1024, 8)] if device == "cpu" else [(8, 2048, n) for n in (1, 4, 16)]
+    for batch, text, media in shapes:
+        text = 128 if quick else text
+
+        def heads(tokens: int, batch: int = batch) -> Tensor:
+            x = torch.randn(batch, tokens, 8, 64, device=device, dtype=dtype)
+            return x.transpose(1, 2).requires_grad_()
+
+        q, k, v = heads(text), heads(media * 64), heads(media * 64)
+        index = (torch.arange(text, device=device) * media // text + 1).expand(batch, -1)
+        called = {
+            "before": lambda a=(q, k, v, index): dense_attention(*a, 64),
+            "after": lambda a=(q, k, v, index): ops.media_cross_attention(*a, tokens_per_media=64),
+        }
+        name = f"media attention, {batch} x {text} tokens, {media} x 64 latents"
+        yield f"{name}, forward", {state: torch.no_grad()(f) for state, f in called.items()}
+        upstream = torch.randn_like(q)
+
+        def step(f: Callable[[], Tensor], qkv: Any = (q, k, v), g: Tensor = upstream) -> Any:
+            return lambda: torch.autograd.grad(f(), qkv, g)
+
+        yield f"{name}, forward and backward", {state: step(f) for state, f in called.items()}
+
+
+def idefics_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
+    """A generated token in a gated layer of IDEFICS-9B with 8 images."""
+    from transformers import IdeficsConfig
+    from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
+
+    sizes = dict(hidden_size=256, num_attention_heads=4, intermediate_size=512) if quick else {}
+    config = IdeficsConfig(
+        qk_layer_norms=True, alpha_initializer="ones", attn_implementation="sdpa",
+        vision_config=dict(embed_dim=1280), **sizes,
+    )  # fmt: skip
+    with torch.device(device):
+        before = IdeficsGatedCrossAttentionLayer(config, layer_idx=0).to(dtype).eval()
+        x = torch.randn(1, 1, config.hidden_size, dtype=dtype)
+        images = torch.randn(1, 8 * 64, 1280, dtype=dtype)
+        mask, gate = torch.zeros(1, 1, 1, 8 * 64, dtype=dtype), torch.ones(1, 1, dtype=dtype)
+        seen = torch.ones(1, 1, 8, dtype=torch.bool)
+    after = copy.deepcopy(before)
+    vlm_fast.patch(after, strict=True)
+    called = {
+        "before": lambda: before(x, None, images, mask, gate),
+        "after": lambda: after(x, None, images, mask, gate, media_sets=MediaSets.of(seen)),
+    }
+    yield "IDEFICS-9B gated layer, a step, 8 images", _without_gradients(called)
+
+
+def mllama_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
+    """A generated token of 4 samples in a cross-attention layer of Llama 3.2 11B Vision.
+
+    With what prepares its mask: transformers does so for all 512 tokens before it, once a step for
+    8 layers; an eighth of it is counted by running it in one call of eight.
+    """
+    from transformers import DynamicCache
+    from transformers.models.mllama import modeling_mllama as mllama
+    from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+
+    batch, text, tiles, patches = 4, 512, 4, 64 if quick else 1601
+    sizes = (
+        dict(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, intermediate_size=512)
+        if quick
+        else {}
+    )
+    config = MllamaTextConfig(
+        cross_attention_layers=[0], attn_implementation="sdpa", **sizes,
+    )  # fmt: skip
+    with torch.device(device):
+        before = mllama.MllamaCrossAttentionDecoderLayer(config, layer_idx=0).to(dtype).eval()
+        torch.nn.init.constant_(before.cross_attn_attn_gate, 0.5)
+        torch.nn.init.constant_(before.cross_attn_mlp_gate, 0.5)
+        x = torch.randn(batch, 1, config.hidden_size, dtype=dtype)
+        mask = torch.ones(batch, text + 1, 1, tiles, dtype=torch.long)
+        head = config.hidden_size // config.num_attention_heads
+        shape = (batch, config.num_key_value_heads, tiles * patches, head)
+        keys, values = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    cache = DynamicCache(config=config)
+    cache.update(keys, values, 0)
+    after = copy.deepcopy(before)
+    vlm_fast.patch(after, strict=True)
+    calls = 0
+
+    def prepared() -> tuple[Tensor, Tensor]:
+        nonlocal calls, ready
+        if calls % 8 == 0:
+            wide, rows = mllama._prepare_cross_attention_mask(mask, patches, dtype)
+            ready = wide[:, :, text:], rows[:, :, text:]
+        calls += 1
+        return ready
+
+    ready: Any = None
+
+    def old() -> Any:
+        wide, rows = prepared()
+        return before(x, None, wide, None, rows, past_key_values=cache)
+
+    def new() -> Any:
+        sets = MediaSets.of(mask[:, text:].flatten(2) == 1)
+        return after(x, None, None, None, None, past_key_values=cache, media_sets=sets)
+
+    called = {"before": old, "after": new}
+    yield (
+        f"Llama-3.2-11B-Vision layer, a step of 4, {tiles * patches} keys",
+        _without_gradients(called),
+    )
+
+
+def _without_gradients(called: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+    return {state: torch.no_grad()(f) for state, f in called.items()}
+
+
+PARTS = (media_core, idefics_step, mllama_step)
+
+
+def main(
+    *, quick: bool = False, device: str | None = None, seconds: float = 20.0,
+    deadline: float = math.inf,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure, about ``seconds`` a part, print a table, and return what was found.
+
+    No part is begun after ``deadline`` (of ``time.monotonic``); "finished" says whether all were.
+    """
+    seconds = 0.2 if quick else seconds
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPE[device]
+    rows: list[Row] = []
+    finished = True
+    with timing.one_thread():
+        for part in PARTS:
+            torch.manual_seed(0)
+            for name, calls in part(device, dtype, quick):
+                if time.monotonic() > deadline:
+                    finished = False
+                    break
+                rows += compare(name, calls, device, seconds)
+    found = {"rows": rows, "dtype": str(dtype).removeprefix("torch."), "finished": finished}
+    show(found, device)
+    return found
+
+
+def compare(
+    name: str, calls: dict[str, Callable[[], Any]], device: str, seconds: float
+) -> list[Row]:
+    """Both in turns."""
+    times = timing.interleaved(
+        calls, [()], device=device, seconds=seconds, rounds=(3, 200), wall=True
+    )
+    return [
+        {
+            "part": name,
+            "state": state,
+            **asdict(times[state]),
+            "ratio": times["before"].median / times[state].median,
+            "ours_is": timing.verdict(times[state], times["before"]),
+        }
+        for state in calls
+    ]
+
+
+def show(found: dict[str, Any], device: str) -> None:
+    threads = ", one thread" if device == "cpu" else ""
+    columns = ("part", "", "median", "quartiles", "times faster", "is")
+    cells = [
+        (
+            row["part"],
+            row["state"],
+            f"{row['median'] * 1e3:.2f} ms",
+            f"{row['lower'] * 1e3:.2f}-{row['upper'] * 1e3:.2f}",
+            f"{row['ratio']:.2f}",
+            row["ours_is"],
+        )
+        for row in found["rows"]
+    ]
+    tables.show(f"Flamingo, {found['dtype']}, on {machine.name(device)}{threads}", columns, cells)
