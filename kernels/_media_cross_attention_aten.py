@@ -68,7 +68,7 @@ def backward(
         if sums[0] is not None:
             _add(sums[0][sample], keys, torch.bmm(ds.transpose(1, 2), rows))
     for gradient, found in zip((dk, dv), sums, strict=True):
-        if gradient is not None:
+        if gradient is not None and found is not None:
             gradient.copy_(found)
 
 

@@ -7,6 +7,8 @@ from vlm_fast.modules.gated_cross_attention import MaskedCrossAttention as Maske
 from vlm_fast.modules.gated_cross_attention import MediaKeyValues as MediaKeyValues
 from vlm_fast.modules.mlp_projector import LinearProjector as LinearProjector
 from vlm_fast.modules.mlp_projector import MLPProjector as MLPProjector
+from vlm_fast.modules.perceiver_resampler import PerceiverAttention as PerceiverAttention
+from vlm_fast.modules.perceiver_resampler import PerceiverResampler as PerceiverResampler
 from vlm_fast.modules.qformer import QFormer as QFormer
 from vlm_fast.modules.qformer import QFormerOutput as QFormerOutput
 from vlm_fast.modules.qformer_shared import ImageKeyValues as ImageKeyValues

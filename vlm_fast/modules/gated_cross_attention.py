@@ -201,7 +201,7 @@ def attend(
         attend="latest" if immediate and media_locations is not None else "all_previous",
         unattended="zero" if immediate else "uniform",
     )  # fmt: skip
-    return attn.to_out(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+    return attn.to_out(attended.transpose(1, 2).flatten(2))
 
 
 def media_index(

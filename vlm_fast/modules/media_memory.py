@@ -44,7 +44,7 @@ def remembered(
     )  # fmt: skip
     entry = _remembered.get(owner)
     if entry is not None and entry.storage() is storage and entry.state == state:
-        return entry.made  # type: ignore[no-any-return]
+        return entry.made
     made = make()
     here = weakref.ref(owner)
 

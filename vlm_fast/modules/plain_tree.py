@@ -93,8 +93,7 @@ def rms_eps(norm: nn.Module) -> float | None:
     """
     kind = type(norm)
     if kind.__name__ in _RMS_NORMS and kind.__module__.startswith("transformers.models."):
-        eps: float = norm.variance_epsilon
-        return eps
+        return norm.variance_epsilon  # type: ignore[return-value]
     return None
 
 

@@ -192,9 +192,9 @@ def backward(needs, kept, dh):
 def forward_norm(needs, x, y, gate, weight, bias, row_mask, *, eps, norm):
     if x.numel() == 0:
         h = torch.empty_like(x, memory_format=torch.contiguous_format)
-        normed, statistics = torch.empty_like(h), (None, None)
+        normed, (mean, rstd) = torch.empty_like(h), (None, None)
     else:
-        h, normed, statistics = kernels.gated_add(
+        h, normed, (mean, rstd) = kernels.gated_add(
             _in_rows(x), _in_rows(y), gate.contiguous(), _flat(row_mask), weight.contiguous(),
             None if bias is None else bias.contiguous(), eps=eps, norm=norm,
         )  # fmt: skip
@@ -204,7 +204,7 @@ def forward_norm(needs, x, y, gate, weight, bias, row_mask, *, eps, norm):
     inner = needs.x or needs.y or needs.gate or needs.weight
     return (h, normed), (
         y if needs.gate else None, gate, row_mask, weight, h if inner else None,
-        *(statistics if inner else (None, None)), bias.new_empty(0) if needs.bias else None,
+        *((mean, rstd) if inner else (None, None)), bias.new_empty(0) if needs.bias else None,
     )  # fmt: skip
 
 

@@ -116,16 +116,16 @@ def forward(needs, x, weight_gate, weight_up, weight_down, *, activation):
 def backward(needs, kept, dy, *, activation):
     x, weight_gate, weight_up, weight_down, gate, up = kept
     leading, dy = dy.shape[:-1], _rows(dy)
-    dx = dweight_gate = dweight_up = dweight_down = h = None
+    dx = dweight_gate = dweight_up = dweight_down = None
     if weight_down is not None:
         dgate, dup, h = gated_activation_backward(
             gate, up, torch.mm(dy, weight_down), activation, want_h=needs.weight_down
         )
-    elif needs.weight_down:
+    else:
         h = gated_activation(gate, up, activation)
     if needs.weight_down:
         dweight_down = torch.mm(dy.t(), h)
-    h = None  # the largest temporaries first out
+    del h  # the largest temporaries first out
     if needs.weight_gate:
         dweight_gate = torch.mm(dgate.t(), _rows(x))
     if needs.weight_up:

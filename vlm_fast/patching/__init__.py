@@ -20,6 +20,7 @@ from vlm_fast.patching import (
     image_token_merge,
     linear_act_linear,
     mllama,
+    perceiver,
     qformer,
 )
 from vlm_fast.patching.class_swap import Patched, swap, swap_back
@@ -32,6 +33,8 @@ FAMILIES: list[tuple[type[Patched], Callable[..., Any]]] = [
     (qformer.FusedQFormerEncoder, qformer.recognise_encoder),
     (qformer.FusedQFormerLayer, qformer.recognise_layer),
     (flamingo.FusedGatedBlock, flamingo.recognise),
+    (perceiver.FusedPerceiver, perceiver.recognise),
+    (perceiver.FusedIdeficsPerceiver, perceiver.recognise_idefics),
     (idefics.FusedIdeficsModel, idefics.recognise_model),
     (idefics.FusedIdeficsLayer, idefics.recognise_layer),
     (mllama.FusedMllamaModel, mllama.recognise_model),

@@ -30,7 +30,7 @@ class FusedIdeficsModel(Patched):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(self.patch.base.forward).bind(self, *args, **kwargs)
         given = bound.arguments
-        mask = given.get("image_attention_mask")
+        mask: Any = given.get("image_attention_mask")
         if self.why_not_sets(mask) is not None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         given["image_attention_mask"] = mask[:, :1]
@@ -82,7 +82,7 @@ class FusedIdeficsLayer(Patched):
             fell_back(type(self).__name__, reason)
             if images is not None and media_sets is not None:
                 image_attention_mask = media_sets.dense_mask(images.shape[1], images.dtype)
-                cross_attention_gate = (media_sets.index != 0).to(images.dtype)
+                cross_attention_gate = (media_sets.bits != 0).to(images.dtype)
             return super().forward(  # type: ignore[misc]
                 x, attention_mask, images, image_attention_mask, cross_attention_gate,
                 past_key_values, **kwargs,
@@ -116,7 +116,7 @@ class FusedIdeficsLayer(Patched):
             return ops.cross_attention(q, k, v, bias=mask, scale=attn.scaling), gate != 0
         # A token that sees no image gets zeros already.
         return ops.media_cross_attention(
-            q, k, v, sets.index, attend="listed", tokens_per_media=k.shape[2] // sets.media,
+            q, k, v, sets.bits, attend="listed", tokens_per_media=k.shape[2] // sets.media,
             scale=attn.scaling,
         ), None  # fmt: skip
 
@@ -147,7 +147,7 @@ class FusedIdeficsLayer(Patched):
 
 def _check(sets: MediaSets, x: Tensor, images: Tensor, mask: Tensor | None) -> None:
     owner = "patch(Idefics)"
-    if sets.index.shape != x.shape[:2]:
+    if sets.bits.shape != x.shape[:2]:
         wanted = f"({x.shape[0]}, {x.shape[1]}, images), a row for each token"
         raise wrong_value(owner, "image_attention_mask", sets.seen, wanted)
     if mask is not None and mask.shape[-1] != images.shape[1]:

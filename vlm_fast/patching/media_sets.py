@@ -14,24 +14,24 @@ class MediaSets(NamedTuple):
     """A set of media for each token.
 
     Attributes:
-        index: int64 ``(batch, tokens)``, bit m standing for medium m.
+        bits: int64 ``(batch, tokens)``, bit m standing for medium m.
         media: how many there are.
     """
 
-    index: Tensor
+    bits: Tensor
     media: int
 
     @classmethod
     def of(cls, seen: Tensor) -> MediaSets:
         """Of bool ``(batch, tokens, media)``."""
-        bits = torch.arange(seen.shape[2], device=seen.device)
-        return cls((seen.long() << bits).sum(2), seen.shape[2])
+        medium = torch.arange(seen.shape[2], device=seen.device)
+        return cls((seen.long() << medium).sum(2), seen.shape[2])
 
     @property
     def seen(self) -> Tensor:
         """Bool ``(batch, tokens, media)``."""
-        bits = torch.arange(self.media, device=self.index.device)
-        return (self.index.unsqueeze(2) >> bits) & 1 != 0
+        medium = torch.arange(self.media, device=self.bits.device)
+        return (self.bits.unsqueeze(2) >> medium) & 1 != 0
 
     def dense_mask(self, keys: int, dtype: torch.dtype) -> Tensor:
         """``(batch, 1, tokens, keys)``: 0 where a key is seen, else the least number of dtype."""

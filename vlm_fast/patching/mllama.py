@@ -32,10 +32,10 @@ class FusedMllamaModel(Patched):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(self.patch.base.forward).bind(self, *args, **kwargs)
         given = bound.arguments
-        mask = given.get("cross_attention_mask")
+        mask: Any = given.get("cross_attention_mask")
         if mask is None or self.why_not_sets(mask) is not None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        text = given.get("input_ids")
+        text: Any = given.get("input_ids")
         text = given.get("inputs_embeds") if text is None else text
         past = given.get("past_key_values")
         first = past.get_seq_length() if past is not None else 0
@@ -108,14 +108,14 @@ class FusedMllamaLayer(Patched):
             media_sets = MediaSets(hidden_states.new_zeros(hidden_states.shape[:2]).long(), 1)
             row_mask = None
         else:
-            row_mask = media_sets.index != 0
+            row_mask = media_sets.bits != 0
         if k.shape[2] % media_sets.media:
             wanted = f"a multiple of the {media_sets.media} tiles of cross_attention_mask"
             raise wrong_value("patch(Mllama)", "image tokens", k.shape[2], wanted)
         normed = rms_norm(hidden_states, norm)
         q = rms_norm(attn.q_proj(normed).unflatten(2, (attn.num_heads, -1)), attn.q_norm)
         attended = ops.media_cross_attention(
-            q.transpose(1, 2), k, v, media_sets.index, attend="listed", unattended="everything",
+            q.transpose(1, 2), k, v, media_sets.bits, attend="listed", unattended="everything",
             tokens_per_media=k.shape[2] // media_sets.media, scale=attn.scaling,
         )  # fmt: skip
         attended = attn.o_proj(attended.transpose(1, 2).flatten(2))
@@ -174,7 +174,7 @@ def rms_norm(x: Tensor, norm: Any) -> Tensor:
 
 def _as_prepared(sets: MediaSets, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The masks as the model would have prepared them; a token without tiles sees all."""
-    some = (sets.index != 0)[:, None, :, None]
+    some = (sets.bits != 0)[:, None, :, None]
     return sets.dense_mask(keys, dtype) * some, some.to(dtype)
 
 

@@ -1,0 +1,243 @@
+"""Flamingo's Perceiver resampler, with the keys and arguments of OpenFlamingo.
+
+Latents attend to the context and to themselves: keys and values come in two parts, which are never
+concatenated. All layers normalise one context and differ in the affine map alone; without gradients
+that map is folded into the weights of keys and values, and all layers' come from one GEMM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlm_fast import ops
+from vlm_fast.modules.media_memory import remembered
+from vlm_fast.modules.mlp_projector import fused_mlp
+from vlm_fast.modules.plain_tree import why_not_plain_tree
+from vlm_fast.policy import fell_back
+from vlm_fast.refusal import not_a_tensor, wrong_value
+
+OP = "PerceiverResampler"
+
+
+class Layer(NamedTuple):
+    """The modules of one layer, whatever they are called."""
+
+    norm_context: Any
+    norm_latents: Any
+    query: Any
+    key_value: tuple[Any, ...]  # one linear of both, or one each
+    out: Any
+    heads: int
+    scale: float
+    feed_forward: tuple[Any, Any, Any, Any]  # norm, linear, activation, linear
+    head_norms: tuple[Any, Any] | None = None  # of queries and of keys
+
+
+class PerceiverAttention(nn.Module):
+    """The attention of a `PerceiverResampler`, with OpenFlamingo's parameter names."""
+
+    def __init__(self, *, dim: int, dim_head: int = 64, heads: int = 8, **factory: Any) -> None:
+        super().__init__()
+        inner = dim_head * heads
+        self.scale, self.heads = dim_head**-0.5, heads
+        self.norm_media = nn.LayerNorm(dim, **factory)
+        self.norm_latents = nn.LayerNorm(dim, **factory)
+        self.to_q = nn.Linear(dim, inner, bias=False, **factory)
+        self.to_kv = nn.Linear(dim, inner * 2, bias=False, **factory)
+        self.to_out = nn.Linear(inner, dim, bias=False, **factory)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        """What is added to the latents ``(batch, ..., n, dim)``; x: ``(batch, ..., keys, dim)``."""
+        context, own = x.flatten(0, -3), latents.flatten(0, -3)
+        layer = layer_of_openflamingo(self, None)
+        found = _attend(layer, own, *_key_values(layer, layer.norm_context(context)))
+        return layer.out(found).view(latents.shape)
+
+
+class PerceiverResampler(nn.Module):
+    """Any number of vision features to ``num_latents`` of the same width.
+
+    Mirrors OpenFlamingo's class of this name (Flamingo, arXiv 2204.14198, section 3.1.1; Perceiver,
+    arXiv 2103.03206), with its arguments and parameter names.
+
+    Args:
+        dim: width of features and latents.
+        depth: how many layers.
+        dim_head, heads: of the attention; heads of more than 128 fall back.
+        num_latents: how many latents come out of each medium.
+        max_num_media, max_num_frames: give a position embedding to media and to the frames of each,
+            None gives none.
+        ff_mult: width of the feed-forward network in multiples of ``dim``.
+
+    Shapes: ``(batch, media, frames, features, dim)`` to ``(batch, media, num_latents, dim)``.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int = 6,
+        dim_head: int = 64,
+        heads: int = 8,
+        num_latents: int = 64,
+        max_num_media: int | None = None,
+        max_num_frames: int | None = None,
+        ff_mult: int = 4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        def drawn(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*shape, **factory))
+
+        self.latents = drawn(num_latents, dim)
+        self.frame_embs = None if max_num_frames is None else drawn(max_num_frames, dim)
+        self.media_time_embs = None if max_num_media is None else drawn(max_num_media, 1, dim)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads, **factory),
+                    nn.Sequential(
+                        nn.LayerNorm(dim, **factory),
+                        nn.Linear(dim, dim * ff_mult, bias=False, **factory),
+                        nn.GELU(),
+                        nn.Linear(dim * ff_mult, dim, bias=False, **factory),
+                    ),
+                ]
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, media, num_latents, dim)``.
+
+        Raises:
+            TypeError, ValueError: x is no tensor, not of this rank and width, or has more media or
+                frames than there are embeddings.
+        """
+        return resample_media(self, x)
+
+
+def resample_media(module: Any, x: Any) -> Tensor:
+    """The forward of any module with the children of `PerceiverResampler`."""
+    _check(module, x)
+    batch, media, frames = x.shape[:3]
+    if module.frame_embs is not None:
+        x = x + module.frame_embs[:frames].unsqueeze(1)
+    x = x.flatten(2, 3)
+    if module.media_time_embs is not None:
+        x = x + module.media_time_embs[:media]
+    context = x.flatten(0, 1)
+    reason = why_not_plain_tree(module, biases=False)
+    if reason is None:
+        layers = [layer_of_openflamingo(attention, ff) for attention, ff in module.layers]
+        latents = resample(module, context, module.latents, layers)
+    else:
+        fell_back(type(module).__name__, reason)
+        latents = module.latents.expand(len(context), -1, -1).unsqueeze(1)
+        for attention, ff in module.layers:
+            latents = attention(context.unsqueeze(1), latents) + latents
+            latents = ff(latents) + latents
+    return module.norm(latents).view(batch, media, *module.latents.shape)
+
+
+def layer_of_openflamingo(attention: Any, ff: Any) -> Layer:
+    """A layer of OpenFlamingo's resampler."""
+    return Layer(
+        attention.norm_media, attention.norm_latents, attention.to_q, (attention.to_kv,),
+        attention.to_out, attention.heads, attention.scale, ff,
+    )  # fmt: skip
+
+
+def resample(owner: nn.Module, context: Tensor, latents: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """``(batch, n, dim)``: latents ``(n, dim)`` after all layers, which read ``context``.
+
+    The parameters of all layers may be read. ``owner``: beside what folded weights are remembered.
+    """
+    batch = context.shape[0]
+    folded = _folded_key_values(owner, context, layers)
+    own = latents.unsqueeze(0)  # the same for all images until they have seen one
+    for i, layer in enumerate(layers):
+        kv = folded[i] if folded is not None else _key_values(layer, layer.norm_context(context))
+        attended = _attend(layer, own, *kv)
+        if own.shape[0] != batch:
+            own = own.expand(batch, -1, -1)
+        own = layer.out(attended) + own
+        norm, linear_1, act, linear_2 = layer.feed_forward
+        own = fused_mlp(OP, norm(own), linear_1, act, linear_2, "preactivation") + own
+    return own
+
+
+def _attend(layer: Layer, latents: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of latents ``(batch or 1, n, dim)`` to k, v and themselves; heads side by side."""
+    batch, normed = k.shape[0], layer.norm_latents(latents)
+    q = layer.query(normed).unflatten(2, (layer.heads, -1))
+    if layer.head_norms is not None:
+        q = layer.head_norms[0](q)
+    k2, v2 = _key_values(layer, normed)
+    q, k2, v2 = (t.expand(batch, -1, -1, -1) for t in (q.transpose(1, 2), k2, v2))
+    return ops.cross_attention(q, k, v, k2, v2, scale=layer.scale).transpose(1, 2).flatten(2)
+
+
+def _key_values(layer: Layer, normed: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values ``(batch, heads, tokens, d)`` of what is normalised."""
+    parts = [linear(normed) for linear in layer.key_value]
+    k, v = parts if len(parts) == 2 else parts[0].chunk(2, -1)
+    return _as_heads(layer, k, v)
+
+
+def _as_heads(layer: Layer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    k, v = k.unflatten(2, (layer.heads, -1)), v.unflatten(2, (layer.heads, -1))
+    if layer.head_norms is not None:
+        k = layer.head_norms[1](k)
+    return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _folded_key_values(
+    owner: nn.Module, context: Tensor, layers: Sequence[Layer]
+) -> list[tuple[Tensor, Tensor]] | None:
+    """Those of the context for all layers from one GEMM; None where the fold does not pay.
+
+    With gradients it would be made, and differentiated, in every step.
+    """
+    norms = [layer.norm_context for layer in layers]
+    alike = all(norm.eps == norms[0].eps for norm in norms)
+    autocast = torch.is_autocast_enabled(context.device.type)
+    if torch.is_grad_enabled() or owner.training or autocast or not layers or not alike:
+        return None
+    linears = [layer.key_value for layer in layers]
+    sources = [p for norm in norms for p in (norm.weight, norm.bias)]
+    sources += [linear.weight for group in linears for linear in group]
+
+    def fold() -> tuple[Tensor, Tensor]:
+        pairs = [(g, norm) for group, norm in zip(linears, norms, strict=True) for g in group]
+        weight = torch.cat([linear.weight * norm.weight for linear, norm in pairs])
+        bias = torch.cat([linear.weight @ norm.bias for linear, norm in pairs])
+        return weight, bias
+
+    weight, bias = remembered(owner, sources[0], sources[1:], fold)
+    unit = F.layer_norm(context, context.shape[-1:], eps=norms[0].eps)
+    every = F.linear(unit, weight, bias).chunk(2 * len(layers), -1)
+    return [
+        _as_heads(layer, k, v) for layer, k, v in zip(layers, every[::2], every[1::2], strict=True)
+    ]
+
+
+def _check(module: Any, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise not_a_tensor(OP, "x", x)
+    dim = module.latents.shape[1]
+    if x.ndim != 5 or x.shape[4] != dim:
+        raise wrong_value(OP, "x", x, f"(batch, media, frames, features, {dim})")
+    for name, axis, what in (("media_time_embs", 1, "media"), ("frame_embs", 2, "frames")):
+        embeddings = getattr(module, name)
+        if embeddings is not None and x.shape[axis] > len(embeddings):
+            raise wrong_value(OP, "x", x, f"at most {len(embeddings)} {what}, as {name} has")

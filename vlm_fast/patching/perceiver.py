@@ -1,0 +1,89 @@
+"""Perceiver resamplers: that of IDEFICS, and OpenFlamingo's, told by its name and children."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlm_fast.modules.activation import activation_of
+from vlm_fast.modules.perceiver_resampler import Layer, resample, resample_media
+from vlm_fast.modules.plain_tree import why_not_plain_tree
+from vlm_fast.patching.class_swap import Patched
+from vlm_fast.policy import fell_back
+
+
+class FusedPerceiver(Patched):
+    """OpenFlamingo's resampler without concatenations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return resample_media(self, x)
+
+    def why_not(self) -> str | None:
+        return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+
+
+class FusedIdeficsPerceiver(Patched):
+    """IDEFICS' resampler without concatenations."""
+
+    blocks: Any
+    latents: Any
+    layer_norm: Any
+
+    def forward(self, context: Tensor) -> Tensor:
+        reason = self.why_not()
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            return super().forward(context)  # type: ignore[misc]
+        layers = [_layer_of_idefics(attention, ff) for attention, ff in self.blocks]
+        found = resample(self, context, self.latents, layers)  # type: ignore[arg-type]
+        return self.layer_norm(found)
+
+    def why_not(self) -> str | None:
+        return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+
+
+def _layer_of_idefics(attention: Any, ff: Any) -> Layer:
+    norms = (attention.q_layer_norm, attention.k_layer_norm) if attention.qk_layer_norms else None
+    return Layer(
+        attention.context_layer_norm, attention.latents_layer_norm, attention.q_proj,
+        (attention.k_proj, attention.v_proj), attention.output_proj, attention.n_heads,
+        attention.qk_scale, (ff.ln, ff.fc, ff.act, ff.c_proj), norms,
+    )  # fmt: skip
+
+
+def recognise_idefics(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """A recipe, a reason against, or None for another class."""
+    kind = type(module)
+    if kind.__name__ != "IdeficsPerceiverResampler" or not kind.__module__.startswith(
+        "transformers.models.idefics."
+    ):
+        return None
+    return ()
+
+
+def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """The same for OpenFlamingo's."""
+    kind, resampler = type(module), module
+    attention: Any
+    ff: Any
+    if kind.__name__ != "PerceiverResampler" or kind.__module__.startswith("vlm_fast."):
+        return None
+    reason = "its children are not those of OpenFlamingo"
+    layers = getattr(resampler, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not hasattr(resampler, "norm"):
+        return reason
+    if (
+        not {"latents", "frame_embs", "media_time_embs"}
+        <= vars(module).keys() | dict(module.named_parameters(recurse=False)).keys()
+    ):
+        return reason
+    names = {"norm_media", "norm_latents", "to_q", "to_kv", "to_out"}
+    for attention, ff in layers:  # type: ignore[misc]
+        if dict(attention.named_children()).keys() != names:
+            return reason
+        if list(map(type, ff)) != [nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear]:
+            return "its feed-forward network is not LayerNorm, Linear, GELU, Linear"
+        if activation_of(ff[2]) is None:
+            return "its activation is not one the kernels know"
+    return ()
