@@ -176,7 +176,7 @@ def gated_add_backward_kernel(
         tl.store(dbias_ptr + share, tl.sum(dbias, axis=0), mask=inside_cols)
 
 
-Statistics = tuple[Tensor | None, Tensor | None]  # mean, 1 / deviation, each (rows,)
+Statistics = tuple[Tensor | None, Tensor | None]  # mean, 1 / deviation, one for each row
 
 
 def gated_add(
@@ -192,14 +192,15 @@ def gated_add(
 ) -> tuple[Tensor, Tensor | None, Statistics]:
     """h, its norm if there is one, both contiguous and like x, and the norm's statistics.
 
-    x, y: ``(batch, tokens, cols)``, inner stride 1; gate: contiguous, of one or ``cols`` elements;
-    row_mask: bool, contiguous, one for each row; parameters ``(cols,)``, contiguous.
+    x, y: ``(..., cols)``; gate: contiguous, of one or ``cols`` elements; row_mask: bool
+    ``x.shape[:-1]``; parameters ``(cols,)``, contiguous.
     """
     if not runs_triton(x):
         return _aten(x, y, gate, row_mask, weight, bias, eps, norm)
+    h = x.new_empty(x.shape)  # no view: it may be kept for backward too, and written to
+    x, y = _in_rows(x), _in_rows(y)
     batch, tokens, cols = x.shape
     rows = batch * tokens
-    h = x.new_empty(x.shape)
     normed = None if norm == "none" else torch.empty_like(h)
     rstd = None if norm == "none" else x.new_empty(rows, dtype=torch.float32)
     mean = torch.empty_like(rstd) if norm == "layer" and rstd is not None else None
@@ -231,16 +232,19 @@ def gated_add_backward(
 ) -> tuple[Any, ...]:
     """Gradients of x and y like dh, and those of gate, weight and bias in fp32.
 
-    dh, dnormed, h: ``(batch, tokens, cols)``, contiguous; y as in the forward, wanted for the gate.
+    dh, dnormed, h: ``(..., cols)``; y as in the forward, wanted for the gate.
     """
     if not runs_triton(dh):
         return _aten_backward(
             dh, dnormed, h, statistics, y, gate, row_mask, weight, norm,
             want_x, want_y, want_gate, want_weight, want_bias,
         )  # fmt: skip
-    batch, tokens, cols = dh.shape
-    rows = batch * tokens
     plain = norm == "none"  # dx is dh itself
+    dh = dh.contiguous()
+    dnormed = None if dnormed is None else dnormed.contiguous()
+    y = None if y is None else _in_rows(y)
+    batch, tokens, cols = _in_rows(dh).shape
+    rows = batch * tokens
     dx = torch.empty_like(dh) if want_x and not plain else None
     dy = torch.empty_like(dh) if want_y else None
     rows_per_program = max(16, triton.cdiv(rows, MAX_PROGRAMS))
@@ -273,7 +277,16 @@ def _of_gate(dtanh: Tensor, gate: Tensor) -> Tensor:
 
 
 def _bytes(row_mask: Tensor | None) -> Tensor | None:
-    return None if row_mask is None else row_mask.view(torch.uint8)
+    return None if row_mask is None else row_mask.contiguous().view(torch.uint8)
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """``(batch, tokens, cols)``, copied only if the strides are not those of rows."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if x.ndim == 3:
+        return x
+    return x.reshape(1, -1, x.shape[-1])
 
 
 def _aten(
@@ -282,18 +295,17 @@ def _aten(
 ) -> tuple[Tensor, Tensor | None, Statistics]:  # fmt: skip
     h = y.float() * gate.float().tanh().view(-1)
     if row_mask is not None:
-        h.masked_fill_(~row_mask.view(*h.shape[:2], 1), 0)
+        h.masked_fill_(~row_mask.unsqueeze(-1), 0)
     h = h.add_(x).to(x.dtype).contiguous()
     if norm == "none" or weight is None:
         return h, None, (None, None)
-    cols = h.shape[2]
     if norm == "layer":
-        normed, mean, rstd = torch.native_layer_norm(h, (cols,), weight, bias, eps)
-        return h, normed, (mean.view(-1), rstd.view(-1))
+        normed, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], weight, bias, eps)
+        return h, normed, (mean, rstd)
     wide = h.float()
     rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     normed = (wide * rstd).to(h.dtype) * weight
-    return h, normed.to(h.dtype), (None, rstd.view(-1))
+    return h, normed.to(h.dtype), (None, rstd)
 
 
 def _aten_backward(
@@ -310,12 +322,12 @@ def _aten_backward(
         )
         total = found.add_(dh)
     wide = total.float()
-    kept = None if row_mask is None else ~row_mask.view(*dh.shape[:2], 1)
+    kept = None if row_mask is None else ~row_mask.unsqueeze(-1)
     if want_gate and y is not None:
         product = wide * y
         if kept is not None:
             product.masked_fill_(kept, 0)
-        dgate = _of_gate(product.flatten(0, 1), gate)
+        dgate = _of_gate(product.reshape(-1, product.shape[-1]), gate)
     if want_y:
         dy = wide * gate.float().tanh().view(-1)
         dy = (dy if kept is None else dy.masked_fill_(kept, 0)).to(dh.dtype)
@@ -327,15 +339,16 @@ def _norm_backward(
     want_weight: bool, want_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of h, in fp32, and of weight and bias."""
-    mean, rstd = (None if s is None else s.view(*h.shape[:2], 1) for s in statistics)
+    mean, rstd = statistics
     if mean is not None:
         wants = [True, want_weight, want_bias]
         found = torch.ops.aten.native_layer_norm_backward(
-            dnormed, h, h.shape[2:], mean, rstd, weight, weight, wants
+            dnormed, h, h.shape[-1:], mean, rstd, weight, weight, wants
         )
         return found[0].float(), found[1], found[2]
     assert rstd is not None
     unit = h.float() * rstd
     dunit = dnormed.float() * weight
     dh = dunit - unit * (dunit * unit).mean(-1, keepdim=True)
-    return dh.mul_(rstd), (dnormed * unit).sum((0, 1)) if want_weight else None, None
+    dweight = (dnormed * unit).view(-1, h.shape[-1]).sum(0) if want_weight else None
+    return dh.mul_(rstd), dweight, None

@@ -32,6 +32,11 @@ every_case = pytest.mark.parametrize(
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 
 
+def each(result: Any) -> list[torch.Tensor]:
+    """All results of an op, one or a tuple, nested or not."""
+    return [r for part in result for r in each(part)] if isinstance(result, tuple) else [result]
+
+
 def usual_shape(op: Op[..., Any]) -> dict[str, Any]:
     """A test shape beyond the degenerate first: odd, and larger than one of anything."""
     return op.test_shapes[1]

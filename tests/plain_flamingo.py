@@ -59,3 +59,67 @@ class GatedCrossAttentionBlock(nn.Module):
         attended = self.attn(x, media, media_locations, use_cached_media)
         x = attended * self.attn_gate.tanh() + x
         return self.ff(x) * self.ff_gate.tanh() + x
+
+
+class PerceiverAttention(nn.Module):
+    def __init__(self, dim, dim_head=64, heads=8):
+        super().__init__()
+        self.scale, self.heads = dim_head**-0.5, heads
+        inner = dim_head * heads
+        self.norm_media, self.norm_latents = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim, inner * 2, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x, latents):
+        latents = self.norm_latents(latents)
+        keys = torch.cat((self.norm_media(x), latents), -2)
+        q, (k, v) = self.to_q(latents) * self.scale, self.to_kv(keys).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for t in (q, k, v))
+        scores = q @ k.transpose(-1, -2)
+        weights = (scores - scores.amax(-1, keepdim=True).detach()).softmax(-1)
+        return self.to_out((weights @ v).transpose(-2, -3).flatten(-2))
+
+
+class PerceiverResampler(nn.Module):
+    """Sections 3.1.1 and A.1.1: latents attend to features and to themselves."""
+
+    def __init__(
+        self, dim, depth=6, dim_head=64, heads=8, num_latents=64, max_num_media=None,
+        max_num_frames=None, ff_mult=4,
+    ):  # fmt: skip
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(num_latents, dim))
+        self.frame_embs = self.media_time_embs = None
+        if max_num_frames:
+            self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim))
+        if max_num_media:
+            self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim))
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    PerceiverAttention(dim, dim_head, heads),
+                    nn.Sequential(
+                        nn.LayerNorm(dim),
+                        nn.Linear(dim, dim * ff_mult, bias=False),
+                        nn.GELU(),
+                        nn.Linear(dim * ff_mult, dim, bias=False),
+                    ),
+                ]
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        batch, media, frames = x.shape[:3]
+        if self.frame_embs is not None:
+            x = x + self.frame_embs[:frames, None]
+        x = x.flatten(2, 3)
+        if self.media_time_embs is not None:
+            x = x + self.media_time_embs[:media]
+        latents = self.latents.expand(batch, media, -1, -1)
+        for attention, ff in self.layers:
+            latents = attention(x, latents) + latents
+            latents = ff(latents) + latents
+        return self.norm(latents)

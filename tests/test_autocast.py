@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.cases import every_case
+from tests.cases import each, every_case
 from vlm_fast import parity
 
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -15,9 +15,19 @@ def run(call, args, options, *, forward=None, backward=None):
     args = parity.convert(args, lambda t: t.detach().requires_grad_())
     with forward or torch.autocast("cpu", enabled=False):
         result = call(*args, **options)
-    grad = parity.random_upstream(result)
+    results = each(result)
+    grads = [parity.random_upstream(r) for r in results]
     with backward or torch.autocast("cpu", enabled=False):
-        return [result.detach(), *torch.autograd.grad(result, parity.differentiable(args), grad)]
+        found = torch.autograd.grad(results, parity.differentiable(args), grads)
+    return [*(r.detach() for r in results), *found]
+
+
+def results_of(op):
+    return op._path.results
+
+
+def names(op):
+    return ["output"] * results_of(op) + list(op.tensors) * 9
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
@@ -30,12 +40,12 @@ def test_autocast_is_that_of_the_reference(op, shape, dtype, inside):
     ours = run(op, args, options, forward=region(), backward=back)
     native = run(op.reference, args, options, forward=region(), backward=back)
     assert [t.dtype for t in ours] == [t.dtype for t in native]
-    assert {t.dtype for t in ours[1:]} == {torch.float32}
+    assert {t.dtype for t in ours[results_of(op) :]} == {torch.float32}
     assert (ours[0].dtype == dtype) == op.autocasts
 
     rounded = parity.convert(args, lambda t: t.to(dtype).double() if op.autocasts else t.double())
     exact = run(op.reference, rounded, options)
-    for name, *triple in zip(["output", *op.tensors * 9], ours, native, exact, strict=False):
+    for name, *triple in zip(names(op), ours, native, exact, strict=False):
         if op.autocasts:
             # The gradient was rounded to the dtype of the region before it became fp32.
             triple = [*(t.to(dtype) for t in triple[:2]), triple[2]]

@@ -14,6 +14,11 @@ MERGE, GATHER, MLP = (OPS[name] for name in ("merge_image_tokens", "gather_image
 NO_MISTAKES = [
     ("add_layer_norm", "seed", "no dimension"),
     ("cross_attention", "seed", "no dimension"),
+    ("gated_add", "gate", "one dimension more"),
+    ("gated_add", "gate", "no dimension"),
+    ("gated_add_norm", "gate", "one dimension more"),
+    ("gated_add_norm", "gate", "no dimension"),
+    ("gated_mlp", "x", "one dimension more"),
     ("mlp", "x", "one dimension more"),
     ("stacked_linear", "x", "one dimension more"),
     ("merge_image_tokens", "image_features", "one dimension more"),

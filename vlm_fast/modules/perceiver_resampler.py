@@ -197,7 +197,10 @@ def _key_values(layer: Layer, normed: Tensor) -> tuple[Tensor, Tensor]:
 def _as_heads(layer: Layer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     k, v = k.unflatten(2, (layer.heads, -1)), v.unflatten(2, (layer.heads, -1))
     if layer.head_norms is not None:
-        k = layer.head_norms[1](k)
+        norm = layer.head_norms[1]
+        # A bias moves all scores of a query alike, which a softmax does not see; its gradient is 0,
+        # where that of the two parts of the keys would be the rounding of their sum.
+        k = F.layer_norm(k, k.shape[-1:], norm.weight, norm.bias * 0, norm.eps)
     return k.transpose(1, 2), v.transpose(1, 2)
 
 

@@ -170,8 +170,7 @@ def forward(needs, x, y, gate, row_mask):
     if x.numel() == 0:
         h = torch.empty_like(x, memory_format=torch.contiguous_format)
     else:
-        h = kernels.gated_add(_in_rows(x), _in_rows(y), gate.contiguous(), _flat(row_mask))[0]
-        h = h.view(x.shape)
+        h = kernels.gated_add(x, y, gate.contiguous(), row_mask)[0]
     if not any(needs):
         return h, ()
     return h, (y if needs.gate else None, gate if needs.gate or needs.y else None, row_mask)
@@ -190,21 +189,22 @@ def backward(needs, kept, dh):
 
 @gated_add_norm.forward
 def forward_norm(needs, x, y, gate, weight, bias, row_mask, *, eps, norm):
+    normed: Tensor | None
+    statistics: kernels.Statistics = (None, None)
     if x.numel() == 0:
         h = torch.empty_like(x, memory_format=torch.contiguous_format)
-        normed, (mean, rstd) = torch.empty_like(h), (None, None)
+        normed = torch.empty_like(h)
     else:
-        h, normed, (mean, rstd) = kernels.gated_add(
-            _in_rows(x), _in_rows(y), gate.contiguous(), _flat(row_mask), weight.contiguous(),
+        h, normed, statistics = kernels.gated_add(
+            x, y, gate.contiguous(), row_mask, weight.contiguous(),
             None if bias is None else bias.contiguous(), eps=eps, norm=norm,
         )  # fmt: skip
-        h, normed = h.view(x.shape), normed.view(x.shape)
     if not any(needs):
         return (h, normed), ()
     inner = needs.x or needs.y or needs.gate or needs.weight
     return (h, normed), (
         y if needs.gate else None, gate, row_mask, weight, h if inner else None,
-        *((mean, rstd) if inner else (None, None)), bias.new_empty(0) if needs.bias else None,
+        *(statistics if inner else (None, None)), bias.new_empty(0) if needs.bias else None,
     )  # fmt: skip
 
 
@@ -233,33 +233,16 @@ def _gradients(needs, dh, dnormed, h, statistics, y, gate, row_mask, weight, nor
         dgate = torch.zeros_like(gate) if needs.gate else None
         return dh, dh, dgate, zeros, zeros.clone()
     dx, dy, dgate, dweight, dbias = kernels.gated_add_backward(
-        _in_rows(dh).contiguous(),
-        None if dnormed is None else _in_rows(dnormed).contiguous(),
-        None if h is None else _in_rows(h), statistics,
-        None if y is None else _in_rows(y), gate.contiguous(), _flat(row_mask),
+        dh, dnormed, h, statistics, y, gate.contiguous(), row_mask,
         None if weight is None else weight.contiguous(), norm=norm,
         want_x=needs.x and norm != "none", want_y=needs.y, want_gate=needs.gate,
         want_weight=getattr(needs, "weight", False), want_bias=getattr(needs, "bias", False),
     )  # fmt: skip
     return (
-        None if dx is None else dx.view(dh.shape),
-        None if dy is None else dy.view(dh.shape),
+        dx, dy,
         None if dgate is None else dgate.view(gate.shape).to(gate.dtype),
         dweight, dbias,
     )  # fmt: skip
-
-
-def _in_rows(x: Tensor) -> Tensor:
-    """``(batch, tokens, features)``, copied only if the strides are not those of rows."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    if x.ndim == 3:
-        return x
-    return x.reshape(1, -1, x.shape[-1])
-
-
-def _flat(row_mask: Tensor | None) -> Tensor | None:
-    return None if row_mask is None else row_mask.reshape(-1).contiguous()
 
 
 @gated_add.cost

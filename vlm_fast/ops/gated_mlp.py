@@ -123,7 +123,7 @@ def backward(needs, kept, dy, *, activation):
         )
     else:
         h = gated_activation(gate, up, activation)
-    if needs.weight_down:
+    if h is not None:
         dweight_down = torch.mm(dy.t(), h)
     del h  # the largest temporaries first out
     if needs.weight_gate:

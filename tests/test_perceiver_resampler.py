@@ -1,0 +1,170 @@
+"""Flamingo's and IDEFICS' Perceiver resamplers: parity, folded weights, mistakes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import IdeficsConfig
+from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
+
+import vlm_fast
+from tests import plain_flamingo
+from vlm_fast import parity
+from vlm_fast.modules import PerceiverResampler, media_memory
+
+SIZES = dict(dim=40, depth=3, dim_head=24, heads=2, num_latents=5)
+EMBEDDED = SIZES | dict(max_num_media=3, max_num_frames=2)
+
+
+def scattered(module, dtype):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return module.to(dtype)
+
+
+def flamingo(dtype=torch.float32, **sizes):
+    torch.manual_seed(0)
+    return scattered(plain_flamingo.PerceiverResampler(**(sizes or EMBEDDED)), dtype)
+
+
+def idefics(dtype=torch.float32, norms=True, depth=3, head=24):
+    torch.manual_seed(0)
+    config = IdeficsConfig(
+        vision_config=dict(embed_dim=40), perceiver_config=dict(qk_layer_norms_perceiver=norms)
+    )
+    module = scattered(IdeficsPerceiverResampler(config, 40, depth, 2, head, 5), torch.float32)
+    for _, ff in module.blocks:  # few units at ReLU's edge, where rounding decides on a gradient
+        ff.ln.bias.data.add_(torch.randn(40).sign() * 5)
+    return module.to(dtype)
+
+
+def ours(plain, **sizes):
+    module = PerceiverResampler(**(sizes or EMBEDDED))
+    module.load_state_dict(plain.state_dict(), strict=True)
+    return module.to(plain.latents.dtype)
+
+
+def patched(plain):
+    model = torch.nn.ModuleList([copy.deepcopy(plain)])
+    vlm_fast.patch(model, strict=True)
+    return model[0]
+
+
+def features(*shape, dtype=torch.float32):
+    torch.manual_seed(1)
+    return torch.randn(*shape, 40).to(dtype)
+
+
+def everything(module, x):
+    x, parameters = x.detach().requires_grad_(), dict(module.named_parameters())
+    y = module(x)
+    found = torch.autograd.grad(y, [x, *parameters.values()], parity.random_upstream(y))
+    return dict(zip(["y", "x", *parameters], [y.detach(), *found], strict=True))
+
+
+def same(module, plain, x):
+    exact = everything(copy.deepcopy(plain).double(), x.double())
+    native, found = everything(plain, x), everything(module, x)
+    for name, tensor in found.items():
+        if "k_layer_norm.bias" in name:  # it moves all scores alike: plain PyTorch's is rounding
+            assert not tensor.any()
+            assert exact[name].abs().max() < 1e-12
+            continue
+        verdict = parity.judge(name, tensor, native[name], exact[name], gradient=name != "y")
+        assert verdict.ok, verdict
+    with torch.no_grad():  # folded
+        wide = copy.deepcopy(plain).double()(x.double())
+        for mode in (True, False):
+            verdict = parity.judge("y", module.train(mode)(x), plain(x), wide)
+            assert verdict.ok, verdict
+
+
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@every_dtype
+def test_parity_with_the_published_formulas(dtype):
+    plain = flamingo(dtype)
+    with vlm_fast.strict():
+        same(ours(plain), plain, features(2, 3, 2, 17, dtype=dtype))
+        same(patched(plain), plain, features(2, 2, 1, 17, dtype=dtype))
+
+
+def test_without_embeddings():
+    plain = flamingo(**SIZES)
+    same(ours(plain, **SIZES), plain, features(1, 4, 3, 5))
+
+
+@every_dtype
+@pytest.mark.parametrize("norms, depth, head", [(True, 3, 24), (False, 1, 96), (True, 2, 16)])
+def test_parity_with_idefics(norms, depth, head, dtype):
+    plain = idefics(dtype, norms, depth, head)
+    with vlm_fast.strict():
+        same(patched(plain), plain, features(3, 17, dtype=dtype))
+
+
+def test_weights_are_folded_once_and_again_when_they_change():
+    plain, x = idefics().eval(), features(2, 17)
+    module = patched(plain)
+    with torch.no_grad():
+        module(x)
+        folded = media_memory._remembered[module].made
+        module(features(4, 9))
+        assert media_memory._remembered[module].made is folded
+        for m in (module, plain):
+            m.blocks[1][0].context_layer_norm.weight.mul_(2)
+        torch.testing.assert_close(module(x), plain(x))
+        assert media_memory._remembered[module].made is not folded
+    assert module.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("make", [flamingo, idefics])
+def test_zero_images(make):
+    module = patched(make())
+    x = features(0, 17) if make is idefics else features(0, 2, 1, 17)
+    y = module(x)
+    assert y.shape == ((0, 5, 40) if make is idefics else (0, 2, 5, 40))
+    y.sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+@pytest.mark.parametrize("make", [flamingo, idefics])
+def test_a_hook_is_not_passed_by(make):
+    plain = make()
+    module = patched(plain)
+    x = features(3, 17) if make is idefics else features(2, 2, 1, 17)
+    for m in (plain, module):
+        linear = next(c for n, c in m.named_modules() if n.endswith(("q_proj", "to_q")))
+        linear.register_forward_hook(lambda module, x, y: y + 1)
+    with pytest.warns(vlm_fast.VlmFastFallbackWarning, match="hooks"):
+        torch.testing.assert_close(module(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [flamingo, idefics])
+def test_copies_stay_patched_and_reverting_does_not(make):
+    plain = make()
+    module = patched(plain)
+    x = features(3, 17) if make is idefics else features(2, 2, 1, 17)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(copied) is type(module)
+        assert torch.equal(copied(x), module(x))
+    vlm_fast.unpatch(module)
+    assert type(module) is type(plain)
+
+
+@pytest.mark.parametrize(
+    "x, said",
+    [
+        (features(2, 4, 1, 17), "at most 3 media"),
+        (features(2, 3, 3, 17), "at most 2 frames"),
+        (features(2, 3, 17), r"\(batch, media, frames, features, 40\)"),
+        (torch.zeros(1, 1, 1, 17, 41), "40"),
+        (None, "NoneType"),
+    ],
+)
+def test_mistakes_are_named(x, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        ours(flamingo())(x)
