@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: ops, overhead, LLaVA and the Q-Former, on the GPU if there is one."""
+"""``python -m benchmarks``: ops, overhead and whole connectors, on the GPU if there is one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks import llava, machine, ops, overhead, qformer
+from benchmarks import flamingo, llava, machine, ops, overhead, qformer
 from vlm_fast import selftest
 from vlm_fast.op import OPS
 
@@ -37,6 +37,7 @@ def main(
     results["overhead"] = overhead.main(quick=quick, device=device)
     results["llava"] = llava.main(quick=quick, device=device)
     results["qformer"] = qformer.main(quick=quick, device=device)
+    results["flamingo"] = flamingo.main(quick=quick, device=device)
     if json_file is not None:
         machine.write(json_file, results)
     if save:

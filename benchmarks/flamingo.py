@@ -148,11 +148,39 @@ def mllama_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
     )
 
 
+def idefics_resampler(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
+    """IDEFICS' resampler, six layers, of ViT-H features; on a CPU of one image, on a GPU of 8."""
+    from transformers import IdeficsConfig
+    from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
+
+    images, depth = (1, 1) if quick else (1 if device == "cpu" else 8, 6)
+    config = IdeficsConfig(
+        vision_config=dict(embed_dim=1280), perceiver_config=dict(qk_layer_norms_perceiver=True)
+    )
+    before = IdeficsPerceiverResampler(config, 1280, depth, 16, 96, 64).to(device, dtype).eval()
+    after = copy.deepcopy(before)
+    vlm_fast.patch(after, strict=True)
+    x = torch.randn(images, 257, 1280, device=device, dtype=dtype)
+    called = {"before": lambda: before(x), "after": lambda: after(x)}
+    name = f"IDEFICS resampler, {images} x 257 x 1280 to 64, depth {depth}"
+    yield f"{name}, forward", _without_gradients(called)
+    upstream = torch.randn(images, 64, 1280, device=device, dtype=dtype)
+
+    def step(module: torch.nn.Module) -> Callable[[], Any]:
+        def run() -> None:
+            module.zero_grad(set_to_none=True)
+            module(x).backward(upstream)
+
+        return run
+
+    yield f"{name}, training step", {"before": step(before), "after": step(after)}
+
+
 def _without_gradients(called: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
     return {state: torch.no_grad()(f) for state, f in called.items()}
 
 
-PARTS = (media_core, idefics_step, mllama_step)
+PARTS = (media_core, idefics_resampler, idefics_step, mllama_step)
 
 
 def main(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_checks, gpu_configs, llava, ops, overhead, qformer
+from benchmarks import flamingo, gpu_checks, gpu_configs, llava, ops, overhead, qformer
 from vlm_fast import evidence, selftest
 from vlm_fast.op import OPS
 
@@ -159,6 +159,13 @@ def benchmark_qformer(results: Results, device: str, deadline: float) -> list[st
     return [] if found["finished"] else ["out of time"]
 
 
+def benchmark_flamingo(results: Results, device: str, deadline: float) -> list[str]:
+    results["flamingo"] = found = flamingo.main(
+        device=device, quick=device == "cpu", seconds=6.0, deadline=deadline
+    )
+    return [] if found["finished"] else ["out of time"]
+
+
 def benchmark_overhead(results: Results, device: str, deadline: float) -> list[str]:
     results["overhead"] = overhead.main(device=device, quick=True)
     return []
@@ -175,6 +182,7 @@ STAGES = (
     Stage("configs", 70, configs, timed=True),
     Stage("LLaVA", 110, benchmark_llava, needs_cuda=False, timed=True),
     Stage("Q-Former", 110, benchmark_qformer, needs_cuda=False, timed=True),
+    Stage("Flamingo", 90, benchmark_flamingo, needs_cuda=False, timed=True),
     Stage("ops", 130, benchmark_ops, needs_cuda=False, timed=True),
     Stage("overhead", 20, benchmark_overhead, needs_cuda=False, timed=True),
     Stage("large", 30, large),

@@ -11,7 +11,7 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 import vlm_fast
 from tests import plain_flamingo
 from vlm_fast import parity
-from vlm_fast.modules import PerceiverResampler, media_memory
+from vlm_fast.modules import PerceiverResampler, media_memory, perceiver_resampler
 
 SIZES = dict(dim=40, depth=3, dim_head=24, heads=2, num_latents=5)
 EMBEDDED = SIZES | dict(max_num_media=3, max_num_frames=2)
@@ -75,11 +75,15 @@ def same(module, plain, x):
             continue
         verdict = parity.judge(name, tensor, native[name], exact[name], gradient=name != "y")
         assert verdict.ok, verdict
-    with torch.no_grad():  # folded
+    module.eval()
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         wide = copy.deepcopy(plain).double()(x.double())
-        for mode in (True, False):
-            verdict = parity.judge("y", module.train(mode)(x), plain(x), wide)
+        for folded in (True, False):
+            patch.setattr(perceiver_resampler, "fold_pays", lambda context, f=folded: f)
+            verdict = parity.judge("y", module(x), plain(x), wide)
             assert verdict.ok, verdict
+            assert (module in media_memory._remembered) == folded
+            media_memory._remembered.clear()
 
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -106,7 +110,8 @@ def test_parity_with_idefics(norms, depth, head, dtype):
         same(patched(plain), plain, features(3, 17, dtype=dtype))
 
 
-def test_weights_are_folded_once_and_again_when_they_change():
+def test_weights_are_folded_once_and_again_when_they_change(monkeypatch):
+    monkeypatch.setattr(perceiver_resampler, "fold_pays", lambda context: True)
     plain, x = idefics().eval(), features(2, 17)
     module = patched(plain)
     with torch.no_grad():

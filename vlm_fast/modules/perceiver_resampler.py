@@ -1,8 +1,8 @@
 """Flamingo's Perceiver resampler, with the keys and arguments of OpenFlamingo.
 
 Latents attend to the context and to themselves: keys and values come in two parts, which are never
-concatenated. All layers normalise one context and differ in the affine map alone; without gradients
-that map is folded into the weights of keys and values, and all layers' come from one GEMM.
+concatenated. All layers normalise one context and differ in the affine map alone; on a GPU, without
+gradients, that map is folded into the weights of keys and values, and all layers' are one GEMM.
 """
 
 from __future__ import annotations
@@ -204,6 +204,11 @@ def _as_heads(layer: Layer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return k.transpose(1, 2), v.transpose(1, 2)
 
 
+def fold_pays(context: Tensor) -> bool:
+    """One launch and one pass over the context on a GPU; on a CPU the wide GEMM is the slower."""
+    return context.is_cuda
+
+
 def _folded_key_values(
     owner: nn.Module, context: Tensor, layers: Sequence[Layer]
 ) -> list[tuple[Tensor, Tensor]] | None:
@@ -214,7 +219,9 @@ def _folded_key_values(
     norms = [layer.norm_context for layer in layers]
     alike = all(norm.eps == norms[0].eps for norm in norms)
     autocast = torch.is_autocast_enabled(context.device.type)
-    if torch.is_grad_enabled() or owner.training or autocast or not layers or not alike:
+    if torch.is_grad_enabled() or owner.training or autocast or not (layers and alike):
+        return None
+    if not fold_pays(context):
         return None
     linears = [layer.key_value for layer in layers]
     sources = [p for norm in norms for p in (norm.weight, norm.bias)]
