@@ -136,7 +136,7 @@ def test_verify_judges_each_connector():
     assert verification.ok and not verification.unreached
     assert [connector.what for connector in verification.connectors] == [
         "merge_image_tokens",
-        "mlp",
+        "FusedMLP",
     ]
     text_only = vlm_fast.verify(model, input_ids=torch.arange(8, 20)[None])
     assert not text_only.ok and len(text_only.unreached) == 2

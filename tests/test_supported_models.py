@@ -32,7 +32,11 @@ def patch(name, model):
     with nullcontext() if served else pytest.warns(UserWarning, match="no connector of"):
         report = vlm_fast.patch(model)
     kinds = {what.split(" by ")[1] for what in report.patched.values()}
-    expected = {"FusedMLP": name in PROJECTOR, "FusedMerge": name not in NO_MERGE}
+    expected = {
+        "FusedMLP": name in PROJECTOR,
+        "FusedMerge": name not in NO_MERGE,
+        "FusedAriaProjector": name == "aria",
+    }
     assert kinds == {kind for kind, is_expected in expected.items() if is_expected}
 
 
@@ -77,11 +81,12 @@ def test_patched_is_the_same_model(name):
     # Omni's sounds are merged without a count, so by masked_scatter.
     merges = sum(p.token != AUDIO for p in MODELS[name].placeholders) * (name in MERGE)
     assert calls.get("merge_image_tokens", 0) == merges
-    assert (calls.get("mlp", 0) > 0) == (name in PROJECTOR)
+    computes = name in PROJECTOR or name == "aria"
+    assert (calls.get("mlp", 0) > 0) == computes
     assert after.keys() == before.keys()
     for where, value in after.items():
         assert type(value) is type(before[where]), where
-        if name in PROJECTOR:
+        if computes:
             torch.testing.assert_close(value, before[where], rtol=1e-4, atol=2e-6)
         else:
             assert torch.equal(value, before[where]), where

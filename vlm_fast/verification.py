@@ -14,7 +14,6 @@ from vlm_fast import ops, parity
 from vlm_fast.parity import Verdict, judge
 from vlm_fast.patching import image_token_merge, patched_modules
 from vlm_fast.patching.class_swap import Patched, swap_back
-from vlm_fast.patching.linear_act_linear import FusedMLP
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,9 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
     theirs = _without_patch(connectors, lambda: _first_output(model, inputs))
     found, unreached = [], []
     for name, module in connectors.items():
-        if isinstance(module, FusedMLP) and name in seen:
-            found.append(Connector(name, "mlp", _verify_module(connectors[name], seen[name])))
+        if isinstance(module, Patched) and module.alone and name in seen:
+            what = type(module).patch.mixin.__name__
+            found.append(Connector(name, what, _verify_module(connectors[name], seen[name])))
         elif isinstance(module, image_token_merge.FusedMerge) and merges:
             verdicts = [v for merge in merges for v in _verify_merge(*merge)]
             found.append(Connector(name, "merge_image_tokens", verdicts))

@@ -7,7 +7,7 @@ gradients, that map is folded into the weights of keys and values, and all layer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +33,9 @@ class Layer(NamedTuple):
     key_value: tuple[Any, ...]  # one linear of both, or one each
     out: Any
     heads: int
+    key_heads: int
     scale: float
-    feed_forward: tuple[Any, Any, Any, Any]  # norm, linear, activation, linear
+    feed_forward: Callable[[Tensor], Tensor]  # with its norm
     head_norms: tuple[Any, Any] | None = None  # of queries and of keys
 
 
@@ -54,7 +55,7 @@ class PerceiverAttention(nn.Module):
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
         """What is added to the latents ``(batch, ..., n, dim)``; x: ``(batch, ..., keys, dim)``."""
         context, own = x.flatten(0, -3), latents.flatten(0, -3)
-        layer = layer_of_openflamingo(self, None)
+        layer = layer_of_openflamingo(self, nn.Identity())
         found = _attend(layer, own, *_key_values(layer, layer.norm_context(context)))
         return layer.out(found).view(latents.shape)
 
@@ -153,30 +154,49 @@ def layer_of_openflamingo(attention: Any, ff: Any) -> Layer:
     """A layer of OpenFlamingo's resampler."""
     return Layer(
         attention.norm_media, attention.norm_latents, attention.to_q, (attention.to_kv,),
-        attention.to_out, attention.heads, attention.scale, ff,
+        attention.to_out, attention.heads, attention.heads, attention.scale, _of_sequence(ff),
     )  # fmt: skip
 
 
-def resample(owner: nn.Module, context: Tensor, latents: Tensor, layers: Sequence[Layer]) -> Tensor:
+def _of_sequence(ff: Any) -> Callable[[Tensor], Tensor]:
+    return fused_sequence(*ff) if isinstance(ff, nn.Sequential) else ff
+
+
+def fused_sequence(norm: Any, linear_1: Any, act: Any, linear_2: Any) -> Callable[[Tensor], Tensor]:
+    """``linear_2(act(linear_1(norm(x))))`` as a function."""
+    return lambda x: fused_mlp(OP, norm(x), linear_1, act, linear_2, "preactivation")
+
+
+def resample(
+    owner: nn.Module,
+    context: Tensor,
+    latents: Tensor,
+    layers: Sequence[Layer],
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """``(batch, n, dim)``: latents ``(n, dim)`` after all layers, which read ``context``.
 
-    The parameters of all layers may be read. ``owner``: beside what folded weights are remembered.
+    The parameters of all layers may be read. ``owner``: beside what folded weights are remembered;
+    ``key_mask``: bool ``(batch, keys)``, True where the context is seen.
     """
     batch = context.shape[0]
     folded = _folded_key_values(owner, context, layers)
+    if key_mask is not None:  # latents see one another
+        key_mask = torch.cat((key_mask, key_mask.new_ones(batch, len(latents))), 1)
     own = latents.unsqueeze(0)  # the same for all images until they have seen one
     for i, layer in enumerate(layers):
         kv = folded[i] if folded is not None else _key_values(layer, layer.norm_context(context))
-        attended = _attend(layer, own, *kv)
+        attended = _attend(layer, own, *kv, key_mask)
         if own.shape[0] != batch:
             own = own.expand(batch, -1, -1)
         own = layer.out(attended) + own
-        norm, linear_1, act, linear_2 = layer.feed_forward
-        own = fused_mlp(OP, norm(own), linear_1, act, linear_2, "preactivation") + own
+        own = layer.feed_forward(own) + own
     return own
 
 
-def _attend(layer: Layer, latents: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend(
+    layer: Layer, latents: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None
+) -> Tensor:
     """Attention of latents ``(batch or 1, n, dim)`` to k, v and themselves; heads side by side."""
     batch, normed = k.shape[0], layer.norm_latents(latents)
     q = layer.query(normed).unflatten(2, (layer.heads, -1))
@@ -184,7 +204,8 @@ def _attend(layer: Layer, latents: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q = layer.head_norms[0](q)
     k2, v2 = _key_values(layer, normed)
     q, k2, v2 = (t.expand(batch, -1, -1, -1) for t in (q.transpose(1, 2), k2, v2))
-    return ops.cross_attention(q, k, v, k2, v2, scale=layer.scale).transpose(1, 2).flatten(2)
+    attended = ops.cross_attention(q, k, v, k2, v2, key_mask=key_mask, scale=layer.scale)
+    return attended.transpose(1, 2).flatten(2)
 
 
 def _key_values(layer: Layer, normed: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,7 +216,7 @@ def _key_values(layer: Layer, normed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _as_heads(layer: Layer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    k, v = k.unflatten(2, (layer.heads, -1)), v.unflatten(2, (layer.heads, -1))
+    k, v = (t.unflatten(2, (layer.key_heads, -1)) for t in (k, v))
     if layer.head_norms is not None:
         norm = layer.head_norms[1]
         # A bias moves all scores of a query alike, which a softmax does not see; its gradient is 0,
@@ -217,28 +238,34 @@ def _folded_key_values(
     With gradients it would be made, and differentiated, in every step.
     """
     norms = [layer.norm_context for layer in layers]
-    alike = all(norm.eps == norms[0].eps for norm in norms)
+    alike = len({(type(norm), _eps(norm)) for norm in norms}) == 1
     autocast = torch.is_autocast_enabled(context.device.type)
     if torch.is_grad_enabled() or owner.training or autocast or not (layers and alike):
         return None
     if not fold_pays(context):
         return None
     linears = [layer.key_value for layer in layers]
-    sources = [p for norm in norms for p in (norm.weight, norm.bias)]
+    sources = [p for norm in norms for p in norm.parameters()]
     sources += [linear.weight for group in linears for linear in group]
 
-    def fold() -> tuple[Tensor, Tensor]:
+    def fold() -> tuple[Tensor, Tensor | None]:
         pairs = [(g, norm) for group, norm in zip(linears, norms, strict=True) for g in group]
         weight = torch.cat([linear.weight * norm.weight for linear, norm in pairs])
-        bias = torch.cat([linear.weight @ norm.bias for linear, norm in pairs])
-        return weight, bias
+        if getattr(norms[0], "bias", None) is None:
+            return weight, None
+        return weight, torch.cat([linear.weight @ norm.bias for linear, norm in pairs])
 
     weight, bias = remembered(owner, sources[0], sources[1:], fold)
-    unit = F.layer_norm(context, context.shape[-1:], eps=norms[0].eps)
+    normalise = F.layer_norm if isinstance(norms[0], nn.LayerNorm) else F.rms_norm
+    unit = normalise(context, context.shape[-1:], eps=_eps(norms[0]))
     every = F.linear(unit, weight, bias).chunk(2 * len(layers), -1)
     return [
         _as_heads(layer, k, v) for layer, k, v in zip(layers, every[::2], every[1::2], strict=True)
     ]
+
+
+def _eps(norm: Any) -> Any:
+    return norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
 
 
 def _check(module: Any, x: Any) -> None:

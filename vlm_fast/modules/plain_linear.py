@@ -10,14 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 _LINEAR_FORWARD = nn.Linear.forward
+# The second is what nn.MultiheadAttention calls its output projection; its forward is the first's.
+_LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def why_not_plain(linear: nn.Module) -> str | None:
     """None if the parameters say all that ``linear`` does; else the first reason why not."""
-    if type(linear) is not nn.Linear:
+    if type(linear) not in _LINEARS:
         return f"{type(linear).__module__}.{type(linear).__qualname__} is not a plain nn.Linear"
     if nn.Linear.forward is not _LINEAR_FORWARD:
         return "nn.Linear.forward has been replaced"

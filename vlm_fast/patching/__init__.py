@@ -15,8 +15,10 @@ from vlm_fast.modules.chain import chain_of
 from vlm_fast.op import FLOATS
 from vlm_fast.ops.mlp import SAVED
 from vlm_fast.patching import (
+    aria,
     flamingo,
     idefics,
+    idefics2,
     image_token_merge,
     linear_act_linear,
     mllama,
@@ -35,6 +37,9 @@ FAMILIES: list[tuple[type[Patched], Callable[..., Any]]] = [
     (flamingo.FusedGatedBlock, flamingo.recognise),
     (perceiver.FusedPerceiver, perceiver.recognise),
     (perceiver.FusedIdeficsPerceiver, perceiver.recognise_idefics),
+    (aria.FusedAriaProjector, aria.recognise),
+    (idefics2.FusedIdefics2Perceiver, idefics2.recognise_resampler),
+    (idefics2.FusedGatedMLP, idefics2.recognise_mlp),
     (idefics.FusedIdeficsModel, idefics.recognise_model),
     (idefics.FusedIdeficsLayer, idefics.recognise_layer),
     (mllama.FusedMllamaModel, mllama.recognise_model),

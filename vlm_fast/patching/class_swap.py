@@ -24,6 +24,7 @@ class Patched:
     """Mixin of every patched class."""
 
     patch: ClassVar[Patch]
+    alone: ClassVar[bool] = False  # whether its base's forward takes what its own is given
 
     def prepare(self) -> None:
         """What becoming this class brings with it; values, names and objects must stay."""

@@ -15,6 +15,8 @@ from vlm_fast.patching.class_swap import Patched
 class FusedGatedBlock(Patched):
     """A gated cross-attention block without a mask of text by all latents."""
 
+    alone = True
+
     def forward(
         self,
         x: Tensor,

@@ -15,6 +15,8 @@ from vlm_fast.policy import fell_back
 class FusedMLP(Patched):
     """The forward of such a projector through `vlm_fast.ops.mlp`."""
 
+    alone = True
+
     linear_1: nn.Module
     linear_2: nn.Module
 

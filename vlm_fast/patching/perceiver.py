@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlm_fast.modules.activation import activation_of
-from vlm_fast.modules.perceiver_resampler import Layer, resample, resample_media
+from vlm_fast.modules.perceiver_resampler import Layer, fused_sequence, resample, resample_media
 from vlm_fast.modules.plain_tree import why_not_plain_tree
 from vlm_fast.patching.class_swap import Patched
 from vlm_fast.policy import fell_back
@@ -15,6 +15,8 @@ from vlm_fast.policy import fell_back
 
 class FusedPerceiver(Patched):
     """OpenFlamingo's resampler without concatenations."""
+
+    alone = True
 
     def forward(self, x: Tensor) -> Tensor:
         return resample_media(self, x)
@@ -25,6 +27,8 @@ class FusedPerceiver(Patched):
 
 class FusedIdeficsPerceiver(Patched):
     """IDEFICS' resampler without concatenations."""
+
+    alone = True
 
     blocks: Any
     latents: Any
@@ -48,7 +52,8 @@ def _layer_of_idefics(attention: Any, ff: Any) -> Layer:
     return Layer(
         attention.context_layer_norm, attention.latents_layer_norm, attention.q_proj,
         (attention.k_proj, attention.v_proj), attention.output_proj, attention.n_heads,
-        attention.qk_scale, (ff.ln, ff.fc, ff.act, ff.c_proj), norms,
+        attention.n_heads, attention.qk_scale, fused_sequence(ff.ln, ff.fc, ff.act, ff.c_proj),
+        norms,
     )  # fmt: skip
 
 

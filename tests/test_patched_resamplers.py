@@ -1,0 +1,169 @@
+"""Idefics2's connector and Aria's projector, patched: parity, masks, what falls back."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from transformers.models.aria.modeling_aria import AriaProjector
+from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
+
+import vlm_fast
+from vlm_fast import parity
+from vlm_fast.modules import media_memory, perceiver_resampler
+
+
+def scattered(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            spread = 0.1 if parameter.ndim == 1 else 0.05
+            parameter.add_(torch.randn_like(parameter) * spread)
+    return module.eval()
+
+
+def idefics2(attention="eager"):
+    torch.manual_seed(0)
+    config = transformers.Idefics2Config(
+        vision_config=dict(hidden_size=24, image_size=16, patch_size=4, num_attention_heads=2),
+        perceiver_config=dict(
+            resampler_n_latents=5, resampler_depth=2, resampler_n_heads=4, resampler_head_dim=12,
+            num_key_value_heads=2,
+        ),
+        text_config=dict(model_type="mistral", hidden_size=32, intermediate_size=48),
+        attn_implementation=attention,
+    )  # fmt: skip
+    return scattered(Idefics2Connector(config))
+
+
+def idefics2_inputs(dtype, hidden):
+    torch.manual_seed(1)
+    mask = torch.ones(3, 17, dtype=torch.bool)
+    if hidden:
+        mask[0, 9:] = mask[2, :3] = False
+        mask[1] = False
+    return torch.randn(3, 17, 24).to(dtype), mask
+
+
+def aria():
+    torch.manual_seed(0)
+    config = transformers.AriaConfig(
+        vision_config=dict(model_type="idefics3_vision", hidden_size=24, num_attention_heads=2),
+        text_config=dict(
+            model_type="aria_text",
+            hidden_size=40,
+            num_attention_heads=4,
+            moe_num_experts=2,
+            vocab_size=99,
+        ),
+        projector_patch_to_query_dict={17: 5, 9: 3},
+    )
+    return scattered(AriaProjector(config))
+
+
+def aria_inputs(dtype, hidden):
+    torch.manual_seed(1)
+    mask = torch.zeros(3, 17, dtype=torch.bool)
+    mask[0, 9:] = mask[2, :3] = True
+    return torch.randn(3, 17, 24).to(dtype), mask if hidden else None
+
+
+FAMILIES = {"idefics2": (idefics2, idefics2_inputs), "aria": (aria, aria_inputs)}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def pair(family, dtype=torch.float32):
+    plain = FAMILIES[family][0]().to(dtype)
+    fast = copy.deepcopy(plain)
+    vlm_fast.patch(fast, strict=True)
+    return plain, fast
+
+
+def everything(module, x, mask):
+    x, parameters = x.detach().requires_grad_(), dict(module.named_parameters())
+    y = module(x, mask)
+    found = torch.autograd.grad(
+        y, [x, *parameters.values()], parity.random_upstream(y), allow_unused=True
+    )
+    return dict(zip(["y", "x", *parameters], [y.detach(), *found], strict=True))
+
+
+def same(fast, plain, x, mask):
+    true = copy.deepcopy(plain).double()
+    exact = everything(true, x.double(), mask)
+    native, found = everything(plain, x, mask), everything(fast, x, mask)
+    for name, tensor in found.items():
+        verdict = parity.judge(name, tensor, native[name], exact[name], gradient=name != "y")
+        assert verdict.ok, verdict
+    with torch.no_grad():
+        verdict = parity.judge("y", fast(x, mask), plain(x, mask), true(x.double(), mask))
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", [False, True], ids=["all", "masked"])
+@every_family
+def test_parity(family, hidden, dtype):
+    plain, fast = pair(family, dtype)
+    with vlm_fast.strict():
+        same(fast, plain, *FAMILIES[family][1](dtype, hidden))
+
+
+def test_idefics2_with_folded_weights(monkeypatch):
+    plain, fast = pair("idefics2")
+    monkeypatch.setattr(perceiver_resampler, "fold_pays", lambda context: True)
+    x, mask = idefics2_inputs(torch.float32, True)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x, mask), plain(x, mask), rtol=1e-5, atol=1e-5)
+    assert fast.perceiver_resampler in media_memory._remembered
+
+
+def test_arias_composed_weights_follow_their_sources():
+    plain, fast = pair("aria")
+    x, mask = aria_inputs(torch.float32, True)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fast(x, mask), plain(x, mask), rtol=1e-5, atol=1e-5)
+            for m in (fast, plain):
+                m.cross_attn.k_proj.weight.mul_(1.5)
+
+
+@every_family
+def test_a_hook_is_not_passed_by(family):
+    plain, fast = pair(family)
+    for m in (plain, fast):
+        linear = next(c for n, c in m.named_modules() if n.endswith("k_proj"))
+        linear.register_forward_hook(lambda module, x, y: y + 1)
+    x, mask = FAMILIES[family][1](torch.float32, True)
+    with pytest.warns(vlm_fast.VlmFastFallbackWarning, match="hooks"):
+        torch.testing.assert_close(fast(x, mask), plain(x, mask), rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_zero_images_and_revert(family):
+    plain, fast = pair(family)
+    x, mask = FAMILIES[family][1](torch.float32, False)
+    empty = fast(x[:0], None if mask is None else mask[:0])
+    assert empty.shape[0] == 0 and empty.ndim == 3
+    empty.sum().backward()
+    assert vlm_fast.unpatch(fast) >= 1
+    assert [type(m) for m in fast.modules()] == [type(m) for m in plain.modules()]
+
+
+@pytest.mark.parametrize(
+    "family, mask, said",
+    [
+        ("idefics2", torch.ones(3, 16, dtype=torch.bool), "one for each patch"),
+        ("aria", torch.ones(3, 16, dtype=torch.bool), "one for each patch"),
+        ("aria", torch.ones(3, 17), "True where hidden"),
+    ],
+)
+def test_mistakes_are_named(family, mask, said):
+    _, fast = pair(family)
+    with pytest.raises((TypeError, ValueError), match=said):
+        fast(FAMILIES[family][1](torch.float32, False)[0], mask)
+
+
+def test_aria_names_the_numbers_of_patches_it_takes():
+    _, fast = pair("aria")
+    with pytest.raises(KeyError, match="16"), pytest.warns(vlm_fast.VlmFastFallbackWarning):
+        fast(torch.randn(2, 16, 24))

@@ -1,0 +1,112 @@
+"""Idefics2: the resampler with grouped heads and masked patches, and its gated MLPs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_fast import ops
+from vlm_fast.modules.activation import activation_of, why_not_activation
+from vlm_fast.modules.perceiver_resampler import Layer, resample
+from vlm_fast.modules.plain_linear import why_not_plain
+from vlm_fast.modules.plain_tree import wants_attentions, why_not_plain_tree
+from vlm_fast.patching.class_swap import Patched
+from vlm_fast.policy import fell_back
+from vlm_fast.refusal import wrong_value
+
+
+class FusedGatedMLP(Patched):
+    """``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` without keeping what is between."""
+
+    alone = True
+
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
+    act_fn: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        reason = self.why_not()
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            return super().forward(x)  # type: ignore[misc]
+        return ops.gated_mlp(
+            x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight,
+            activation=activation_of(self.act_fn) or "",
+        )  # fmt: skip
+
+    def why_not(self) -> str | None:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            reason = why_not_plain(getattr(self, name))
+            if reason is None and getattr(self, name).bias is not None:
+                reason = "it has a bias"
+            if reason is not None:
+                return f"{name}: {reason}"
+        reason = why_not_activation(self.act_fn)
+        return None if reason is None else f"act_fn: {reason}"
+
+
+class FusedIdefics2Perceiver(Patched):
+    """The resampler, without concatenations and without a copy of keys for each query head."""
+
+    alone = True
+
+    layers: Any
+    latents: Any
+    norm: Any
+    training: bool
+
+    def forward(self, context: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
+        reason = self.why_not()
+        if wants_attentions() or kwargs.get("output_attentions"):
+            reason = "attention maps were asked for, which no kernel forms"
+        if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+            reason = "the mask is not one of patches, (images, patches)"
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            return super().forward(context, attention_mask, **kwargs)  # type: ignore[misc]
+        if attention_mask.shape != context.shape[:2]:
+            wanted = f"{tuple(context.shape[:2])}, one for each patch of context"
+            raise wrong_value("patch(Idefics2)", "attention_mask", attention_mask, wanted)
+        seen: Tensor | None = attention_mask != 0
+        if seen is not None and seen.is_cpu and not torch.compiler.is_compiling() and seen.all():
+            seen = None  # nothing is hidden; on a GPU that would be asked of the device
+        layers = [_layer(layer) for layer in self.layers]
+        return self.norm(resample(self, context, self.latents, layers, seen))  # type: ignore
+
+    def why_not(self) -> str | None:
+        if self.training and any(layer.self_attn.attention_dropout > 0 for layer in self.layers):
+            return "attention has dropout"
+        return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+
+
+def _layer(layer: Any) -> Layer:
+    attention = layer.self_attn
+    return Layer(
+        layer.input_context_norm, layer.input_latents_norm, attention.q_proj,
+        (attention.k_proj, attention.v_proj), attention.o_proj, attention.num_heads,
+        attention.num_key_value_heads, attention.scaling,
+        lambda x: layer.mlp(layer.post_attention_layernorm(x)),
+    )  # fmt: skip
+
+
+def recognise_mlp(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """A recipe, a reason against, or None for another class."""
+    if not _is(module, "Idefics2MLP"):
+        return None
+    mlp: Any = module
+    if activation_of(mlp.act_fn) is None:
+        return f"{type(mlp.act_fn).__name__} is not an activation the kernels know"
+    return ()
+
+
+def recognise_resampler(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """The same for the resampler."""
+    return () if _is(module, "Idefics2PerceiverResampler") else None
+
+
+def _is(module: nn.Module, name: str) -> bool:
+    kind = type(module)
+    return kind.__name__ == name and kind.__module__.startswith("transformers.models.idefics2.")
