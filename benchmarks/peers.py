@@ -1,4 +1,4 @@
-"""What others offer for an op: attention of PyTorch, backend by backend, and of xformers."""
+"""What others offer for an op: attention of PyTorch, by backend and by mask, and of xformers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from vlm_fast.kernels._media_sight import media_seen
 
 Function = Callable[..., Any]
 BACKENDS = {
@@ -22,12 +25,43 @@ BACKENDS = {
 
 def of(name: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Function]:
     """The peers of the op ``name`` that can serve these arguments, forward and backward."""
+    if name == "media_cross_attention":
+        peers = _of_media(*args, **options)
+        return {label: f for label, f in peers.items() if _serves(f, args, options)}
     if name != "cross_attention" or any(a is not None for a in args[3:7]) or options.get("dropout"):
         return {}
     found: dict[str, Function] = {label: _sdpa(backend) for label, backend in BACKENDS.items()}
     if importlib.util.find_spec("xformers") is not None:
         found["xformers"] = _xformers
     return {label: f for label, f in found.items() if _serves(f, args, options)}
+
+
+def _of_media(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, *, tokens_per_media: int,
+    attend: str = "latest", unattended: str = "zero", scale: float | None = None,
+) -> dict[str, Function]:  # fmt: skip
+    """SDPA with a mask of text by keys, and FlexAttention; what makes their masks is not timed."""
+    seen = media_seen(index, k.shape[2] // tokens_per_media, attend)
+    if unattended != "zero":
+        seen = seen | ~seen.any(-1, keepdim=True)
+    mask = seen.repeat_interleave(tokens_per_media, 2).unsqueeze(1)
+    grouped = q.shape[1] != k.shape[1]
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+
+    found: dict[str, Function] = {"SDPA (dense mask)": dense}
+    if q.is_cuda:
+
+        def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return seen[b, query, key // tokens_per_media]
+
+        blocks = create_block_mask(sees, q.shape[0], None, q.shape[2], k.shape[2], str(q.device))
+        flex = torch.compile(flex_attention)
+        found["FlexAttention"] = lambda q, k, v, *_, **__: flex(
+            q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped
+        )
+    return found
 
 
 def _serves(function: Function, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:

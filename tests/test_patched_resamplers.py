@@ -7,6 +7,8 @@ import torch
 import transformers
 from transformers.models.aria.modeling_aria import AriaProjector
 from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
+from transformers.models.kosmos2 import modeling_kosmos2 as kosmos2
+from transformers.models.kosmos2_5 import modeling_kosmos2_5 as kosmos2_5
 
 import vlm_fast
 from vlm_fast import parity
@@ -136,6 +138,58 @@ def test_a_hook_is_not_passed_by(family):
     x, mask = FAMILIES[family][1](torch.float32, True)
     with pytest.warns(vlm_fast.VlmFastFallbackWarning, match="hooks"):
         torch.testing.assert_close(fast(x, mask), plain(x, mask), rtol=1e-4, atol=1e-5)
+
+
+def kosmos(version):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"Kosmos2{version}Config")(
+        vision_config=dict(hidden_size=24),
+        text_config=dict(embed_dim=32, attention_heads=2, attention_dropout=0.0),
+        latent_query_num=5,
+    )
+    for part in (config, config.text_config):
+        part._attn_implementation = "eager"
+    module = {"": kosmos2, "_5": kosmos2_5}[version]
+    return scattered(getattr(module, f"Kosmos2{version}ImageToTextProjection")(config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("version", ["", "_5"])
+def test_kosmos_is_that_of_eager_attention(version, dtype):
+    plain = kosmos(version).to(dtype)
+    fast = copy.deepcopy(plain)
+    fast.x_attn.config._attn_implementation = "sdpa"  # the default; of Kosmos-2 it is wrong
+    vlm_fast.patch(fast, strict=True)
+    torch.manual_seed(1)
+    x = torch.randn(3, 17, 24).to(dtype)
+    with vlm_fast.strict():
+        assert fast(x)[1] is None
+    found, native = first(fast, x), first(plain, x)
+    exact = first(copy.deepcopy(plain).double(), x.double())
+    for name, tensor in found.items():
+        if name == "x_attn.k_proj.bias":  # it moves all scores alike: plain PyTorch's is rounding
+            assert not tensor.any()
+            continue
+        verdict = parity.judge(name, tensor, native[name], exact[name], gradient=name != "y")
+        assert verdict.ok, verdict
+
+
+def first(module, x):
+    """The features without the maps, and all gradients."""
+    x, parameters = x.detach().requires_grad_(), dict(module.named_parameters())
+    y = module(x)[0]
+    found = torch.autograd.grad(y, [x, *parameters.values()], parity.random_upstream(y))
+    return dict(zip(["y", "x", *parameters], [y.detach(), *found], strict=True))
+
+
+def test_kosmos_with_eager_attention_gives_its_maps():
+    plain = kosmos("")
+    fast = copy.deepcopy(plain)
+    vlm_fast.patch(fast, strict=True)
+    x = torch.randn(2, 17, 24)
+    with pytest.warns(vlm_fast.VlmFastFallbackWarning, match="maps"):
+        for ours, theirs in zip(fast(x), plain(x), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @every_family

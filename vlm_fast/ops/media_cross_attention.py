@@ -242,6 +242,9 @@ _LLAMA = dict(
         "OpenFlamingo-9B, 8 x 2048, 4 images, all previous": dict(
             media=4, keys=256, before=32, attend="all_previous", unattended="uniform", **_FLAMINGO
         ),
+        "OpenFlamingo-9B, 1 x 2048, 4 images": dict(
+            media=4, keys=256, before=32, **{**_FLAMINGO, "batch": 1}
+        ),
         "IDEFICS-9B, 4 x 1024, 4 images": dict(
             batch=4, heads=32, queries=1024, media=4, keys=256, tokens_per_media=64, d=128,
             before=16, attend="listed", unattended="uniform", sets="previous",

@@ -1,0 +1,67 @@
+"""Kosmos-2's and Kosmos-2.5's resampler: latents that attend to the image and to themselves.
+
+Under transformers' default attention that of Kosmos-2 is causal and crops its keys to the number of
+latents, by mistake; its eager attention is right, and is what this gives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlm_fast import ops
+from vlm_fast.modules.plain_tree import why_not_plain_tree
+from vlm_fast.patching.class_swap import Patched
+from vlm_fast.policy import fell_back
+
+
+class FusedKosmosProjection(Patched):
+    """The projection and its one attention, without a concatenation; no attention maps."""
+
+    dense: Any
+    latent_query: Any
+    x_attn: Any
+    training: bool
+
+    def forward(self, features: Tensor) -> Any:
+        reason = self.why_not()
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            return super().forward(features)  # type: ignore[misc]
+        attn, image = self.x_attn, self.dense(features)
+        latents = self.latent_query.unsqueeze(0)
+
+        def heads(x: Tensor) -> Tensor:
+            x = x.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+            return x.expand(image.shape[0], -1, -1, -1)
+
+        def keys(x: Tensor) -> Tensor:
+            # Their bias moves all scores of a query alike: of no effect, and of gradient 0.
+            return heads(F.linear(x, attn.k_proj.weight, attn.k_proj.bias * 0))
+
+        attended = ops.cross_attention(
+            heads(attn.q_proj(latents)), keys(image), heads(attn.v_proj(image)),
+            keys(latents), heads(attn.v_proj(latents)), scale=attn.scaling,
+        )  # fmt: skip
+        return attn.out_proj(attended.transpose(1, 2).flatten(2)), None
+
+    def why_not(self) -> str | None:
+        attn = self.x_attn
+        if attn.config._attn_implementation == "eager":
+            return "eager attention returns its maps, which no kernel forms"
+        if self.training and attn.dropout > 0:
+            return "attention has dropout"
+        if getattr(attn, "inner_attn_ln", None) is not None:
+            return "its attention has a norm inside"
+        return why_not_plain_tree(self)  # type: ignore[arg-type]
+
+
+def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """A recipe, a reason against, or None for another class."""
+    kind = type(module)
+    known = ("Kosmos2ImageToTextProjection", "Kosmos2_5ImageToTextProjection")
+    if kind.__name__ not in known or not kind.__module__.startswith("transformers.models.kosmos2"):
+        return None
+    return ()
