@@ -247,8 +247,8 @@ def cost(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
         "Idefics2 perceiver, 8 images": dict(
             batch=8, heads=16, kv_heads=4, shape=(64, 729), keys2=64, d=96, hidden=True
         ),
-        "Idefics2 perceiver, 4900 patches": dict(
-            batch=1, heads=16, kv_heads=4, shape=(64, 4900), keys2=64, d=96, hidden=True
+        "Idefics2 perceiver, 5 x 4900 patches": dict(
+            batch=5, heads=16, kv_heads=4, shape=(64, 4900), keys2=64, d=96, hidden=True
         ),
         "MiniCPM-V, 8 images": dict(batch=8, heads=28, shape=(64, 1024), d=128),
         "Flamingo resampler, 8 images": dict(batch=8, heads=8, shape=(64, 256), keys2=64, d=64),
