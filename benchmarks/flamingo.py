@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,9 +52,12 @@ def media_core(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
         q, k, v = heads(text), heads(media * 64), heads(media * 64)
         index = (torch.arange(text, device=device) * media // text + 1).expand(batch, -1)
         called = {
-            "before": lambda a=(q, k, v, index): dense_attention(*a, 64),
-            "after": lambda a=(q, k, v, index): ops.media_cross_attention(*a, tokens_per_media=64),
+            "before": partial(dense_attention, q, k, v, index, 64),
+            "after": partial(ops.media_cross_attention, q, k, v, index, tokens_per_media=64),
         }
+        if device == "cuda":
+            torch._dynamo.reset()
+            called["compiled"] = partial(torch.compile(dense_attention), q, k, v, index, 64)
         name = f"media attention, {batch} x {text} tokens, {media} x 64 latents"
         yield f"{name}, forward", {state: torch.no_grad()(f) for state, f in called.items()}
         upstream = torch.randn_like(q)
@@ -160,9 +164,13 @@ def idefics_resampler(device: str, dtype: torch.dtype, quick: bool) -> Iterator[
     before = IdeficsPerceiverResampler(config, 1280, depth, 16, 96, 64).to(device, dtype).eval()
     after = copy.deepcopy(before)
     vlm_fast.patch(after, strict=True)
+    modules = {"before": before, "after": after}
+    if device == "cuda":
+        torch._dynamo.reset()
+        modules["compiled"] = torch.compile(copy.deepcopy(before))
     x = torch.randn(images, 257, 1280, device=device, dtype=dtype)
-    called = {"before": lambda: before(x), "after": lambda: after(x)}
     name = f"IDEFICS resampler, {images} x 257 x 1280 to 64, depth {depth}"
+    called: dict[str, Callable[[], Any]] = {s: partial(m, x) for s, m in modules.items()}
     yield f"{name}, forward", _without_gradients(called)
     upstream = torch.randn(images, 64, 1280, device=device, dtype=dtype)
 
@@ -173,7 +181,7 @@ def idefics_resampler(device: str, dtype: torch.dtype, quick: bool) -> Iterator[
 
         return run
 
-    yield f"{name}, training step", {"before": step(before), "after": step(after)}
+    yield f"{name}, training step", {state: step(module) for state, module in modules.items()}
 
 
 def _without_gradients(called: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:

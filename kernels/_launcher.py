@@ -120,6 +120,12 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def in_rows(x: Tensor) -> Tensor:
+    """``(batch, tokens, features)``, copied only if the strides are not those of rows."""
+    x = dense(x)
+    return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
+
+
 def dense(x: Tensor) -> Tensor:
     """x with a last stride of 1."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._launcher import Config, kernel, runs_triton
+from ._launcher import Config, in_rows, kernel, runs_triton
 from ._triton import tl, triton
 
 MAX_PROGRAMS = 512  # of backward: four to a multiprocessor of the largest GPUs
@@ -198,7 +198,7 @@ def gated_add(
     if not runs_triton(x):
         return _aten(x, y, gate, row_mask, weight, bias, eps, norm)
     h = x.new_empty(x.shape)  # no view: it may be kept for backward too, and written to
-    x, y = _in_rows(x), _in_rows(y)
+    x, y = in_rows(x), in_rows(y)
     batch, tokens, cols = x.shape
     rows = batch * tokens
     normed = None if norm == "none" else torch.empty_like(h)
@@ -242,8 +242,8 @@ def gated_add_backward(
     plain = norm == "none"  # dx is dh itself
     dh = dh.contiguous()
     dnormed = None if dnormed is None else dnormed.contiguous()
-    y = None if y is None else _in_rows(y)
-    batch, tokens, cols = _in_rows(dh).shape
+    y = None if y is None else in_rows(y)
+    batch, tokens, cols = in_rows(dh).shape
     rows = batch * tokens
     dx = torch.empty_like(dh) if want_x and not plain else None
     dy = torch.empty_like(dh) if want_y else None
@@ -278,15 +278,6 @@ def _of_gate(dtanh: Tensor, gate: Tensor) -> Tensor:
 
 def _bytes(row_mask: Tensor | None) -> Tensor | None:
     return None if row_mask is None else row_mask.contiguous().view(torch.uint8)
-
-
-def _in_rows(x: Tensor) -> Tensor:
-    """``(batch, tokens, cols)``, copied only if the strides are not those of rows."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    if x.ndim == 3:
-        return x
-    return x.reshape(1, -1, x.shape[-1])
 
 
 def _aten(

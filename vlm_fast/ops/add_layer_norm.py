@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlm_fast.kernels import add_layer_norm as kernels
 from vlm_fast.kernels._dropout import keep_mask
+from vlm_fast.kernels._launcher import in_rows
 from vlm_fast.op import FLOATS, Cost, nbytes, op
 from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
 
@@ -162,7 +163,7 @@ def forward(needs, x, residual, weight, bias, x_bias, seed, *, eps, dropout):
         y, statistics = torch.empty_like(residual), tuple([residual] * 3)
     else:
         y, statistics = kernels.add_layer_norm(
-            _in_rows(x), _in_rows(residual), weight.contiguous(), bias.contiguous(),
+            in_rows(x), in_rows(residual), weight.contiguous(), bias.contiguous(),
             None if x_bias is None else x_bias.contiguous(), seed,
             eps=eps, dropout=dropout, want_statistics=wanted,
         )  # fmt: skip
@@ -202,15 +203,6 @@ def backward(needs, kept, dy, *, eps, dropout):
         dx_bias.to(x_bias_like.dtype) if needs.x_bias else None,
         None,
     )
-
-
-def _in_rows(x: Tensor) -> Tensor:
-    """``(batch, tokens, features)``, copied only if the strides are not those of rows."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    if x.ndim == 3:
-        return x
-    return x.reshape(1, -1, x.shape[-1])
 
 
 @add_layer_norm.cost

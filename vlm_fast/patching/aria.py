@@ -18,7 +18,7 @@ from vlm_fast.modules.activation import activation_of
 from vlm_fast.modules.media_memory import remembered
 from vlm_fast.modules.mlp_projector import fused_mlp
 from vlm_fast.modules.plain_tree import why_not_plain_tree
-from vlm_fast.patching.class_swap import Patched
+from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.policy import fell_back
 from vlm_fast.refusal import wrong_type, wrong_value
 
@@ -103,10 +103,7 @@ def _check(mask: Tensor, x: Tensor) -> None:
 
 def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
     """A recipe, a reason against, or None for another class."""
-    kind = type(module)
-    if kind.__name__ != "AriaProjector" or not kind.__module__.startswith(
-        "transformers.models.aria."
-    ):
+    if not is_class(module, "aria", "AriaProjector"):
         return None
     projector: Any = module
     if activation_of(projector.feed_forward.act) is None:

@@ -49,6 +49,13 @@ def patched_class(base: type[nn.Module], mixin: type[Patched], recipe: Any) -> t
     return type(base.__name__, (mixin, base), {**names, "__doc__": base.__doc__, "patch": patch})
 
 
+def is_class(module: nn.Module, family: str, *names: str) -> bool:
+    """Whether this is one of transformers' classes ``names`` of a model ``family``."""
+    kind = type(module)
+    home = f"transformers.models.{family}."
+    return kind.__name__ in names and f"{kind.__module__}.".startswith(home)
+
+
 def swap(module: nn.Module, mixin: type[Patched], recipe: Any) -> None:
     module.__class__ = patched_class(type(module), mixin, recipe)  # type: ignore[arg-type]
     module.prepare()  # type: ignore[operator]

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
+from vlm_fast.modules.gated_layer import gated_residuals, rms_norm
 from vlm_fast.modules.media_memory import remembered
 from vlm_fast.modules.plain_tree import why_not_plain_tree
-from vlm_fast.patching.class_swap import Patched
+from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.patching.media_sets import MediaSets, why_not_sets
-from vlm_fast.patching.mllama import rms_norm
 from vlm_fast.policy import fell_back
 from vlm_fast.refusal import wrong_value
 
@@ -88,7 +88,7 @@ class FusedIdeficsLayer(Patched):
                 past_key_values, **kwargs,
             )  # fmt: skip
         assert images is not None and cross_attention_gate is not None
-        attn, post = self.cross_attn, self.post_attention_layernorm
+        attn = self.cross_attn
         q = attn.q_proj(rms_norm(x, self.input_layernorm)).unflatten(2, (attn.num_heads, -1))
         if attn.qk_layer_norms:
             q = rms_norm(q, attn.q_layer_norm)
@@ -96,15 +96,10 @@ class FusedIdeficsLayer(Patched):
             q.transpose(1, 2), images, image_attention_mask, cross_attention_gate, media_sets
         )
         attended = attn.o_proj(attended.transpose(1, 2).flatten(2))
-        x, normed = ops.gated_add_norm(
-            x, attended.to(x.dtype), self.alpha_cross_attn, post.weight, None, row_mask,
-            eps=post.variance_epsilon, norm="rms",
+        return gated_residuals(
+            x, attended, self.alpha_cross_attn, self.post_attention_layernorm, self.mlp,
+            self.alpha_dense, attention_rows=row_mask,
         )  # fmt: skip
-        expanded = ops.gated_mlp(
-            normed, self.mlp.gate_proj.weight, self.mlp.up_proj.weight, self.mlp.down_proj.weight,
-            activation=activation_of(self.mlp.act_fn) or "",
-        )  # fmt: skip
-        return ops.gated_add(x, expanded.to(x.dtype), self.alpha_dense)
 
     def _attend(
         self, q: Tensor, images: Tensor, mask: Tensor | None, gate: Tensor, sets: MediaSets | None
@@ -157,19 +152,14 @@ def _check(sets: MediaSets, x: Tensor, images: Tensor, mask: Tensor | None) -> N
 
 def recognise_model(module: nn.Module, **options: Any) -> tuple[()] | str | None:
     """A recipe, a reason against, or None for another class."""
-    return () if _is(module, "IdeficsModel") else None
+    return () if is_class(module, "idefics", "IdeficsModel") else None
 
 
 def recognise_layer(module: nn.Module, **options: Any) -> tuple[()] | str | None:
     """The same for a gated cross-attention layer."""
-    if not _is(module, "IdeficsGatedCrossAttentionLayer"):
+    if not is_class(module, "idefics", "IdeficsGatedCrossAttentionLayer"):
         return None
     layer: Any = module
     if activation_of(layer.mlp.act_fn) is None:
         return f"{type(layer.mlp.act_fn).__name__} is not an activation the kernels know"
     return ()
-
-
-def _is(module: nn.Module, name: str) -> bool:
-    kind = type(module)
-    return kind.__name__ == name and kind.__module__.startswith("transformers.models.idefics.")

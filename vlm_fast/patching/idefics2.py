@@ -12,7 +12,7 @@ from vlm_fast.modules.activation import activation_of, why_not_activation
 from vlm_fast.modules.perceiver_resampler import Layer, resample
 from vlm_fast.modules.plain_linear import why_not_plain
 from vlm_fast.modules.plain_tree import wants_attentions, why_not_plain_tree
-from vlm_fast.patching.class_swap import Patched
+from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.policy import fell_back
 from vlm_fast.refusal import wrong_value
 
@@ -94,7 +94,7 @@ def _layer(layer: Any) -> Layer:
 
 def recognise_mlp(module: nn.Module, **options: Any) -> tuple[()] | str | None:
     """A recipe, a reason against, or None for another class."""
-    if not _is(module, "Idefics2MLP"):
+    if not is_class(module, "idefics2", "Idefics2MLP"):
         return None
     mlp: Any = module
     if activation_of(mlp.act_fn) is None:
@@ -104,9 +104,4 @@ def recognise_mlp(module: nn.Module, **options: Any) -> tuple[()] | str | None:
 
 def recognise_resampler(module: nn.Module, **options: Any) -> tuple[()] | str | None:
     """The same for the resampler."""
-    return () if _is(module, "Idefics2PerceiverResampler") else None
-
-
-def _is(module: nn.Module, name: str) -> bool:
-    kind = type(module)
-    return kind.__name__ == name and kind.__module__.startswith("transformers.models.idefics2.")
+    return () if is_class(module, "idefics2", "Idefics2PerceiverResampler") else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.plain_tree import why_not_plain_tree
-from vlm_fast.patching.class_swap import Patched
+from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.policy import fell_back
 
 
@@ -60,8 +60,7 @@ class FusedKosmosProjection(Patched):
 
 def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
     """A recipe, a reason against, or None for another class."""
-    kind = type(module)
-    known = ("Kosmos2ImageToTextProjection", "Kosmos2_5ImageToTextProjection")
-    if kind.__name__ not in known or not kind.__module__.startswith("transformers.models.kosmos2"):
-        return None
-    return ()
+    known = is_class(module, "kosmos2", "Kosmos2ImageToTextProjection") or is_class(
+        module, "kosmos2_5", "Kosmos2_5ImageToTextProjection"
+    )
+    return () if known else None

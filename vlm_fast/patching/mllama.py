@@ -12,13 +12,13 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
+from vlm_fast.modules.gated_layer import gated_residuals, rms_norm
 from vlm_fast.modules.plain_tree import wants_attentions, why_not_plain_tree
-from vlm_fast.patching.class_swap import Patched
+from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.patching.media_sets import MediaSets, why_not_sets
 from vlm_fast.policy import fell_back
 from vlm_fast.refusal import wrong_value
@@ -33,10 +33,10 @@ class FusedMllamaModel(Patched):
         bound = inspect.signature(self.patch.base.forward).bind(self, *args, **kwargs)
         given = bound.arguments
         mask: Any = given.get("cross_attention_mask")
-        if mask is None or self.why_not_sets(mask) is not None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
         text: Any = given.get("input_ids")
         text = given.get("inputs_embeds") if text is None else text
+        if mask is None or text is None or self.why_not_sets(mask) is not None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         past = given.get("past_key_values")
         first = past.get_seq_length() if past is not None else 0
         if isinstance(first, int):
@@ -119,18 +119,10 @@ class FusedMllamaLayer(Patched):
             tokens_per_media=k.shape[2] // media_sets.media, scale=attn.scaling,
         )  # fmt: skip
         attended = attn.o_proj(attended.transpose(1, 2).flatten(2))
-        post = self.post_attention_layernorm
-        hidden_states, normed = ops.gated_add_norm(
-            hidden_states, attended.to(hidden_states.dtype), self.cross_attn_attn_gate,
-            post.weight, eps=post.variance_epsilon, norm="rms",
+        return gated_residuals(
+            hidden_states, attended, self.cross_attn_attn_gate, self.post_attention_layernorm,
+            self.mlp, self.cross_attn_mlp_gate, mlp_rows=row_mask,
         )  # fmt: skip
-        expanded = ops.gated_mlp(
-            normed, self.mlp.gate_proj.weight, self.mlp.up_proj.weight, self.mlp.down_proj.weight,
-            activation=activation_of(self.mlp.act_fn) or "",
-        )  # fmt: skip
-        return ops.gated_add(
-            hidden_states, expanded.to(hidden_states.dtype), self.cross_attn_mlp_gate, row_mask
-        )
 
     def _key_values(
         self, hidden: Tensor, states: Tensor | None, past_key_values: Any
@@ -167,11 +159,6 @@ class FusedMllamaLayer(Patched):
         return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
 
 
-def rms_norm(x: Tensor, norm: Any) -> Tensor:
-    """An RMSNorm of transformers over the last dimension."""
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
-
-
 def _as_prepared(sets: MediaSets, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The masks as the model would have prepared them; a token without tiles sees all."""
     some = (sets.bits != 0)[:, None, :, None]
@@ -180,19 +167,14 @@ def _as_prepared(sets: MediaSets, keys: int, dtype: torch.dtype) -> tuple[Tensor
 
 def recognise_model(module: nn.Module, **options: Any) -> tuple[()] | str | None:
     """A recipe, a reason against, or None for another class."""
-    return () if _is(module, "MllamaModel") else None
+    return () if is_class(module, "mllama", "MllamaModel") else None
 
 
 def recognise_layer(module: nn.Module, **options: Any) -> tuple[()] | str | None:
     """The same for a cross-attention layer."""
-    if not _is(module, "MllamaCrossAttentionDecoderLayer"):
+    if not is_class(module, "mllama", "MllamaCrossAttentionDecoderLayer"):
         return None
     layer: Any = module
     if activation_of(layer.mlp.act_fn) is None:
         return f"{type(layer.mlp.act_fn).__name__} is not an activation the kernels know"
     return ()
-
-
-def _is(module: nn.Module, name: str) -> bool:
-    kind = type(module)
-    return kind.__name__ == name and kind.__module__.startswith("transformers.models.mllama")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vlm_fast.modules.activation import activation_of
 from vlm_fast.modules.perceiver_resampler import Layer, fused_sequence, resample, resample_media
 from vlm_fast.modules.plain_tree import why_not_plain_tree
-from vlm_fast.patching.class_swap import Patched
+from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.policy import fell_back
 
 
@@ -59,12 +59,7 @@ def _layer_of_idefics(attention: Any, ff: Any) -> Layer:
 
 def recognise_idefics(module: nn.Module, **options: Any) -> tuple[()] | str | None:
     """A recipe, a reason against, or None for another class."""
-    kind = type(module)
-    if kind.__name__ != "IdeficsPerceiverResampler" or not kind.__module__.startswith(
-        "transformers.models.idefics."
-    ):
-        return None
-    return ()
+    return () if is_class(module, "idefics", "IdeficsPerceiverResampler") else None
 
 
 def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
