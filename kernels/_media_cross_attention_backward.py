@@ -151,10 +151,7 @@ def media_reach_kernel(
     tl.store(at + 1, last)
 
 
-@kernel(
-    Config({"BLOCK_N": 32}, num_warps=8, num_stages=1),
-    Config({"BLOCK_N": 64}, num_warps=8, num_stages=2),
-)
+@kernel(Config({"BLOCK_N": 32}, num_warps=8, num_stages=1))  # others spill somewhere
 @triton.jit(do_not_specialize=[*SIZES, "media"])
 def media_key_gradient_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)

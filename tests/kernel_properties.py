@@ -172,7 +172,7 @@ def test_only_wanted_gradients_are_computed(device, op, shape):
     values = op._accepts(*args, **{**op.defaults, **options})
     settings = {**op.defaults, **options}
     floating = [i for i, v in enumerate(values) if parity.differentiable([v])]
-    sizes = range(len(floating) + 1) if shape is usual_shape(op) else (0, 1, len(floating))
+    sizes = range(len(floating) + 1) if shape is usual_shape(op) else (0, len(floating))
     names, triples = evaluated(op, args, options)
     expected = [t for name, t in zip(names, triples, strict=True) if name.startswith("gradient")]
     for wanted in (c for size in sizes for c in itertools.combinations(floating, size)):
@@ -200,10 +200,9 @@ def test_only_wanted_gradients_are_computed(device, op, shape):
 @every_case
 def test_repeats_are_identical(device, op, shape):
     args, options = op.sample(shape, torch.bfloat16, device)
-    first, *others = [parity.outputs_and_gradients(op.fast, args, options) for _ in range(3)]
-    for other in others:
-        for tensor, again in zip(first[0] + first[1], other[0] + other[1], strict=True):
-            assert torch.equal(tensor, again)
+    first, other = [parity.outputs_and_gradients(op.fast, args, options) for _ in range(2)]
+    for tensor, again in zip(first[0] + first[1], other[0] + other[1], strict=True):
+        assert torch.equal(tensor, again)
 
 
 @pytest.fixture
