@@ -138,6 +138,20 @@ def test_what_falls_back_gives_the_same(family):
     assert torch.equal(fast.generate(**given, **options), model.generate(**given, **options))
 
 
+@every_family
+def test_a_bias_of_the_mlp_is_not_left_out(family):
+    model, fast, given = pair(family)
+    bias = torch.nn.Parameter(torch.randn(64))
+    for m in (model, fast):
+        for name, module in m.named_modules():
+            if name.endswith("mlp.down_proj") and "vision" not in name:
+                module.bias = bias
+    with pytest.warns(vlm_fast.VlmFastFallbackWarning, match="it has a bias"), torch.no_grad():
+        torch.testing.assert_close(
+            fast(**given).logits, model(**given).logits, rtol=1e-4, atol=1e-4
+        )
+
+
 def test_attention_maps_of_mllama_are_those_of_its_own_forward():
     model, fast, given = pair("mllama")
     with torch.no_grad():

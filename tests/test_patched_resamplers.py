@@ -129,6 +129,16 @@ def test_arias_composed_weights_follow_their_sources():
                 m.cross_attn.k_proj.weight.mul_(1.5)
 
 
+def test_arias_projections_with_a_bias_are_not_composed():
+    plain, fast = pair("aria")
+    bias = torch.nn.Parameter(torch.randn(24))
+    for m in (fast, plain):
+        m.cross_attn.v_proj.bias = bias
+    x, mask = aria_inputs(torch.float32, True)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x, mask), plain(x, mask), rtol=1e-5, atol=1e-5)
+
+
 @every_family
 def test_a_hook_is_not_passed_by(family):
     plain, fast = pair(family)

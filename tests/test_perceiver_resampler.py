@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 from transformers import IdeficsConfig
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
@@ -124,6 +125,85 @@ def test_weights_are_folded_once_and_again_when_they_change(monkeypatch):
         torch.testing.assert_close(module(x), plain(x))
         assert media_memory._remembered[module].made is not folded
     assert module.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_step_of_training_forgets_folded_weights(monkeypatch):
+    """Optimizers that write through .data leave no trace of it."""
+    monkeypatch.setattr(perceiver_resampler, "fold_pays", lambda context: True)
+    plain, x = idefics().eval(), features(2, 17)
+    module = patched(plain)
+    with torch.no_grad():
+        module(x)
+    module(x).sum().backward()
+    for m in (module, plain):
+        m.blocks[0][0].v_proj.weight.data.mul_(2)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_of_keys_and_values_is_not_folded_away(monkeypatch):
+    monkeypatch.setattr(perceiver_resampler, "fold_pays", lambda context: True)
+    plain, x = flamingo().eval(), features(2, 2, 1, 17)
+    for attention, _ in plain.layers:
+        attention.to_kv.bias = nn.Parameter(torch.randn(96))
+    with torch.no_grad():
+        torch.testing.assert_close(patched(plain)(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_any_depth_and_one_medium(depth):
+    sizes = SIZES | dict(depth=depth)
+    plain = flamingo(**sizes)
+    for x in (features(2, 3, 1, 7), features(1, 1, 1, 7)):
+        torch.testing.assert_close(ours(plain, **sizes)(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(2, 2),
+        nn.ModuleList([nn.Linear(2, 2)] * 3),
+        nn.ModuleList([plain_flamingo.PerceiverAttention(40), nn.Linear(2, 2)]),
+    ],
+    ids=["a linear", "three", "no sequence"],
+)
+def test_a_stranger_of_the_same_name_is_left_alone(layer):
+    stranger = flamingo()
+    stranger.layers.append(layer)
+    with pytest.warns(UserWarning, match="no connector"):
+        report = vlm_fast.patch(stranger)
+    assert not report.patched and report.skipped[""].startswith("its ")
+
+
+def adapted(module, targets):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(target_modules=targets, init_lora_weights=False)
+    return peft.get_peft_model(module, config).eval()
+
+
+@pytest.mark.parametrize("make, targets", [(flamingo, ["to_kv"]), (idefics, ["k_proj"])])
+def test_lora_runs_through_its_own_layers(make, targets):
+    plain = make()
+    fast, plain = (adapted(m, targets) for m in (patched(plain), plain))
+    x = features(3, 17) if make is idefics else features(2, 2, 1, 17)
+    with pytest.warns(vlm_fast.VlmFastFallbackWarning, match="plain nn.Linear"):
+        torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-5)
+    merged = [m.merge_and_unload() for m in (fast, plain)]
+    with vlm_fast.strict():
+        torch.testing.assert_close(merged[0](x), merged[1](x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [flamingo, idefics])
+def test_autocast(make):
+    plain = make().eval()
+    module = patched(plain)
+    x = features(3, 17) if make is idefics else features(2, 2, 1, 17)
+    with torch.autocast("cpu", torch.bfloat16), vlm_fast.strict():
+        found, native = module(x), plain(x)
+    exact = copy.deepcopy(plain).double()(x.double())
+    assert found.dtype == native.dtype
+    assert (found - exact).abs().max() <= 2 * (native - exact).abs().max()
 
 
 @pytest.mark.parametrize("make", [flamingo, idefics])

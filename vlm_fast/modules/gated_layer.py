@@ -16,6 +16,14 @@ def rms_norm(x: Tensor, norm: Any) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
+def why_not_gated(layer: Any) -> str | None:
+    """Why the MLP of a layer is not `vlm_fast.ops.gated_mlp`, which adds no biases, or None."""
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        if getattr(layer.mlp, name).bias is not None:
+            return f"mlp.{name}: it has a bias"
+    return None
+
+
 def gated_residuals(
     x: Tensor,
     attended: Tensor,

@@ -36,6 +36,7 @@ def remembered(
     """
     plain = type(source) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
     if not plain or torch.is_grad_enabled() or owner.training:
+        forget(owner)
         return make()
     storage = source.untyped_storage()
     state = (
@@ -48,13 +49,22 @@ def remembered(
     made = make()
     here = weakref.ref(owner)
 
-    def forget(dead: weakref.ref[Any]) -> None:
+    def free(dead: weakref.ref[Any]) -> None:
         living = here()
         if living is not None and living in _remembered and _remembered[living].storage is dead:
             del _remembered[living]
 
-    _remembered[owner] = _Entry(weakref.ref(storage, forget), state, made)
+    _remembered[owner] = _Entry(weakref.ref(storage, free), state, made)
     return made
+
+
+def forget(owner: nn.Module) -> None:
+    """Drop what is remembered beside ``owner``, as every step of training does.
+
+    Writes through ``.data``, as some optimizers and averages of weights make, leave no trace.
+    """
+    if not torch.compiler.is_compiling():
+        _remembered.pop(owner, None)
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.media_memory import remembered
+from vlm_fast.modules.media_memory import forget, remembered
 from vlm_fast.modules.mlp_projector import fused_mlp
 from vlm_fast.modules.plain_tree import why_not_plain_tree
 from vlm_fast.policy import fell_back
@@ -186,12 +186,9 @@ def resample(
     own = latents.unsqueeze(0)  # the same for all images until they have seen one
     for i, layer in enumerate(layers):
         kv = folded[i] if folded is not None else _key_values(layer, layer.norm_context(context))
-        attended = _attend(layer, own, *kv, key_mask)
-        if own.shape[0] != batch:
-            own = own.expand(batch, -1, -1)
-        own = layer.out(attended) + own
+        own = layer.out(_attend(layer, own, *kv, key_mask)) + own
         own = layer.feed_forward(own) + own
-    return own
+    return own.expand(batch, -1, -1)
 
 
 def _attend(
@@ -241,10 +238,13 @@ def _folded_key_values(
     alike = len({(type(norm), _eps(norm)) for norm in norms}) == 1
     autocast = torch.is_autocast_enabled(context.device.type)
     if torch.is_grad_enabled() or owner.training or autocast or not (layers and alike):
+        forget(owner)
         return None
     if not fold_pays(context):
         return None
     linears = [layer.key_value for layer in layers]
+    if any(linear.bias is not None for group in linears for linear in group):
+        return None
     sources = [p for norm in norms for p in norm.parameters()]
     sources += [linear.weight for group in linears for linear in group]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
-from vlm_fast.modules.media_memory import remembered
+from vlm_fast.modules.media_memory import forget, remembered
 from vlm_fast.modules.mlp_projector import fused_mlp
 from vlm_fast.modules.plain_tree import why_not_plain_tree
 from vlm_fast.patching.class_swap import Patched, is_class
@@ -67,7 +67,9 @@ class FusedAriaProjector(Patched):
     ) -> list[Tensor]:
         linears = [self.cross_attn.k_proj, self.cross_attn.v_proj]
         autocast = torch.is_autocast_enabled(normed.device.type)
-        if torch.is_grad_enabled() or self.training or autocast:
+        biased = any(linear.bias is not None for linear in linears)
+        if torch.is_grad_enabled() or self.training or autocast or biased:
+            forget(self.cross_attn)
             return [
                 F.linear(linear(normed), weight, bias)
                 for linear, weight, bias in zip(linears, weights, biases, strict=True)

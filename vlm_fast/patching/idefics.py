@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
-from vlm_fast.modules.gated_layer import gated_residuals, rms_norm
+from vlm_fast.modules.gated_layer import gated_residuals, rms_norm, why_not_gated
 from vlm_fast.modules.media_memory import remembered
 from vlm_fast.modules.plain_tree import why_not_plain_tree
 from vlm_fast.patching.class_swap import Patched, is_class
@@ -137,7 +137,8 @@ class FusedIdeficsLayer(Patched):
         if self.training and (self.cross_attn.dropout > 0 or self.config > 0):
             return "it has dropout"
         # Cross-attention rotates nothing.
-        return why_not_plain_tree(self, biases=False, unread="rotary_emb")  # type: ignore[arg-type]
+        reason = why_not_plain_tree(self, biases=False, unread="rotary_emb")  # type: ignore[arg-type]
+        return reason or why_not_gated(self)
 
 
 def _check(sets: MediaSets, x: Tensor, images: Tensor, mask: Tensor | None) -> None:

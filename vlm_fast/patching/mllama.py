@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
-from vlm_fast.modules.gated_layer import gated_residuals, rms_norm
+from vlm_fast.modules.gated_layer import gated_residuals, rms_norm, why_not_gated
 from vlm_fast.modules.plain_tree import wants_attentions, why_not_plain_tree
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.patching.media_sets import MediaSets, why_not_sets
@@ -156,7 +156,8 @@ class FusedMllamaLayer(Patched):
     def why_not(self) -> str | None:
         if self.cross_attn.training and self.cross_attn.dropout > 0:
             return "attention has dropout"
-        return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+        reason = why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+        return reason or why_not_gated(self)
 
 
 def _as_prepared(sets: MediaSets, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

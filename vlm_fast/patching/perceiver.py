@@ -65,8 +65,6 @@ def recognise_idefics(module: nn.Module, **options: Any) -> tuple[()] | str | No
 def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
     """The same for OpenFlamingo's."""
     kind, resampler = type(module), module
-    attention: Any
-    ff: Any
     if kind.__name__ != "PerceiverResampler" or kind.__module__.startswith("vlm_fast."):
         return None
     reason = "its children are not those of OpenFlamingo"
@@ -79,9 +77,11 @@ def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
     ):
         return reason
     names = {"norm_media", "norm_latents", "to_q", "to_kv", "to_out"}
-    for attention, ff in layers:  # type: ignore[misc]
-        if dict(attention.named_children()).keys() != names:
+    for layer in layers:
+        children: list[Any] = list(layer.children())
+        if len(children) != 2 or dict(children[0].named_children()).keys() != names:
             return reason
+        ff = list(children[1].children())
         if list(map(type, ff)) != [nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear]:
             return "its feed-forward network is not LayerNorm, Linear, GELU, Linear"
         if activation_of(ff[2]) is None:
