@@ -6,6 +6,7 @@ import tempfile
 
 import pytest
 import torch
+import torch._functorch.config
 
 pytest.register_assert_rewrite(
     "tests.add_layer_norm_properties",
@@ -18,6 +19,10 @@ pytest.register_assert_rewrite(
 # Inductor's cache does not see what a custom op became: that of an earlier version is no use.
 _inductor_cache = tempfile.TemporaryDirectory(prefix="vlm_fast-inductor-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
+
+# Results of registered ops that alias are an error: newer torch's default, but under CI alone.
+if hasattr(torch._functorch.config, "error_on_custom_op_aliasing"):
+    torch._functorch.config.error_on_custom_op_aliasing = True
 
 # On a busy machine threads mostly wait for each other: 10x. Tests about threads ask for them.
 torch.set_num_threads(1)

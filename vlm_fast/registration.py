@@ -68,6 +68,7 @@ class CallPath:
         self.results = 1 if self.single else len(get_args(op.__signature__.return_annotation))
         self.function = _autograd_function(self)
         self.recipes: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
+        self.backward_recipes: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
         self.registered = self._register(op, annotations)
 
     def __call__(self, values: tuple[Any, ...], settings: dict[str, Any]) -> Any:
@@ -168,14 +169,21 @@ class CallPath:
         needs: list[bool],
         **settings: Any,
     ) -> list[Tensor]:
-        found: list[Tensor] = []
+        """The gradients wanted; none is returned twice, nor one that came in."""
+        known: list[Tensor | None] = [*grads, *kept]
+        came_in = len(known)
+        recipe: list[int | None] = []
         for gradient in self.gradients(tuple(needs), list_length, kept, grads, settings):
-            if gradient is not None:
-                # Two arguments may have one gradient, or be parts of one buffer; torch wants the
-                # results of a registered op apart.
-                shared = any(_share_storage(gradient, other) for other in found)
-                found.append(gradient.clone() if shared else gradient)
-        return found
+            at = next((i for i, v in enumerate(known) if v is gradient), None)
+            if gradient is not None and at is None:
+                # Two gradients may be parts of one buffer; torch wants results apart.
+                if any(v is not None and _share_storage(gradient, v) for v in known):
+                    gradient = gradient.clone()
+                at = len(known)
+                known.append(gradient)
+            recipe.append(None if gradient is None else at)
+        self.backward_recipes[self._key(needs, list_length, settings)] = tuple(recipe)
+        return known[came_in:]  # type: ignore[return-value]  # those that came are not None
 
     def _register(self, op: Any, annotations: list[Any]) -> Any:
         arguments = ", ".join(
@@ -207,16 +215,11 @@ class CallPath:
         def backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
             if torch.is_grad_enabled():  # create_graph=True
                 _refuse_double_backward(name)
-            found = iter(
-                run_backward(
-                    list(grads[: self.results]),
-                    list(ctx.saved_tensors),
-                    **ctx.settings,
-                    list_length=ctx.count,
-                    needs=ctx.needs,
-                )
-            )
-            flat = tuple(next(found) if need else None for need in ctx.needs)
+            came, kept = list(grads[: self.results]), list(ctx.saved_tensors)
+            made = run_backward(came, kept, **ctx.settings, list_length=ctx.count, needs=ctx.needs)
+            recipe = self.backward_recipes[self._key(ctx.needs, ctx.count, ctx.settings)]
+            available = (*came, *kept, *made)
+            flat = tuple(None if at is None else available[at] for at in recipe)
             return self.unflatten(flat, ctx.count)
 
         def double_backward(ctx: Any, *grads: Any) -> None:
