@@ -54,6 +54,69 @@ def store_parts(
 
 
 @triton.jit
+def load_head(ptr, d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """One number for each column of a head, fp32 in two parts."""
+    col = tl.arange(0, D1)
+    w1 = tl.load(ptr + col, mask=col < d, other=0.0).to(tl.float32)
+    w2 = w1
+    if D2 > 0:
+        col = D1 + tl.arange(0, D2)
+        w2 = tl.load(ptr + col, mask=col < d, other=0.0).to(tl.float32)
+    return w1, w2
+
+
+@triton.jit
+def over_root_mean_square(x1, x2, inside, eps, d: tl.constexpr, D2: tl.constexpr):
+    """Rows in fp32 over their root mean square (arXiv 1910.07467), and its inverse."""
+    x1, x2 = x1.to(tl.float32), x2.to(tl.float32)
+    square = tl.sum(x1 * x1, axis=1)
+    if D2 > 0:
+        square += tl.sum(x2 * x2, axis=1)
+    inverse = tl.where(inside, 1.0 / tl.sqrt(square / d + eps), 0.0)
+    return x1 * inverse[:, None], x2 * inverse[:, None], inverse
+
+
+@triton.jit
+def rms_norm(
+    x1, x2, inside, weight_ptr, eps, d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
+):  # fmt: skip
+    """Rows normed, rounded, and then times a weight, as Llama does."""
+    w1, w2 = load_head(weight_ptr, d, D1, D2)
+    unit1, unit2, _ = over_root_mean_square(x1, x2, inside, eps, d, D2)
+    normed1 = (unit1.to(x1.dtype).to(tl.float32) * w1[None, :]).to(x1.dtype)
+    normed2 = normed1
+    if D2 > 0:
+        normed2 = (unit2.to(x1.dtype).to(tl.float32) * w2[None, :]).to(x1.dtype)
+    return normed1, normed2
+
+
+@triton.jit
+def rms_norm_backward(
+    x1, x2, dy1, dy2, inside, weight_ptr, dweight_ptr, eps,
+    d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the rows; that of the weight, summed over them, is stored."""
+    w1, w2 = load_head(weight_ptr, d, D1, D2)
+    unit1, unit2, inverse = over_root_mean_square(x1, x2, inside, eps, d, D2)
+    col = tl.arange(0, D1)
+    dw1 = tl.sum(dy1 * unit1.to(x1.dtype).to(tl.float32), axis=0)
+    tl.store(dweight_ptr + col, dw1, mask=col < d)
+    dy1 *= w1[None, :]
+    along = tl.sum(dy1 * unit1, axis=1)
+    if D2 > 0:
+        col = D1 + tl.arange(0, D2)
+        dw2 = tl.sum(dy2 * unit2.to(x1.dtype).to(tl.float32), axis=0)
+        tl.store(dweight_ptr + col, dw2, mask=col < d)
+        dy2 *= w2[None, :]
+        along += tl.sum(dy2 * unit2, axis=1)
+    along = (along / d)[:, None]
+    dx1, dx2 = (dy1 - unit1 * along) * inverse[:, None], dy2
+    if D2 > 0:
+        dx2 = (dy2 - unit2 * along) * inverse[:, None]
+    return dx1, dx2
+
+
+@triton.jit
 def inner_product(a1, a2, b1, b2, D2: tl.constexpr, PRECISION: tl.constexpr):
     """``a b^T`` over both parts."""
     product = tl.dot(a1, tl.trans(b1), input_precision=PRECISION)

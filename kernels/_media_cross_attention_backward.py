@@ -18,6 +18,8 @@ from ._attention_tiles import (
     load_parts,
     mean_step,
     probabilities_and_score_gradients,
+    rms_norm,
+    rms_norm_backward,
     shrink,
     store_parts,
     strides,
@@ -49,9 +51,11 @@ def media_query_gradient_kernel(
     do_ptr, do_batch, do_head, do_query,
     k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
     index_ptr,  # (batch, queries) int64
+    q_norm_ptr,  # (d,) or None
     stats_ptr,  # (4, count) fp32: largest score, 1 / sum of them, the mean of dp; or None
     dq_ptr, dq_batch, dq_head, dq_query,  # or None
-    kv_heads, group, queries, rows, media, tokens_per_media, count, scale,
+    dq_norm_ptr,  # (programs, d) fp32 or None
+    kv_heads, group, queries, rows, media, tokens_per_media, count, scale, eps,
     ATTEND: tl.constexpr, UNATTENDED: tl.constexpr,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
     SHRINK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -67,6 +71,8 @@ def media_query_gradient_kernel(
     q1, q2 = load_parts(
         q_ptr + image * q_batch, head * q_head + query * q_query, inside, d, D1, D2
     )  # fmt: skip
+    if q_norm_ptr is not None:
+        q1, q2 = rms_norm(q1, q2, inside, q_norm_ptr, eps, d, D1, D2)
     do1, do2 = load_parts(
         do_ptr + image * do_batch, head * do_head + query * do_query, inside, d, D1, D2
     )
@@ -125,8 +131,17 @@ def media_query_gradient_kernel(
             dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
             if D2 > 0:
                 dq2 = tl.dot(ds, k2, dq2, input_precision=PRECISION)
+        dq1, dq2 = dq1 * scale, dq2 * scale
+        if q_norm_ptr is not None:
+            q1, q2 = load_parts(
+                q_ptr + image * q_batch, head * q_head + query * q_query, inside, d, D1, D2
+            )
+            share = dq_norm_ptr + tl.program_id(0).to(tl.int64) * d
+            dq1, dq2 = rms_norm_backward(
+                q1, q2, dq1, dq2, inside, q_norm_ptr, share, eps, d, D1, D2
+            )  # fmt: skip
         at = image * dq_batch + head * dq_head + query * dq_query
-        store_parts(dq_ptr, at, inside, dq1 * scale, dq2 * scale, d, D1, D2)
+        store_parts(dq_ptr, at, inside, dq1, dq2, d, D1, D2)
 
 
 @kernel(Config({}, num_warps=4))
@@ -158,9 +173,10 @@ def media_key_gradient_kernel(
     do_ptr, do_batch, do_head, do_query,
     k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
     index_ptr, reach_ptr,  # (batch, queries) int64, (batch, media, 2) int32
+    q_norm_ptr,  # (d,) or None
     stats_ptr,  # (4, count) fp32: as the first kernel leaves it
     dk_ptr, dk_batch, dk_head, dk_key, dv_ptr, dv_batch, dv_head, dv_key,
-    kv_heads, group, queries, media, tokens_per_media, count, scale,
+    kv_heads, group, queries, media, tokens_per_media, count, scale, eps,
     ATTEND: tl.constexpr, UNATTENDED: tl.constexpr,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
     SHRINK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -194,6 +210,8 @@ def media_key_gradient_kernel(
         q1, q2 = load_parts(
             q_ptr + image * q_batch + head * q_head, query * q_query, inside, d, D1, D2
         )
+        if q_norm_ptr is not None:
+            q1, q2 = rms_norm(q1, q2, inside, q_norm_ptr, eps, d, D1, D2)
         do1, do2 = load_parts(
             do_ptr + image * do_batch + head * do_head, query * do_query, inside, d, D1, D2
         )
@@ -225,11 +243,11 @@ def media_key_gradient_kernel(
 
 
 def launch_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor,
-    tokens_per_media: int, attend: str, unattended: str, scale: float,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, q_norm: Tensor | None,
+    tokens_per_media: int, attend: str, unattended: str, scale: float, eps: float,
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
-) -> None:  # fmt: skip
-    """Fill the gradients that are not None; see `media_attention_backward`."""
+) -> Tensor | None:  # fmt: skip
+    """Fill the gradients that are not None, and give q_norm's; see `media_attention_backward`."""
     batch, heads, queries, d = q.shape
     kv_heads, keys = k.shape[1:3]
     media, group = keys // tokens_per_media, heads // kv_heads
@@ -240,14 +258,19 @@ def launch_backward(
     shared = (
         q, *strides(q), do, *strides(do), k, *strides(k), v, *strides(v), index
     )  # fmt: skip
+    programs_of_rows = batch * kv_heads * triton.cdiv(rows, block)
+    shares = None
+    if q_norm is not None and dq is not None:
+        shares = q.new_empty(programs_of_rows, d, dtype=torch.float32)
     media_query_gradient_kernel(
-        tokens_per_media, lambda blocks: (batch * kv_heads * triton.cdiv(rows, block),),
-        *shared, stats, dq, *strides(dq),
-        kv_heads, group, queries, rows, media, tokens_per_media, count, scale, attend, unattended,
-        *widths, block, shrunk, precision(),
+        tokens_per_media, lambda blocks: (programs_of_rows,),
+        *shared, q_norm, stats, dq, *strides(dq), shares,
+        kv_heads, group, queries, rows, media, tokens_per_media, count, scale, eps,
+        attend, unattended, *widths, block, shrunk, precision(),
     )  # fmt: skip
+    dq_norm = None if shares is None else shares.sum(0)
     if dk is None or dv is None:
-        return
+        return dq_norm
     reach = torch.empty(batch, media, 2, dtype=torch.int32, device=q.device)
     media_reach_kernel(
         queries, lambda blocks: (batch * media,),
@@ -261,7 +284,8 @@ def launch_backward(
 
     media_key_gradient_kernel(
         tokens_per_media, programs,
-        *shared, reach, stats, dk, *strides(dk), dv, *strides(dv),
-        kv_heads, group, queries, media, tokens_per_media, count, scale, attend, unattended,
+        *shared, reach, q_norm, stats, dk, *strides(dk), dv, *strides(dv),
+        kv_heads, group, queries, media, tokens_per_media, count, scale, eps, attend, unattended,
         *widths, block, shrunk, precision(),
     )  # fmt: skip
+    return dq_norm

@@ -15,6 +15,7 @@ from ._attention_tiles import (
     head_parts,
     inner_product,
     load_parts,
+    rms_norm,
     shrink,
     softmax_step,
     store_parts,
@@ -61,9 +62,10 @@ def media_cross_attention_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
     k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
     index_ptr,  # (batch, queries) int64
+    q_norm_ptr,  # (d,), or None: queries come as they are
     o_ptr,  # (batch, queries, heads, d); of more than one split (splits, count, d) fp32, and
     stats_ptr,  # (splits, 2, count) fp32: largest score, sum of exponentials
-    kv_heads, group, queries, rows, media, tokens_per_media, count, splits, scale,
+    kv_heads, group, queries, rows, media, tokens_per_media, count, splits, scale, eps,
     ATTEND: tl.constexpr, UNATTENDED: tl.constexpr,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
     SHRINK: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -81,6 +83,8 @@ def media_cross_attention_kernel(
     place = image * kv_heads * group + head
     q_ptr += image * q_batch
     q1, q2 = load_parts(q_ptr, head * q_head + query * q_query, inside_rows, d, D1, D2)
+    if q_norm_ptr is not None:
+        q1, q2 = rms_norm(q1, q2, inside_rows, q_norm_ptr, eps, d, D1, D2)
     index, alone, low, high = sight(
         index_ptr + image * queries, query, inside_rows, media, ATTEND, UNATTENDED
     )
@@ -130,17 +134,21 @@ def media_attention_forward(
     k: Tensor,
     v: Tensor,
     media_index: Tensor,
+    q_norm: Tensor | None,
     *,
     tokens_per_media: int,
     attend: str,
     unattended: str,
     scale: float,
+    eps: float,
 ) -> Tensor:
     """The result ``(batch, heads, queries, d)``, in memory ``(batch, queries, heads, d)``.
 
     Arguments as of the op `media_cross_attention`; an index beyond the media sees nothing.
     """
     q, k, v, index = dense(q), dense(k), dense(v), media_index.contiguous()
+    if q_norm is not None and not _norms_inside(q):
+        q, q_norm = _normed(q, q_norm, eps)[0], None
     empty = q.numel() == 0 or k.shape[2] == 0
     if not (runs_triton(q) or is_traced(q) or empty):
         return aten.forward(q, k, v, index, tokens_per_media, attend, unattended, scale)
@@ -148,7 +156,10 @@ def media_attention_forward(
     if empty:
         o.zero_()
     elif runs_triton(q):
-        _launch_forward(q, k, v, index, tokens_per_media, attend, unattended, scale, o)
+        q_norm = q_norm if q_norm is None else q_norm.contiguous()
+        _launch_forward(
+            q, k, v, index, q_norm, tokens_per_media, attend, unattended, scale, eps, o
+        )  # fmt: skip
     return o
 
 
@@ -158,32 +169,79 @@ def media_attention_backward(
     k: Tensor,
     v: Tensor,
     media_index: Tensor,
+    q_norm: Tensor | None,
     *,
     tokens_per_media: int,
     attend: str,
     unattended: str,
     scale: float,
+    eps: float,
     want_q: bool,
     want_kv: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, k and v, None where not wanted, in memory ``(batch, tokens, heads, d)``."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v and q_norm, None where not wanted; that of q_norm is fp32 and comes with
+    q's. In memory the first three are ``(batch, tokens, heads, d)``.
+    """
+    if q_norm is not None and not _norms_inside(q):
+        normed, inverse = _normed(q, q_norm, eps)
+        dnormed, dk, dv, _ = media_attention_backward(
+            do, normed, k, v, media_index, None, tokens_per_media=tokens_per_media, attend=attend,
+            unattended=unattended, scale=scale, eps=eps, want_q=want_q, want_kv=want_kv,
+        )  # fmt: skip
+        if dnormed is None:
+            return None, dk, dv, None
+        found = _norm_backward(dnormed, q, q_norm, inverse)
+        return found[0], dk, dv, found[1]
     do, q, k, v = dense(do), dense(q), dense(k), dense(v)
     index = media_index.contiguous()
     dq = by_tokens(q) if want_q else None
     dk, dv = (by_tokens(k), by_tokens(k)) if want_kv else (None, None)
+    dq_norm: Tensor | None = None
     if q.numel() == 0 or k.shape[2] == 0:
         for gradient in (dq, dk, dv):
             if gradient is not None:
                 gradient.zero_()
-    elif runs_triton(q) or not is_traced(q):
-        fill = launch_backward if runs_triton(q) else aten.backward
-        fill(do, q, k, v, index, tokens_per_media, attend, unattended, scale, dq, dk, dv)
-    return dq, dk, dv
+        if q_norm is not None and want_q:
+            dq_norm = torch.zeros_like(q_norm, dtype=torch.float32)
+    elif runs_triton(q):
+        q_norm = q_norm if q_norm is None else q_norm.contiguous()
+        dq_norm = launch_backward(
+            do, q, k, v, index, q_norm, tokens_per_media, attend, unattended, scale, eps,
+            dq, dk, dv,
+        )  # fmt: skip
+    elif not is_traced(q):
+        aten.backward(
+            do, q, k, v, index, tokens_per_media, attend, unattended, scale, dq, dk, dv
+        )  # fmt: skip
+    return dq, dk, dv, dq_norm
+
+
+def _norms_inside(q: Tensor) -> bool:
+    """Whether the kernels norm the queries. In fp32 the products have taken their registers."""
+    return runs_triton(q) and q.dtype != torch.float32
+
+
+def _normed(q: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Queries over their root mean square, rounded, times a weight; and the inverse, fp32."""
+    wide = q.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return ((wide * inverse).to(q.dtype) * weight).to(q.dtype), inverse
+
+
+def _norm_backward(
+    dnormed: Tensor, q: Tensor, weight: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of queries, in memory ``(batch, queries, heads, d)``, and in fp32 of the weight."""
+    unit = q.float() * inverse
+    dweight = (dnormed * unit.to(q.dtype)).sum((0, 1, 2), dtype=torch.float32)
+    dunit = dnormed * weight.float()
+    dq = (dunit - unit * (dunit * unit).mean(-1, keepdim=True)) * inverse
+    return dq.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), dweight
 
 
 def _launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor,
-    tokens_per_media: int, attend: str, unattended: str, scale: float, o: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, q_norm: Tensor | None,
+    tokens_per_media: int, attend: str, unattended: str, scale: float, eps: float, o: Tensor,
 ) -> None:  # fmt: skip
     batch, heads, queries, d = q.shape
     kv_heads, keys = k.shape[1:3]
@@ -199,9 +257,9 @@ def _launch_forward(
         stats = q.new_empty(splits, 2, count, dtype=torch.float32)
     media_cross_attention_kernel(
         tokens_per_media, lambda blocks: (programs * splits,),
-        q, *strides(q), k, *strides(k), v, *strides(v), index, out, stats,
+        q, *strides(q), k, *strides(k), v, *strides(v), index, q_norm, out, stats,
         kv_heads, heads // kv_heads, queries, rows, keys // tokens_per_media, tokens_per_media,
-        count, splits, scale, attend, unattended,
+        count, splits, scale, eps, attend, unattended,
         d, *head_parts(d), block, shrink(q), splits > 1, precision(),
     )  # fmt: skip
     if splits > 1:

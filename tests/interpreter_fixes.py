@@ -3,7 +3,8 @@
 The interpreter keeps bf16 as uint16 and computes with those integers; here it computes in fp32 and
 rounds to nearest even after every operation, as the hardware does. It also lets one NaN operand win
 in `tl.maximum` and `tl.minimum` (Triton 3.6), where the hardware returns the number, and its loop
-bounds do not work with numpy 2.4. Races, alignment, shared memory and TF32 remain invisible to it.
+bounds do not work with numpy 2.4. Its products are the processor's BLAS's, which sums in another
+order in another shape. Races, alignment, shared memory and TF32 remain invisible to it.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def _to_fp32(handle: TensorHandle) -> TensorHandle:
 
 def _compute_in_bf16() -> None:
     binary, unary, ternary = Builder.binary_op, Builder.unary_op, Builder.ternary_op
-    dot, fma, atomic = Builder.create_dot, Builder.create_fma, Builder.create_atomic_rmw
+    fma, atomic = Builder.create_fma, Builder.create_atomic_rmw
 
     def binary_op(self, left, right, function):
         if not is_bf16(left) or function in ON_BITS:
@@ -130,7 +131,11 @@ def _compute_in_bf16() -> None:
         return rounded(result) if is_bf16(z) else result
 
     def create_dot(self, left, right, accumulator, *how):
-        return dot(self, widened(left), widened(right), accumulator, *how)
+        # In float64, rounded once. The processor's BLAS would sum in an order that depends on the
+        # tile's shape, and a score found again in another tile would not be the same; a GPU's is.
+        left, right = (widened(t).data.astype(np.float64) for t in (left, right))
+        found = np.matmul(left, right) + accumulator.data
+        return TensorHandle(found.astype(accumulator.data.dtype), accumulator.dtype.scalar)
 
     def create_atomic_rmw(self, operation, pointer, value, mask, *how):
         if is_bf16(value):

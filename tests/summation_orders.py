@@ -82,7 +82,9 @@ def _cross_attention(
     return p.to(q.dtype) @ v
 
 
-def _media_cross_attention(order, q, k, v, media_index, *, tokens_per_media, **options):
+def _media_cross_attention(
+    order, q, k, v, media_index, q_norm=None, *, tokens_per_media, **options
+):  # fmt: skip
     def permuted(x):  # the features, and the keys within each medium
         i, j = _permutation(order, q.shape[3]), _permutation(order, tokens_per_media)
         x = x.unflatten(2, (-1, tokens_per_media))[:, :, :, j]
@@ -92,7 +94,8 @@ def _media_cross_attention(order, q, k, v, media_index, *, tokens_per_media, **o
     options["scale"] = options.get("scale") or q.shape[3] ** -0.5
     i = _permutation(order, q.shape[3])
     reference = ops.media_cross_attention.reference
-    return reference(q[..., i], permuted(k)[1], permuted(v)[0], media_index, **options)
+    q_norm = q_norm if q_norm is None else q_norm[i]
+    return reference(q[..., i], permuted(k)[1], permuted(v)[0], media_index, q_norm, **options)
 
 
 def _gated_add(order, x, y, gate, *others, **options):

@@ -27,11 +27,13 @@ def media_cross_attention(
     k: Tensor,
     v: Tensor,
     media_index: Tensor,
+    q_norm: Tensor | None = None,
     *,
     tokens_per_media: int,
     attend: str = "latest",
     unattended: str = "zero",
     scale: float | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
     """``softmax(scale q k^T) v`` over the keys of those media that a token of text may see.
 
@@ -47,6 +49,9 @@ def media_cross_attention(
         media_index: int64 ``(batch, queries)``. For "latest" and "all_previous" how many media
             there were up to this token, as ``(input_ids == image_token).cumsum(1)``; for "listed" a
             set of media, bit m standing for medium m of at most 63.
+        q_norm: ``(d,)``, of q's dtype or fp32: the weight of an RMSNorm (arXiv 1910.07467) of every
+            query's head, rounded to q's dtype before it as Llama's is; or None. Keys come normed:
+            many tokens read them, and what is remembered of them should be.
         tokens_per_media: keys of one medium.
         attend: what a token sees: "latest", the last of its media (Flamingo); "all_previous", all
             of them; "listed", those in its set.
@@ -54,6 +59,7 @@ def media_cross_attention(
             (OpenFlamingo with ``only_attend_immediate_media=False``, IDEFICS); "everything",
             attention to all media (Llama 3.2).
         scale: of the scores, ``d ** -0.5`` by default.
+        eps: added to the mean square of a query.
 
     All floating, of one dtype (fp32, fp16 or bf16; others fall back) and one device, with any
     strides; a last one other than 1 costs a copy.
@@ -69,6 +75,10 @@ def media_cross_attention(
     """
     batch, heads, queries, d = q.shape
     kv_heads, keys = k.shape[1:3]
+    if q_norm is not None:
+        wide = q.to(torch.promote_types(q.dtype, torch.float32))
+        unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        q = (unit.to(q.dtype) * q_norm).to(q.dtype)
     group = (batch, kv_heads, heads // kv_heads * queries)  # rows of heads that share keys
     seen = media_seen(media_index, keys // tokens_per_media, attend)
     alone = ~seen.any(-1, keepdim=True)
@@ -93,18 +103,18 @@ def media_cross_attention(
 
 
 @media_cross_attention.accepts
-def accepts(q, k, v, media_index, *, tokens_per_media, attend, unattended, scale):
-    mistake = _mistake(q, k, v, media_index, tokens_per_media, attend, unattended)
+def accepts(q, k, v, media_index, q_norm, *, tokens_per_media, attend, unattended, scale, eps):
+    mistake = _mistake(q, k, v, media_index, q_norm, tokens_per_media, attend, unattended)
     if mistake is not None:
         raise mistake
-    return q, k, v, media_index
+    return q, k, v, media_index, q_norm
 
 
-def _mistake(q, k, v, media_index, tokens_per_media, attend, unattended):
+def _mistake(q, k, v, media_index, q_norm, tokens_per_media, attend, unattended):
     name = "media_cross_attention"
-    named = dict(q=q, k=k, v=v, media_index=media_index)
+    named = dict(q=q, k=k, v=v, media_index=media_index, q_norm=q_norm)
     for argument, value in named.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) and not (value is None and argument == "q_norm"):
             return not_a_tensor(name, argument, value)
     if attend not in ATTEND:
         return wrong_value(name, "attend", attend, f"one of {ATTEND}")
@@ -134,21 +144,25 @@ def _mistake(q, k, v, media_index, tokens_per_media, attend, unattended):
     if media_index.shape != (batch, queries):
         wanted = f"({batch}, {queries}), one index for each query"
         return wrong_value(name, "media_index", media_index, wanted)
+    if q_norm is not None and q_norm.shape != (d,):
+        return wrong_value(name, "q_norm", q_norm, f"({d},) to match q")
     if not q.is_floating_point():
         return wrong_type(name, "q", q, "a floating dtype (float32, bfloat16 or float16)")
     for argument in ("k", "v"):
         if named[argument].dtype != q.dtype:
             return wrong_type(name, argument, named[argument], f"{q.dtype} as q has")
+    if q_norm is not None and q_norm.dtype not in (q.dtype, torch.float32):
+        return wrong_type(name, "q_norm", q_norm, f"{q.dtype} as q has, or torch.float32")
     if media_index.dtype != torch.int64:
         return wrong_type(name, "media_index", media_index, "torch.int64")
     for argument, value in named.items():
-        if value.device != q.device:
+        if value is not None and value.device != q.device:
             return wrong_value(name, argument, value, f"{q.device}, where q is")
     return None
 
 
 @media_cross_attention.requires
-def requires(q, k, v, media_index, *, tokens_per_media, attend, unattended, scale):
+def requires(q, k, v, media_index, q_norm, *, tokens_per_media, attend, unattended, scale, eps):
     if q.dtype not in FLOATS:
         return f"{q.dtype} has no kernels here (float32, bfloat16 and float16 have)"
     if not 1 <= q.shape[3] <= MAX_HEAD_SIZE:
@@ -157,25 +171,30 @@ def requires(q, k, v, media_index, *, tokens_per_media, attend, unattended, scal
 
 
 @media_cross_attention.forward
-def forward(needs, q, k, v, media_index, *, tokens_per_media, attend, unattended, scale):
+def forward(
+    needs, q, k, v, media_index, q_norm, *, tokens_per_media, attend, unattended, scale, eps
+):  # fmt: skip
     _check_index(media_index, k.shape[2] // tokens_per_media, attend)
     o = media_attention_forward(
-        q, k, v, media_index, tokens_per_media=tokens_per_media, attend=attend,
-        unattended=unattended, scale=score_scale(scale, q.shape[3]),
+        q, k, v, media_index, q_norm, tokens_per_media=tokens_per_media, attend=attend,
+        unattended=unattended, scale=score_scale(scale, q.shape[3]), eps=eps,
     )  # fmt: skip
     # Inputs alone: what the forward found of the scores is found again.
-    return o, (q, k, v, media_index) if any(needs) else ()
+    return o, (q, k, v, media_index, q_norm) if any(needs) else ()
 
 
 @media_cross_attention.backward
-def backward(needs, kept, do, *, tokens_per_media, attend, unattended, scale):
-    q, k, v, media_index = kept
-    found = media_attention_backward(
-        do, q, k, v, media_index, tokens_per_media=tokens_per_media, attend=attend,
-        unattended=unattended, scale=score_scale(scale, q.shape[3]),
-        want_q=needs.q, want_kv=needs.k or needs.v,
+def backward(needs, kept, do, *, tokens_per_media, attend, unattended, scale, eps):
+    q, k, v, media_index, q_norm = kept
+    dq, dk, dv, dq_norm = media_attention_backward(
+        do, q, k, v, media_index, q_norm, tokens_per_media=tokens_per_media, attend=attend,
+        unattended=unattended, scale=score_scale(scale, q.shape[3]), eps=eps,
+        want_q=needs.q or needs.q_norm, want_kv=needs.k or needs.v,
     )  # fmt: skip
-    return tuple(g if need else None for g, need in zip((*found, None), needs, strict=True))
+    if dq_norm is not None:
+        dq_norm = dq_norm.to(q_norm.dtype)
+    found = (dq, dk, dv, None, dq_norm)
+    return tuple(g if need else None for g, need in zip(found, needs, strict=True))
 
 
 def _check_index(index: Tensor, media: int, attend: str) -> None:
@@ -197,7 +216,7 @@ def _check_index(index: Tensor, media: int, attend: str) -> None:
 
 
 @media_cross_attention.cost
-def cost(q, k, v, media_index, *, tokens_per_media, attend, unattended, scale):
+def cost(q, k, v, media_index, q_norm, *, tokens_per_media, attend, unattended, scale, eps):
     # Of what is surely seen: one medium, half of them, all.
     media = k.shape[2] // tokens_per_media
     seen = {"latest": min(1, media), "all_previous": (media + 1) / 2, "listed": media}[attend]
@@ -214,7 +233,7 @@ def cost(q, k, v, media_index, *, tokens_per_media, attend, unattended, scale):
 _FLAMINGO = dict(batch=8, heads=8, queries=2048, tokens_per_media=64, d=64)
 _LLAMA = dict(
     batch=4, heads=32, kv_heads=8, media=4, keys=6404, tokens_per_media=1601, d=128,
-    attend="listed", unattended="everything", sets="all",
+    attend="listed", unattended="everything", sets="all", normed=True,
 )  # fmt: skip
 
 
@@ -228,7 +247,7 @@ _LLAMA = dict(
         ),
         dict(
             batch=1, heads=4, kv_heads=1, queries=5, media=3, keys=57, tokens_per_media=19, d=80,
-            before=2, attend="listed", unattended="everything", scale=0.2,
+            before=2, attend="listed", unattended="everything", scale=0.2, normed=True, eps=0.01,
         ),
         dict(
             batch=1, heads=2, kv_heads=1, queries=1, media=2, keys=266, tokens_per_media=133, d=16,
@@ -254,7 +273,7 @@ _LLAMA = dict(
     },
 )  # fmt: skip
 def inputs(
-    batch, heads, queries, media, keys, d, *, kv_heads=None, before=0, sets=None
+    batch, heads, queries, media, keys, d, *, kv_heads=None, before=0, sets=None, normed=False
 ):  # fmt: skip
     """Media at even distances after ``before`` tokens of text (-1: all of them before the text).
 
@@ -273,4 +292,5 @@ def inputs(
         index = (index > 0) * (2**media - 1)
     elif sets == "previous":
         index = 2**index - 1
-    return tokens(queries, heads), tokens(keys, kv_heads), tokens(keys, kv_heads), index
+    q, k, v = tokens(queries, heads), tokens(keys, kv_heads), tokens(keys, kv_heads)
+    return q, k, v, index, 1 + 0.1 * torch.randn(d) if normed else None

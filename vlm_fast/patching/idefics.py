@@ -90,8 +90,6 @@ class FusedIdeficsLayer(Patched):
         assert images is not None and cross_attention_gate is not None
         attn = self.cross_attn
         q = attn.q_proj(rms_norm(x, self.input_layernorm)).unflatten(2, (attn.num_heads, -1))
-        if attn.qk_layer_norms:
-            q = rms_norm(q, attn.q_layer_norm)
         attended, row_mask = self._attend(
             q.transpose(1, 2), images, image_attention_mask, cross_attention_gate, media_sets
         )
@@ -107,12 +105,15 @@ class FusedIdeficsLayer(Patched):
         """What is seen of the images, and which rows to keep of it (None: all)."""
         attn = self.cross_attn
         k, v = self._key_values(images)
+        norm = attn.q_layer_norm if attn.qk_layer_norms else None
         if sets is None:  # a layer on its own, given a mask of text by image tokens
+            q = q if norm is None else rms_norm(q, norm)
             return ops.cross_attention(q, k, v, bias=mask, scale=attn.scaling), gate != 0
         # A token that sees no image gets zeros already.
         return ops.media_cross_attention(
-            q, k, v, sets.bits, attend="listed", tokens_per_media=k.shape[2] // sets.media,
-            scale=attn.scaling,
+            q, k, v, sets.bits, None if norm is None else norm.weight,
+            attend="listed", tokens_per_media=k.shape[2] // sets.media,
+            scale=attn.scaling, eps=1e-6 if norm is None else norm.variance_epsilon,
         ), None  # fmt: skip
 
     def _key_values(self, images: Tensor) -> tuple[Tensor, Tensor]:

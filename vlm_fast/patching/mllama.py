@@ -113,10 +113,11 @@ class FusedMllamaLayer(Patched):
             wanted = f"a multiple of the {media_sets.media} tiles of cross_attention_mask"
             raise wrong_value("patch(Mllama)", "image tokens", k.shape[2], wanted)
         normed = rms_norm(hidden_states, norm)
-        q = rms_norm(attn.q_proj(normed).unflatten(2, (attn.num_heads, -1)), attn.q_norm)
+        q = attn.q_proj(normed).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
         attended = ops.media_cross_attention(
-            q.transpose(1, 2), k, v, media_sets.bits, attend="listed", unattended="everything",
-            tokens_per_media=k.shape[2] // media_sets.media, scale=attn.scaling,
+            q, k, v, media_sets.bits, attn.q_norm.weight, eps=attn.q_norm.variance_epsilon,
+            attend="listed", unattended="everything", scale=attn.scaling,
+            tokens_per_media=k.shape[2] // media_sets.media,
         )  # fmt: skip
         attended = attn.o_proj(attended.transpose(1, 2).flatten(2))
         return gated_residuals(
