@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -35,6 +36,13 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys(
 def each(result: Any) -> list[torch.Tensor]:
     """All results of an op, one or a tuple, nested or not."""
     return [r for part in result for r in each(part)] if isinstance(result, tuple) else [result]
+
+
+def has_compiled_code(op: Op[..., Any]) -> bool:
+    """Whether a kernel that the op's file imports is in C++ too."""
+    imported = vars(sys.modules[op.__module__]).values()
+    homes = {getattr(v, "__module__", None) or getattr(v, "__name__", None) for v in imported}
+    return any(hasattr(sys.modules.get(home), "native") for home in homes if home)
 
 
 def usual_shape(op: Op[..., Any]) -> dict[str, Any]:

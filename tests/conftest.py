@@ -32,12 +32,27 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore = ["interpreted", "gpu"]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    repeats = [item for item in items if runs_twice(item)]
+    config.hook.pytest_deselected(items=repeats)
+    gone = set(repeats)
+    items[:] = [item for item in items if item not in gone]
     for item in items:
         if any("empty parameter set" in mark.kwargs.get("reason", "") for mark in item.own_markers):
             raise pytest.UsageError(f"{item.nodeid} has nothing to run on")
         if INTERPRETED and item.path.parent.name != "interpreted":
             raise pytest.UsageError(f"{item.nodeid} needs a process without TRITON_INTERPRET")
+
+
+def runs_twice(item):
+    """Whether it is without the compiled code of an op that has none: the same test again."""
+    from tests.cases import has_compiled_code
+    from vlm_fast.kernels._native import native
+
+    chosen = item.callspec.params if hasattr(item, "callspec") else {}
+    op = chosen.get("op")
+    without = chosen.get("device") == "ATen" and native is not None
+    return without and op is not None and not has_compiled_code(op)
 
 
 @pytest.fixture(autouse=True)
