@@ -13,11 +13,11 @@ from tests.cases import OPS, each, enlarged, every_case, every_op, usual_shape
 from tests.onlooker import Onlooker
 from vlm_fast import parity, registration
 
+# All but AOTAutograd at fixed sizes, which test_compiled_is_eager_bit_for_bit goes through.
 OPCHECKS = (
     "test_schema",
     "test_autograd_registration",
     "test_faketensor",
-    "test_aot_dispatch_static",
     "test_aot_dispatch_dynamic",
 )
 
