@@ -23,6 +23,8 @@ from ._launcher import Config, dense, is_traced, kernel, precision, runs_triton
 from ._native import native
 from ._triton import tl, triton
 
+TILE = 2**17  # scores that a CPU holds at a time, in its second-level cache
+
 
 class Halves(NamedTuple):
     """How many tokens A and B there are, and how many of each come first and are protected."""
@@ -61,14 +63,14 @@ def nearest_kernel(
     a = ((program % blocks) * BLOCK_A).to(tl.int32) + tl.arange(0, BLOCK_A)
     inside_a = a < count_a
     at_image = metric_ptr + image * metric_batch
-    at_a = at_image + (first_a + 2 * a).to(tl.int64) * metric_token
+    at_a = at_image + (first_a + 2 * a.to(tl.int64)) * metric_token
     lane = tl.arange(0, COLS)
     best = tl.full([BLOCK_A], float("-inf"), tl.float32)
     nearest = tl.zeros([BLOCK_A], tl.int32)
     for start in range(0, count_b, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
         inside_b = b < count_b
-        at_b = at_image + (first_b + 2 * b).to(tl.int64) * metric_token
+        at_b = at_image + (first_b + 2 * b.to(tl.int64)) * metric_token
         scores = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
         squares = tl.zeros([BLOCK_B, COLS], tl.float32)
         for k in range(0, features, COLS):
@@ -236,25 +238,37 @@ def find_nearest(metric: Tensor, half: Halves, best: Tensor, nearest: Tensor) ->
             2 * half.protected_a, 2 * half.protected_b + 1, features, precision(),
         )  # fmt: skip
         return
-    scores = torch.empty(count_a, count_b, device=metric.device)
-    for image in range(batch):  # the scores of one stay in the second-level cache
+    rows = max(TILE // count_b, 1)
+    tile = torch.empty(min(rows, count_a), count_b, device=metric.device)
+    for image in range(batch):
         wide = metric[image].float()
         inverse = torch.linalg.vector_norm(wide, dim=1).reciprocal_()
         inverse.masked_fill_(inverse == math.inf, 0)
         a, b = slice(2 * half.protected_a, None, 2), slice(2 * half.protected_b + 1, None, 2)
-        torch.mm(wide[a], wide[b].t(), out=scores)
-        if native is not None and metric.is_cpu:
-            inverse_a, inverse_b = inverse[a].contiguous(), inverse[b].contiguous()
-            native.nearest(
-                scores.data_ptr(), count_a, count_b, inverse_a.data_ptr(), inverse_b.data_ptr(),
-                best[image].data_ptr(), nearest[image].data_ptr(),
-            )  # fmt: skip
-            continue
-        scores.mul_(inverse[b]).masked_fill_(scores.isnan(), -math.inf)
-        found = scores.max(1)
-        value = found.values * inverse[a]
-        best[image] = value.masked_fill(value.isnan(), -math.inf)
-        nearest[image] = found.indices.masked_fill(value.isnan(), 0)
+        inverse_a, inverse_b = inverse[a].contiguous(), inverse[b].contiguous()
+        for first in range(0, count_a, rows):
+            part = slice(first, first + rows)
+            scores = tile[: count_a - first]
+            torch.mm(wide[a][part], wide[b].t(), out=scores)
+            _nearest_of_tile(
+                scores, inverse_a[part], inverse_b, best[image, part], nearest[image, part]
+            )
+
+
+def _nearest_of_tile(
+    scores: Tensor, inverse_a: Tensor, inverse_b: Tensor, best: Tensor, nearest: Tensor
+) -> None:
+    if native is not None and scores.is_cpu:
+        native.nearest(
+            scores.data_ptr(), *scores.shape, inverse_a.data_ptr(), inverse_b.data_ptr(),
+            best.data_ptr(), nearest.data_ptr(),
+        )  # fmt: skip
+        return
+    scores.mul_(inverse_b).masked_fill_(scores.isnan(), -math.inf)
+    found = scores.max(1)
+    value = found.values * inverse_a
+    best.copy_(value.masked_fill(value.isnan(), -math.inf))
+    nearest.copy_(found.indices.masked_fill(value.isnan(), 0))
 
 
 def match_of_pairs(best: Tensor, partner: Tensor, r: int, tokens: int) -> Match:

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.cases import OPS, usual_shape
-from vlm_fast import ops
+from tests.test_saved_bytes import peak_bytes, saved_bytes
+from vlm_fast import ops, parity
 from vlm_fast.kernels import _launcher
 from vlm_fast.kernels._triton import AVAILABLE, INTERPRETED
+from vlm_fast.kernels.bipartite_match import TILE
 from vlm_fast.modules import (
     MLPProjector,
     PerceiverResampler,
@@ -19,7 +21,7 @@ from vlm_fast.modules import (
 )  # fmt: skip
 from vlm_fast.modules.token_budget import pooled_grid
 
-MATCH = OPS["bipartite_match"]
+MATCH, MERGE = OPS["bipartite_match"], OPS["merge_tokens"]
 
 
 # ---- the op ----
@@ -120,6 +122,34 @@ def test_no_gradient_goes_into_the_choice():
     merged, _ = ops.merge_tokens(x, match)
     merged.sum().backward()
     assert x.grad is not None and x.grad.shape == x.shape
+
+
+def test_scores_are_in_memory_a_tile_at_a_time():
+    x = torch.randn(2, 2000, 8)
+    most, _ = peak_bytes(lambda: ops.bipartite_match.fast(x, r=1000))
+    assert most <= 4 * TILE + 30 * x.shape[0] * x.shape[1]  # all of an image are 4 MB
+
+
+@pytest.mark.parametrize("tokens", [1400, 8000], ids=["shares", "huge pages"])
+def test_threads_change_nothing(tokens):
+    """Results beyond what one thread takes, and beyond where huge pages are asked for."""
+    shape = dict(batch=1, tokens=tokens, features=1200, r=tokens // 9, sized=True)
+    args, options = MERGE.sample(shape)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results, gradients = parity.outputs_and_gradients(MERGE.fast, args, options)
+        found.append([*results, *gradients, *ops.bipartite_match.fast(args[0][:, :40], r=9)])
+    torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
+    expected = parity.outputs_and_gradients(MERGE.reference, args, options)
+    for one, other in zip(found[0], expected[0] + expected[1], strict=False):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_merge_keeps_four_bytes_a_token():
+    args, options = MERGE.sample(dict(batch=3, tokens=17, features=24, r=5))
+    assert saved_bytes(MERGE, args, options) == 4 * 3 * 17 + 4 * 3 * 12
 
 
 # ---- TokenMerger ----

@@ -75,6 +75,12 @@ def test_of_equals_the_lower_number_comes_first(device):
     assert_match([t[0] for t in match], [[4], [1, 0, 2], [3], [5]])
 
 
+def test_of_equals_beyond_a_tile_the_lower_number_comes_first(device):
+    metric = torch.eye(WIDTH)[torch.arange(140) * 7 % 5].expand(1, -1, -1)
+    assert_equal_to_the_paper(device, metric, 40, 1)
+    assert_equal_to_the_paper(device, torch.zeros(1, 140, 2), 40, 0)
+
+
 def test_what_is_not_a_number_comes_last(device):
     metric = torch.randn(1, 8, WIDTH)
     metric[0, 2], metric[0, 5, 0] = torch.nan, torch.inf
