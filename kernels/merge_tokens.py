@@ -210,6 +210,9 @@ def _sum_aten(
     # A sum of each token's rows in their order: index_add_ on a CPU takes them one after another.
     merged = start.shape[1] - 1
     counts = start.diff(dim=1)
+    ends_fit = (start[:, 0] == 0).all() and (start[:, -1] == order.shape[1]).all()
+    if not ends_fit or (counts < 0).any():
+        raise IndexError("a match has a number that is out of range")
     for image in range(len(x)):
         members = order[image].long()
         of = torch.arange(merged, device=x.device).repeat_interleave(counts[image].long())

@@ -48,7 +48,7 @@ def assert_equal_to_the_paper(device, metric, r, protected):
 
 
 @pytest.mark.parametrize("protected", [0, 1, 2, 3])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 8, 9])
 def test_matching_is_the_papers(device, tokens, protected):
     metric = torch.randn(2, tokens, WIDTH)
     if protected > tokens:
@@ -128,6 +128,17 @@ def test_equal_tokens_come_back_from_a_merge(device):
     merged, size = ops.merge_tokens.fast(x, match)
     assert (size == 2).all()
     assert torch.equal(ops.unmerge_tokens.fast(merged, match), x)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0)], ids=str)
+def test_nothing_merges_into_nothing(device, shape):
+    x = torch.randn(shape, device=device, requires_grad=True)
+    match = ops.bipartite_match(x, r=1)
+    merged, total = ops.merge_tokens(x, match)
+    back = ops.unmerge_tokens(merged, match)
+    assert merged.shape == (shape[0], max(shape[1] - 1, 0), shape[2]) and back.shape == shape
+    assert total.sum().item() == shape[0] * shape[1]
+    assert torch.autograd.grad(back.sum(), x)[0].shape == shape
 
 
 @pytest.mark.parametrize("part", range(3), ids=["destination", "order", "start"])
