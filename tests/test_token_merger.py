@@ -1,5 +1,7 @@
 """Modules that leave fewer tokens, attention that knows of it, and the op beneath them."""
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.cases import OPS, usual_shape
+from tests.onlooker import Onlooker
 from tests.test_saved_bytes import peak_bytes, saved_bytes
 from vlm_fast import ops, parity
 from vlm_fast.kernels import _launcher
@@ -185,6 +188,24 @@ def test_merger_is_rounds_of_the_ops():
     once, sizes = ops.merge_tokens(x, match, size)
     tokens, sizes = ops.merge_tokens(once, ops.bipartite_match(metric, r=5), sizes)
     assert torch.equal(merged.tokens, tokens) and torch.equal(merged.size, sizes)
+
+
+@pytest.mark.parametrize("registered", [False, True], ids=["direct", "registered"])
+@pytest.mark.parametrize("sized", [False, True], ids=["counts", "sizes with gradients"])
+def test_sizes_have_a_gradient_where_one_came_in(sized, registered):
+    """Else the next merge would keep its tokens for the gradient of counts."""
+    x = torch.randn(2, 12, 8, requires_grad=True)
+    size = torch.ones(2, 12, requires_grad=sized)
+    with Onlooker() if registered else contextlib.nullcontext():
+        match = ops.bipartite_match(x, r=6)
+        results = [
+            ops.merge_tokens(x, match, size),
+            *([] if sized else [ops.merge_tokens(x, match)]),
+        ]
+    for merged, total in results:
+        assert merged.requires_grad and total.requires_grad == sized
+        (merged.sum() + total.sum()).backward()
+    assert x.grad is not None and (size.grad is not None) == sized
 
 
 def test_merger_between_a_tower_and_a_projector():

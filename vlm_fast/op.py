@@ -6,6 +6,7 @@
     @name.requires   -> None, or why the fast path cannot serve this (valid) call
     @name.forward    (needs, x, ..., *, option) -> (result, tensors that backward needs)
     @name.backward   (needs, kept, dy, *, option) -> one gradient or None per positional argument
+    @name.constants  (needs) -> numbers of the results that then have no gradient; none by default
     @name.judges     (results, x, ..., *, option) -> verdicts; of a `discrete_op`, in its place
     @name.cost       (x, ..., *, option) -> Cost of the forward and of the backward
     @name.inputs(test=[...], bench={...}) over one builder of arguments
@@ -67,6 +68,7 @@ class Op(Generic[P, R]):
         self.autocasts = False
         self.discrete = False
         self.judge: Callable[..., list[Any]] | None = None
+        self.constant: Callable[[Any], tuple[int, ...]] = lambda needs: ()
         self._accepts: Callable[..., tuple[Any, ...]] = lambda *args, **options: args
         self._requires: Callable[..., str | None] = lambda *args, **options: None
         OPS[self.name] = self
@@ -178,6 +180,10 @@ class Op(Generic[P, R]):
 
     def backward(self, backward: Callable[..., tuple[Any, ...]]) -> None:
         self._path = CallPath(self, self._forward, backward)
+
+    def constants(self, constant: Callable[[Any], tuple[int, ...]]) -> None:
+        """Which results, of several, hang on nothing whose gradient is wanted: ``(needs)``."""
+        self.constant = constant
 
     def judges(self, judge: Callable[..., list[Any]]) -> None:
         """Of a discrete op: ``judge(results, *args, **options)``, one `parity.Verdict` or more."""

@@ -107,6 +107,11 @@ def backward(needs, kept, dout, dtotal):
     return dx, None, dsize
 
 
+@merge_tokens.constants
+def constants(needs):
+    return () if needs.size else (1,)  # counts, or sums of what has no gradient
+
+
 @merge_tokens.cost
 def cost(x, match, size):
     merged = x.shape[0] * (match[2].shape[1] - 1) * x.shape[2] * x.element_size()
