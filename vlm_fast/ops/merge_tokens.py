@@ -127,8 +127,8 @@ def cost(x, match, size):
 @merge_tokens.inputs(
     test=[
         dict(batch=1, tokens=1, features=1, r=0),
-        dict(batch=3, tokens=17, features=24, r=5, sized=True),
-        dict(batch=1, tokens=6, features=1152, r=3),
+        dict(batch=3, tokens=7, features=17, r=3, sized=True),
+        dict(batch=1, tokens=5, features=1152, r=2),
         dict(batch=2, tokens=8, features=100, r=4, sized=True),
     ],
     bench={
@@ -205,8 +205,8 @@ def cost_unmerge(merged, match):
 @unmerge_tokens.inputs(
     test=[
         dict(batch=1, tokens=1, features=1, r=0),
-        dict(batch=3, tokens=17, features=24, r=5),
-        dict(batch=1, tokens=8, features=1100, r=4),
+        dict(batch=3, tokens=7, features=17, r=3),
+        dict(batch=1, tokens=8, features=100, r=4),
     ],
     bench={"CLIP-L/336, 64 images, half": dict(batch=64, tokens=576, features=1024, r=288)},
 )
