@@ -14,7 +14,7 @@ from benchmarks.ops import with_upstream
 from vlm_fast import selftest
 from vlm_fast.kernels._launcher import KERNELS, Config, Kernel
 from vlm_fast.op import FLOATS, OPS, Op
-from vlm_fast.parity import convert, differentiable
+from vlm_fast.parity import convert, differentiable, gradients
 
 Failures = list[str]
 BATCH = 5  # of the large shapes; no other size equals it
@@ -46,8 +46,15 @@ LARGE: dict[str, dict[str, Any]] = {
         "batch": BATCH, "heads": 16, "queries": 107_000, "media": 16, "keys": 1024,
         "tokens_per_media": 64, "d": 64,
     },
+    "bipartite_match": {"batch": BATCH, "tokens": 107_000, "features": 4096, "r": 53_000},
+    "merge_tokens": {
+        "batch": BATCH, "tokens": 107_000, "features": 4096, "r": 53_000, "sized": True,
+    },
+    "unmerge_tokens": {"batch": BATCH, "tokens": 107_000, "features": 4096, "r": 53_000},
 }  # fmt: skip
-EXACT = {"merge_image_tokens", "gather_image_tokens", "add_layer_norm"}  # no GEMM in them
+EXACT = {
+    "merge_image_tokens", "gather_image_tokens", "add_layer_norm", "merge_tokens", "unmerge_tokens"
+}  # no GEMM in them  # fmt: skip
 LARGE_BYTES = 40 * 2**30  # what they need, gradients and copies included
 
 
@@ -70,9 +77,8 @@ def step(
     *args, upstream = inputs
     results = function(*args, **options)
     results = results if isinstance(results, tuple) else (results,)
-    wanted = differentiable(args)
-    gradients = torch.autograd.grad(results, wanted, upstream, allow_unused=True)
-    return [r.detach() for r in results] + [g for g in gradients if g is not None]
+    found = gradients(results, differentiable(args), upstream)
+    return [r.detach() for r in results] + [g for g in found if g is not None]
 
 
 def equal(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -193,7 +199,7 @@ def large(device: str) -> Failures:
         for i in range(BATCH):
             alone = {k: v // BATCH if k == "count" else v for k, v in options.items()}
             args = tuple(_sample(value, i) for value in inputs[:-1])
-            upstream = [_part(t, i) for t in inputs[-1]]
+            upstream = [t if t is None else _part(t, i) for t in inputs[-1]]
             parts = step(op.fast, (*args, upstream), alone)
             for j, (expected, found) in enumerate(zip(parts, whole, strict=True)):
                 if found.numel() != BATCH * expected.numel():

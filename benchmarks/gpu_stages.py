@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import flamingo, gpu_checks, gpu_configs, llava, ops, overhead, qformer
+from benchmarks import flamingo, gpu_checks, gpu_configs, llava, ops, overhead, qformer, tokens
 from vlm_fast import evidence, selftest
 from vlm_fast.op import OPS
 
@@ -166,6 +166,13 @@ def benchmark_flamingo(results: Results, device: str, deadline: float) -> list[s
     return [] if found["finished"] else ["out of time"]
 
 
+def benchmark_tokens(results: Results, device: str, deadline: float) -> list[str]:
+    results["tokens"] = found = tokens.main(
+        device=device, quick=device == "cpu", seconds=4.0, deadline=deadline
+    )
+    return [] if found["finished"] else ["out of time"]
+
+
 def benchmark_overhead(results: Results, device: str, deadline: float) -> list[str]:
     results["overhead"] = overhead.main(device=device, quick=True)
     return []
@@ -183,6 +190,7 @@ STAGES = (
     Stage("LLaVA", 110, benchmark_llava, needs_cuda=False, timed=True),
     Stage("Q-Former", 110, benchmark_qformer, needs_cuda=False, timed=True),
     Stage("Flamingo", 90, benchmark_flamingo, needs_cuda=False, timed=True),
+    Stage("tokens", 40, benchmark_tokens, needs_cuda=False, timed=True),
     Stage("ops", 130, benchmark_ops, needs_cuda=False, timed=True),
     Stage("overhead", 20, benchmark_overhead, needs_cuda=False, timed=True),
     Stage("large", 30, large),

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "image_tokens.h"
+#include "merge_tokens.h"
 
 namespace py = pybind11;
 using namespace vlm_fast;
@@ -80,4 +81,60 @@ PYBIND11_MODULE(_C, m) {
       py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("slots_ptr"),
       py::arg("count"), py::arg("out_ptr"), py::arg("rows"), py::arg("row_bytes"),
       py::arg("threads"), without_gil);
+
+  m.def(
+      "nearest",
+      [](uintptr_t scores, int64_t rows, int64_t cols, uintptr_t inverse_a, uintptr_t inverse_b,
+         uintptr_t best, uintptr_t found) {
+        nearest(pointer<const float>(scores), rows, cols, pointer<const float>(inverse_a),
+                pointer<const float>(inverse_b), pointer<float>(best), pointer<int32_t>(found));
+      },
+      py::arg("scores_ptr"), py::arg("rows"), py::arg("cols"), py::arg("inverse_a_ptr"),
+      py::arg("inverse_b_ptr"), py::arg("best_ptr"), py::arg("nearest_ptr"), without_gil);
+
+  m.def(
+      "merged_order",
+      [](uintptr_t best, uintptr_t nearest, int64_t batch, int64_t count, int64_t tokens,
+         int64_t r, int64_t protected_a, int64_t protected_b, uintptr_t destination,
+         uintptr_t order, uintptr_t start, int threads) {
+        merged_order(pointer<const float>(best), pointer<const int32_t>(nearest), batch, count,
+                     tokens, r, protected_a, protected_b, pointer<int32_t>(destination),
+                     pointer<int32_t>(order), pointer<int32_t>(start), threads);
+      },
+      py::arg("best_ptr"), py::arg("nearest_ptr"), py::arg("batch"), py::arg("count"),
+      py::arg("tokens"), py::arg("r"), py::arg("protected_a"), py::arg("protected_b"),
+      py::arg("destination_ptr"), py::arg("order_ptr"), py::arg("start_ptr"), py::arg("threads"),
+      without_gil);
+
+  m.def(
+      "sum_tokens",
+      [](int element, uintptr_t x, int64_t x_batch_stride, int64_t x_token_stride, uintptr_t size,
+         uintptr_t order, uintptr_t start, uintptr_t out, uintptr_t total, int64_t batch,
+         int64_t tokens, int64_t merged, int64_t cols, int threads) {
+        sum_tokens(static_cast<Element>(element),
+                   {pointer<const char>(x), x_batch_stride, x_token_stride},
+                   pointer<const float>(size), pointer<const int32_t>(order),
+                   pointer<const int32_t>(start), pointer<char>(out), pointer<float>(total), batch,
+                   tokens, merged, cols, threads);
+      },
+      py::arg("element"), py::arg("x_ptr"), py::arg("x_batch_stride"), py::arg("x_token_stride"),
+      py::arg("size_ptr"), py::arg("order_ptr"), py::arg("start_ptr"), py::arg("out_ptr"),
+      py::arg("total_ptr"), py::arg("batch"), py::arg("tokens"), py::arg("merged"),
+      py::arg("cols"), py::arg("threads"), without_gil);
+
+  m.def(
+      "spread_tokens",
+      [](int element, uintptr_t y, int64_t y_batch_stride, int64_t y_token_stride,
+         uintptr_t destination, uintptr_t size, uintptr_t total, uintptr_t out, int64_t batch,
+         int64_t tokens, int64_t merged, int64_t cols, int threads) {
+        spread_tokens(static_cast<Element>(element),
+                      {pointer<const char>(y), y_batch_stride, y_token_stride},
+                      pointer<const int32_t>(destination), pointer<const float>(size),
+                      pointer<const float>(total), pointer<char>(out), batch, tokens, merged,
+                      cols, threads);
+      },
+      py::arg("element"), py::arg("y_ptr"), py::arg("y_batch_stride"), py::arg("y_token_stride"),
+      py::arg("destination_ptr"), py::arg("size_ptr"), py::arg("total_ptr"), py::arg("out_ptr"),
+      py::arg("batch"), py::arg("tokens"), py::arg("merged"), py::arg("cols"), py::arg("threads"),
+      without_gil);
 }

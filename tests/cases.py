@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -21,15 +22,25 @@ def shape_id(shape: dict[str, Any]) -> str:
     return "-".join(f"{name}{text(value)}" for name, value in shape.items())
 
 
-every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
-every_case = pytest.mark.parametrize(
-    "op, shape",
-    [
-        pytest.param(op, shape, id=f"{op.name}-{shape_id(shape)}")
-        for op in OPS.values()
-        for shape in op.test_shapes
-    ],
-)
+DIFFERENTIABLE = {name: op for name, op in OPS.items() if not op.discrete}
+
+
+def _cases(declared: Iterable[Op[..., Any]]) -> Any:
+    return pytest.mark.parametrize(
+        "op, shape",
+        [
+            pytest.param(op, shape, id=f"{op.name}-{shape_id(shape)}")
+            for op in declared
+            for shape in op.test_shapes
+        ],
+    )
+
+
+# What asks for gradients loops over the differentiable ops, all else over any.
+every_op = pytest.mark.parametrize("op", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys())
+every_case = _cases(DIFFERENTIABLE.values())
+any_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
+any_case = _cases(OPS.values())
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 
 

@@ -166,6 +166,9 @@ def test_large_shapes_are_beyond_32_bits_and_named_for_every_op(monkeypatch):
         "self_attention": {"batch": 5, "tokens": 7, "width": 24, "features": 32, "heads": 2},
         "stacked_linear": {"shape": (5, 17, 24), "outs": (16, 8)},
         "max_similarity": {"shape": (5, 7, 16), "texts": 9},
+        "bipartite_match": {"batch": 5, "tokens": 17, "features": 24, "r": 7},
+        "merge_tokens": {"batch": 5, "tokens": 17, "features": 24, "r": 7, "sized": True},
+        "unmerge_tokens": {"batch": 5, "tokens": 17, "features": 24, "r": 7},
     }
     monkeypatch.setattr(gpu_checks, "LARGE", shapes)
     assert gpu_checks.large("cpu") == []

@@ -8,6 +8,7 @@ import torch
 from tests.add_layer_norm_properties import *  # noqa: F403
 from tests.dropout_properties import *  # noqa: F403
 from tests.kernel_properties import *  # noqa: F403
+from tests.token_merging_properties import *  # noqa: F403
 from vlm_fast import parity
 from vlm_fast.kernels._native import native
 from vlm_fast.op import OPS

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vlm_fast
-from tests.cases import OPS, each, every_case, every_op, usual_shape
+from tests.cases import OPS, any_case, any_op, each, usual_shape
 from vlm_fast import parity
 
 UNSERVED = torch.float64
@@ -30,7 +30,7 @@ def assert_equal(ours, theirs):
         assert torch.equal(one, other)
 
 
-@every_case
+@any_case
 def test_the_fast_path_serves_the_test_shapes(op, shape):
     args, options = op.sample(shape)
     assert op.why_not(*args, **options) is None
@@ -72,7 +72,7 @@ def test_fast_never_falls_back(op, args, options, reason):
     assert op.name in str(error.value) and reason in str(error.value)
 
 
-@every_op
+@any_op
 def test_disabled_uses_the_reference_silently(op, monkeypatch):
     args, options = op.sample(usual_shape(op))
     called = []
@@ -89,7 +89,7 @@ def test_disabled_uses_the_reference_silently(op, monkeypatch):
     assert called == [op] and op.why_not(*args, **options) is None
 
 
-@every_op
+@any_op
 def test_reference_never_takes_the_fast_path(op, monkeypatch):
     monkeypatch.setattr(op._path, "forward", lambda *a, **k: pytest.fail("the fast path ran"))
     args, options = op.sample(usual_shape(op))
@@ -125,7 +125,7 @@ def test_environment_switches(monkeypatch, value, strict):
     assert len(caught) == (2 if value == "maybe" else 0)
 
 
-@every_op
+@any_op
 def test_the_served_dtypes_are_right_also_when_chosen(op):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         args, options = op.sample(usual_shape(op), dtype)

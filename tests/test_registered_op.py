@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.library import opcheck
 
-from tests.cases import OPS, each, enlarged, every_case, every_op, usual_shape
+from tests.cases import OPS, any_case, any_op, each, enlarged, every_case, every_op, usual_shape
 from tests.onlooker import Onlooker
 from vlm_fast import parity, registration
 
@@ -38,7 +38,7 @@ def registered_call(op, shape):
 
 
 @pytest.mark.parametrize("check", OPCHECKS)
-@every_case
+@any_case
 def test_opcheck_of_forward(op, shape, check):
     path, values, keywords = registered_call(op, shape)
     opcheck(path.registered, values, keywords, test_utils=check)
@@ -66,10 +66,13 @@ def holds_op(graph_module, op):
 
 def assert_same(ours, theirs):
     for one, other in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
-        assert one.dtype == other.dtype and torch.equal(one, other)
+        if one is None or other is None:  # the gradient of what an op chooses by
+            assert one is other
+        else:
+            assert one.dtype == other.dtype and torch.equal(one, other)
 
 
-@every_case
+@any_case
 def test_compiled_is_eager_bit_for_bit(op, shape):
     args, options = op.sample(shape)
     graphs = CompileCounterWithBackend("aot_eager")
@@ -81,7 +84,7 @@ def test_compiled_is_eager_bit_for_bit(op, shape):
     assert holds_op(graphs.graphs[0], op)
 
 
-@every_op
+@any_op
 def test_compiled_by_inductor(op):
     args, options = op.sample(usual_shape(op))
     graphs = CompileCounterWithBackend("inductor")
@@ -108,7 +111,7 @@ def test_compiled_under_autocast(op):
     )
 
 
-@every_op
+@any_op
 def test_other_sizes_compile_at_most_once_more(op):
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op, fullgraph=True, backend=graphs)
@@ -121,7 +124,7 @@ def test_other_sizes_compile_at_most_once_more(op):
     assert graphs.frame_count <= 2
 
 
-@every_op
+@any_op
 def test_exported_program_is_plain_pytorch(op):
     args, options = op.sample(usual_shape(op))
 
@@ -143,17 +146,17 @@ def metadata(tensors):
     return [t if t is None else (t.shape, t.dtype, t.stride()) for t in tensors]
 
 
-@every_case
+@any_case
 def test_meta_tensors_give_metadata(op, shape):
     real_args, options = op.sample(shape)
     real = parity.outputs_and_gradients(op.fast, real_args, options)
     args, options = op.sample(shape, device="meta")
     meta = parity.outputs_and_gradients(op, args, options, upstream=torch.empty_like)
-    assert all(t.is_meta for part in meta for t in part)
+    assert all(t is None or t.is_meta for part in meta for t in part)
     assert [metadata(part) for part in meta] == [metadata(part) for part in real]
 
 
-@every_case
+@any_case
 def test_fake_tensors_give_metadata(op, shape):
     args, options = op.sample(shape)
     real = parity.outputs_and_gradients(op.fast, args, options)
@@ -185,7 +188,7 @@ def mesh():
 
 
 @pytest.mark.parametrize("everything", [True, False], ids=["every argument", "the first"])
-@every_op
+@any_op
 def test_dtensors_are_refused(op, mesh, everything):
     from torch.distributed.tensor import DTensor, Replicate
 

@@ -23,7 +23,7 @@ def saved_bytes(call, args, options, *, parameters=()):
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         result = call(*args, **options)
-    assert all(r.requires_grad for r in each(result))
+    assert any(r.requires_grad for r in each(result))
     for i in parameters:
         storages.pop(args[i].untyped_storage()._cdata, None)
     return sum(storages.values())

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from tests.cases import OPS, every_op, usual_shape
+from tests.cases import OPS, any_op, usual_shape
 from vlm_fast import parity
 
 MERGE, GATHER, MLP = (OPS[name] for name in ("merge_image_tokens", "gather_image_tokens", "mlp"))
@@ -20,6 +20,9 @@ NO_MISTAKES = [
     ("gated_add_norm", "gate", "no dimension"),
     ("gated_mlp", "x", "one dimension more"),
     ("mlp", "x", "one dimension more"),
+    ("bipartite_match", "metric", "one feature more"),
+    ("merge_tokens", "x", "one feature more"),
+    ("unmerge_tokens", "merged", "one feature more"),
     ("stacked_linear", "x", "one dimension more"),
     ("merge_image_tokens", "image_features", "one dimension more"),
     ("gather_image_tokens", "hidden_states", "one feature more"),
@@ -71,13 +74,13 @@ def each_argument(op):
 
 
 @pytest.mark.parametrize("wrong", ["words", 3, [1.5]], ids=repr)
-@every_op
+@any_op
 def test_what_is_no_tensor(op, wrong, no_work):
     for name, _, replaced, options in each_argument(op):
         assert_refused(op, replaced(wrong), options, TypeError, name)
 
 
-@every_op
+@any_op
 def test_what_is_missing(op, no_work):
     args, options = op.sample(usual_shape(op))
     parameters = op.__signature__.parameters
@@ -88,22 +91,22 @@ def test_what_is_missing(op, no_work):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.complex64, torch.bool], ids=str)
-@every_op
+@any_op
 def test_dtypes_without_meaning(op, dtype, no_work):
     for name, value, replaced, options in each_argument(op):
         if value is not None and value.dtype != dtype:
             assert_refused(op, replaced(value.to(dtype)), options, TypeError, name, str(dtype))
 
 
-@every_op
+@any_op
 def test_another_device(op, no_work):
     for _, value, replaced, options in each_argument(op):
-        if value is not None:
+        if value is not None and len(op.tensors) > 1:  # one has nothing to differ from
             assert_refused(op, replaced(value.to("meta")), options, ValueError, "meta", "cpu")
 
 
 @pytest.mark.parametrize("change", ["one feature more", "one dimension more", "no dimension"])
-@every_op
+@any_op
 def test_shapes_that_do_not_fit(op, change, no_work):
     refused = 0
     for name, value, replaced, options in each_argument(op):
@@ -118,10 +121,10 @@ def test_shapes_that_do_not_fit(op, change, no_work):
         # The error may name the other side of the mismatch.
         assert_refused(op, replaced(wrong), options, ValueError)
         refused += 1
-    assert refused
+    assert refused or len(op.tensors) == 1
 
 
-@every_op
+@any_op
 def test_unknown_options(op, no_work):
     args, options = op.sample(usual_shape(op))
     for call in (op, op.fast):

@@ -10,7 +10,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.cases import every_case, every_op, usual_shape
+from tests.cases import any_case, any_op, usual_shape
 from tests.kernel_properties import judged
 from vlm_fast.kernels import _launcher
 
@@ -22,13 +22,13 @@ def use(monkeypatch, config_of):
 
 
 @pytest.mark.parametrize("index", range(1, 8))
-@every_op
+@any_op
 def test_every_config(device, monkeypatch, op, index):
     use(monkeypatch, lambda kernel: kernel.configs[index % len(kernel.configs)])
     judged(op, *op.sample(usual_shape(op), torch.bfloat16, device), layout="padded rows")
 
 
-@every_case
+@any_case
 def test_many_small_tiles(device, monkeypatch, op, shape):
     """Test shapes fit into one tile of most configs; with these, every loop goes round."""
 

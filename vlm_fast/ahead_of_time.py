@@ -201,7 +201,8 @@ def launches(op: Op[..., Any], dtypes: Sequence[torch.dtype] = FLOATS) -> list[L
             values, settings = op.sample(shape, dtype)
             values, settings = op._bind(tree_map_only(Tensor, _on_cuda, values), settings)
             op.fast(*values, **settings)
-            _with_gradients(op, values, settings)
+            if not op.discrete:
+                _with_gradients(op, values, settings)
     return found
 
 

@@ -6,6 +6,8 @@
     @name.requires   -> None, or why the fast path cannot serve this (valid) call
     @name.forward    (needs, x, ..., *, option) -> (result, tensors that backward needs)
     @name.backward   (needs, kept, dy, *, option) -> one gradient or None per positional argument
+    @name.constants  (needs) -> numbers of the results that then have no gradient; none by default
+    @name.judges     (results, x, ..., *, option) -> verdicts; of a `discrete_op`, in its place
     @name.cost       (x, ..., *, option) -> Cost of the forward and of the backward
     @name.inputs(test=[...], bench={...}) over one builder of arguments
 
@@ -64,6 +66,9 @@ class Op(Generic[P, R]):
         self.defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         self.Needs = namedtuple(f"{self.name}_needs", self.tensors)  # type: ignore[misc]
         self.autocasts = False
+        self.discrete = False
+        self.judge: Callable[..., list[Any]] | None = None
+        self.constant: Callable[[Any], tuple[int, ...]] = lambda needs: ()
         self._accepts: Callable[..., tuple[Any, ...]] = lambda *args, **options: args
         self._requires: Callable[..., str | None] = lambda *args, **options: None
         OPS[self.name] = self
@@ -170,9 +175,19 @@ class Op(Generic[P, R]):
 
     def forward(self, forward: Callable[..., tuple[Any, tuple[Tensor | None, ...]]]) -> None:
         self._forward = forward
+        if self.discrete:
+            self.backward(lambda needs, kept, *gradients, **options: (None,) * len(needs))
 
     def backward(self, backward: Callable[..., tuple[Any, ...]]) -> None:
         self._path = CallPath(self, self._forward, backward)
+
+    def constants(self, constant: Callable[[Any], tuple[int, ...]]) -> None:
+        """Which results, of several, hang on nothing whose gradient is wanted: ``(needs)``."""
+        self.constant = constant
+
+    def judges(self, judge: Callable[..., list[Any]]) -> None:
+        """Of a discrete op: ``judge(results, *args, **options)``, one `parity.Verdict` or more."""
+        self.judge = judge
 
     def cost(self, cost: Callable[..., Cost]) -> None:
         self._cost = cost
@@ -201,6 +216,17 @@ def _autocast_device(first: Any) -> str:
 def op(reference: Callable[P, R]) -> Op[P, R]:
     """Declare an op that leaves dtypes alone under autocast."""
     return Op(reference)
+
+
+def discrete_op(reference: Callable[P, R]) -> Op[P, R]:
+    """Declare an op that chooses: its results are numbers of things, and have no gradient.
+
+    Rounding may turn a choice, so there is no tolerance for it; `judges` says what is right. Its
+    ``accepts`` detaches what it chooses by.
+    """
+    declared = Op(reference)
+    declared.discrete = True
+    return declared
 
 
 def linear_op(reference: Callable[P, R]) -> Op[P, R]:

@@ -54,7 +54,7 @@ class CallPath:
     """``path(values, settings)``: the result of the kernels, differentiable once."""
 
     def __init__(self, op: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
-        self.name = op.name
+        self.op, self.name = op, op.name
         self.forward, self.backward = forward, backward
         every = itertools.product((False, True), repeat=len(op.tensors))
         self.needs = {flags: op.Needs(*flags) for flags in every}
@@ -208,6 +208,8 @@ class CallPath:
             settings = dict(keyword_only_inputs)
             ctx.needs = settings.pop("needs")
             ctx.settings, ctx.count = settings, self.count(inputs)
+            needs = self.needs_of(tuple(ctx.needs), ctx.count)
+            ctx.mark_non_differentiable(*[output[i] for i in op.constant(needs)])
             recipe = self.recipes[self._key(ctx.needs, ctx.count, settings)]
             available = (*self.flatten(inputs), *output)
             ctx.save_for_backward(*[None if at is None else available[at] for at in recipe])
@@ -238,7 +240,11 @@ def _autograd_function(path: CallPath) -> Any:
             needs = path.needs_of(ctx.needs_input_grad[1:], count)
             result, saved = path.forward(needs, *path.unflatten(flat, count), **settings)
             ctx.save_for_backward(*saved)
-            return _fresh(result) if path.single else tuple(map(_fresh, result))
+            if path.single:
+                return _fresh(result)
+            results = tuple(map(_fresh, result))
+            ctx.mark_non_differentiable(*[results[i] for i in path.op.constant(needs)])
+            return results
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -3,10 +3,11 @@
 import torch
 
 from tests.add_layer_norm_properties import *  # noqa: F403
-from tests.cases import every_case
+from tests.cases import any_case, each
 from tests.dropout_properties import *  # noqa: F403
 from tests.kernel_properties import *  # noqa: F403
 from tests.tile_properties import *  # noqa: F403
+from tests.token_merging_properties import *  # noqa: F403
 from vlm_fast import parity
 
 
@@ -15,11 +16,15 @@ def prepared(op, shape, device):
     args, options = op.sample(shape, torch.bfloat16, device)
     args = parity.convert(args, lambda t: t.detach().requires_grad_())
     inputs = parity.differentiable(args)
-    upstream = parity.random_upstream(op.fast(*args, **options))
+    floating = lambda r: r.is_floating_point()  # noqa: E731
+    upstream = [
+        parity.random_upstream(r) if floating(r) else None for r in each(op.fast(*args, **options))
+    ]
 
     def step():
-        result = op.fast(*args, **options)
-        return [result.detach(), *torch.autograd.grad(result, inputs, upstream)]
+        results = each(op.fast(*args, **options))
+        found = parity.gradients(results, inputs, upstream)
+        return [*(r.detach() for r in results), *(g for g in found if g is not None)]
 
     # Capture wants the warm-up on a stream of its own.
     stream = torch.cuda.Stream()
@@ -35,7 +40,7 @@ def assert_equal(ours, theirs):
         assert torch.equal(one, other)
 
 
-@every_case
+@any_case
 def test_replayed_graphs_follow_their_inputs(device, op, shape):
     step, inputs = prepared(op, shape, device)
     graph = torch.cuda.CUDAGraph()
@@ -48,7 +53,7 @@ def test_replayed_graphs_follow_their_inputs(device, op, shape):
     assert_equal(captured, step())
 
 
-@every_case
+@any_case
 def test_the_host_never_waits(device, op, shape):
     step, _ = prepared(op, shape, device)
     torch.cuda.set_sync_debug_mode("error")
@@ -58,7 +63,7 @@ def test_the_host_never_waits(device, op, shape):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@every_case
+@any_case
 def test_another_stream(device, op, shape):
     step, _ = prepared(op, shape, device)
     expected = step()
@@ -70,7 +75,7 @@ def test_another_stream(device, op, shape):
     assert_equal(found, expected)
 
 
-@every_case
+@any_case
 def test_a_hundred_repeats_are_identical(device, op, shape):
     step, _ = prepared(op, shape, device)
     first = step()

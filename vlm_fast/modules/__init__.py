@@ -12,3 +12,7 @@ from vlm_fast.modules.perceiver_resampler import PerceiverResampler as Perceiver
 from vlm_fast.modules.qformer import QFormer as QFormer
 from vlm_fast.modules.qformer import QFormerOutput as QFormerOutput
 from vlm_fast.modules.qformer_shared import ImageKeyValues as ImageKeyValues
+from vlm_fast.modules.token_budget import TokenBudget as TokenBudget
+from vlm_fast.modules.token_merger import MergedTokens as MergedTokens
+from vlm_fast.modules.token_merger import TokenMerger as TokenMerger
+from vlm_fast.modules.token_merger import proportional_bias as proportional_bias

@@ -4,6 +4,7 @@ from vlm_fast.ops.absorbed_cross_attention import (
     absorbed_cross_attention as absorbed_cross_attention,
 )
 from vlm_fast.ops.add_layer_norm import add_layer_norm as add_layer_norm
+from vlm_fast.ops.bipartite_match import bipartite_match as bipartite_match
 from vlm_fast.ops.cross_attention import cross_attention as cross_attention
 from vlm_fast.ops.gated_add import gated_add as gated_add
 from vlm_fast.ops.gated_add import gated_add_norm as gated_add_norm
@@ -12,6 +13,8 @@ from vlm_fast.ops.image_tokens import gather_image_tokens as gather_image_tokens
 from vlm_fast.ops.image_tokens import merge_image_tokens as merge_image_tokens
 from vlm_fast.ops.max_similarity import max_similarity as max_similarity
 from vlm_fast.ops.media_cross_attention import media_cross_attention as media_cross_attention
+from vlm_fast.ops.merge_tokens import merge_tokens as merge_tokens
+from vlm_fast.ops.merge_tokens import unmerge_tokens as unmerge_tokens
 from vlm_fast.ops.mlp import mlp as mlp
 from vlm_fast.ops.self_attention import self_attention as self_attention
 from vlm_fast.ops.stacked_linear import stacked_linear as stacked_linear

@@ -1,0 +1,108 @@
+"""Token merging: pairs of similar tokens become their mean.
+
+``before`` is Token Merging (arXiv 2210.09461) as a chain of plain PyTorch: normalise, product, max,
+argsort, gather, scatter_reduce, cat. ``after`` is `vlm_fast.ops.bipartite_match` and
+``merge_tokens``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import timing
+from benchmarks.flamingo import DTYPE, Part, Row, compare, show
+from vlm_fast import ops
+from vlm_fast.modules import MLPProjector, TokenMerger
+
+
+def plain_merging(x: Tensor, metric: Tensor, r: int) -> Tensor:
+    """The paper's steps, in PyTorch."""
+    with torch.no_grad():
+        unit = metric / metric.norm(dim=-1, keepdim=True)
+        best, nearest = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)
+        edges = best.argsort(dim=-1, descending=True).unsqueeze(-1)
+        left, gone = edges[:, r:].sort(dim=1).values, edges[:, :r]
+        target = nearest.unsqueeze(-1).gather(1, gone)
+    a, b, features = x[:, ::2], x[:, 1::2], x.shape[-1]
+    unmerged = a.gather(1, left.expand(-1, -1, features))
+    merging = a.gather(1, gone.expand(-1, -1, features))
+    b = b.scatter_reduce(1, target.expand(-1, -1, features), merging, reduce="mean")
+    return torch.cat([unmerged, b], 1)
+
+
+def fused_merging(x: Tensor, metric: Tensor, r: int) -> Tensor:
+    """The same by two ops."""
+    return ops.merge_tokens(x, ops.bipartite_match(metric, r=r))[0]
+
+
+def half_of_clip(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
+    """CLIP-L/336's 576 tokens to 288, compared by themselves and by keys 64 wide."""
+    images = 2 if quick else (32 if device == "cpu" else 64)
+    x = torch.randn(images, 576, 1024, device=device, dtype=dtype, requires_grad=True)
+    keys = torch.randn(images, 576, 64, device=device, dtype=dtype)
+    upstream = torch.randn(images, 288, 1024, device=device, dtype=dtype)
+    for words, metric in (("themselves", x), ("keys of 64", keys)):
+        called = {
+            "before": partial(plain_merging, x, metric, 288),
+            "after": partial(fused_merging, x, metric, 288),
+        }
+        if device == "cuda":
+            torch._dynamo.reset()
+            called["compiled"] = partial(torch.compile(plain_merging), x, metric, 288)
+        name = f"{images} x 576 x 1024 to 288, by {words}"
+        yield f"{name}, forward", {state: torch.no_grad()(f) for state, f in called.items()}
+
+        def step(f: Callable[[], Tensor]) -> Callable[[], Any]:
+            return lambda: torch.autograd.grad(f(), x, upstream)
+
+        yield f"{name}, forward and backward", {state: step(f) for state, f in called.items()}
+
+
+def before_a_projector(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
+    """LLaVA-1.5's projector, of all tokens and of the quarter that a `TokenMerger` leaves."""
+    width, images = (512, 1) if quick else (4096, 1 if device == "cpu" else 16)
+    with torch.device(device):
+        projector = MLPProjector(1024, width).to(dtype)
+        x = torch.randn(images, 576, 1024, dtype=dtype)
+    merged = torch.nn.Sequential(TokenMerger(ratio=4), projector)
+    called = {"before": partial(projector, x), "after": partial(merged, x)}
+    yield (
+        f"LLaVA's projector of {images} x 576, after a merge to 144",
+        {state: torch.no_grad()(f) for state, f in called.items()},
+    )
+
+
+PARTS = (half_of_clip, before_a_projector)
+
+
+def main(
+    *, quick: bool = False, device: str | None = None, seconds: float = 20.0,
+    deadline: float = math.inf,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure, about ``seconds`` a part, print a table, and return what was found.
+
+    No part is begun after ``deadline`` (of ``time.monotonic``); "finished" says whether all were.
+    """
+    seconds = 0.2 if quick else seconds
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPE[device]
+    rows: list[Row] = []
+    finished = True
+    with timing.one_thread():
+        for part in PARTS:
+            torch.manual_seed(0)
+            for name, calls in part(device, dtype, quick):
+                if time.monotonic() > deadline:
+                    finished = False
+                    break
+                rows += compare(name, calls, device, seconds)
+    found = {"rows": rows, "dtype": str(dtype).removeprefix("torch."), "finished": finished}
+    show(found, device, "Tokens")
+    return found

@@ -1,0 +1,95 @@
+"""A fixed number of tokens, by one of three ways."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlm_fast.modules.perceiver_resampler import PerceiverResampler
+from vlm_fast.modules.token_merger import TokenMerger
+from vlm_fast.refusal import not_a_tensor, wrong_value
+
+OP = "TokenBudget"
+METHODS = ("pool", "merge", "resample")
+
+
+class TokenBudget(nn.Module):
+    """A projector's input or output, taken to n tokens.
+
+    Args:
+        n: how many tokens come out; fewer, if fewer went in ("pool" and "merge").
+        method: "pool" averages over cells of the grid that the tokens are; "merge" merges those
+            that are alike (`TokenMerger`); "resample" has n learned queries attend to all of them
+            (`PerceiverResampler`).
+        dim: width of the tokens, for "resample".
+        resampler: arguments of the `PerceiverResampler`; of a single layer by default.
+
+    Raises:
+        TypeError: "resample" without dim, or arguments for a resampler without "resample".
+        ValueError: n is not positive, or the method unknown.
+    """
+
+    def __init__(
+        self, n: int, method: str = "pool", *, dim: int | None = None, **resampler: Any
+    ) -> None:
+        super().__init__()
+        if n < 1:
+            raise wrong_value(OP, "n", n, "1 or more")
+        if method not in METHODS:
+            raise wrong_value(OP, "method", method, f"one of {METHODS}")
+        if (method == "resample") != (dim is not None) or (resampler and dim is None):
+            raise TypeError(f"vlm_fast.{OP}: dim is {dim}, expected with method 'resample' alone")
+        self.n, self.method = n, method
+        if method == "merge":
+            self.merger = TokenMerger(keep=n)
+        if dim is not None:
+            self.resampler = PerceiverResampler(dim=dim, num_latents=n, **{"depth": 1, **resampler})
+
+    def extra_repr(self) -> str:
+        return f"{self.n}, method={self.method!r}"
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """``(batch, n, features)`` of x ``(batch, tokens, features)``.
+
+        Args:
+            x: the tokens; for "pool" row by row of the grid, and nothing else.
+            grid: its rows and columns, for "pool"; square by default.
+
+        Raises:
+            TypeError: x is no tensor.
+            ValueError: x has not three dimensions, the grid not as many cells as there are tokens,
+                or n cells do not fit into it.
+        """
+        if not isinstance(x, Tensor):
+            raise not_a_tensor(OP, "x", x)
+        if x.ndim != 3:
+            raise wrong_value(OP, "x", x, "(batch, tokens, features)")
+        if self.method == "merge":
+            return self.merger(x)
+        if self.method == "resample":
+            return self.resampler(x[:, None, None])[:, 0]
+        if x.shape[1] <= self.n:
+            return x
+        side = math.isqrt(x.shape[1])
+        grid = grid or (side, side)
+        if grid[0] * grid[1] != x.shape[1]:
+            raise wrong_value(OP, "grid", grid, f"two sizes whose product is {x.shape[1]}, tokens")
+        # Rows of tokens are an image with its channels last: nothing is moved.
+        image = x.transpose(1, 2).unflatten(2, grid)
+        pooled = F.adaptive_avg_pool2d(image, pooled_grid(self.n, grid))
+        return pooled.flatten(2).transpose(1, 2)
+
+
+def pooled_grid(n: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """The n cells, no finer than ``grid``, whose shape is nearest to its own.
+
+    Raises:
+        ValueError: no rectangle of n cells fits.
+    """
+    fitting = [(h, n // h) for h in range(1, grid[0] + 1) if n % h == 0 and n // h <= grid[1]]
+    if not fitting:
+        raise wrong_value(OP, "n", n, f"a product of two sizes of at most {grid}, the grid")
+    return min(fitting, key=lambda cells: abs(math.log(cells[0] * grid[1] / cells[1] / grid[0])))

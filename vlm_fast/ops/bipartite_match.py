@@ -1,0 +1,168 @@
+"""ToMe's bipartite soft matching: which tokens are alike enough to become one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlm_fast.kernels import bipartite_match as kernels
+from vlm_fast.op import FLOATS, Cost, discrete_op, nbytes
+from vlm_fast.parity import ULPS, Verdict
+from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+
+MAX_TOKENS = 2**30 - 1  # numbers of tokens are int32, and a token's is below twice that of its pair
+
+
+@discrete_op
+def bipartite_match(metric: Tensor, *, r: int, protected: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of similar tokens, to be merged by `merge_tokens`: Token Merging, arXiv 2210.09461.
+
+    Tokens of even number are A, those of odd number B. Each A is paired with the B that is nearest
+    by the cosine of ``metric``, and the ``r`` closest pairs merge. Of equal similarities the lower
+    number comes first, among B and among A; a similarity that is NaN comes last.
+
+    Args:
+        metric: ``(batch, tokens, features)``, floating: what tokens are compared by, such as the
+            keys of attention or the tokens themselves. Cosines are taken in fp32. No gradient.
+        r: how many tokens less, at most half of those that are not protected; more is taken for
+            that most, ``(tokens - protected) // 2``.
+        protected: so many first tokens (a CLS token, registers) stay as they are: they are not
+            merged, and nothing is merged into them.
+
+    dtypes other than fp32, fp16 and bf16 fall back. Nothing is differentiated, as in the paper.
+
+    Returns three int32 tensors, the match, for ``merged = tokens - r`` tokens. These are, as in the
+    paper, the A that are left, in their order, then all B, in theirs:
+
+        destination ``(batch, tokens)``: the merged token that each token becomes part of.
+        order ``(batch, tokens)``: all tokens, those of a merged token side by side, its B first.
+        start ``(batch, merged + 1)``: where in ``order`` those of each merged token begin.
+
+    Raises:
+        TypeError: metric is no tensor or not floating, r or protected no int.
+        ValueError: metric has not three dimensions, r is negative, protected is not 0 to tokens.
+    """
+    batch, tokens, _ = metric.shape
+    r = merged_away(tokens, r, protected)
+    half = kernels.halves(tokens, protected)
+    similarity = _similarity(metric, protected)
+    if r == 0:
+        best = partner = similarity.new_zeros(batch, 0)
+    else:
+        best, partner = similarity.masked_fill(similarity.isnan(), -torch.inf).max(2)
+    return kernels.match_of_pairs(best, partner.long() + half.protected_b, r, tokens)
+
+
+def merged_away(tokens: int, r: int, protected: int) -> int:
+    """How many tokens merge where ``r`` are asked for."""
+    return min(r, (tokens - protected) // 2)
+
+
+def _similarity(metric: Tensor, protected: int) -> Tensor:
+    """Cosines of all A with all B that are not protected."""
+    half = kernels.halves(metric.shape[1], protected)
+    unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=2)
+    a, b = unit[:, 2 * half.protected_a :: 2], unit[:, 2 * half.protected_b + 1 :: 2]
+    return a @ b.transpose(1, 2)
+
+
+@bipartite_match.accepts
+def accepts(metric, *, r, protected):
+    name = "bipartite_match"
+    if not isinstance(metric, Tensor):
+        raise not_a_tensor(name, "metric", metric)
+    if metric.ndim != 3:
+        raise wrong_value(name, "metric", metric, "(batch, tokens, features)")
+    if not metric.is_floating_point():
+        raise wrong_type(name, "metric", metric, "a floating dtype (float32, bfloat16 or float16)")
+    for option, value in (("r", r), ("protected", protected)):
+        if isinstance(value, (bool, float, str, Tensor)):  # a symbolic int is none of these
+            raise wrong_type(name, option, value, "an int")
+    if r < 0:
+        raise wrong_value(name, "r", r, "0 or more (tokens less)")
+    if not 0 <= protected <= metric.shape[1]:
+        raise wrong_value(name, "protected", protected, f"0 to {metric.shape[1]}, the tokens")
+    return (metric.detach(),)
+
+
+@bipartite_match.requires
+def requires(metric, *, r, protected):
+    if metric.dtype not in FLOATS:
+        return f"{metric.dtype} has no kernels here (float32, bfloat16 and float16 have)"
+    if metric.shape[1] > MAX_TOKENS:
+        return f"more than {MAX_TOKENS} tokens"
+    return None
+
+
+@bipartite_match.forward
+def forward(needs, metric, *, r, protected):
+    r = merged_away(metric.shape[1], r, protected)
+    return kernels.bipartite_match(metric, r, protected), ()
+
+
+@bipartite_match.judges
+def judge(found, metric, *, r, protected):
+    """Every choice is as good as the best but for the rounding that plain PyTorch's has too.
+
+    Where two similarities are that near, either is right: what is judged is what was lost.
+    """
+    tokens = metric.shape[1]
+    r = merged_away(tokens, r, protected)
+    half = kernels.halves(tokens, protected)
+    to_a = found[0][:, 2 * half.protected_a :: 2].long()
+    merges = to_a >= half.a - r
+    partner = torch.where(merges, to_a - (half.a - r), half.protected_b)
+    told = kernels.match_of_pairs(merges.float(), partner, r, tokens)
+    partner = partner - half.protected_b
+    tidy = all(torch.equal(one, other) for one, other in zip(found, told, strict=True))
+    if not tidy or (partner < 0).any():
+        return [Verdict("match", 0.0, 0.0, "not r pairs of tokens that may merge, in their order")]
+    if r == 0:
+        return [Verdict("match", 0.0, 0.0, None)]
+    exact, native = _similarity(metric.double(), protected), _similarity(metric, protected)
+    usual = exact.isfinite() & native.isfinite()
+    error = (native - exact)[usual].abs().max().item() if usual.any() else 0.0
+    budget = max(4 * error, ULPS[torch.float32] * torch.finfo(torch.float32).eps)
+    exact = exact.masked_fill(exact.isnan(), -2.0)  # below all cosines
+    best = exact.max(2).values
+    lost = (best - exact.gather(2, partner.unsqueeze(2)).squeeze(2))[merges]
+    worst_in = best.masked_fill(~merges, torch.inf).min(1).values
+    best_out = best.masked_fill(merges, -torch.inf).max(1).values
+    return [
+        _judged("nearest", lost.max().item(), budget),
+        _judged("closest pairs", (best_out - worst_in).max().item(), budget),
+    ]
+
+
+def _judged(what, lost, budget):
+    failure = None if lost <= budget else f"a cosine {lost:.3g} below the best was taken"
+    return Verdict(what, max(lost, 0.0), budget, failure)
+
+
+@bipartite_match.cost
+def cost(metric, *, r, protected):
+    batch, tokens, features = metric.shape
+    half = kernels.halves(tokens, protected)
+    pairs = batch * (half.a - half.protected_a) * (half.b - half.protected_b)
+    numbers = 4 * batch * (3 * tokens + 1)
+    return Cost(2 * pairs * features, nbytes(metric) + numbers, 0, 0)
+
+
+@bipartite_match.inputs(
+    test=[
+        dict(batch=1, tokens=1, features=1, r=0),
+        dict(batch=3, tokens=17, features=24, r=5, protected=1),
+        dict(batch=1, tokens=134, features=40, r=60),
+        dict(batch=1, tokens=9, features=5, r=100, protected=2),
+    ],
+    bench={
+        "CLIP-L/336, 64 images, half": dict(batch=64, tokens=576, features=1024, r=288),
+        "CLIP-L/336, 128 images, keys of 64": dict(batch=128, tokens=576, features=64, r=288),
+        "CLIP-L/336 with CLS, 1 image": dict(
+            batch=1, tokens=577, features=1024, r=288, protected=1
+        ),
+    },
+)
+def inputs(batch, tokens, features):
+    return (torch.randn(batch, tokens, features),)
