@@ -1,0 +1,386 @@
+"""AnyRes in whole numbers: which tiles an image is cut into, how many tokens it becomes, and where.
+
+An image is shown to the tower as a base tile (all of it, small) and a grid of tiles whose tokens,
+stitched together, are cut back to the image's own shape: LLaVA-NeXT's "spatial_unpad". Everything
+here is arithmetic on the host, the same as transformers' for every size; the tables it ends in
+(`Plan`) are what `vlm_fast.ops.anyres_pack` moves rows by.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlm_fast.kernels._launcher import is_traced
+
+Size = tuple[int, int]  # height, width
+ONE = 2**30  # the unit of weights
+MAX_ROWS = 2**31 - 1  # tables are int32
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a model tiles its images.
+
+    Attributes:
+        pinpoints: the resolutions (height, width) to choose from, in pixels; of the config's
+            ``image_grid_pinpoints``.
+        tile: side of a tile in pixels, ``vision_config.image_size``.
+        side: side of a tile in tokens, ``image_size // patch_size``.
+        max_tiles: N of LLaVA-OneVision's ``anyres_max_N``: from 1.21 N tiles of tokens on, the
+            stitched grid is resized to N. None: never.
+        newline: whether each row of the stitched grid, and a lone tile, ends in a newline.
+
+    Raises:
+        ValueError: there is no pinpoint, or a number is not positive.
+    """
+
+    pinpoints: tuple[Size, ...]
+    tile: int
+    side: int
+    max_tiles: int | None = None
+    newline: bool = True
+
+    def __post_init__(self) -> None:
+        pinpoints = tuple((int(h), int(w)) for h, w in self.pinpoints)
+        object.__setattr__(self, "pinpoints", pinpoints)
+        numbers = [self.tile, self.side, *(n for pair in pinpoints for n in pair)]
+        numbers += [] if self.max_tiles is None else [self.max_tiles]
+        if not pinpoints or min(numbers) <= 0:
+            raise ValueError(f"vlm_fast.anyres: {self}, expected pinpoints, all numbers positive")
+
+
+class Stitched(NamedTuple):
+    """The grid of an image's tiles, in tokens: what is kept of it, and what that is resized to."""
+
+    tiles: Size  # rows and columns of tiles
+    top: int
+    left: int
+    kept: Size
+    resized: Size  # as kept, if it is not
+
+
+class Plan(NamedTuple):
+    """Where the rows of a batch's tiles go: the tables of `ops.anyres_pack`.
+
+    Attributes:
+        counts: rows that each image becomes.
+        tables: ``source, target``, the arguments of `ops.anyres_pack`; or, where an image is
+            resized, ``taps, weights, targets, target_weights`` of `ops.anyres_pack_resized`.
+    """
+
+    counts: tuple[int, ...]
+    tables: tuple[Tensor, ...]
+
+    @property
+    def is_resized(self) -> bool:
+        return len(self.tables) == 4
+
+
+def sizes_of(image_sizes: Any) -> tuple[Size, ...]:
+    """(height, width) of each image, as whole numbers.
+
+    Args:
+        image_sizes: ``(images, 2)``, a tensor or array, or a sequence of pairs of any of these. A
+            tensor on a GPU costs one transfer, for all images together.
+
+    Raises:
+        TypeError: not of pairs of whole numbers.
+        ValueError: a size is not positive.
+    """
+    if isinstance(image_sizes, Tensor):
+        image_sizes = image_sizes.cpu()
+    pairs = image_sizes.tolist() if hasattr(image_sizes, "tolist") else image_sizes
+    try:
+        pairs = [p.tolist() if hasattr(p, "tolist") else p for p in pairs]
+        sizes = tuple((operator.index(h), operator.index(w)) for h, w in pairs)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"vlm_fast.anyres: image_sizes is {image_sizes!r}, expected a (height, width) of whole "
+            "numbers for each image"
+        ) from None
+    for size in sizes:
+        _check(size)
+    return sizes
+
+
+def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
+    """The pinpoint on which the most of the image's pixels remain, of these the smallest.
+
+    transformers' ``select_best_resolution``, whose double precision can lose a pixel of a side
+    that fits exactly: it decides ties, so it is repeated here, operation by operation.
+
+    Raises:
+        ValueError: a size is not positive; on no pinpoint a pixel remains.
+    """
+    _check(size)
+    height, width = size
+    pixels = height * width
+    best, most, least_area = None, 0, 0
+    for candidate in pinpoints:
+        h, w = candidate
+        scale = min(w / width, h / height)
+        remaining = min(int(width * scale) * int(height * scale), pixels)
+        area = h * w
+        if remaining > most or (remaining == most and best is not None and area < least_area):
+            best, most, least_area = candidate, remaining, area
+    if best is None:
+        raise ValueError(f"vlm_fast.anyres: no pixel of an image of {size} remains on {pinpoints}")
+    return best
+
+
+def tile_count(size: Size, tiling: Tiling) -> int:
+    """Tiles the tower is given for an image, the base tile included."""
+    height, width = best_resolution(size, tiling.pinpoints)
+    return 1 + math.ceil(height / tiling.tile) * math.ceil(width / tiling.tile)
+
+
+@functools.lru_cache(maxsize=4096)
+def stitched(size: Size, tiling: Tiling) -> Stitched:
+    """The stitched grid of an image: transformers' ``unpad_image``, and OneVision's resize."""
+    height, width = best_resolution(size, tiling.pinpoints)
+    tiles = height // tiling.tile, width // tiling.tile
+    rows, cols = tiles[0] * tiling.side, tiles[1] * tiling.side
+    top, left = padding(size, (rows, cols))
+    kept = rows - 2 * top, cols - 2 * left
+    return Stitched(tiles, top, left, kept, _resized(kept, tiling))
+
+
+def padding(size: Size, grid: Size) -> Size:
+    """Rows of a grid of tokens above and below an image of ``size``, and columns beside it."""
+    height, width = size
+    rows, cols = grid
+    # transformers scales in double precision and rounds to 7 digits: the whole quotient.
+    if width * rows > cols * height:
+        return (rows - height * cols // width) // 2, 0
+    return 0, (cols - width * rows // height) // 2
+
+
+def _resized(kept: Size, tiling: Tiling) -> Size:
+    if tiling.max_tiles is None:
+        return kept
+    # In double precision, as there: the square root is not whole, and decides what is.
+    ratio = math.sqrt(kept[0] * kept[1] / (tiling.max_tiles * tiling.side**2))
+    return (int(kept[0] // ratio), int(kept[1] // ratio)) if ratio > 1.1 else kept
+
+
+def token_count(size: Sequence[int], tiling: Tiling, *, tiles: int | None = None) -> int:
+    """Tokens an image becomes: its base tile, and its stitched grid with the newlines.
+
+    Args:
+        size: (height, width) in pixels; a pair, a tensor or an array.
+        tiling: of the model.
+        tiles: 1 for an image that the tower is shown as one tile only (as one of several in a
+            prompt of LLaVA-OneVision).
+
+    Raises:
+        TypeError, ValueError: as `sizes_of` and `best_resolution`.
+    """
+    newline = int(tiling.newline)
+    if tiles == 1:
+        return tiling.side**2 + newline
+    height, width = stitched(sizes_of([size])[0], tiling).resized
+    return tiling.side**2 + height * (width + newline)
+
+
+def plan(
+    sizes: Iterable[Size],
+    tiling: Tiling,
+    *,
+    tiles: Iterable[int] | None = None,
+    device: str | torch.device = "cpu",
+) -> Plan:
+    """The tables for a batch of images whose tiles lie one after the other.
+
+    Made once per sizes, tiling and device, and remembered. Making one for a GPU costs a copy to it:
+    outside of CUDA graphs.
+
+    Args:
+        sizes: (height, width) of each image, as `sizes_of` gives them.
+        tiling: of the model.
+        tiles: how many tiles each image has; 1 or its `tile_count`. None: the latter, for all.
+        device: where the features are.
+
+    Raises:
+        ValueError: a size is not positive; the tiles of an image are not those of its grid; nothing
+            is left of an image after its resize; more than 2**31 - 1 rows.
+    """
+    sizes = tuple(sizes)
+    expected = [tile_count(size, tiling) for size in sizes]
+    counts = tuple(expected if tiles is None else tiles)
+    if len(counts) != len(sizes):
+        raise ValueError(f"vlm_fast.anyres: {len(sizes)} sizes, {len(counts)} counts of tiles")
+    for size, found, wanted in zip(sizes, counts, expected, strict=True):
+        tiled = math.prod(stitched(size, tiling).tiles) + 1
+        if found != 1 and (found != wanted or found != tiled):
+            raise ValueError(
+                f"vlm_fast.anyres: an image of {size} has {found} tiles, expected {wanted} for its "
+                f"grid of {best_resolution(size, tiling.pinpoints)}, or 1"
+            )
+    grids = tuple(
+        None if n == 1 else stitched(size, tiling) for size, n in zip(sizes, counts, strict=True)
+    )
+    return tables(grids, tiling.side, tiling.newline, torch.device(device))
+
+
+def _remembered(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Remember results, those of real tensors: what tracing makes is of its trace only."""
+    remembering = functools.lru_cache(maxsize=512)(torch.inference_mode(False)(make))
+
+    @functools.wraps(make)
+    def call(*key: Any) -> Any:
+        traced = is_traced(torch.empty(0)) or torch.compiler.is_compiling()
+        return make(*key) if traced else remembering(*key)
+
+    return call
+
+
+@_remembered
+def tables(
+    grids: tuple[Stitched | None, ...], side: int, newline: bool, device: torch.device
+) -> Plan:
+    """The plan of images with these stitched grids; None is a lone tile."""
+    resized = any(grid is not None and grid.resized != grid.kept for grid in grids)
+    make = _resized_tables if resized else _plain_tables
+    found: list[tuple[Tensor, ...]] = [make(grid, side, newline) for grid in grids]
+    shifted, counts, first, placed = [], [], 0, 0
+    for parts in found:
+        forth, back = parts[0], parts[-1] if len(parts) == 2 else parts[2]
+        forth, back = _shifted(forth, first), _shifted(back, placed)
+        shifted.append((forth, back) if len(parts) == 2 else (forth, parts[1], back, parts[3]))
+        counts.append(forth.shape[0])
+        first, placed = first + back.shape[0], placed + forth.shape[0]
+    if max(first, placed) > MAX_ROWS:
+        raise ValueError(f"vlm_fast.anyres: {max(first, placed)} rows, at most {MAX_ROWS}")
+    none = (torch.empty(0, dtype=torch.int32),) * 2
+    columns = zip(*(shifted or [none]), strict=True)
+    return Plan(tuple(counts), tuple(torch.cat(column).to(device) for column in columns))
+
+
+def _shifted(rows: Tensor, by: int) -> Tensor:
+    return torch.where(rows < 0, rows, rows + by)
+
+
+def _stitched_rows(grid: Stitched, side: int) -> Tensor:
+    """``(height, width)`` of what is kept: the row of each token among all tiles' rows."""
+    y = torch.arange(grid.top, grid.top + grid.kept[0], device="cpu")[:, None]
+    x = torch.arange(grid.left, grid.left + grid.kept[1], device="cpu")
+    tile = 1 + y // side * grid.tiles[1] + x // side
+    return (tile * side + y % side) * side + x % side
+
+
+@_remembered
+def _plain_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Tensor, Tensor]:
+    """``source`` of each packed row, -1 for newlines, and its inverse, -1 for what is cut off."""
+    base = torch.arange(side**2, device="cpu")
+    if grid is None:
+        source = torch.cat([base, base.new_full((int(newline),), -1)])
+        return source.int(), base.int()
+    rows = _stitched_rows(grid, side)
+    marks = rows.new_full((grid.kept[0], int(newline)), -1)
+    source = torch.cat([base, torch.cat([rows, marks], 1).flatten()])
+    target = base.new_full(((1 + math.prod(grid.tiles)) * side**2,), -1)
+    target[: side**2] = base
+    target[rows.flatten()] = _positions(grid.kept, side, newline).flatten()
+    return source.int(), target.int()
+
+
+def _positions(size: Size, side: int, newline: bool) -> Tensor:
+    """``(height, width)``: the packed row of each token of the grid."""
+    height, width = size
+    y = torch.arange(height, device="cpu")[:, None]
+    return side**2 + y * (width + newline) + torch.arange(width, device="cpu")
+
+
+@_remembered
+def _resized_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Tensor, ...]:
+    """Four taps, -1 where there are fewer, and their weights, forth and back.
+
+    Where the resize is one to fewer rows and columns, no token is a tap of more than four others.
+    """
+    if grid is None or grid.resized == grid.kept:
+        source, target = _plain_tables(grid, side, newline)
+        return *_lone_taps(source), *_lone_taps(target)
+    if 0 in grid.resized:
+        raise ValueError(f"vlm_fast.anyres: nothing is left of a grid of {grid.kept} when resized")
+    rows = _stitched_rows(grid, side)
+    (y, y_back), (x, x_back) = map(_bilinear, grid.kept, grid.resized)
+    taps, weights = _outer(rows, y, x)
+    marks = taps.new_full((grid.resized[0], int(newline), 4), -1)
+    taps = torch.cat([taps, marks], 1).view(-1, 4)
+    weights = torch.cat([weights, torch.zeros_like(marks)], 1).view(-1, 4)
+    base, base_weights = _lone_taps(torch.arange(side**2, device="cpu"))
+    targets, target_weights = _lone_taps(
+        base.new_full(((1 + math.prod(grid.tiles)) * side**2,), -1)
+    )
+    targets[: side**2], target_weights[: side**2] = base, base_weights
+    back, back_weights = _outer(_positions(grid.resized, side, newline), y_back, x_back)
+    targets[rows.flatten()] = back.view(-1, 4).int()
+    target_weights[rows.flatten()] = back_weights.view(-1, 4).int()
+    return (
+        torch.cat([base, taps.int()]), torch.cat([base_weights, weights.int()]),
+        targets, target_weights,
+    )  # fmt: skip
+
+
+def _lone_taps(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows that are copied: one tap of weight one, or none."""
+    taps = torch.full((rows.shape[0], 4), -1, dtype=torch.int32, device="cpu")
+    taps[:, 0] = rows
+    weights = torch.zeros_like(taps)
+    weights[:, 0] = torch.where(rows < 0, 0, ONE)
+    return taps, weights
+
+
+Axis = tuple[Tensor, Tensor]  # taps (length, 2), -1 for none, and their weights in double precision
+
+
+def _bilinear(length: int, resized: int) -> tuple[Axis, Axis]:
+    """Along one axis: the two taps of each resized token, and of which two each token is a tap.
+
+    Of ``interpolate(mode="bilinear", align_corners=False)``; its positions as exact fractions.
+    """
+    forth: list[tuple[tuple[int, int], tuple[float, float]]] = []
+    back: list[dict[int, float]] = [{} for _ in range(length)]
+    for i in range(resized):
+        position, unit = max((2 * i + 1) * length - resized, 0), 2 * resized
+        first = position // unit
+        taps = first, min(first + 1, length - 1)
+        weight = position % unit / unit
+        forth.append((taps, (1 - weight, weight)))
+        for tap, w in zip(taps, (1 - weight, weight), strict=True):
+            back[tap][i] = back[tap].get(i, 0.0) + w
+    padded = [[*b.items(), (-1, 0.0), (-1, 0.0)][:2] for b in back]
+    assert all(len(b) <= 2 for b in back)
+    table = [list(zip(*pair, strict=True)) for pair in padded]
+    return _axis(forth), _axis([(taps, weights) for taps, weights in table])
+
+
+def _axis(pairs: Sequence[tuple[Any, Any]]) -> Axis:
+    taps, weights = zip(*pairs, strict=True)
+    return (
+        torch.tensor(taps, device="cpu"),
+        torch.tensor(weights, dtype=torch.float64, device="cpu"),
+    )
+
+
+def _outer(rows: Tensor, y: Axis, x: Axis) -> tuple[Tensor, Tensor]:
+    """``(height, width, 4)``: rows at both axes' taps, and the products of their weights."""
+    (y_taps, y_weights), (x_taps, x_weights) = y, x
+    y_at, x_at = y_taps[:, None, :, None], x_taps[None, :, None, :]
+    known = (y_at >= 0) & (x_at >= 0)
+    taps = torch.where(known, rows[y_at.clamp(min=0), x_at.clamp(min=0)], -1)
+    weights = y_weights[:, None, :, None] * x_weights[None, :, None, :]
+    return taps.flatten(2), torch.where(known, (weights * ONE).round().long(), 0).flatten(2)
+
+
+def _check(size: Size) -> None:
+    if min(size) <= 0:
+        raise ValueError(f"vlm_fast.anyres: an image of {size}, expected a positive height, width")
