@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 
+#include "anyres_pack.h"
 #include "image_tokens.h"
 
 namespace py = pybind11;
@@ -80,4 +81,31 @@ PYBIND11_MODULE(_C, m) {
       py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("slots_ptr"),
       py::arg("count"), py::arg("out_ptr"), py::arg("rows"), py::arg("row_bytes"),
       py::arg("threads"), without_gil);
+
+  m.def(
+      "pack_rows",
+      [](uintptr_t source, int64_t source_stride, uintptr_t slots, uintptr_t index, int64_t limit,
+         uintptr_t fill, uintptr_t out, int64_t rows, int64_t row_bytes, int threads) {
+        pack_rows(rows_at(source, source_stride), pointer<const int32_t>(slots),
+                  pointer<const int32_t>(index), limit, pointer<const char>(fill),
+                  pointer<char>(out), rows, row_bytes, threads);
+      },
+      py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("slots_ptr"),
+      py::arg("index_ptr"), py::arg("limit"), py::arg("fill_ptr"), py::arg("out_ptr"),
+      py::arg("rows"), py::arg("row_bytes"), py::arg("threads"), without_gil);
+
+  m.def(
+      "merge_packed_rows",
+      [](uintptr_t embeds, int64_t embeds_stride, uintptr_t slots, uintptr_t source,
+         int64_t source_stride, uintptr_t index, int64_t count, int64_t limit, uintptr_t fill,
+         uintptr_t out, int64_t rows, int64_t row_bytes, int threads) {
+        merge_packed_rows(rows_at(embeds, embeds_stride), pointer<const int32_t>(slots),
+                          rows_at(source, source_stride), pointer<const int32_t>(index), count,
+                          limit, pointer<const char>(fill), pointer<char>(out), rows, row_bytes,
+                          threads);
+      },
+      py::arg("embeds_ptr"), py::arg("embeds_row_stride_bytes"), py::arg("slots_ptr"),
+      py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("index_ptr"),
+      py::arg("count"), py::arg("limit"), py::arg("fill_ptr"), py::arg("out_ptr"), py::arg("rows"),
+      py::arg("row_bytes"), py::arg("threads"), without_gil);
 }

@@ -147,7 +147,7 @@ def test_merge_neither_waits_nor_leaks_its_type(name, monkeypatch):
 
     patch(name, model)
     monkeypatch.setattr(image_token_merge, "_would_wait", lambda count: True)
-    monkeypatch.setattr(image_tokens, "_check_count", lambda *args: None)
+    monkeypatch.setattr(image_tokens, "check_count", lambda *args: None)
     for module in model.modules():
         if any(module.children()):  # with hooks on its linears no projector would be fused
             module.register_forward_hook(look, with_kwargs=True)

@@ -307,7 +307,7 @@ def _resized_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Te
     """
     if grid is None or grid.resized == grid.kept:
         source, target = _plain_tables(grid, side, newline)
-        return *_lone_taps(source), *_lone_taps(target)
+        return *lone_taps(source), *lone_taps(target)
     if 0 in grid.resized:
         raise ValueError(f"vlm_fast.anyres: nothing is left of a grid of {grid.kept} when resized")
     rows = _stitched_rows(grid, side)
@@ -316,10 +316,8 @@ def _resized_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Te
     marks = taps.new_full((grid.resized[0], int(newline), 4), -1)
     taps = torch.cat([taps, marks], 1).view(-1, 4)
     weights = torch.cat([weights, torch.zeros_like(marks)], 1).view(-1, 4)
-    base, base_weights = _lone_taps(torch.arange(side**2, device="cpu"))
-    targets, target_weights = _lone_taps(
-        base.new_full(((1 + math.prod(grid.tiles)) * side**2,), -1)
-    )
+    base, base_weights = lone_taps(torch.arange(side**2, device="cpu"))
+    targets, target_weights = lone_taps(base.new_full(((1 + math.prod(grid.tiles)) * side**2,), -1))
     targets[: side**2], target_weights[: side**2] = base, base_weights
     back, back_weights = _outer(_positions(grid.resized, side, newline), y_back, x_back)
     targets[rows.flatten()] = back.view(-1, 4).int()
@@ -330,7 +328,7 @@ def _resized_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Te
     )  # fmt: skip
 
 
-def _lone_taps(rows: Tensor) -> tuple[Tensor, Tensor]:
+def lone_taps(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Of rows that are copied: one tap of weight one, or none."""
     taps = torch.full((rows.shape[0], 4), -1, dtype=torch.int32, device="cpu")
     taps[:, 0] = rows
