@@ -148,7 +148,8 @@ MISTAKES = {
     "three sides": (lambda: anyres.sizes_of([(1, 2, 3)]), TypeError, "each image"),
     "no pixel left": (lambda: token_count((2760, 1), NEXT), ValueError, "no pixel"),
     "tiles of another grid": (
-        lambda: anyres.plan([(672, 672)], NEXT, tiles=[3]), ValueError, "3 tiles, expected 5",
+        lambda: anyres.plan([(672, 672)], NEXT, tiles=[3]),
+        ValueError, r"3 tiles, expected the base and \(2, 2\)",
     ),
     "more counts than sizes": (
         lambda: anyres.plan([(672, 672)], NEXT, tiles=[5, 5]), ValueError, "1 sizes, 2 counts",

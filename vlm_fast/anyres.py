@@ -213,16 +213,15 @@ def plan(
             is left of an image after its resize; more than 2**31 - 1 rows.
     """
     sizes = tuple(sizes)
-    expected = [tile_count(size, tiling) for size in sizes]
-    counts = tuple(expected if tiles is None else tiles)
+    counts = tuple([tile_count(size, tiling) for size in sizes] if tiles is None else tiles)
     if len(counts) != len(sizes):
         raise ValueError(f"vlm_fast.anyres: {len(sizes)} sizes, {len(counts)} counts of tiles")
-    for size, found, wanted in zip(sizes, counts, expected, strict=True):
-        tiled = math.prod(stitched(size, tiling).tiles) + 1
-        if found != 1 and (found != wanted or found != tiled):
+    for size, found in zip(sizes, counts, strict=True):
+        if found != 1 and found != 1 + math.prod(stitched(size, tiling).tiles):
             raise ValueError(
-                f"vlm_fast.anyres: an image of {size} has {found} tiles, expected {wanted} for its "
-                f"grid of {best_resolution(size, tiling.pinpoints)}, or 1"
+                f"vlm_fast.anyres: an image of {size} has {found} tiles, expected the base and "
+                f"{stitched(size, tiling).tiles} of {tiling.tile} pixels for its grid of "
+                f"{best_resolution(size, tiling.pinpoints)}, or 1"
             )
     grids = tuple(
         None if n == 1 else stitched(size, tiling) for size, n in zip(sizes, counts, strict=True)
@@ -330,7 +329,7 @@ def _resized_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Te
 
 def lone_taps(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Of rows that are copied: one tap of weight one, or none."""
-    taps = torch.full((rows.shape[0], 4), -1, dtype=torch.int32, device="cpu")
+    taps = rows.new_full((rows.shape[0], 4), -1, dtype=torch.int32)
     taps[:, 0] = rows
     weights = torch.zeros_like(taps)
     weights[:, 0] = torch.where(rows < 0, 0, ONE)
