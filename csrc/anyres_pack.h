@@ -19,4 +19,9 @@ void merge_packed_rows(Rows embeds, const int32_t* slots, Rows source, const int
                        int64_t count, int64_t limit, const char* fill, char* out, int64_t rows,
                        int64_t row_bytes, int threads);
 
+// out[j] = sum over four taps of source[taps[4 j + k]] weights[4 j + k] 2^-30, in fp32, of those
+// that are rows of the source; `fill` or zeros where the first is none. Of bf16, or else of fp32.
+void blend_rows(Rows source, const int32_t* taps, const int32_t* weights, int64_t limit,
+                const char* fill, char* out, int64_t rows, int64_t cols, bool bf16, int threads);
+
 }  // namespace vlm_fast

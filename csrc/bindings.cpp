@@ -108,4 +108,16 @@ PYBIND11_MODULE(_C, m) {
       py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("index_ptr"),
       py::arg("count"), py::arg("limit"), py::arg("fill_ptr"), py::arg("out_ptr"), py::arg("rows"),
       py::arg("row_bytes"), py::arg("threads"), without_gil);
+
+  m.def(
+      "blend_rows",
+      [](uintptr_t source, int64_t source_stride, uintptr_t taps, uintptr_t weights, int64_t limit,
+         uintptr_t fill, uintptr_t out, int64_t rows, int64_t cols, bool bf16, int threads) {
+        blend_rows(rows_at(source, source_stride), pointer<const int32_t>(taps),
+                   pointer<const int32_t>(weights), limit, pointer<const char>(fill),
+                   pointer<char>(out), rows, cols, bf16, threads);
+      },
+      py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("taps_ptr"),
+      py::arg("weights_ptr"), py::arg("limit"), py::arg("fill_ptr"), py::arg("out_ptr"),
+      py::arg("rows"), py::arg("cols"), py::arg("bf16"), py::arg("threads"), without_gil);
 }

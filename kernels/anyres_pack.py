@@ -208,7 +208,16 @@ def blend_rows(source: Tensor, taps: Tensor, weights: Tensor, fill: Tensor | Non
             rows, lambda blocks: (rows,),
             matrix, matrix.stride(0), taps, weights, fill, out, limit, cols,
         )  # fmt: skip
-    elif not is_traced(source):
+    elif is_traced(source):
+        pass
+    elif native is not None and source.is_cpu and out.dtype in (torch.bfloat16, torch.float32):
+        fill = None if fill is None else fill.to(out.dtype)
+        native.blend_rows(
+            matrix.data_ptr(), _pitch(matrix), taps.data_ptr(), weights.data_ptr(), limit,
+            _address(fill), out.data_ptr(), rows, cols, out.dtype == torch.bfloat16,
+            torch.get_num_threads(),
+        )  # fmt: skip
+    else:
         total = matrix.new_zeros(rows, cols, dtype=torch.float32)
         for tap, weight in zip(taps.unbind(1), weights.unbind(1), strict=True):
             at = ((tap >= 0) & (tap < limit)).nonzero().flatten()
