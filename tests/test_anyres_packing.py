@@ -9,7 +9,7 @@ import transformers
 import vlm_fast
 from tests.test_supported_models import step, tensors
 from tests.tiny_models import IMAGE, SIGLIP, TEXT, build
-from vlm_fast import anyres, parity
+from vlm_fast import anyres, ops, parity
 from vlm_fast.modules import AnyResPacker
 from vlm_fast.modules.anyres_packer import joined
 from vlm_fast.patching import anyres as patching
@@ -105,6 +105,26 @@ def test_copied_rows_are_equal_bits():
         assert torch.equal(both[0][0], both[1][0]) and torch.equal(both[0][1], both[1][1])
     both = [packed(m, features.split(tiles), sizes, None)[0] for m in (fast, plain)]
     assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("images", [1, 2, 4])
+def test_large_rows_in_threads(images, threads):
+    """From where the compiled code starts threads, bypasses the cache, asks for huge pages."""
+    tiling = anyres.Tiling([[24, 24], [48, 48]], 24, 24)
+    plan = anyres.plan([(48, 40)] * images, tiling)
+    features = torch.randn(5 * images, 576, 2047, dtype=torch.bfloat16, requires_grad=True)
+    newline = torch.randn(2047, dtype=torch.bfloat16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours = ops.anyres_pack(features, newline, *plan.tables)
+        gradient = torch.autograd.grad(ours, features, ours)[0]
+    finally:
+        torch.set_num_threads(before)
+    theirs = ops.anyres_pack.reference(features, newline, *plan.tables)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(gradient, torch.autograd.grad(theirs, features, ours)[0])
 
 
 # ---- the module ----
