@@ -49,6 +49,10 @@ def theirs(size, tiling):
     return kind._get_number_of_features(processor, *size, tiling.tile, tiling.tile)
 
 
+# In whole numbers a larger grid keeps more; in floats a pixel is lost, and with it the tie.
+LOSSY = [(632, 1265), (1211, 2423), (1275, 2551), (1182, 2365)]
+
+
 def random_sizes(count, seed, largest=4000):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(24, largest, (count, 2), generator=generator)
@@ -57,7 +61,8 @@ def random_sizes(count, seed, largest=4000):
 @each_tiling
 def test_counts_are_those_of_the_processors(tiling):
     sizes = random_sizes(1500, seed=0).tolist()
-    sizes += [(w, h) for h, w in sizes[:300]] + [(tiling.tile * i, 100 * i) for i in range(1, 40)]
+    sizes += LOSSY + [(w, h) for h, w in LOSSY + sizes[:300]]
+    sizes += [(tiling.tile * i, 100 * i) for i in range(1, 40)]
     for size in map(tuple, sizes):
         assert token_count(size, tiling) == theirs(size, tiling), size
         assert anyres.best_resolution(size, tiling.pinpoints) == select_best_resolution(
