@@ -297,6 +297,18 @@ def test_ragged_images_in_patched_models(name):
     assert torch.equal(model(**inputs).logits, model(**inputs).logits)
 
 
+def test_compiled_patched_model():
+    """Sizes are no part of a graph: it breaks where they are asked for, as it does unpatched."""
+    model, inputs = ragged("llava_next")
+    with torch.no_grad():
+        before = model.model(**inputs)[0]
+        vlm_fast.patch(model)
+        torch._dynamo.reset()
+        after = torch.compile(model.model, backend="eager")(**inputs)[0]
+    assert vlm_fast.stats()["anyres_pack"]["fast"]
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=2e-6)
+
+
 def test_marked_images_do_not_leave_the_model():
     model, inputs = ragged("llava_next")
     vlm_fast.patch(model)

@@ -171,7 +171,7 @@ MISTAKES = {
         PACK, {"features": lambda t: t[:0], "target": lambda t: t[:0]}, ValueError, "source no row",
     ),
     "resized tiles of another plan": (
-        RESIZED, {"features": lambda t: t[1:]}, ValueError, "targets (72, 4) (63, 4)",
+        RESIZED, {"features": lambda t: t[1:]}, ValueError, "targets (40, 4) (36, 4)",
     ),
     "weights of other taps": (RESIZED, {"weights": lambda t: t[1:]}, ValueError, "weights"),
     "three taps": (RESIZED, {"taps": lambda t: t[:, 1:]}, ValueError, "taps 3 4"),

@@ -195,7 +195,7 @@ def cost_resized(features, image_newline, taps, weights, targets, target_weights
 @anyres_pack_resized.inputs(
     test=[
         dict(batch=1, side=2, hidden=1, sizes=((4, 4),), most=1),
-        dict(batch=3, side=3, hidden=17, sizes=((6, 5), (2, 3), None), most=1),
+        dict(batch=3, side=2, hidden=17, sizes=((5, 4), (1, 2), None), most=1),
         dict(batch=1, side=2, hidden=100, sizes=((4, 3),), most=1, newline=False),
     ],
     bench={
@@ -315,7 +315,7 @@ def cost_merge(inputs_embeds, features, image_newline, source, target, image_mas
     test=[
         dict(batch=1, side=1, hidden=1, sizes=((2, 1),), text=1),
         dict(batch=3, side=2, hidden=17, sizes=((4, 3), (1, 4), None), text=5),
-        dict(batch=1, side=2, hidden=100, sizes=((5, 2),), text=40, newline=False),
+        dict(batch=1, side=2, hidden=100, sizes=((5, 2),), text=9, newline=False),
     ],
     bench={
         "LLaVA-NeXT, 8 x 4096": dict(
