@@ -289,6 +289,8 @@ def test_ragged_images_in_patched_models(name):
         after = step(model, inputs)
         assert torch.equal(model.generate(**generate), text)
     assert vlm_fast.stats()["anyres_pack"]["fast"]
+    verification = vlm_fast.verify(model, **inputs)
+    assert verification.ok and "model (anyres_pack" in str(verification), verification
     assert after.keys() == before.keys()
     for where, value in after.items():
         assert type(value) is type(before[where]), where

@@ -7,7 +7,7 @@ returns is of views; the ``cat`` that the model's forward makes of it is then no
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import accumulate
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_fast.anyres import Tiling, plan, sizes_of
+from vlm_fast.anyres import Plan, Tiling, plan, sizes_of
 from vlm_fast.modules.anyres_packer import joined, pack_tiles
 from vlm_fast.patching import image_token_merge
 from vlm_fast.patching.class_swap import Patched, is_class
@@ -29,6 +29,10 @@ CLASSES = (
     ("granite4_vision", "Granite4VisionModel"),
 )
 NAME = "pack_image_features"  # in fallbacks
+
+
+# Functions that see the tiles, newline and plan of every pack; `vlm_fast.verify` looks through one.
+OBSERVERS: list[Callable[[Tensor, Tensor | None, Plan], None]] = []
 
 
 class PackedImage(Tensor):
@@ -158,7 +162,10 @@ def _pack(
     device = image_features[0].device
     made = plan(sizes, tiling, tiles=tiles, device=device)
     newline = None if newline is None else newline.to(device)
-    return pack_tiles(joined(image_features), newline, made), list(made.counts)
+    whole = joined(image_features)
+    for observe in OBSERVERS:
+        observe(whole, newline, made)
+    return pack_tiles(whole, newline, made), list(made.counts)
 
 
 def _images(whole: Tensor, counts: Sequence[int]) -> list[Tensor]:
