@@ -1,6 +1,7 @@
 """Tiles packed by our ops, module and patches, against transformers' ``pack_image_features``."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -313,11 +314,16 @@ def test_compiled_patched_model():
 
 def test_marked_images_do_not_leave_the_model():
     model, inputs = ragged("llava_next")
+    signature = inspect.signature(model.model.forward)
     vlm_fast.patch(model)
+    assert inspect.signature(model.model.forward) == signature
     features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
     assert all(type(t) is torch.Tensor for _, t in tensors(features.pooler_output))
     output = model(**inputs)
     assert all(type(t) is torch.Tensor for _, t in tensors(dict(output)))
+    assert not model.model.merging
+    with pytest.raises(ValueError, match="positive"):
+        model(**inputs | {"image_sizes": inputs["image_sizes"] * 0})
     assert not model.model.merging
 
 

@@ -72,7 +72,7 @@ def sizes_of(image_sizes: Any) -> tuple[Size, ...]:
     pairs = image_sizes.tolist() if hasattr(image_sizes, "tolist") else image_sizes
     try:
         pairs = [p.tolist() if hasattr(p, "tolist") else p for p in pairs]
-        sizes = tuple((operator.index(h), operator.index(w)) for h, w in pairs)
+        sizes = tuple((_whole(h), _whole(w)) for h, w in pairs)
     except (TypeError, ValueError):
         raise TypeError(
             f"vlm_fast.anyres: image_sizes is {image_sizes!r}, expected a (height, width) of whole "
@@ -81,6 +81,11 @@ def sizes_of(image_sizes: Any) -> tuple[Size, ...]:
     for size in sizes:
         check_size(size)
     return sizes
+
+
+def _whole(number: Any) -> int:
+    is_whole = isinstance(number, float) and number.is_integer()
+    return int(number) if is_whole else operator.index(number)
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:

@@ -6,6 +6,7 @@ returns is of views; the ``cat`` that the model's forward makes of it is then no
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -67,6 +68,8 @@ class FusedAnyRes(Patched):
         # Every later question about a size is then answered without the device: one transfer.
         if isinstance(image_sizes, Tensor):
             image_sizes = image_sizes.cpu()
+        if not torch.compiler.is_compiling():
+            sizes_of(image_sizes)  # says what is wrong with them, where a division would not
         return super().get_image_features(  # type: ignore[misc]
             pixel_values, image_sizes, *args, **kwargs
         )
@@ -92,14 +95,20 @@ class FusedAnyRes(Patched):
 class FusedAnyResMerge(FusedAnyRes, FusedMerge):
     """A model whose tiles are packed in one movement and merged in another."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        self.merging = True
-        try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            del self.merging
+    def __init_subclass__(cls) -> None:
+        plain = cls.patch.base.forward
+
+        @functools.wraps(plain)  # callers ask for its signature
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return plain(self, *args, **kwargs)
+            self.merging = True
+            try:
+                return plain(self, *args, **kwargs)
+            finally:
+                self.__dict__.pop("merging", None)  # another thread may have been here
+
+        cls.forward = forward  # type: ignore[attr-defined]
 
 
 def recognise(module: nn.Module) -> tuple[()] | None:
