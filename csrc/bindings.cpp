@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 
+#include "anyres_pack.h"
 #include "image_tokens.h"
 #include "merge_tokens.h"
 
@@ -137,4 +138,43 @@ PYBIND11_MODULE(_C, m) {
       py::arg("destination_ptr"), py::arg("size_ptr"), py::arg("total_ptr"), py::arg("out_ptr"),
       py::arg("batch"), py::arg("tokens"), py::arg("merged"), py::arg("cols"), py::arg("threads"),
       without_gil);
+
+  m.def(
+      "pack_rows",
+      [](uintptr_t source, int64_t source_stride, uintptr_t slots, uintptr_t index, int64_t limit,
+         uintptr_t fill, uintptr_t out, int64_t rows, int64_t row_bytes, int threads) {
+        pack_rows(rows_at(source, source_stride), pointer<const int32_t>(slots),
+                  pointer<const int32_t>(index), limit, pointer<const char>(fill),
+                  pointer<char>(out), rows, row_bytes, threads);
+      },
+      py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("slots_ptr"),
+      py::arg("index_ptr"), py::arg("limit"), py::arg("fill_ptr"), py::arg("out_ptr"),
+      py::arg("rows"), py::arg("row_bytes"), py::arg("threads"), without_gil);
+
+  m.def(
+      "merge_packed_rows",
+      [](uintptr_t embeds, int64_t embeds_stride, uintptr_t slots, uintptr_t source,
+         int64_t source_stride, uintptr_t index, int64_t count, int64_t limit, uintptr_t fill,
+         uintptr_t out, int64_t rows, int64_t row_bytes, int threads) {
+        merge_packed_rows(rows_at(embeds, embeds_stride), pointer<const int32_t>(slots),
+                          rows_at(source, source_stride), pointer<const int32_t>(index), count,
+                          limit, pointer<const char>(fill), pointer<char>(out), rows, row_bytes,
+                          threads);
+      },
+      py::arg("embeds_ptr"), py::arg("embeds_row_stride_bytes"), py::arg("slots_ptr"),
+      py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("index_ptr"),
+      py::arg("count"), py::arg("limit"), py::arg("fill_ptr"), py::arg("out_ptr"), py::arg("rows"),
+      py::arg("row_bytes"), py::arg("threads"), without_gil);
+
+  m.def(
+      "blend_rows",
+      [](uintptr_t source, int64_t source_stride, uintptr_t taps, uintptr_t weights, int64_t limit,
+         uintptr_t fill, uintptr_t out, int64_t rows, int64_t cols, bool bf16, int threads) {
+        blend_rows(rows_at(source, source_stride), pointer<const int32_t>(taps),
+                   pointer<const int32_t>(weights), limit, pointer<const char>(fill),
+                   pointer<char>(out), rows, cols, bf16, threads);
+      },
+      py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("taps_ptr"),
+      py::arg("weights_ptr"), py::arg("limit"), py::arg("fill_ptr"), py::arg("out_ptr"),
+      py::arg("rows"), py::arg("cols"), py::arg("bf16"), py::arg("threads"), without_gil);
 }

@@ -7,12 +7,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace vlm_fast {
+#include "rows.h"
 
-struct Rows {
-  const char* data;
-  int64_t stride;
-};
+namespace vlm_fast {
 
 struct RowBlock {
   Rows rows;

@@ -231,6 +231,11 @@ def place_image_tokens(features: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
     return out
 
 
+def copy_text(text: Tensor, mask: Tensor, out: Tensor) -> None:
+    """Rows of ``text (rows, cols)`` into ``out`` where ``mask`` is false; by Triton only."""
+    _merge(None, None, 0, text, mask, out, text.shape[1])
+
+
 def row_matrix(x: Tensor) -> Tensor:
     """``x`` as ``(rows, cols)`` with dense rows: a view wherever the strides allow one."""
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -239,7 +244,7 @@ def row_matrix(x: Tensor) -> Tensor:
 
 def _merge(
     image: Tensor | None,
-    slots: Tensor,
+    slots: Tensor | None,
     first: int,
     text: Tensor | None,
     mask: Tensor,

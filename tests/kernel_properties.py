@@ -261,3 +261,28 @@ def test_features_of_another_dtype(device, shape, features_dtype):
     change = lambda t: t.to(features_dtype) * 1.001  # noqa: E731
     features = [change(f) for f in features] if isinstance(features, list) else change(features)
     judged(op, (embeds, features, mask), options, layout="padded rows")
+
+
+@pytest.mark.parametrize("wild", [-(2**31), -2, 10**6, 2**31 - 1])
+@pytest.mark.parametrize("name", ["anyres_pack", "anyres_pack_resized", "anyres_merge"])
+def test_tables_out_of_range_are_safe_addresses(device, name, wild):
+    """What names no row is a newline on the way there, and gives zeros on the way back."""
+    op = OPS[name]
+    args, options = op.sample(usual_shape(op), device=device)
+    named = dict(zip(op.tensors, args, strict=True))
+    forth, back = ("taps", "targets") if "taps" in named else ("source", "target")
+    named[forth][::3], named[back][::3] = wild, wild
+    with GuardBands() as bands, torch.no_grad():
+        args = tuple(bands.lay_out(value, "dense", i) for i, value in enumerate(named.values()))
+        values, settings = op._accepts(*args, **options), {**op.defaults, **options}
+        needs = op.Needs(*[v is not None and v.is_floating_point() for v in values])
+        result, kept = op._path.forward(needs, *values, **settings)
+        gradients = op._path.backward(needs, kept, torch.ones_like(result), **settings)
+    bands.check()
+    torch.testing.assert_close(result, op.reference(*args, **options))
+    gradients = dict(zip(op.tensors, gradients, strict=True))
+    assert not gradients["features"].flatten(0, -2)[::3].any()
+    newlines = named[forth].view(named[forth].shape[0], -1)[:, 0]
+    rows = named["features"].flatten(0, -2).shape[0]
+    count = ((newlines < 0) | (newlines >= rows)).sum()
+    assert (gradients["image_newline"] == count).all()

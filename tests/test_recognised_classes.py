@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from vlm_fast.modules.chain import Chain, chain_of
-from vlm_fast.patching import image_token_merge
+from vlm_fast.patching import anyres, image_token_merge
 
 RELEASE = "5.17"
 pytestmark = pytest.mark.skipif(
@@ -63,6 +63,14 @@ NO_MERGE = {
     **dict.fromkeys(
         ["Florence2ForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusModel"]
     ),
+}  # fmt: skip
+
+PACK = {"LlavaNextModel", "LlavaNextVideoModel", "LlavaOnevisionModel", "Granite4VisionModel"}
+# They hand the question to the model inside, or know no such thing.
+NO_PACK = {
+    "LlavaNextForConditionalGeneration", "LlavaNextVideoForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration", "Granite4VisionForConditionalGeneration",
+    "DeepseekOcr2ForConditionalGeneration", "Step3p7ForConditionalGeneration",
 }  # fmt: skip
 
 ADAPTER = SimpleNamespace(hidden_size=8, adapter_attn_dim=4)
@@ -142,6 +150,7 @@ def written(*texts):
 
 
 ASKING = dict(written("def get_placeholder_mask", ".masked_scatter("))
+PACKING = dict(written("def pack_image_features"))
 CANDIDATES = dict(written("self.linear_1 =", "self.linear_2 ="))
 OTHER_NAMES = {
     "DeepseekVLAligner": "deepseek_vl",
@@ -165,6 +174,17 @@ def test_no_class_is_missing():
 def test_merges(name):
     module = torch.nn.Module.__new__(of_transformers(name, ASKING[name]))
     assert image_token_merge.recognise(module) == (() if name in MERGE else NO_MERGE[name])
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_packs_of_tiles(name):
+    assert PACKING.keys() == PACK | NO_PACK
+    module = torch.nn.Module.__new__(of_transformers(name, PACKING[name]))
+    assert anyres.packs(module) == (name in PACK)
+    merges = name in PACK & MERGE
+    assert anyres.recognise(module) == (() if merges else None)
+    assert anyres.recognise_packing(module) == (() if name in PACK - MERGE else None)
+    assert name not in PACK or anyres.recognise_merge(module) is None
 
 
 @pytest.mark.parametrize("name", PROJECTORS)

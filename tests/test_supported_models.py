@@ -23,18 +23,20 @@ NO_MERGE = {
     "deepseek_vl_hybrid", "minimax_m3_vl", "voxtral", "audioflamingo3", "musicflamingo", "glmasr",
     "qwen3_asr",
 }  # fmt: skip
+PACK = {"llava_next", "llava_next_video", "llava_onevision"}
 MERGE = [name for name in MODELS if name not in NO_MERGE]
 
 
 def patch(name, model):
     """Patch, and check that just what should be patched was."""
-    served = name in PROJECTOR or name not in NO_MERGE
+    served = name in PROJECTOR | PACK or name not in NO_MERGE
     with nullcontext() if served else pytest.warns(UserWarning, match="no connector of"):
         report = vlm_fast.patch(model)
     kinds = {what.split(" by ")[1] for what in report.patched.values()}
     expected = {
         "FusedMLP": name in PROJECTOR,
-        "FusedMerge": name not in NO_MERGE,
+        "FusedMerge": name not in NO_MERGE | PACK,
+        "FusedAnyResMerge": name in PACK,
         "FusedAriaProjector": name == "aria",
     }
     assert kinds == {kind for kind, is_expected in expected.items() if is_expected}
@@ -81,6 +83,7 @@ def test_patched_is_the_same_model(name):
     # Omni's sounds are merged without a count, so by masked_scatter.
     merges = sum(p.token != AUDIO for p in MODELS[name].placeholders) * (name in MERGE)
     assert calls.get("merge_image_tokens", 0) == merges
+    assert (calls.get("anyres_pack", 0) > 0) == (name in PACK)
     computes = name in PROJECTOR or name == "aria"
     assert (calls.get("mlp", 0) > 0) == computes
     assert after.keys() == before.keys()
@@ -147,7 +150,7 @@ def test_merge_neither_waits_nor_leaks_its_type(name, monkeypatch):
 
     patch(name, model)
     monkeypatch.setattr(image_token_merge, "_would_wait", lambda count: True)
-    monkeypatch.setattr(image_tokens, "_check_count", lambda *args: None)
+    monkeypatch.setattr(image_tokens, "check_count", lambda *args: None)
     for module in model.modules():
         if any(module.children()):  # with hooks on its linears no projector would be fused
             module.register_forward_hook(look, with_kwargs=True)

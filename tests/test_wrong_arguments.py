@@ -9,6 +9,9 @@ from tests.cases import OPS, any_op, usual_shape
 from vlm_fast import parity
 
 MERGE, GATHER, MLP = (OPS[name] for name in ("merge_image_tokens", "gather_image_tokens", "mlp"))
+PACK, RESIZED, PACK_MERGE = (
+    OPS[name] for name in ("anyres_pack", "anyres_pack_resized", "anyres_merge")
+)
 
 
 NO_MISTAKES = [
@@ -26,6 +29,12 @@ NO_MISTAKES = [
     ("stacked_linear", "x", "one dimension more"),
     ("merge_image_tokens", "image_features", "one dimension more"),
     ("gather_image_tokens", "hidden_states", "one feature more"),
+    *(
+        (name, "features", "one dimension more")
+        for name in ("anyres_pack", "anyres_pack_resized", "anyres_merge")
+    ),
+    ("anyres_pack", "source", "one feature more"),  # another packed row
+    ("anyres_merge", "source", "one feature more"),  # counted later, against the mask
 ]
 
 
@@ -153,6 +162,31 @@ MISTAKES = {
     ),
     "mask of another sequence": (
         MERGE, {"image_mask": lambda t: t[:, 1:]}, ValueError, "image_mask (3, 36) (3, 37)",
+    ),
+    "newline of another width": (
+        PACK, {"image_newline": lambda t: t[1:]}, ValueError, "image_newline (16,) (17,)",
+    ),
+    "newline that broadcasts": (PACK, {"image_newline": lambda t: t[:1]}, ValueError, "(1,) (17,)"),
+    "tiles of another plan": (PACK, {"features": lambda t: t[1:]}, ValueError, "target 32"),
+    "tables of another width": (PACK, {"source": lambda t: t[:, None]}, ValueError, "source rows"),
+    "wide tables": (PACK, {"target": lambda t: t.long()}, TypeError, "target int64 int32"),
+    "packed without rows": (
+        PACK, {"features": lambda t: t[:0], "target": lambda t: t[:0]}, ValueError, "source no row",
+    ),
+    "resized tiles of another plan": (
+        RESIZED, {"features": lambda t: t[1:]}, ValueError, "targets (40, 4) (36, 4)",
+    ),
+    "weights of other taps": (RESIZED, {"weights": lambda t: t[1:]}, ValueError, "weights"),
+    "three taps": (RESIZED, {"taps": lambda t: t[:, 1:]}, ValueError, "taps 3 4"),
+    "packed rows beyond the mask": (
+        PACK_MERGE, {"source": lambda t: t.repeat(4)}, ValueError, "source image_mask",
+    ),
+    "packed rows of another mask": (
+        PACK_MERGE, {"source": lambda t: t[1:]}, ValueError, "source image_mask",
+    ),
+    "features of another width": (
+        PACK_MERGE, {"features": lambda t: t[..., 1:], "image_newline": lambda t: t[1:]},
+        ValueError, "features inputs_embeds 16 17",
     ),
     "sequence without batch": (
         GATHER, {"hidden_states": lambda t: t[0]}, ValueError, "hidden_states (37, 17) hidden",

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops, parity
+from vlm_fast.anyres import Plan
 from vlm_fast.parity import Verdict, judge
-from vlm_fast.patching import image_token_merge, patched_modules
+from vlm_fast.patching import anyres, image_token_merge, patched_modules
 from vlm_fast.patching.class_swap import Patched, swap_back
 
 
@@ -84,27 +85,37 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
         raise ValueError(f"{type(model).__name__} has no patched connector; call patch() first")
     seen: dict[str, tuple[Any, ...]] = {}
     merges: list[tuple[Tensor, Tensor, Tensor]] = []
+    packs: list[tuple[Any, ...]] = []
     hooks = [
         module.register_forward_pre_hook(_keep(seen, name), with_kwargs=True)
         for name, module in connectors.items()
     ]
     observer = lambda *tensors: merges.append(_detached(tensors))  # noqa: E731
+    pack_observer = lambda *arguments: packs.append(_detached(arguments))  # noqa: E731
     image_token_merge.OBSERVERS.append(observer)
+    anyres.OBSERVERS.append(pack_observer)
     try:
         ours = _first_output(model, inputs)
     finally:
         image_token_merge.OBSERVERS.remove(observer)
+        anyres.OBSERVERS.remove(pack_observer)
         for hook in hooks:
             hook.remove()
     theirs = _without_patch(connectors, lambda: _first_output(model, inputs))
     found, unreached = [], []
     for name, module in connectors.items():
+        what, verdicts = [], []
         if isinstance(module, Patched) and module.alone and name in seen:
-            what = type(module).patch.mixin.__name__
-            found.append(Connector(name, what, _verify_module(connectors[name], seen[name])))
-        elif isinstance(module, image_token_merge.FusedMerge) and merges:
-            verdicts = [v for merge in merges for v in _verify_merge(*merge)]
-            found.append(Connector(name, "merge_image_tokens", verdicts))
+            what.append(type(module).patch.mixin.__name__)
+            verdicts += _verify_module(connectors[name], seen[name])
+        if isinstance(module, anyres.FusedAnyRes) and packs:
+            what.append("anyres_pack")
+            verdicts += [v for pack in packs for v in _verify_pack(*pack)]
+        if isinstance(module, image_token_merge.FusedMerge) and merges:
+            what.append("merge_image_tokens")
+            verdicts += [v for merge in merges for v in _verify_merge(*merge)]
+        if what:
+            found.append(Connector(name, ", ".join(what), verdicts))
         else:
             unreached.append(name)
     difference = (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0
@@ -135,6 +146,12 @@ def _module_results(module: nn.Module, args: tuple[Any, ...]) -> list[tuple[str,
     names = [f"gradient of input {i}" for i in range(len(inputs))]
     names += [f"gradient of {name}" for name in parameters]
     return [("output", result.detach()), *zip(names, grads, strict=True)]
+
+
+def _verify_pack(features: Tensor, newline: Tensor | None, plan: Plan) -> list[Verdict]:
+    op: Any = ops.anyres_pack_resized if plan.is_resized else ops.anyres_pack
+    with torch.enable_grad():
+        return parity.check(op, (features, newline, *plan.tables), {}, fast=op)
 
 
 def _verify_merge(embeds: Tensor, mask: Tensor, features: Tensor) -> list[Verdict]:

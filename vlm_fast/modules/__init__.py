@@ -1,5 +1,6 @@
 """Modules with the parameter names of the original checkpoints."""
 
+from vlm_fast.modules.anyres_packer import AnyResPacker as AnyResPacker
 from vlm_fast.modules.gated_cross_attention import (
     GatedCrossAttentionBlock as GatedCrossAttentionBlock,
 )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_fast.objectives._exchange import gather_rows, refuse_uneven, trade_rows, world_of
-from vlm_fast.ops import max_similarity
+from vlm_fast.ops.max_similarity import max_similarity
 from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
 
 

@@ -4,6 +4,9 @@ from vlm_fast.ops.absorbed_cross_attention import (
     absorbed_cross_attention as absorbed_cross_attention,
 )
 from vlm_fast.ops.add_layer_norm import add_layer_norm as add_layer_norm
+from vlm_fast.ops.anyres_merge import anyres_merge as anyres_merge
+from vlm_fast.ops.anyres_pack import anyres_pack as anyres_pack
+from vlm_fast.ops.anyres_pack import anyres_pack_resized as anyres_pack_resized
 from vlm_fast.ops.bipartite_match import bipartite_match as bipartite_match
 from vlm_fast.ops.cross_attention import cross_attention as cross_attention
 from vlm_fast.ops.gated_add import gated_add as gated_add

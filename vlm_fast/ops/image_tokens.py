@@ -50,7 +50,7 @@ def merge_image_tokens(
 @merge_image_tokens.accepts
 def accepts(inputs_embeds, image_features, image_mask):
     name = "merge_image_tokens"
-    _check_sequence(name, "inputs_embeds", inputs_embeds, image_mask)
+    check_sequence(name, "inputs_embeds", inputs_embeds, image_mask)
     if isinstance(image_features, Tensor):
         image_features = [image_features]
     elif not isinstance(image_features, Sequence):
@@ -68,7 +68,7 @@ def accepts(inputs_embeds, image_features, image_mask):
         if image.device != inputs_embeds.device:
             wanted = f"{inputs_embeds.device}, where inputs_embeds is"
             raise wrong_value(name, argument, image, wanted)
-        rows += _rows(image)
+        rows += row_count(image)
     if rows > image_mask.numel():
         raise ValueError(
             f"vlm_fast.{name}: image_features has {rows} rows, expected at most "
@@ -81,20 +81,20 @@ def accepts(inputs_embeds, image_features, image_mask):
 
 @merge_image_tokens.requires
 def requires(inputs_embeds, image_features, image_mask):
-    return _no_rows(inputs_embeds)
+    return no_rows(inputs_embeds)
 
 
 @merge_image_tokens.forward
 def forward(needs, inputs_embeds, image_features, image_mask):
-    count = sum(_rows(image) for image in image_features)
+    count = sum(row_count(image) for image in image_features)
     slots, found = kernels.image_token_slots(image_mask, count)
-    _check_count("merge_image_tokens", "image_features", count, found)
+    check_count("merge_image_tokens", "image_features", count, found)
     out = kernels.merge_image_tokens(inputs_embeds, image_features, image_mask, slots)
     wanted = needs.inputs_embeds or needs.image_features
     return out, (
         image_mask if needs.inputs_embeds else None,
         slots if wanted else None,
-        *(_likeness(image) if needs.image_features else None for image in image_features),
+        *(likeness(image) if needs.image_features else None for image in image_features),
     )
 
 
@@ -111,14 +111,14 @@ def backward(needs, kept, dy):
         dimage = likeness.new_empty(*likeness.shape[:-1], dy.shape[-1])
         kernels.gather_image_tokens(dy, slots, first, dimage)
         dfeatures.append(dimage)
-        first += _rows(dimage)
+        first += row_count(dimage)
     return dembeds, dfeatures, None
 
 
 @merge_image_tokens.cost
 def cost(inputs_embeds, image_features, image_mask):
     images = [image_features] if isinstance(image_features, Tensor) else image_features
-    rows = sum(_rows(image) for image in images)
+    rows = sum(row_count(image) for image in images)
     hidden = inputs_embeds.shape[-1]
     text = nbytes(inputs_embeds) - rows * hidden * inputs_embeds.element_size()
     moved = nbytes(*images) + text + nbytes(inputs_embeds)
@@ -142,7 +142,7 @@ def cost(inputs_embeds, image_features, image_mask):
     },
 )
 def inputs(batch, sequence, hidden, images, tokens, *, as_list=False):
-    mask = _placeholders(batch, sequence, images, tokens)
+    mask = placeholders(batch, sequence, images, tokens)
     features = torch.randn(batch * images, tokens, hidden)
     return torch.randn(batch, sequence, hidden), list(features) if as_list else features, mask
 
@@ -171,7 +171,7 @@ def gather_image_tokens(hidden_states: Tensor, image_mask: Tensor, *, count: int
 @gather_image_tokens.accepts
 def gather_accepts(hidden_states, image_mask, *, count):
     name = "gather_image_tokens"
-    _check_sequence(name, "hidden_states", hidden_states, image_mask)
+    check_sequence(name, "hidden_states", hidden_states, image_mask)
     if not 0 <= count <= image_mask.numel():
         wanted = f"0 to {image_mask.numel()}, the positions of image_mask"
         raise wrong_value(name, "count", count, wanted)
@@ -180,13 +180,13 @@ def gather_accepts(hidden_states, image_mask, *, count):
 
 @gather_image_tokens.requires
 def gather_requires(hidden_states, image_mask, *, count):
-    return _no_rows(hidden_states)
+    return no_rows(hidden_states)
 
 
 @gather_image_tokens.forward
 def gather_forward(needs, hidden_states, image_mask, *, count):
     slots, found = kernels.image_token_slots(image_mask, count)
-    _check_count("gather_image_tokens", "count", count, found)
+    check_count("gather_image_tokens", "count", count, found)
     out = hidden_states.new_empty(count, hidden_states.shape[-1])
     kernels.gather_image_tokens(hidden_states, slots, 0, out)
     return out, (image_mask, slots) if needs.hidden_states else (None, None)
@@ -217,11 +217,11 @@ def gather_cost(hidden_states, image_mask, *, count):
     },
 )
 def gather_inputs(batch, sequence, hidden, images, tokens):
-    mask = _placeholders(batch, sequence, images, tokens)
+    mask = placeholders(batch, sequence, images, tokens)
     return torch.randn(batch, sequence, hidden), mask
 
 
-def _placeholders(batch: int, sequence: int, images: int, tokens: int) -> Tensor:
+def placeholders(batch: int, sequence: int, images: int, tokens: int) -> Tensor:
     """Each row: its images' slots, spread evenly with text around them."""
     mask = torch.zeros(batch, sequence, dtype=torch.bool)
     spare = sequence - images * tokens
@@ -233,7 +233,7 @@ def _placeholders(batch: int, sequence: int, images: int, tokens: int) -> Tensor
     return mask
 
 
-def _check_sequence(name: str, argument: str, rows: Tensor, mask: Tensor) -> None:
+def check_sequence(name: str, argument: str, rows: Tensor, mask: Tensor) -> None:
     for label, value in ((argument, rows), ("image_mask", mask)):
         if not isinstance(value, Tensor):
             raise not_a_tensor(name, label, value)
@@ -250,11 +250,11 @@ def _check_sequence(name: str, argument: str, rows: Tensor, mask: Tensor) -> Non
         raise wrong_value(name, "image_mask", mask, f"{rows.device}, where {argument} is")
 
 
-def _rows(image: Tensor) -> int:
+def row_count(image: Tensor) -> int:
     return math.prod(image.shape[:-1])  # Size.numel() would fix a dynamic shape
 
 
-def _no_rows(rows: Tensor) -> str | None:
+def no_rows(rows: Tensor) -> str | None:
     if rows.shape[0] * rows.shape[1] > MAX_ROWS:
         return f"more than {MAX_ROWS} rows"
     if rows.numel() == 0:
@@ -262,7 +262,7 @@ def _no_rows(rows: Tensor) -> str | None:
     return None
 
 
-def _check_count(name: str, argument: str, count: int, found: Tensor | int) -> None:
+def check_count(name: str, argument: str, count: int, found: Tensor | int) -> None:
     """Exact where it costs nothing or strictness asks for it; else an assertion on the device."""
     if isinstance(found, Tensor):
         if kernels.is_traced(found):
@@ -278,6 +278,6 @@ def _check_count(name: str, argument: str, count: int, found: Tensor | int) -> N
         )
 
 
-def _likeness(image: Tensor) -> Tensor:
+def likeness(image: Tensor) -> Tensor:
     """The rows and dtype of a tensor without its elements, for its gradient."""
     return image.new_empty(*image.shape[:-1], 0)

@@ -15,6 +15,7 @@ from vlm_fast.modules.chain import chain_of
 from vlm_fast.op import FLOATS
 from vlm_fast.ops.mlp import SAVED
 from vlm_fast.patching import (
+    anyres,
     aria,
     flamingo,
     idefics,
@@ -31,7 +32,9 @@ from vlm_fast.patching.class_swap import Patched, swap, swap_back
 # Families: a mixin, and the recogniser that returns its recipe, a reason against it, or None.
 FAMILIES: list[tuple[type[Patched], Callable[..., Any]]] = [
     (linear_act_linear.FusedMLP, lambda module, saved, **_: chain_of(module, saved)),
-    (image_token_merge.FusedMerge, lambda module, **_: image_token_merge.recognise(module)),
+    (image_token_merge.FusedMerge, lambda module, **_: anyres.recognise_merge(module)),
+    (anyres.FusedAnyResMerge, lambda module, **_: anyres.recognise(module)),
+    (anyres.FusedAnyRes, lambda module, **_: anyres.recognise_packing(module)),
     (qformer.FusedQFormerModel, qformer.recognise_model),
     (qformer.FusedQFormerEncoder, qformer.recognise_encoder),
     (qformer.FusedQFormerLayer, qformer.recognise_layer),

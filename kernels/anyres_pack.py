@@ -1,0 +1,264 @@
+"""Rows of image tiles into the order of a prompt, by tables made on the host; and back.
+
+A table names a row of the source for every row of the result. What lies outside of the source's
+rows, as -1, stands for the newline, or for zeros where there is none: no table is a wild address.
+The way back is the same movement by the inverse table, so nothing is added up but the newline's
+gradient, in an order of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._launcher import Config, is_traced, kernel, runs_triton
+from ._native import native
+from ._triton import tl, triton
+from .image_tokens import copy_text, row_matrix
+
+MAX_PROGRAMS = 512  # of the newline's gradient, along the rows
+UNIT = tl.constexpr(2.0**-30)  # of weights
+
+
+@kernel(
+    Config({"BLOCK_COLS": 2048}, num_warps=4),
+    Config({"BLOCK_COLS": 4096}, num_warps=8),
+    Config({"BLOCK_COLS": 1024}, num_warps=4),
+    Config({"BLOCK_COLS": 8192}, num_warps=8),
+)
+@triton.jit(do_not_specialize=["limit"])
+def pack_rows_kernel(
+    source_ptr, source_stride,  # (limit or more, cols)
+    index_ptr,  # (rows,) int32
+    source_slots_ptr,  # (limit,) int32 or None: the source's row of an index
+    out_slots_ptr,  # (rows,) int32 or None: the result's row
+    fill_ptr,  # (cols,) or None
+    out_ptr,  # (rows or more, cols)
+    limit, cols, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    index = tl.load(index_ptr + program).to(tl.int64)
+    is_row = (index >= 0) & (index < limit)
+    row, to = index, program
+    if source_slots_ptr is not None:
+        row = tl.load(source_slots_ptr + index, mask=is_row, other=0).to(tl.int64)
+    if out_slots_ptr is not None:
+        to = tl.load(out_slots_ptr + program).to(tl.int64)
+    for start in range(0, cols, BLOCK_COLS):
+        col = start + tl.arange(0, BLOCK_COLS)
+        inside = col < cols
+        x = tl.load(source_ptr + row * source_stride + col, mask=inside & is_row, other=0.0)
+        if fill_ptr is not None:
+            fill = tl.load(fill_ptr + col, mask=inside & (is_row == 0), other=0.0)
+            x = tl.where(is_row, x, fill.to(x.dtype))
+        tl.store(out_ptr + to * cols + col, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@kernel(
+    Config({"BLOCK_COLS": 1024}, num_warps=4),
+    Config({"BLOCK_COLS": 2048}, num_warps=8),
+    Config({"BLOCK_COLS": 512}, num_warps=2),
+)
+@triton.jit(do_not_specialize=["limit"])
+def blend_rows_kernel(
+    source_ptr, source_stride,  # (limit, cols)
+    taps_ptr, weights_ptr,  # (rows, 4) int32
+    fill_ptr,  # (cols,) or None, of rows without a first tap
+    out_ptr,  # (rows, cols)
+    limit, cols, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.load(taps_ptr + row * 4)
+    for start in range(0, cols, BLOCK_COLS):
+        col = start + tl.arange(0, BLOCK_COLS)
+        inside = col < cols
+        total = tl.zeros([BLOCK_COLS], dtype=tl.float32)
+        for tap in tl.static_range(4):
+            at = tl.load(taps_ptr + row * 4 + tap).to(tl.int64)
+            weight = tl.load(weights_ptr + row * 4 + tap).to(tl.float32) * UNIT
+            is_row = (at >= 0) & (at < limit)
+            x = tl.load(source_ptr + at * source_stride + col, mask=inside & is_row, other=0.0)
+            total += tl.where(is_row, x.to(tl.float32) * weight, 0.0)
+        x = total.to(out_ptr.dtype.element_ty)
+        if fill_ptr is not None:
+            is_fill = (first < 0) | (first >= limit)
+            fill = tl.load(fill_ptr + col, mask=inside & is_fill, other=0.0)
+            x = tl.where(is_fill, fill.to(x.dtype), x)
+        tl.store(out_ptr + row * cols + col, x, mask=inside)
+
+
+@kernel(
+    Config({"BLOCK_ROWS": 16, "BLOCK_COLS": 256}, num_warps=4),
+    Config({"BLOCK_ROWS": 32, "BLOCK_COLS": 128}, num_warps=4),
+    Config({"BLOCK_ROWS": 8, "BLOCK_COLS": 512}, num_warps=4),
+)
+@triton.jit(do_not_specialize=["limit", "rows", "rows_per_share"])
+def fill_gradient_kernel(
+    dy_ptr, dy_stride,  # (rows or more, cols)
+    index_ptr, index_stride,  # (rows,) int32
+    slots_ptr,  # (rows,) int32 or None: dy's row
+    share_ptr,  # (shares, cols) fp32
+    limit, rows, rows_per_share, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    # Few rows are fills: the others' loads are masked and cost no traffic.
+    col_blocks = tl.cdiv(cols, BLOCK_COLS)
+    share = tl.program_id(0).to(tl.int64) // col_blocks
+    col = (tl.program_id(0) % col_blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    inside_cols = col < cols
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
+    first = share * rows_per_share
+    last = tl.minimum(first + rows_per_share, rows)
+    for start in range(0, rows_per_share, BLOCK_ROWS):
+        at = first + start + tl.arange(0, BLOCK_ROWS)
+        inside = at < last
+        index = tl.load(index_ptr + at * index_stride, mask=inside, other=0)
+        is_fill = inside & ((index < 0) | (index >= limit))
+        row = at
+        if slots_ptr is not None:
+            row = tl.load(slots_ptr + at, mask=is_fill, other=0).to(tl.int64)
+        dy = tl.load(
+            dy_ptr + row[:, None] * dy_stride + col[None, :],
+            mask=is_fill[:, None] & inside_cols[None, :], other=0.0,
+        )  # fmt: skip
+        total += dy.to(tl.float32)
+    tl.store(share_ptr + share * cols + col, tl.sum(total, axis=0), mask=inside_cols)
+
+
+def pack_rows(
+    source: Tensor, index: Tensor, fill: Tensor | None, *, slots: Tensor | None = None,
+    limit: int | None = None, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """``(rows, cols)``: ``source[index]``, or ``fill`` (else zeros) where that is no row of it.
+
+    source: ``(..., cols)``; index: ``(rows,)`` int32. With slots ``(limit,)``, an index
+    names the slot whose entry is the source's row.
+    """
+    matrix, index, fill = row_matrix(source), index.contiguous(), _dense(fill)
+    limit = matrix.shape[0] if limit is None else limit
+    rows, cols = index.shape[0], matrix.shape[1]
+    out = matrix.new_empty(rows, cols, dtype=dtype)
+    if runs_triton(source):
+        pack_rows_kernel(
+            rows, lambda blocks: (rows,),
+            matrix, matrix.stride(0), index, slots, None, fill, out, limit, cols,
+        )  # fmt: skip
+    elif is_traced(source):
+        pass
+    elif native is not None and source.is_cpu and out.dtype == matrix.dtype:
+        fill = None if fill is None else fill.to(out.dtype)
+        native.pack_rows(
+            matrix.data_ptr(), _pitch(matrix), _address(slots), index.data_ptr(), limit,
+            _address(fill), out.data_ptr(), rows, cols * out.element_size(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+    else:
+        is_row = (index >= 0) & (index < limit)
+        row = torch.where(is_row, index, 0)
+        row = row if slots is None or limit == 0 else slots[row]
+        found = matrix.index_select(0, row) if limit else matrix.new_zeros(rows, cols)
+        other = matrix.new_zeros(()) if fill is None else fill.to(matrix.dtype)
+        out.copy_(torch.where(is_row[:, None], found, other))
+    return out
+
+
+def merge_packed_rows(
+    embeds: Tensor, mask: Tensor, slots: Tensor, source: Tensor, index: Tensor, fill: Tensor | None
+) -> Tensor:
+    """``embeds (batch, sequence, cols)`` with `pack_rows` of the source in its slots."""
+    matrix, text = row_matrix(source), row_matrix(embeds)
+    index, fill = index.contiguous(), _dense(fill)
+    limit, cols = matrix.shape
+    out = embeds.new_empty(embeds.shape)
+    if runs_triton(embeds):
+        count = index.shape[0]
+        pack_rows_kernel(
+            count, lambda blocks: (count,),
+            matrix, matrix.stride(0), index, None, slots, fill, out, limit, cols,
+        )  # fmt: skip
+        copy_text(text, mask, out)
+    elif is_traced(embeds):
+        pass
+    elif native is not None and embeds.is_cpu:
+        # Rounded to the features' dtype first, as it would be among them.
+        fill = None if fill is None else fill.to(matrix.dtype).to(out.dtype)
+        matrix = matrix.to(out.dtype)
+        native.merge_packed_rows(
+            text.data_ptr(), _pitch(text), slots.data_ptr(), matrix.data_ptr(), _pitch(matrix),
+            index.data_ptr(), index.shape[0], limit, _address(fill), out.data_ptr(),
+            text.shape[0], cols * out.element_size(), torch.get_num_threads(),
+        )  # fmt: skip
+    else:
+        packed = pack_rows(source, index, fill).to(out.dtype)
+        out.copy_(embeds).view(-1, cols).index_copy_(0, slots.long(), packed)
+    return out
+
+
+def blend_rows(source: Tensor, taps: Tensor, weights: Tensor, fill: Tensor | None) -> Tensor:
+    """``(rows, cols)``: the sum of four weighted rows, those that are rows of the source.
+
+    source: ``(..., cols)``; taps, weights: ``(rows, 4)`` int32; the latter in units of
+    2**-30. Where the first tap is no row, ``fill`` or zeros.
+    """
+    matrix, fill = row_matrix(source), _dense(fill)
+    taps, weights = taps.contiguous(), weights.contiguous()
+    (limit, cols), rows = matrix.shape, taps.shape[0]
+    out = matrix.new_empty(rows, cols)
+    if runs_triton(source):
+        blend_rows_kernel(
+            rows, lambda blocks: (rows,),
+            matrix, matrix.stride(0), taps, weights, fill, out, limit, cols,
+        )  # fmt: skip
+    elif is_traced(source):
+        pass
+    elif native is not None and source.is_cpu and out.dtype in (torch.bfloat16, torch.float32):
+        fill = None if fill is None else fill.to(out.dtype)
+        native.blend_rows(
+            matrix.data_ptr(), _pitch(matrix), taps.data_ptr(), weights.data_ptr(), limit,
+            _address(fill), out.data_ptr(), rows, cols, out.dtype == torch.bfloat16,
+            torch.get_num_threads(),
+        )  # fmt: skip
+    else:
+        total = matrix.new_zeros(rows, cols, dtype=torch.float32)
+        for tap, weight in zip(taps.unbind(1), weights.unbind(1), strict=True):
+            at = ((tap >= 0) & (tap < limit)).nonzero().flatten()
+            part = matrix.index_select(0, tap[at]) * (weight[at].float() * 2.0**-30)[:, None]
+            total.index_add_(0, at, part)
+        out.copy_(total)
+        if fill is not None:
+            first = taps[:, 0]
+            out[(first < 0) | (first >= limit)] = fill.to(out.dtype)
+    return out
+
+
+def fill_gradient(
+    dy: Tensor, index: Tensor, limit: int, dtype: torch.dtype, *, slots: Tensor | None = None
+) -> Tensor:
+    """``(cols,)``: the sum of dy's rows whose index is outside of ``limit``, added up in fp32."""
+    matrix = row_matrix(dy)
+    rows, cols = index.shape[0], matrix.shape[1]
+    if runs_triton(dy) or is_traced(dy):
+        rows_per_share = max(64, -(-rows // MAX_PROGRAMS))
+        shares = -(-rows // rows_per_share)
+        share = dy.new_empty(shares, cols, dtype=torch.float32)
+        if runs_triton(dy):
+            fill_gradient_kernel(
+                rows, lambda blocks: (shares * triton.cdiv(cols, blocks["BLOCK_COLS"]),),
+                matrix, matrix.stride(0), index, index.stride(0), slots, share,
+                limit, rows, rows_per_share, cols,
+            )  # fmt: skip
+        return share.sum(0).to(dtype)
+    at = ((index < 0) | (index >= limit)).nonzero().flatten()
+    at = at if slots is None else slots[at]
+    return matrix.index_select(0, at).sum(0, dtype=torch.float32).to(dtype)
+
+
+def _dense(fill: Tensor | None) -> Tensor | None:
+    return None if fill is None else fill.contiguous()
+
+
+def _pitch(matrix: Tensor) -> int:
+    return matrix.stride(0) * matrix.element_size()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

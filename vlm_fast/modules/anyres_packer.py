@@ -1,0 +1,146 @@
+"""The tiles of a batch of images, of any resolution, as one sequence of tokens with newlines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_fast import ops
+from vlm_fast.anyres import Plan, Tiling, plan, sizes_of
+
+SPLITS = ("SplitBackward0", "SplitWithSizesBackward0")
+
+
+class AnyResPacker(nn.Module):
+    """What LLaVA-NeXT, LLaVA-OneVision and Granite Vision do behind their projector.
+
+    Has the ``image_newline`` of transformers' ``LlavaNextModel`` and its relatives, ``(hidden,)``,
+    or None where ``tiling.newline`` is False.
+
+        packer = AnyResPacker(4096, Tiling(config.image_grid_pinpoints, tile=336, side=24))
+        plan = packer.plan(image_sizes, device=features.device)
+        rows = packer(features, plan)                             # (packed rows, 4096)
+        embeds = packer.merge(inputs_embeds, features, plan, ids == image_token_id)
+
+    Args:
+        hidden: of the features.
+        tiling: of the model.
+        device, dtype: of the newline.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        tiling: Tiling,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.tiling = tiling
+        newline = torch.randn(hidden, device=device, dtype=dtype) * hidden**-0.5
+        self.image_newline = nn.Parameter(newline) if tiling.newline else None
+
+    def plan(
+        self,
+        image_sizes: Any,
+        *,
+        tiles: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Plan:
+        """See `vlm_fast.anyres.plan`; sizes as `vlm_fast.anyres.sizes_of` takes them.
+
+        Make it before a CUDA graph or ``torch.compile``; `forward` and `merge` take it inside.
+        """
+        return plan(sizes_of(image_sizes), self.tiling, tiles=tiles, device=device)
+
+    def forward(self, features: Tensor | Sequence[Tensor], plan: Plan) -> Tensor:
+        """``(packed rows, hidden)``; the rows of each image are ``plan.counts``.
+
+        Args:
+            features: ``(tiles, tokens, hidden)`` of all images, or one such tensor an image.
+            plan: of these images.
+
+        Raises:
+            TypeError, ValueError: as `vlm_fast.ops.anyres_pack`.
+        """
+        return pack_tiles(joined(features), self.image_newline, plan)
+
+    def merge(
+        self,
+        inputs_embeds: Tensor,
+        features: Tensor | Sequence[Tensor],
+        plan: Plan,
+        image_mask: Tensor,
+    ) -> Tensor:
+        """``inputs_embeds (batch, sequence, hidden)`` with the packed rows where the mask is true.
+
+        In one movement (`vlm_fast.ops.anyres_merge`), unless an image is resized.
+
+        Raises:
+            TypeError, ValueError: as `vlm_fast.ops.anyres_merge`.
+        """
+        rows = joined(features)
+        if not plan.is_resized:
+            source, target = plan.tables
+            return ops.anyres_merge(
+                inputs_embeds, rows, self.image_newline, source, target, image_mask
+            )
+        packed = pack_tiles(rows, self.image_newline, plan)
+        return ops.merge_image_tokens(inputs_embeds, packed, image_mask)
+
+    def extra_repr(self) -> str:
+        return repr(self.tiling)
+
+
+def pack_tiles(features: Tensor, image_newline: Tensor | None, plan: Plan) -> Tensor:
+    """The op that a plan is for."""
+    if plan.is_resized:
+        return ops.anyres_pack_resized(features, image_newline, *plan.tables)
+    return ops.anyres_pack(features, image_newline, *plan.tables)
+
+
+def joined(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """All tiles in one tensor: the one that was split into them, if it was, without a copy."""
+    if isinstance(features, Tensor):
+        return features
+    features = list(features)
+    if len(features) == 1:
+        return features[0]
+    whole = None if torch.compiler.is_compiling() else _split(features)
+    return torch.cat(features) if whole is None else whole
+
+
+def _split(parts: Sequence[Tensor]) -> Tensor | None:
+    """What ``torch.split`` made ``parts`` of, along the first dimension."""
+    first = parts[0]
+    ends = accumulate((part.numel() for part in parts), initial=first.storage_offset())
+    for part, start in zip(parts, ends, strict=False):
+        if (
+            type(part) is not Tensor
+            or not part.is_contiguous()
+            or part.shape[1:] != first.shape[1:]
+        ):
+            return None
+        if part.dtype != first.dtype or part.storage_offset() != start:
+            return None
+        if part.untyped_storage()._cdata != first.untyped_storage()._cdata:
+            return None
+    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+    if not any(part.requires_grad for part in parts):
+        return first.as_strided(shape, first.stride(), first.storage_offset())
+    # With gradients only behind a split of that very tensor: another function may return a view
+    # of its input and have a gradient of its own.
+    base = first._base
+    if base is None or base.grad_fn is None or base.shape != shape or not base.is_contiguous():
+        return None
+    for part in parts:
+        made_by = part.grad_fn
+        if part._base is not base or made_by is None or made_by.name() not in SPLITS:
+            return None
+        if made_by.next_functions[0][0] is not base.grad_fn:
+            return None
+    return base

@@ -1,0 +1,186 @@
+"""``pack_image_features`` of the models whose images come in tiles: LLaVA-NeXT and its relatives.
+
+All images are packed in one movement from what the projector wrote. The list that the method
+returns is of views; the ``cat`` that the model's forward makes of it is then no copy.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_fast.anyres import Plan, Tiling, plan, sizes_of
+from vlm_fast.modules.anyres_packer import joined, pack_tiles
+from vlm_fast.patching import image_token_merge
+from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.patching.image_token_merge import FusedMerge
+from vlm_fast.policy import fell_back
+
+CLASSES = (
+    ("llava_next", "LlavaNextModel"),
+    ("llava_next_video", "LlavaNextVideoModel"),
+    ("llava_onevision", "LlavaOnevisionModel"),
+    ("granite4_vision", "Granite4VisionModel"),
+)
+NAME = "pack_image_features"  # in fallbacks
+
+
+# Functions that see the tiles, newline and plan of every pack; `vlm_fast.verify` looks through one.
+OBSERVERS: list[Callable[[Tensor, Tensor | None, Plan], None]] = []
+
+
+class PackedImage(Tensor):
+    """The rows of one image, a view of all images' rows; ``cat`` of all of them is the latter."""
+
+    whole: Tensor
+    place: tuple[int, int]  # which one, of how many
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.cat and (kwargs or {}).get("dim", 0) == 0 and len(args) == 1:
+                parts = args[0]
+                whole = getattr(parts[0], "whole", None)
+                places = [(i, len(parts)) for i in range(len(parts))]
+                if whole is not None and all(
+                    getattr(part, "whole", None) is whole and part.place == place
+                    for part, place in zip(parts, places, strict=True)
+                ):
+                    return whole
+            return func(*args, **(kwargs or {}))
+
+
+class FusedAnyRes(Patched):
+    """A model whose tiles are packed in one movement."""
+
+    merging = False  # whether what is packed goes to this model's own merge
+
+    def get_image_features(
+        self, pixel_values: Tensor, image_sizes: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Every later question about a size is then answered without the device: one transfer.
+        if isinstance(image_sizes, Tensor):
+            image_sizes = image_sizes.cpu()
+        if not torch.compiler.is_compiling():
+            sizes_of(image_sizes)  # says what is wrong with them, where a division would not
+        return super().get_image_features(  # type: ignore[misc]
+            pixel_values, image_sizes, *args, **kwargs
+        )
+
+    def pack_image_features(
+        self, image_features: Sequence[Tensor], image_sizes: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        original = super().pack_image_features  # type: ignore[misc]
+        named = inspect.signature(original).bind(image_features, image_sizes, *args, **kwargs)
+        named.apply_defaults()
+        newline = named.arguments["image_newline"]
+        tiling = _tiling(self, newline is not None, named.arguments)
+        reason = tiling if isinstance(tiling, str) else _mismatch(image_features, tiling)
+        if isinstance(tiling, str) or reason is not None:
+            fell_back(NAME, str(reason))
+            return original(image_features, image_sizes, *args, **kwargs)
+        pack = torch.compiler.disable(_pack) if torch.compiler.is_compiling() else _pack
+        whole, counts = pack(image_features, image_sizes, newline, tiling)
+        images = _images(whole, counts) if self.merging else list(whole.split(counts))
+        return images, torch.tensor(counts, dtype=torch.long, device=whole.device)
+
+
+class FusedAnyResMerge(FusedAnyRes, FusedMerge):
+    """A model whose tiles are packed in one movement and merged in another."""
+
+    def __init_subclass__(cls) -> None:
+        plain = cls.patch.base.forward
+
+        @functools.wraps(plain)  # callers ask for its signature
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return plain(self, *args, **kwargs)
+            self.merging = True
+            try:
+                return plain(self, *args, **kwargs)
+            finally:
+                self.__dict__.pop("merging", None)  # another thread may have been here
+
+        cls.forward = forward  # type: ignore[attr-defined]
+
+
+def recognise(module: nn.Module) -> tuple[()] | None:
+    """Empty recipe for a model that packs tiles and merges them itself, or None."""
+    return () if packs(module) and image_token_merge.recognise(module) == () else None
+
+
+def recognise_packing(module: nn.Module) -> tuple[()] | None:
+    """Empty recipe for a model that packs tiles and does not merge them, or None."""
+    return () if packs(module) and image_token_merge.recognise(module) != () else None
+
+
+def recognise_merge(module: nn.Module) -> tuple[()] | str | None:
+    """As `image_token_merge.recognise`, of models that pack no tiles."""
+    return None if packs(module) else image_token_merge.recognise(module)
+
+
+def packs(module: nn.Module) -> bool:
+    return any(is_class(module, family, name) for family, name in CLASSES)
+
+
+def _tiling(model: Any, newline: bool, options: dict[str, Any]) -> Tiling | str:
+    """How the model tiles its images, or why that is not known here."""
+    config, vision = model.config, model.config.vision_config
+    if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
+        return "its tiles are not square"
+    side = vision.image_size // vision.patch_size
+    if getattr(model, "layerwise_projectors", None) is not None:  # Granite's tokens are fewer
+        side = int(side * Fraction(model.downsample_rate))
+    max_tiles = None
+    if "vision_aspect_ratio" in options:
+        number = str(options["vision_aspect_ratio"]).removeprefix("anyres_max_")
+        if not number.isdigit():
+            return f"vision_aspect_ratio is {options['vision_aspect_ratio']!r}, not anyres_max_N"
+        max_tiles = int(number)
+    return Tiling(config.image_grid_pinpoints, vision.image_size, side, max_tiles, newline)
+
+
+def _mismatch(image_features: Sequence[Tensor], tiling: Tiling) -> str | None:
+    """Why these tiles cannot be packed by a plan, or None."""
+    if len(image_features) == 0:
+        return "there is no image"
+    first = image_features[0]
+    for tiles in image_features:
+        if tiles.ndim != 3 or tiles.shape[1] != tiling.side**2:
+            return f"tiles are of shape {tuple(tiles.shape[1:])}, expected {tiling.side**2} tokens"
+        if tiles.shape[2] != first.shape[2] or tiles.dtype != first.dtype:
+            return "the tiles of two images differ in width or dtype"
+        if tiles.device != first.device:
+            return "the tiles of two images are on different devices"
+    return None
+
+
+def _pack(
+    image_features: Sequence[Tensor], image_sizes: Any, newline: Tensor | None, tiling: Tiling
+) -> tuple[Tensor, list[int]]:
+    """All images' rows, and how many each has."""
+    tiles = [features.shape[0] for features in image_features]
+    sizes = sizes_of(image_sizes[: len(tiles)])
+    device = image_features[0].device
+    made = plan(sizes, tiling, tiles=tiles, device=device)
+    newline = None if newline is None else newline.to(device)
+    whole = joined(image_features)
+    for observe in OBSERVERS:
+        observe(whole, newline, made)
+    return pack_tiles(whole, newline, made), list(made.counts)
+
+
+def _images(whole: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    images: list[Tensor] = []
+    for i, start in enumerate(accumulate(counts[:-1], initial=0)):
+        image = whole.narrow(0, start, counts[i]).as_subclass(PackedImage)
+        image.whole, image.place = whole, (i, len(counts))
+        images.append(image)
+    return images
