@@ -3,13 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
+
+#include "pages.h"
 
 namespace vlm_fast {
 namespace {
@@ -19,11 +17,7 @@ constexpr int64_t kBytesPerThread = 256 << 10;
 // Outputs from here on do not survive in the cache until they are read again, so stores bypass it:
 // 1.5x at 16 MiB, one thread; at 8 MiB the reader loses more than the copy gains.
 constexpr int64_t kStreamBytes = 16 << 20;
-// glibc gives every allocation of this size a fresh mapping of its own: faulting in 4 KiB pages is
-// then 80% of the time, and huge pages make the whole 3 to 4x faster. Smaller outputs reuse faulted
-// memory, and the advice would outlive them. A page the kernel has just zeroed is still cached, so
-// plain stores win again.
-constexpr int64_t kHugePageBytes = 32 << 20;
+// Not into huge pages: one that the kernel has just zeroed is still cached, so plain stores win.
 
 #if defined(__SSE2__)
 void stream(char* out, const char* source, int64_t bytes) {
@@ -76,15 +70,6 @@ struct RowWriter {
     }
   }
 };
-
-void advise_huge_pages(char* out, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const uintptr_t page = sysconf(_SC_PAGESIZE);
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(out) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(out) + bytes) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 // Calls write(writer, begin, end) for equal shares of the output's rows, one share a thread.
 template <typename Write>

@@ -13,5 +13,7 @@ from vlm_fast.ops.image_tokens import merge_image_tokens as merge_image_tokens
 from vlm_fast.ops.max_similarity import max_similarity as max_similarity
 from vlm_fast.ops.media_cross_attention import media_cross_attention as media_cross_attention
 from vlm_fast.ops.mlp import mlp as mlp
+from vlm_fast.ops.pixel_shuffle_norm import pixel_shuffle_norm as pixel_shuffle_norm
 from vlm_fast.ops.self_attention import self_attention as self_attention
+from vlm_fast.ops.spatial_pool import spatial_pool as spatial_pool
 from vlm_fast.ops.stacked_linear import stacked_linear as stacked_linear
