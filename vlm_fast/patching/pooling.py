@@ -1,0 +1,165 @@
+"""Grids that are pooled: Gemma 3, PerceptionLM, LLaVA-NeXT-Video and OneVision."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_fast import ops
+from vlm_fast.modules.plain_linear import why_not_called_plainly
+from vlm_fast.modules.plain_norm import merged, plain_norm
+from vlm_fast.patching import image_token_merge
+from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.patching.image_token_merge import FusedMerge
+from vlm_fast.policy import fell_back
+
+WINDOWS: dict[type[nn.Module], str] = {nn.AvgPool2d: "avg", nn.MaxPool2d: "max"}
+
+
+class FusedPooledNorm(Patched):
+    """Gemma 3's projector, token by token: no copy with channels first, one pass for the norm."""
+
+    alone = True
+
+    avg_pool: nn.AvgPool2d
+    patches_per_image: int
+    kernel_size: int
+    mm_soft_emb_norm: nn.Module
+    mm_input_projection_weight: Tensor
+
+    def forward(self, vision_outputs: Tensor) -> Tensor:
+        x, side, name = vision_outputs, self.patches_per_image, type(self).__name__
+        reason = self._why_not_pooled()
+        if x.ndim != 3 or x.shape[1] != side**2:
+            reason = "its tokens are no grid of the size that its config says"
+        if reason is not None:
+            fell_back(name, reason)
+            return super().forward(x)  # type: ignore[misc]
+        x = ops.spatial_pool(x, height=side, width=side, stride=self.kernel_size)
+        x = merged(
+            name, x, self.mm_soft_emb_norm, height=x.shape[1], width=1, factor=1, norm_after=False
+        )
+        return torch.matmul(x, self.mm_input_projection_weight).type_as(vision_outputs)
+
+    def _why_not_pooled(self) -> str | None:
+        return _why_not_window(self.avg_pool, self.kernel_size)
+
+    def why_not(self) -> str | None:
+        found = plain_norm(self.mm_soft_emb_norm)
+        reason = f"mm_soft_emb_norm: {found}" if isinstance(found, str) else None
+        return self._why_not_pooled() or reason
+
+
+class FusedPooledMLP(Patched):
+    """PerceptionLM's projector, pooled before ``linear_2``: averages commute with it and its bias.
+
+    At a ratio of 2 that linear has a quarter of its rows, and what is pooled is the activation.
+    """
+
+    alone = True
+
+    linear_1: nn.Module
+    gelu: nn.Module
+    linear_2: nn.Module
+    pooling: Any
+
+    def forward(self, features: Tensor) -> Any:
+        reason = self.why_not()
+        ratio = getattr(self.pooling, "pooling_ratio", 1)
+        side = math.isqrt(features.shape[1]) if features.ndim == 3 else 0
+        if side < 1 or side**2 != features.shape[1] or side % ratio:
+            reason = "its grid is not a square that the ratio divides"
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            return super().forward(features)  # type: ignore[misc]
+        x = self.gelu(self.linear_1(features))
+        return self.linear_2(ops.spatial_pool(x, height=side, width=side, stride=ratio))
+
+    def why_not(self) -> str | None:
+        # The one child that is not called. Hooks on linear_2 would see fewer rows.
+        for name in ("pooling", "linear_2"):
+            reason = why_not_called_plainly(getattr(self, name))
+            if reason is not None:
+                return f"{name}: {reason}"
+        return None
+
+
+class FusedPooler(Patched):
+    """LLaVA-NeXT-Video's pooling of frames, token by token."""
+
+    alone = True
+
+    pool: Any
+
+    def forward(self, image_features: Tensor) -> Any:
+        reason = self.why_not()
+        side = math.isqrt(image_features.shape[1]) if image_features.ndim == 3 else 0
+        if side**2 != image_features.shape[-2]:
+            reason = "its tokens are no square grid"
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            return super().forward(image_features)  # type: ignore[misc]
+        return ops.spatial_pool(
+            image_features, height=side, width=side, mode=WINDOWS[type(self.pool)],
+            stride=int(self.pool.kernel_size),
+        )  # fmt: skip
+
+    def why_not(self) -> str | None:
+        return _why_not_window(self.pool, self.pool.kernel_size)
+
+
+class FusedPooledFrames(FusedMerge):
+    """LLaVA-OneVision: `FusedMerge`, and frames resized token by token."""
+
+    config: Any
+
+    def apply_pooling(self, image_features: Tensor) -> Any:
+        x, vision = image_features, self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        if x.ndim != 3 or x.shape[1] != side**2:
+            fell_back(type(self).__name__, "its tokens are no grid of the size its config says")
+            return super().apply_pooling(x)  # type: ignore[misc]
+        return ops.spatial_pool(x, height=side, width=side, mode="bilinear")
+
+
+def _why_not_window(pool: Any, stride: Any) -> str | None:
+    """Why a pooling layer is more than windows of this stride, side by side."""
+    if type(pool) not in WINDOWS:
+        return f"{type(pool).__name__} is not one of {', '.join(w.__name__ for w in WINDOWS)}"
+    if not isinstance(stride, int) or not (pool.kernel_size == pool.stride == stride):
+        return "its windows overlap, or are not square"
+    if pool.padding or pool.ceil_mode or getattr(pool, "dilation", 1) != 1 or stride > 8:
+        return "its windows are not those of a plain stride"
+    return why_not_called_plainly(pool)
+
+
+def recognise_gemma3(module: nn.Module, **options: Any) -> tuple[()] | None:
+    """An empty recipe, or None for another class."""
+    known = is_class(module, "gemma3", "Gemma3MultiModalProjector")
+    return () if known or is_class(module, "t5gemma2", "T5Gemma2MultiModalProjector") else None
+
+
+def recognise_perception_lm(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """A recipe, a reason against, or None for another class."""
+    if not is_class(module, "perception_lm", "PerceptionLMMultiModalProjector"):
+        return None
+    ratio = getattr(module.pooling, "pooling_ratio", 1)
+    return () if 1 <= ratio <= 8 else f"it pools by {ratio}"
+
+
+def recognise_next_video(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """The same for LLaVA-NeXT-Video's pooling, which may be a convolution."""
+    if not is_class(module, "llava_next_video", "LlavaNextVideoPooler"):
+        return None
+    pooler: Any = module
+    return () if type(pooler.pool) in WINDOWS else "it pools by a convolution"
+
+
+def recognise_onevision(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """The same for LLaVA-OneVision, whose merge is served too."""
+    if not is_class(module, "llava_onevision", "LlavaOnevisionModel"):
+        return None
+    return image_token_merge.recognise(module)
