@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks import flamingo, llava, machine, ops, overhead, qformer
+from benchmarks import flamingo, llava, machine, mergers, ops, overhead, qformer
 from vlm_fast import selftest
 from vlm_fast.op import OPS
 
@@ -38,6 +38,7 @@ def main(
     results["llava"] = llava.main(quick=quick, device=device)
     results["qformer"] = qformer.main(quick=quick, device=device)
     results["flamingo"] = flamingo.main(quick=quick, device=device)
+    results["mergers"] = mergers.main(quick=quick, device=device)
     if json_file is not None:
         machine.write(json_file, results)
     if save:

@@ -236,7 +236,7 @@ def compare(
     ]
 
 
-def show(found: dict[str, Any], device: str) -> None:
+def show(found: dict[str, Any], device: str, family: str = "Flamingo") -> None:
     threads = ", one thread" if device == "cpu" else ""
     columns = ("part", "", "median", "quartiles", "times faster", "is")
     cells = [
@@ -250,4 +250,4 @@ def show(found: dict[str, Any], device: str) -> None:
         )
         for row in found["rows"]
     ]
-    tables.show(f"Flamingo, {found['dtype']}, on {machine.name(device)}{threads}", columns, cells)
+    tables.show(f"{family}, {found['dtype']}, on {machine.name(device)}{threads}", columns, cells)
