@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import Blocks, Norm
-from ._launcher import Config, in_rows, kernel, runs_triton
+from ._launcher import Config, dense, kernel, runs_triton
 from ._pixel_shuffle_norm_cpu import norm_backward, norm_forward, shuffled, unshuffled
 from ._triton import tl, triton
 
@@ -247,9 +247,9 @@ def _store_share(
 
 def pixel_shuffle(x: Tensor, blocks: Blocks) -> Tensor:
     """``(merged, factor ** 2 * cols)`` of ``(..., tokens, cols)``."""
+    x = _images(x)
     if not runs_triton(x):
-        return shuffled(in_rows(x), blocks)
-    x = in_rows(x)
+        return shuffled(x, blocks)
     batch, _, cols = x.shape
     y = x.new_empty(blocks.count(batch), blocks.positions * cols)
     _shuffle(x, blocks, y, undo=False)
@@ -261,7 +261,7 @@ def pixel_unshuffle(dy: Tensor, blocks: Blocks, shape: tuple[int, ...]) -> Tenso
     if not runs_triton(dy):
         return unshuffled(dy, blocks, shape)
     dx = _empty_gradient(dy, blocks, shape)
-    _shuffle(in_rows(dx), blocks, dy, undo=True)
+    _shuffle(_images(dx), blocks, dy, undo=True)
     return dx
 
 
@@ -277,7 +277,7 @@ def pixel_shuffle_norm(
 
     x: ``(..., tokens, cols)``; parameters contiguous, of a patch or of a merged token.
     """
-    x = in_rows(x)
+    x = _images(x)
     if not runs_triton(x):
         return norm_forward(x, weight, bias, blocks, norm, want_statistics)
     batch, _, cols = x.shape
@@ -305,7 +305,7 @@ def pixel_shuffle_norm_backward(
 
     dy: ``(merged, factor ** 2 * cols)``, contiguous.
     """
-    shape, x = x.shape, in_rows(x)
+    shape, x = x.shape, _images(x)
     if not runs_triton(dy):
         dx, dweight, dbias = norm_backward(
             dy, x, weight, mean, rstd, blocks, norm, (want_x, want_weight, want_bias)
@@ -329,6 +329,12 @@ def pixel_shuffle_norm_backward(
     )  # fmt: skip
     dweight, dbias = (None if s is None else s.sum(0) for s in shares)
     return dx, dweight, dbias
+
+
+def _images(x: Tensor) -> Tensor:
+    """``(images, tokens, cols)``, copied only if the strides are not those of rows."""
+    x = dense(x)
+    return x.unsqueeze(0) if x.ndim == 2 else x.flatten(0, -3)
 
 
 def _shuffle(x: Tensor, blocks: Blocks, y: Tensor, undo: bool) -> None:

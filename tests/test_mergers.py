@@ -11,7 +11,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import vlm_fast
 from tests.tiny_models import build
-from vlm_fast.modules import PatchMerger, PixelShuffleProjector, SpatialPool
+from vlm_fast.modules import (
+    PatchMerger,
+    PixelShuffleProjector,
+    PooledMLPProjector,
+    PooledNormProjector,
+    SpatialPool,
+)
+from vlm_fast.modules.plain_norm import GemmaRMSNorm, RMSNorm
 from vlm_fast.patching.internvl import Unshuffled
 
 
@@ -123,6 +130,38 @@ def test_spatial_pool_module():
     torch.testing.assert_close(SpatialPool()(x), expected.flatten(2).transpose(1, 2))
     assert SpatialPool(3, "bilinear")(x, height=2, width=8).shape == (2, 3, 3)
     assert "mode='max'" in repr(SpatialPool(mode="max"))
+
+
+def test_pooled_mlp_is_perception_lms():
+    theirs, x = perception_lm()
+    ours = PooledMLPProjector(6, 8)
+    ours.load_state_dict(stirred(theirs).state_dict())
+    with vlm_fast.strict():
+        assert_close(gradients(ours, x), gradients(theirs, x))
+    with pytest.raises(ValueError, match="mode is 'max', expected one of"):
+        PooledMLPProjector(6, 8, mode="max")
+
+
+def test_pooled_norm_is_gemmas():
+    theirs, x = t5gemma2()
+    ours = PooledNormProjector(6, 8, stride=4)
+    ours.load_state_dict(stirred(theirs).state_dict())
+    with vlm_fast.strict():
+        assert_close(gradients(ours, x), gradients(theirs, x))
+        assert ours(torch.randn(1, 32, 6), height=4, width=8).shape == (1, 2, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_own_norms_are_transformers(dtype):
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.mistral3.modeling_mistral3 import Mistral3RMSNorm
+
+    for ours, theirs in ((RMSNorm(24), Mistral3RMSNorm(24)), (GemmaRMSNorm(24), Gemma3RMSNorm(24))):
+        theirs = stirred(theirs).to(dtype)
+        ours.load_state_dict(theirs.state_dict())
+        x = torch.randn(2, 5, 24, dtype=dtype)
+        ulp = torch.finfo(dtype).eps
+        torch.testing.assert_close(ours.to(dtype)(x), theirs(x), rtol=2 * ulp, atol=1e-6)
 
 
 # ---- patched ----

@@ -63,6 +63,16 @@ def test_images_of_several_sizes_by_channel_are_unfolded():
     assert torch.equal(OP.fast(x, None, None, index, layout="channel"), torch.cat(columns))
 
 
+@pytest.mark.parametrize("norm", ["none", "layer"])
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3), (2, 1, 3)], ids=str)
+def test_any_number_of_leading_dimensions(leading, norm):
+    x, weight = torch.randn(*leading, 24, 5), None if norm == "none" else torch.randn(20)
+    options = dict(height=4, width=6, norm=norm)
+    assert all(v.ok for v in parity.check(OP, (x, weight), options))
+    index = rows_of_blocks([(4, 6)] * (x.numel() // 120), 2)
+    assert all(v.ok for v in parity.check(OP, (x, weight, None, index), options))
+
+
 def test_blocks_of_consecutive_tokens_are_a_grid_as_wide_as_a_block():
     x = torch.randn(24, 5)
     assert torch.equal(OP.fast(x, height=12, width=2), x.view(6, 20))

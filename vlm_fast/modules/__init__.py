@@ -11,6 +11,8 @@ from vlm_fast.modules.patch_merger import PatchMerger as PatchMerger
 from vlm_fast.modules.patch_merger import PixelShuffleProjector as PixelShuffleProjector
 from vlm_fast.modules.perceiver_resampler import PerceiverAttention as PerceiverAttention
 from vlm_fast.modules.perceiver_resampler import PerceiverResampler as PerceiverResampler
+from vlm_fast.modules.pooled_projector import PooledMLPProjector as PooledMLPProjector
+from vlm_fast.modules.pooled_projector import PooledNormProjector as PooledNormProjector
 from vlm_fast.modules.qformer import QFormer as QFormer
 from vlm_fast.modules.qformer import QFormerOutput as QFormerOutput
 from vlm_fast.modules.qformer_shared import ImageKeyValues as ImageKeyValues

@@ -45,9 +45,37 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.pixel_shuffle_norm(
-            x.unsqueeze(-2), self.weight, height=1, width=1, factor=1, norm="rms", eps=self.eps
-        ).squeeze(-2)
+        return _normed(x, self.weight, "rms", self.eps)
+
+
+class GemmaRMSNorm(nn.Module):
+    """Gemma's RMSNorm: times ``1 + weight``, in fp32, and rounded once.
+
+    Args:
+        features: what is normed together.
+        eps: added to the mean square.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        eps: float = 1e-6,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(features, device=device, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _normed(x, self.weight, "gemma", self.eps)
+
+
+def _normed(x: Tensor, weight: Tensor, kind: str, eps: float) -> Tensor:
+    return ops.pixel_shuffle_norm(
+        x.unsqueeze(-2), weight, height=1, width=1, factor=1, norm=kind, eps=eps
+    ).squeeze(-2)
 
 
 def merged(
@@ -79,6 +107,9 @@ def merged(
     )  # fmt: skip
 
 
+_OWN: dict[type[nn.Module], str] = {RMSNorm: "rms", GemmaRMSNorm: "gemma"}
+
+
 def plain_norm(norm: nn.Module) -> PlainNorm | str:
     """What a norm does, or the reason why it must be called."""
     kind, eps = _kind(norm)
@@ -104,8 +135,8 @@ def plain_norm(norm: nn.Module) -> PlainNorm | str:
 def _kind(norm: nn.Module) -> tuple[str | None, float]:
     if type(norm) is nn.LayerNorm:
         return "layer", norm.eps
-    if type(norm) is RMSNorm:
-        return "rms", norm.eps
+    if isinstance(norm, (RMSNorm, GemmaRMSNorm)) and type(norm) in _OWN:
+        return _OWN[type(norm)], norm.eps
     eps = rms_eps(norm)
     if eps is not None:
         return "rms", eps

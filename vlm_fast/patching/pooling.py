@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.plain_linear import why_not_called_plainly
-from vlm_fast.modules.plain_norm import merged, plain_norm
+from vlm_fast.modules.plain_norm import plain_norm
+from vlm_fast.modules.pooled_projector import pooled_mlp, pooled_norm
 from vlm_fast.patching import image_token_merge
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.patching.image_token_merge import FusedMerge
@@ -38,10 +39,7 @@ class FusedPooledNorm(Patched):
         if reason is not None:
             fell_back(name, reason)
             return super().forward(x)  # type: ignore[misc]
-        x = ops.spatial_pool(x, height=side, width=side, stride=self.kernel_size)
-        x = merged(
-            name, x, self.mm_soft_emb_norm, height=x.shape[1], width=1, factor=1, norm_after=False
-        )
+        x = pooled_norm(name, x, self.mm_soft_emb_norm, side, side, self.kernel_size)
         return torch.matmul(x, self.mm_input_projection_weight).type_as(vision_outputs)
 
     def _why_not_pooled(self) -> str | None:
@@ -75,8 +73,10 @@ class FusedPooledMLP(Patched):
         if reason is not None:
             fell_back(type(self).__name__, reason)
             return super().forward(features)  # type: ignore[misc]
-        x = self.gelu(self.linear_1(features))
-        return self.linear_2(ops.spatial_pool(x, height=side, width=side, stride=ratio))
+        return pooled_mlp(
+            features, self.linear_1, self.gelu, self.linear_2,
+            height=side, width=side, stride=ratio,
+        )  # fmt: skip
 
     def why_not(self) -> str | None:
         # The one child that is not called. Hooks on linear_2 would see fewer rows.
