@@ -218,6 +218,21 @@ def test_classes_alone(kind):
     assert vlm_fast.explain(module) == {"": None}
 
 
+def qwen25():
+    return qwen("qwen2_5_vl", "Qwen2_5_VLPatchMerger"), torch.randn(24, 12)
+
+
+@pytest.mark.parametrize("make", [*ALONE.values(), qwen25])
+def test_compiled_whole(make):
+    module, x = make()
+    expected = gradients(stirred(module), x)
+    vlm_fast.patch(module)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with vlm_fast.strict():
+        assert_close(gradients(compiled, x), expected)
+
+
 @pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
 def test_other_grids_are_left_to_the_class_itself():
     module, _ = perception_lm()
