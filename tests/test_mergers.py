@@ -269,6 +269,39 @@ def test_a_wrapped_linear_is_called():
     assert_close(gradients(merger, x), expected)
 
 
+def test_frames_are_pooled_before_the_second_linear():
+    model, inputs = build("llava_onevision")
+    rows, linear_2 = [], model.model.multi_modal_projector.linear_2
+    weight = linear_2.weight
+    videos = {"pixel_values": inputs["pixel_values_videos"]}
+    with torch.no_grad():
+        before = model.model.get_video_features(**videos, return_dict=True).pooler_output
+        vlm_fast.patch(model)
+        with vlm_fast.strict(), Rows(weight, rows):
+            after = model.model.get_video_features(**videos, return_dict=True).pooler_output
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=2e-6)
+        assert rows == [4 * 4]  # of 4 frames, 2 x 2 of the 4 x 4 tokens each
+        # A hook on the projector has a right to its result.
+        seen = []
+        model.model.multi_modal_projector.register_forward_hook(lambda *args: seen.append(args[2]))
+        after = model.model.get_video_features(**videos, return_dict=True).pooler_output
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=2e-6)
+    assert seen[0].shape == (4, 16, 32)
+
+
+class Rows(torch.overrides.TorchFunctionMode):
+    """Notes with how many rows a weight is multiplied."""
+
+    def __init__(self, weight, rows):
+        super().__init__()
+        self.weight, self.rows = weight, rows
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear and args[1] is self.weight:
+            self.rows.append(args[0].shape[:-1].numel())
+        return function(*args, **(kwargs or {}))
+
+
 # ---- InternVL's shuffle that waits ----
 
 

@@ -36,10 +36,13 @@ BY_THEIR_CLASS = {
     "FusedPooledNorm": {"gemma3"},
     "FusedPooler": {"llava_next_video"},
     "FusedPooledFrames": {"llava_onevision"},
+    "FusedFrameProjector": {"llava_onevision"},
 }  # fmt: skip
 WITH_AN_MLP = {"FusedAriaProjector", "FusedPatchMerger", "FusedUnfoldingMerger"}
-SHUFFLING = BY_THEIR_CLASS.keys() - {"FusedAriaProjector", "FusedPooler", "FusedPooledFrames"}
+POOLING = {"FusedPooler", "FusedPooledFrames", "FusedFrameProjector"}
+SHUFFLING = BY_THEIR_CLASS.keys() - POOLING - {"FusedAriaProjector"}
 MERGING = {"FusedShuffleMerge", "FusedPooledFrames"}  # in place of FusedMerge
+PROJECTING = {"FusedNormedMLP", "FusedFrameProjector"}  # in place of FusedMLP
 NO_MERGE = {
     "deepseek_vl_hybrid", "minimax_m3_vl", "voxtral", "audioflamingo3", "musicflamingo", "glmasr",
     "qwen3_asr", "idefics3", "smolvlm",
@@ -55,7 +58,7 @@ def patch(name, model):
         report = vlm_fast.patch(model)
     kinds = {what.split(" by ")[1] for what in report.patched.values()}
     expected = {
-        "FusedMLP": name in PROJECTOR and "FusedNormedMLP" not in own,
+        "FusedMLP": name in PROJECTOR and not own & PROJECTING,
         "FusedMerge": name not in NO_MERGE and not own & MERGING,
     }
     assert kinds == own | {kind for kind, is_expected in expected.items() if is_expected}

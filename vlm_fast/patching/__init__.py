@@ -46,6 +46,7 @@ FAMILIES: list[tuple[type[Patched], Callable[..., Any]]] = [
     (pooling.FusedPooledMLP, pooling.recognise_perception_lm),
     (pooling.FusedPooler, pooling.recognise_next_video),
     (pooling.FusedPooledFrames, pooling.recognise_onevision),
+    (pooling.FusedFrameProjector, pooling.recognise_frame_projector),
     (linear_act_linear.FusedMLP, lambda module, saved, **_: chain_of(module, saved)),
     (image_token_merge.FusedMerge, lambda module, **_: image_token_merge.recognise(module)),
     (qformer.FusedQFormerModel, qformer.recognise_model),

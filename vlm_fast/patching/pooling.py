@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
+from vlm_fast.modules.chain import Chain, chain_of
 from vlm_fast.modules.plain_linear import why_not_called_plainly
 from vlm_fast.modules.plain_norm import plain_norm
 from vlm_fast.modules.pooled_projector import pooled_mlp, pooled_norm
 from vlm_fast.patching import image_token_merge
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.patching.image_token_merge import FusedMerge
+from vlm_fast.patching.linear_act_linear import FusedMLP
 from vlm_fast.policy import fell_back
 
 WINDOWS: dict[type[nn.Module], str] = {nn.AvgPool2d: "avg", nn.MaxPool2d: "max"}
@@ -111,18 +114,54 @@ class FusedPooler(Patched):
         return _why_not_window(self.pool, self.pool.kernel_size)
 
 
+class FusedFrameProjector(FusedMLP):
+    """LLaVA-OneVision's projector, which leaves out ``linear_2`` where frames are pooled first."""
+
+    act: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_pooled_first() and len(args) == 1 and not kwargs:
+            return self.act(self.linear_1(args[0]))
+        return super().forward(*args, **kwargs)
+
+
 class FusedPooledFrames(FusedMerge):
-    """LLaVA-OneVision: `FusedMerge`, and frames resized token by token."""
+    """LLaVA-OneVision: `FusedMerge`; frames resized token by token, and before ``linear_2``.
+
+    Bilinear weights sum to 1, so they commute with it and its bias: 196 rows instead of 729.
+    """
 
     config: Any
+    multi_modal_projector: Any
+
+    def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
+        projector = self.multi_modal_projector
+        served = isinstance(projector, FusedFrameProjector) and not torch.compiler.is_compiling()
+        children = (self.multi_modal_projector, projector.linear_2)
+        if not served or any(why_not_called_plainly(child) for child in children):
+            return super().get_video_features(*args, **kwargs)  # type: ignore[misc]
+        before = _pooled_first.set(True)
+        try:
+            return super().get_video_features(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _pooled_first.reset(before)
 
     def apply_pooling(self, image_features: Tensor) -> Any:
         x, vision = image_features, self.config.vision_config
         side = vision.image_size // vision.patch_size
         if x.ndim != 3 or x.shape[1] != side**2:
             fell_back(type(self).__name__, "its tokens are no grid of the size its config says")
-            return super().apply_pooling(x)  # type: ignore[misc]
-        return ops.spatial_pool(x, height=side, width=side, mode="bilinear")
+            pooled = super().apply_pooling(x)  # type: ignore[misc]
+        else:
+            pooled = ops.spatial_pool(x, height=side, width=side, mode="bilinear")
+        return self.multi_modal_projector.linear_2(pooled) if _is_pooled_first() else pooled
+
+
+_pooled_first: ContextVar[bool] = ContextVar("pooled_first", default=False)
+
+
+def _is_pooled_first() -> bool:
+    return not torch.compiler.is_compiling() and _pooled_first.get()
 
 
 def _why_not_window(pool: Any, stride: Any) -> str | None:
@@ -163,3 +202,11 @@ def recognise_onevision(module: nn.Module, **options: Any) -> tuple[()] | str | 
     if not is_class(module, "llava_onevision", "LlavaOnevisionModel"):
         return None
     return image_token_merge.recognise(module)
+
+
+def recognise_frame_projector(module: nn.Module, *, saved: str, **options: Any) -> Chain | None:
+    """The same for its projector; one that is no chain is left to others."""
+    if not is_class(module, "llava_onevision", "LlavaOnevisionMultiModalProjector"):
+        return None
+    chain = chain_of(module, saved)
+    return chain if isinstance(chain, Chain) and not chain.before and chain.act == "act" else None
