@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks import anyres, flamingo, llava, machine, ops, overhead, qformer, tokens
+from benchmarks import anyres, flamingo, llava, machine, mergers, ops, overhead, qformer, tokens
 from vlm_fast import selftest
 from vlm_fast.op import OPS
 
@@ -40,6 +40,7 @@ def main(
     results["flamingo"] = flamingo.main(quick=quick, device=device)
     results["anyres"] = anyres.main(quick=quick, device=device)
     results["tokens"] = tokens.main(quick=quick, device=device)
+    results["mergers"] = mergers.main(quick=quick, device=device)
     if json_file is not None:
         machine.write(json_file, results)
     if save:

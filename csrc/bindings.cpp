@@ -3,11 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 
 #include "anyres_pack.h"
 #include "image_tokens.h"
 #include "merge_tokens.h"
+#include "pixel_shuffle_norm.h"
 
 namespace py = pybind11;
 using namespace vlm_fast;
@@ -177,4 +179,47 @@ PYBIND11_MODULE(_C, m) {
       py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("taps_ptr"),
       py::arg("weights_ptr"), py::arg("limit"), py::arg("fill_ptr"), py::arg("out_ptr"),
       py::arg("rows"), py::arg("cols"), py::arg("bf16"), py::arg("threads"), without_gil);
+
+  py::class_<Merge>(m, "Merge")
+      .def(py::init([](const std::array<int64_t, 9>& sizes, uintptr_t index, bool by_channel,
+                       bool after) {
+             const auto [merged, factor, cols, blocks, across, width, tokens, batch, token] = sizes;
+             return Merge{merged,     factor, cols,   blocks, across,
+                          width,      tokens, batch,  token,  pointer<const int64_t>(index),
+                          by_channel, after};
+           }),
+           py::arg("sizes"), py::arg("index_ptr"), py::arg("by_channel"), py::arg("after"));
+
+  py::class_<Norm>(m, "Norm")
+      .def(py::init([](int kind, uintptr_t weight, uintptr_t bias, float eps) {
+             return Norm{static_cast<NormKind>(kind), pointer<const float>(weight),
+                         pointer<const float>(bias), eps};
+           }),
+           py::arg("kind"), py::arg("weight_ptr"), py::arg("bias_ptr"), py::arg("eps"));
+
+  m.def(
+      "pixel_shuffle_norm",
+      [](uintptr_t x, bool halves, const Merge& merge, const Norm& norm, uintptr_t y,
+         uintptr_t mean, uintptr_t rstd, int threads) {
+        pixel_shuffle_norm(pointer<const void>(x), halves ? Dtype::kBFloat16 : Dtype::kFloat, merge,
+                           norm, pointer<void>(y), pointer<float>(mean), pointer<float>(rstd),
+                           threads);
+      },
+      py::arg("x_ptr"), py::arg("halves"), py::arg("merge"), py::arg("norm"), py::arg("y_ptr"),
+      py::arg("mean_ptr"), py::arg("rstd_ptr"), py::arg("threads"), without_gil);
+
+  m.def(
+      "pixel_shuffle_norm_backward",
+      [](uintptr_t dy, uintptr_t x, bool halves, const Merge& merge, const Norm& norm,
+         uintptr_t mean, uintptr_t rstd, uintptr_t dx, uintptr_t dweight, uintptr_t dbias,
+         int threads) {
+        pixel_shuffle_norm_backward(
+            pointer<const void>(dy), pointer<const void>(x),
+            halves ? Dtype::kBFloat16 : Dtype::kFloat, merge, norm, pointer<const float>(mean),
+            pointer<const float>(rstd), pointer<void>(dx), pointer<float>(dweight),
+            pointer<float>(dbias), threads);
+      },
+      py::arg("dy_ptr"), py::arg("x_ptr"), py::arg("halves"), py::arg("merge"), py::arg("norm"),
+      py::arg("mean_ptr"), py::arg("rstd_ptr"), py::arg("dx_ptr"), py::arg("dweight_ptr"),
+      py::arg("dbias_ptr"), py::arg("threads"), without_gil);
 }

@@ -129,7 +129,18 @@ def test_mutating_a_saved_tensor_is_noticed(op, shape):
             raised += 1
         else:
             assert_equal(found, expected)
-    assert raised
+    assert raised or not keeps_an_input(op, shape)
+
+
+def keeps_an_input(op, shape):
+    """A rearrangement of its rows need not."""
+    args, options = op.sample(shape)
+    settings = {**op.defaults, **options}
+    values = op._accepts(*args, **settings)
+    needs = op.Needs(*[bool(parity.differentiable([v])) for v in values])
+    kept = op._path.forward(needs, *values, **settings)[1]
+    inputs = {t.untyped_storage()._cdata for t in tensors_of(values)}
+    return any(t is not None and t.untyped_storage()._cdata in inputs for t in kept)
 
 
 def tensors_of(args):

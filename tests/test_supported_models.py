@@ -19,9 +19,34 @@ PROJECTOR = {
     "llava_onevision", "vipllava", "video_llava", "fast_vlm", "internvl", "qianfan_ocr",
     "voxtral", "audioflamingo3", "musicflamingo", "glmasr", "qwen3_asr",
 }  # fmt: skip
+# Also, or instead of FusedMLP and FusedMerge.
+BY_THEIR_CLASS = {
+    "FusedAriaProjector": {"aria"},
+    "FusedShuffleMerge": {"internvl", "qianfan_ocr"},
+    "FusedNormedMLP": {"internvl", "qianfan_ocr"},
+    "FusedPatchMerger": {
+        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl of images", "qwen3_vl_moe", "qwen3_5",
+        "qwen3_5_moe", "qwen2_5_omni", "qwen3_omni_moe", "exaone4_5", "cosmos3_edge",
+        "cosmos3_omni",
+    },
+    "FusedUnfoldingMerger": {"mistral3", "lighton_ocr"},
+    "FusedGatedProjector": {"aya_vision", "cohere2_vision"},
+    "FusedShuffleMLP": {"llama4"},
+    "FusedConnector": {"idefics3", "smolvlm"},
+    "FusedPooledNorm": {"gemma3"},
+    "FusedPooler": {"llava_next_video"},
+    "FusedPooledFrames": {"llava_onevision"},
+    "FusedFrameProjector": {"llava_onevision"},
+    "FusedAnyResMerge": {"llava_next", "llava_next_video"},
+}  # fmt: skip
+WITH_AN_MLP = {"FusedAriaProjector", "FusedPatchMerger", "FusedUnfoldingMerger"}
+POOLING = {"FusedPooler", "FusedPooledFrames", "FusedFrameProjector"}
+SHUFFLING = BY_THEIR_CLASS.keys() - POOLING - {"FusedAriaProjector", "FusedAnyResMerge"}
+MERGING = {"FusedShuffleMerge", "FusedPooledFrames", "FusedAnyResMerge"}  # in place of FusedMerge
+PROJECTING = {"FusedNormedMLP", "FusedFrameProjector"}  # in place of FusedMLP
 NO_MERGE = {
     "deepseek_vl_hybrid", "minimax_m3_vl", "voxtral", "audioflamingo3", "musicflamingo", "glmasr",
-    "qwen3_asr",
+    "qwen3_asr", "idefics3", "smolvlm",
 }  # fmt: skip
 PACK = {"llava_next", "llava_next_video", "llava_onevision"}
 MERGE = [name for name in MODELS if name not in NO_MERGE]
@@ -29,17 +54,16 @@ MERGE = [name for name in MODELS if name not in NO_MERGE]
 
 def patch(name, model):
     """Patch, and check that just what should be patched was."""
-    served = name in PROJECTOR | PACK or name not in NO_MERGE
+    own = {kind for kind, names in BY_THEIR_CLASS.items() if name in names}
+    served = own or name in PROJECTOR or name not in NO_MERGE
     with nullcontext() if served else pytest.warns(UserWarning, match="no connector of"):
         report = vlm_fast.patch(model)
     kinds = {what.split(" by ")[1] for what in report.patched.values()}
     expected = {
-        "FusedMLP": name in PROJECTOR,
-        "FusedMerge": name not in NO_MERGE | PACK,
-        "FusedAnyResMerge": name in PACK,
-        "FusedAriaProjector": name == "aria",
+        "FusedMLP": name in PROJECTOR and not own & PROJECTING,
+        "FusedMerge": name not in NO_MERGE and not own & MERGING,
     }
-    assert kinds == {kind for kind, is_expected in expected.items() if is_expected}
+    assert kinds == own | {kind for kind, is_expected in expected.items() if is_expected}
 
 
 def step(model, inputs):
@@ -84,8 +108,10 @@ def test_patched_is_the_same_model(name):
     merges = sum(p.token != AUDIO for p in MODELS[name].placeholders) * (name in MERGE)
     assert calls.get("merge_image_tokens", 0) == merges
     assert (calls.get("anyres_pack", 0) > 0) == (name in PACK)
-    computes = name in PROJECTOR or name == "aria"
-    assert (calls.get("mlp", 0) > 0) == computes
+    own = {kind for kind, names in BY_THEIR_CLASS.items() if name in names}
+    computes = name in PROJECTOR or bool(own)
+    assert (calls.get("mlp", 0) > 0) == (name in PROJECTOR or bool(own & WITH_AN_MLP))
+    assert (calls.get("pixel_shuffle_norm", 0) > 0) == bool(own & SHUFFLING)
     assert after.keys() == before.keys()
     for where, value in after.items():
         assert type(value) is type(before[where]), where
@@ -165,7 +191,7 @@ def test_uncounted_sounds_may_outnumber_their_placeholders():
     inputs["input_ids"][0, inputs["input_ids"][0] == AUDIO] = 9
     before = model(**inputs).logits
     patch("qwen2_5_omni", model)
-    assert torch.equal(model(**inputs).logits, before)
+    torch.testing.assert_close(model(**inputs).logits, before, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["llava", "video_llava", "llava_onevision", "qwen3_vl"])

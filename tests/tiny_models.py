@@ -104,6 +104,11 @@ def oblong_images():
     return images() | {"image_sizes": torch.tensor([[16, 8], [8, 16]])}
 
 
+def image_sets():
+    """One image in each row's set."""
+    return {"pixel_values": torch.randn(2, 1, 3, 16, 16)}
+
+
 def tiled_images():
     """Two images of three tiles."""
     sizes = torch.tensor([[16, 32], [16, 32]])
@@ -166,6 +171,7 @@ class Tiny(NamedTuple):
     placeholders: list
 
 
+SET = Placeholders(image_sets, 4)
 TILES = Placeholders(tiled_images, 52)
 FLAT = [Placeholders(flat_images, 4), Placeholders(flat_videos, 4, VIDEO)]
 SOUND = Placeholders(sounds, 8, AUDIO)
@@ -264,6 +270,8 @@ MODELS = {
         eoi_token_index=END, **INDEX,
     ),
     "paligemma": vision("PaliGemma", SIGLIP, QWEN, 16, projection_dim=32, **INDEX),
+    "idefics3": vision("Idefics3", VISION, TEXT, [SET], scale_factor=2, **ID),
+    "smolvlm": vision("SmolVLM", VISION, TEXT, [SET], scale_factor=2, **ID),
     "aria": vision(
         "Aria", VISION, TEXT | dict(model_type="aria_text", moe_num_experts=4), 8,
         projector_patch_to_query_dict={16: 8}, **INDEX,

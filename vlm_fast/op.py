@@ -156,7 +156,9 @@ class Op(Generic[P, R]):
         They are made in ``dtype`` rather than converted: a conversion would lose their strides.
         """
         options = {name: value for name, value in shape.items() if name in self.defaults}
-        sizes = {name: value for name, value in shape.items() if name not in options}
+        # A size may be an option too: a grid's.
+        taken = inspect.signature(self.make_inputs).parameters
+        sizes = {n: value for n, value in shape.items() if n not in options or n in taken}
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:

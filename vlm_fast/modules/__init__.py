@@ -8,11 +8,16 @@ from vlm_fast.modules.gated_cross_attention import MaskedCrossAttention as Maske
 from vlm_fast.modules.gated_cross_attention import MediaKeyValues as MediaKeyValues
 from vlm_fast.modules.mlp_projector import LinearProjector as LinearProjector
 from vlm_fast.modules.mlp_projector import MLPProjector as MLPProjector
+from vlm_fast.modules.patch_merger import PatchMerger as PatchMerger
+from vlm_fast.modules.patch_merger import PixelShuffleProjector as PixelShuffleProjector
 from vlm_fast.modules.perceiver_resampler import PerceiverAttention as PerceiverAttention
 from vlm_fast.modules.perceiver_resampler import PerceiverResampler as PerceiverResampler
+from vlm_fast.modules.pooled_projector import PooledMLPProjector as PooledMLPProjector
+from vlm_fast.modules.pooled_projector import PooledNormProjector as PooledNormProjector
 from vlm_fast.modules.qformer import QFormer as QFormer
 from vlm_fast.modules.qformer import QFormerOutput as QFormerOutput
 from vlm_fast.modules.qformer_shared import ImageKeyValues as ImageKeyValues
+from vlm_fast.modules.spatial_pool import SpatialPool as SpatialPool
 from vlm_fast.modules.token_budget import TokenBudget as TokenBudget
 from vlm_fast.modules.token_merger import MergedTokens as MergedTokens
 from vlm_fast.modules.token_merger import TokenMerger as TokenMerger

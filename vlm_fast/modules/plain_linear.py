@@ -39,24 +39,32 @@ def why_not_plain(linear: nn.Module) -> str | None:
             if name == "weight":
                 return "it has no weight"
             continue
-        if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
-            return f"{name} is a {type(parameter).__name__}"
-        if not torch.compiler.is_compiling() and type(parameter.data) is not Tensor:
-            return f"{name} holds a {type(parameter.data).__name__}"
-        if hasattr(parameter, "ds_id") or hasattr(parameter, "ds_status"):
-            return f"{name} is partitioned by DeepSpeed ZeRO-3"
-        if parameter.is_meta:
-            return f"{name} is on the meta device"
-        if parameter.layout is not torch.strided:
-            return f"{name} has layout {parameter.layout}"
-        if parameter.dtype not in _DTYPES:
-            return f"{name} has dtype {parameter.dtype}"
+        reason = why_not_parameter(name, parameter)
+        if reason is not None:
+            return reason
         if parameter.dtype != weight.dtype or parameter.device != weight.device:
             return f"{name} differs from weight in dtype or device"
     if weight.shape != (linear.out_features, linear.in_features):
         return f"weight has shape {tuple(weight.shape)}"
     if bias is not None and bias.shape != (linear.out_features,):
         return f"bias has shape {tuple(bias.shape)}"
+    return None
+
+
+def why_not_parameter(name: str, parameter: Tensor) -> str | None:
+    """Why the elements of a parameter may not be read directly, or None if they may."""
+    if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
+        return f"{name} is a {type(parameter).__name__}"
+    if not torch.compiler.is_compiling() and type(parameter.data) is not Tensor:
+        return f"{name} holds a {type(parameter.data).__name__}"
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "ds_status"):
+        return f"{name} is partitioned by DeepSpeed ZeRO-3"
+    if parameter.is_meta:
+        return f"{name} is on the meta device"
+    if parameter.layout is not torch.strided:
+        return f"{name} has layout {parameter.layout}"
+    if parameter.dtype not in _DTYPES:
+        return f"{name} has dtype {parameter.dtype}"
     return None
 
 

@@ -97,7 +97,10 @@ def rms_eps(norm: nn.Module) -> float | None:
     return None
 
 
-_RMS_NORMS = ("IdeficsRMSNorm", "Idefics2RMSNorm", "MllamaTextRMSNorm")
+_RMS_NORMS = (
+    "IdeficsRMSNorm", "Idefics2RMSNorm", "MllamaTextRMSNorm", "Qwen2_5_VLRMSNorm",
+    "Qwen2_5OmniRMSNorm", "Exaone4_5_RMSNorm", "Mistral3RMSNorm", "LightOnOcrRMSNorm",
+)  # fmt: skip
 _RESTATED = (nn.LayerNorm, nn.Dropout, nn.ModuleList, nn.Identity, nn.Tanh)
 
 

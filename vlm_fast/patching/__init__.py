@@ -21,20 +21,37 @@ from vlm_fast.patching import (
     idefics,
     idefics2,
     image_token_merge,
+    internvl,
     kosmos2,
     linear_act_linear,
     mllama,
+    patch_merger,
     perceiver,
+    pixel_shuffle,
+    pooling,
     qformer,
 )
 from vlm_fast.patching.class_swap import Patched, swap, swap_back
 
-# Families: a mixin, and the recogniser that returns its recipe, a reason against it, or None.
+# Families: a mixin, and the recogniser that returns its recipe, a reason against it, or None. Of
+# several that serve a module the first is taken.
 FAMILIES: list[tuple[type[Patched], Callable[..., Any]]] = [
+    (internvl.FusedShuffleMerge, internvl.recognise_model),
+    (internvl.FusedNormedMLP, internvl.recognise_projector),
+    (patch_merger.FusedPatchMerger, patch_merger.recognise),
+    (patch_merger.FusedUnfoldingMerger, patch_merger.recognise_unfolding),
+    (pixel_shuffle.FusedConnector, pixel_shuffle.recognise_connector),
+    (pixel_shuffle.FusedGatedProjector, pixel_shuffle.recognise_gated),
+    (pixel_shuffle.FusedShuffleMLP, pixel_shuffle.recognise_llama4),
+    (pooling.FusedPooledNorm, pooling.recognise_gemma3),
+    (pooling.FusedPooledMLP, pooling.recognise_perception_lm),
+    (pooling.FusedPooler, pooling.recognise_next_video),
+    (pooling.FusedPooledFrames, pooling.recognise_onevision),
+    (pooling.FusedFrameProjector, pooling.recognise_frame_projector),
     (linear_act_linear.FusedMLP, lambda module, saved, **_: chain_of(module, saved)),
-    (image_token_merge.FusedMerge, lambda module, **_: anyres.recognise_merge(module)),
     (anyres.FusedAnyResMerge, lambda module, **_: anyres.recognise(module)),
     (anyres.FusedAnyRes, lambda module, **_: anyres.recognise_packing(module)),
+    (image_token_merge.FusedMerge, lambda module, **_: image_token_merge.recognise(module)),
     (qformer.FusedQFormerModel, qformer.recognise_model),
     (qformer.FusedQFormerEncoder, qformer.recognise_encoder),
     (qformer.FusedQFormerLayer, qformer.recognise_layer),
@@ -132,6 +149,8 @@ def patch(
             elif recipe is not None:
                 _refuse_if_sharded(name, module)
                 swaps.append((name, module, mixin, recipe))
+                report.skipped.pop(name, None)
+                break
     if not swaps and not already:
         message = f"no connector of {type(model).__name__} was patched\n{report}"
         if strict:

@@ -96,6 +96,8 @@ class FusedAnyResMerge(FusedAnyRes, FusedMerge):
     """A model whose tiles are packed in one movement and merged in another."""
 
     def __init_subclass__(cls) -> None:
+        if not hasattr(cls, "patch"):  # another mixin, not yet a class of models
+            return
         plain = cls.patch.base.forward
 
         @functools.wraps(plain)  # callers ask for its signature
@@ -119,11 +121,6 @@ def recognise(module: nn.Module) -> tuple[()] | None:
 def recognise_packing(module: nn.Module) -> tuple[()] | None:
     """Empty recipe for a model that packs tiles and does not merge them, or None."""
     return () if packs(module) and image_token_merge.recognise(module) != () else None
-
-
-def recognise_merge(module: nn.Module) -> tuple[()] | str | None:
-    """As `image_token_merge.recognise`, of models that pack no tiles."""
-    return None if packs(module) else image_token_merge.recognise(module)
 
 
 def packs(module: nn.Module) -> bool:

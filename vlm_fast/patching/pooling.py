@@ -1,0 +1,212 @@
+"""Grids that are pooled: Gemma 3, PerceptionLM, LLaVA-NeXT-Video and OneVision."""
+
+from __future__ import annotations
+
+import math
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_fast import ops
+from vlm_fast.modules.chain import Chain, chain_of
+from vlm_fast.modules.plain_linear import why_not_called_plainly
+from vlm_fast.modules.plain_norm import plain_norm
+from vlm_fast.modules.pooled_projector import pooled_mlp, pooled_norm
+from vlm_fast.patching import image_token_merge
+from vlm_fast.patching.anyres import FusedAnyResMerge
+from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.patching.linear_act_linear import FusedMLP
+from vlm_fast.policy import fell_back
+
+WINDOWS: dict[type[nn.Module], str] = {nn.AvgPool2d: "avg", nn.MaxPool2d: "max"}
+
+
+class FusedPooledNorm(Patched):
+    """Gemma 3's projector, token by token: no copy with channels first, one pass for the norm."""
+
+    alone = True
+
+    avg_pool: nn.AvgPool2d
+    patches_per_image: int
+    kernel_size: int
+    mm_soft_emb_norm: nn.Module
+    mm_input_projection_weight: Tensor
+
+    def forward(self, vision_outputs: Tensor) -> Tensor:
+        x, side, name = vision_outputs, self.patches_per_image, type(self).__name__
+        reason = self._why_not_pooled()
+        if x.ndim != 3 or x.shape[1] != side**2:
+            reason = "its tokens are no grid of the size that its config says"
+        if reason is not None:
+            fell_back(name, reason)
+            return super().forward(x)  # type: ignore[misc]
+        x = pooled_norm(name, x, self.mm_soft_emb_norm, side, side, self.kernel_size)
+        return torch.matmul(x, self.mm_input_projection_weight).type_as(vision_outputs)
+
+    def _why_not_pooled(self) -> str | None:
+        return _why_not_window(self.avg_pool, self.kernel_size)
+
+    def why_not(self) -> str | None:
+        found = plain_norm(self.mm_soft_emb_norm)
+        reason = f"mm_soft_emb_norm: {found}" if isinstance(found, str) else None
+        return self._why_not_pooled() or reason
+
+
+class FusedPooledMLP(Patched):
+    """PerceptionLM's projector, pooled before ``linear_2``: averages commute with it and its bias.
+
+    At a ratio of 2 that linear has a quarter of its rows, and what is pooled is the activation.
+    """
+
+    alone = True
+
+    linear_1: nn.Module
+    gelu: nn.Module
+    linear_2: nn.Module
+    pooling: Any
+
+    def forward(self, features: Tensor) -> Any:
+        reason = self.why_not()
+        ratio = getattr(self.pooling, "pooling_ratio", 1)
+        side = math.isqrt(features.shape[1]) if features.ndim == 3 else 0
+        if side < 1 or side**2 != features.shape[1] or side % ratio:
+            reason = "its grid is not a square that the ratio divides"
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            return super().forward(features)  # type: ignore[misc]
+        return pooled_mlp(
+            features, self.linear_1, self.gelu, self.linear_2,
+            height=side, width=side, stride=ratio,
+        )  # fmt: skip
+
+    def why_not(self) -> str | None:
+        # The one child that is not called. Hooks on linear_2 would see fewer rows.
+        for name in ("pooling", "linear_2"):
+            reason = why_not_called_plainly(getattr(self, name))
+            if reason is not None:
+                return f"{name}: {reason}"
+        return None
+
+
+class FusedPooler(Patched):
+    """LLaVA-NeXT-Video's pooling of frames, token by token."""
+
+    alone = True
+
+    pool: Any
+
+    def forward(self, image_features: Tensor) -> Any:
+        reason = self.why_not()
+        side = math.isqrt(image_features.shape[1]) if image_features.ndim == 3 else 0
+        if side**2 != image_features.shape[-2]:
+            reason = "its tokens are no square grid"
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            return super().forward(image_features)  # type: ignore[misc]
+        return ops.spatial_pool(
+            image_features, height=side, width=side, mode=WINDOWS[type(self.pool)],
+            stride=int(self.pool.kernel_size),
+        )  # fmt: skip
+
+    def why_not(self) -> str | None:
+        return _why_not_window(self.pool, self.pool.kernel_size)
+
+
+class FusedFrameProjector(FusedMLP):
+    """LLaVA-OneVision's projector, which leaves out ``linear_2`` where frames are pooled first."""
+
+    act: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_pooled_first() and len(args) == 1 and not kwargs:
+            return self.act(self.linear_1(args[0]))
+        return super().forward(*args, **kwargs)
+
+
+class FusedPooledFrames(FusedAnyResMerge):
+    """LLaVA-OneVision: `FusedAnyResMerge`; frames resized token by token, and before ``linear_2``.
+
+    Bilinear weights sum to 1, so they commute with it and its bias: 196 rows instead of 729.
+    """
+
+    config: Any
+    multi_modal_projector: Any
+
+    def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
+        projector = self.multi_modal_projector
+        served = isinstance(projector, FusedFrameProjector) and not torch.compiler.is_compiling()
+        children = (self.multi_modal_projector, projector.linear_2)
+        if not served or any(why_not_called_plainly(child) for child in children):
+            return super().get_video_features(*args, **kwargs)  # type: ignore[misc]
+        before = _pooled_first.set(True)
+        try:
+            return super().get_video_features(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _pooled_first.reset(before)
+
+    def apply_pooling(self, image_features: Tensor) -> Any:
+        x, vision = image_features, self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        if x.ndim != 3 or x.shape[1] != side**2:
+            fell_back(type(self).__name__, "its tokens are no grid of the size its config says")
+            pooled = super().apply_pooling(x)  # type: ignore[misc]
+        else:
+            pooled = ops.spatial_pool(x, height=side, width=side, mode="bilinear")
+        return self.multi_modal_projector.linear_2(pooled) if _is_pooled_first() else pooled
+
+
+_pooled_first: ContextVar[bool] = ContextVar("pooled_first", default=False)
+
+
+def _is_pooled_first() -> bool:
+    return not torch.compiler.is_compiling() and _pooled_first.get()
+
+
+def _why_not_window(pool: Any, stride: Any) -> str | None:
+    """Why a pooling layer is more than windows of this stride, side by side."""
+    if type(pool) not in WINDOWS:
+        return f"{type(pool).__name__} is not one of {', '.join(w.__name__ for w in WINDOWS)}"
+    if not isinstance(stride, int) or not (pool.kernel_size == pool.stride == stride):
+        return "its windows overlap, or are not square"
+    if pool.padding or pool.ceil_mode or getattr(pool, "dilation", 1) != 1 or stride > 8:
+        return "its windows are not those of a plain stride"
+    return why_not_called_plainly(pool)
+
+
+def recognise_gemma3(module: nn.Module, **options: Any) -> tuple[()] | None:
+    """An empty recipe, or None for another class."""
+    known = is_class(module, "gemma3", "Gemma3MultiModalProjector")
+    return () if known or is_class(module, "t5gemma2", "T5Gemma2MultiModalProjector") else None
+
+
+def recognise_perception_lm(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """A recipe, a reason against, or None for another class."""
+    if not is_class(module, "perception_lm", "PerceptionLMMultiModalProjector"):
+        return None
+    ratio = getattr(module.pooling, "pooling_ratio", 1)
+    return () if 1 <= ratio <= 8 else f"it pools by {ratio}"
+
+
+def recognise_next_video(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """The same for LLaVA-NeXT-Video's pooling, which may be a convolution."""
+    if not is_class(module, "llava_next_video", "LlavaNextVideoPooler"):
+        return None
+    pooler: Any = module
+    return () if type(pooler.pool) in WINDOWS else "it pools by a convolution"
+
+
+def recognise_onevision(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """The same for LLaVA-OneVision, whose merge is served too."""
+    if not is_class(module, "llava_onevision", "LlavaOnevisionModel"):
+        return None
+    return image_token_merge.recognise(module)
+
+
+def recognise_frame_projector(module: nn.Module, *, saved: str, **options: Any) -> Chain | None:
+    """The same for its projector; one that is no chain is left to others."""
+    if not is_class(module, "llava_onevision", "LlavaOnevisionMultiModalProjector"):
+        return None
+    chain = chain_of(module, saved)
+    return chain if isinstance(chain, Chain) and not chain.before and chain.act == "act" else None
