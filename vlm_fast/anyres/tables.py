@@ -43,8 +43,8 @@ def plan(
 ) -> Plan:
     """The tables for a batch of images whose tiles lie one after the other.
 
-    Made once per sizes, tiling and device, and remembered. Making one for a GPU costs a copy to it:
-    outside of CUDA graphs.
+    The tables of a grid are remembered, and those of the last few batches where they are used.
+    Making one for a GPU costs a copy to it: outside of CUDA graphs.
 
     Args:
         sizes: (height, width) of each image, as `sizes_of` gives them.
@@ -73,19 +73,23 @@ def plan(
     return tables(grids, tiling.side, tiling.newline, torch.device(device))
 
 
-def _remembered(make: Callable[..., Any]) -> Callable[..., Any]:
+def _remembered(most: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Remember results, those of real tensors: what tracing makes is of its trace only."""
-    remembering = functools.lru_cache(maxsize=512)(torch.inference_mode(False)(make))
 
-    @functools.wraps(make)
-    def call(*key: Any) -> Any:
-        traced = is_traced(torch.empty(0)) or torch.compiler.is_compiling()
-        return make(*key) if traced else remembering(*key)
+    def decorate(make: Callable[..., Any]) -> Callable[..., Any]:
+        remembering = functools.lru_cache(maxsize=most)(torch.inference_mode(False)(make))
 
-    return call
+        @functools.wraps(make)
+        def call(*key: Any) -> Any:
+            traced = is_traced(torch.empty(0)) or torch.compiler.is_compiling()
+            return make(*key) if traced else remembering(*key)
+
+        return call
+
+    return decorate
 
 
-@_remembered
+@_remembered(8)  # of whole batches: up to megabytes each, on the GPU
 def tables(
     grids: tuple[Stitched | None, ...], side: int, newline: bool, device: torch.device
 ) -> Plan:
@@ -102,7 +106,7 @@ def tables(
         first, placed = first + back.shape[0], placed + forth.shape[0]
     if max(first, placed) > MAX_ROWS:
         raise ValueError(f"vlm_fast.anyres: {max(first, placed)} rows, at most {MAX_ROWS}")
-    none = (torch.empty(0, dtype=torch.int32),) * 2
+    none = (torch.empty(0, dtype=torch.int32, device="cpu"),) * 2
     columns = zip(*(shifted or [none]), strict=True)
     return Plan(tuple(counts), tuple(torch.cat(column).to(device) for column in columns))
 
@@ -119,7 +123,7 @@ def _stitched_rows(grid: Stitched, side: int) -> Tensor:
     return (tile * side + y % side) * side + x % side
 
 
-@_remembered
+@_remembered(256)
 def _plain_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Tensor, Tensor]:
     """``source`` of each packed row, -1 for newlines, and its inverse, -1 for what is cut off."""
     base = torch.arange(side**2, device="cpu")
@@ -142,7 +146,7 @@ def _positions(size: Size, side: int, newline: bool) -> Tensor:
     return side**2 + y * (width + newline) + torch.arange(width, device="cpu")
 
 
-@_remembered
+@_remembered(64)
 def _resized_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Tensor, ...]:
     """Four taps, -1 where there are fewer, and their weights, forth and back.
 

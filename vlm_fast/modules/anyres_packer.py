@@ -53,7 +53,8 @@ class AnyResPacker(nn.Module):
     ) -> Plan:
         """See `vlm_fast.anyres.plan`; sizes as `vlm_fast.anyres.sizes_of` takes them.
 
-        Make it before a CUDA graph or ``torch.compile``; `forward` and `merge` take it inside.
+        Make it before a CUDA graph or ``torch.compile``; `forward` and `merge` take it inside. A
+        graph reads its tables at every replay: keep the plan as long.
         """
         return plan(sizes_of(image_sizes), self.tiling, tiles=tiles, device=device)
 

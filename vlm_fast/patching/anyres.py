@@ -31,7 +31,6 @@ CLASSES = (
 )
 NAME = "pack_image_features"  # in fallbacks
 
-
 # Functions that see the tiles, newline and plan of every pack; `vlm_fast.verify` looks through one.
 OBSERVERS: list[Callable[[Tensor, Tensor | None, Plan], None]] = []
 
