@@ -42,9 +42,9 @@ def halves(tokens: int, protected: int) -> Halves:
 
 @kernel(
     Config({"BLOCK_A": 64, "BLOCK_B": 64, "BLOCK_K": 32}, num_warps=8),
-    Config({"BLOCK_A": 64, "BLOCK_B": 64, "BLOCK_K": 64}, num_warps=4),
+    Config({"BLOCK_A": 64, "BLOCK_B": 64, "BLOCK_K": 64}, num_warps=8),
     Config({"BLOCK_A": 64, "BLOCK_B": 128, "BLOCK_K": 64}, num_warps=8),
-    Config({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_K": 64}, num_warps=8),
+    Config({"BLOCK_A": 32, "BLOCK_B": 64, "BLOCK_K": 64}, num_warps=4),
 )
 @triton.jit(do_not_specialize=["count_a", "count_b", "first_a", "first_b"])
 def nearest_kernel(
@@ -54,9 +54,8 @@ def nearest_kernel(
     features, PRECISION: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Of fp32 half as many features: the tile's bytes, and registers, are what is limited.
-    FP32: tl.constexpr = metric_ptr.dtype.element_ty == tl.float32
-    COLS: tl.constexpr = BLOCK_K // 2 if FP32 and BLOCK_K > 16 else BLOCK_K
+    # Products of fp32 take no tensor core but registers, and spill with more features at a time.
+    COLS: tl.constexpr = 16 if metric_ptr.dtype.element_ty == tl.float32 else BLOCK_K
     blocks = tl.cdiv(count_a, BLOCK_A)
     program = tl.program_id(0).to(tl.int64)
     image = program // blocks
