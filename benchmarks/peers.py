@@ -37,17 +37,25 @@ def of(name: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str
 
 
 def _of_media(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, *, tokens_per_media: int,
-    attend: str = "latest", unattended: str = "zero", scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, q_norm: Tensor | None = None, *,
+    tokens_per_media: int, attend: str = "latest", unattended: str = "zero",
+    scale: float | None = None, eps: float = 1e-6,
 ) -> dict[str, Function]:  # fmt: skip
-    """SDPA with a mask of text by keys, and FlexAttention; what makes their masks is not timed."""
+    """SDPA with a mask of text by keys, and FlexAttention; what makes their masks is not timed.
+
+    Where queries are normed, ATen does it before.
+    """
     seen = media_seen(index, k.shape[2] // tokens_per_media, attend)
     if unattended != "zero":
         seen = seen | ~seen.any(-1, keepdim=True)
     mask = seen.repeat_interleave(tokens_per_media, 2).unsqueeze(1)
     grouped = q.shape[1] != k.shape[1]
 
+    def normed(q: Tensor) -> Tensor:
+        return q if q_norm is None else F.rms_norm(q, q.shape[-1:], q_norm, eps)
+
     def dense(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        q = normed(q)
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
 
     found: dict[str, Function] = {"SDPA (dense mask)": dense}
@@ -59,7 +67,7 @@ def _of_media(
         blocks = create_block_mask(sees, q.shape[0], None, q.shape[2], k.shape[2], str(q.device))
         flex = torch.compile(flex_attention)
         found["FlexAttention"] = lambda q, k, v, *_, **__: flex(
-            q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped
+            normed(q), k, v, block_mask=blocks, scale=scale, enable_gqa=grouped
         )
     return found
 

@@ -50,7 +50,7 @@ def judged(op, args, options, *, layout="dense", upstream="dense", fair=False, o
     for name, (ours, native, exact, *others) in zip(names, found, strict=True):
         if fair:
             ours, native, exact, *others = without_unfair(ours, native, exact, *others)
-        native = farthest_from(exact, native, others)
+        native = parity.farthest(exact, native, others)
         verdict = parity.judge(name, ours, native, exact, gradient=name.startswith("gradient"))
         assert verdict.ok, verdict
     bands.check()
@@ -69,8 +69,8 @@ def evaluated(op, args, options, upstream=None, *, orders=False):
     found = [run(op.fast, args), run(op.reference, args)]
     with ExactSoftmaxBackward():
         found.append(run(op.reference, wide))
-    if orders:
-        found += [run(plain, args) for plain in in_other_orders(op)]
+    others = in_other_orders(op) if orders else op.plain_orders[1:]
+    found += [run(plain, args) for plain in others]
     names = [
         f"{kind} {i}" for kind, part in zip(("output", "gradient"), found[0], strict=True)
         for i in range(len(part))
@@ -78,14 +78,6 @@ def evaluated(op, args, options, upstream=None, *, orders=False):
     tuples = list(zip(*(outputs + gradients for outputs, gradients in found), strict=True))
     assert names and not any(t is None for one in tuples for t in one)
     return names, tuples
-
-
-def farthest_from(exact, native, others):
-    """Of native and the others, element by element, what is farthest from exact, if finite."""
-    for other in others:
-        farther = (other.double() - exact).abs() > (native.double() - exact).abs()
-        native = torch.where(farther & other.isfinite() & native.isfinite(), other, native)
-    return native
 
 
 def without_unfair(ours, native, exact, *others):

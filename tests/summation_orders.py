@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm_fast import ops
-from vlm_fast.kernels._absorbed_cross_attention_aten import after_dropout
 from vlm_fast.kernels._dropout import keep_mask
 from vlm_fast.op import Op
 
@@ -35,7 +34,7 @@ def in_other_orders(op: Op[..., Any]) -> list[Callable[..., Tensor]]:
         "self_attention": [_self_attention],
         "absorbed_cross_attention": [
             functools.partial(_absorbed, plain)
-            for plain in (ops.absorbed_cross_attention.reference, _plain_absorbed)
+            for plain in ops.absorbed_cross_attention.plain_orders
         ],
     }.get(op.name, [])
     return [functools.partial(f, order) for f in permuted for order in range(ORDERS)]
@@ -135,25 +134,3 @@ def _absorbed(plain, order, q, x, weight_k, bias_k, weight_v, *others, heads, **
 def _within_heads(order: int, features: int, heads: int) -> Tensor:
     d = features // heads
     return (torch.arange(heads)[:, None] * d + _permutation(order, d)).flatten()
-
-
-def _plain_absorbed(
-    q, x, weight_k, bias_k, weight_v, bias_v, key_mask, seed, *, heads, scale=None, dropout=0.0
-):
-    """The queries first multiplied by the key weights, as the op documents."""
-    batch, queries, features = q.shape
-    d = features // heads
-    split = q.view(batch, queries, heads, d).transpose(1, 2)
-    wide = split @ weight_k.view(heads, d, -1) * (d**-0.5 if scale is None else scale)
-    scores = wide @ x[:, None].transpose(2, 3)
-    if key_mask is not None:
-        scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
-    p = torch.ops.aten._safe_softmax(scores, -1)
-    if dropout > 0:
-        p = after_dropout(p.flatten(1, 2), seed, heads, dropout).view(p.shape)
-    out = (p @ x[:, None]) @ weight_v.view(heads, d, -1).transpose(1, 2)
-    if bias_v is not None:
-        out = out + p.sum(-1, keepdim=True) * bias_v.view(heads, 1, d)
-    if bias_k is not None:
-        out = out + 0 * bias_k.sum()
-    return out.transpose(1, 2).reshape(q.shape)

@@ -8,6 +8,7 @@
     @name.backward   (needs, kept, dy, *, option) -> one gradient or None per positional argument
     @name.constants  (needs) -> numbers of the results that then have no gradient; none by default
     @name.judges     (results, x, ..., *, option) -> verdicts; of a `discrete_op`, in its place
+    @name.rounds_like  plain PyTorch once more, in the kernels' order of products, where that counts
     @name.cost       (x, ..., *, option) -> Cost of the forward and of the backward
     @name.inputs(test=[...], bench={...}) over one builder of arguments
 
@@ -67,6 +68,7 @@ class Op(Generic[P, R]):
         self.Needs = namedtuple(f"{self.name}_needs", self.tensors)  # type: ignore[misc]
         self.autocasts = False
         self.discrete = False
+        self.plain_orders: list[Callable[..., Any]] = [reference]
         self.judge: Callable[..., list[Any]] | None = None
         self.constant: Callable[[Any], tuple[int, ...]] = lambda needs: ()
         self._accepts: Callable[..., tuple[Any, ...]] = lambda *args, **options: args
@@ -190,6 +192,10 @@ class Op(Generic[P, R]):
     def judges(self, judge: Callable[..., list[Any]]) -> None:
         """Of a discrete op: ``judge(results, *args, **options)``, one `parity.Verdict` or more."""
         self.judge = judge
+
+    def rounds_like(self, plain: Callable[..., R]) -> None:
+        """The reference in an order of products that rounds otherwise; its error is allowed too."""
+        self.plain_orders.append(plain)
 
     def cost(self, cost: Callable[..., Cost]) -> None:
         self._cost = cost

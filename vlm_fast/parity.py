@@ -162,18 +162,27 @@ def check(
         return op.judge(found, *args, **{**op.defaults, **options})
     run = lambda f, a: outputs_and_gradients(f, a, options, upstream=upstream)  # noqa: E731
     actual = run(fast or op.fast, args)
-    native = run(op.reference, args)
+    native, *others = (run(plain, args) for plain in op.plain_orders)
     exact = run(op.reference, convert(args, torch.Tensor.double))
     names = [f"output {i}" for i in range(len(actual[0]))] + [
         f"gradient {i}" for i in range(len(actual[1]))
     ]
-    triples = zip(actual[0] + actual[1], native[0] + native[1], exact[0] + exact[1], strict=True)
+    every = ([*outputs, *found] for outputs, found in (actual, native, exact, *others))
     verdicts = []
-    for name, (ours, theirs, true) in zip(names, triples, strict=True):
+    for name, (ours, theirs, true, *more) in zip(names, zip(*every, strict=True), strict=True):
         if ours is None or theirs is None or true is None:
             same = (ours is None) == (theirs is None)
             failure = None if same else "a gradient is missing on one side"
             verdicts.append(Verdict(name, 0.0, 0.0, failure))
         else:
+            theirs = farthest(true, theirs, more)
             verdicts.append(judge(name, ours, theirs, true, gradient=name.startswith("gradient")))
     return verdicts
+
+
+def farthest(exact: Tensor, native: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Of native and the others, element by element, what is farthest from exact, if finite."""
+    for other in others:
+        farther = (other.double() - exact).abs() > (native.double() - exact).abs()
+        native = torch.where(farther & other.isfinite() & native.isfinite(), other, native)
+    return native

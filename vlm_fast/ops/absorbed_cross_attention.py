@@ -76,6 +76,29 @@ def absorbed_cross_attention(
     return attended.transpose(1, 2).reshape(q.shape)
 
 
+@absorbed_cross_attention.rounds_like
+def absorbed(
+    q, x, weight_k, bias_k, weight_v, bias_v, key_mask, seed, *, heads, scale=None, dropout=0.0
+):  # fmt: skip
+    """The queries first multiplied by the key weights, as documented."""
+    batch, queries, features = q.shape
+    d = features // heads
+    split = q.view(batch, queries, heads, d).transpose(1, 2)
+    wide = split @ weight_k.view(heads, d, -1) * score_scale(scale, d)
+    scores = wide @ x[:, None].transpose(2, 3)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
+    p = torch.ops.aten._safe_softmax(scores, -1)
+    if dropout > 0:
+        p = after_dropout(p.flatten(1, 2), seed, heads, dropout).view(p.shape)
+    out = (p @ x[:, None]) @ weight_v.view(heads, d, -1).transpose(1, 2)
+    if bias_v is not None:
+        out = out + p.sum(-1, keepdim=True) * bias_v.view(heads, 1, d)
+    if bias_k is not None:
+        out = out + 0 * bias_k.sum()
+    return out.transpose(1, 2).reshape(q.shape)
+
+
 def absorbs(queries: int, keys: int, width: int, d: int, batch: int, *, on_gpu: bool) -> bool:
     """Whether absorbing pays: a function of shapes, the same on every rank.
 
