@@ -334,6 +334,8 @@ def pixel_shuffle_norm_backward(
 def _images(x: Tensor) -> Tensor:
     """``(images, tokens, cols)``, copied only if the strides are not those of rows."""
     x = dense(x)
+    if x.ndim == 3:
+        return x
     return x.unsqueeze(0) if x.ndim == 2 else x.flatten(0, -3)
 
 

@@ -36,9 +36,9 @@ def _tap(at, tap, size, pooled, STRIDE: tl.constexpr, BILINEAR: tl.constexpr):
     """The ``tap``-th coordinate that goes into the pooled one ``at``, and its weight."""
     if BILINEAR:  # in whole numbers: weights are exact but for one division
         halves = (2 * at + 1) * size - pooled
-        share = (halves % (2 * pooled)).to(tl.float32) / (2 * pooled)
-        source = tl.minimum(halves // (2 * pooled) + tap, size - 1)
-        return source, tl.where(tap == 1, share, 1.0 - share)
+        first = halves // 2 // pooled  # `2 * pooled` might not fit where `pooled` does
+        share = (halves - 2 * first * pooled).to(tl.float32) / (2.0 * pooled)
+        return tl.minimum(first + tap, size - 1), tl.where(tap == 1, share, 1.0 - share)
     else:
         return at * STRIDE + tap, tl.full(at.shape, 1.0, tl.float32)
 
@@ -47,7 +47,7 @@ def _tap(at, tap, size, pooled, STRIDE: tl.constexpr, BILINEAR: tl.constexpr):
 def _near(source, near, size, pooled, STRIDE: tl.constexpr, BILINEAR: tl.constexpr):
     """The ``near``-th pooled coordinate that ``source`` may go into, and with which weight."""
     if BILINEAR:
-        at = ((2 * source - 1) * pooled + size) // (2 * size) + near
+        at = ((2 * source - 1) * pooled + size) // 2 // size + near
         first, weight = _tap(at, 0, size, pooled, STRIDE, BILINEAR)
         second, other = _tap(at, 1, size, pooled, STRIDE, BILINEAR)
         weight = tl.where(first == source, weight, 0.0) + tl.where(second == source, other, 0.0)
@@ -194,8 +194,23 @@ def _tokens(image: Tensor) -> Tensor:
     return image.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
+def _windows(x: Tensor, pooling: Pooling) -> Tensor:
+    """``(batch, pooled height, stride, pooled width, stride, cols)``, a view."""
+    (height, width), stride = pooling.pooled, pooling.stride
+    grid = x.unflatten(1, (pooling.height, pooling.width))
+    grid = grid[:, : height * stride, : width * stride]
+    return grid.unflatten(2, (width, stride)).unflatten(1, (height, stride))
+
+
 def _aten(x: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor | None]:
     image, side = _image(x, pooling.height, pooling.width), [pooling.stride] * 2
+    if pooling.mode == "avg" and x.dtype == torch.float32:  # ATen's takes ten times as long
+        windows = _windows(x, pooling)
+        taps = [windows[:, :, i, :, j] for i in range(side[0]) for j in range(side[1])]
+        total = taps[0] + taps[1] if len(taps) > 1 else taps[0].clone()
+        for tap in taps[2:]:
+            total += tap
+        return total.div_(len(taps)).flatten(1, 2), None
     if pooling.mode == "avg":
         return _tokens(torch.ops.aten.avg_pool2d(image, side, side)), None
     if pooling.mode == "max":
@@ -211,11 +226,16 @@ def _aten_backward(dpooled: Tensor, chosen: Tensor | None, pooling: Pooling) -> 
     x = dpooled.new_empty(batch, height * width, cols)
     if is_traced(x):  # ATen's bilinear backward knows no symbolic sizes
         return x
+    if pooling.mode == "avg":
+        windows = _windows(x, pooling)
+        if windows.numel() < x.numel():
+            x.zero_()  # rows and columns that fill no window
+        given = (dpooled / pooling.stride**2).unflatten(1, pooling.pooled)
+        windows.copy_(given[:, :, None, :, None].expand_as(windows))
+        return x
     grad, side = _image(dpooled, *pooling.pooled), [pooling.stride] * 2
     x = _image(x, height, width)  # of which only the sizes and strides are read
-    if pooling.mode == "avg":
-        found = torch.ops.aten.avg_pool2d_backward(grad, x, side, side, [0, 0], False, True, None)
-    elif chosen is not None:
+    if chosen is not None:
         found = torch.ops.aten.max_pool2d_with_indices_backward(
             grad, x, side, side, [0, 0], [1, 1], False, _image(chosen, *pooling.pooled)
         )

@@ -13,7 +13,7 @@ from vlm_fast import ops
 from vlm_fast.modules.chain import Chain, chain_of
 from vlm_fast.modules.plain_linear import why_not_called_plainly
 from vlm_fast.modules.plain_norm import plain_norm
-from vlm_fast.modules.pooled_projector import pooled_mlp, pooled_norm
+from vlm_fast.modules.pooled_projector import pooled_mlp, pooled_norm, times_matrix
 from vlm_fast.patching import image_token_merge
 from vlm_fast.patching.anyres import FusedAnyResMerge
 from vlm_fast.patching.class_swap import Patched, is_class
@@ -43,7 +43,7 @@ class FusedPooledNorm(Patched):
             fell_back(name, reason)
             return super().forward(x)  # type: ignore[misc]
         x = pooled_norm(name, x, self.mm_soft_emb_norm, side, side, self.kernel_size)
-        return torch.matmul(x, self.mm_input_projection_weight).type_as(vision_outputs)
+        return times_matrix(x, self.mm_input_projection_weight).type_as(vision_outputs)
 
     def _why_not_pooled(self) -> str | None:
         return _why_not_window(self.avg_pool, self.kernel_size)
