@@ -53,6 +53,10 @@ LARGE: dict[str, dict[str, Any]] = {
         "batch": BATCH, "heads": 16, "queries": 107_000, "media": 16, "keys": 1024,
         "tokens_per_media": 64, "d": 64,
     },
+    "pixel_shuffle_norm": {
+        "batch": BATCH, "height": 460, "width": 460, "features": 2048, "norm": "layer",
+    },
+    "spatial_pool": {"batch": BATCH, "height": 460, "width": 460, "features": 2048},
     "bipartite_match": {"batch": BATCH, "tokens": 107_000, "features": 4096, "r": 53_000},
     "merge_tokens": {
         "batch": BATCH, "tokens": 107_000, "features": 4096, "r": 53_000, "sized": True,
@@ -64,7 +68,7 @@ BY_FEATURES = {"anyres_pack", "anyres_pack_resized", "anyres_merge"}
 # No GEMM in them.
 EXACT = {
     "merge_image_tokens", "gather_image_tokens", "add_layer_norm", "merge_tokens", "unmerge_tokens",
-    *BY_FEATURES,
+    "pixel_shuffle_norm", "spatial_pool", *BY_FEATURES,
 }  # fmt: skip
 LARGE_BYTES = 40 * 2**30  # what they need, gradients and copies included
 
