@@ -6,8 +6,6 @@ in one movement and merges in another, as a patched model does; ``at once`` is `
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -16,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import timing
-from benchmarks.flamingo import Part, Row, compare, show
+from benchmarks.before_and_after import Part, measure, without_gradients
 from vlm_fast import ops
 from vlm_fast.anyres import Plan, Tiling, plan, tile_count
 from vlm_fast.modules.anyres_packer import joined, pack_tiles
@@ -86,7 +83,7 @@ def _pack_and_merge(
     called: dict[str, Callable[[], Tensor]] = {"before": before, "after": after}
     if not made.is_resized:
         called["at once"] = at_once
-    yield f"{name}, forward", {state: torch.no_grad()(f) for state, f in called.items()}
+    yield f"{name}, forward", without_gradients(called)
     upstream, wanted = torch.randn_like(embeds), (embeds, features, newline)
     yield (
         f"{name}, forward and backward",
@@ -103,26 +100,6 @@ def _gradients(
 PARTS = (llava_next, llava_onevision)
 
 
-def main(
-    *, quick: bool = False, device: str | None = None, seconds: float = 20.0,
-    deadline: float = math.inf,
-) -> dict[str, Any]:  # fmt: skip
-    """Measure in bf16, about ``seconds`` a part, print a table, and return what was found.
-
-    No part is begun after ``deadline`` (of ``time.monotonic``); "finished" says whether all were.
-    """
-    seconds = 0.2 if quick else seconds
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rows: list[Row] = []
-    finished = True
-    with timing.one_thread():
-        for part in PARTS:
-            torch.manual_seed(0)
-            for name, calls in part(device, torch.bfloat16, quick):
-                if time.monotonic() > deadline:
-                    finished = False
-                    break
-                rows += compare(name, calls, device, seconds)
-    found = {"rows": rows, "dtype": "bfloat16", "finished": finished}
-    show(found, device, "AnyRes")
-    return found
+def main(**options: Any) -> dict[str, Any]:
+    """See `before_and_after.measure`; in bf16."""
+    return measure("AnyRes", PARTS, dtype=torch.bfloat16, **options)

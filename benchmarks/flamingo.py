@@ -7,10 +7,7 @@
 from __future__ import annotations
 
 import copy
-import math
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -18,13 +15,9 @@ import torch
 from torch import Tensor
 
 import vlm_fast
-from benchmarks import machine, timing
-from vlm_fast import ops, tables
+from benchmarks.before_and_after import Part, measure, without_gradients
+from vlm_fast import ops
 from vlm_fast.patching.media_sets import MediaSets
-
-Row = dict[str, Any]
-Part = tuple[str, dict[str, Callable[[], Any]]]
-DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 def dense_attention(
@@ -90,7 +83,7 @@ def idefics_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]
         "before": lambda: before(x, None, images, mask, gate),
         "after": lambda: after(x, None, images, mask, gate, media_sets=MediaSets.of(seen)),
     }
-    yield "IDEFICS-9B gated layer, a step, 8 images", _without_gradients(called)
+    yield "IDEFICS-9B gated layer, a step, 8 images", without_gradients(called)
 
 
 def mllama_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
@@ -148,7 +141,7 @@ def mllama_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
     called = {"before": old, "after": new}
     yield (
         f"Llama-3.2-11B-Vision layer, a step of 4, {tiles * patches} keys",
-        _without_gradients(called),
+        without_gradients(called),
     )
 
 
@@ -171,7 +164,7 @@ def idefics_resampler(device: str, dtype: torch.dtype, quick: bool) -> Iterator[
     x = torch.randn(images, 257, 1280, device=device, dtype=dtype)
     name = f"IDEFICS resampler, {images} x 257 x 1280 to 64, depth {depth}"
     called: dict[str, Callable[[], Any]] = {s: partial(m, x) for s, m in modules.items()}
-    yield f"{name}, forward", _without_gradients(called)
+    yield f"{name}, forward", without_gradients(called)
     upstream = torch.randn(images, 64, 1280, device=device, dtype=dtype)
 
     def step(module: torch.nn.Module) -> Callable[[], Any]:
@@ -184,70 +177,9 @@ def idefics_resampler(device: str, dtype: torch.dtype, quick: bool) -> Iterator[
     yield f"{name}, training step", {state: step(module) for state, module in modules.items()}
 
 
-def _without_gradients(called: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
-    return {state: torch.no_grad()(f) for state, f in called.items()}
-
-
 PARTS = (media_core, idefics_resampler, idefics_step, mllama_step)
 
 
-def main(
-    *, quick: bool = False, device: str | None = None, seconds: float = 20.0,
-    deadline: float = math.inf,
-) -> dict[str, Any]:  # fmt: skip
-    """Measure, about ``seconds`` a part, print a table, and return what was found.
-
-    No part is begun after ``deadline`` (of ``time.monotonic``); "finished" says whether all were.
-    """
-    seconds = 0.2 if quick else seconds
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = DTYPE[device]
-    rows: list[Row] = []
-    finished = True
-    with timing.one_thread():
-        for part in PARTS:
-            torch.manual_seed(0)
-            for name, calls in part(device, dtype, quick):
-                if time.monotonic() > deadline:
-                    finished = False
-                    break
-                rows += compare(name, calls, device, seconds)
-    found = {"rows": rows, "dtype": str(dtype).removeprefix("torch."), "finished": finished}
-    show(found, device)
-    return found
-
-
-def compare(
-    name: str, calls: dict[str, Callable[[], Any]], device: str, seconds: float
-) -> list[Row]:
-    """Both in turns."""
-    times = timing.interleaved(
-        calls, [()], device=device, seconds=seconds, rounds=(3, 200), wall=True
-    )
-    return [
-        {
-            "part": name,
-            "state": state,
-            **asdict(times[state]),
-            "ratio": times["before"].median / times[state].median,
-            "ours_is": timing.verdict(times[state], times["before"]),
-        }
-        for state in calls
-    ]
-
-
-def show(found: dict[str, Any], device: str, title: str = "Flamingo") -> None:
-    threads = ", one thread" if device == "cpu" else ""
-    columns = ("part", "", "median", "quartiles", "times faster", "is")
-    cells = [
-        (
-            row["part"],
-            row["state"],
-            f"{row['median'] * 1e3:.2f} ms",
-            f"{row['lower'] * 1e3:.2f}-{row['upper'] * 1e3:.2f}",
-            f"{row['ratio']:.2f}",
-            row["ours_is"],
-        )
-        for row in found["rows"]
-    ]
-    tables.show(f"{title}, {found['dtype']}, on {machine.name(device)}{threads}", columns, cells)
+def main(**options: Any) -> dict[str, Any]:
+    """See `before_and_after.measure`."""
+    return measure("Flamingo", PARTS, **options)

@@ -11,11 +11,23 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from benchmarks import flamingo, gpu_checks, gpu_configs, llava, ops, overhead, qformer, tokens
+from benchmarks import (
+    anyres,
+    flamingo,
+    gpu_checks,
+    gpu_configs,
+    llava,
+    mergers,
+    ops,
+    overhead,
+    qformer,
+    tokens,
+)
 from vlm_fast import evidence, selftest
 from vlm_fast.op import OPS
 
@@ -159,18 +171,17 @@ def benchmark_qformer(results: Results, device: str, deadline: float) -> list[st
     return [] if found["finished"] else ["out of time"]
 
 
-def benchmark_flamingo(results: Results, device: str, deadline: float) -> list[str]:
-    results["flamingo"] = found = flamingo.main(
-        device=device, quick=device == "cpu", seconds=6.0, deadline=deadline
-    )
-    return [] if found["finished"] else ["out of time"]
+def family(module: ModuleType, seconds: float) -> Callable[[Results, str, float], list[str]]:
+    """A benchmark of pieces before and after."""
 
+    def run(results: Results, device: str, deadline: float) -> list[str]:
+        found = module.main(
+            device=device, quick=device == "cpu", seconds=seconds, deadline=deadline
+        )
+        results[module.__name__.rpartition(".")[2]] = found
+        return [] if found["finished"] else ["out of time"]
 
-def benchmark_tokens(results: Results, device: str, deadline: float) -> list[str]:
-    results["tokens"] = found = tokens.main(
-        device=device, quick=device == "cpu", seconds=4.0, deadline=deadline
-    )
-    return [] if found["finished"] else ["out of time"]
+    return run
 
 
 def benchmark_overhead(results: Results, device: str, deadline: float) -> list[str]:
@@ -189,8 +200,10 @@ STAGES = (
     Stage("configs", 70, configs, timed=True),
     Stage("LLaVA", 110, benchmark_llava, needs_cuda=False, timed=True),
     Stage("Q-Former", 110, benchmark_qformer, needs_cuda=False, timed=True),
-    Stage("Flamingo", 90, benchmark_flamingo, needs_cuda=False, timed=True),
-    Stage("tokens", 40, benchmark_tokens, needs_cuda=False, timed=True),
+    Stage("Flamingo", 70, family(flamingo, 5.0), needs_cuda=False, timed=True),
+    Stage("AnyRes", 30, family(anyres, 2.0), needs_cuda=False, timed=True),
+    Stage("mergers", 30, family(mergers, 2.0), needs_cuda=False, timed=True),
+    Stage("tokens", 30, family(tokens, 3.0), needs_cuda=False, timed=True),
     Stage("ops", 130, benchmark_ops, needs_cuda=False, timed=True),
     Stage("overhead", 20, benchmark_overhead, needs_cuda=False, timed=True),
     Stage("large", 30, large),

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import copy
-import math
-import time
 import types
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,10 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import vlm_fast
-from benchmarks import flamingo, timing
+from benchmarks.before_and_after import Part, measure, without_gradients
 from vlm_fast import ops
-
-Part = tuple[str, dict[str, Callable[[], Any]]]
 
 
 def internvl_core(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
@@ -69,7 +65,7 @@ def mergers(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
             x, norm.weight, height=patches // 2, width=2, norm="rms", norm_after=False, eps=1e-6
         ),
     }
-    yield f"Qwen2.5-VL norm and merge, {patches} x {features}, forward", _no_gradients(called)
+    yield f"Qwen2.5-VL norm and merge, {patches} x {features}, forward", without_gradients(called)
     for name, module, args in (
         ("Gemma 3", *_gemma3(device, dtype, quick)),
         ("PerceptionLM", *_perception_lm(device, dtype, quick)),
@@ -78,7 +74,7 @@ def mergers(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
         after = copy.deepcopy(module)
         vlm_fast.patch(after, strict=True)
         called = {"before": partial(module, args), "after": partial(after, args)}
-        yield f"{name}, {' x '.join(map(str, args.shape))}, forward", _no_gradients(called)
+        yield f"{name}, {' x '.join(map(str, args.shape))}, forward", without_gradients(called)
 
 
 def _gemma3(device: str, dtype: torch.dtype, quick: bool) -> tuple[nn.Module, Tensor]:
@@ -123,28 +119,9 @@ def _next_video(device: str, dtype: torch.dtype, quick: bool) -> tuple[nn.Module
     return LlavaNextVideoPooler(config), frames
 
 
-def _no_gradients(called: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
-    return {state: torch.no_grad()(f) for state, f in called.items()}
-
-
 PARTS = (internvl_core, mergers)
 
 
-def main(
-    *, quick: bool = False, device: str | None = None, seconds: float = 10.0,
-    dtype: torch.dtype | None = None, deadline: float = math.inf,
-) -> dict[str, Any]:  # fmt: skip
-    """Measure, about ``seconds`` a part, print a table, and return what was found."""
-    seconds = 0.2 if quick else seconds
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = flamingo.DTYPE[device] if dtype is None else dtype
-    rows: list[flamingo.Row] = []
-    with timing.one_thread():
-        for part in PARTS:
-            torch.manual_seed(0)
-            for name, calls in part(device, dtype, quick):
-                if time.monotonic() < deadline:
-                    rows += flamingo.compare(name, calls, device, seconds)
-    found = {"rows": rows, "dtype": str(dtype).removeprefix("torch.")}
-    flamingo.show(found, device, "Mergers and pooling")
-    return found
+def main(**options: Any) -> dict[str, Any]:
+    """See `before_and_after.measure`."""
+    return measure("Mergers and pooling", PARTS, **options)

@@ -7,8 +7,6 @@ argsort, gather, scatter_reduce, cat. ``after`` is `vlm_fast.ops.bipartite_match
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -16,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import timing
-from benchmarks.flamingo import DTYPE, Part, Row, compare, show
+from benchmarks.before_and_after import Part, measure, without_gradients
 from vlm_fast import ops
 from vlm_fast.modules import MLPProjector, TokenMerger
 
@@ -57,7 +54,7 @@ def half_of_clip(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]
             torch._dynamo.reset()
             called["compiled"] = partial(torch.compile(plain_merging), x, metric, 288)
         name = f"{images} x 576 x 1024 to 288, by {words}"
-        yield f"{name}, forward", {state: torch.no_grad()(f) for state, f in called.items()}
+        yield f"{name}, forward", without_gradients(called)
 
         def step(f: Callable[[], Tensor]) -> Callable[[], Any]:
             return lambda: torch.autograd.grad(f(), x, upstream)
@@ -75,34 +72,13 @@ def before_a_projector(device: str, dtype: torch.dtype, quick: bool) -> Iterator
     called = {"before": partial(projector, x), "after": partial(merged, x)}
     yield (
         f"LLaVA's projector of {images} x 576, after a merge to 144",
-        {state: torch.no_grad()(f) for state, f in called.items()},
+        without_gradients(called),
     )
 
 
 PARTS = (half_of_clip, before_a_projector)
 
 
-def main(
-    *, quick: bool = False, device: str | None = None, seconds: float = 20.0,
-    deadline: float = math.inf,
-) -> dict[str, Any]:  # fmt: skip
-    """Measure, about ``seconds`` a part, print a table, and return what was found.
-
-    No part is begun after ``deadline`` (of ``time.monotonic``); "finished" says whether all were.
-    """
-    seconds = 0.2 if quick else seconds
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = DTYPE[device]
-    rows: list[Row] = []
-    finished = True
-    with timing.one_thread():
-        for part in PARTS:
-            torch.manual_seed(0)
-            for name, calls in part(device, dtype, quick):
-                if time.monotonic() > deadline:
-                    finished = False
-                    break
-                rows += compare(name, calls, device, seconds)
-    found = {"rows": rows, "dtype": str(dtype).removeprefix("torch."), "finished": finished}
-    show(found, device, "Tokens")
-    return found
+def main(**options: Any) -> dict[str, Any]:
+    """See `before_and_after.measure`."""
+    return measure("Tokens", PARTS, **options)

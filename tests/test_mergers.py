@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vlm_fast
+from tests.stirred_modules import assert_close, gradients, stirred
 from tests.tiny_models import build
 from vlm_fast.modules import (
     PatchMerger,
@@ -20,28 +21,6 @@ from vlm_fast.modules import (
 )
 from vlm_fast.modules.plain_norm import GemmaRMSNorm, RMSNorm
 from vlm_fast.patching.internvl import Unshuffled
-
-
-def stirred(module):
-    """With parameters that are neither zeros nor ones, which would hide mistakes."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return module
-
-
-def gradients(module, *args):
-    x, *others = args
-    x = x.detach().requires_grad_()
-    y = module(x, *others)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], upstream)]
-
-
-def assert_close(ours, theirs):
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def qwen(family, name, after=False):

@@ -17,6 +17,9 @@ from vlm_fast.modules.pooled_projector import PooledNormProjector as PooledNormP
 from vlm_fast.modules.qformer import QFormer as QFormer
 from vlm_fast.modules.qformer import QFormerOutput as QFormerOutput
 from vlm_fast.modules.qformer_shared import ImageKeyValues as ImageKeyValues
+from vlm_fast.modules.shuffled_projector import PixelShuffleConnector as PixelShuffleConnector
+from vlm_fast.modules.shuffled_projector import PixelShuffleMLP as PixelShuffleMLP
+from vlm_fast.modules.shuffled_projector import RaggedMergerProjector as RaggedMergerProjector
 from vlm_fast.modules.spatial_pool import SpatialPool as SpatialPool
 from vlm_fast.modules.token_budget import TokenBudget as TokenBudget
 from vlm_fast.modules.token_merger import MergedTokens as MergedTokens

@@ -8,8 +8,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlm_fast import ops
 from vlm_fast.modules.perceiver_resampler import PerceiverResampler
 from vlm_fast.modules.token_merger import TokenMerger
+from vlm_fast.ops.spatial_pool import MAX_STRIDE
 from vlm_fast.refusal import not_a_tensor, wrong_value
 
 OP = "TokenBudget"
@@ -77,9 +79,13 @@ class TokenBudget(nn.Module):
         grid = grid or (side, side)
         if grid[0] * grid[1] != x.shape[1]:
             raise wrong_value(OP, "grid", grid, f"two sizes whose product is {x.shape[1]}, tokens")
+        cells = pooled_grid(self.n, grid)
+        stride = grid[0] // cells[0]
+        if grid == (cells[0] * stride, cells[1] * stride) and stride <= MAX_STRIDE:
+            return ops.spatial_pool(x, height=grid[0], width=grid[1], stride=stride)
         # Rows of tokens are an image with its channels last: nothing is moved.
         image = x.transpose(1, 2).unflatten(2, grid)
-        pooled = F.adaptive_avg_pool2d(image, pooled_grid(self.n, grid))
+        pooled = F.adaptive_avg_pool2d(image, cells)
         return pooled.flatten(2).transpose(1, 2)
 
 

@@ -1,0 +1,166 @@
+"""Projectors behind a shuffle of patches: those of Idefics3 and SmolVLM, Llama 4, and Mistral 3."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_fast import ops
+from vlm_fast.modules.activation import activation_module
+from vlm_fast.modules.mlp_projector import fused_mlp
+from vlm_fast.modules.plain_norm import RMSNorm, merged
+from vlm_fast.ops.pixel_shuffle_norm import rows_of_blocks
+from vlm_fast.refusal import wrong_value
+
+
+class PixelShuffleConnector(nn.Module):
+    """A pixel shuffle in one copy, and a linear without bias.
+
+    Mirrors transformers' ``Idefics3Connector`` and ``SmolVLMConnector``, with their key
+    ``modality_projection.proj.weight``.
+
+    Args:
+        in_features, out_features: of a patch, and of the language model.
+        factor: patches along a side of a block.
+
+    Shapes: ``(batch, height * width, in_features)`` to ``(batch, height * width / factor ** 2,
+    out_features)``; square unless ``height`` and ``width`` say otherwise.
+
+    Raises:
+        ValueError: the tokens make no such grid, or the factor does not divide it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        factor: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.modality_projection = nn.Module()
+        wide = in_features * factor**2
+        self.modality_projection.proj = nn.Linear(wide, out_features, bias=False, **factory)
+        self.factor = factor
+
+    def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        proj: Any = self.modality_projection.proj
+        y: Tensor = proj(_shuffled(x, self.factor, height, width))
+        return y
+
+
+class PixelShuffleMLP(nn.Module):
+    """A pixel shuffle in one copy, and two linears without bias, GELU after each.
+
+    Mirrors transformers' ``Llama4VisionPixelShuffleMLP``, with its keys ``mlp.fc1.weight`` and
+    ``mlp.fc2.weight``.
+
+    Args:
+        in_features, hidden_features, out_features: of a patch, between the linears, of the result.
+        factor: patches along a side of a block.
+        dropout: probability between the linears, in training.
+
+    Shapes and errors: as of `PixelShuffleConnector`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        *,
+        factor: int = 2,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype, "bias": False}
+        self.mlp = nn.Module()
+        self.mlp.fc1 = nn.Linear(in_features * factor**2, hidden_features, **factory)
+        self.mlp.fc2 = nn.Linear(hidden_features, out_features or hidden_features, **factory)
+        self.factor, self.dropout = factor, nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        x = _shuffled(x, self.factor, height, width)
+        if self.training and self.dropout.p > 0:
+            h = fc2(self.dropout(nn.functional.gelu(fc1(x))))  # type: ignore[operator]
+        else:
+            gelu = activation_module("gelu")
+            h = fused_mlp(type(self).__name__, x, fc1, gelu, fc2, "preactivation")  # type: ignore[arg-type]
+        return nn.functional.gelu(h)
+
+
+class RaggedMergerProjector(nn.Module):
+    """Norm, ``factor x factor`` patches in one token, linear, MLP; for images of several sizes.
+
+    Mirrors transformers' ``Mistral3MultiModalProjector`` (and ``LightOnOcrMultiModalProjector``),
+    with its keys: ``norm``, ``patch_merger.merging_layer``, ``linear_1``, ``linear_2``. All images
+    are normed and merged in one pass, by one index.
+
+    Args:
+        in_features, out_features: of a patch, and of the language model.
+        factor: patches along a side of a block; what fills no block is left out, as there.
+        bias: whether ``linear_1`` and ``linear_2`` have one.
+        activation: as of `MLPProjector`.
+        eps: of the norm.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        factor: int = 2,
+        bias: bool = False,
+        activation: str = "gelu",
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        wide = in_features * factor**2
+        self.norm = RMSNorm(in_features, eps, **factory)
+        self.patch_merger = nn.Module()
+        self.patch_merger.merging_layer = nn.Linear(wide, in_features, bias=False, **factory)
+        self.linear_1 = nn.Linear(in_features, out_features, bias=bias, **factory)
+        self.act = activation_module(activation)
+        self.linear_2 = nn.Linear(out_features, out_features, bias=bias, **factory)
+        self.factor = factor
+
+    def forward(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """``(merged tokens, out_features)`` of x ``(tokens, in_features)``.
+
+        Args:
+            x: the patches of all images, image after image, each row by row.
+            grids: height and width of each, in patches.
+
+        Raises:
+            ValueError: x has not as many rows as the grids have cells.
+        """
+        name, cells = type(self).__name__, sum(h * w for h, w in grids)
+        if x.ndim != 2 or x.shape[0] != cells:
+            raise wrong_value(name, "x", x, f"({cells}, features), the cells of the grids")
+        index = rows_of_blocks(grids, self.factor, x.device)
+        x = merged(
+            name, x, self.norm, factor=self.factor, norm_after=False, layout="channel", index=index
+        )
+        merging: Any = self.patch_merger.merging_layer
+        return fused_mlp(
+            name, merging(x), self.linear_1, self.act, self.linear_2, "preactivation"
+        )  # fmt: skip
+
+
+def _shuffled(x: Tensor, factor: int, height: int | None, width: int | None) -> Tensor:
+    if height is None or width is None:
+        height = width = math.isqrt(x.shape[-2])
+    return ops.pixel_shuffle_norm(x, height=height, width=width, factor=factor)
