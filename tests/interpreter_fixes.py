@@ -9,6 +9,8 @@ order in another shape. Races, alignment, shared memory and TF32 remain invisibl
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 from types import SimpleNamespace
 
@@ -32,6 +34,7 @@ def apply() -> None:
     # A kernel's exp may overflow to Inf, its division may yield NaN: no news to a GPU.
     np.seterr(all="ignore")
     _patch_the_language_once_a_launch()
+    _make_types_once()
     _convert_loop_bounds()
     _convert_bf16()
     _compute_in_bf16()
@@ -69,6 +72,54 @@ def _patch_the_language_once_a_launch() -> None:
         return self.rewrite()(*args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = call
+
+
+def _make_types_once() -> None:
+    """What is known of a type or shape is asked again for every value: a third of the time left."""
+    core, known = tl.core, interpreter._get_np_dtype
+
+    @functools.cache
+    def numpy_dtype(name):
+        return known(seen[name])
+
+    @functools.cache
+    def measured(shape):
+        return core.constexpr(math.prod(shape)), core.tuple([core.constexpr(n) for n in shape])
+
+    @functools.cache
+    def described(element, shape):
+        if not shape:
+            raise TypeError("0d block_type is forbidden")
+        sizes = core.tuple(shape)
+        return sizes, core.validate_block_shape(sizes), f"<{sizes}, {element}>"
+
+    def get_np_dtype(dtype):
+        seen.setdefault(dtype.name, dtype)
+        return numpy_dtype(dtype.name)
+
+    def tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = measured(tuple(type.shape) if type.is_block() else ())
+
+    def block_type(self, element_ty, shape):
+        self.element_ty = element_ty
+        sizes = tuple(core._unwrap_shape(shape))
+        self.shape, self.numel, self.name = described(element_ty.name, sizes)
+
+    def values(self, args, type=None):
+        self.values = list(args)
+        self._type = core.tuple_type(type) if isinstance(type, (list, tuple)) else type
+
+    def type_of_values(self):
+        if self._type is None:
+            self._type = core._type_for_tuple_values(self.values)
+        return self._type
+
+    seen: dict[str, object] = {}
+    interpreter._get_np_dtype = get_np_dtype
+    core.tuple.type = property(type_of_values, lambda self, type: setattr(self, "_type", type))
+    core.tuple.__init__, core.tensor.__init__ = values, tensor
+    core.block_type.__init__ = block_type
 
 
 def _convert_loop_bounds() -> None:

@@ -114,9 +114,10 @@ def test_parity_without_gradients(device, op, shape, dtype):
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "padded rows"])
-@any_case
-def test_layouts_of_inputs(device, op, shape, layout):
-    judged(op, *op.sample(shape, torch.bfloat16, device), layout=layout)
+@any_op
+def test_layouts_of_inputs(device, op, layout):
+    for shape in op.test_shapes[1:3]:
+        judged(op, *op.sample(shape, torch.bfloat16, device), layout=layout)
 
 
 @pytest.mark.parametrize("upstream", UPSTREAMS)
@@ -188,7 +189,9 @@ def test_only_wanted_gradients_are_computed(device, op, shape):
             for one in gradient if isinstance(gradient, list) else [gradient]:
                 assert needed or one is None, "computed without need"
                 if needed:
-                    verdict = parity.judge(str(needs), one, *expected[at][1:], gradient=True)
+                    _, native, exact, *others = expected[at]
+                    native = parity.farthest(exact, native, others)
+                    verdict = parity.judge(str(needs), one, native, exact, gradient=True)
                     assert verdict.ok, verdict
                     at += 1
             at += 0 if needed else len(parity.differentiable([value]))

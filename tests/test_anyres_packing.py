@@ -278,14 +278,20 @@ def ragged(name):
     return model, {"input_ids": ids, "pixel_values": pixels, "image_sizes": sizes}
 
 
-@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "granite4_vision"])
+MIXINS = {
+    "llava_next": "FusedAnyResMerge",
+    "llava_onevision": "FusedPooledFrames",  # which packs tiles too
+    "granite4_vision": "FusedAnyRes",
+}
+
+
+@pytest.mark.parametrize("name", MIXINS)
 def test_ragged_images_in_patched_models(name):
     model, inputs = ragged(name)
     generate = dict(inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     before, text = step(model, inputs), model.generate(**generate)
     report = vlm_fast.patch(model)
-    mixin = "FusedAnyRes" if name == "granite4_vision" else "FusedAnyResMerge"
-    assert report.patched["model"].endswith(f"by {mixin}")
+    assert report.patched["model"].endswith(f"by {MIXINS[name]}")
     with vlm_fast.strict():
         after = step(model, inputs)
         assert torch.equal(model.generate(**generate), text)
