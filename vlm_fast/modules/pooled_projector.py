@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.mlp_projector import MLPProjector
 from vlm_fast.modules.plain_norm import GemmaRMSNorm, merged
+from vlm_fast.modules.square_grid import side_of_square
 from vlm_fast.refusal import wrong_value
 
 COMMUTING = ("avg", "bilinear")
@@ -57,7 +56,7 @@ class PooledMLPProjector(MLPProjector):
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         if height is None or width is None:
-            height = width = math.isqrt(x.shape[-2])
+            height = width = side_of_square(x.shape[-2])
         pool = dict(height=height, width=width, stride=self.stride)
         return pooled_mlp(x, self.linear_1, self.act, self.linear_2, mode=self.mode, **pool)
 
@@ -101,7 +100,7 @@ class PooledNormProjector(nn.Module):
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         if height is None or width is None:
-            height = width = math.isqrt(x.shape[-2])
+            height = width = side_of_square(x.shape[-2])
         normed = pooled_norm(
             type(self).__name__, x, self.mm_soft_emb_norm, height, width, self.stride
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from vlm_fast import ops
 from vlm_fast.modules.activation import activation_module
 from vlm_fast.modules.mlp_projector import fused_mlp
 from vlm_fast.modules.plain_norm import RMSNorm, merged
+from vlm_fast.modules.square_grid import side_of_square
 from vlm_fast.ops.pixel_shuffle_norm import rows_of_blocks
 from vlm_fast.refusal import wrong_value
 
@@ -162,5 +162,5 @@ class RaggedMergerProjector(nn.Module):
 
 def _shuffled(x: Tensor, factor: int, height: int | None, width: int | None) -> Tensor:
     if height is None or width is None:
-        height = width = math.isqrt(x.shape[-2])
+        height = width = side_of_square(x.shape[-2])
     return ops.pixel_shuffle_norm(x, height=height, width=width, factor=factor)

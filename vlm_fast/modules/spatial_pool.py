@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 
 from vlm_fast import ops
+from vlm_fast.modules.square_grid import side_of_square
 
 
 class SpatialPool(nn.Module):
@@ -28,7 +27,7 @@ class SpatialPool(nn.Module):
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         if height is None or width is None:
-            height = width = math.isqrt(x.shape[-2])
+            height = width = side_of_square(x.shape[-2])
         return ops.spatial_pool(x, height=height, width=width, mode=self.mode, stride=self.stride)
 
     def extra_repr(self) -> str:

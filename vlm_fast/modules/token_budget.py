@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.perceiver_resampler import PerceiverResampler
+from vlm_fast.modules.square_grid import side_of_square
 from vlm_fast.modules.token_merger import TokenMerger
 from vlm_fast.ops.spatial_pool import MAX_STRIDE
 from vlm_fast.refusal import not_a_tensor, wrong_value
@@ -75,7 +76,7 @@ class TokenBudget(nn.Module):
             return self.resampler(x[:, None, None])[:, 0]
         if x.shape[1] <= self.n:
             return x
-        side = math.isqrt(x.shape[1])
+        side = side_of_square(x.shape[1])
         grid = grid or (side, side)
         if grid[0] * grid[1] != x.shape[1]:
             raise wrong_value(OP, "grid", grid, f"two sizes whose product is {x.shape[1]}, tokens")

@@ -7,7 +7,6 @@ else looks at it, it is shuffled first.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from vlm_fast import ops
 from vlm_fast.modules.chain import Chain, chain_of
 from vlm_fast.modules.mlp_projector import fused_mlp
 from vlm_fast.modules.plain_norm import merged
+from vlm_fast.modules.square_grid import side_of_square
 from vlm_fast.patching import image_token_merge
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.image_token_merge import FusedMerge
@@ -53,7 +53,7 @@ def _patches(x: Tensor) -> tuple[Tensor, int]:
     """Of an `Unshuffled` the plain patches ``(batch, side ** 2, features)``, and the side."""
     features = x.shape[-1] // FACTOR**2
     patches = x.as_subclass(Tensor).reshape(x.shape[0], -1, features)
-    return patches, math.isqrt(patches.shape[1])
+    return patches, side_of_square(patches.shape[1])
 
 
 def _shuffled(x: Tensor) -> Tensor:

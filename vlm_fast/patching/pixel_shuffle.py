@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.plain_norm import merged, plain_norm
+from vlm_fast.modules.square_grid import side_of_square
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.policy import fell_back
 
@@ -27,7 +27,7 @@ def side_of(x: Tensor, factor: int) -> int | None:
     """The side of the square grid in ``x (batch, tokens, features)``, if the factor divides it."""
     if x.ndim != 3:
         return None
-    side = math.isqrt(x.shape[1])
+    side = side_of_square(x.shape[1])
     return side if side > 0 and side**2 == x.shape[1] and side % factor == 0 else None
 
 

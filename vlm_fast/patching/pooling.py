@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,6 +13,7 @@ from vlm_fast.modules.chain import Chain, chain_of
 from vlm_fast.modules.plain_linear import why_not_called_plainly
 from vlm_fast.modules.plain_norm import plain_norm
 from vlm_fast.modules.pooled_projector import pooled_mlp, pooled_norm, times_matrix
+from vlm_fast.modules.square_grid import side_of_square
 from vlm_fast.patching import image_token_merge
 from vlm_fast.patching.anyres import FusedAnyResMerge
 from vlm_fast.patching.class_swap import Patched, is_class
@@ -70,7 +70,7 @@ class FusedPooledMLP(Patched):
     def forward(self, features: Tensor) -> Any:
         reason = self.why_not()
         ratio = getattr(self.pooling, "pooling_ratio", 1)
-        side = math.isqrt(features.shape[1]) if features.ndim == 3 else 0
+        side = side_of_square(features.shape[1]) if features.ndim == 3 else 0
         if side < 1 or side**2 != features.shape[1] or side % ratio:
             reason = "its grid is not a square that the ratio divides"
         if reason is not None:
@@ -99,7 +99,7 @@ class FusedPooler(Patched):
 
     def forward(self, image_features: Tensor) -> Any:
         reason = self.why_not()
-        side = math.isqrt(image_features.shape[1]) if image_features.ndim == 3 else 0
+        side = side_of_square(image_features.shape[1]) if image_features.ndim == 3 else 0
         if side**2 != image_features.shape[-2]:
             reason = "its tokens are no square grid"
         if reason is not None:
