@@ -210,6 +210,6 @@ def test_nothing_of_text_by_latents_is_allocated():
     settings = dict(op.defaults, tokens_per_media=latents)
     needs = op.Needs(True, True, True, False, False)
     with Watch():
-        o, kept = op._path.forward(needs, q, k, v, index, **settings)
+        o, kept = op._path.forward(needs, q, k, v, index, None, **settings)
         op._path.backward(needs, kept, torch.ones_like(o), **settings)
     assert max(largest) <= heads * text * latents < text * images * latents
