@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, timing
+from benchmarks import machine
 from vlm_fast import tables
+from vlm_fast.measure import timing
 
 Calls = dict[str, Callable[[], Any]]  # "before", "after" and others
 Part = tuple[str, Calls]

@@ -14,11 +14,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import machine, timing
+from benchmarks import machine
 from benchmarks.gpu_checks import step
 from benchmarks.ops import with_upstream
 from vlm_fast.kernels import _configs
 from vlm_fast.kernels._launcher import Kernel
+from vlm_fast.measure import timing
 from vlm_fast.op import OPS
 
 Row = dict[str, Any]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import vlm_fast
-from benchmarks import llava_model, llava_proof, machine, memory, timing
+from benchmarks import llava_model, llava_proof, machine
 from benchmarks.llava_model import IMAGE_TOKENS
 from vlm_fast import ops, tables
+from vlm_fast.measure import memory, timing
 
 Row = dict[str, Any]
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}

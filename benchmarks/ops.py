@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import machine, memory, peers, timing
-from benchmarks.timing import Ceilings, Times
+from benchmarks import machine, peers
 from vlm_fast import tables
+from vlm_fast.measure import memory, timing
+from vlm_fast.measure.timing import Ceilings, Times
 from vlm_fast.op import OPS, Op
 from vlm_fast.parity import convert, differentiable, gradients
 from vlm_fast.selftest import one_sample, shrink

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import timing
 from vlm_fast import ops, tables
+from vlm_fast.measure import timing
 from vlm_fast.parity import convert, differentiable
 
 Row = dict[str, Any]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import vlm_fast
-from benchmarks import machine, memory, timing
+from benchmarks import machine
 from vlm_fast import tables
+from vlm_fast.measure import memory, timing
 from vlm_fast.modules import QFormer
 
 Row = dict[str, Any]

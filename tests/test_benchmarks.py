@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_configs, llava_model, machine, memory, picture, timing
+from benchmarks import gpu, gpu_checks, gpu_configs, llava_model, machine, picture
 from benchmarks.gpu_stages import STAGES, Stage, every_config, parity
 from vlm_fast import ahead_of_time, evidence
 from vlm_fast.kernels import _configs
 from vlm_fast.kernels._triton import AVAILABLE
+from vlm_fast.measure import memory, timing
 from vlm_fast.op import OPS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,0 +1,1 @@
+"""What a call takes: time in turns with its alternatives, memory, waits; on a GPU or a CPU."""
