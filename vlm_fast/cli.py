@@ -17,6 +17,7 @@ import typer
 
 import vlm_fast.ops
 from vlm_fast import ahead_of_time, environment, evidence, selftest, tables
+from vlm_fast.design import commands as design
 from vlm_fast.kernels import _native, _triton
 from vlm_fast.op import FLOATS, OPS, Op
 
@@ -164,6 +165,9 @@ def compile_(
             print(line)
     if broken or not found:
         raise typer.Exit(Exit.FAILURE)
+
+
+app.command()(design.advise)
 
 
 def _served_dtypes(op: Op[..., Any]) -> list[str]:
