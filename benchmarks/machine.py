@@ -6,7 +6,6 @@ import datetime
 import importlib
 import json
 import re
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def description(device: str) -> dict[str, Any]:
         "device": device,
         "machine": name(device),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": commit(),
+        "commit": evidence.commit(),
         "versions": {
             "vlm_fast": __version__,
             **{package: environment.version_of(package) for package in VERSIONS},
@@ -43,21 +42,6 @@ def description(device: str) -> dict[str, Any]:
         return {**described, "threads": 1}  # see timing.one_thread
     major, minor = torch.cuda.get_device_capability()
     return {**described, "cuda": torch.version.cuda, "capability": f"sm_{major}{minor}"}
-
-
-def commit() -> str | None:
-    """The commit, with a plus sign if the tree differs from it; None outside a repository."""
-    git = ("git", "-C", str(evidence.PACKAGE.parent))
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        # Results files are what a measurement writes; they do not make it another tree.
-        changes = ("status", "--porcelain", "--", ":!benchmarks/results", ":!vlm_fast/configs")
-        status = subprocess.run([*git, *changes], capture_output=True, text=True)
-    except OSError:
-        return None
-    if head.returncode != 0:
-        return None
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
 def clocks() -> dict[str, Any]:

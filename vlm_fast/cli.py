@@ -168,6 +168,7 @@ def compile_(
 
 
 app.command()(design.advise)
+app.command()(design.profile)
 
 
 def _served_dtypes(op: Op[..., Any]) -> list[str]:

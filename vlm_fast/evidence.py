@@ -11,6 +11,7 @@ import ast
 import hashlib
 import inspect
 import json
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,3 +99,18 @@ def proofs(op: Op[..., Any], results: list[dict[str, Any]]) -> list[Proof]:
                 )
             )
     return sorted(found, key=lambda proof: (not proof.current, proof.machine))
+
+
+def commit() -> str | None:
+    """The commit, with a plus sign if the tree differs from it; None outside a repository."""
+    git = ("git", "-C", str(PACKAGE.parent))
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        # Results files are what a measurement writes; they do not make it another tree.
+        changes = ("status", "--porcelain", "--", ":!benchmarks/results", ":!vlm_fast/configs")
+        status = subprocess.run([*git, *changes], capture_output=True, text=True)
+    except OSError:
+        return None
+    if head.returncode != 0:
+        return None
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")

@@ -131,6 +131,13 @@ def work(point: Point, dtype: torch.dtype = torch.bfloat16) -> Work:
     Raises:
         ValueError: it cannot give so many tokens.
     """
+    parts = works(point, dtype)
+    pieces = CONNECTORS[point.connector].pieces(point)
+    return sum((w * p.times for w, p in zip(parts, pieces, strict=True)), NOTHING)
+
+
+def works(point: Point, dtype: torch.dtype) -> tuple[Work, ...]:
+    """The work of each piece, once."""
     connector = CONNECTORS[point.connector]
     reason = connector.why_not(point.model, point.tokens)
     if reason is not None:
@@ -138,16 +145,15 @@ def work(point: Point, dtype: torch.dtype = torch.bfloat16) -> Work:
     # What makes no difference is not counted twice.
     text = 1 if connector.in_sequence else point.text
     saved = point.saved if connector.saves else "preactivation"
-    return _work(replace(point, text=text, saved=saved), dtype)
+    return _works(replace(point, text=text, saved=saved), dtype)
 
 
 @functools.lru_cache(maxsize=1024)
-def _work(point: Point, dtype: torch.dtype) -> Work:
+def _works(point: Point, dtype: torch.dtype) -> tuple[Work, ...]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        pieces = CONNECTORS[point.connector].pieces(point)
-        return sum((count(p.make, p.inputs) * p.times for p in pieces), NOTHING)
+        return tuple(count(p.make, p.inputs) for p in CONNECTORS[point.connector].pieces(point))
     finally:
         torch.set_default_dtype(before)
 

@@ -62,21 +62,29 @@ class LanguageLayer(nn.Module):
         return x + self.down(inner)
 
 
-@functools.lru_cache(maxsize=1024)
 def prefill_flops(language: LanguageModel, tokens: int) -> int:
     """FLOPs of all layers for one sequence of so many tokens.
 
     Matrix products by torch's formulas, attention by the cost model of ``ops.cross_attention``, all
     pairs counted though half of them are masked. Embedding and head, which sees one token, are not.
     """
+    return step_flops(language, tokens, backward=False)
+
+
+@functools.lru_cache(maxsize=1024)
+def step_flops(language: LanguageModel, tokens: int, backward: bool) -> int:
+    """`prefill_flops`, with ``backward`` those of the gradient of its input too, layers frozen."""
     if tokens == 0:
         return 0
-    with torch.device("meta"), torch.no_grad():
-        layer = LanguageLayer(language, ops.cross_attention)
-        x = torch.empty(1, tokens, language.hidden)
+    with torch.device("meta"), torch.set_grad_enabled(backward):
+        layer = LanguageLayer(language, ops.cross_attention).requires_grad_(False)
+        x = torch.empty(1, tokens, language.hidden, requires_grad=backward)
         with Ledger() as ledger:
-            layer(x)
-    return language.layers * ledger.cost.forward_flops
+            y = layer(x)
+            ledger.backward = True
+            if backward:
+                y.backward(torch.empty_like(y))
+    return language.layers * (ledger.cost.forward_flops + ledger.cost.backward_flops)
 
 
 def attention_flops(language: LanguageModel, tokens: int) -> int:
