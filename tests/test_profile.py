@@ -52,7 +52,7 @@ def training(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         make_tiny(patch)
         found = call(
-            folder, "--tokens", "36,9,180", "--batch", "1,2", "--mode", "training", "--trace",
+            folder, "--tokens", "36,9,180", "--batch", "2", "--mode", "training", "--trace",
             "--memory-snapshot",
         )  # fmt: skip
     assert found.exit_code == 0, found.output
@@ -76,9 +76,8 @@ def test_every_point_there_is_is_measured(training):
     _, found, _ = training
     points = [(r["connector"], r["tokens"], r["batch"], r["saved"]) for r in found["rows"]]
     assert len(points) == len(set(points))
-    of_one_batch = [p for p in points if p[2] == 1]
     # linear 36; mlp 36 x 3; pool 9; merge 36, 9 x 3; gated 36, 9; anyres 180 x 3
-    assert len(of_one_batch) == 1 + 3 + 1 + 6 + 2 + 3 and len(points) == 2 * len(of_one_batch)
+    assert len(points) == 1 + 3 + 1 + 6 + 2 + 3
     for row in found["rows"]:
         assert row["not_measured"] is None and row["times"]["median"] > 0
         assert row["times"]["lower"] <= row["times"]["median"] <= row["times"]["upper"]
@@ -90,7 +89,7 @@ def test_bytes_kept_for_backward_are_those_counted(training):
         counted = row["counted_saved_bytes"]
         assert row["saved_bytes"] == counted.get(row["saved"], counted.get("")), row["title"]
     kept = {r["saved"]: r["saved_bytes"] for r in training[1]["rows"]
-            if r["connector"] == "mlp" and r["batch"] == 1}  # fmt: skip
+            if r["connector"] == "mlp"}  # fmt: skip
     assert kept["all"] > kept["preactivation"] > kept["input"] == 0
 
 
@@ -140,7 +139,7 @@ def test_a_front_is_what_nothing_beats():
 
 
 def test_own_numbers_of_tokens_and_small_work_come_first():
-    order = groups(tokens=(5, 9, 36), batches=(1, 2))
+    order = groups(tokens=(5, 9, 36), batches=(1, 2), names="mlp,pool,merge,gated")
     rows = [[(r.point.prompts, r.point.tokens in CONNECTORS[r.point.connector].counts(TINY))
              for r in g.rows] for g in order if isinstance(g, grid.Group)]  # fmt: skip
     firsts = [row[0] for row in rows]
@@ -230,7 +229,7 @@ def test_traces_name_the_connector(training):
     folder, found, printed = training
     traces = sorted(folder.glob("trace_*.json"))
     assert len(traces) == len(found["rows"])
-    events = json.loads((folder / "trace_gated_36_batch_1.json").read_text())["traceEvents"]
+    events = json.loads((folder / "trace_gated_36_batch_2.json").read_text())["traceEvents"]
     names = {event.get("name") for event in events}
     assert {"vlm_fast::gated[0]", "vlm_fast::gated[1]"} <= names
     if not torch.cuda.is_available():
@@ -245,9 +244,13 @@ def test_picture_is_written_or_missed(training, tmp_path, monkeypatch):
 
 
 def test_stdout_is_a_table_or_json_and_progress_is_beside_it(tmp_path):
-    found = call(tmp_path, "--tokens", "36", "--batch", "1", "--connectors", "mlp", "--json")
-    assert json.loads(found.stdout) == json.loads((tmp_path / "profile.json").read_text())
-    assert "profile: 1 of 2" in found.stderr
+    found = call(tmp_path, "--tokens", "36", "--batch", "2,1", "--connectors", "mlp", "--json")
+    content = json.loads(found.stdout)
+    assert content == json.loads((tmp_path / "profile.json").read_text())
+    assert "profile: 1 of 4" in found.stderr
+    assert [r["batch"] for r in content["rows"] if r["on_front"]] == [2, 1]  # of each its own
+    html = (tmp_path / "profile.html").read_text()
+    assert html.index("<h2>Batch 2</h2>") < html.index("<h2>Batch 1</h2>")
 
 
 # ---- the page ----
@@ -324,7 +327,7 @@ def test_pictures_mark_every_point_and_number_the_front(training):
 
 
 def test_one_point_has_a_picture_too(training):
-    (row,) = [r for r in training[1]["rows"] if r["connector"] == "linear" and r["batch"] == 1]
+    (row,) = [r for r in training[1]["rows"] if r["connector"] == "linear"]
     picture = ElementTree.fromstring(pictures.trade_off([row]))
     assert not any("nan" in value for e in picture.iter() for value in e.attrib.values())
 

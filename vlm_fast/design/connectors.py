@@ -125,18 +125,20 @@ class Connector:
         return f"{self.title} gives {' or '.join(map(str, can))} tokens, not {tokens}"
 
 
-def work(point: Point, dtype: torch.dtype = torch.bfloat16) -> Work:
+def work(point: Point, dtype: torch.dtype = torch.bfloat16, *, backward: bool = True) -> Work:
     """What the connector costs at a point, by the ops' own cost models; see `ledger.count`.
+
+    Without ``backward`` its backward is not counted, which takes longest, and is given as 0.
 
     Raises:
         ValueError: it cannot give so many tokens.
     """
-    parts = works(point, dtype)
+    parts = works(point, dtype, backward=backward)
     pieces = CONNECTORS[point.connector].pieces(point)
     return sum((w * p.times for w, p in zip(parts, pieces, strict=True)), NOTHING)
 
 
-def works(point: Point, dtype: torch.dtype) -> tuple[Work, ...]:
+def works(point: Point, dtype: torch.dtype, *, backward: bool = True) -> tuple[Work, ...]:
     """The work of each piece, once."""
     connector = CONNECTORS[point.connector]
     reason = connector.why_not(point.model, point.tokens)
@@ -145,15 +147,16 @@ def works(point: Point, dtype: torch.dtype) -> tuple[Work, ...]:
     # What makes no difference is not counted twice.
     text = 1 if connector.in_sequence else point.text
     saved = point.saved if connector.saves else "preactivation"
-    return _works(replace(point, text=text, saved=saved), dtype)
+    return _works(replace(point, text=text, saved=saved), dtype, backward)
 
 
 @functools.lru_cache(maxsize=1024)
-def _works(point: Point, dtype: torch.dtype) -> tuple[Work, ...]:
+def _works(point: Point, dtype: torch.dtype, backward: bool) -> tuple[Work, ...]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return tuple(count(p.make, p.inputs) for p in CONNECTORS[point.connector].pieces(point))
+        pieces = CONNECTORS[point.connector].pieces(point)
+        return tuple(count(p.make, p.inputs, backward=backward) for p in pieces)
     finally:
         torch.set_default_dtype(before)
 

@@ -48,7 +48,7 @@ class Row:
         point: what was asked; mode: "forward" (no gradients) or "training" (and backward).
         visual_tokens: of an image, in the sequence; patches: of an image, in the tower.
         parameters, forward_flops, forward_bytes, backward_flops, backward_bytes: of the connector,
-            by the cost models.
+            by the cost models; of the backward 0 where there is none.
         counted_saved_bytes: what the connector keeps for backward, by level, counted.
         key_value_bytes: of the images of the batch, in the language model's cache.
         language: its share.
@@ -172,15 +172,19 @@ def timed_flops(group: Group | Layer) -> float:
 
 def _row(point: Point, mode: str, dtype: torch.dtype) -> Row:
     connector, language = CONNECTORS[point.connector], point.model.language
-    done = work(point, dtype)
+    backward = mode == "training"
+    done = work(point, dtype, backward=backward)
     in_sequence = point.tokens if connector.in_sequence else 0
     cached = in_sequence * key_value_bytes(language, dtype) + media_bytes(point, dtype)
     levels = SAVED if connector.saves else ("",)
-    counted = {level: work(replace(point, saved=level), dtype).saved_bytes for level in levels}
+    counted = {
+        level: work(replace(point, saved=level), dtype, backward=backward).saved_bytes
+        for level in levels
+    }
     sequence = in_sequence + point.text
-    flops = point.prompts * step_flops(language, sequence, mode == "training")
-    once = [w.cost for w in works(point, dtype)]
-    timed = sum(c.forward_flops + (c.backward_flops if mode == "training" else 0) for c in once)
+    flops = point.prompts * step_flops(language, sequence, backward)
+    once = [w.cost for w in works(point, dtype, backward=backward)]
+    timed = sum(cost.forward_flops + cost.backward_flops for cost in once)
     return Row(
         point=point, mode=mode, visual_tokens=in_sequence, patches=connector.patches(point.model),
         parameters=done.parameters, **asdict(done.cost), counted_saved_bytes=counted,

@@ -9,7 +9,7 @@ writes. Modules take the way that they take on a CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,11 +62,14 @@ def added(one: Cost, other: Cost) -> Cost:
     )  # fmt: skip
 
 
-def count(make: Callable[[], nn.Module], inputs: Callable[[], tuple[Any, ...]]) -> Work:
+def count(
+    make: Callable[[], nn.Module], inputs: Callable[[], tuple[Any, ...]], *, backward: bool = True
+) -> Work:
     """The work of one forward and backward of a module.
 
     Args:
         make, inputs: make the module, and its arguments, on the device that is the default.
+        backward: whether to count it; what it would be given is counted anyway.
 
     Raises:
         whatever the module raises for these arguments.
@@ -83,9 +86,12 @@ def count(make: Callable[[], nn.Module], inputs: Callable[[], tuple[Any, ...]]) 
 
         with Ledger() as ledger:
             kept = saved_bytes(run, [*parameters, *given])
+            forward = ledger.cost
             ledger.backward = True
-            results[0].backward(torch.empty_like(results[0]))
-    return Work(ledger.cost, sum(p.numel() for p in parameters), kept)
+            if backward:
+                results[0].backward(torch.empty_like(results[0]))
+    cost = ledger.cost if backward else replace(forward, backward_flops=0, backward_bytes=0)
+    return Work(cost, sum(p.numel() for p in parameters), kept)
 
 
 class Ledger(TorchDispatchMode):
