@@ -113,6 +113,26 @@ def test_every_connector_of_every_model_can_be_counted(name):
             assert connectors.work(Point(model, connector.name, tokens, text=4)).parameters > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "connector", "tokens", "reason"),
+    [
+        ("llava-1.5-7b", "merge", 575, None),
+        ("llava-1.5-7b", "merge", 576, "gives 1 to 575 tokens"),
+        ("llava-1.5-7b", "pool", 288, "gives 144 or 64 or 36 or 16 or 9 tokens, not 288"),
+        ("llava-1.5-7b", "qformer", 0, "gives 1 to 576 tokens"),
+        ("blip2-opt-2.7b", "qformer", 257, None),  # its CLS token is read too
+        ("llama-3.2-11b-vision", "merge", 33, "as many tokens of each of 4 tiles"),
+        ("llama-3.2-11b-vision", "anyres", 32000, "suits no grid"),
+    ],
+)
+def test_numbers_of_tokens_that_can_be_had(name, connector, tokens, reason):
+    found = CONNECTORS[connector].why_not(MODELS[name], tokens)
+    assert found is None if reason is None else reason in found
+    if reason is not None:
+        with pytest.raises(ValueError, match=reason):
+            connectors.work(Point(MODELS[name], connector, tokens))
+
+
 def test_shapes_are_those_of_the_default_configs():
     transformers = pytest.importorskip("transformers")
     llama = transformers.LlavaConfig().text_config

@@ -114,14 +114,17 @@ class Connector:
 
     def why_not(self, model: ModelShape, tokens: int) -> str | None:
         """Why it cannot give so many tokens in this model, or None."""
-        can = self.counts(model)
+        can, tower = self.counts(model), model.tower
         if tokens in can:
             return None
-        most = model.tower.tiles * model.tower.tokens
+        if self.name == "merge" and tokens % tower.tiles:
+            return f"{self.title} gives as many tokens of each of {tower.tiles} tiles"
         if self.free:
+            # A merge that merges nothing is no merge.
+            most = tower.patches - 1 if self.name == "merge" else tower.tiles * tower.tokens
             return None if 1 <= tokens <= most else f"{self.title} gives 1 to {most} tokens"
         if not can:
-            return f"{self.title} needs another grid than {model.tower.side} x {model.tower.side}"
+            return f"{self.title} suits no grid of {tower.side} x {tower.side} like this tower's"
         return f"{self.title} gives {' or '.join(map(str, can))} tokens, not {tokens}"
 
 

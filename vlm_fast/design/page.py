@@ -38,6 +38,7 @@ def page(profile: dict[str, Any]) -> str:
         }
         for batch, rows in batches_of(profile).items()
     ]
+    missed = [row for row in profile["rows"] if row["times"] is None]
     return environment.from_string(template).render(
-        profile=profile, batches=batches, machine=machine(profile)
+        profile=profile, batches=batches, missed=missed, machine=machine(profile)
     )

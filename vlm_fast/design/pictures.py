@@ -46,7 +46,13 @@ def trade_off(rows: Sequence[Row]) -> str:
     for value in y.ticks():
         _line(picture, LEFT, y(value), WIDTH - RIGHT, y(value))
         _text(picture, LEFT - 4, y(value) + 4, size(value), anchor="end")
-    _text(picture, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "connector and prefill, time", "middle")
+    _text(
+        picture,
+        (LEFT + WIDTH - RIGHT) / 2,
+        HEIGHT - 6,
+        "time of connector and language model",
+        "middle",
+    )
     on_front = front_of(rows)
     for row in rows:
         if row not in on_front:
@@ -154,7 +160,7 @@ def write_png(path: Path, profile: dict[str, Any]) -> str | None:
             axes.annotate(str(number), (row["seconds"], row["memory_bytes"] / 1e6), (6, 4),
                           textcoords="offset points", fontsize=9)  # fmt: skip
         axes.legend(title="Pareto points", fontsize=8)
-        axes.set(xscale="log", yscale="log", xlabel="connector and prefill, s")
+        axes.set(xscale="log", yscale="log", xlabel="connector and language model, s")
         axes.set(ylabel="weights and peak of the connector, keys and values, MB")
         axes.set_title(f"{profile['model']['title']}, batch {batch}, {machine(profile)}")
     figure.savefig(path, dpi=120)
@@ -176,5 +182,6 @@ def batches_of(profile: dict[str, Any]) -> dict[int, list[Row]]:
 
 def machine(profile: dict[str, Any]) -> str:
     where = profile["conditions"]
-    threads = f", {where['threads']} thread(s)" if where["device"] == "cpu" else ""
+    several = "s" if where["threads"] > 1 else ""
+    threads = f", {where['threads']} thread{several}" if where["device"] == "cpu" else ""
     return f"{where['machine']}{threads}, {where['dtype']}"
