@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from benchmarks import compare, machine, ops, providers, suite, test_speed
 from benchmarks.providers.peer import Peer, Unavailable
-from vlm_fast import cli, evidence
+from vlm_fast import cli, evidence, selftest
 from vlm_fast.measure import launches, memory, telemetry, timing
 from vlm_fast.op import OPS
 
@@ -309,6 +309,15 @@ def test_a_section_that_breaks_leaves_the_others(quickly, monkeypatch, tmp_path)
     assert found.exit_code == 1 and "overhead: RuntimeError: no such luck" in found.output
     content = valid(json.loads(path.read_text()))
     assert content["ops"] and content["finished"]
+
+
+def test_nothing_is_timed_after_a_failed_parity(monkeypatch, tmp_path):
+    path, both = tmp_path / "out.json", ("--section", "parity", "--section", "ops")
+    case = selftest.Case("gather_image_tokens", "x", "float32", raised="RuntimeError: wrong")
+    monkeypatch.setattr(selftest, "run", lambda *_, **__: [case])
+    found = bench(*FEW, *both, "--json", str(path))
+    assert found.exit_code == 1 and "raised RuntimeError: wrong" in found.output
+    assert "ops" not in valid(json.loads(path.read_text()))
 
 
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):

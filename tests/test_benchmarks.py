@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_configs, llava_model, machine, picture
+from benchmarks import gpu, gpu_checks, gpu_configs, llava_model, machine, picture, suite
 from benchmarks.gpu_stages import STAGES, Stage, every_config, parity
 from vlm_fast import ahead_of_time, evidence
 from vlm_fast.kernels import _configs
@@ -32,14 +32,17 @@ def python(*arguments):
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     path = tmp_path_factory.mktemp("quick") / "results.json"
-    found = python("benchmarks", "--quick", "--json", str(path))
+    # Parity and torch.compile of every op have tests of their own: here they would take minutes.
+    sections = [f"--section={name}" for name in suite.SECTIONS if name != "parity"]
+    few = ("--provider=vlm_fast", "--provider=eager", "--json", str(path))
+    found = python("vlm_fast.cli", "bench", "--quick", *sections, *few)
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout, json.loads(path.read_text())
 
 
 def test_quick_run_measures_every_op_and_proves_the_patched_model(quick):
     _, results = quick
-    assert {row["op"] for row in results["ops"]} == set(OPS) == set(results["parity"])
+    assert {row["op"] for row in results["ops"]} == set(OPS)
     assert all(row["median"] > 0 and row["rounds"] >= 3 for row in results["ops"])
     proof = results["llava"]["proof"]
     assert proof["verified"] and proof["same_tokens"] and proof["repeats_bitwise"]
@@ -61,10 +64,6 @@ def test_results_name_no_path_of_this_machine(quick):
     _, results = quick
     assert str(ROOT) not in json.dumps(results)
     assert str(Path.home()) + "/" not in json.dumps(results)
-
-
-def test_quick_results_are_not_saved():
-    assert python("benchmarks", "--quick", "--save").returncode == 2
 
 
 def test_gpu_run_says_what_it_lacks():

@@ -79,19 +79,18 @@ def shuffled(kind: str, library: Callable[[], Norm]) -> Callable[..., Any]:
 
     def make(*args: Any, norm: str = "none", **options: Any) -> Callable[..., Any]:
         if norm != kind:
-            raise Unavailable(f"is a {kind} norm; here there is {norm or 'none'}")
-        if not options.get("norm_after", True):
-            raise Unavailable("written here for norms of whole blocks only")
+            raise Unavailable(f"is a {kind} norm; this is: {norm}")
         normed, eps = library(), options.get("eps", 1e-5)
 
         def call(
             x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None,
             **options: Any,
         ) -> Tensor:  # fmt: skip
-            moved = pixel_shuffle_norm.reference(
-                x, None, None, index, **{**options, "norm": "none"}
-            )
-            return normed(moved, weight, bias, eps)
+            after = options.pop("norm_after", True)
+            options["norm"] = "none"
+            x = x if after else normed(x, weight, bias, eps)
+            blocks = pixel_shuffle_norm.reference(x, None, None, index, **options)
+            return normed(blocks, weight, bias, eps) if after else blocks
 
         return call
 

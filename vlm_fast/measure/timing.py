@@ -74,6 +74,8 @@ def in_turns(
         for args in inputs:
             call(*args)
     found: dict[str, list[float]] = {name: [] for name in calls}
+    if not calls:
+        return found
     names, (least, most) = list(calls), rounds
     collecting = gc.isenabled()
     gc.disable()
