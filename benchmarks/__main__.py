@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks import anyres, flamingo, llava, machine, mergers, ops, overhead, qformer, tokens
+from benchmarks import (
+    anyres,
+    flamingo,
+    machine,
+    merge,
+    mergers,
+    models,
+    ops,
+    overhead,
+    qformer,
+    tokens,
+)
 from vlm_fast import selftest
 from vlm_fast.op import OPS
 
@@ -35,7 +46,8 @@ def main(
         raise typer.Exit(1)
     results["ops"] = ops.main(OPS, quick=True if device == "cpu" else quick, device=device)
     results["overhead"] = overhead.main(quick=quick, device=device)
-    results["llava"] = llava.main(quick=quick, device=device)
+    results["models"] = models.main(quick=quick, device=device)
+    results["merge"] = merge.main(quick=quick, device=device)
     results["qformer"] = qformer.main(quick=quick, device=device)
     results["flamingo"] = flamingo.main(quick=quick, device=device)
     results["anyres"] = anyres.main(quick=quick, device=device)
