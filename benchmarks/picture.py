@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import llava_proof
+from benchmarks.models import proof
 from vlm_fast import evidence
 
 Row = dict[str, Any]
@@ -18,7 +18,7 @@ BEFORE, AFTER = "#b8b8b8", "#2a7ab8"
 
 
 def main(readme: Path = README, picture: Path = PICTURE) -> None:
-    results = [r for r in evidence.read_results() if r.get("llava") and not r.get("quick")]
+    results = [r for r in evidence.read_results() if llava_of(r) and not r.get("quick")]
     # A GPU before the CPUs: that is what the kernels are for.
     results.sort(key=lambda r: (r["device"] == "cpu", r["machine"]))
     text = readme.read_text()
@@ -29,6 +29,11 @@ def main(readme: Path = README, picture: Path = PICTURE) -> None:
         text = between(text, "picture", f"{caption}\n\n{conditions(results[0])}")
     text = between(text, "results", "\n\n".join(tables(results)))
     readme.write_text(text)
+
+
+def llava_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What was found of LLaVA-1.5, if anything."""
+    return result.get("models", {}).get("llava", {})
 
 
 def between(text: str, name: str, content: str) -> str:
@@ -42,18 +47,18 @@ def between(text: str, name: str, content: str) -> str:
 
 
 def title(result: dict[str, Any]) -> str:
-    return f"{result['llava']['model']} before and after vlm_fast.patch, {result['machine']}"
+    return f"{llava_of(result)['model']} before and after vlm_fast.patch, {result['machine']}"
 
 
 def conditions(result: dict[str, Any]) -> str:
-    found, versions = result["llava"], result["versions"]
+    found, versions = llava_of(result), result["versions"]
     where = result["machine"]
     if result["device"] == "cpu":
         extension = "with" if result["compiled_extension"] else "without"
         where += f" (one thread, {extension} the compiled extension)"
     return (
         f"{found['model']}, {found['dtype']}, batch {found['batch']}, {found['sequence']} tokens "
-        f"({found['image_tokens']} of an image: {found['photograph']}); on {where}, torch "
+        f"(the image: {found['photograph']}); on {where}, torch "
         f"{versions['torch']}, transformers {versions['transformers']}, {result['date']}, commit "
         f"{short(result['commit'])}. Medians of calls in turns; quartiles in the file."
     )
@@ -74,11 +79,11 @@ def tables(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"### {result['machine']}"
         yield conditions(result)
         waits = "waits on CUDA (counted, not run)" if result["device"] == "cpu" else "host waits"
-        yield before_and_after(result["llava"]["rows"], waits)
-        if result["llava"]["merges"]:
-            yield "The merge alone (batch x sequence x hidden, float32, one thread):"
-            yield before_and_after(result["llava"]["merges"], waits)
-        yield f"Proof: {llava_proof.line(result['llava']['proof'])}."
+        yield before_and_after(llava_of(result)["rows"], waits)
+        if result.get("merge"):
+            yield f"The merge alone (batch x sequence x hidden, {result['merge']['dtype']}):"
+            yield before_and_after(result["merge"]["rows"], waits)
+        yield f"Proof: {proof.line(llava_of(result)['proof'])}."
         if result["device"] == "cuda" and result.get("ops"):
             yield "Each op against eager PyTorch and `torch.compile` of its reference:"
             yield by_provider(result["ops"])
@@ -167,8 +172,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "vlm_fast", "svg.fonttype": "none", "font.size": 9})
     from matplotlib import pyplot
 
-    alone = [{**row, "part": f"merge {row['part']}"} for row in result["llava"]["merges"]]
-    rows = list(pairs([*result["llava"]["rows"], *alone]))
+    merges = result["merge"]["rows"] if result.get("merge") else []
+    alone = [{**row, "part": f"merge {row['part']}"} for row in merges]
+    rows = list(pairs([*llava_of(result)["rows"], *alone]))
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 0.42 * len(rows) + 1.2), sharey=True)
     keys = (("median", milliseconds, "time"), ("peak_bytes", megabytes, "peak memory"))
     for panel, (key, show, name) in zip(panels, keys, strict=True):

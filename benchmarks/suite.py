@@ -14,7 +14,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import anyres, flamingo, llava, machine, mergers, ops, overhead, qformer, tokens
+from benchmarks import (
+    anyres,
+    flamingo,
+    machine,
+    merge,
+    mergers,
+    models,
+    ops,
+    overhead,
+    qformer,
+    tokens,
+)
 from benchmarks.ops import Selection
 from vlm_fast import selftest
 from vlm_fast.measure.telemetry import Telemetry
@@ -81,7 +92,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "overhead": python_overhead,
     **{
         module.__name__.rpartition(".")[2]: family(module)
-        for module in (llava, qformer, flamingo, anyres, tokens, mergers)
+        for module in (models, merge, qformer, flamingo, anyres, tokens, mergers)
     },
 }
 

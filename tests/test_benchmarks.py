@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_configs, llava_model, machine, picture, suite
+from benchmarks import gpu, gpu_checks, gpu_configs, machine, models, picture, suite
 from benchmarks.gpu_stages import STAGES, Stage, every_config, parity
+from benchmarks.models import pictures
 from vlm_fast import ahead_of_time, evidence
 from vlm_fast.kernels import _configs
 from vlm_fast.kernels._triton import AVAILABLE
@@ -44,14 +45,52 @@ def test_quick_run_measures_every_op_and_proves_the_patched_model(quick):
     _, results = quick
     assert {row["op"] for row in results["ops"]} == set(OPS)
     assert all(row["median"] > 0 and row["rounds"] >= 3 for row in results["ops"])
-    proof = results["llava"]["proof"]
-    assert proof["verified"] and proof["same_tokens"] and proof["repeats_bitwise"]
-    assert len(proof["patched"]) == 2
-    waits = {r["part"]: [] for r in results["llava"]["rows"]}
-    for row in results["llava"]["rows"]:
-        waits[row["part"]].append(row["synchronisations"])
-    before, after = waits["merge, forward+backward"]
-    assert after == 0 < before
+
+
+def test_patched_models_are_the_same(quick):
+    _, results = quick
+    assert results["models"].keys() == models.MODELS.keys()
+    for found in results["models"].values():
+        proof = found["proof"]
+        assert proof["verified"] and proof["same_tokens"] and proof["repeats_bitwise"]
+        assert proof["judged"]["passed"] == proof["judged"]["tensors"] > 1, proof["judged"]
+        assert found["finished"]
+
+
+def test_rows_are_of_one_shape(quick):
+    """A part's "before" comes first, then what it is compared with."""
+    _, results = quick
+    families = ["merge", "qformer", "flamingo", "anyres", "mergers", "tokens"]
+    every = [*results["models"].values(), *(results[family] for family in families)]
+    for found in every:
+        assert all(row.keys() == every[0]["rows"][0].keys() for row in found["rows"])
+        states = {row["part"]: [] for row in found["rows"]}
+        for row in found["rows"]:
+            states[row["part"]].append(row)
+        for before, *others in states.values():
+            assert before["state"] == "before" and before["ratio"] == 1 and others
+            assert all(row["operations"] > 0 and row["first_seconds"] > 0 for row in others)
+            assert all(0 <= row["transient_bytes"] <= row["peak_bytes"] for row in others)
+
+
+def rows_of(found, part):
+    return [row for row in found["rows"] if row["part"] == part]
+
+
+def test_what_the_patch_is_for_shows(quick):
+    _, results = quick
+    models = results["models"]
+    before, after = rows_of(models["llava"], "merge, forward+backward")
+    assert after["synchronisations"] == 0 < before["synchronisations"]
+    connectors = {
+        "llava": "projector", "blip2": "Q-Former", "idefics": "gated layer",
+        "mllama": "cross-attention layer",
+    }  # fmt: skip
+    for name, words in connectors.items():
+        before, after = rows_of(models[name], f"{words}, forward+backward")
+        assert after["saved_bytes"] < before["saved_bytes"]
+        assert after["operations"] < before["operations"]
+        assert bool(rows_of(models[name], "a generated token")) == (name in ("idefics", "mllama"))
 
 
 def test_output_is_plain_when_piped(quick):
@@ -252,9 +291,9 @@ def test_bytes_and_waits_are_those_of_a_known_call():
 
 
 def test_photograph_becomes_what_the_tower_takes():
-    pixels, source = llava_model.pixels(*llava_model.photograph())
-    assert pixels.shape == (1, 3, 336, 336) and pixels.std() > 0.1
-    assert source
+    found, source = pictures.prepared("blip", "BlipImageProcessorPil")
+    assert found["pixel_values"].std() > 0.1 and "astronaut" in source
+    assert pictures.by_torch(28).shape == (1, 3, 28, 28)
 
 
 # ---- README ----

@@ -123,7 +123,7 @@ def bench(
         bool, typer.Option(help="One small shape an op; within 3 minutes on two cores.")
     ] = False,
     section: Annotated[
-        list[str] | None, typer.Option(help="parity, ops (the default), llava, ..., or all.")
+        list[str] | None, typer.Option(help="parity, ops (the default), models, ..., or all.")
     ] = None,
     op: Annotated[list[str] | None, typer.Option(help="Only these ops; may be repeated.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="Only these named shapes.")] = None,

@@ -98,6 +98,11 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def once(call: Callable[[], Any], device: str) -> float:
+    """Seconds of one call, from an idle device until its work is done."""
+    return _wall(device)(call, ())
+
+
 def _wall(device: str) -> Callable[..., float]:
     def measure(call: Callable[..., Any], args: tuple[Any, ...]) -> float:
         wait(device)
