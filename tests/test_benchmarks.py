@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_configs, machine, models, picture, suite
+from benchmarks import gpu, gpu_checks, gpu_configs, machine, models, picture, report, suite
 from benchmarks.gpu_stages import STAGES, Stage, every_config, parity
 from benchmarks.models import pictures
 from vlm_fast import ahead_of_time, evidence
@@ -296,29 +296,54 @@ def test_photograph_becomes_what_the_tower_takes():
     assert pictures.by_torch(28).shape == (1, 3, 28, 28)
 
 
-# ---- README ----
+# ---- README and docs ----
 
 
-def test_readme_shows_what_results_hold_and_nothing_else(quick, tmp_path, monkeypatch):
+def test_pages_show_what_results_hold_and_nothing_else(quick, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     _, results = quick
-    readme, image = tmp_path / "README.md", tmp_path / "picture.svg"
+    readme, page = tmp_path / "README.md", tmp_path / "measured.md"
     markers = "<!-- {0}:begin -->\nold\n<!-- {0}:end -->\n"
-    readme.write_text("top\n" + markers.format("picture") + markers.format("results") + "end\n")
-    monkeypatch.setattr(evidence, "read_results", lambda: [{**results, "quick": False}])
-    picture.main(readme, image)
-    text = readme.read_text()
+    readme.write_text("top\n" + markers.format("charts") + markers.format("results") + "end\n")
+    page.write_text(markers.format("measured"))
+
+    def written(result):
+        monkeypatch.setattr(evidence, "read_results", lambda: [result])
+        report.main(readme, page, tmp_path)
+        return readme.read_text(), page.read_text()
+
+    text, measured = written({**results, "quick": False})
     assert "old" not in text and text.startswith("top\n") and text.endswith("end\n")
-    assert "![" in text and "(picture.svg)" in text
+    assert "(speed.svg)" in text and "(memory.svg)" in text
     assert "No GPU has run this yet" in text
-    first = image.read_bytes()
-    picture.main(readme, image)
-    assert readme.read_text() == text and image.read_bytes() == first
-    monkeypatch.setattr(evidence, "read_results", lambda: [results])  # quick: worth nothing
-    picture.main(readme, image)
-    assert "| " not in readme.read_text()
+    for name in OPS:
+        assert f"| {name} |" in measured
+    for words in picture.FAMILIES.values():
+        assert f"### {words[0].upper()}{words[1:]}" in measured
+    charts = [(tmp_path / f"{name}.svg").read_bytes() for name in picture.CHARTS]
+    assert (text, measured) == written({**results, "quick": False})
+    assert charts == [(tmp_path / f"{name}.svg").read_bytes() for name in picture.CHARTS]
+    text, measured = written(results)  # quick: worth nothing
+    assert "| " not in text.partition("results:begin")[2] and "| " not in measured
+
+
+def test_losses_are_published():
+    before = {"part": "x", "state": "before", "median": 1.0, "peak_bytes": 100, "saved_bytes": 0}
+    after = {**before, "state": "after", "median": 1.5, "peak_bytes": 130, "ours_is": "slower"}
+    rows = [before, after, {**before, "part": "y"}, {**before, "part": "y", "state": "after"}]
+    rows[3]["ours_is"] = "same"
+    op = {
+        "op": "mlp", "shape": "s", "mode": "forward", "provider": "eager", "status": "measured",
+        "ours_is": "slower", "times_faster": 0.8,
+    }  # fmt: skip
+    lines = report.losses({"merge": {"rows": rows}, "ops": [op]}).splitlines()[2:]
+    assert lines == [
+        "| merge | x | takes 1.50 times as long |",
+        "| merge | x | 1.30 of the peak memory |",
+        "| mlp | s, forward | takes 1.25 times as long as eager |",
+    ]
 
 
 def test_markers_must_stand_once():
     with pytest.raises(ValueError, match="once, found 0 times"):
-        picture.between("nothing here", "results", "x")
+        report.between("nothing here", "results", "x")
