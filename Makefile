@@ -22,7 +22,7 @@ ahead: $(INSTALLED)
 
 # Peers that are missing are left out; for xformers and Liger: pip install -e '.[bench]'.
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks
+	$(BIN)/vlm-fast bench --section all
 
 check: $(INSTALLED)
 	$(BIN)/vlm-fast check

@@ -83,12 +83,11 @@ def _pack_and_merge(
     called: dict[str, Callable[[], Tensor]] = {"before": before, "after": after}
     if not made.is_resized:
         called["at once"] = at_once
-    yield f"{name}, forward", without_gradients(called)
+    yield Part(f"{name}, forward", without_gradients(called))
     upstream, wanted = torch.randn_like(embeds), (embeds, features, newline)
-    yield (
-        f"{name}, forward and backward",
-        {s: partial(_gradients, f, wanted, upstream) for s, f in called.items()},
-    )
+    steps = {s: partial(_gradients, f, wanted, upstream) for s, f in called.items()}
+    known = [*wanted, mask, *made.tables]
+    yield Part(f"{name}, forward and backward", steps, known)
 
 
 def _gradients(

@@ -1,24 +1,41 @@
-"""Pieces of a model before and after, timed in turns: what the benchmarks of the families share."""
+"""Pieces of a model before and after, in turns: time, memory, waits, launches; a row a state."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks import machine
 from vlm_fast import tables
-from vlm_fast.measure import timing
+from vlm_fast.measure import memory, timing
+from vlm_fast.measure.launches import launches
+from vlm_fast.measure.operations import operations
 
 Calls = dict[str, Callable[[], Any]]  # "before", "after" and others
-Part = tuple[str, Calls]
-Parts = Callable[[str, torch.dtype, bool], Iterator[Part]]  # of device, dtype, whether quick
 Row = dict[str, Any]
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
+COMPILED = ("compiled", "graphed")  # autograd and the dispatcher see another program in them
+
+
+class Part(NamedTuple):
+    """One thing to do, in several ways: "before" and "after" a patch, and others.
+
+    Attributes:
+        known: what the calls are given; of what they keep for backward, it does not count.
+    """
+
+    name: str
+    calls: Calls
+    known: Sequence[Tensor] = ()
+
+
+Parts = Callable[[str, torch.dtype, bool], Iterator[Part]]  # of device, dtype, whether quick
 
 
 def without_gradients(calls: Calls) -> Calls:
@@ -47,45 +64,86 @@ def measure(
     with timing.one_thread():
         for some in parts:
             torch.manual_seed(0)
-            for name, calls in some(device, dtype, quick):
-                if time.monotonic() > deadline:
-                    finished = False
-                    break
-                rows += compare(name, calls, device, seconds)
+            more, finished = compare_all(some(device, dtype, quick), device, seconds, deadline)
+            rows += more
+            if not finished:
+                break
     found = {"rows": rows, "dtype": str(dtype).removeprefix("torch."), "finished": finished}
-    show(family, found, device)
+    show(f"{family}, {found['dtype']}", rows, device)
     return found
 
 
-def compare(name: str, calls: Calls, device: str, seconds: float) -> list[Row]:
-    """All in turns."""
+def compare_all(
+    parts: Iterable[Part], device: str, seconds: float, deadline: float = math.inf
+) -> tuple[list[Row], bool]:
+    """The rows of all parts, and whether all were begun before the deadline."""
+    rows: list[Row] = []
+    for part in parts:
+        if time.monotonic() > deadline:
+            return rows, False
+        rows += compare(part, device, seconds)
+    return rows, True
+
+
+def compare(part: Part, device: str, seconds: float) -> list[Row]:
+    """A row for each way of doing the part: all in turns, then each for itself.
+
+    Times are of the host's clock, from an idle device until its work is done. ``first_seconds`` is
+    the first call in this process, with what it compiles, loads and allocates. What does not apply
+    is None: kernels on a CPU, and what autograd keeps of a compiled program.
+    """
+    first = {state: timing.once(call, device) for state, call in part.calls.items()}
     times = timing.interleaved(
-        calls, [()], device=device, seconds=seconds, rounds=(3, 200), wall=True
+        part.calls, [()], device=device, seconds=seconds, rounds=(3, 200), wall=True
     )
-    return [
-        {
-            "part": name,
-            "state": state,
-            **asdict(times[state]),
-            "ratio": times["before"].median / times[state].median,
-            "ours_is": timing.verdict(times[state], times["before"]),
-        }
-        for state in calls
-    ]
-
-
-def show(family: str, found: dict[str, Any], device: str) -> None:
-    threads = ", one thread" if device == "cpu" else ""
-    columns = ("part", "", "median", "quartiles", "times faster", "is")
-    cells = [
-        (
-            row["part"],
-            row["state"],
-            f"{row['median'] * 1e3:.2f} ms",
-            f"{row['lower'] * 1e3:.2f}-{row['upper'] * 1e3:.2f}",
-            f"{row['ratio']:.2f}",
-            row["ours_is"],
+    rows = []
+    for state, call in part.calls.items():
+        seen = state not in COMPILED
+        peak, results = memory.peak_bytes(call, device), memory.result_bytes(call())
+        rows.append(
+            {
+                "part": part.name,
+                "state": state,
+                **asdict(times[state]),
+                "ratio": times["before"].median / times[state].median,
+                "ours_is": ""
+                if state == "before"
+                else timing.verdict(times[state], times["before"]),
+                "first_seconds": first[state],
+                "saved_bytes": memory.saved_bytes(call, part.known) if seen else None,
+                "peak_bytes": peak,
+                "transient_bytes": peak - results,
+                "synchronisations": memory.synchronisations(call, device),
+                "operations": operations(call) if seen and device == "cpu" else None,
+                "launches": launches(call, device),
+            }
         )
-        for row in found["rows"]
-    ]
-    tables.show(f"{family}, {found['dtype']}, on {machine.name(device)}{threads}", columns, cells)
+    return rows
+
+
+def show(title: str, rows: Sequence[Row], device: str) -> None:
+    columns = (
+        "part", "", "median", "quartiles", "times faster", "is", "first", "saved MB", "peak MB",
+        "transient MB", "waits", "operations" if device == "cpu" else "launches",
+    )  # fmt: skip
+    threads = ", one thread" if device == "cpu" else ""
+    tables.show(f"{title}, on {machine.name(device)}{threads}", columns, [_cells(r) for r in rows])
+
+
+def _cells(row: Row) -> tuple[object, ...]:
+    done = row["operations"] if row["launches"] is None else row["launches"]
+    return (
+        row["part"],
+        row["state"],
+        f"{row['median'] * 1e3:.2f} ms",
+        f"{row['lower'] * 1e3:.2f}-{row['upper'] * 1e3:.2f}",
+        f"{row['ratio']:.2f}",
+        row["ours_is"],
+        f"{row['first_seconds'] * 1e3:.1f} ms",
+        *("" if row[key] is None else f"{row[key] / 1e6:.2f}" for key in BYTES),
+        row["synchronisations"],
+        "" if done is None else done,
+    )
+
+
+BYTES = ("saved_bytes", "peak_bytes", "transient_bytes")

@@ -52,13 +52,14 @@ def media_core(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
             torch._dynamo.reset()
             called["compiled"] = partial(torch.compile(dense_attention), q, k, v, index, 64)
         name = f"media attention, {batch} x {text} tokens, {media} x 64 latents"
-        yield f"{name}, forward", {state: torch.no_grad()(f) for state, f in called.items()}
+        yield Part(f"{name}, forward", without_gradients(called))
         upstream = torch.randn_like(q)
 
         def step(f: Callable[[], Tensor], qkv: Any = (q, k, v), g: Tensor = upstream) -> Any:
             return lambda: torch.autograd.grad(f(), qkv, g)
 
-        yield f"{name}, forward and backward", {state: step(f) for state, f in called.items()}
+        steps = {state: step(f) for state, f in called.items()}
+        yield Part(f"{name}, forward and backward", steps, [q, k, v, index])
 
 
 def idefics_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
@@ -83,7 +84,7 @@ def idefics_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]
         "before": lambda: before(x, None, images, mask, gate),
         "after": lambda: after(x, None, images, mask, gate, media_sets=MediaSets.of(seen)),
     }
-    yield "IDEFICS-9B gated layer, a step, 8 images", without_gradients(called)
+    yield Part("IDEFICS-9B gated layer, a step, 8 images", without_gradients(called))
 
 
 def mllama_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
@@ -139,10 +140,8 @@ def mllama_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
         return after(x, None, None, None, None, past_key_values=cache, media_sets=sets)
 
     called = {"before": old, "after": new}
-    yield (
-        f"Llama-3.2-11B-Vision layer, a step of 4, {tiles * patches} keys",
-        without_gradients(called),
-    )
+    name = f"Llama-3.2-11B-Vision layer, a step of 4, {tiles * patches} keys"
+    yield Part(name, without_gradients(called))
 
 
 def idefics_resampler(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
@@ -164,17 +163,16 @@ def idefics_resampler(device: str, dtype: torch.dtype, quick: bool) -> Iterator[
     x = torch.randn(images, 257, 1280, device=device, dtype=dtype)
     name = f"IDEFICS resampler, {images} x 257 x 1280 to 64, depth {depth}"
     called: dict[str, Callable[[], Any]] = {s: partial(m, x) for s, m in modules.items()}
-    yield f"{name}, forward", without_gradients(called)
+    yield Part(f"{name}, forward", without_gradients(called))
     upstream = torch.randn(images, 64, 1280, device=device, dtype=dtype)
 
     def step(module: torch.nn.Module) -> Callable[[], Any]:
-        def run() -> None:
-            module.zero_grad(set_to_none=True)
-            module(x).backward(upstream)
+        weights = list(module.parameters())
+        return lambda: torch.autograd.grad(module(x), weights, upstream)
 
-        return run
-
-    yield f"{name}, training step", {state: step(module) for state, module in modules.items()}
+    steps = {state: step(module) for state, module in modules.items()}
+    known = [x, *before.parameters(), *after.parameters()]
+    yield Part(f"{name}, training step", steps, known)
 
 
 PARTS = (media_core, idefics_resampler, idefics_step, mllama_step)

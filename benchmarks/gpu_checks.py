@@ -101,12 +101,12 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def repeats(device: str) -> Failures:
-    """Ten calls on the same inputs give the same bits."""
-    failures = []
+    """Ten calls on the same inputs give the same bits; on a CPU, where less can race, three."""
+    failures, more = [], 2 if device == "cpu" else 9
     for label, op, args, options in cases(device):
         inputs = with_upstream(op, args, options)
         first = step(op.fast, inputs, options)
-        if not all(equal(first, step(op.fast, inputs, options)) for _ in range(9)):
+        if not all(equal(first, step(op.fast, inputs, options)) for _ in range(more)):
             failures.append(f"{label}: results differ from call to call")
     return failures
 

@@ -21,8 +21,9 @@ from benchmarks import (
     flamingo,
     gpu_checks,
     gpu_configs,
-    llava,
+    merge,
     mergers,
+    models,
     ops,
     overhead,
     qformer,
@@ -149,9 +150,10 @@ def _process(
 
 def benchmark_ops(results: Results, device: str, deadline: float) -> list[str]:
     results["ops"] = rows = []
-    for row in ops.measure(
-        OPS, quick=device == "cpu", device=device, seconds=0.4, compile_all=False
-    ):
+    for row, _ in ops.measure(
+        ops.Selection(), quick=device == "cpu", device=device, seconds=0.4,
+        deadline=deadline, compile_all=False,
+    ):  # fmt: skip
         rows.append(row)
         if time.monotonic() > deadline:
             return ["out of time"]
@@ -159,16 +161,20 @@ def benchmark_ops(results: Results, device: str, deadline: float) -> list[str]:
     return []
 
 
-def benchmark_llava(results: Results, device: str, deadline: float) -> list[str]:
-    results["llava"] = found = llava.main(device=device, quick=device == "cpu", seconds=4.0)
-    return [] if found["proof"]["verified"] else ["the patched LLaVA is not the same"]
+def model(name: str) -> Callable[[Results, str, float], list[str]]:
+    """A whole model before and after."""
 
+    def run(results: Results, device: str, deadline: float) -> list[str]:
+        found = models.main(
+            [name], device=device, quick=device == "cpu", seconds=2.0, deadline=deadline
+        )
+        results.setdefault("models", {}).update(found)
+        if name not in found or not found[name]["finished"]:
+            return ["out of time"]
+        verified = found[name]["proof"]["verified"]
+        return [] if verified else [f"the patched {found[name]['model']} is not the same"]
 
-def benchmark_qformer(results: Results, device: str, deadline: float) -> list[str]:
-    results["qformer"] = found = qformer.main(
-        device=device, quick=device == "cpu", seconds=16.0, deadline=deadline
-    )
-    return [] if found["finished"] else ["out of time"]
+    return run
 
 
 def family(module: ModuleType, seconds: float) -> Callable[[Results, str, float], list[str]]:
@@ -198,9 +204,13 @@ STAGES = (
     Stage("side stream", 10, check(gpu_checks.side_stream)),
     Stage("every config", 80, every_config),
     Stage("configs", 70, configs, timed=True),
-    Stage("LLaVA", 110, benchmark_llava, needs_cuda=False, timed=True),
-    Stage("Q-Former", 110, benchmark_qformer, needs_cuda=False, timed=True),
+    Stage("LLaVA", 60, model("llava"), needs_cuda=False, timed=True),
+    Stage("BLIP-2", 40, model("blip2"), needs_cuda=False, timed=True),
+    Stage("IDEFICS", 50, model("idefics"), needs_cuda=False, timed=True),
+    Stage("Llama 3.2 Vision", 50, model("mllama"), needs_cuda=False, timed=True),
+    Stage("Q-Former", 80, family(qformer, 2.0), needs_cuda=False, timed=True),
     Stage("Flamingo", 70, family(flamingo, 5.0), needs_cuda=False, timed=True),
+    Stage("merge", 15, family(merge, 1.0), needs_cuda=False, timed=True),
     Stage("AnyRes", 30, family(anyres, 2.0), needs_cuda=False, timed=True),
     Stage("mergers", 30, family(mergers, 2.0), needs_cuda=False, timed=True),
     Stage("tokens", 30, family(tokens, 3.0), needs_cuda=False, timed=True),

@@ -42,14 +42,16 @@ def internvl_core(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part
             torch._dynamo.reset()
             called["compiled"] = torch.compile(before)
         name = f"InternVL shuffle and norm, {tiles} x 1024 x {features}"
-        yield f"{name}, forward", {state: torch.no_grad()(f) for state, f in called.items()}
+        yield Part(f"{name}, forward", without_gradients(called))
         wanted = hidden.clone().requires_grad_()
         upstream = torch.randn(tiles, 256, 4 * features, device=device, dtype=dtype)
 
         def step(f: Callable[..., Tensor], x: Tensor = wanted, g: Tensor = upstream) -> Any:
             return lambda: torch.autograd.grad(f(x), [x, norm.weight, norm.bias], g)
 
-        yield f"{name}, forward and backward", {s: step(f) for s, f in called.items()}
+        steps = {state: step(f) for state, f in called.items()}
+        known = [wanted, norm.weight, norm.bias]
+        yield Part(f"{name}, forward and backward", steps, known)
 
 
 def mergers(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
@@ -65,7 +67,8 @@ def mergers(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
             x, norm.weight, height=patches // 2, width=2, norm="rms", norm_after=False, eps=1e-6
         ),
     }
-    yield f"Qwen2.5-VL norm and merge, {patches} x {features}, forward", without_gradients(called)
+    name = f"Qwen2.5-VL norm and merge, {patches} x {features}, forward"
+    yield Part(name, without_gradients(called))
     for name, module, args in (
         ("Gemma 3", *_gemma3(device, dtype, quick)),
         ("PerceptionLM", *_perception_lm(device, dtype, quick)),
@@ -74,7 +77,8 @@ def mergers(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
         after = copy.deepcopy(module)
         vlm_fast.patch(after, strict=True)
         called = {"before": partial(module, args), "after": partial(after, args)}
-        yield f"{name}, {' x '.join(map(str, args.shape))}, forward", without_gradients(called)
+        shape = " x ".join(map(str, args.shape))
+        yield Part(f"{name}, {shape}, forward", without_gradients(called))
 
 
 def _gemma3(device: str, dtype: torch.dtype, quick: bool) -> tuple[nn.Module, Tensor]:

@@ -54,12 +54,13 @@ def half_of_clip(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]
             torch._dynamo.reset()
             called["compiled"] = partial(torch.compile(plain_merging), x, metric, 288)
         name = f"{images} x 576 x 1024 to 288, by {words}"
-        yield f"{name}, forward", without_gradients(called)
+        yield Part(f"{name}, forward", without_gradients(called))
 
         def step(f: Callable[[], Tensor]) -> Callable[[], Any]:
             return lambda: torch.autograd.grad(f(), x, upstream)
 
-        yield f"{name}, forward and backward", {state: step(f) for state, f in called.items()}
+        steps = {state: step(f) for state, f in called.items()}
+        yield Part(f"{name}, forward and backward", steps, [x, keys])
 
 
 def before_a_projector(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
@@ -70,10 +71,8 @@ def before_a_projector(device: str, dtype: torch.dtype, quick: bool) -> Iterator
         x = torch.randn(images, 576, 1024, dtype=dtype)
     merged = torch.nn.Sequential(TokenMerger(ratio=4), projector)
     called = {"before": partial(projector, x), "after": partial(merged, x)}
-    yield (
-        f"LLaVA's projector of {images} x 576, after a merge to 144",
-        without_gradients(called),
-    )
+    name = f"LLaVA's projector of {images} x 576, after a merge to 144"
+    yield Part(name, without_gradients(called))
 
 
 PARTS = (half_of_clip, before_a_projector)

@@ -246,9 +246,16 @@ def test_measured_figures_come_with_machine_and_source():
     row = {"part": "projector, forward", "state": "after", "median": 2e-3, "lower": 1e-3,
            "upper": 3e-3}  # fmt: skip
     now = {name: evidence.sources(OPS[name]) for name in CONNECTORS["mlp"].ops}
-    result = {"machine": "M", "sources": now, "llava": {"dtype": "float32", "rows": [row]}}
+    llava = {"model": "LLaVA", "dtype": "float32", "rows": [row]}
+    result = {
+        "machine": "M",
+        "sources": now,
+        "models": {"llava": {"dtype": "float32", "rows": [row]}},
+    }
     (new,) = proof.measurements(CONNECTORS["mlp"], LLAVA, [result])
-    assert str(new) == ("projector, forward: 2 ms (1-3), float32, measured on M, at this source")
+    assert str(new) == (
+        "LLaVA: projector, forward: 2 ms (1-3), float32, measured on M, at this source"
+    )
     (old,) = proof.measurements(CONNECTORS["mlp"], LLAVA, [{**result, "sources": {}}])
     assert str(old).endswith("at an older source")
     assert proof.measurements(CONNECTORS["mlp"], MODELS["idefics-9b"], [result]) == []

@@ -132,14 +132,6 @@ def test_compile_lists_a_row_a_build(monkeypatch):
     assert "gather_image_tokens_kernel" in kernels
 
 
-def test_bench_writes_rows(tmp_path):
-    path = tmp_path / "rows.json"
-    found = call("bench", "--quick", "--op", "gather_image_tokens", "--json", str(path))
-    assert found.exit_code == 0, found.output
-    rows = json.loads(path.read_text())
-    assert {row["provider"] for row in rows} == {"vlm_fast", "eager"}
-
-
 def test_bench_without_the_repository_is_an_environment_error(monkeypatch, tmp_path):
     monkeypatch.setattr(cli.vlm_fast, "__file__", str(tmp_path / "vlm_fast" / "__init__.py"))
     assert call("bench").exit_code == cli.Exit.ENVIRONMENT

@@ -120,18 +120,55 @@ def check(op: OpArgument = None, as_json: Json = False) -> None:
 
 @app.command()
 def bench(
-    quick: Annotated[bool, typer.Option(help="Fewer shapes and repeats.")] = False,
-    op: OpOption = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write rows here.")] = None,
+    quick: Annotated[
+        bool, typer.Option(help="One small shape an op; within 3 minutes on two cores.")
+    ] = False,
+    section: Annotated[
+        list[str] | None, typer.Option(help="parity, ops (the default), models, ..., or all.")
+    ] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Only these ops; may be repeated.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="Only these named shapes.")] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="forward, backward, forward+backward.")
+    ] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="vlm_fast, eager, torch.compile, xformers, ...")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write results here, as they are found.")
+    ] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Write the ops' rows here.")
+    ] = None,
+    save: Annotated[
+        bool, typer.Option(help="Write them to benchmarks/results/<machine>.json.")
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option("--compare", help="Exit 1 where slower than in this file.")
+    ] = None,
+    allowed: Annotated[
+        float, typer.Option("--allow", min=0.0, help="How much slower is no regression.")
+    ] = 0.05,
 ) -> None:
-    """Time the ops against eager PyTorch and torch.compile, from a clone of the repository."""
+    """Time ops and models against eager PyTorch, torch.compile and other libraries, in turns.
+
+    From a clone of the repository. Exit codes: 1 also where something is slower than before, 130
+    where it was interrupted; what was measured by then is in the file.
+    """
     root = Path(vlm_fast.__file__).resolve().parent.parent
-    if not (root / "benchmarks" / "__main__.py").exists():
+    if not (root / "benchmarks" / "cli.py").exists():
         _stop(Exit.ENVIRONMENT, "the benchmarks come with the repository, not with the package")
     sys.path.append(str(root))  # last: nothing of the repository may shadow an installed package
-    rows = importlib.import_module("benchmarks.ops").main([op] if op else list(OPS), quick=quick)
-    if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+    for name in op or []:
+        _known_op(name)
+    code = importlib.import_module("benchmarks.cli").main(
+        sections=section or ["ops"], op=op or [], shape=shape or [], mode=mode or [],
+        provider=provider or [], dtype=dtype, quick=quick, json_file=json_file, csv_file=csv_file,
+        save=save, against=against, allowed=allowed,
+    )  # fmt: skip
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command(name="compile")

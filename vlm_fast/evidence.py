@@ -1,6 +1,7 @@
 """What results files prove of each op: on which machine, at this source or at an older one.
 
-A results file (``benchmarks/results/<machine>.json``, schema 1) is written by the benchmark. This
+A results file (``benchmarks/results/<machine>.json``) is written by the benchmark, and described by
+the JSON schema that is shipped beside this, ``results.schema.json``. This
 reads ``schema``, ``device`` ("cuda" or "cpu"), ``machine``, ``sources`` ({op: {file: sha256}}) and
 ``parity`` ({op: {"dtypes": [...], "cases": n, "failures": [...]}}).
 """
@@ -19,7 +20,7 @@ from typing import Any
 
 from vlm_fast.op import Op
 
-SCHEMA = 1
+SCHEMA = 2
 PACKAGE = Path(__file__).resolve().parent
 RESULTS = PACKAGE.parent / "benchmarks" / "results"  # absent where the package is installed
 

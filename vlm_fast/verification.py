@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from vlm_fast import ops, parity
 from vlm_fast.anyres import Plan
 from vlm_fast.parity import Verdict, judge
 from vlm_fast.patching import anyres, image_token_merge, patched_modules
 from vlm_fast.patching.class_swap import Patched, swap_back
+from vlm_fast.patching.media_sets import GivesSets
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Verification:
 
     Attributes:
         connectors: those that the inputs reached.
-        unreached: names of patched connectors that they did not.
+        unreached: names of patched connectors that they did not. A part of a connector that was
+            judged as a whole is not listed by itself.
         output_error: largest difference between the outputs with and without the patch.
         output_scale: largest magnitude of the output without the patch.
     """
@@ -83,7 +88,7 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
     connectors = dict(patched_modules(model))
     if not connectors:
         raise ValueError(f"{type(model).__name__} has no patched connector; call patch() first")
-    seen: dict[str, tuple[Any, ...]] = {}
+    seen: dict[str, Arguments] = {}
     merges: list[tuple[Tensor, Tensor, Tensor]] = []
     packs: list[tuple[Any, ...]] = []
     hooks = [
@@ -105,9 +110,10 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
     found, unreached = [], []
     for name, module in connectors.items():
         what, verdicts = [], []
-        if isinstance(module, Patched) and module.alone and name in seen:
+        plain = module.unpatched() if name in seen and isinstance(module, Patched) else None
+        if plain is not None:
             what.append(type(module).patch.mixin.__name__)
-            verdicts += _verify_module(connectors[name], seen[name])
+            verdicts += _verify_module(module, plain, seen[name])
         if isinstance(module, anyres.FusedAnyRes) and packs:
             what.append("anyres_pack")
             verdicts += [v for pack in packs for v in _verify_pack(*pack)]
@@ -116,36 +122,62 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
             verdicts += [v for merge in merges for v in _verify_merge(*merge)]
         if what:
             found.append(Connector(name, ", ".join(what), verdicts))
-        else:
+        elif not _within(name, found) and not (isinstance(module, GivesSets) and name in seen):
             unreached.append(name)
     difference = (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0
     return Verification(found, unreached, difference, theirs.abs().max().item())
 
 
-def _verify_module(module: nn.Module, args: tuple[Any, ...]) -> list[Verdict]:
-    plain = copy.deepcopy(module)
-    swap_back(plain)
-    runs = [_module_results(m, args) for m in (module, plain)]
-    wide = parity.convert(args, Tensor.double)
-    runs.append(_module_results(plain.double(), wide))
+def _verify_module(module: nn.Module, plain: nn.Module, arguments: Arguments) -> list[Verdict]:
+    runs = [_module_results(m, arguments) for m in (module, plain)]
+    runs.append(_module_results(plain.double(), _floats(arguments, Tensor.double)))
     return [
         judge(what, ours, theirs, exact, gradient=what.startswith("gradient"))
         for (what, ours), (_, theirs), (_, exact) in zip(*runs, strict=True)
     ]
 
 
-def _module_results(module: nn.Module, args: tuple[Any, ...]) -> list[tuple[str, Tensor]]:
+def _module_results(module: nn.Module, arguments: Arguments) -> list[tuple[str, Tensor]]:
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    inputs: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        inputs.append(tensor.detach().requires_grad_())
+        return inputs[-1]
+
     with torch.enable_grad():
-        args = parity.convert(args, lambda t: t.detach().requires_grad_())
-        result = module(*args)
-        inputs = parity.differentiable(args)
+        args, kwargs = _floats(arguments, leaf)
+        results = [r for r in tree_leaves(module(*args, **kwargs)) if _is_float(r)]
         wanted = [*inputs, *parameters.values()]
-        upstream = parity.random_upstream(result)
-        grads = torch.autograd.grad(result, wanted, upstream, materialize_grads=True)
-    names = [f"gradient of input {i}" for i in range(len(inputs))]
+        upstream = [parity.random_upstream(result) for result in results]
+        grads = torch.autograd.grad(results, wanted, upstream, materialize_grads=True)
+    names = ["output" if i == 0 else f"output {i}" for i in range(len(results))]
+    names += [f"gradient of input {i}" for i in range(len(inputs))]
     names += [f"gradient of {name}" for name in parameters]
-    return [("output", result.detach()), *zip(names, grads, strict=True)]
+    return list(zip(names, [*(r.detach() for r in results), *grads], strict=True))
+
+
+def _floats(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
+    """The arguments with ``change`` applied to floating tensors; a cache, say, is copied.
+
+    Of rows that are one in memory, as queries expanded over a batch, the one is changed: what it
+    has as a gradient is their sum.
+    """
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return copy.deepcopy(value)
+        if not value.is_floating_point():
+            return value
+        once = value[tuple(slice(1 if stride == 0 else None) for stride in value.stride())]
+        changed = change(once)
+        return changed if once.shape == value.shape else changed.expand(value.shape)
+
+    return tree_map(one, arguments)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _verify_pack(features: Tensor, newline: Tensor | None, plan: Plan) -> list[Verdict]:
@@ -198,11 +230,15 @@ def _without_patch(connectors: dict[str, nn.Module], run: Callable[[], Tensor]) 
             module.__class__ = classes[name]
 
 
-def _keep(seen: dict[str, tuple[Any, ...]], name: str) -> Callable[..., None]:
+def _keep(seen: dict[str, Arguments], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen[name] = _detached((*args, *kwargs.values()))
+        seen[name] = _floats((args, kwargs), Tensor.detach)
 
     return hook
+
+
+def _within(name: str, found: Sequence[Connector]) -> bool:
+    return any(name.startswith(f"{connector.name}.") for connector in found)
 
 
 def _detached(values: Sequence[Any]) -> tuple[Any, ...]:

@@ -91,8 +91,8 @@ class Connector:
         saves: whether ``saved`` makes a difference.
         bends: whether anything in it is not linear.
         ops: of this package, that it rests on.
-        results: what results files measure of it: the family, the beginning of the part, and the
-            width of the tower whose models that stands for.
+        results: what results files measure of it: the family (a dot between levels), the beginning
+            of the part, and the width of the tower whose models that stands for.
     """
 
     name: str
@@ -357,7 +357,7 @@ CONNECTORS = {
         Connector("linear", "Linear", ("linear",), _every_patch, _linear, bends=False),
         Connector(
             "mlp", "MLP", ("MLP",), _every_patch, _mlp, saves=True, ops=("mlp",),
-            results=(("llava", "projector, ", 1024),),
+            results=(("models.llava", "projector, ", 1024),),
         ),
         Connector(
             "pool", "MLP and pooling", ("MLP", "pooling"), _windows, _pool, ops=("spatial_pool",)
@@ -377,7 +377,10 @@ CONNECTORS = {
             _qformer, free=True,
             ops=("self_attention", "absorbed_cross_attention", "cross_attention", "stacked_linear",
                  "mlp", "add_layer_norm"),
-            results=(("qformer", "BLIP-2, ", 1408), ("qformer", "BLIP-2 with ViT-L, ", 1024)),
+            results=(
+                ("models.blip2", "Q-Former, ", 1408), ("qformer", "BLIP-2, ", 1408),
+                ("qformer", "BLIP-2 with ViT-L, ", 1024),
+            ),
         ),
         Connector(
             "resampler", "Perceiver resampler", ("latents", "6 layers", "projection"),
@@ -388,7 +391,10 @@ CONNECTORS = {
             "gated", "Gated cross-attention", ("latents", "6 layers", "gated blocks"),
             lambda model: [64], _gated, free=True, in_sequence=False,
             ops=("cross_attention", "media_cross_attention", "gated_add", "gated_add_norm", "mlp"),
-            results=(("flamingo", "media attention", 1024),),
+            results=(
+                ("flamingo", "media attention", 1024), ("flamingo", "IDEFICS-9B gated layer", 1280),
+                ("models.mllama", "cross-attention layer, ", 7680),
+            ),
         ),
         Connector(
             "anyres", "AnyRes and MLP", ("tiling", "MLP", "packing"), _with_tiles, _anyres,

@@ -57,10 +57,13 @@ def _of(connector: Connector, model: ModelShape, result: dict[str, Any]) -> Iter
     for family, beginning, width in connector.results:
         if width != model.tower.width:
             continue
-        found = result.get(family, {})
+        found = result
+        for level in family.split("."):
+            found = found.get(level, {})
         for row in found.get("rows", []):
             if row.get("state") == STATE and row["part"].startswith(beginning):
+                words = f"{found['model']}: " if "model" in found else ""
                 yield Measurement(
-                    row["part"], row["median"], row["lower"], row["upper"],
+                    words + row["part"], row["median"], row["lower"], row["upper"],
                     found.get("dtype", "unknown"), result["machine"], current,
                 )  # fmt: skip

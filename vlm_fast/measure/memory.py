@@ -71,6 +71,12 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
     return peak
 
 
+def result_bytes(result: Any) -> int:
+    """Bytes of the storages behind the tensors in a result."""
+    tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+    return sum({_storage(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 class _Waits(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ its base, which device placement and output capture compare; ``repr`` shows the 
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,6 +33,16 @@ class Patched:
     def why_not(self) -> str | None:
         """Why the next call would run as plain PyTorch, or None."""
         return None
+
+    def unpatched(self) -> nn.Module | None:
+        """A copy that computes as its base does on what this is given; None if none can, alone."""
+        if not self.alone:
+            return None
+        plain: Any = copy.deepcopy(self)
+        patched = [module for module in plain.modules() if isinstance(module, Patched)]
+        for module in patched:
+            swap_back(module)
+        return plain
 
     def _get_name(self) -> str:
         return f"{self.patch.base.__name__}[vlm_fast]"
@@ -61,9 +72,8 @@ def swap(module: nn.Module, mixin: type[Patched], recipe: Any) -> None:
     module.prepare()  # type: ignore[operator]
 
 
-def swap_back(module: nn.Module) -> None:
-    base: Any = type(module).patch.base  # type: ignore[attr-defined]
-    module.__class__ = base
+def swap_back(module: Any) -> None:
+    module.__class__ = type(module).patch.base
 
 
 def _rebuild(base: type[nn.Module], mixin: type[Patched], recipe: Any) -> nn.Module:

@@ -18,13 +18,13 @@ from vlm_fast.modules.activation import activation_of
 from vlm_fast.modules.gated_layer import gated_residuals, rms_norm, why_not_gated
 from vlm_fast.modules.media_memory import remembered
 from vlm_fast.modules.plain_tree import why_not_plain_tree
-from vlm_fast.patching.class_swap import Patched, is_class
-from vlm_fast.patching.media_sets import MediaSets, why_not_sets
+from vlm_fast.patching.class_swap import is_class
+from vlm_fast.patching.media_sets import GivenSets, GivesSets, MediaSets, why_not_sets
 from vlm_fast.policy import fell_back
 from vlm_fast.refusal import wrong_value
 
 
-class FusedIdeficsModel(Patched):
+class FusedIdeficsModel(GivesSets):
     """A model that tells its gated layers the images each token sees."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +46,7 @@ class FusedIdeficsModel(Patched):
         return why_not_sets(mask, 3)
 
 
-class FusedIdeficsLayer(Patched):
+class FusedIdeficsLayer(GivenSets):
     """One gated cross-attention layer; ``media_sets`` comes from `FusedIdeficsModel`."""
 
     cross_attn: Any

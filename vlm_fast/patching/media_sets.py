@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_fast.ops.media_cross_attention import MAX_LISTED
+from vlm_fast.patching.class_swap import Patched
+from vlm_fast.policy import DISABLED
 
 
 class MediaSets(NamedTuple):
@@ -37,6 +40,19 @@ class MediaSets(NamedTuple):
         """``(batch, 1, tokens, keys)``: 0 where a key is seen, else the least number of dtype."""
         hidden = ~self.seen.repeat_interleave(keys // self.media, 2).unsqueeze(1)
         return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+
+
+class GivesSets(Patched):
+    """A model that computes nothing itself: it hands its layers the media each token sees."""
+
+
+class GivenSets(Patched):
+    """A layer whose model gives it sets; its fallback makes the masks that its base takes."""
+
+    def unpatched(self) -> nn.Module:
+        plain: Any = copy.deepcopy(self)
+        plain.why_not = lambda: DISABLED
+        return plain
 
 
 def why_not_sets(mask: Any, dimensions: int) -> str | None:

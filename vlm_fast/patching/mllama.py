@@ -18,15 +18,15 @@ from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
 from vlm_fast.modules.gated_layer import gated_residuals, rms_norm, why_not_gated
 from vlm_fast.modules.plain_tree import wants_attentions, why_not_plain_tree
-from vlm_fast.patching.class_swap import Patched, is_class
-from vlm_fast.patching.media_sets import MediaSets, why_not_sets
+from vlm_fast.patching.class_swap import is_class
+from vlm_fast.patching.media_sets import GivenSets, GivesSets, MediaSets, why_not_sets
 from vlm_fast.policy import fell_back
 from vlm_fast.refusal import wrong_value
 
 ATTENTIONS = "attention maps were asked for, which no kernel forms"
 
 
-class FusedMllamaModel(Patched):
+class FusedMllamaModel(GivesSets):
     """A model that tells its cross-attention layers the tiles each token sees."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +61,7 @@ class FusedMllamaModel(Patched):
         return why_not_sets(mask, 4)
 
 
-class FusedMllamaLayer(Patched):
+class FusedMllamaLayer(GivenSets):
     """One gated cross-attention layer; ``media_sets`` comes from `FusedMllamaModel`."""
 
     cross_attn: Any

@@ -42,6 +42,8 @@ class Recipe(NamedTuple):
 class FusedQFormerModel(Patched):
     """A Q-Former model that neither expands queries nor reads a mask on the host."""
 
+    alone = True
+
     encoder: Any
     config: Any
     dropout: Any

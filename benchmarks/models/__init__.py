@@ -1,0 +1,82 @@
+"""Whole models of transformers, without and with ``vlm_fast.patch``, end to end."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+import vlm_fast
+from benchmarks.before_and_after import DTYPE, compare_all, show
+from benchmarks.models import parts, proof
+from benchmarks.models.architecture import Architecture, States
+from benchmarks.models.blip2 import BLIP2
+from benchmarks.models.idefics import IDEFICS
+from benchmarks.models.llava import LLAVA
+from benchmarks.models.mllama import MLLAMA
+from vlm_fast.measure import timing
+
+MODELS = {"llava": LLAVA, "blip2": BLIP2, "idefics": IDEFICS, "mllama": MLLAMA}
+
+
+def main(
+    names: Iterable[str] = MODELS, *, quick: bool = False, device: str | None = None,
+    seconds: float = 10.0, deadline: float = math.inf,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure, about ``seconds`` a part, print tables, and return what was found of each model.
+
+    No model and no part is begun after ``deadline`` (of ``time.monotonic``); "finished" says
+    whether all parts were, and a model that was not begun is missing.
+    """
+    seconds = 0.2 if quick else seconds
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = {}
+    with timing.one_thread():
+        for name in names:
+            if time.monotonic() > deadline:
+                break
+            size = MODELS[name].size_for(device, quick=quick)
+            found[name] = measure(MODELS[name], size, device, seconds, deadline)
+            gc.collect()
+    return found
+
+
+def measure(
+    architecture: Architecture, size: str, device: str, seconds: float, deadline: float = math.inf
+) -> dict[str, Any]:
+    """The proof, then every part without and with the patch, in turns."""
+    dtype = DTYPE[device]
+    model, words = architecture.build(device, dtype, size)
+    given, source = architecture.inputs(model, size, architecture.batch[size])
+    found: dict[str, Any] = {
+        "model": words,
+        "size": size,
+        "photograph": source,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch": architecture.batch[size],
+        "sequence": given["input_ids"].shape[1],
+        "proof": proof.proof(model, given, exact=size != "whole"),
+    }
+    rows, finished = compare_all(
+        parts.parts_of(architecture, states_of(model), given), device, seconds, deadline
+    )
+    found |= {"rows": rows, "finished": finished}
+    title = f"{words}, {found['dtype']}, batch {found['batch']}, {found['sequence']} tokens"
+    show(title, rows, device)
+    print(f"{source}: {proof.line(found['proof'])}\n")
+    return found
+
+
+def states_of(model: nn.Module) -> States:
+    """The model, and one that shares every tensor with it and is patched."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    patched = copy.deepcopy(model, dict(shared))  # its memo: what is in it is not copied
+    vlm_fast.patch(patched, strict=True)
+    return {"before": model, "after": patched}
