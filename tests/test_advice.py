@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 import vlm_fast
 from vlm_fast import cli, design, evidence, ops
-from vlm_fast.design import connectors, language, ledger, proof
-from vlm_fast.design.connectors import CONNECTORS, Point
+from vlm_fast.design import asked, connectors, language, ledger, proof
+from vlm_fast.design.connectors import CONNECTORS
+from vlm_fast.design.pieces import Point, gated_blocks
 from vlm_fast.design.shapes import MODELS
 from vlm_fast.modules import MLPProjector, PooledMLPProjector
 from vlm_fast.op import OPS, Cost
@@ -145,7 +146,7 @@ def test_shapes_are_those_of_the_default_configs():
     shape = MODELS["llama-3.2-11b-vision"]
     crossing = len(mllama.cross_attention_layers)
     assert shape.language.layers == mllama.num_hidden_layers - crossing
-    assert connectors.gated_blocks(shape) == crossing
+    assert gated_blocks(shape) == crossing
     assert shape.tower.width == transformers.MllamaConfig().vision_config.vision_output_dim
     eva = transformers.Blip2Config().vision_config
     tower = MODELS["blip2-opt-2.7b"].tower
@@ -247,11 +248,7 @@ def test_measured_figures_come_with_machine_and_source():
            "upper": 3e-3}  # fmt: skip
     now = {name: evidence.sources(OPS[name]) for name in CONNECTORS["mlp"].ops}
     llava = {"model": "LLaVA", "dtype": "float32", "rows": [row]}
-    result = {
-        "machine": "M",
-        "sources": now,
-        "models": {"llava": {"dtype": "float32", "rows": [row]}},
-    }
+    result = {"machine": "M", "sources": now, "models": {"llava": llava}}
     (new,) = proof.measurements(CONNECTORS["mlp"], LLAVA, [result])
     assert str(new) == (
         "LLaVA: projector, forward: 2 ms (1-3), float32, measured on M, at this source"
@@ -306,6 +303,6 @@ def test_wrong_arguments_are_usage_errors(arguments, message):
 
 
 def test_sizes_in_bytes():
-    assert design.commands.in_bytes("24GB") == 24 * 10**9
-    assert design.commands.in_bytes("1.5 gib") == 3 * 2**29
-    assert design.commands.in_bytes("123") == 123
+    assert asked.in_bytes("24GB") == 24 * 10**9
+    assert asked.in_bytes("1.5 gib") == 3 * 2**29
+    assert asked.in_bytes("123") == 123

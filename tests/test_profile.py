@@ -14,9 +14,10 @@ import torch
 from typer.testing import CliRunner
 
 from vlm_fast import cli, design
-from vlm_fast.design import commands, connectors, grid, page, pictures, record, sweep
-from vlm_fast.design.connectors import CONNECTORS, Point
+from vlm_fast.design import connectors, grid, page, pictures, profile_command, record, sweep
+from vlm_fast.design.connectors import CONNECTORS
 from vlm_fast.design.front import front
+from vlm_fast.design.pieces import Point
 from vlm_fast.design.shapes import MODELS, LanguageModel, ModelShape, Tower
 from vlm_fast.measure.timing import Ceilings
 
@@ -32,7 +33,7 @@ HOSTILE = "<script>alert('&')</script>"
 
 def make_tiny(patch):
     patch.setitem(MODELS, "tiny", TINY)
-    patch.setattr(commands.timing, "ceilings", lambda *_: Ceilings(1e10, 1e10))
+    patch.setattr(profile_command.timing, "ceilings", lambda *_: Ceilings(1e10, 1e10))
     patch.setattr(sweep, "ROUNDS", (3, 3))
 
 
@@ -380,7 +381,7 @@ def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep, "_measure", twice)
     found = call(tmp_path, "--tokens", "36,9,5", "--batch", "1")
-    assert found.exit_code == commands.INTERRUPTED
+    assert found.exit_code == profile_command.INTERRUPTED
     content = json.loads((tmp_path / "profile.json").read_text())
     jsonschema.validate(content, record.schema())
     assert content["unfinished"].startswith("interrupted after")
@@ -422,7 +423,7 @@ def test_a_page_of_nothing(tmp_path):
 def test_wrong_arguments_are_usage_errors_before_anything_is_measured(
     tmp_path, monkeypatch, arguments, message
 ):
-    monkeypatch.setattr(commands.timing, "ceilings", None)
+    monkeypatch.setattr(profile_command.timing, "ceilings", None)
     found = call(tmp_path / "out", *arguments)
     assert found.exit_code == cli.Exit.USAGE
     assert message in found.output
@@ -430,7 +431,7 @@ def test_wrong_arguments_are_usage_errors_before_anything_is_measured(
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(commands.timing, "ceilings", None)
+    monkeypatch.setattr(profile_command.timing, "ceilings", None)
     (tmp_path / "file").write_text("")
     found = call(tmp_path / "file", "--connectors", "mlp", "--tokens", "36")
     assert found.exit_code == cli.Exit.USAGE
@@ -440,9 +441,11 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_models_that_are_named_have_a_profile_to_ask_for():
     for name, shape in MODELS.items():
-        tokens = list(commands._default_tokens(name, list(CONNECTORS)))
+        tokens = list(profile_command._default_tokens(name, list(CONNECTORS)))
         for connector in CONNECTORS.values():
             if connector.counts(shape):
                 assert connector.counts(shape)[0] in tokens
-    assert set(grid.TOKENS) <= set(commands._default_tokens("llava-1.5-7b", list(CONNECTORS)))
+    assert set(grid.TOKENS) <= set(
+        profile_command._default_tokens("llava-1.5-7b", list(CONNECTORS))
+    )
     assert design.CONNECTORS is CONNECTORS

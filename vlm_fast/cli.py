@@ -17,7 +17,8 @@ import typer
 
 import vlm_fast.ops
 from vlm_fast import ahead_of_time, environment, evidence, selftest, tables
-from vlm_fast.design import commands as design
+from vlm_fast.design.advise_command import advise
+from vlm_fast.design.profile_command import profile
 from vlm_fast.kernels import _native, _triton
 from vlm_fast.op import FLOATS, OPS, Op
 
@@ -204,8 +205,8 @@ def compile_(
         raise typer.Exit(Exit.FAILURE)
 
 
-app.command()(design.advise)
-app.command()(design.profile)
+app.command()(advise)
+app.command()(profile)
 
 
 def _served_dtypes(op: Op[..., Any]) -> list[str]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from vlm_fast.design.connectors import CONNECTORS, Point, media_bytes, work
+from vlm_fast.design.connectors import CONNECTORS, media_bytes, work
 from vlm_fast.design.language import (
     key_value_bytes,
     language_parameters,
     prefill_flops,
     tower_parameters,
 )
+from vlm_fast.design.pieces import Point
 from vlm_fast.design.proof import Measurement, measurements
 from vlm_fast.design.reasons import reasons
 from vlm_fast.design.shapes import ModelShape, model_shape

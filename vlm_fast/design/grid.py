@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from vlm_fast.design.connectors import CONNECTORS, Point, media_bytes, work, works
+from vlm_fast.design.connectors import CONNECTORS, media_bytes, work, works
 from vlm_fast.design.language import key_value_bytes, step_flops
+from vlm_fast.design.pieces import Point
 from vlm_fast.design.shapes import ModelShape
 from vlm_fast.measure.timing import Times
 from vlm_fast.ops.mlp import SAVED

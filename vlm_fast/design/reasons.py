@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vlm_fast.design.connectors import GATED_EVERY, gated_blocks
+from vlm_fast.design.pieces import GATED_EVERY, gated_blocks
 from vlm_fast.design.shapes import ModelShape
 
 if TYPE_CHECKING:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from vlm_fast.design.connectors import CONNECTORS, Piece
+from vlm_fast.design.connectors import CONNECTORS
 from vlm_fast.design.front import front
 from vlm_fast.design.grid import Group, Layer, Row, timed_flops
 from vlm_fast.design.language import LanguageLayer
+from vlm_fast.design.pieces import Piece
 from vlm_fast.measure import memory, timing
 from vlm_fast.measure.timing import Times
 
