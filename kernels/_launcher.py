@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ class Kernel:
         self.jit, self.configs = jit, configs
         self.name: str = getattr(jit, "__name__", "absent")
         KERNELS[self.name] = self
+        _configs.SOURCES[self.name] = self.source
 
     def __call__(
         self, size: int, grid: Callable[[dict[str, int]], tuple[int, ...]], *arguments: Any
@@ -75,6 +77,12 @@ class Kernel:
             return self.configs[0]
         index = _configs.winner(self.name, tensor.dtype, size, tensor.device.index)
         return self.configs[index if index < len(self.configs) else 0]
+
+    def source(self) -> str:
+        """A hash of the code, of what it calls, and of the configs: what a measured time is of."""
+        code = getattr(self.jit, "cache_key", "interpreted")
+        listed = [config.options() for config in self.configs]
+        return hashlib.sha256(f"{code} {listed}".encode()).hexdigest()[:16]
 
 
 def kernel(*configs: Config) -> Callable[[Any], Kernel]:
