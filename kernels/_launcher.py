@@ -37,10 +37,24 @@ class Config:
 
 @dataclass(frozen=True)
 class Launch:
-    """What one launch would have been given: see `recording`."""
+    """What one launch was given, or would have been: see `recording`."""
 
     kernel: Kernel
     arguments: dict[str, Any]
+    size: int
+    grid: Callable[[dict[str, int]], tuple[int, ...]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(a.dtype for a in self.arguments.values() if isinstance(a, Tensor))
+
+    def programs(self, index: int) -> tuple[int, ...]:
+        return self.grid(self.kernel.configs[index].blocks)
+
+    def again(self, index: int) -> None:
+        """Launch it with another config of its kernel."""
+        options = self.kernel.configs[index].options()
+        self.kernel.jit[self.programs(index)](*self.arguments.values(), **options)
 
 
 class Kernel:
@@ -61,7 +75,8 @@ class Kernel:
     ) -> None:
         tensor = next(a for a in arguments if isinstance(a, Tensor))
         if _launches is not None:
-            _launches.append(Launch(self, dict(zip(self.jit.arg_names, arguments, strict=False))))
+            named = dict(zip(self.jit.arg_names, arguments, strict=False))
+            _launches.append(Launch(self, named, size, grid))
         if is_traced(tensor):
             return
         config = self.choose(tensor, size)

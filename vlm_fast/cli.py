@@ -15,9 +15,10 @@ import torch
 import typer
 
 import vlm_fast.ops
-from vlm_fast import ahead_of_time, environment, evidence, selftest, tables
+from vlm_fast import ahead_of_time, environment, evidence, selftest, static_report, tables
 from vlm_fast.command import Exit, Json, OpArgument, OpOption, print_json, stop
 from vlm_fast.kernels import _native, _triton
+from vlm_fast.occupancy import GPUS
 from vlm_fast.op import FLOATS, OPS, Op
 from vlm_fast.tune import tune
 
@@ -127,12 +128,18 @@ def compile_(
     op: OpOption = None,
     as_json: Json = False,
     check: Annotated[bool, typer.Option(help="Fail where a kernel exceeds its budget.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Why ops could miss their targets, as Markdown.")
+    ] = False,
 ) -> None:
     """Compile every kernel for GPUs that need not be here; print registers, spills, memory."""
     if not _triton.AVAILABLE or _triton.INTERPRETED:
         lack = "TRITON_INTERPRET=1 is set" if _triton.INTERPRETED else "Triton is not installed"
         stop(Exit.ENVIRONMENT, f"nothing can be compiled: {lack}")
     archs, names = arch or ahead_of_time.ARCHS, [op] if op else None
+    if report:
+        _print_static_report(arch or ["sm_90"], names, as_json)
+        return
     if check and not ahead_of_time.BUDGETS.exists():
         stop(Exit.ENVIRONMENT, "--check needs tests/budgets.json of a checkout")
     try:
@@ -150,6 +157,18 @@ def compile_(
             print(line)
     if broken or not found:
         raise typer.Exit(Exit.FAILURE)
+
+
+def _print_static_report(archs: list[str], names: list[str] | None, as_json: bool) -> None:
+    if len(archs) > 1 or archs[0] not in GPUS:
+        known = ", ".join(GPUS)
+        raise typer.BadParameter(f"a report is of one of {known}, got {' '.join(archs)}")
+    with tables.counter("compiling") as count:
+        found = static_report.report(names, arch=archs[0], progress=count)
+    if as_json:
+        print_json(static_report.as_json(found))
+    else:
+        print(static_report.markdown(found))
 
 
 def _served_dtypes(op: Op[..., Any]) -> list[str]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vlm_fast import ahead_of_time, selftest
 from vlm_fast.kernels import _configs, _user_table
-from vlm_fast.kernels._launcher import KERNELS, Config, Kernel
+from vlm_fast.kernels._launcher import KERNELS, Config, Kernel, Launch, recording
 from vlm_fast.measure import timing
 from vlm_fast.measure.passes import step, with_upstream
 from vlm_fast.op import OPS
@@ -128,38 +128,6 @@ def _refuse_a_broken_device(kernel: Kernel, index: int, device: str) -> None:
 # ---- which of them wins ----
 
 
-@dataclass(frozen=True)
-class Call:
-    """One launch as it was asked for, with its tensors."""
-
-    kernel: Kernel
-    size: int
-    grid: Callable[[dict[str, int]], tuple[int, ...]]
-    arguments: tuple[Any, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(a.dtype for a in self.arguments if isinstance(a, Tensor))
-
-    def launch(self, index: int) -> None:
-        config = self.kernel.configs[index]
-        self.kernel.jit[self.grid(config.blocks)](*self.arguments, **config.options())
-
-
-@contextlib.contextmanager
-def calls() -> Iterator[list[Call]]:
-    """Collect what is launched, and launch it."""
-    found: list[Call] = []
-    launch = Kernel.__call__
-
-    def collect(kernel: Kernel, size: int, grid: Any, *arguments: Any) -> None:
-        found.append(Call(kernel, size, grid, arguments))
-        launch(kernel, size, grid, *arguments)
-
-    with mock.patch.object(Kernel, "__call__", collect):
-        yield found
-
-
 def measure(
     right: Mapping[str, Sequence[int]],
     names: Iterable[str] | None = None,
@@ -190,28 +158,28 @@ def measure(
             progress(done, len(todo))
         torch.manual_seed(0)
         args, options = op.sample(shape, dtype, device)
-        with calls() as found:
+        with recording() as found:
             step(op.fast, with_upstream(op, args, options), options)
-        for call in found:
-            key = (call.kernel.name, call.dtype, call.size)
-            indices = right.get(call.kernel.name, ())
+        for launch in found:
+            key = (launch.kernel.name, launch.dtype, launch.size)
+            indices = right.get(launch.kernel.name, ())
             if key not in seen and 0 in indices and len(indices) > 1:
                 seen.add(key)
-                rows += _time(call, indices, device)
+                rows += _time(launch, indices, device)
         del args, found
     return rows, True
 
 
-def _time(call: Call, indices: Sequence[int], device: str) -> list[Row]:
-    alternatives = {str(index): functools.partial(call.launch, index) for index in indices}
+def _time(launch: Launch, indices: Sequence[int], device: str) -> list[Row]:
+    alternatives = {str(index): functools.partial(launch.again, index) for index in indices}
     times = timing.interleaved(alternatives, [()], device=device, seconds=0.25, rounds=(9, 50))
     return [
         {
-            "kernel": call.kernel.name,
-            "dtype": str(call.dtype).removeprefix("torch."),
-            "size": call.size,
+            "kernel": launch.kernel.name,
+            "dtype": str(launch.dtype).removeprefix("torch."),
+            "size": launch.size,
             "config": index,
-            "options": call.kernel.configs[index].options(),
+            "options": launch.kernel.configs[index].options(),
             "median": times[str(index)].median,
             "lower": times[str(index)].lower,
             "upper": times[str(index)].upper,
