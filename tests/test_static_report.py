@@ -76,6 +76,20 @@ def test_atens_work_is_counted_with_its_flops_and_in_its_order():
         assert traffic.moved([torch.empty(2, 16, device="cuda")]) == 128
 
 
+@pytest.mark.parametrize(
+    "name, shape, least",
+    [
+        ("absorbed_cross_attention", "most keys, dropout, 4 images", 6.5),  # Philox in one pass
+        ("gather_image_tokens", "LLaVA-1.5-7B, 8 x 2944", 1.01),  # no zeros beside the rows
+    ],
+)
+def test_what_a_backward_no_longer_moves(name, shape, least):
+    op = OPS[name]
+    found = traffic.pieces(op, op.bench_shapes[shape])
+    moved = sum(piece.bytes for piece in found if piece.backward)
+    assert moved < least * static_report._cost(op, op.bench_shapes[shape]).backward_bytes
+
+
 USE = Use(
     "op", "s", False, WITHIN, occupancy("sm_90", 64, 1024, 4, 10**4), 10**4, 43 * 10**8, False
 )
