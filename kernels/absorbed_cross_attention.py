@@ -107,7 +107,7 @@ def head_weight_gradient_kernel(
 
 
 @kernel(Config({}, num_warps=4), Config({}, num_warps=8))
-@triton.jit(do_not_specialize=["queries", "keys"])
+@triton.jit(do_not_specialize=["queries"])
 def score_softmax_kernel(
     scores_ptr,  # (images, heads, queries, keys), fp32 or the dtype of p
     mask_ptr, mask_image, mask_key,  # (images, keys) bytes or None
@@ -143,7 +143,7 @@ def score_softmax_kernel(
 
 
 @kernel(Config({}, num_warps=4), Config({}, num_warps=8))
-@triton.jit(do_not_specialize=["queries", "keys"])
+@triton.jit(do_not_specialize=["queries"])
 def score_softmax_backward_kernel(
     p_ptr,  # (images, heads, queries, keys)
     dp_ptr,  # as p, fp32 or the dtype of p
@@ -172,7 +172,7 @@ def score_softmax_backward_kernel(
 
 
 @kernel(Config({}, num_warps=4), Config({}, num_warps=8))
-@triton.jit(do_not_specialize=["queries", "keys"])
+@triton.jit(do_not_specialize=["queries"])
 def drop_probabilities_kernel(
     p_ptr,  # (images, heads, queries, keys)
     seed_ptr, drop_below, survivor_scale,
