@@ -20,7 +20,7 @@ from benchmarks import (
     anyres,
     flamingo,
     gpu_checks,
-    gpu_configs,
+    machine,
     merge,
     mergers,
     models,
@@ -29,7 +29,8 @@ from benchmarks import (
     qformer,
     tokens,
 )
-from vlm_fast import evidence, selftest
+from vlm_fast import evidence, selftest, tuning
+from vlm_fast.kernels import _configs
 from vlm_fast.op import OPS
 
 MEMCHECK = "from benchmarks.gpu_stages import memcheck_cases; memcheck_cases()"
@@ -65,20 +66,28 @@ def parity(results: Results, device: str, deadline: float) -> list[str]:
 
 
 def every_config(results: Results, device: str, deadline: float) -> list[str]:
-    failures = gpu_checks.every_config(device, deadline)
+    candidates, failures = gpu_checks.every_config(device, deadline)
+    right: dict[str, list[int]] = {}
+    for candidate in candidates:
+        if not candidate.failures:
+            right.setdefault(candidate.kernel, []).append(candidate.config)
+    results["right_configs"] = right
     for name, entry in results.get("parity", {}).items():
         entry["failures"] += [line for line in failures if line.startswith(f"{name} ")]
     return failures
 
 
 def configs(results: Results, device: str, deadline: float) -> list[str]:
-    """Times of every config, and the table of the winners if all of them are right."""
-    if results["stages"].get("every config", {}).get("status") != "ok":
-        return ["no table: not every config is proven"]
-    rows = gpu_configs.measure(device, deadline)
-    results["configs"] = rows
+    """Times of every config that is proven right, and the table of the winners."""
+    right = results.get("right_configs", {})
+    rows, finished = tuning.measure(right, device=device, deadline=deadline)
+    results |= {"configs": rows, "configs_finished": finished}
     if rows and device != "cpu":
-        results["config_table"] = gpu_configs.write(rows).name
+        name = _configs.table_name(torch.cuda.get_device_capability(), machine.name(device))
+        table = {"schema": _configs.SCHEMA, "kernels": tuning.selection(rows)}
+        machine.write(_configs.DIRECTORY / name, table)
+        _configs.forget()
+        results["config_table"] = name
     return []
 
 

@@ -15,10 +15,11 @@ from benchmarks.providers import COMPILED, OURS, Unavailable
 from vlm_fast import tables
 from vlm_fast.measure import memory, timing
 from vlm_fast.measure.launches import launches
+from vlm_fast.measure.passes import with_upstream
 from vlm_fast.measure.telemetry import Telemetry
 from vlm_fast.measure.timing import Ceilings, Times
 from vlm_fast.op import OPS, Op
-from vlm_fast.parity import convert, differentiable, gradients
+from vlm_fast.parity import differentiable, gradients
 from vlm_fast.selftest import one_sample, shrink
 
 Row = dict[str, Any]
@@ -258,17 +259,6 @@ class Case:
             "of_matmul": of_matmul,
             "of_floor": max(of_copy, of_matmul),
         }
-
-
-def with_upstream(
-    op: Op[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]
-) -> tuple[Any, ...]:
-    """Leaves that want gradients, and behind them random gradients of the results."""
-    leaves = convert(args, lambda t: t.detach().requires_grad_())
-    with torch.no_grad():
-        results = op(*args, **options)
-    results = results if isinstance(results, tuple) else (results,)
-    return (*leaves, [torch.randn_like(r) if r.is_floating_point() else None for r in results])
 
 
 # ---- the calls that are timed: a function of the inputs for each pass ----

@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).resolve().parent
 RESULTS = PACKAGE.parent / "benchmarks" / "results"  # absent where the package is installed
 
 # These decide how a kernel is launched, not what it computes.
-PLUMBING = {"_configs.py", "_launcher.py", "_native.py", "_triton.py"}
+PLUMBING = {"_configs.py", "_launcher.py", "_native.py", "_triton.py", "_user_table.py"}
 
 
 @dataclass(frozen=True)
