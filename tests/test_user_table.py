@@ -15,6 +15,7 @@ from tests.test_configs import BROKEN, OnGpu
 from vlm_fast import cli, tuning
 from vlm_fast.kernels import _configs, _user_table
 from vlm_fast.kernels._launcher import KERNELS
+from vlm_fast.op import OPS
 
 pytest.importorskip("triton")
 
@@ -327,8 +328,11 @@ def call(*arguments):
 
 @pytest.fixture
 def measured(place, monkeypatch):
-    """A GPU that finds config 2 fastest, config 4 wrong, and time for one kernel of mlp."""
+    """A GPU that finds config 2 fastest, config 4 wrong, and time for one kernel of two."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    kernels = (KERNEL.name, "gather_image_tokens_kernel")
+    by_op = {name: ["gather_image_tokens"] for name in kernels}
+    monkeypatch.setattr(tuning, "_ops_of_kernels", lambda: by_op)
 
     def prove(names, **_):
         for index in range(len(KERNEL.configs)):
@@ -404,7 +408,10 @@ def test_tune_refuses_what_it_does_not_know(place, arguments):
     assert call("tune", *arguments).exit_code == cli.Exit.USAGE
 
 
-def test_a_dry_run_lists_and_writes_nothing(place):
+def test_a_dry_run_lists_and_writes_nothing(place, monkeypatch):
+    few = {name: OPS[name] for name in ("mlp", "spatial_pool")}
+    monkeypatch.setattr(tuning, "OPS", few)
+    monkeypatch.setattr(tuning, "_ops_of_kernels", tuning._ops_of_kernels.__wrapped__)
     found = call("tune", "--op", "mlp", "--dry-run", "--json")
     assert found.exit_code == 0, found.output
     plan = json.loads(found.stdout)
