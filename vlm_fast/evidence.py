@@ -20,7 +20,8 @@ from vlm_fast.op import Op
 
 SCHEMA = 1
 PACKAGE = Path(__file__).resolve().parent
-RESULTS = PACKAGE.parent / "benchmarks" / "results"  # absent where the package is installed
+CSRC = PACKAGE.parent / "csrc"  # absent where the package is installed, like the results
+RESULTS = PACKAGE.parent / "benchmarks" / "results"
 
 # These decide how a kernel is launched, not what it computes.
 PLUMBING = {"_configs.py", "_launcher.py", "_native.py", "_triton.py"}
@@ -53,7 +54,10 @@ def sources(op: Op[..., Any]) -> dict[str, str]:
             continue
         text = path.read_bytes()
         found[name] = hashlib.sha256(text).hexdigest()
-        todo += (PACKAGE / "kernels" / f"{kernel}.py" for kernel in _kernel_imports(text))
+        if path.name == "_hopper.py":
+            todo += CSRC.glob("hopper_*")
+        if path.suffix == ".py":
+            todo += (PACKAGE / "kernels" / f"{kernel}.py" for kernel in _kernel_imports(text))
     return dict(sorted(found.items()))
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlm_fast.kernels import _hopper
 from vlm_fast.kernels._activation import ACTIVATIONS
 from vlm_fast.kernels._launcher import runs_triton
 from vlm_fast.kernels.mlp import (
@@ -40,7 +41,7 @@ def mlp(
 
     Args:
         x: ``(..., in)``; any strides. Rows at one pitch, as in ``hidden[:, 1:]``, are not copied
-            in forward.
+            in forward, except where the optional GEMM for Hopper takes them.
         weight_1, bias_1: ``(hidden, in)`` and ``(hidden,)`` or None.
         weight_2, bias_2: ``(out, hidden)`` and ``(out,)`` or None.
         activation: "gelu", "gelu_tanh", "quick_gelu", "silu" or "relu".
@@ -140,12 +141,11 @@ def forward(needs, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
             few = few if few.stride(1) == 1 else few.contiguous()
             h = linear_activation(few, weight_1, bias_1, activation)
             return F.linear(h.view(*x.shape[:-1], h.shape[1]), weight_2, bias_2), ()
-    z = F.linear(_gemm_input(x), weight_1, bias_1)
-    h = activate(z if z.ndim == x.ndim else _without_gaps(z, x.shape[:-1]), activation)
     inner = needs.x or needs.weight_1 or needs.bias_1
     rebuild = saved == "input"
-    kept_z = None if rebuild or not (inner or needs.weight_2) else z
-    del z  # if not kept, gone before the second GEMM allocates
+    keep_z = not rebuild and (inner or needs.weight_2)
+    # z, if it is not kept, is gone before the second GEMM allocates.
+    z, h = _first_linear(x, weight_1, bias_1, weight_2, activation, keep_z, inner)
     y = F.linear(h, weight_2, bias_2)
     if not any(needs):
         return y, ()
@@ -154,7 +154,7 @@ def forward(needs, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
         weight_1 if needs.x or rebuild else None,
         bias_1 if rebuild else None,
         weight_2 if inner else None,
-        kept_z,
+        z,
         h if saved == "all" and needs.weight_2 else None,
     )
 
@@ -164,15 +164,14 @@ def backward(needs, kept, dy, *, activation, saved):
     x, weight_1, bias_1, weight_2, z, h = kept
     leading, dy = dy.shape[:-1], _rows(dy)
     if saved == "input":
-        z = F.linear(_gemm_input(x), weight_1, bias_1)
+        whole = _takes_whole_rows(x, weight_1, weight_2, activation)
+        z = F.linear(x.contiguous() if whole else _gemm_input(x), weight_1, bias_1)
     want_h = needs.weight_2 and h is None
     dx = dweight_1 = dbias_1 = dweight_2 = None
     if needs.x or needs.weight_1 or needs.bias_1:
-        tokens, period = _tokens_and_period(z, leading)
-        dz, fresh_h, dbias_1 = mlp_activation_backward(
-            z, torch.mm(dy, weight_2), tokens, period, activation,
-            want_h=want_h, want_dbias=needs.bias_1,
-        )  # fmt: skip
+        dz, fresh_h, dbias_1 = _second_linear_backward(
+            z, dy, weight_2, leading, activation, want_h, needs.bias_1
+        )
         h = fresh_h if want_h else h
     elif want_h:
         h = activate(_without_gaps(z, leading), activation)
@@ -186,6 +185,68 @@ def backward(needs, kept, dy, *, activation, saved):
         dx = torch.mm(dz, weight_1)
         dx = dx if len(leading) == 1 else dx.view(*leading, dx.shape[1])
     return dx, dweight_1, dbias_1, dweight_2, dy.sum(0) if needs.bias_2 else None
+
+
+def _first_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_2: Tensor,
+    activation: str,
+    keep_z: bool,
+    backward: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """``z``, if it is kept, and its activation."""
+    leading, (hidden, inner) = x.shape[:-1], weight.shape
+
+    def plain() -> tuple[Tensor | None, Tensor]:
+        whole = backward and _takes_whole_rows(x, weight, weight_2, activation)
+        z = F.linear(x.contiguous() if whole else _gemm_input(x), weight, bias)
+        h = activate(z if z.ndim == x.ndim else _without_gaps(z, leading), activation)
+        return z if keep_z else None, h
+
+    def fused(config: int) -> tuple[Tensor | None, Tensor]:
+        z, h = _hopper.linear_gelu(config, _rows(x), weight, bias, keep_z=keep_z)
+        return None if z is None else z.view(*leading, hidden), h.view(*leading, hidden)
+
+    if activation != "gelu":
+        return plain()
+    return _hopper.LINEAR_GELU(x, math.prod(leading), (inner, hidden), plain, fused)
+
+
+def _second_linear_backward(
+    z: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    leading: torch.Size,
+    activation: str,
+    want_h: bool,
+    want_dbias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``dz``, the activation and the gradient of the first bias; dy ``(rows, out)``."""
+    tokens, period = _tokens_and_period(z, leading)
+    rows, (out, hidden) = dy.shape[0], weight.shape
+
+    def plain() -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return mlp_activation_backward(
+            z, torch.mm(dy, weight), tokens, period, activation,
+            want_h=want_h, want_dbias=want_dbias,
+        )  # fmt: skip
+
+    def fused(config: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return _hopper.gelu_backward(
+            config, z.view(rows, hidden), dy, weight, want_h=want_h, want_dbias=want_dbias
+        )
+
+    if activation != "gelu" or tokens != period:
+        return plain()
+    return _hopper.GELU_BACKWARD(z, rows, (out, hidden), plain, fused)
+
+
+def _takes_whole_rows(x: Tensor, weight_1: Tensor, weight_2: Tensor, activation: str) -> bool:
+    """Whether backward's GEMM will take z, which then must have no gaps."""
+    rows = math.prod(x.shape[:-1])
+    return activation == "gelu" and bool(_hopper.GELU_BACKWARD.choose(x, rows, weight_2.shape))
 
 
 def _rows(x: Tensor) -> Tensor:
