@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-DIRECTORY = Path(__file__).resolve().parent.parent / "vlm_fast" / "configs"
-if not DIRECTORY.is_dir():  # installed: this folder is vlm_fast/kernels
-    DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
+PACKAGE = Path(__file__).resolve().parent.parent  # installed: this folder is vlm_fast/kernels
+if (PACKAGE / "vlm_fast").is_dir():
+    PACKAGE = PACKAGE / "vlm_fast"
+DIRECTORY = PACKAGE / "configs"
 SCHEMA = 1
 
 

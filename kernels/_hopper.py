@@ -24,8 +24,7 @@ R = TypeVar("R")
 ABI = 1  # of csrc/hopper_gemm.h; it is in the functions' names
 ALIGNMENT = 16  # bytes, of every row: what TMA asks for
 CAPABILITY = (9, 0)
-# Found next to the package, as the tables are.
-LIBRARY = _configs.DIRECTORY.parent / "_hopper.so"
+LIBRARY = _configs.PACKAGE / "_hopper.so"
 
 TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
 GEMMS: dict[str, Gemm] = {}
