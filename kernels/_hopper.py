@@ -30,7 +30,7 @@ TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
 GEMMS: dict[str, Gemm] = {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Tile:
     """Rows and columns of the result that a block of threads computes at a time."""
 
