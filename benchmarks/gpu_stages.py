@@ -21,6 +21,7 @@ from benchmarks import (
     flamingo,
     gpu_checks,
     gpu_configs,
+    gpu_hopper,
     llava,
     mergers,
     ops,
@@ -70,11 +71,26 @@ def every_config(results: Results, device: str, deadline: float) -> list[str]:
     return failures
 
 
+def hopper_gemms(results: Results, device: str, deadline: float) -> list[str]:
+    """Every config of the optional library, where there is one."""
+    cause = gpu_hopper.why_left_out(device)
+    if cause is not None:
+        results["hopper_gemms"] = f"left out: {cause}"
+        return []
+    failures = gpu_hopper.prove(device, deadline)
+    results["hopper_gemms"] = "FAILED" if failures else "proven"
+    if "mlp" in results.get("parity", {}):
+        results["parity"]["mlp"]["failures"] += failures
+    return failures
+
+
 def configs(results: Results, device: str, deadline: float) -> list[str]:
     """Times of every config, and the table of the winners if all of them are right."""
     if results["stages"].get("every config", {}).get("status") != "ok":
         return ["no table: not every config is proven"]
-    rows = gpu_configs.measure(device, deadline)
+    proven = results.get("hopper_gemms") == "proven"
+    rows = gpu_hopper.measure(device, deadline) if proven else []
+    rows += gpu_configs.measure(device, deadline)
     results["configs"] = rows
     if rows and device != "cpu":
         results["config_table"] = gpu_configs.write(rows).name
@@ -197,7 +213,8 @@ STAGES = (
     Stage("CUDA graphs", 20, check(gpu_checks.cuda_graphs)),
     Stage("side stream", 10, check(gpu_checks.side_stream)),
     Stage("every config", 80, every_config),
-    Stage("configs", 70, configs, timed=True),
+    Stage("Hopper GEMMs", 40, hopper_gemms),
+    Stage("configs", 80, configs, timed=True),
     Stage("LLaVA", 110, benchmark_llava, needs_cuda=False, timed=True),
     Stage("Q-Former", 110, benchmark_qformer, needs_cuda=False, timed=True),
     Stage("Flamingo", 70, family(flamingo, 5.0), needs_cuda=False, timed=True),

@@ -1,4 +1,4 @@
-"""A stand-in for the library of Hopper GEMMs: the same functions, over the same addresses, on a CPU.
+"""A stand-in for the library of Hopper GEMMs: its functions, over the same addresses, on a CPU.
 
 What it is given is what the library would be given: addresses, sizes and pitches, nothing else. It
 refuses what the library could not take, and leaves NaN wherever the library writes nothing.
