@@ -25,7 +25,7 @@ from vlm_fast.parity import judge
 
 Row = dict[str, Any]
 Failures = list[str]
-OPS_WITH_GEMMS = ("mlp",)
+OPS_WITH_GEMMS = ("mlp", "mlp_merge")
 # Rows, and the widths of a projector: in, hidden, out. Odd ones, then those of models.
 SHAPES = (
     (1, 8, 8, 16),

@@ -70,6 +70,11 @@ def test_sources_of_an_op_are_its_files_and_what_they_share():
         *(f"csrc/{path.name}" for path in evidence.CSRC.glob("hopper_*")),
     }  # fmt: skip
     assert "csrc/hopper_gelu.h" in evidence.sources(OPS["mlp"])
+    of_both = {"ops/mlp_merge.py", "ops/image_tokens.py", "kernels/image_tokens.py"}
+    of_both |= (
+        evidence.sources(OPS["mlp"]).keys() | evidence.sources(OPS["merge_image_tokens"]).keys()
+    )
+    assert evidence.sources(OPS["mlp_merge"]).keys() == of_both
 
 
 def test_broken_results_files_prove_nothing(tmp_path):

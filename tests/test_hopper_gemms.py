@@ -151,6 +151,32 @@ def test_rows_go_to_their_slots_and_negative_ones_nowhere():
     assert torch.equal(out, expected)
 
 
+MERGE = OPS["mlp_merge"]
+SMALL = dict(batch=2, sequence=30, images=2, tokens=9, inner=24, middle=136, hidden=40)
+
+
+@pytest.mark.parametrize("saved", ["all", "preactivation", "input"])
+def test_the_second_linear_writes_into_the_slots(saved):
+    for config in (1, 2):
+        with emulated(config) as library:
+            args, options = MERGE.sample({**SMALL, "saved": saved}, torch.bfloat16)
+            failures = [v for v in parity.check(MERGE, args, options) if not v.ok]
+        assert not failures, failures
+        assert library.calls == [
+            f"{name}_{config}" for name in ("linear_gelu", "linear_scatter", "gelu_backward")
+        ]
+
+
+def test_embeddings_of_another_dtype_are_merged_behind_the_projector():
+    (embeds, *rest), _ = MERGE.sample(SMALL, torch.bfloat16)
+    with emulated(1) as library:
+        out = ops.mlp_merge(embeds.float(), *rest)
+    assert library.calls == ["linear_gelu_1"]
+    assert out.dtype is torch.float32
+    rows = ops.mlp(*rest[:-1])
+    assert torch.equal(out, ops.merge_image_tokens(embeds.float(), rows, rest[-1]))
+
+
 def test_an_error_of_the_library_names_the_function():
     args, options = sample(SHAPES["one row"])
     with emulated(2) as library:
