@@ -142,7 +142,7 @@ def cost(inputs_embeds, x, weight_1, bias_1, weight_2, bias_2, image_mask, *, ac
 @mlp_merge.inputs(
     test=[
         dict(batch=1, sequence=1, images=1, tokens=1, inner=1, middle=1, hidden=1),
-        dict(batch=3, sequence=7, images=1, tokens=3, inner=17, middle=9, hidden=24),
+        dict(batch=2, sequence=5, images=1, tokens=2, inner=17, middle=9, hidden=24),
         dict(
             batch=2, sequence=14, images=2, tokens=5, inner=40, middle=100, hidden=33,
             activation="silu", saved="input",
