@@ -161,7 +161,7 @@ def cuda_graphs(device: str) -> Failures:
             static = _empty_like(inputs)
             _copy(static, with_upstream(op, convert(args, torch.Tensor.neg), options))
             try:
-                graph, found = _captured(lambda s=static, r=run, o=op, p=options: r(o.fast, s, p))
+                graph, found = captured(lambda s=static, r=run, o=op, p=options: r(o.fast, s, p))
             except RuntimeError as error:
                 failures.append(f"{label}: {name}: not captured: {error}")
                 continue
@@ -173,7 +173,7 @@ def cuda_graphs(device: str) -> Failures:
     return failures
 
 
-def _captured(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+def captured(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

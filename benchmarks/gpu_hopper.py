@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_checks import step
+from benchmarks.gpu_checks import captured, equal, step
 from benchmarks.ops import with_upstream
+from vlm_fast import selftest
 from vlm_fast.kernels import _hopper
 from vlm_fast.kernels._hopper import Gemm
 from vlm_fast.kernels.mlp import mlp_activation_backward
 from vlm_fast.measure import timing
-from vlm_fast.op import OPS
+from vlm_fast.op import OPS, Op
 from vlm_fast.parity import judge
 
 Row = dict[str, Any]
@@ -54,7 +55,7 @@ def prove(
     device: str, deadline: float, shapes: Sequence[tuple[int, int, int, int]] | None = None
 ) -> Failures:
     """Every config of every GEMM at every shape: right by `parity.judge`, and the same bits."""
-    failures: Failures = []
+    failures = _as_ops(device, deadline)
     for shape in shapes or SHAPES:
         problem = Problem(shape, device)
         for gemm, check in CHECKS.items():
@@ -64,6 +65,49 @@ def prove(
                 label = f"mlp {gemm.name}, config {config}, {' x '.join(map(str, shape))}"
                 failures += [f"{label}: {line}" for line in check(problem, config)]
     return failures
+
+
+def _as_ops(device: str, deadline: float) -> Failures:
+    """The ops themselves with each config: parity, and in a CUDA graph the bits of a usual call."""
+    failures: Failures = []
+    for config in range(1, max(len(gemm.configs) for gemm in _hopper.GEMMS.values())):
+        with _forced(config):
+            for name in OPS_WITH_GEMMS:
+                op = OPS[name]
+                for label, shape in selftest.shapes(op, full=device != "cpu"):
+                    if time.monotonic() > deadline:
+                        return [*failures, f"{name} : out of time at config {config}"]
+                    case = selftest.check(op, label, shape, torch.bfloat16, device)
+                    failures += [f"{line}, with config {config}" for line in case.failures()]
+                if device != "cpu":
+                    failures += [f"{name} {line}, with config {config}" for line in _graph(op)]
+    return failures
+
+
+@contextlib.contextmanager
+def _forced(config: int) -> Iterator[None]:
+    def choose(gemm: Gemm, like: Tensor, rows: int, widths: tuple[int, ...]) -> int:
+        return config if gemm.serves(like, rows, widths) else 0
+
+    with mock.patch.object(Gemm, "choose", choose):
+        yield
+
+
+def _graph(op: Op[..., Any]) -> Failures:
+    """Capture fails on whatever waits for the device."""
+    shape = selftest.one_sample(next(iter(op.bench_shapes.values())))
+    args, options = op.sample(shape, torch.bfloat16, "cuda")
+    inputs = with_upstream(op, args, options)
+    expected = step(op.fast, inputs, options)
+    try:
+        graph, found = captured(lambda: step(op.fast, inputs, options))
+    except RuntimeError as error:
+        return [f"not captured: {error}"]
+    for tensor in found:
+        tensor.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    return [] if equal(found, expected) else ["the replay of a CUDA graph differs"]
 
 
 class Problem:

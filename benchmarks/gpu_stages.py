@@ -79,8 +79,9 @@ def hopper_gemms(results: Results, device: str, deadline: float) -> list[str]:
         return []
     failures = gpu_hopper.prove(device, deadline)
     results["hopper_gemms"] = "FAILED" if failures else "proven"
-    if "mlp" in results.get("parity", {}):
-        results["parity"]["mlp"]["failures"] += failures
+    for name in gpu_hopper.OPS_WITH_GEMMS:  # what is wrong with a GEMM is wrong with both
+        if name in results.get("parity", {}):
+            results["parity"][name]["failures"] += failures
     return failures
 
 
@@ -213,7 +214,7 @@ STAGES = (
     Stage("CUDA graphs", 20, check(gpu_checks.cuda_graphs)),
     Stage("side stream", 10, check(gpu_checks.side_stream)),
     Stage("every config", 80, every_config),
-    Stage("Hopper GEMMs", 40, hopper_gemms),
+    Stage("Hopper GEMMs", 50, hopper_gemms),
     Stage("configs", 80, configs, timed=True),
     Stage("LLaVA", 110, benchmark_llava, needs_cuda=False, timed=True),
     Stage("Q-Former", 110, benchmark_qformer, needs_cuda=False, timed=True),

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import gpu_configs, gpu_hopper, gpu_stages, hopper
 from tests.hopper_library import emulated, matrix
+from vlm_fast import selftest
 from vlm_fast.kernels import _configs, _hopper
 from vlm_fast.op import OPS
 
@@ -14,11 +15,43 @@ SHAPES = ((1, 8, 8, 16), (131, 16, 40, 24))
 NEVER = math.inf
 
 
-def test_what_is_right_passes():
+@pytest.fixture
+def gemms_alone(monkeypatch):
+    """Without the checks through the ops, which take longest."""
+    monkeypatch.setattr(gpu_hopper, "_as_ops", lambda device, deadline: [])
+
+
+def test_what_is_right_passes(gemms_alone):
     with emulated(0) as library:
         assert gpu_hopper.prove("cpu", NEVER, SHAPES) == []
     tiles = {f"{g.name}_{i}" for g in _hopper.GEMMS.values() for i in range(1, len(g.configs))}
     assert set(library.calls) == tiles
+
+
+def test_ops_are_checked_with_each_config(monkeypatch):
+    small = {
+        "mlp": dict(shape=(140, 16), hidden=24, out=8),
+        "mlp_merge": dict(
+            batch=1, sequence=9, images=1, tokens=4, inner=16, middle=24, hidden=8
+        ),
+    }  # fmt: skip
+    for name, shape in small.items():
+        monkeypatch.setattr(OPS[name], "test_shapes", [])
+        monkeypatch.setattr(OPS[name], "bench_shapes", {"small": {**shape, "saved": "all"}})
+    monkeypatch.setattr(selftest, "SHRUNK", 1)
+    with emulated(0) as library:
+        assert gpu_hopper._as_ops("cpu", NEVER) == []
+        assert {"gelu_backward_1", "gelu_backward_2", "linear_scatter_1"} <= set(library.calls)
+        right = library._gelu_backward
+
+        def wrong(tile, *arguments):
+            right(tile, *arguments)
+            matrix(arguments[4], 1, 8).mul_(1.5)  # dz
+
+        library._gelu_backward = wrong
+        failures = gpu_hopper._as_ops("cpu", NEVER)
+    assert any(line.startswith("mlp ") for line in failures)
+    assert any(line.startswith("mlp_merge ") for line in failures)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +59,7 @@ def test_what_is_right_passes():
     [("linear_gelu", 5, "h"), ("linear_gelu", 4, "z"), ("gelu_backward", 4, "dz"),
      ("gelu_backward", 5, "h"), ("gelu_backward", 6, "dbias")],
 )  # fmt: skip
-def test_one_wrong_number_is_found(name, position, what):
+def test_one_wrong_number_is_found(gemms_alone, name, position, what):
     with emulated(0) as library:
         right = getattr(library, f"_{name}")
 
@@ -42,7 +75,7 @@ def test_one_wrong_number_is_found(name, position, what):
 
 
 @pytest.mark.parametrize("lost", [0.0, 1.0])
-def test_rows_in_the_wrong_place_are_found(lost):
+def test_rows_in_the_wrong_place_are_found(gemms_alone, lost):
     with emulated(0) as library:
         right = library._linear_scatter
 
@@ -57,7 +90,7 @@ def test_rows_in_the_wrong_place_are_found(lost):
         assert any("rows were written that no slot names" in line for line in failures)
 
 
-def test_results_that_do_not_repeat_are_found():
+def test_results_that_do_not_repeat_are_found(gemms_alone):
     with emulated(0) as library:
         right, calls = library._linear_gelu, []
 
@@ -71,7 +104,7 @@ def test_results_that_do_not_repeat_are_found():
     assert any("results differ from call to call" in line for line in failures)
 
 
-def test_no_time_is_no_proof():
+def test_no_time_is_no_proof(gemms_alone):
     with emulated(0):
         assert gpu_hopper.prove("cpu", -1.0, SHAPES) != []
 
@@ -86,19 +119,21 @@ def test_without_the_library_the_stage_says_why_it_was_left_out(monkeypatch):
     assert results == {"hopper_gemms": "left out: this is no Hopper GPU"}
 
 
-def test_a_wrong_config_fails_the_proof_of_the_op(monkeypatch):
+def test_a_wrong_config_fails_the_proof_of_the_op(gemms_alone, monkeypatch):
     monkeypatch.setattr(gpu_hopper, "SHAPES", SHAPES)
-    results = {"parity": {"mlp": {"failures": []}}}
+    results = {"parity": {"mlp": {"failures": []}, "mlp_merge": {"failures": []}}}
     with emulated(0) as library:
         library._linear_gelu = lambda *arguments: None
         failures = gpu_stages.hopper_gemms(results, "cpu", NEVER)
-    assert failures and results["parity"]["mlp"]["failures"] == failures
+    assert failures
+    assert all(entry["failures"] == failures for entry in results["parity"].values())
     assert results["hopper_gemms"] == "FAILED"
 
 
 def test_times_of_every_config_are_rows_of_a_table(monkeypatch, tmp_path):
     shape = dict(shape=(2, 70, 16), hidden=24, out=8)
     monkeypatch.setattr(OPS["mlp"], "bench_shapes", {"small": shape, "again": shape})
+    monkeypatch.setattr(OPS["mlp_merge"], "bench_shapes", {})
     with emulated(0) as library:
         rows = gpu_hopper.measure("cpu", NEVER)
     assert [(row["kernel"], row["config"]) for row in rows] == [
