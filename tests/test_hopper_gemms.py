@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import vlm_fast
 from tests.hopper_library import emulated
 from vlm_fast import ops, parity
 from vlm_fast.kernels import _configs, _hopper
+from vlm_fast.modules import MLPProjector
 from vlm_fast.op import OPS
 
 MLP = OPS["mlp"]
@@ -175,6 +177,19 @@ def test_embeddings_of_another_dtype_are_merged_behind_the_projector():
     assert out.dtype is torch.float32
     rows = ops.mlp(*rest[:-1])
     assert torch.equal(out, ops.merge_image_tokens(embeds.float(), rows, rest[-1]))
+
+
+def test_a_projector_merges_what_it_projects():
+    torch.manual_seed(0)
+    projector = MLPProjector(24, 136, 40, activation="silu", saved="input")
+    (embeds, x, *_, mask), _ = MERGE.sample(SMALL)
+    expected = ops.merge_image_tokens(embeds, projector(x), mask)
+    with vlm_fast.strict():  # no fallback
+        assert torch.equal(projector.merge(embeds, x, mask), expected)
+    seen = []
+    projector.linear_2.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(projector.merge(embeds, x, mask), expected)
+    assert seen  # a child that is not plain is called
 
 
 def test_an_error_of_the_library_names_the_function():

@@ -100,7 +100,7 @@ def forward(
         out = inputs_embeds.new_empty(inputs_embeds.shape)
         kernels.copy_text(kernels.row_matrix(inputs_embeds), image_mask, out)
         _hopper.linear_scatter(
-            config, h.view(rows, inner), weight_2, bias_2, slots, out.view(-1, hidden)
+            config, h.reshape(rows, inner), weight_2, bias_2, slots, out.view(-1, hidden)
         )
         return out
 
