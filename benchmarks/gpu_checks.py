@@ -43,6 +43,10 @@ LARGE: dict[str, dict[str, Any]] = {
     "stacked_linear": {"shape": (BATCH, 107_000, 64), "outs": (2048, 2048)},
     "max_similarity": {"shape": (BATCH, 107_000, 4096), "texts": 64},
     "mlp": {"shape": (BATCH, 107_000, 64), "hidden": 4096, "out": 64},
+    "mlp_merge": {
+        "batch": BATCH, "sequence": 107_000, "images": 1, "tokens": 576, "inner": 64,
+        "middle": 64, "hidden": 4096,
+    },
     "gated_mlp": {"shape": (BATCH, 107_000, 64), "hidden": 4096, "out": 64},
     "gated_add": {"shape": (BATCH, 107_000, 4096)},
     "gated_add_norm": {"shape": (BATCH, 107_000, 4096)},
@@ -143,7 +147,7 @@ def cuda_graphs(device: str) -> Failures:
             static = _empty_like(inputs)
             _copy(static, with_upstream(op, convert(args, torch.Tensor.neg), options))
             try:
-                graph, found = _captured(lambda s=static, r=run, o=op, p=options: r(o.fast, s, p))
+                graph, found = captured(lambda s=static, r=run, o=op, p=options: r(o.fast, s, p))
             except RuntimeError as error:
                 failures.append(f"{label}: {name}: not captured: {error}")
                 continue
@@ -155,7 +159,7 @@ def cuda_graphs(device: str) -> Failures:
     return failures
 
 
-def _captured(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+def captured(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

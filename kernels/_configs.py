@@ -22,9 +22,10 @@ import torch
 
 from . import _user_table
 
-DIRECTORY = Path(__file__).resolve().parent.parent / "vlm_fast" / "configs"
-if not DIRECTORY.is_dir():  # installed: this folder is vlm_fast/kernels
-    DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
+PACKAGE = Path(__file__).resolve().parent.parent  # installed: this folder is vlm_fast/kernels
+if (PACKAGE / "vlm_fast").is_dir():
+    PACKAGE = PACKAGE / "vlm_fast"
+DIRECTORY = PACKAGE / "configs"
 SCHEMA = 1
 # What a user's entries hang on, for each kernel of a table: its source, and the list of its
 # alternatives. Asked once, and only for kernels that a user's table names.

@@ -83,7 +83,7 @@ class Kernel:
         programs = grid(config.blocks)
         if 0 in programs:
             return
-        with _on_device_of(tensor):
+        with on_device_of(tensor):
             self.jit[programs](*arguments, **config.options())
 
     def choose(self, tensor: Tensor, size: int) -> Config:
@@ -131,7 +131,7 @@ def recording() -> Iterator[list[Launch]]:
         _launches = outer
 
 
-def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     # Triton launches on the current device, which need not be the tensor's.
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)

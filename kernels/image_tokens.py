@@ -237,8 +237,11 @@ def place_image_tokens(features: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
 
 
 def copy_text(text: Tensor, mask: Tensor, out: Tensor) -> None:
-    """Rows of ``text (rows, cols)`` into ``out`` where ``mask`` is false; by Triton only."""
-    _merge(None, None, 0, text, mask, out, text.shape[1])
+    """Rows of ``text (rows, cols)`` into ``out`` where ``mask`` is false; any into the others."""
+    if runs_triton(text):
+        _merge(None, None, 0, text, mask, out, text.shape[1])
+    elif not is_traced(text):
+        out.view(text.shape).copy_(text)
 
 
 def row_matrix(x: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 import vlm_fast
-from vlm_fast.kernels import _configs, _native, _triton, _user_table
+from vlm_fast.kernels import _configs, _hopper, _native, _triton, _user_table
 
 PACKAGES = ("transformers", "xformers", "liger-kernel", "numpy", "nvidia-ml-py")
 SWITCHES = (
     "VLM_FAST_STRICT", "VLM_FAST_DISABLE", "VLM_FAST_USER_TABLE", "VLM_FAST_CACHE_DIR",
-    "VLM_FAST_BUILD_EXT", "TRITON_INTERPRET",
+    "VLM_FAST_BUILD_EXT", "VLM_FAST_CUTLASS", "TRITON_INTERPRET",
 )  # fmt: skip
 
 
@@ -44,6 +44,7 @@ def facts() -> Iterator[Fact]:
     yield from _gpus()
     yield _triton_fact()
     yield _extension()
+    yield _hopper_gemms()
     yield _compiler()
     yield from _config_tables()
     for package in PACKAGES:
@@ -128,6 +129,17 @@ def _extension() -> Fact:
     return Fact(
         "compiled extension", "absent; ATen serves the CPU", _import_error(extension),
         "with a C++ compiler: pip install --no-build-isolation . (without VLM_FAST_BUILD_EXT=0)",
+    )  # fmt: skip
+
+
+def _hopper_gemms() -> Fact:
+    cause = _hopper.why_absent()
+    if cause is None:
+        return Fact("Hopper GEMMs", f"present ({len(_hopper.GEMMS)}); used where a table says so")
+    return Fact(
+        "Hopper GEMMs", "absent (optional); cuBLAS and a pass serve", cause,
+        "with nvcc, for sm_90 alone: VLM_FAST_CUTLASS=1 pip install --no-build-isolation "
+        "'.[cutlass]'",
     )  # fmt: skip
 
 

@@ -171,20 +171,34 @@ def measure(
 
 
 def _time(launch: Launch, indices: Sequence[int], device: str) -> list[Row]:
-    alternatives = {str(index): functools.partial(launch.again, index) for index in indices}
-    times = timing.interleaved(alternatives, [()], device=device, seconds=0.25, rounds=(9, 50))
+    alternatives = {index: functools.partial(launch.again, index) for index in indices}
+    options = {index: launch.kernel.configs[index].options() for index in indices}
+    return rows_of(launch.kernel.name, launch.dtype, launch.size, alternatives, options, device)
+
+
+def rows_of(
+    kernel: str,
+    dtype: torch.dtype,
+    size: int,
+    alternatives: Mapping[int, Callable[[], object]],
+    options: Mapping[int, Mapping[str, Any]],
+    device: str,
+) -> list[Row]:
+    """The times of alternatives that a table chooses among, in turns."""
+    calls = {str(index): call for index, call in alternatives.items()}
+    times = timing.interleaved(calls, [()], device=device, seconds=0.25, rounds=(9, 50))
     return [
         {
-            "kernel": launch.kernel.name,
-            "dtype": str(launch.dtype).removeprefix("torch."),
-            "size": launch.size,
+            "kernel": kernel,
+            "dtype": str(dtype).removeprefix("torch."),
+            "size": size,
             "config": index,
-            "options": launch.kernel.configs[index].options(),
+            "options": options[index],
             "median": times[str(index)].median,
             "lower": times[str(index)].lower,
             "upper": times[str(index)].upper,
         }
-        for index in indices
+        for index in alternatives
     ]
 
 
