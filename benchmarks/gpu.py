@@ -44,6 +44,26 @@ def limit(deadline: float, grace: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Collect the names of the kernels that Triton compiles and does not find in its cache."""
+    found: list[str] = []
+    if not _triton.AVAILABLE:
+        yield found
+        return
+
+    def note(*, metadata: dict[str, Any], cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            found.append(metadata["name"])
+
+    before = _triton.triton.knobs.compilation.listener
+    _triton.triton.knobs.compilation.listener = note
+    try:
+        yield found
+    finally:
+        _triton.triton.knobs.compilation.listener = before
+
+
 def run(
     device: str,
     path: Path,
@@ -65,7 +85,7 @@ def run(
             record["status"] = "out of time"
         else:
             deadline = min(start + stage.seconds, end)
-            with Telemetry(device if stage.timed else "cpu") as seen:
+            with Telemetry(device if stage.timed else "cpu") as seen, compilations() as late:
                 try:
                     with limit(deadline, grace):
                         failures = stage.run(results, device, deadline)
@@ -73,6 +93,7 @@ def run(
                     failures = [f"{type(error).__name__}: {error}"]
             record |= {"telemetry": seen.summary()} if stage.timed else {}
             record |= {"status": "FAILED" if failures else "ok", "failures": failures}
+            record["compiled_late"] = len(late)  # of what "compiling" should have found
         record["seconds"] = round(time.monotonic() - start, 1)
         print(f"{stage.name}: {record['status']} ({record['seconds']} s)", flush=True)
         for line in record["failures"]:

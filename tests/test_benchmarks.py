@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, machine, models, picture, report, suite
+from benchmarks import gpu, gpu_checks, gpu_compile, machine, models, picture, report, suite
 from benchmarks.gpu_stages import STAGES, Stage, every_config, parity
 from benchmarks.models import pictures
 from vlm_fast import ahead_of_time, evidence, tuning
@@ -151,6 +151,31 @@ def test_no_stage_can_start_after_the_end(tmp_path):
 
 def test_all_stages_have_names_of_their_own():
     assert len({stage.name for stage in STAGES}) == len(STAGES)
+
+
+def test_all_stages_have_time():
+    assert sum(stage.seconds for stage in STAGES if stage.name != "suites") <= gpu.TOTAL_SECONDS
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
+def test_what_is_launched_is_found_compiled(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    name, forever = "gather_image_tokens", float("inf")
+    count, failures = gpu_compile.compile_all("sm_90", forever, [name], workers=1)
+    assert count > 0 and failures == []
+    with gpu.compilations() as late:
+        for launch in ahead_of_time.launches_at(OPS[name], OPS[name].test_shapes[0], torch.float16):
+            ahead_of_time.build_of(launch, "sm_90").compile()
+        assert late == []
+        for launch in ahead_of_time.launches_at(OPS[name], OPS[name].test_shapes[0], torch.float16):
+            ahead_of_time.build_of(launch, "sm_80").compile()
+        assert "gather_image_tokens_kernel" in late
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
+def test_what_time_did_not_reach_is_said():
+    count, failures = gpu_compile.compile_all("sm_90", 0.0, ["gated_add"], workers=1)
+    assert count == 0 and failures == ["out of time: 3 of 3 not compiled"]
 
 
 def test_parity_cut_off_is_no_proof():

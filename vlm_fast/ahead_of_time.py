@@ -209,12 +209,16 @@ def launches(op: Op[..., Any], dtypes: Sequence[torch.dtype] = FLOATS) -> list[L
         words = {k: v for k, v in shape.items() if k in op.defaults and isinstance(v, str)}
         if words:
             cases.append(({**named[0], **words}, torch.bfloat16))
+    return [launch for shape, dtype in cases for launch in launches_at(op, shape, dtype)]
+
+
+def launches_at(op: Op[..., Any], shape: Mapping[str, Any], dtype: torch.dtype) -> list[Launch]:
+    """As `launches`, at one shape in one dtype."""
     with FakeTensorMode(), torch.no_grad(), recording() as found:
-        for shape, dtype in cases:
-            values, settings = stand_ins(op, shape, dtype)
-            op.fast(*values, **settings)
-            if not op.discrete:
-                with_gradients(op, values, settings)
+        values, settings = stand_ins(op, shape, dtype)
+        op.fast(*values, **settings)
+        if not op.discrete:
+            with_gradients(op, values, settings)
     return found
 
 
