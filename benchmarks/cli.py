@@ -11,6 +11,7 @@ import typer
 
 from benchmarks import compare, machine, ops, providers, suite
 from vlm_fast import tables
+from vlm_fast.measure.passes import MODES
 from vlm_fast.op import FLOATS, OPS
 
 INTERRUPTED = 130  # as shells have it of SIGINT
@@ -39,7 +40,7 @@ def main(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     known("--section", sections, (*suite.SECTIONS, "all"))
-    known("--mode", mode, ops.MODES)
+    known("--mode", mode, MODES)
     known("--provider", provider, providers.NAMES)
     known("--dtype", [dtype] if dtype else [], tuple(DTYPES))
     named = [OPS[name] for name in op] or list(OPS.values())

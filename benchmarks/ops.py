@@ -15,14 +15,13 @@ from benchmarks.providers import COMPILED, OURS, Unavailable
 from vlm_fast import tables
 from vlm_fast.measure import memory, timing
 from vlm_fast.measure.launches import launches
+from vlm_fast.measure.passes import CALLS, MODES, with_upstream
 from vlm_fast.measure.telemetry import Telemetry
 from vlm_fast.measure.timing import Ceilings, Times
 from vlm_fast.op import OPS, Op
-from vlm_fast.parity import convert, differentiable, gradients
 from vlm_fast.selftest import one_sample, shrink
 
 Row = dict[str, Any]
-MODES = ("forward", "backward", "forward+backward")
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 INPUTS = 2  # sets in rotation
 COMPILING = 5.0  # seconds, before one was seen
@@ -258,64 +257,6 @@ class Case:
             "of_matmul": of_matmul,
             "of_floor": max(of_copy, of_matmul),
         }
-
-
-def with_upstream(
-    op: Op[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]
-) -> tuple[Any, ...]:
-    """Leaves that want gradients, and behind them random gradients of the results."""
-    leaves = convert(args, lambda t: t.detach().requires_grad_())
-    with torch.no_grad():
-        results = op(*args, **options)
-    results = results if isinstance(results, tuple) else (results,)
-    return (*leaves, [torch.randn_like(r) if r.is_floating_point() else None for r in results])
-
-
-# ---- the calls that are timed: a function of the inputs for each pass ----
-
-
-def _forward(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    def forward(*args: Any) -> Any:
-        with torch.no_grad():
-            return function(*args, **options)
-
-    return forward
-
-
-def _results(function: Callable[..., Any], args: Any, options: Mapping[str, Any]) -> Any:
-    results = function(*args, **options)
-    return results if isinstance(results, tuple) else (results,)
-
-
-def _both(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    def both(*args: Any) -> Any:
-        *args, upstream = args
-        return gradients(_results(function, args, options), differentiable(args), upstream)
-
-    return both
-
-
-def _backward(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    """Backward alone, again and again through one graph for each set of inputs."""
-    graphs: dict[int, tuple[Any, ...]] = {}
-
-    def backward(*args: Any) -> Any:
-        *args, upstream = args
-        if id(upstream) not in graphs:
-            # torch.compile gives its saved tensors away to the first backward, unless told.
-            with torch._functorch.config.patch(donated_buffer=False):
-                graphs[id(upstream)] = _results(function, args, options)
-        results = graphs[id(upstream)]
-        pairs = [(r, g) for r, g in zip(results, upstream, strict=True) if r.requires_grad]
-        taken, given = zip(*pairs, strict=True)
-        return torch.autograd.grad(
-            taken, differentiable(args), given, allow_unused=True, retain_graph=True
-        )
-
-    return backward
-
-
-CALLS = {"forward": _forward, "backward": _backward, "forward+backward": _both}
 
 
 def _graphs() -> int:

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import ops, providers
 from vlm_fast.measure import timing
+from vlm_fast.measure.passes import MODES
 from vlm_fast.op import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +56,7 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
     for op in OPS.values():
         peers = [peer.name for peer in providers.PEERS if peer.op == op.name]
         for shape, _ in ops.shapes_of(op, DEVICE, quick=QUICK):
-            for mode in ops.MODES[:1] if op.discrete else ops.MODES:
+            for mode in MODES[:1] if op.discrete else MODES:
                 for provider in (providers.OURS, providers.EAGER, *providers.COMPILED, *peers):
                     yield op.name, shape, mode, provider
 

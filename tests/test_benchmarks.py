@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_configs, machine, models, picture, report, suite
+from benchmarks import gpu, gpu_checks, machine, models, picture, report, suite
 from benchmarks.gpu_stages import STAGES, Stage, every_config, parity
 from benchmarks.models import pictures
-from vlm_fast import ahead_of_time, evidence
+from vlm_fast import ahead_of_time, evidence, tuning
 from vlm_fast.kernels import _configs
 from vlm_fast.kernels._triton import AVAILABLE
 from vlm_fast.measure import memory, timing
@@ -158,7 +158,8 @@ def test_parity_cut_off_is_no_proof():
     assert parity(results, "cpu", time.monotonic() - 1)
     assert all(entry["failures"] for entry in results["parity"].values())
     results = {"parity": {name: {"failures": []} for name in OPS}}
-    assert every_config(results, "cpu", time.monotonic() - 1) == ["out of time at config 0"]
+    (cut,) = every_config(results, "cpu", time.monotonic() - 1)
+    assert cut.startswith("out of time, with config 0 of ") and results["right_configs"] == {}
 
 
 def test_repeats_are_bitwise_equal():
@@ -180,6 +181,7 @@ def test_large_shapes_are_beyond_32_bits_and_named_for_every_op(monkeypatch):
         "merge_image_tokens": small,
         "gather_image_tokens": {**small, "count": 5 * 57},
         "mlp": {"shape": (5, 107, 64), "hidden": 96, "out": 64},
+        "mlp_merge": {**small, "inner": 24, "middle": 16},
         "cross_attention": {"batch": 5, "heads": 2, "shape": (4, 17), "d": 16},
         "absorbed_cross_attention": {
             "batch": 5,
@@ -235,13 +237,12 @@ def test_large_shapes_are_beyond_32_bits_and_named_for_every_op(monkeypatch):
 @pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
 def test_launches_are_collected_with_size_and_grid():
     for op in OPS.values():
-        with gpu_configs.calls() as found:
-            ahead_of_time.launches(op, (torch.bfloat16,))
+        found = ahead_of_time.launches(op, (torch.bfloat16,))
         assert bool(found) == (op.name not in {"max_similarity", "stacked_linear"}), op.name
-        for call in found:
-            for config in call.kernel.configs:
-                assert all(isinstance(n, int) for n in call.grid(config.blocks))
-            assert call.size > 0 and isinstance(call.dtype, torch.dtype)
+        for launch in found:
+            for index in range(len(launch.kernel.configs)):
+                assert all(isinstance(n, int) for n in launch.programs(index))
+            assert launch.size > 0 and isinstance(launch.dtype, torch.dtype)
 
 
 def row(config, median, size=1024, spread=0.01):
@@ -253,7 +254,7 @@ def test_only_a_clear_winner_enters_the_table(tmp_path):
     rows = [row(0, 1.0), row(1, 0.8), row(2, 0.9)]  # clear
     rows += [row(0, 1.0, size=2048), row(1, 0.99, size=2048)]  # within 2%
     rows += [row(0, 1.0, size=4096, spread=0.3), row(1, 0.8, size=4096, spread=0.3)]  # overlapping
-    table = gpu_configs.table(rows)
+    table = {"schema": _configs.SCHEMA, "kernels": tuning.selection(rows)}
     path = tmp_path / "table.json"
     machine.write(path, table)
     assert _configs.read(path) == {"k": {"bfloat16": {"1024": 1, "2048": 0, "4096": 0}}}

@@ -22,10 +22,11 @@ from vlm_fast.op import Op
 
 SCHEMA = 2
 PACKAGE = Path(__file__).resolve().parent
-RESULTS = PACKAGE.parent / "benchmarks" / "results"  # absent where the package is installed
+CSRC = PACKAGE.parent / "csrc"  # absent where the package is installed, like the results
+RESULTS = PACKAGE.parent / "benchmarks" / "results"
 
 # These decide how a kernel is launched, not what it computes.
-PLUMBING = {"_configs.py", "_launcher.py", "_native.py", "_triton.py"}
+PLUMBING = {"_configs.py", "_launcher.py", "_native.py", "_triton.py", "_user_table.py"}
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,24 @@ def sources(op: Op[..., Any]) -> dict[str, str]:
             continue
         text = path.read_bytes()
         found[name] = hashlib.sha256(text).hexdigest()
-        todo += (PACKAGE / "kernels" / f"{kernel}.py" for kernel in _kernel_imports(text))
+        if path.name == "_hopper.py":
+            todo += CSRC.glob("hopper_*")
+        if path.suffix == ".py":
+            todo += (PACKAGE / f"{file}.py" for file in _imports(text))
     return dict(sorted(found.items()))
 
 
-def _kernel_imports(text: bytes) -> Iterator[str]:
-    """Names of the kernel files that a file of ``ops/`` or ``kernels/`` imports."""
+def _imports(text: bytes) -> Iterator[str]:
+    """Names of the kernel files and op files that a file of ``ops/`` or ``kernels/`` imports."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom):
             module = node.module or ""
             if module == "vlm_fast.kernels" or (node.level == 1 and not module):
-                yield from (alias.name for alias in node.names)
-            elif module.startswith("vlm_fast.kernels.") or node.level == 1:
-                yield module.rpartition(".")[2]
+                yield from (f"kernels/{alias.name}" for alias in node.names)
+            elif module.startswith(("vlm_fast.kernels.", "vlm_fast.ops.")):
+                yield module.removeprefix("vlm_fast.").replace(".", "/")
+            elif node.level == 1:
+                yield f"kernels/{module}"
 
 
 def read_results(directory: Path = RESULTS) -> list[dict[str, Any]]:
