@@ -37,7 +37,7 @@ from vlm_fast.measure import timing
 from vlm_fast.ops.mlp import SAVED
 
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
-BUDGET, QUICK_BUDGET = 80.0, 20.0
+BUDGET, QUICK_BUDGET = 80.0, 30.0
 INTERRUPTED = 130  # as a shell has it
 
 
