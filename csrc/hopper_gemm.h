@@ -86,12 +86,15 @@ struct Gemm {
     if (m > most || n > most || k > most) return "a size is beyond 2^31 - 1";
     int device = 0;
     if (const cudaError_t error = cudaGetDevice(&device)) return cudaGetErrorString(error);
+    // Asked once: the multiprocessors and how many clusters are active at a time, by GPU model.
+    static const auto hardware =
+        cutlass::KernelHardwareInfo::make_kernel_hardware_info<Kernel>(device);
     typename Device::Arguments arguments{
         cutlass::gemm::GemmUniversalMode::kGemm,
         {static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), 1},
         operands,
         epilogue,
-        cutlass::KernelHardwareInfo::make_kernel_hardware_info<Kernel>(device)};
+        {device, hardware.sm_count, hardware.max_active_clusters}};
     if (Device::get_workspace_size(arguments) != 0) return "the kernel asks for a workspace";
     cutlass::Status status = Device::can_implement(arguments);
     Device gemm;
