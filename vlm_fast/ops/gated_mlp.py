@@ -121,6 +121,7 @@ def backward(needs, kept, dy, *, activation):
         dgate, dup, h = gated_activation_backward(
             gate, up, torch.mm(dy, weight_down), activation, want_h=needs.weight_down
         )
+        gate = up = None
     else:
         h = gated_activation(gate, up, activation)
     if h is not None:

@@ -173,6 +173,7 @@ def backward(needs, kept, dy, *, activation, saved):
             z, torch.mm(dy, weight_2), tokens, period, activation,
             want_h=want_h, want_dbias=needs.bias_1,
         )  # fmt: skip
+        z = None
         h = fresh_h if want_h else h
     elif want_h:
         h = activate(_without_gaps(z, leading), activation)
