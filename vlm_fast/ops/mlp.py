@@ -141,10 +141,13 @@ def forward(needs, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
             h = linear_activation(few, weight_1, bias_1, activation)
             return F.linear(h.view(*x.shape[:-1], h.shape[1]), weight_2, bias_2), ()
     z = F.linear(_gemm_input(x), weight_1, bias_1)
-    h = activate(z if z.ndim == x.ndim else _without_gaps(z, x.shape[:-1]), activation)
     inner = needs.x or needs.weight_1 or needs.bias_1
     rebuild = saved == "input"
     kept_z = None if rebuild or not (inner or needs.weight_2) else z
+    h = activate(
+        z if z.ndim == x.ndim else _without_gaps(z, x.shape[:-1]), activation,
+        overwrite=kept_z is None,
+    )  # fmt: skip
     del z  # if not kept, gone before the second GEMM allocates
     y = F.linear(h, weight_2, bias_2)
     if not any(needs):
