@@ -3,7 +3,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := .venv/installed
 
-.PHONY: test interpreted compiled ahead bench check gpu lint clean
+.PHONY: test interpreted compiled ahead bench check gpu hopper lint clean
 
 # Triton is either interpreted or compiled for the life of a process, so the suite takes two at once,
 # and a third for what only compiles.
@@ -22,7 +22,7 @@ ahead: $(INSTALLED)
 
 # Peers that are missing are left out; for xformers and Liger: pip install -e '.[bench]'.
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks
+	$(BIN)/vlm-fast bench --section all
 
 check: $(INSTALLED)
 	$(BIN)/vlm-fast check
@@ -31,13 +31,20 @@ check: $(INSTALLED)
 gpu:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
+# The optional Hopper GEMMs: built (a minute and 4 GB a kernel, two at once; MAX_JOBS), and held to
+# their registers. Of the wheel only the headers are wanted, none of its dependencies.
+hopper: $(INSTALLED)
+	$(PIP) --no-deps nvidia-cutlass
+	VLM_FAST_CUTLASS=1 VLM_FAST_BUILD_EXT=0 $(BIN)/python setup.py build_ext --inplace
+	$(BIN)/python -m benchmarks.hopper
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-triton-newest build dist *.egg-info vlm_fast/_C*.so
+	rm -rf .venv .venv-triton-newest build dist *.egg-info vlm_fast/_C*.so vlm_fast/_hopper.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)

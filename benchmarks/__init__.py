@@ -1,4 +1,4 @@
-"""Measurements: the ops, their overhead, and a whole LLaVA; run as ``python -m benchmarks``."""
+"""Measurements of ops, connectors and whole models; run as ``vlm-fast bench``."""
 
 import os
 

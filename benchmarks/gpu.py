@@ -21,7 +21,8 @@ import torch
 
 from benchmarks import machine
 from benchmarks.gpu_stages import STAGES, Results, Stage
-from vlm_fast.kernels import _configs, _triton
+from vlm_fast.kernels import _configs, _triton, _user_table
+from vlm_fast.measure.telemetry import Telemetry
 
 TOTAL_SECONDS = 510.0
 GRACE = 10.0
@@ -63,14 +64,14 @@ def run(
         elif start > end:
             record["status"] = "out of time"
         else:
-            record |= {"clocks_before": machine.clocks()} if stage.timed else {}
-            try:
-                deadline = min(start + stage.seconds, end)
-                with limit(deadline, grace):
-                    failures = stage.run(results, device, deadline)
-            except Exception as error:  # a stage that breaks must not take the others with it
-                failures = [f"{type(error).__name__}: {error}"]
-            record |= {"clocks_after": machine.clocks()} if stage.timed else {}
+            deadline = min(start + stage.seconds, end)
+            with Telemetry(device if stage.timed else "cpu") as seen:
+                try:
+                    with limit(deadline, grace):
+                        failures = stage.run(results, device, deadline)
+                except Exception as error:  # a stage that breaks must not take the others with it
+                    failures = [f"{type(error).__name__}: {error}"]
+            record |= {"telemetry": seen.summary()} if stage.timed else {}
             record |= {"status": "FAILED" if failures else "ok", "failures": failures}
         record["seconds"] = round(time.monotonic() - start, 1)
         print(f"{stage.name}: {record['status']} ({record['seconds']} s)", flush=True)
@@ -88,6 +89,7 @@ def main() -> int:
     if not _triton.AVAILABLE or _triton.INTERPRETED:
         print("benchmarks.gpu needs Triton, not interpreted (see: vlm-fast env)", file=sys.stderr)
         return 3
+    os.environ[_user_table.SWITCH] = "0"  # what is measured is what is shipped
     path = machine.results_file(machine.name("cuda"))
     results = run("cuda", path)
     if "OUT" in os.environ:  # where a borrowed machine hands files back

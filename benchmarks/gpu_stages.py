@@ -20,7 +20,8 @@ from benchmarks import (
     anyres,
     flamingo,
     gpu_checks,
-    gpu_configs,
+    gpu_hopper,
+    machine,
     merge,
     mergers,
     models,
@@ -29,7 +30,8 @@ from benchmarks import (
     qformer,
     tokens,
 )
-from vlm_fast import evidence, selftest
+from vlm_fast import evidence, selftest, tuning
+from vlm_fast.kernels import _configs
 from vlm_fast.op import OPS
 
 MEMCHECK = "from benchmarks.gpu_stages import memcheck_cases; memcheck_cases()"
@@ -65,20 +67,45 @@ def parity(results: Results, device: str, deadline: float) -> list[str]:
 
 
 def every_config(results: Results, device: str, deadline: float) -> list[str]:
-    failures = gpu_checks.every_config(device, deadline)
+    candidates, failures = gpu_checks.every_config(device, deadline)
+    right: dict[str, list[int]] = {}
+    for candidate in candidates:
+        if not candidate.failures:
+            right.setdefault(candidate.kernel, []).append(candidate.config)
+    results["right_configs"] = right
     for name, entry in results.get("parity", {}).items():
         entry["failures"] += [line for line in failures if line.startswith(f"{name} ")]
     return failures
 
 
+def hopper_gemms(results: Results, device: str, deadline: float) -> list[str]:
+    """Every config of the optional library, where there is one."""
+    cause = gpu_hopper.why_left_out(device)
+    if cause is not None:
+        results["hopper_gemms"] = f"left out: {cause}"
+        return []
+    failures = gpu_hopper.prove(device, deadline)
+    results["hopper_gemms"] = "FAILED" if failures else "proven"
+    for name in gpu_hopper.OPS_WITH_GEMMS:  # what is wrong with a GEMM is wrong with both
+        if name in results.get("parity", {}):
+            results["parity"][name]["failures"] += failures
+    return failures
+
+
 def configs(results: Results, device: str, deadline: float) -> list[str]:
-    """Times of every config, and the table of the winners if all of them are right."""
-    if results["stages"].get("every config", {}).get("status") != "ok":
-        return ["no table: not every config is proven"]
-    rows = gpu_configs.measure(device, deadline)
-    results["configs"] = rows
+    """Times of every config that is proven right, and the table of the winners."""
+    proven = results.get("hopper_gemms") == "proven"
+    rows = gpu_hopper.measure(device, deadline) if proven else []
+    right = results.get("right_configs", {})
+    more, finished = tuning.measure(right, device=device, deadline=deadline)
+    rows += more
+    results |= {"configs": rows, "configs_finished": finished}
     if rows and device != "cpu":
-        results["config_table"] = gpu_configs.write(rows).name
+        name = _configs.table_name(torch.cuda.get_device_capability(), machine.name(device))
+        table = {"schema": _configs.SCHEMA, "kernels": tuning.selection(rows)}
+        machine.write(_configs.DIRECTORY / name, table)
+        _configs.forget()
+        results["config_table"] = name
     return []
 
 
@@ -150,9 +177,10 @@ def _process(
 
 def benchmark_ops(results: Results, device: str, deadline: float) -> list[str]:
     results["ops"] = rows = []
-    for row in ops.measure(
-        OPS, quick=device == "cpu", device=device, seconds=0.4, compile_all=False
-    ):
+    for row, _ in ops.measure(
+        ops.Selection(), quick=device == "cpu", device=device, seconds=0.4,
+        deadline=deadline, compile_all=False,
+    ):  # fmt: skip
         rows.append(row)
         if time.monotonic() > deadline:
             return ["out of time"]
@@ -194,28 +222,30 @@ def benchmark_overhead(results: Results, device: str, deadline: float) -> list[s
     return []
 
 
-# What comes last is lost where time runs out.
+# What comes last is lost where time runs out. Together they have all the time there is, but for the
+# suites, which take what is left.
 STAGES = (
-    Stage("parity", 150, parity, needs_cuda=False),
-    Stage("repeats", 20, check(gpu_checks.repeats), needs_cuda=False),
-    Stage("no synchronisation", 10, check(gpu_checks.no_synchronisation)),
-    Stage("CUDA graphs", 20, check(gpu_checks.cuda_graphs)),
-    Stage("side stream", 10, check(gpu_checks.side_stream)),
-    Stage("every config", 80, every_config),
-    Stage("configs", 70, configs, timed=True),
-    Stage("LLaVA", 60, model("llava"), needs_cuda=False, timed=True),
-    Stage("BLIP-2", 40, model("blip2"), needs_cuda=False, timed=True),
-    Stage("IDEFICS", 50, model("idefics"), needs_cuda=False, timed=True),
-    Stage("Llama 3.2 Vision", 50, model("mllama"), needs_cuda=False, timed=True),
-    Stage("Q-Former", 80, family(qformer, 2.0), needs_cuda=False, timed=True),
-    Stage("Flamingo", 70, family(flamingo, 5.0), needs_cuda=False, timed=True),
-    Stage("merge", 15, family(merge, 1.0), needs_cuda=False, timed=True),
-    Stage("AnyRes", 30, family(anyres, 2.0), needs_cuda=False, timed=True),
-    Stage("mergers", 30, family(mergers, 2.0), needs_cuda=False, timed=True),
-    Stage("tokens", 30, family(tokens, 3.0), needs_cuda=False, timed=True),
-    Stage("ops", 130, benchmark_ops, needs_cuda=False, timed=True),
-    Stage("overhead", 20, benchmark_overhead, needs_cuda=False, timed=True),
-    Stage("large", 30, large),
+    Stage("parity", 100, parity, needs_cuda=False),
+    Stage("repeats", 12, check(gpu_checks.repeats), needs_cuda=False),
+    Stage("no synchronisation", 6, check(gpu_checks.no_synchronisation)),
+    Stage("CUDA graphs", 12, check(gpu_checks.cuda_graphs)),
+    Stage("side stream", 6, check(gpu_checks.side_stream)),
+    Stage("every config", 40, every_config),
+    Stage("Hopper GEMMs", 25, hopper_gemms),
+    Stage("configs", 35, configs, timed=True),
+    Stage("ops", 60, benchmark_ops, needs_cuda=False, timed=True),
+    Stage("LLaVA", 35, model("llava"), needs_cuda=False, timed=True),
+    Stage("Flamingo", 20, family(flamingo, 1.0), needs_cuda=False, timed=True),
+    Stage("Q-Former", 25, family(qformer, 1.0), needs_cuda=False, timed=True),
+    Stage("merge", 6, family(merge, 0.5), needs_cuda=False, timed=True),
+    Stage("AnyRes", 10, family(anyres, 1.0), needs_cuda=False, timed=True),
+    Stage("mergers", 10, family(mergers, 1.0), needs_cuda=False, timed=True),
+    Stage("tokens", 10, family(tokens, 1.0), needs_cuda=False, timed=True),
+    Stage("BLIP-2", 20, model("blip2"), needs_cuda=False, timed=True),
+    Stage("IDEFICS", 20, model("idefics"), needs_cuda=False, timed=True),
+    Stage("Llama 3.2 Vision", 20, model("mllama"), needs_cuda=False, timed=True),
+    Stage("overhead", 5, benchmark_overhead, needs_cuda=False, timed=True),
+    Stage("large", 12, large),
+    Stage("memcheck", 21, memcheck),
     Stage("suites", 120, suites),
-    Stage("memcheck", 90, memcheck),
 )

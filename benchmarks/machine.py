@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import json
+import os
 import re
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def description(device: str) -> dict[str, Any]:
         "device": device,
         "machine": name(device),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": commit(),
+        "commit": evidence.commit(),
         "versions": {
             "vlm_fast": __version__,
             **{package: environment.version_of(package) for package in VERSIONS},
@@ -45,59 +44,17 @@ def description(device: str) -> dict[str, Any]:
     return {**described, "cuda": torch.version.cuda, "capability": f"sm_{major}{minor}"}
 
 
-def commit() -> str | None:
-    """The commit, with a plus sign if the tree differs from it; None outside a repository."""
-    git = ("git", "-C", str(evidence.PACKAGE.parent))
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        # Results files are what a measurement writes; they do not make it another tree.
-        changes = ("status", "--porcelain", "--", ":!benchmarks/results", ":!vlm_fast/configs")
-        status = subprocess.run([*git, *changes], capture_output=True, text=True)
-    except OSError:
-        return None
-    if head.returncode != 0:
-        return None
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
-
-
-def clocks() -> dict[str, Any]:
-    """Clocks, power and what holds them back, of the current GPU; the reason where NVML has none.
-
-    The device is found by its PCI address: NVML numbers devices otherwise than CUDA.
-    """
-    try:
-        nvml = importlib.import_module("pynvml")
-        nvml.nvmlInit()
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        address = (
-            f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}"
-            f":{properties.pci_device_id:02x}.0"
-        )
-        handle = nvml.nvmlDeviceGetHandleByPciBusId(address.encode())
-    except Exception as error:  # a condition that cannot be read is no reason to lose the results
-        return {"unknown": f"{type(error).__name__}: {error}"}
-    readings = {
-        "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-        "memory_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-        "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-        "power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-        "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-        "clock_event_reasons": lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
-    }
-    found: dict[str, Any] = {}
-    for reading, read in readings.items():
-        try:
-            found[reading] = read()
-        except Exception as error:
-            found[reading] = None
-            found.setdefault("unknown", f"{type(error).__name__}: {error}")
-    return found
-
-
 def results_file(machine: str) -> Path:
     return evidence.RESULTS / f"{re.sub(r'[^0-9A-Za-z]+', '_', machine).strip('_')}.json"
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
+    """All or nothing: a reader, or an interruption, never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        # A number that is none is not JSON: an error here and not at the reader's.
+        scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,194 +1,364 @@
-"""Every op at its named shapes, against its reference, eager and compiled, and its peers."""
+"""Every op at its named shapes, in each pass, against every provider that can compute it here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import machine, peers
+from benchmarks import machine, providers
+from benchmarks.providers import COMPILED, OURS, Unavailable
 from vlm_fast import tables
 from vlm_fast.measure import memory, timing
+from vlm_fast.measure.launches import launches
+from vlm_fast.measure.passes import CALLS, MODES, with_upstream
+from vlm_fast.measure.telemetry import Telemetry
 from vlm_fast.measure.timing import Ceilings, Times
 from vlm_fast.op import OPS, Op
-from vlm_fast.parity import convert, differentiable, gradients
 from vlm_fast.selftest import one_sample, shrink
 
 Row = dict[str, Any]
-OURS = "vlm_fast"
-MODES = ("forward", "forward+backward")
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 INPUTS = 2  # sets in rotation
+COMPILING = 5.0  # seconds, before one was seen
 
 
-def main(names: Iterable[str], *, quick: bool = False, device: str | None = None) -> list[Row]:
-    """Measure, print a table, and return the rows."""
+@dataclass(frozen=True)
+class Selection:
+    """What is measured; None is everything."""
+
+    ops: Sequence[str] | None = None
+    shapes: Sequence[str] | None = None
+    modes: Sequence[str] | None = None
+    providers: Sequence[str] | None = None
+    dtype: torch.dtype | None = None
+
+    def has(self, kind: str, name: str) -> bool:
+        wanted = getattr(self, kind)
+        return wanted is None or name in wanted
+
+
+@dataclass
+class Pace:
+    """Shares of the time for what is left to do, and what compiling has taken so far."""
+
+    steps: int
+    start: float
+    end: float
+    compiled: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def until(cls, deadline: float | None, steps: int) -> Pace:
+        return cls(max(steps, 1), time.monotonic(), float("inf") if deadline is None else deadline)
+
+    def allows_compiling(self, step: int) -> bool:
+        """Whether one more fits into the share of this step."""
+        if self.end == float("inf"):
+            return True
+        share_ends = self.start + (step + 1) / self.steps * (self.end - self.start)
+        expected = self.seconds / self.compiled if self.compiled else COMPILING
+        return time.monotonic() + expected <= share_ends
+
+    def compiling_took(self, seconds: float) -> None:
+        self.compiled += 1
+        self.seconds += seconds
+
+
+def shapes_of(
+    op: Op[..., Any], device: str, *, quick: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The named shapes: on a CPU one sample of each, with ``quick`` the first alone and smaller."""
+    for label, shape in op.bench_shapes.items():
+        if quick:
+            yield label, shrink(one_sample(shape))
+            return
+        yield label, one_sample(shape) if device == "cpu" else dict(shape)
+
+
+def scale(device: str, *, quick: bool) -> str:
+    """What became of the named shapes."""
+    if quick:
+        return "one sample, sizes / 8"
+    return "one sample" if device == "cpu" else "whole"
+
+
+def measure(
+    selection: Selection,
+    *,
+    device: str,
+    quick: bool = False,
+    seconds: float | None = None,
+    deadline: float | None = None,
+    compile_all: bool = True,
+) -> Iterator[tuple[Row, list[float]]]:
+    """A row per op, shape, pass and provider, and the seconds behind it, in the order of the ops.
+
+    Args:
+        seconds: about how long the providers of one pass take turns.
+        deadline: of ``time.monotonic``. Where the run falls behind, what would have to be compiled
+            is left out and says so.
+        compile_all: without it torch.compile takes the first shape of an op alone.
+    """
+    seconds = seconds or (0.1 if quick else 2.0)
+    best = timing.ceilings(device, selection.dtype or DTYPE[device])
+    cases = [
+        (op, label, shape)
+        for op in OPS.values()
+        if selection.has("ops", op.name)
+        for label, shape in shapes_of(op, device, quick=quick)
+        if selection.has("shapes", label)
+    ]
+    pace = Pace.until(deadline, len(cases))
+    before = None
+    for step, (op, label, shape) in enumerate(cases):
+        case = Case(op, label, shape, selection, device, quick, seconds, best)
+        yield from case.rows(pace, step, compiled=compile_all or op is not before)
+        before = op
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape."""
+
+    op: Op[..., Any]
+    label: str
+    shape: Mapping[str, Any]
+    selection: Selection
+    device: str
+    quick: bool
+    seconds: float
+    best: Ceilings
+
+    def rows(self, pace: Pace, step: int, *, compiled: bool) -> Iterator[tuple[Row, list[float]]]:
+        dtype = self.selection.dtype or DTYPE[self.device]
+        torch.manual_seed(0)
+        samples = [self.op.sample(self.shape, dtype, self.device) for _ in range(INPUTS)]
+        options = samples[0][1]
+        found = providers.of(self.op, *samples[0], self.device)
+        found = {name: f for name, f in found.items() if self.selection.has("providers", name)}
+        if not compiled:
+            late: Any = Unavailable("the first shape of an op alone is compiled in this run")
+            found |= {name: late for name in COMPILED if name in found}
+        for mode in MODES:
+            if self.selection.has("modes", mode):
+                if mode != "forward" and self.op.discrete:
+                    continue
+                inputs = [self._inputs(args, options, mode) for args, _ in samples]
+                yield from self._mode(mode, found, inputs, options, dtype, pace, step)
+
+    def _inputs(self, args: tuple[Any, ...], options: Mapping[str, Any], mode: str) -> Any:
+        return args if mode == "forward" else with_upstream(self.op, args, options)
+
+    def _mode(
+        self,
+        mode: str,
+        found: providers.Providers,
+        inputs: list[tuple[Any, ...]],
+        options: Mapping[str, Any],
+        dtype: torch.dtype,
+        pace: Pace,
+        step: int,
+    ) -> Iterator[tuple[Row, list[float]]]:
+        head = {
+            "op": self.op.name,
+            "shape": self.label,
+            "scale": scale(self.device, quick=self.quick),
+            "dtype": str(dtype).removeprefix("torch."),
+            "mode": mode,
+        }
+        # The last shape would make this one a dynamic shape, and the last pass might have served.
+        torch._dynamo.reset()
+        calls: dict[str, Callable[..., Any]] = {}
+        cold: dict[str, float] = {}
+        lacks: dict[str, str] = {}
+        for name, function in found.items():
+            if isinstance(function, Unavailable):
+                lacks[name] = str(function)
+                continue
+            if name in COMPILED and not pace.allows_compiling(step):
+                # Nor in the passes that come: what is compiled for them is not this.
+                found[name] = late = Unavailable(
+                    "left out: compiling would overrun this run's time"
+                )
+                lacks[name] = str(late)
+                continue
+            graphs = _graphs()
+            try:
+                call = CALLS[mode](function, options)
+                cold[name] = _first_call(call, inputs, self.device)
+                if name in COMPILED and _graphs() == graphs:
+                    raise Unavailable("no graph was made: this would be eager again")
+            except Exception as error:  # a provider that cannot is a row that says so
+                found[name] = reason = Unavailable.because(error)
+                lacks[name] = str(reason)
+                continue
+            if name in COMPILED:
+                pace.compiling_took(cold[name])
+            calls[name] = call
+        rounds = (3, 30) if self.quick else (5, 200)
+        with Telemetry(self.device) as seen:
+            taken = timing.in_turns(
+                calls, inputs, device=self.device, seconds=self.seconds, rounds=rounds
+            )
+        times = {name: Times.of(values) for name, values in taken.items()}
+        conditions = seen.summary()
+        for name in found:
+            if name in lacks:
+                yield (
+                    {**head, "provider": name, "status": "not available", "reason": lacks[name]},
+                    [],
+                )
+                continue
+            row = {
+                **head,
+                "provider": name,
+                "status": "measured",
+                **asdict(times[name]),
+                "cold_start": cold[name],
+                **self._rates(mode, times[name], inputs[0], options),
+                **_costs(found[name], calls[name], inputs[0], options, mode, self.device),
+                "synchronisations": self._waits(name, calls[name], inputs[0]),
+                **_compared(times.get(OURS), times[name], name),
+                "sm_mhz": conditions["sm_mhz"],
+                "power_w": conditions["power_w"],
+                "temperature_c": conditions["temperature_c"],
+                "throttled": conditions["throttled"],
+            }
+            yield row, taken[name]
+
+    def _waits(self, name: str, call: Callable[..., Any], args: tuple[Any, ...]) -> int | None:
+        if self.device == "cpu" and name in COMPILED:
+            # Counted there under a dispatch mode, under which dynamo gives a function up for good.
+            return None
+        return memory.synchronisations(lambda: call(*args), self.device)
+
+    def _rates(
+        self, mode: str, times: Times, inputs: tuple[Any, ...], options: Mapping[str, Any]
+    ) -> Row:
+        args = inputs if mode == "forward" else inputs[:-1]
+        cost = self.op.cost_of(*args, **options)
+        flops = moved = 0
+        if "forward" in mode:
+            flops, moved = cost.forward_flops, cost.forward_bytes
+        if "backward" in mode:
+            flops, moved = flops + cost.backward_flops, moved + cost.backward_bytes
+        bandwidth, rate = moved / times.median, flops / times.median
+        of_copy = bandwidth / self.best.copy_bytes_per_second
+        of_matmul = rate / self.best.matmul_flops_per_second
+        return {
+            "gigabytes_per_second": bandwidth / 1e9,
+            "teraflops_per_second": rate / 1e12,
+            "of_copy": of_copy,
+            "of_matmul": of_matmul,
+            "of_floor": max(of_copy, of_matmul),
+        }
+
+
+def _graphs() -> int:
+    return int(torch._dynamo.utils.counters["frames"]["ok"])
+
+
+def _first_call(call: Callable[..., Any], inputs: list[tuple[Any, ...]], device: str) -> float:
+    timing.wait(device)
+    start = time.perf_counter()
+    call(*inputs[0])
+    timing.wait(device)
+    return time.perf_counter() - start
+
+
+def _costs(
+    function: Any,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: Mapping[str, Any],
+    mode: str,
+    device: str,
+) -> Row:
+    """What a call takes besides time; bytes kept for backward are those of the forward."""
+    saved = 0
+    if mode == "forward+backward":
+        leaves = [t for a in args[:-1] for t in (a if isinstance(a, list) else [a])]
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        saved = memory.saved_bytes(lambda: function(*args[:-1], **options), tensors)
+    peak = memory.peak_bytes(lambda: call(*args), device)
+    return {
+        "saved_bytes": saved,
+        "peak_bytes": peak,
+        "transient_bytes": max(peak - memory.result_bytes(call(*args)), 0),
+        "launches": launches(lambda: call(*args), device),
+    }
+
+
+def _compared(ours: Times | None, theirs: Times, name: str) -> Row:
+    """How many times as long it takes as ours, and whether that may be claimed."""
+    if ours is None or name == OURS:
+        return {"ours_is": "", "times_faster": None}
+    return {
+        "ours_is": timing.verdict(ours, theirs),
+        "times_faster": theirs.median / ours.median,
+    }
+
+
+# ---- the table ----
+
+
+def main(
+    selection: Selection | None = None,
+    *,
+    quick: bool = False,
+    device: str | None = None,
+    deadline: float | None = None,
+    add: Callable[[Row], None] = lambda row: None,
+    **options: Any,
+) -> list[Row]:
+    """Measure, print a table, and return the rows; each goes to ``add`` as it is found."""
+    selection = selection or Selection()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[Row] = []
     with timing.one_thread(), tables.counter("timing") as count:
-        for row in measure(names, quick=quick, device=device):
+        for row, _ in measure(selection, quick=quick, device=device, deadline=deadline, **options):
             rows.append(row)
+            add(row)
             count(len(rows), None)
     show(rows, device)
     return rows
 
 
-def measure(
-    names: Iterable[str],
-    *,
-    quick: bool = False,
-    device: str,
-    seconds: float | None = None,
-    compile_all: bool = True,
-) -> Iterable[Row]:
-    """The rows, a provider each.
-
-    ``quick`` is one small shape an op, and no torch.compile; without ``compile_all`` only the first
-    shape of an op is compiled.
-    """
-    seconds = seconds or (0.2 if quick else 2.0)
-    dtype = DTYPE[device]
-    best = timing.ceilings(device, dtype)
-    for name in names:
-        op = OPS[name]
-        for label, shape in op.bench_shapes.items():
-            if device == "cpu":
-                shape, label = one_sample(shape), f"{label}: one sample"
-            if quick:
-                shape, label = shrink(one_sample(shape)), f"{label}, sizes / 8"
-            compiled = not quick and (compile_all or label == next(iter(op.bench_shapes)))
-            yield from _measure_shape(
-                op, label, shape, dtype, device, best, quick, seconds, compiled
-            )
-            if quick:
-                break
-
-
-def _measure_shape(
-    op: Op[..., Any],
-    label: str,
-    shape: Mapping[str, Any],
-    dtype: torch.dtype,
-    device: str,
-    best: Ceilings,
-    quick: bool,
-    seconds: float,
-    compiled: bool,
-) -> Iterable[Row]:
-    torch.manual_seed(0)
-    samples = [op.sample(shape, dtype, device) for _ in range(INPUTS)]
-    options = samples[0][1]
-    providers: dict[str, Callable[..., Any]] = {OURS: op, "eager": op.reference}
-    providers |= peers.of(op.name, *samples[0])
-    if compiled:
-        torch._dynamo.reset()  # the last shape would make this one a dynamic shape
-        providers["torch.compile"] = torch.compile(op.reference)
-    cost = op.cost_of(*samples[0][0], **options)
-    for mode in MODES[:1] if op.discrete else MODES:
-        backward = mode != "forward"
-        if backward:
-            inputs = [with_upstream(op, args, options) for args, _ in samples]
-            flops = cost.forward_flops + cost.backward_flops
-            moved = cost.forward_bytes + cost.backward_bytes
-        else:
-            inputs = [args for args, _ in samples]
-            flops, moved = cost.forward_flops, cost.forward_bytes
-        calls = {
-            provider: _call(function, options, backward) for provider, function in providers.items()
-        }
-        limits = (3, 50) if quick else (5, 200)
-        times = timing.interleaved(calls, inputs, device=device, seconds=seconds, rounds=limits)
-        for provider, call in calls.items():
-            yield {
-                "op": op.name,
-                "shape": label,
-                "dtype": str(dtype).removeprefix("torch."),
-                "mode": mode,
-                "provider": provider,
-                **_rates(times[provider], flops, moved, best),
-                **_memory(providers[provider], call, inputs[0], options, backward, device),
-                "ours_is": timing.verdict(times[OURS], times[provider]) if provider != OURS else "",
-            }
-
-
-def with_upstream(
-    op: Op[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]
-) -> tuple[Any, ...]:
-    """Leaves that want gradients, and behind them random gradients of the results."""
-    leaves = convert(args, lambda t: t.detach().requires_grad_())
-    with torch.no_grad():
-        results = op(*args, **options)
-    results = results if isinstance(results, tuple) else (results,)
-    return (*leaves, [torch.randn_like(r) if r.is_floating_point() else None for r in results])
-
-
-def _call(
-    function: Callable[..., Any], options: Mapping[str, Any], backward: bool
-) -> Callable[..., Any]:
-    def forward(*args: Any) -> Any:
-        with torch.no_grad():
-            return function(*args, **options)
-
-    def both(*args: Any) -> Any:
-        *args, upstream = args
-        results = function(*args, **options)
-        results = results if isinstance(results, tuple) else (results,)
-        return gradients(results, differentiable(args), upstream)
-
-    return both if backward else forward
-
-
-def _rates(times: Times, flops: int, moved: int, best: Ceilings) -> Row:
-    bandwidth, rate = moved / times.median, flops / times.median
-    return {
-        **asdict(times),
-        "gigabytes_per_second": bandwidth / 1e9,
-        "teraflops_per_second": rate / 1e12,
-        "of_copy": bandwidth / best.copy_bytes_per_second,
-        "of_matmul": rate / best.matmul_flops_per_second,
-    }
-
-
-def _memory(
-    function: Callable[..., Any],
-    call: Callable[..., Any],
-    args: tuple[Any, ...],
-    options: Mapping[str, Any],
-    backward: bool,
-    device: str,
-) -> Row:
-    saved = 0
-    if backward:
-        leaves = [t for a in args[:-1] for t in (a if isinstance(a, list) else [a])]
-        tensors = [t for t in leaves if isinstance(t, Tensor)]
-        saved = memory.saved_bytes(lambda: function(*args[:-1], **options), tensors)
-    return {
-        "saved_bytes": saved,
-        "peak_bytes": memory.peak_bytes(lambda: call(*args), device),
-        "synchronisations": memory.synchronisations(lambda: call(*args), device),
-    }
-
-
-def show(rows: list[Row], device: str) -> None:
+def show(rows: Sequence[Row], device: str) -> None:
+    """A line a row that was measured; then why the others were not, each reason once."""
     columns = (
-        "op", "shape", "pass", "", "median", "quartiles", "GB/s", "of copy", "TFLOP/s", "of matmul",
-        "saved MB", "peak MB", "waits", "ours is",
+        "op", "shape", "pass", "", "median", "quartiles", "of floor", "GB/s", "TFLOP/s",
+        "saved MB", "peak MB", "waits", "ours is", "times",
     )  # fmt: skip
+    measured = [row for row in rows if row["status"] == "measured"]
     cells = [
         (
             row["op"], row["shape"], row["mode"], row["provider"],
             f"{row['median'] * 1e3:.3f} ms",
-            f"{row['lower'] * 1e3:.3f}-{row['upper'] * 1e3:.3f}",
-            f"{row['gigabytes_per_second']:.1f}", f"{row['of_copy']:.0%}",
-            f"{row['teraflops_per_second']:.3f}", f"{row['of_matmul']:.0%}",
+            f"{row['lower'] * 1e3:.3f}-{row['upper'] * 1e3:.3f}", f"{row['of_floor']:.0%}",
+            f"{row['gigabytes_per_second']:.1f}", f"{row['teraflops_per_second']:.3f}",
             f"{row['saved_bytes'] / 1e6:.1f}", f"{row['peak_bytes'] / 1e6:.1f}",
-            row["synchronisations"], row["ours_is"],
+            "" if row["synchronisations"] is None else row["synchronisations"],
+            row["ours_is"] + (", throttled" if row["throttled"] else ""),
+            f"{row['times_faster']:.2f}" if row["times_faster"] else "",
         )
-        for row in rows
+        for row in measured
     ]  # fmt: skip
     threads = ", one thread" if device == "cpu" else ""
-    dtype = str(DTYPE[device]).removeprefix("torch.")
-    tables.show(f"ops on {machine.name(device)}{threads}, {dtype}", columns, cells)
+    words = sorted({row["dtype"] for row in rows} | {row["scale"] for row in rows})
+    tables.show(f"ops on {machine.name(device)}{threads}, {', '.join(words)}", columns, cells)
+    lacks: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["status"] != "measured":
+            of = lacks.setdefault((row["provider"], row["reason"]), [])
+            of += [row["op"]] if row["op"] not in of else []
+    tables.show(
+        "not available",
+        ("", "of", "why"),
+        [(name, ", ".join(of), why) for (name, why), of in lacks.items()],
+    )

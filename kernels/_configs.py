@@ -5,6 +5,7 @@ A table is ``configs/<sm>_<gpu>.json``::
     {"schema": 1, "kernels": {"<kernel>": {"<dtype>": {"<size>": <index of the config>}}}}
 
 Written by the GPU run of the benchmark from measured times; no table means the default config.
+What the user of a machine has measured there with ``vlm-fast tune`` comes first: `_user_table`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,22 @@ import functools
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-DIRECTORY = Path(__file__).resolve().parent.parent / "vlm_fast" / "configs"
-if not DIRECTORY.is_dir():  # installed: this folder is vlm_fast/kernels
-    DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
+from . import _user_table
+
+PACKAGE = Path(__file__).resolve().parent.parent  # installed: this folder is vlm_fast/kernels
+if (PACKAGE / "vlm_fast").is_dir():
+    PACKAGE = PACKAGE / "vlm_fast"
+DIRECTORY = PACKAGE / "configs"
 SCHEMA = 1
+# What a user's entries hang on, for each kernel of a table: its source, and the list of its
+# alternatives. Asked once, and only for kernels that a user's table names.
+SOURCES: dict[str, Callable[[], str]] = {}
 
 
 def table_name(capability: tuple[int, int], gpu: str) -> str:
@@ -53,14 +61,29 @@ def read(path: Path) -> dict[str, Any]:
         for by_dtype in content["kernels"].values():
             for by_size in by_dtype.values():
                 for size, index in by_size.items():
-                    if int(size) < 0 or type(index) is not int or not 0 <= index < 8:
+                    if not _user_table.is_entry(size, index):
                         return {}
         return dict(content["kernels"])
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return {}  # a table is advice: a bad one must never change a result or raise
 
 
+def overlaid(shipped: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A user's sizes of a kernel and dtype in the place of the shipped ones."""
+    return {**shipped, **{kernel: {**shipped.get(kernel, {}), **own[kernel]} for kernel in own}}
+
+
+def forget() -> None:
+    """Read the tables again at the next launch."""
+    for cached in (_table, winner):
+        cached.cache_clear()
+
+
 @functools.cache
 def _table(device: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
-    return read(DIRECTORY / table_name((properties.major, properties.minor), properties.name))
+    name = table_name((properties.major, properties.minor), properties.name)
+    own = _user_table.find(name, SOURCES)
+    if own.wrong:
+        _user_table.warn(f"the user table of configs: {own.reason}")
+    return overlaid(read(DIRECTORY / name), own.kernels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +37,24 @@ class Config:
 
 @dataclass(frozen=True)
 class Launch:
-    """What one launch would have been given: see `recording`."""
+    """What one launch was given, or would have been: see `recording`."""
 
     kernel: Kernel
     arguments: dict[str, Any]
+    size: int
+    grid: Callable[[dict[str, int]], tuple[int, ...]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(a.dtype for a in self.arguments.values() if isinstance(a, Tensor))
+
+    def programs(self, index: int) -> tuple[int, ...]:
+        return self.grid(self.kernel.configs[index].blocks)
+
+    def again(self, index: int) -> None:
+        """Launch it with another config of its kernel."""
+        options = self.kernel.configs[index].options()
+        self.kernel.jit[self.programs(index)](*self.arguments.values(), **options)
 
 
 class Kernel:
@@ -53,20 +68,22 @@ class Kernel:
         self.jit, self.configs = jit, configs
         self.name: str = getattr(jit, "__name__", "absent")
         KERNELS[self.name] = self
+        _configs.SOURCES[self.name] = self.source
 
     def __call__(
         self, size: int, grid: Callable[[dict[str, int]], tuple[int, ...]], *arguments: Any
     ) -> None:
         tensor = next(a for a in arguments if isinstance(a, Tensor))
         if _launches is not None:
-            _launches.append(Launch(self, dict(zip(self.jit.arg_names, arguments, strict=False))))
+            named = dict(zip(self.jit.arg_names, arguments, strict=False))
+            _launches.append(Launch(self, named, size, grid))
         if is_traced(tensor):
             return
         config = self.choose(tensor, size)
         programs = grid(config.blocks)
         if 0 in programs:
             return
-        with _on_device_of(tensor):
+        with on_device_of(tensor):
             self.jit[programs](*arguments, **config.options())
 
     def choose(self, tensor: Tensor, size: int) -> Config:
@@ -75,6 +92,12 @@ class Kernel:
             return self.configs[0]
         index = _configs.winner(self.name, tensor.dtype, size, tensor.device.index)
         return self.configs[index if index < len(self.configs) else 0]
+
+    def source(self) -> str:
+        """A hash of the code, of what it calls, and of the configs: what a measured time is of."""
+        code = getattr(self.jit, "cache_key", "interpreted")
+        listed = [config.options() for config in self.configs]
+        return hashlib.sha256(f"{code} {listed}".encode()).hexdigest()[:16]
 
 
 def kernel(*configs: Config) -> Callable[[Any], Kernel]:
@@ -108,7 +131,7 @@ def recording() -> Iterator[list[Launch]]:
         _launches = outer
 
 
-def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     # Triton launches on the current device, which need not be the tensor's.
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)

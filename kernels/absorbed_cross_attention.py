@@ -107,7 +107,7 @@ def head_weight_gradient_kernel(
 
 
 @kernel(Config({}, num_warps=4), Config({}, num_warps=8))
-@triton.jit(do_not_specialize=["queries", "keys"])
+@triton.jit(do_not_specialize=["queries"])
 def score_softmax_kernel(
     scores_ptr,  # (images, heads, queries, keys), fp32 or the dtype of p
     mask_ptr, mask_image, mask_key,  # (images, keys) bytes or None
@@ -143,7 +143,7 @@ def score_softmax_kernel(
 
 
 @kernel(Config({}, num_warps=4), Config({}, num_warps=8))
-@triton.jit(do_not_specialize=["queries", "keys"])
+@triton.jit(do_not_specialize=["queries"])
 def score_softmax_backward_kernel(
     p_ptr,  # (images, heads, queries, keys)
     dp_ptr,  # as p, fp32 or the dtype of p
@@ -169,6 +169,25 @@ def score_softmax_backward_kernel(
     dp -= tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
     ds = p * (dp - tl.sum(tl.where(inside, p * dp, 0.0), axis=0))
     tl.store(ds_ptr + row * keys + key, ds.to(ds_ptr.dtype.element_ty), mask=inside)
+
+
+@kernel(Config({}, num_warps=4), Config({}, num_warps=8))
+@triton.jit(do_not_specialize=["queries"])
+def drop_probabilities_kernel(
+    p_ptr,  # (images, heads, queries, keys)
+    seed_ptr, drop_below, survivor_scale,
+    dropped_ptr,  # as p
+    queries, keys,
+    BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    key = tl.arange(0, BLOCK_KEYS)
+    inside = key < keys
+    p = tl.load(p_ptr + row * keys + key, mask=inside, other=0.0).to(tl.float32)
+    query = (row % queries).to(tl.int32)
+    head = (row // queries).to(tl.int32)
+    p *= kept(tl.load(seed_ptr), key, query, head, drop_below) * survivor_scale
+    tl.store(dropped_ptr + row * keys + key, p.to(p_ptr.dtype.element_ty), mask=inside)
 
 
 def absorbed_attention(
@@ -249,12 +268,13 @@ def absorbed_attention_backward(
     dq: Any
     dx: Any
     dq = dx = dweight_k = dweight_v = None
+    dropped = value_weights(p, seed, heads, dropout) if want_x or want_v else p
     wide = q.new_empty(images, heads, queries, width)
     by_query, by_image = wide.transpose(1, 2), wide.view(images, heads * queries, width)
     if want_q or want_x or want_k:
         head_product(dout, weight_v, by_query)
         if want_x:
-            dx = torch.bmm(after_dropout(p, seed, heads, dropout).transpose(1, 2), by_image)
+            dx = torch.bmm(dropped.transpose(1, 2), by_image)
         dp = _scores(by_image, x)
         dtotal = None
         if bias_v is not None and dropout > 0:
@@ -278,9 +298,28 @@ def absorbed_attention_backward(
             head_product(q, weight_k, by_query, scale=scale)
             dx.baddbmm_(ds.transpose(1, 2), by_image)
     if want_v:
-        torch.bmm(after_dropout(p, seed, heads, dropout), x, out=by_image)
+        torch.bmm(dropped, x, out=by_image)
         dweight_v = head_weight_gradient(dout, by_query)
     return dq, dx, dweight_k, dweight_v
+
+
+def value_weights(p: Tensor, seed: Tensor | None, heads: int, dropout: float) -> Tensor:
+    """The probabilities that weigh the values: p itself, or a copy with its dropout.
+
+    p: ``(images, heads * queries, keys)``, contiguous.
+    """
+    if dropout == 0 or seed is None:
+        return p
+    if not runs_triton(p):
+        return torch.empty_like(p) if is_traced(p) else after_dropout(p, seed, heads, dropout)
+    images, rows, keys = p.shape
+    dropped = torch.empty_like(p)
+    drop_probabilities_kernel(
+        keys, lambda blocks: (images * rows,),
+        p, seed, threshold(dropout), 1 / (1 - dropout), dropped,
+        rows // heads, keys, triton.next_power_of_2(keys),
+    )  # fmt: skip
+    return dropped
 
 
 def head_product(

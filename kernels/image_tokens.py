@@ -222,18 +222,26 @@ def gather_image_tokens(source: Tensor, slots: Tensor, first: int, out: Tensor) 
 
 def place_image_tokens(features: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
     """``features (slots, cols)`` in their slots, zeros elsewhere: the gradient of the gather."""
-    out = features.new_zeros(*mask.shape, features.shape[-1])
     image = row_matrix(features)
-    if runs_triton(features):
-        _merge(image, slots, 0, None, mask, out, image.shape[1])
-    elif not is_traced(features):
-        out.view(-1, image.shape[1]).index_copy_(0, slots.long(), image)
+    cols = image.shape[1]
+    if runs_triton(features) or is_traced(features):
+        out = features.new_empty(*mask.shape, cols)
+        if runs_triton(features):
+            # One row of zeros, read again and again: no row of the result is written twice.
+            text = features.new_zeros(1, cols).expand(mask.numel(), cols)
+            _merge(image, slots, 0, text, mask, out, cols)
+        return out
+    out = features.new_zeros(*mask.shape, cols)
+    out.view(-1, cols).index_copy_(0, slots.long(), image)
     return out
 
 
 def copy_text(text: Tensor, mask: Tensor, out: Tensor) -> None:
-    """Rows of ``text (rows, cols)`` into ``out`` where ``mask`` is false; by Triton only."""
-    _merge(None, None, 0, text, mask, out, text.shape[1])
+    """Rows of ``text (rows, cols)`` into ``out`` where ``mask`` is false; any into the others."""
+    if runs_triton(text):
+        _merge(None, None, 0, text, mask, out, text.shape[1])
+    elif not is_traced(text):
+        out.view(text.shape).copy_(text)
 
 
 def row_matrix(x: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ parameters' gradients in a row of their own: no atomics, one order of summation.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._blocks import Blocks, Norm
-from ._launcher import Config, dense, kernel, runs_triton
+from ._launcher import Config, dense, is_traced, kernel, runs_triton
 from ._pixel_shuffle_norm_cpu import norm_backward, norm_forward, shuffled, unshuffled
 from ._triton import tl, triton
 
@@ -357,5 +358,8 @@ def _sizes(shape: tuple[int, ...], blocks: Blocks) -> tuple[int, ...]:
 
 
 def _empty_gradient(dy: Tensor, blocks: Blocks, shape: tuple[int, ...]) -> Tensor:
-    # An index may leave rows out; a grid does not.
-    return dy.new_empty(shape) if blocks.index is None else dy.new_zeros(shape)
+    # An index may leave rows out; a grid does not, nor an index as long as there are rows.
+    index = blocks.index
+    if index is None or is_traced(dy) or index.numel() == math.prod(shape[:-1]):
+        return dy.new_empty(shape)
+    return dy.new_zeros(shape)

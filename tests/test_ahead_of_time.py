@@ -75,7 +75,7 @@ def test_addresses_do_not_overflow(builds, kernel):
 
 # ---- that these tests can fail ----
 
-WITHIN = Resources("k", "x bf16", 1, "sm_90", 64, 0, 0, 1024, 0, 0, 4, 4, 0.1)
+WITHIN = Resources("k", "x bf16", 1, "sm_90", 64, 0, 0, 1024, 0, 0, 4, 4, 9, 9, 0, 0, 0.1)
 BUDGET = {"k": {"sm_90": {"registers": 64, "shared_bytes": 1024, "wide_loads": 4}}}
 
 

@@ -35,7 +35,13 @@ def test_env_names_cause_and_remedy_of_every_lack(monkeypatch):
     monkeypatch.setattr(_triton, "AVAILABLE", False)
     facts = {fact["name"]: fact for fact in json.loads(call("env", "--json").stdout)}
     assert facts["triton"]["value"] == "not importable"
-    assert {"torch", "compiled extension", "c compiler", "VLM_FAST_STRICT"} <= facts.keys()
+    assert {
+        "torch",
+        "compiled extension",
+        "Hopper GEMMs",
+        "c compiler",
+        "VLM_FAST_STRICT",
+    } <= facts.keys()
     assert all(fact["remedy"] for fact in facts.values() if fact["cause"])
     text = call("env").stdout
     assert "triton: " in text and "remedy: " in text
@@ -60,8 +66,15 @@ def test_ops_tell_current_proof_from_older_and_from_none(monkeypatch):
 
 def test_sources_of_an_op_are_its_files_and_what_they_share():
     assert evidence.sources(OPS["mlp"]).keys() == {
-        "ops/mlp.py", "kernels/mlp.py", "kernels/_activation.py",
+        "ops/mlp.py", "kernels/mlp.py", "kernels/_activation.py", "kernels/_hopper.py",
+        *(f"csrc/{path.name}" for path in evidence.CSRC.glob("hopper_*")),
     }  # fmt: skip
+    assert "csrc/hopper_gelu.h" in evidence.sources(OPS["mlp"])
+    of_both = {"ops/mlp_merge.py", "ops/image_tokens.py", "kernels/image_tokens.py"}
+    of_both |= (
+        evidence.sources(OPS["mlp"]).keys() | evidence.sources(OPS["merge_image_tokens"]).keys()
+    )
+    assert evidence.sources(OPS["mlp_merge"]).keys() == of_both
 
 
 def test_broken_results_files_prove_nothing(tmp_path):
@@ -130,14 +143,6 @@ def test_compile_lists_a_row_a_build(monkeypatch):
     assert builds.exit_code == 0, builds.output
     kernels = {row["kernel"] for row in json.loads(builds.stdout)["kernels"]}
     assert "gather_image_tokens_kernel" in kernels
-
-
-def test_bench_writes_rows(tmp_path):
-    path = tmp_path / "rows.json"
-    found = call("bench", "--quick", "--op", "gather_image_tokens", "--json", str(path))
-    assert found.exit_code == 0, found.output
-    rows = json.loads(path.read_text())
-    assert {row["provider"] for row in rows} == {"vlm_fast", "eager"}
 
 
 def test_bench_without_the_repository_is_an_environment_error(monkeypatch, tmp_path):

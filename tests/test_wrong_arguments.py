@@ -23,6 +23,7 @@ NO_MISTAKES = [
     ("gated_add_norm", "gate", "no dimension"),
     ("gated_mlp", "x", "one dimension more"),
     ("mlp", "x", "one dimension more"),
+    ("mlp_merge", "x", "one dimension more"),
     ("bipartite_match", "metric", "one feature more"),
     ("merge_tokens", "x", "one feature more"),
     ("unmerge_tokens", "merged", "one feature more"),

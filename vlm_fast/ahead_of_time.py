@@ -6,6 +6,7 @@ data, the launches are recorded, and Triton's own binder turns their arguments i
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import time
@@ -54,6 +55,10 @@ class Resources:
     tma: int
     wide_loads: int  # of global memory, 128 bits or more
     wide_stores: int
+    loads: int  # of global memory, however wide
+    stores: int
+    async_loads: int  # of 128 bits, from global to shared memory
+    dots: int  # products of tiles, as the kernel says them
     seconds: float  # to compile; near 0 from Triton's cache
 
     def __str__(self) -> str:
@@ -99,7 +104,14 @@ def compile_all(
         RuntimeError: Triton is absent or interpreting (TRITON_INTERPRET=1).
         ValueError: an arch or op is unknown.
     """
-    todo, found = list(builds(archs, ops=ops, thorough=thorough)), []
+    return count(list(builds(archs, ops=ops, thorough=thorough)), progress)
+
+
+def count(
+    todo: Sequence[Build], progress: Callable[[int, int], None] | None = None
+) -> list[Resources]:
+    """Compile these, and count what they take: a row each, those of one arch together."""
+    found = []
     by_arch: dict[str, list[tuple[Build, Any, float]]] = {}
     # Threads: ptxas is a process of its own, and Triton's passes release the interpreter lock.
     with ThreadPoolExecutor(2) as pool:
@@ -118,6 +130,7 @@ def compile_all(
                     arch,
                     seconds=seconds,
                     shared_bytes=compiled.metadata.shared,
+                    dots=len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"])),
                     **counted,
                 )
             )
@@ -167,17 +180,17 @@ def builds(
     names = list(OPS) if ops is None else list(ops)
     if unknown := [name for name in names if name not in OPS]:
         raise ValueError(f"no op is called {unknown[0]!r}; there are {', '.join(OPS)}")
-    backends = {arch: make_backend(_target(arch)) for arch in archs}
+    backends = {arch: _backend(arch) for arch in archs}
     dtypes = FLOATS if thorough else (torch.bfloat16, torch.float32)
     recorded = [launch for name in names for launch in launches(OPS[name], dtypes)]
     seen: set[Any] = set()
     for arch, backend in backends.items():
         met: set[Kernel] = set()
         for launch in recorded:
-            for index, config in enumerate(launch.kernel.configs):
+            for index in range(len(launch.kernel.configs)):
                 if index and launch.kernel in met and not thorough:
                     break
-                build = _build(launch, index, config, arch, backend)
+                build = _build(launch, index, arch, backend)
                 if (key := (arch, index, build.source.hash())) not in seen:
                     seen.add(key)
                     yield build
@@ -198,20 +211,36 @@ def launches(op: Op[..., Any], dtypes: Sequence[torch.dtype] = FLOATS) -> list[L
             cases.append(({**named[0], **words}, torch.bfloat16))
     with FakeTensorMode(), torch.no_grad(), recording() as found:
         for shape, dtype in cases:
-            values, settings = op.sample(shape, dtype)
-            values, settings = op._bind(tree_map_only(Tensor, _on_cuda, values), settings)
+            values, settings = stand_ins(op, shape, dtype)
             op.fast(*values, **settings)
             if not op.discrete:
-                _with_gradients(op, values, settings)
+                with_gradients(op, values, settings)
     return found
 
 
-def _with_gradients(op: Op[..., Any], values: tuple[Any, ...], settings: dict[str, Any]) -> None:
-    # Past autograd: in a CPU build of torch its engine knows no CUDA device, not even of stand-ins.
+def stand_ins(
+    op: Op[..., Any], shape: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and options of a shape, as if on a GPU; under a `FakeTensorMode`."""
+    values, settings = op.sample(shape, dtype)
+    return op._bind(tree_map_only(Tensor, _on_cuda, values), settings)
+
+
+def with_gradients(
+    op: Op[..., Any],
+    values: tuple[Any, ...],
+    settings: dict[str, Any],
+    between: Callable[[], None] = lambda: None,
+) -> None:
+    """Forward for all gradients, what ``between`` does, and backward.
+
+    Past autograd: in a CPU build of torch its engine knows no CUDA device, not even of stand-ins.
+    """
     path, values = op._path, op._accepts(*values, **settings)
     count = path.count(values)
     needs = tuple(isinstance(v, Tensor) and v.is_floating_point() for v in path.flatten(values))
     result, kept = path.forward(path.needs_of(needs, count), *values, **settings)
+    between()
     dy = [torch.empty_like(r) for r in ((result,) if path.single else result)]
     path.gradients(needs, count, kept, dy, settings)
 
@@ -238,8 +267,13 @@ class _Address:
         return self._size
 
 
-def _build(launch: Launch, index: int, config: Config, arch: str, backend: Any) -> Build:
-    jit = launch.kernel.jit
+def build_of(launch: Launch, arch: str, index: int = 0) -> Build:
+    """What Triton would compile for a launch on a GPU, with one of the kernel's configs."""
+    return _build(launch, index, arch, _backend(arch))
+
+
+def _build(launch: Launch, index: int, arch: str, backend: Any) -> Build:
+    jit, config = launch.kernel.jit, launch.kernel.configs[index]
     bind = create_function_from_signature(jit.signature, jit.params, backend)
     arguments = tree_map_only(Tensor, _Address, launch.arguments)
     bound = bind(**arguments, **config.options())
@@ -262,6 +296,11 @@ def _describe(params: Sequence[Any], source: Any, config: Config) -> str:
         if text is not None and text != "i32" and param.name not in config.blocks:
             words.append(f"{param.name.removesuffix('_ptr')} {text}")
     return ", ".join(words)
+
+
+@functools.cache
+def _backend(arch: str) -> Any:
+    return make_backend(_target(arch))
 
 
 def _target(arch: str) -> Any:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, fields
-from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,16 +14,14 @@ import torch
 import typer
 
 import vlm_fast.ops
-from vlm_fast import ahead_of_time, environment, evidence, selftest, tables
+from vlm_fast import ahead_of_time, environment, evidence, selftest, static_report, tables
+from vlm_fast.command import Exit, Json, OpArgument, OpOption, known_op, print_json, stop
+from vlm_fast.design.advise_command import advise
+from vlm_fast.design.profile_command import profile
 from vlm_fast.kernels import _native, _triton
+from vlm_fast.occupancy import GPUS
 from vlm_fast.op import FLOATS, OPS, Op
-
-
-class Exit(IntEnum):
-    FAILURE = 1
-    USAGE = 2
-    ENVIRONMENT = 3
-
+from vlm_fast.tune import tune
 
 # rich's markup mode would draw boxes into pipes.
 app = typer.Typer(
@@ -37,23 +33,12 @@ app = typer.Typer(
 )
 
 
-def _known_op(name: str | None) -> str | None:
-    if name is not None and name not in OPS:
-        raise typer.BadParameter(f"no op is called {name!r}; there are {', '.join(OPS)}")
-    return name
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-OpArgument = Annotated[str | None, typer.Argument(callback=_known_op, metavar="[OP]")]
-OpOption = Annotated[str | None, typer.Option("--op", callback=_known_op, help="Only this op.")]
-
-
 @app.command()
 def env(as_json: Json = False) -> None:
     """Versions, GPUs, and what is missing, why, and what to do about it."""
     facts = list(environment.facts())
     if as_json:
-        _print_json([asdict(fact) for fact in facts])
+        print_json([asdict(fact) for fact in facts])
         return
     tables.show("environment", ("", "found"), [(fact.name, fact.value) for fact in facts])
     for fact in facts:
@@ -80,7 +65,7 @@ def ops(as_json: Json = False) -> None:
             }
         )
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     cells = [["; ".join(v) if isinstance(v, list) else v for v in row.values()] for row in rows]
     tables.show("ops", ("op", "dtypes", "bench shapes", "GPU", "CPU path"), cells)
@@ -93,7 +78,7 @@ def check(op: OpArgument = None, as_json: Json = False) -> None:
     names = [op] if op else list(OPS)
     cuda = torch.cuda.is_available()
     if cuda and not _triton.AVAILABLE:
-        _stop(Exit.ENVIRONMENT, "Triton is not installed, so the GPU has no kernels to check")
+        stop(Exit.ENVIRONMENT, "Triton is not installed, so the GPU has no kernels to check")
     cases = []
     with tables.counter("checking") as count:
         for case in selftest.run(names):
@@ -102,7 +87,7 @@ def check(op: OpArgument = None, as_json: Json = False) -> None:
     summary = selftest.summarise(cases)
     failures = [line for case in cases for line in case.failures()]
     if as_json:
-        _print_json({"device": _device(cuda), "ok": not failures, "ops": summary})
+        print_json({"device": _device(cuda), "ok": not failures, "ops": summary})
     else:
         rows = [
             (name, s["cases"], " ".join(s["dtypes"]), f"{s['worst_share_of_budget']:.2f}",
@@ -119,18 +104,55 @@ def check(op: OpArgument = None, as_json: Json = False) -> None:
 
 @app.command()
 def bench(
-    quick: Annotated[bool, typer.Option(help="Fewer shapes and repeats.")] = False,
-    op: OpOption = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write rows here.")] = None,
+    quick: Annotated[
+        bool, typer.Option(help="One small shape an op; within 3 minutes on two cores.")
+    ] = False,
+    section: Annotated[
+        list[str] | None, typer.Option(help="parity, ops (the default), models, ..., or all.")
+    ] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Only these ops; may be repeated.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="Only these named shapes.")] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="forward, backward, forward+backward.")
+    ] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="vlm_fast, eager, torch.compile, xformers, ...")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write results here, as they are found.")
+    ] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Write the ops' rows here.")
+    ] = None,
+    save: Annotated[
+        bool, typer.Option(help="Write them to benchmarks/results/<machine>.json.")
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option("--compare", help="Exit 1 where slower than in this file.")
+    ] = None,
+    allowed: Annotated[
+        float, typer.Option("--allow", min=0.0, help="How much slower is no regression.")
+    ] = 0.05,
 ) -> None:
-    """Time the ops against eager PyTorch and torch.compile, from a clone of the repository."""
+    """Time ops and models against eager PyTorch, torch.compile and other libraries, in turns.
+
+    From a clone of the repository. Exit codes: 1 also where something is slower than before, 130
+    where it was interrupted; what was measured by then is in the file.
+    """
     root = Path(vlm_fast.__file__).resolve().parent.parent
-    if not (root / "benchmarks" / "__main__.py").exists():
-        _stop(Exit.ENVIRONMENT, "the benchmarks come with the repository, not with the package")
+    if not (root / "benchmarks" / "cli.py").exists():
+        stop(Exit.ENVIRONMENT, "the benchmarks come with the repository, not with the package")
     sys.path.append(str(root))  # last: nothing of the repository may shadow an installed package
-    rows = importlib.import_module("benchmarks.ops").main([op] if op else list(OPS), quick=quick)
-    if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+    for name in op or []:
+        known_op(name)
+    code = importlib.import_module("benchmarks.cli").main(
+        sections=section or ["ops"], op=op or [], shape=shape or [], mode=mode or [],
+        provider=provider or [], dtype=dtype, quick=quick, json_file=json_file, csv_file=csv_file,
+        save=save, against=against, allowed=allowed,
+    )  # fmt: skip
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command(name="compile")
@@ -141,22 +163,28 @@ def compile_(
     op: OpOption = None,
     as_json: Json = False,
     check: Annotated[bool, typer.Option(help="Fail where a kernel exceeds its budget.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Why ops could miss their targets, as Markdown.")
+    ] = False,
 ) -> None:
     """Compile every kernel for GPUs that need not be here; print registers, spills, memory."""
     if not _triton.AVAILABLE or _triton.INTERPRETED:
         lack = "TRITON_INTERPRET=1 is set" if _triton.INTERPRETED else "Triton is not installed"
-        _stop(Exit.ENVIRONMENT, f"nothing can be compiled: {lack}")
+        stop(Exit.ENVIRONMENT, f"nothing can be compiled: {lack}")
     archs, names = arch or ahead_of_time.ARCHS, [op] if op else None
+    if report:
+        _print_static_report(arch or ["sm_90"], names, as_json)
+        return
     if check and not ahead_of_time.BUDGETS.exists():
-        _stop(Exit.ENVIRONMENT, "--check needs tests/budgets.json of a checkout")
+        stop(Exit.ENVIRONMENT, "--check needs tests/budgets.json of a checkout")
     try:
         with tables.counter("compiling") as count:
             found = ahead_of_time.compile_all(archs, ops=names, progress=count)
     except ValueError as error:
-        _stop(Exit.USAGE, str(error))
+        stop(Exit.USAGE, str(error))
     broken = list(ahead_of_time.violations(found)) if check else []
     if as_json:
-        _print_json({"kernels": [asdict(row) for row in found], "violations": broken})
+        print_json({"kernels": [asdict(row) for row in found], "violations": broken})
     else:
         columns = [field.name for field in fields(ahead_of_time.Resources)]
         tables.show("kernels", columns, [astuple(row) for row in found])
@@ -164,6 +192,22 @@ def compile_(
             print(line)
     if broken or not found:
         raise typer.Exit(Exit.FAILURE)
+
+
+for command in (advise, profile, tune):
+    app.command()(command)
+
+
+def _print_static_report(archs: list[str], names: list[str] | None, as_json: bool) -> None:
+    if len(archs) > 1 or archs[0] not in GPUS:
+        known = ", ".join(GPUS)
+        raise typer.BadParameter(f"a report is of one of {known}, got {' '.join(archs)}")
+    with tables.counter("compiling") as count:
+        found = static_report.report(names, arch=archs[0], progress=count)
+    if as_json:
+        print_json(static_report.as_json(found))
+    else:
+        print(static_report.markdown(found))
 
 
 def _served_dtypes(op: Op[..., Any]) -> list[str]:
@@ -181,15 +225,6 @@ def _device(cuda: bool) -> str:
         return torch.cuda.get_device_name()
     served = "compiled extension" if _native.native is not None else "ATen"
     return f"{environment.processor()} (CPU, {served})"
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=1))
-
-
-def _stop(code: Exit, message: str) -> Any:
-    print(f"vlm-fast: {message}", file=sys.stderr)
-    raise typer.Exit(code)
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

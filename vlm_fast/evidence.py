@@ -1,6 +1,7 @@
 """What results files prove of each op: on which machine, at this source or at an older one.
 
-A results file (``benchmarks/results/<machine>.json``, schema 1) is written by the benchmark. This
+A results file (``benchmarks/results/<machine>.json``) is written by the benchmark, and described by
+the JSON schema that is shipped beside this, ``results.schema.json``. This
 reads ``schema``, ``device`` ("cuda" or "cpu"), ``machine``, ``sources`` ({op: {file: sha256}}) and
 ``parity`` ({op: {"dtypes": [...], "cases": n, "failures": [...]}}).
 """
@@ -11,6 +12,7 @@ import ast
 import hashlib
 import inspect
 import json
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +20,13 @@ from typing import Any
 
 from vlm_fast.op import Op
 
-SCHEMA = 1
+SCHEMA = 2
 PACKAGE = Path(__file__).resolve().parent
-RESULTS = PACKAGE.parent / "benchmarks" / "results"  # absent where the package is installed
+CSRC = PACKAGE.parent / "csrc"  # absent where the package is installed, like the results
+RESULTS = PACKAGE.parent / "benchmarks" / "results"
 
 # These decide how a kernel is launched, not what it computes.
-PLUMBING = {"_configs.py", "_launcher.py", "_native.py", "_triton.py"}
+PLUMBING = {"_configs.py", "_launcher.py", "_native.py", "_triton.py", "_user_table.py"}
 
 
 @dataclass(frozen=True)
@@ -53,19 +56,24 @@ def sources(op: Op[..., Any]) -> dict[str, str]:
             continue
         text = path.read_bytes()
         found[name] = hashlib.sha256(text).hexdigest()
-        todo += (PACKAGE / "kernels" / f"{kernel}.py" for kernel in _kernel_imports(text))
+        if path.name == "_hopper.py":
+            todo += CSRC.glob("hopper_*")
+        if path.suffix == ".py":
+            todo += (PACKAGE / f"{file}.py" for file in _imports(text))
     return dict(sorted(found.items()))
 
 
-def _kernel_imports(text: bytes) -> Iterator[str]:
-    """Names of the kernel files that a file of ``ops/`` or ``kernels/`` imports."""
+def _imports(text: bytes) -> Iterator[str]:
+    """Names of the kernel files and op files that a file of ``ops/`` or ``kernels/`` imports."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom):
             module = node.module or ""
             if module == "vlm_fast.kernels" or (node.level == 1 and not module):
-                yield from (alias.name for alias in node.names)
-            elif module.startswith("vlm_fast.kernels.") or node.level == 1:
-                yield module.rpartition(".")[2]
+                yield from (f"kernels/{alias.name}" for alias in node.names)
+            elif module.startswith(("vlm_fast.kernels.", "vlm_fast.ops.")):
+                yield module.removeprefix("vlm_fast.").replace(".", "/")
+            elif node.level == 1:
+                yield f"kernels/{module}"
 
 
 def read_results(directory: Path = RESULTS) -> list[dict[str, Any]]:
@@ -98,3 +106,18 @@ def proofs(op: Op[..., Any], results: list[dict[str, Any]]) -> list[Proof]:
                 )
             )
     return sorted(found, key=lambda proof: (not proof.current, proof.machine))
+
+
+def commit() -> str | None:
+    """The commit, with a plus sign if the tree differs from it; None outside a repository."""
+    git = ("git", "-C", str(PACKAGE.parent))
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        # Results files are what a measurement writes; they do not make it another tree.
+        changes = ("status", "--porcelain", "--", ":!benchmarks/results", ":!vlm_fast/configs")
+        status = subprocess.run([*git, *changes], capture_output=True, text=True)
+    except OSError:
+        return None
+    if head.returncode != 0:
+        return None
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")

@@ -18,11 +18,16 @@ NVIDIA = {
     "tma": re.compile(r"\bUTMA(?:LDG|STG|REDG)\b"),
     "wide_loads": re.compile(r"\bLDG\.\S*\b(?:128|256)\b"),
     "wide_stores": re.compile(r"\bSTG\.\S*\b(?:128|256)\b"),
+    "loads": re.compile(r"\b(?:LDG|LDGSTS)\b"),
+    "stores": re.compile(r"\bSTG\b"),
+    "async_loads": re.compile(r"\bLDGSTS\.\S*\b128\b"),
 }
 AMD = {
     "tensor_core": re.compile(r"\bv_(?:mfma|wmma)_"),
     "wide_loads": re.compile(r"\b(?:global|buffer)_load_(?:dwordx4|b128)\b"),
     "wide_stores": re.compile(r"\b(?:global|buffer)_store_(?:dwordx4|b128)\b"),
+    "loads": re.compile(r"\b(?:global|buffer)_load_"),
+    "stores": re.compile(r"\b(?:global|buffer)_store_"),
 }
 
 
@@ -79,6 +84,7 @@ def _amd(assembly: str) -> dict[str, int]:
         "stack_bytes": noted("private_segment_fixed_size"),
         "spills": noted("vgpr_spill_count") + noted("sgpr_spill_count"),
         "tma": 0,
+        "async_loads": 0,
         **{kind: len(pattern.findall(assembly)) for kind, pattern in AMD.items()},
     }
 

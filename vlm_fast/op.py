@@ -68,6 +68,7 @@ class Op(Generic[P, R]):
         self.defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         self.Needs = namedtuple(f"{self.name}_needs", self.tensors)  # type: ignore[misc]
         self.autocasts = False
+        self.uncast: tuple[str, ...] = ()
         self.discrete = False
         self.plain_orders: list[Callable[..., Any]] = [reference]
         self.judge: Callable[..., list[Any]] | None = None
@@ -144,7 +145,8 @@ class Op(Generic[P, R]):
                 return [to(v) for v in value]
             return value.to(dtype) if isinstance(value, Tensor) and value.dtype in FLOATS else value
 
-        cast = [to(value) for value in values]
+        named = zip(self.tensors, values, strict=True)
+        cast = [value if name in self.uncast else to(value) for name, value in named]
         with torch.autocast(device, enabled=False):
             return call(*cast, **settings)
 
@@ -189,6 +191,10 @@ class Op(Generic[P, R]):
     def constants(self, constant: Callable[[Any], tuple[int, ...]]) -> None:
         """Which results, of several, hang on nothing whose gradient is wanted: ``(needs)``."""
         self.constant = constant
+
+    def leaves_alone(self, *names: str) -> None:
+        """Tensor arguments of a linear op that autocast does not cast."""
+        self.uncast = names
 
     def judges(self, judge: Callable[..., list[Any]]) -> None:
         """Of a discrete op: ``judge(results, *args, **options)``, one `parity.Verdict` or more."""

@@ -1,10 +1,13 @@
-"""Tables and progress: rich in a terminal, plain aligned text when piped."""
+"""Tables and progress: rich in a terminal, plain aligned text when piped; tables as CSV files."""
 
 from __future__ import annotations
 
+import csv
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
@@ -38,3 +41,36 @@ def counter(what: str) -> Iterator[Callable[[int, int | None], None]]:
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """A line a row, under the names of all of them; a list is joined by semicolons.
+
+    What a spreadsheet would take for a formula gets an apostrophe before it.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(names)
+        for row in rows:
+            lines.writerow([_csv_cell(row.get(name)) for name in names])
+
+
+def _csv_cell(value: object) -> object:
+    if isinstance(value, list | tuple):
+        value = "; ".join(map(str, value))
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return f"'{value}"
+    return "" if value is None else value
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Why a file cannot be written there, or None; nothing is written to find out."""
+    if path.is_dir():
+        return f"{path} is a directory: name a file in it"
+    folder = path.parent
+    if not folder.is_dir():
+        return f"there is no directory {folder}: make it first (mkdir -p {folder})"
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        return f"{path} may not be written: choose another place"
+    return None

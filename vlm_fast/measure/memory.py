@@ -45,7 +45,8 @@ def saved_bytes(call: Callable[[], Any], arguments: Iterable[Tensor]) -> int:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    # Not its address: on the meta device that is 0.
+    return tensor.untyped_storage()._cdata
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int:

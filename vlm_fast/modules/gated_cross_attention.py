@@ -237,7 +237,7 @@ def project(attn: Any, media: Any, *, plain: bool = True) -> MediaKeyValues:
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         return MediaKeyValues(k, v, media.shape[2])
 
-    autocast = torch.is_autocast_enabled(media.device.type)
+    autocast = torch.is_autocast_enabled("cuda" if media.is_cuda else "cpu")
     if not plain or autocast:
         return made()
     return remembered(attn, media, [attn.to_kv.weight], made)

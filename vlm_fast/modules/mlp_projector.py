@@ -77,6 +77,28 @@ class MLPProjector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return fused_mlp("MLPProjector", x, self.linear_1, self.act, self.linear_2, self.saved)
 
+    def merge(self, inputs_embeds: Tensor, x: Tensor, image_mask: Tensor) -> Tensor:
+        """``inputs_embeds`` with the projected rows of ``x`` where the mask is true, in order.
+
+        Through `vlm_fast.ops.mlp_merge` where the children are plain; else the projector's rows are
+        merged by `vlm_fast.ops.merge_image_tokens`.
+
+        Args:
+            inputs_embeds, image_mask: ``(batch, sequence, out_features)`` and, bool,
+                ``(batch, sequence)``.
+            x: ``(..., in_features)``.
+
+        Raises:
+            TypeError, ValueError: as `vlm_fast.ops.mlp_merge`.
+        """
+        if why_not_fused(self.linear_1, self.act, self.linear_2) is not None:
+            return ops.merge_image_tokens(inputs_embeds, self(x), image_mask)
+        first, second = self.linear_1, self.linear_2
+        return ops.mlp_merge(
+            inputs_embeds, x, first.weight, first.bias, second.weight, second.bias, image_mask,
+            activation=cast(str, activation_of(self.act)), saved=self.saved,
+        )  # fmt: skip
+
     def extra_repr(self) -> str:
         return f"saved={self.saved!r}"
 

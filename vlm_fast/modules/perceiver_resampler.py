@@ -258,7 +258,7 @@ def _folded_key_values(
     """
     norms = [layer.norm_context for layer in layers]
     alike = len({(type(norm), _eps(norm)) for norm in norms}) == 1
-    autocast = torch.is_autocast_enabled(context.device.type)
+    autocast = torch.is_autocast_enabled("cuda" if context.is_cuda else "cpu")
     if torch.is_grad_enabled() or owner.training or autocast or not (layers and alike):
         forget(owner)
         return None

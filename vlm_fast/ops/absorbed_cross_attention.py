@@ -12,6 +12,7 @@ from vlm_fast.kernels.absorbed_cross_attention import (
     absorbed_attention,
     absorbed_attention_backward,
     after_dropout,
+    value_weights,
 )
 from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
 from vlm_fast.ops.cross_attention import cross_attention, score_scale
@@ -253,7 +254,7 @@ def backward(needs, kept, dout, *, heads, scale, dropout):
         dweight_k = None if dweight_k is None else dweight_k.view(features, -1)
         dweight_v = None if dweight_v is None else dweight_v.view(features, -1)
     if needs.bias_v:  # it counts as often as probabilities sum to 1: not where no key is seen
-        total = after_dropout(p, seed, heads, dropout).sum(-1, dtype=torch.float32)
+        total = value_weights(p, seed, heads, dropout).sum(-1, dtype=torch.float32)
         total = total.view(batch, heads, queries).transpose(1, 2)
         dbias_v = (dout * total.unsqueeze(-1)).sum((0, 1)).to(dout.dtype).view(features)
     if needs.bias_k:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlm_fast.kernels import _hopper
 from vlm_fast.kernels._activation import ACTIVATIONS
 from vlm_fast.kernels._launcher import runs_triton
 from vlm_fast.kernels.mlp import (
@@ -40,7 +43,7 @@ def mlp(
 
     Args:
         x: ``(..., in)``; any strides. Rows at one pitch, as in ``hidden[:, 1:]``, are not copied
-            in forward.
+            in forward, except where the optional GEMM for Hopper takes them.
         weight_1, bias_1: ``(hidden, in)`` and ``(hidden,)`` or None.
         weight_2, bias_2: ``(out, hidden)`` and ``(out,)`` or None.
         activation: "gelu", "gelu_tanh", "quick_gelu", "silu" or "relu".
@@ -59,6 +62,12 @@ def mlp(
 
 @mlp.accepts
 def accepts(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
+    check("mlp", x, weight_1, bias_1, weight_2, bias_2, activation, saved)
+    return x, weight_1, bias_1, weight_2, bias_2
+
+
+def check(name, x, weight_1, bias_1, weight_2, bias_2, activation, saved):
+    """Raise what is wrong with a projector's arguments, in the name of an op."""
     # One pass over the usual case, at a microsecond; what is wrong is found out afterwards.
     try:
         dtype, device = x.dtype, x.device
@@ -77,53 +86,58 @@ def accepts(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
             and (bias_1 is None or _fits(bias_1, hidden, dtype, device))
             and (bias_2 is None or _fits(bias_2, out, dtype, device))
         ):
-            return x, weight_1, bias_1, weight_2, bias_2
+            return
     except (AttributeError, ValueError, IndexError, TypeError):
         pass
-    raise _mistake(x, weight_1, bias_1, weight_2, bias_2, activation, saved)
+    raise _mistake(name, x, weight_1, bias_1, weight_2, bias_2, activation, saved)
 
 
 def _fits(bias, features, dtype, device):
     return bias.shape == (features,) and bias.dtype is dtype and bias.device == device
 
 
-def _mistake(x, weight_1, bias_1, weight_2, bias_2, activation, saved):
+def _mistake(op, x, weight_1, bias_1, weight_2, bias_2, activation, saved):
     named = dict(x=x, weight_1=weight_1, bias_1=bias_1, weight_2=weight_2, bias_2=bias_2)
     for name, value in named.items():
         if not isinstance(value, Tensor) and not (value is None and name.startswith("bias")):
-            return not_a_tensor("mlp", name, value)
+            return not_a_tensor(op, name, value)
     present = {name: value for name, value in named.items() if value is not None}
     if activation not in ACTIVATIONS:
-        return wrong_value("mlp", "activation", activation, f"one of {ACTIVATIONS}")
+        return wrong_value(op, "activation", activation, f"one of {ACTIVATIONS}")
     if saved not in SAVED:
-        return wrong_value("mlp", "saved", saved, f"one of {SAVED}")
+        return wrong_value(op, "saved", saved, f"one of {SAVED}")
     if x.ndim < 1:
-        return wrong_value("mlp", "x", x, "(..., in), at least one dimension")
+        return wrong_value(op, "x", x, "(..., in), at least one dimension")
     for name in ("weight_1", "weight_2"):
         if named[name].ndim != 2:
-            return wrong_value("mlp", name, named[name], "two dimensions, (out, in)")
+            return wrong_value(op, name, named[name], "two dimensions, (out, in)")
     if weight_1.shape[1] != x.shape[-1]:
         wanted = f"(*, {x.shape[-1]}) to match x[..., {x.shape[-1]}]"
-        return wrong_value("mlp", "weight_1", weight_1, wanted)
+        return wrong_value(op, "weight_1", weight_1, wanted)
     hidden, out = weight_1.shape[0], weight_2.shape[0]
     if weight_2.shape[1] != hidden:
         wanted = f"(*, {hidden}) to match weight_1 ({hidden}, *)"
-        return wrong_value("mlp", "weight_2", weight_2, wanted)
+        return wrong_value(op, "weight_2", weight_2, wanted)
     for name, features in (("bias_1", hidden), ("bias_2", out)):
         if name in present and present[name].shape != (features,):
-            return wrong_value("mlp", name, present[name], f"({features},) or None")
+            return wrong_value(op, name, present[name], f"({features},) or None")
     if not x.is_floating_point():
-        return wrong_type("mlp", "x", x, "a floating dtype (float32, bfloat16 or float16)")
+        return wrong_type(op, "x", x, "a floating dtype (float32, bfloat16 or float16)")
     for name, value in present.items():
         if value.dtype != x.dtype:
-            return wrong_type("mlp", name, value, f"{x.dtype} as x has")
+            return wrong_type(op, name, value, f"{x.dtype} as x has")
         if value.device != x.device:
-            return wrong_value("mlp", name, value, f"{x.device}, where x is")
-    return wrong_type("mlp", "arguments", named, "dense tensors")
+            return wrong_value(op, name, value, f"{x.device}, where x is")
+    return wrong_type(op, "arguments", named, "dense tensors")
 
 
 @mlp.requires
 def requires(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
+    return unsupported(x)
+
+
+def unsupported(x: Tensor) -> str | None:
+    """None, or why the kernels cannot serve this input."""
     if x.dtype not in FLOATS:
         return f"{x.dtype} has no kernels here (float32, bfloat16 and float16 have)"
     if x.layout is not torch.strided or x.is_nested:
@@ -133,49 +147,64 @@ def requires(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
 
 @mlp.forward
 def forward(needs, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
+    # z, if it is not kept, is gone before the second GEMM allocates.
+    h, kept = activated(needs, x, weight_1, bias_1, weight_2, activation, saved)
+    return F.linear(h, weight_2, bias_2), kept
+
+
+def activated(
+    needs: Any,
+    x: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor | None,
+    weight_2: Tensor,
+    activation: str,
+    saved: str,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """What the second linear takes, and what `backward` needs."""
     if not any(needs) and x.dtype is not torch.float32 and runs_triton(x):
         rows = math.prod(x.shape[:-1])
         if 0 < rows <= FEW_ROWS and x.shape[-1] > 0:
             few = x.reshape(rows, x.shape[-1])
             few = few if few.stride(1) == 1 else few.contiguous()
             h = linear_activation(few, weight_1, bias_1, activation)
-            return F.linear(h.view(*x.shape[:-1], h.shape[1]), weight_2, bias_2), ()
-    z = F.linear(_gemm_input(x), weight_1, bias_1)
+            return h.view(*x.shape[:-1], h.shape[1]), ()
     inner = needs.x or needs.weight_1 or needs.bias_1
     rebuild = saved == "input"
-    kept_z = None if rebuild or not (inner or needs.weight_2) else z
-    h = activate(
-        z if z.ndim == x.ndim else _without_gaps(z, x.shape[:-1]), activation,
-        overwrite=kept_z is None,
-    )  # fmt: skip
-    del z  # if not kept, gone before the second GEMM allocates
-    y = F.linear(h, weight_2, bias_2)
+    keep_z = not rebuild and (inner or needs.weight_2)
+    z, h = _first_linear(x, weight_1, bias_1, weight_2, activation, keep_z, inner)
     if not any(needs):
-        return y, ()
-    return y, (
+        return h, ()
+    return h, (
         x if needs.weight_1 or rebuild else None,
         weight_1 if needs.x or rebuild else None,
         bias_1 if rebuild else None,
         weight_2 if inner else None,
-        kept_z,
+        z,
         h if saved == "all" and needs.weight_2 else None,
     )
 
 
 @mlp.backward
 def backward(needs, kept, dy, *, activation, saved):
+    return gradients(needs, kept, dy, activation, saved)
+
+
+def gradients(
+    needs: Any, kept: Sequence[Any], dy: Tensor, activation: str, saved: str
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a projector's arguments, from what `activated` kept."""
     x, weight_1, bias_1, weight_2, z, h = kept
     leading, dy = dy.shape[:-1], _rows(dy)
     if saved == "input":
-        z = F.linear(_gemm_input(x), weight_1, bias_1)
+        whole = _takes_whole_rows(x, weight_1, weight_2, activation)
+        z = F.linear(x.contiguous() if whole else _gemm_input(x), weight_1, bias_1)
     want_h = needs.weight_2 and h is None
     dx = dweight_1 = dbias_1 = dweight_2 = None
     if needs.x or needs.weight_1 or needs.bias_1:
-        tokens, period = _tokens_and_period(z, leading)
-        dz, fresh_h, dbias_1 = mlp_activation_backward(
-            z, torch.mm(dy, weight_2), tokens, period, activation,
-            want_h=want_h, want_dbias=needs.bias_1,
-        )  # fmt: skip
+        dz, fresh_h, dbias_1 = _second_linear_backward(
+            z, dy, weight_2, leading, activation, want_h, needs.bias_1
+        )
         z = None
         h = fresh_h if want_h else h
     elif want_h:
@@ -190,6 +219,68 @@ def backward(needs, kept, dy, *, activation, saved):
         dx = torch.mm(dz, weight_1)
         dx = dx if len(leading) == 1 else dx.view(*leading, dx.shape[1])
     return dx, dweight_1, dbias_1, dweight_2, dy.sum(0) if needs.bias_2 else None
+
+
+def _first_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_2: Tensor,
+    activation: str,
+    keep_z: bool,
+    backward: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """``z``, if it is kept, and its activation."""
+    leading, (hidden, inner) = x.shape[:-1], weight.shape
+
+    def plain() -> tuple[Tensor | None, Tensor]:
+        whole = backward and _takes_whole_rows(x, weight, weight_2, activation)
+        z = F.linear(x.contiguous() if whole else _gemm_input(x), weight, bias)
+        rows = z if z.ndim == x.ndim else _without_gaps(z, leading)
+        return z if keep_z else None, activate(rows, activation, overwrite=not keep_z)
+
+    def fused(config: int) -> tuple[Tensor | None, Tensor]:
+        z, h = _hopper.linear_gelu(config, _rows(x), weight, bias, keep_z=keep_z)
+        return None if z is None else z.view(*leading, hidden), h.view(*leading, hidden)
+
+    if activation != "gelu":
+        return plain()
+    return _hopper.LINEAR_GELU(x, math.prod(leading), (inner, hidden), plain, fused)
+
+
+def _second_linear_backward(
+    z: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    leading: torch.Size,
+    activation: str,
+    want_h: bool,
+    want_dbias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``dz``, the activation and the gradient of the first bias; dy ``(rows, out)``."""
+    tokens, period = _tokens_and_period(z, leading)
+    rows, (out, hidden) = dy.shape[0], weight.shape
+
+    def plain() -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return mlp_activation_backward(
+            z, torch.mm(dy, weight), tokens, period, activation,
+            want_h=want_h, want_dbias=want_dbias,
+        )  # fmt: skip
+
+    def fused(config: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return _hopper.gelu_backward(
+            config, z.view(rows, hidden), dy, weight, want_h=want_h, want_dbias=want_dbias
+        )
+
+    if activation != "gelu" or tokens != period:
+        return plain()
+    return _hopper.GELU_BACKWARD(z, rows, (out, hidden), plain, fused)
+
+
+def _takes_whole_rows(x: Tensor, weight_1: Tensor, weight_2: Tensor, activation: str) -> bool:
+    """Whether backward's GEMM will take z, which then must have no gaps."""
+    rows = math.prod(x.shape[:-1])
+    return activation == "gelu" and bool(_hopper.GELU_BACKWARD.choose(x, rows, weight_2.shape))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,0 +1,93 @@
+"""This run against an earlier one of the same machine: where our ops became slower or larger.
+
+Times are compared as shares of eager PyTorch's in the same run, so that a busy machine is no
+regression; bytes as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.providers import EAGER, OURS
+from vlm_fast import evidence, tables
+
+Row = Mapping[str, Any]
+Key = tuple[str, ...]
+WHAT = ("op", "shape", "scale", "dtype", "mode")
+BYTES = ("saved_bytes", "peak_bytes")
+SLACK = 1.02  # of bytes: allocations are rounded
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A results file.
+
+    Raises:
+        ValueError: it cannot be read, is no results file, or is one of another schema; the message
+            says what to do.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"{path} is not JSON; write one with vlm-fast bench --json") from None
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != evidence.SCHEMA:
+        raise ValueError(
+            f"{path} has schema {schema!r} where {evidence.SCHEMA} is read: "
+            "measure it again with vlm-fast bench --json"
+        )
+    return dict(content)
+
+
+def why_not(old: Mapping[str, Any], machine: str) -> str | None:
+    """Why the times of an earlier file say nothing about this machine."""
+    if old["machine"] != machine:
+        return f"was measured on {old['machine']}, and this is {machine}"
+    return None if old.get("ops") else "holds no rows of ops; measure them with --section ops"
+
+
+def regressions(old: Sequence[Row], new: Sequence[Row], allowed: float) -> Iterator[str]:
+    """A sentence for each row of ours that is slower than ``allowed`` (0.05: 5 %), or larger.
+
+    Slower is claimed only where the quartiles of the two runs do not overlap.
+    """
+    before, after = by_provider(old), by_provider(new)
+    for key in after.keys() & before.keys():
+        a, b = before[key], after[key]
+        what = f"{key[0]}, {key[1]}, {key[4]}"
+        if EAGER in a and EAGER in b and OURS in a and OURS in b:
+            then, now = (ours["median"] / eager["median"] for ours, eager in pairs(a, b))
+            best = b[OURS]["lower"] / b[EAGER]["median"]
+            worst = a[OURS]["upper"] / a[EAGER]["median"]
+            if now > then * (1 + allowed) and best > worst:
+                yield f"{what}: takes {now:.2f} of eager's time, took {then:.2f}"
+        if OURS in a and OURS in b:
+            for name in BYTES:
+                if b[OURS][name] > a[OURS][name] * SLACK:
+                    yield f"{what}: {name} {b[OURS][name]}, were {a[OURS][name]}"
+
+
+def pairs(a: Mapping[str, Row], b: Mapping[str, Row]) -> Iterator[tuple[Row, Row]]:
+    return ((rows[OURS], rows[EAGER]) for rows in (a, b))
+
+
+def by_provider(rows: Sequence[Row]) -> dict[Key, dict[str, Row]]:
+    found: dict[Key, dict[str, Row]] = {}
+    for row in rows:
+        if row["status"] == "measured":
+            key = tuple(str(row[name]) for name in WHAT)
+            found.setdefault(key, {})[row["provider"]] = row
+    return found
+
+
+def show(old: Mapping[str, Any], new: Sequence[Row], allowed: float) -> list[str]:
+    """Print and return the regressions; say how many rows both runs have."""
+    found = sorted(regressions(old["ops"], new, allowed))
+    shared = len(by_provider(old["ops"]).keys() & by_provider(new).keys())
+    title = f"against commit {old.get('commit')}, {old['date']}: {shared} rows in both"
+    tables.show(title, ("slower or larger",), [(line,) for line in found or ["none"]])
+    return found

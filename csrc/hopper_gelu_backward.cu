@@ -1,0 +1,114 @@
+// dz = (dy W) * gelu'(z), and from the same epilogue h = gelu(z) and the partial sums of the bias
+// gradient: a row of its own for every tile of tokens, so no atomics and one order of summation.
+//
+// The product is taken transposed, features by tokens, and written column by column, which is the
+// same memory: a thread then holds four features, and the sum over tokens stays in its registers.
+#include "hopper_gelu.h"
+#include "hopper_gemm.h"
+
+namespace vlm_fast {
+
+#if CONFIG == 1
+using Tiling = Tile<128, 128, PingPong>;  // features, tokens
+#elif CONFIG == 2
+using Tiling = Tile<64, 256, PingPong>;
+#endif
+
+template <int N>
+using Floats = cutlass::Array<float, N>;
+
+template <typename T>
+struct Cdf;
+template <typename T>
+struct Gelu;
+template <typename T>
+struct TimesSlope;
+template <typename T>
+struct First;
+
+// A node of its own: evaluated within the other two, the compiler forms erf twice.
+template <int N>
+struct Cdf<Floats<N>> {
+  CUTLASS_DEVICE Floats<N> operator()(Floats<N> const& z) const {
+    Floats<N> cdf;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < N; ++i) cdf[i] = normal_cdf(z[i]);
+    return cdf;
+  }
+};
+
+template <int N>
+struct Gelu<Floats<N>> {
+  CUTLASS_DEVICE Floats<N> operator()(Floats<N> const& z, Floats<N> const& cdf) const {
+    Floats<N> h;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < N; ++i) h[i] = gelu(z[i], cdf[i]);
+    return h;
+  }
+};
+
+template <int N>
+struct TimesSlope<Floats<N>> {
+  CUTLASS_DEVICE Floats<N> operator()(Floats<N> const& dh, Floats<N> const& z,
+                                      Floats<N> const& cdf) const {
+    Floats<N> dz;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < N; ++i) dz[i] = dh[i] * gelu_slope(z[i], cdf[i]);
+    return dz;
+  }
+};
+
+// The result, once everything beside it is on its way.
+template <int N>
+struct First<Floats<N>> {
+  CUTLASS_DEVICE Floats<N> operator()(Floats<N> const& result, Floats<N> const&) const {
+    return result;
+  }
+};
+
+using namespace cutlass::epilogue::fusion;
+namespace detail = cutlass::epilogue::collective::detail;
+using cute::seq;
+using Descriptor = EpilogueOf<Tiling, Element>;
+using Loaded = detail::AuxLoadDescriptor<Descriptor, ColumnMajor, Element>;
+using Stored = detail::AuxStoreDescriptor<Descriptor, ColumnMajor, Element>;
+using Z = Sm90AuxLoad<Loaded::Stages, Loaded::EpilogueTile, Element, Loaded::Stride,
+                      Loaded::SmemLayoutAtom, Loaded::CopyOpS2R>;
+using H = Sm90AuxStore<Stored::Stages, Stored::EpilogueTile, Element, kRound, Stored::Stride,
+                       Stored::SmemLayoutAtom, Stored::CopyOpR2S>;
+constexpr bool kSumsTiles = false;  // who calls adds up the rows of the tiles
+using BiasSums = Sm90ColReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, Tiling::Shape,
+                                  float, float, kRound, cute::Stride<cute::_1, cute::_0, int64_t>,
+                                  4, true, kSumsTiles>;
+template <template <typename> class Function, typename Out = float>
+using Compute = Sm90Compute<Function, Out, float, kRound>;
+using Visitor = Sm90TopologicalVisitor<
+    float,
+    cute::tuple<seq<>, seq<>, seq<1>, seq<0, 1, 2>, seq<3>, seq<1, 2>, seq<5>, seq<4, 6>>,
+    Sm90AccFetch,             // 0: dh
+    Z,                        // 1
+    Compute<Cdf>,             // 2
+    Compute<TimesSlope>,      // 3: dz
+    BiasSums,                 // 4
+    Compute<Gelu>,            // 5
+    H,                        // 6
+    Compute<First, Element>>; // 7
+using GeluBackward = Gemm<Tiling, ColumnMajor, ColumnMajor, Element, ColumnMajor, Visitor>;
+
+}  // namespace vlm_fast
+
+// dy (rows, outer) at a pitch of `dy_row` elements, weight (outer, cols), z and dz (rows, cols),
+// h (rows, cols) or null, bias_sums fp32 (tiles of rows, cols rounded up to tiles) or null.
+VLM_FAST_EXPORT(gelu_backward)
+(const void* dy, int64_t dy_row, const void* weight, const void* z, void* dz, void* h,
+ void* bias_sums, int64_t rows, int64_t cols, int64_t outer, void* stream) {
+  using namespace vlm_fast;
+  const TransposedStride across{{}, cols, 0};
+  const auto in = [](const void* pointer) { return static_cast<const Element*>(pointer); };
+  const auto out = [](void* pointer) { return static_cast<Element*>(pointer); };
+  return GeluBackward::run(
+      cols, rows, outer, {in(weight), {{}, cols, 0}, in(dy), {dy_row, {}, 0}},
+      {{{}, {in(z), Element(0), across}, {}, {}, {bias_sums, 0.0f, {}}, {}, {out(h), across}, {}},
+       nullptr, {}, out(dz), across},
+      stream);
+}
