@@ -60,11 +60,13 @@ def gated_activation_backward_kernel(
         tl.store(h_ptr + at, (value * up).to(h_ptr.dtype.element_ty), mask=inside)
 
 
-def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """``act(gate) * up``; both of one shape, contiguous."""
+def gated_activation(
+    gate: Tensor, up: Tensor, activation: str, *, overwrite: bool = False
+) -> Tensor:
+    """``act(gate) * up``, over gate if wanted; both of one shape, contiguous."""
     if not runs_triton(gate):
-        return activate(gate, activation).mul_(up)
-    h = torch.empty_like(gate)
+        return activate(gate, activation, overwrite=overwrite).mul_(up)
+    h = gate if overwrite else torch.empty_like(gate)
     count = gate.numel()
     gated_activation_kernel(
         count, lambda blocks: (triton.cdiv(count, blocks["BLOCK"]),), gate, up, h, count, activation

@@ -180,9 +180,12 @@ def _aten(
     return dz, h, dz.sum(0) if want_dbias else None
 
 
-def activate(z: Tensor, activation: str) -> Tensor:
-    """The activation itself; one elementwise pass, where ATen is as fast as a kernel of ours."""
-    return _ATEN[activation](z)
+def activate(z: Tensor, activation: str, *, overwrite: bool = False) -> Tensor:
+    """The activation itself; one elementwise pass, where ATen is as fast as a kernel of ours.
+
+    ``overwrite`` allows the result to be written over z.
+    """
+    return (_ATEN_IN_PLACE if overwrite else _ATEN)[activation](z)
 
 
 _aten_ops = torch.ops.aten
@@ -192,6 +195,15 @@ _ATEN: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
     "silu": F.silu,
     "relu": F.relu,
+}
+
+
+_ATEN_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    **_ATEN,
+    "gelu": _aten_ops.gelu_.default,
+    "gelu_tanh": lambda z: _aten_ops.gelu_.default(z, approximate="tanh"),
+    "silu": lambda z: F.silu(z, inplace=True),
+    "relu": lambda z: F.relu(z, inplace=True),
 }
 
 

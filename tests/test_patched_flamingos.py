@@ -226,3 +226,21 @@ def test_mistakes_are_named(family, change, said):
     _, fast, given = pair(family)
     with pytest.raises(ValueError, match=said), torch.no_grad():
         fast(**(given | change))
+
+
+@every_family
+def test_verify_judges_the_gated_layers(family, monkeypatch):
+    """Each against its base, which takes masks where the patched layer is given sets."""
+    _, fast, given = pair(family)
+    right = vlm_fast.verify(fast, **given)
+    layers = [c.name for c in right.connectors if c.what.endswith("Layer")]
+    assert right.ok and not right.unreached and len(layers) == 2
+    forward = vlm_fast.ops.gated_add._path.forward
+
+    def wrong(*args, **options):
+        y, kept = forward(*args, **options)
+        return y * 1.001, kept
+
+    monkeypatch.setattr(vlm_fast.ops.gated_add._path, "forward", wrong)
+    failed = [c.name for c in vlm_fast.verify(fast, **given).connectors if not c.ok]
+    assert failed == layers

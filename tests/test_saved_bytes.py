@@ -97,6 +97,27 @@ def test_merge_needs_nothing_of_the_hidden_size_beside_its_result():
     assert size <= most <= 1.02 * size
 
 
+@pytest.mark.parametrize("name", ["mlp", "gated_mlp"])
+def test_what_backward_is_done_with_is_freed_before_it_ends(name):
+    """Where gradients of weights are most of it; with the graph retained it cannot be."""
+    op = OPS[name]
+    args, options = op.sample(dict(shape=(65, 48), hidden=256, out=256))
+    args = parity.convert(args, lambda t: t.detach().requires_grad_())
+    peaks = {}
+    for call in (op, op.reference):
+        for retain in (False, True):
+
+            def step(call=call, retain=retain):
+                result = call(*args, **options)
+                upstream = torch.ones_like(result)
+                return torch.autograd.grad(result, args, upstream, retain_graph=retain)
+
+            step()
+            peaks[call, retain] = peak_bytes(step)[0]
+    assert peaks[op, False] <= peaks[op.reference, False]
+    assert peaks[op, False] < peaks[op, True]
+
+
 def test_peaks_are_seen():
     """The measurement itself: a temporary of the size of the result doubles the peak."""
     x = torch.randn(1000, 1000)

@@ -252,7 +252,11 @@ def _autograd_function(path: CallPath) -> Any:
                 _refuse_double_backward(path.name)
             count, settings = ctx.call
             needs = ctx.needs_input_grad[1:]
-            return None, *path.gradients(needs, count, ctx.saved_tensors, grads, settings)
+            # An iterator that is used up holds nothing, and autograd lets go unless the graph is
+            # retained: what an op is done with is then freed before it allocates the next.
+            kept = iter(list(ctx.saved_tensors))
+            ctx.maybe_clear_saved_tensors()
+            return None, *path.gradients(needs, count, kept, grads, settings)
 
     Function.__name__ = Function.__qualname__ = f"vlm_fast_{path.name}"
     return Function

@@ -107,13 +107,14 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
         for hook in hooks:
             hook.remove()
     theirs = _without_patch(connectors, lambda: _first_output(model, inputs))
-    found, unreached = [], []
+    found, whole, unreached = [], [], []
     for name, module in connectors.items():
         what, verdicts = [], []
         plain = module.unpatched() if name in seen and isinstance(module, Patched) else None
         if plain is not None:
             what.append(type(module).patch.mixin.__name__)
             verdicts += _verify_module(module, plain, seen[name])
+            whole.append(name)
         if isinstance(module, anyres.FusedAnyRes) and packs:
             what.append("anyres_pack")
             verdicts += [v for pack in packs for v in _verify_pack(*pack)]
@@ -122,7 +123,7 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
             verdicts += [v for merge in merges for v in _verify_merge(*merge)]
         if what:
             found.append(Connector(name, ", ".join(what), verdicts))
-        elif not _within(name, found) and not (isinstance(module, GivesSets) and name in seen):
+        elif not _within(name, whole) and not (isinstance(module, GivesSets) and name in seen):
             unreached.append(name)
     difference = (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0
     return Verification(found, unreached, difference, theirs.abs().max().item())
@@ -237,8 +238,8 @@ def _keep(seen: dict[str, Arguments], name: str) -> Callable[..., None]:
     return hook
 
 
-def _within(name: str, found: Sequence[Connector]) -> bool:
-    return any(name.startswith(f"{connector.name}.") for connector in found)
+def _within(name: str, modules: Sequence[str]) -> bool:
+    return any(module == "" or name.startswith(f"{module}.") for module in modules)
 
 
 def _detached(values: Sequence[Any]) -> tuple[Any, ...]:

@@ -22,6 +22,7 @@ from vlm_fast.policy import fell_back
 from vlm_fast.refusal import not_a_tensor, wrong_value
 
 OP = "PerceiverResampler"
+KeysValues = tuple[Tensor, Tensor]
 
 
 class Layer(NamedTuple):
@@ -56,7 +57,7 @@ class PerceiverAttention(nn.Module):
         """What is added to the latents ``(batch, ..., n, dim)``; x: ``(batch, ..., keys, dim)``."""
         context, own = x.flatten(0, -3), latents.flatten(0, -3)
         layer = layer_of_openflamingo(self, nn.Identity())
-        found = _attend(layer, own, *_key_values(layer, layer.norm_context(context)))
+        found = _attend(layer, own, context, None, None)
         return layer.out(found).view(latents.shape)
 
 
@@ -185,34 +186,55 @@ def resample(
         key_mask = torch.cat((key_mask, key_mask.new_ones(batch, len(latents))), 1)
     own = latents.unsqueeze(0)  # the same for all images until they have seen one
     for i, layer in enumerate(layers):
-        kv = folded[i] if folded is not None else _key_values(layer, layer.norm_context(context))
-        own = layer.out(_attend(layer, own, *kv, key_mask)) + own
+        of_context = None if folded is None else folded[i]
+        own = layer.out(_attend(layer, own, context, of_context, key_mask)) + own
         own = layer.feed_forward(own) + own
     return own.expand(batch, -1, -1)
 
 
 def _attend(
-    layer: Layer, latents: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None
+    layer: Layer,
+    latents: Tensor,
+    context: Tensor,
+    of_context: KeysValues | None,
+    key_mask: Tensor | None,
 ) -> Tensor:
-    """Attention of latents ``(batch or 1, n, dim)`` to k, v and themselves; heads side by side."""
-    batch, normed = k.shape[0], layer.norm_latents(latents)
+    """Attention of latents ``(batch or 1, n, dim)`` to the context and themselves.
+
+    Keys and values of the context may be given. The result has its heads side by side.
+    """
+    batch, normed = context.shape[0], layer.norm_latents(latents)
     q = layer.query(normed).unflatten(2, (layer.heads, -1))
     if layer.head_norms is not None:
         q = layer.head_norms[0](q)
-    k2, v2 = _key_values(layer, normed)
+    if of_context is None:
+        (k, v), (k2, v2) = _key_values(layer, layer.norm_context(context), normed)
+    else:
+        (k, v), ((k2, v2),) = of_context, _key_values(layer, normed)
     q, k2, v2 = (t.expand(batch, -1, -1, -1) for t in (q.transpose(1, 2), k2, v2))
     attended = ops.cross_attention(q, k, v, k2, v2, key_mask=key_mask, scale=layer.scale)
     return attended.transpose(1, 2).flatten(2)
 
 
-def _key_values(layer: Layer, normed: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values ``(batch, heads, tokens, d)`` of what is normalised."""
-    parts = [linear(normed) for linear in layer.key_value]
+def _key_values(layer: Layer, *normed: Tensor) -> list[KeysValues]:
+    """Keys and values ``(batch, heads, tokens, d)`` of each of several normalised inputs.
+
+    Their rows are multiplied at once: of two products with one weight autograd adds the gradients,
+    and holds three of them meanwhile.
+    """
+    rows = torch.cat([x.flatten(0, 1) for x in normed]) if len(normed) > 1 else normed[0]
+    parts = [linear(rows) for linear in layer.key_value]
     k, v = parts if len(parts) == 2 else parts[0].chunk(2, -1)
-    return _as_heads(layer, k, v)
+    if len(normed) == 1:
+        return [_as_heads(layer, k, v)]
+    counts = [x.shape[0] * x.shape[1] for x in normed]
+    return [
+        _as_heads(layer, *(rows.unflatten(0, x.shape[:2]) for rows in pair))
+        for x, *pair in zip(normed, k.split(counts), v.split(counts), strict=True)
+    ]
 
 
-def _as_heads(layer: Layer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _as_heads(layer: Layer, k: Tensor, v: Tensor) -> KeysValues:
     k, v = (t.unflatten(2, (layer.key_heads, -1)) for t in (k, v))
     if layer.head_norms is not None:
         norm = layer.head_norms[1]
@@ -229,7 +251,7 @@ def fold_pays(context: Tensor) -> bool:
 
 def _folded_key_values(
     owner: nn.Module, context: Tensor, layers: Sequence[Layer]
-) -> list[tuple[Tensor, Tensor]] | None:
+) -> list[KeysValues] | None:
     """Those of the context for all layers from one GEMM; None where the fold does not pay.
 
     With gradients it would be made, and differentiated, in every step.

@@ -98,11 +98,13 @@ def requires(x, weight_gate, weight_up, weight_down, *, activation):
 def forward(needs, x, weight_gate, weight_up, weight_down, *, activation):
     rows = _rows(x)
     gate, up = F.linear(rows, weight_gate), F.linear(rows, weight_up)
-    y = F.linear(gated_activation(gate, up, activation), weight_down)
-    y = y.view(*x.shape[:-1], y.shape[1])
-    inner = needs.x or needs.weight_gate or needs.weight_up
+    h = gated_activation(gate, up, activation, overwrite=not any(needs))
+    shape = (*x.shape[:-1], weight_down.shape[0])
     if not any(needs):
-        return y, ()
+        del gate, up  # before the third GEMM allocates
+        return F.linear(h, weight_down).view(shape), ()
+    y = F.linear(h, weight_down).view(shape)
+    inner = needs.x or needs.weight_gate or needs.weight_up
     return y, (
         x if needs.weight_gate or needs.weight_up else None,
         weight_gate if needs.x else None,
@@ -121,18 +123,22 @@ def backward(needs, kept, dy, *, activation):
         dgate, dup, h = gated_activation_backward(
             gate, up, torch.mm(dy, weight_down), activation, want_h=needs.weight_down
         )
+        gate = up = None
     else:
         h = gated_activation(gate, up, activation)
     if h is not None:
         dweight_down = torch.mm(dy.t(), h)
     del h  # the largest temporaries first out
+    if needs.x:
+        dx = torch.mm(dgate, weight_gate)
     if needs.weight_gate:
         dweight_gate = torch.mm(dgate.t(), _rows(x))
+    if weight_down is not None:
+        del dgate
+    if dx is not None:
+        dx = dx.addmm_(dup, weight_up).view(*leading, dx.shape[1])
     if needs.weight_up:
         dweight_up = torch.mm(dup.t(), _rows(x))
-    if needs.x:
-        dx = torch.addmm(torch.mm(dgate, weight_gate), dup, weight_up)
-        dx = dx.view(*leading, dx.shape[1])
     return dx, dweight_gate, dweight_up, dweight_down
 
 

@@ -205,6 +205,7 @@ def gradients(
         dz, fresh_h, dbias_1 = _second_linear_backward(
             z, dy, weight_2, leading, activation, want_h, needs.bias_1
         )
+        z = None
         h = fresh_h if want_h else h
     elif want_h:
         h = activate(_without_gaps(z, leading), activation)
@@ -235,8 +236,8 @@ def _first_linear(
     def plain() -> tuple[Tensor | None, Tensor]:
         whole = backward and _takes_whole_rows(x, weight, weight_2, activation)
         z = F.linear(x.contiguous() if whole else _gemm_input(x), weight, bias)
-        h = activate(z if z.ndim == x.ndim else _without_gaps(z, leading), activation)
-        return z if keep_z else None, h
+        rows = z if z.ndim == x.ndim else _without_gaps(z, leading)
+        return z if keep_z else None, activate(rows, activation, overwrite=not keep_z)
 
     def fused(config: int) -> tuple[Tensor | None, Tensor]:
         z, h = _hopper.linear_gelu(config, _rows(x), weight, bias, keep_z=keep_z)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,7 +118,8 @@ def forward(
 
 @mlp_merge.backward
 def backward(needs, kept, dy, *, activation, saved):
-    mask, slots, shape, *kept = kept
+    kept = iter(kept)
+    mask, slots, shape = itertools.islice(kept, 3)
     dembeds = kernels.clear_image_tokens(dy, mask, slots) if needs.inputs_embeds else None
     of_mlp = mlp.Needs(*needs[1:-1])
     if not any(of_mlp):

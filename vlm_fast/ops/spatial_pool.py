@@ -108,9 +108,10 @@ def backward(needs, kept, dy, *, height, width, mode, stride):
     shape = (*leading, height * width, features)
     if dy.numel() == 0:
         return (dy.new_empty(shape),)
+    (chosen,) = kept
     dpooled = dy.contiguous().view(math.prod(leading), dy.shape[-2], features)
     pooling = Pooling(height, width, mode, stride)
-    return (kernels.spatial_pool_backward(dpooled, kept[0], pooling).view(shape),)
+    return (kernels.spatial_pool_backward(dpooled, chosen, pooling).view(shape),)
 
 
 @spatial_pool.cost

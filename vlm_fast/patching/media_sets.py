@@ -37,9 +37,13 @@ class MediaSets(NamedTuple):
         return (self.bits.unsqueeze(2) >> medium) & 1 != 0
 
     def dense_mask(self, keys: int, dtype: torch.dtype) -> Tensor:
-        """``(batch, 1, tokens, keys)``: 0 where a key is seen, else the least number of dtype."""
+        """``(batch, 1, tokens, keys)``: 0 where a key is seen, else the least number of dtype.
+
+        In float64 that of float32, in which eager attention takes its softmax.
+        """
         hidden = ~self.seen.repeat_interleave(keys // self.media, 2).unsqueeze(1)
-        return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+        least = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+        return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, least)
 
 
 class GivesSets(Patched):

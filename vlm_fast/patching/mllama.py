@@ -103,6 +103,9 @@ class FusedMllamaLayer(GivenSets):
                 position_embeddings, **kwargs,
             )  # fmt: skip
         attn, norm = self.cross_attn, self.input_layernorm
+        normed = rms_norm(hidden_states, norm)
+        q = attn.q_proj(normed).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+        # After q, as in the layer itself: its backward takes most, before q has gradients.
         k, v = self._key_values(hidden_states, cross_attention_states, past_key_values)
         if media_sets is None:  # every token sees all
             media_sets = MediaSets(hidden_states.new_zeros(hidden_states.shape[:2]).long(), 1)
@@ -112,8 +115,6 @@ class FusedMllamaLayer(GivenSets):
         if k.shape[2] % media_sets.media:
             wanted = f"a multiple of the {media_sets.media} tiles of cross_attention_mask"
             raise wrong_value("patch(Mllama)", "image tokens", k.shape[2], wanted)
-        normed = rms_norm(hidden_states, norm)
-        q = attn.q_proj(normed).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
         attended = ops.media_cross_attention(
             q, k, v, media_sets.bits, attn.q_norm.weight, eps=attn.q_norm.variance_epsilon,
             attend="listed", unattended="everything", scale=attn.scaling,
