@@ -32,6 +32,8 @@ from vlm_fast.measure.telemetry import Telemetry
 
 Results = dict[str, Any]
 QUICK_SECONDS = 150.0  # of the ops; what else is quick takes less than half a minute
+# How long the ways to do one thing take turns: an op's providers, the parts of models.
+SECONDS = {"cpu": (0.5, 4.0), "cuda": (2.0, 10.0)}
 WRITE_EVERY = 2.0  # seconds
 
 
@@ -70,7 +72,15 @@ def every_op(run: Run) -> None:
         run.write(now=False)
 
     deadline = time.monotonic() + QUICK_SECONDS if run.quick else None
-    ops.main(run.selection, quick=run.quick, device=run.device, deadline=deadline, add=add)
+    ops.main(
+        run.selection,
+        quick=run.quick,
+        device=run.device,
+        deadline=deadline,
+        add=add,
+        seconds=None if run.quick else SECONDS[run.device][0],
+        compile_all=run.device != "cpu",  # where what is compiled for one shape says enough
+    )
 
 
 def python_overhead(run: Run) -> None:
@@ -81,7 +91,9 @@ def family(module: ModuleType) -> Callable[[Run], None]:
     name = module.__name__.rpartition(".")[2]
 
     def measured(run: Run) -> None:
-        run.results[name] = module.main(quick=run.quick, device=run.device)
+        run.results[name] = module.main(
+            quick=run.quick, device=run.device, seconds=SECONDS[run.device][1]
+        )
 
     return measured
 

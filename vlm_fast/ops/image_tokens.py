@@ -228,7 +228,8 @@ def placeholders(batch: int, sequence: int, images: int, tokens: int) -> Tensor:
     for sample in range(batch):
         for image in range(images):
             # Rows differ, as prompts do.
-            start = image * tokens + (spare * (image + 1) + sample) // (images + 1)
+            text_before = min((spare * (image + 1) + sample) // (images + 1), spare)
+            start = image * tokens + text_before
             mask[sample, start : start + tokens] = True
     return mask
 
