@@ -186,8 +186,8 @@ def _process(
 def benchmark_ops(results: Results, device: str, deadline: float) -> list[str]:
     results["ops"] = rows = []
     for row, _ in ops.measure(
-        ops.Selection(), quick=device == "cpu", device=device, seconds=0.4,
-        deadline=deadline, compile_all=False,
+        ops.Selection(), quick=device == "cpu", device=device, seconds=0.08,
+        deadline=deadline, thorough=False,
     ):  # fmt: skip
         rows.append(row)
         if time.monotonic() > deadline:
@@ -234,7 +234,7 @@ def benchmark_overhead(results: Results, device: str, deadline: float) -> list[s
 # suites, which take what is left.
 STAGES = (
     Stage("compiling", 75, compiling),
-    Stage("parity", 65, parity, needs_cuda=False),
+    Stage("parity", 55, parity, needs_cuda=False),
     Stage("repeats", 8, check(gpu_checks.repeats), needs_cuda=False),
     Stage("no synchronisation", 6, check(gpu_checks.no_synchronisation)),
     Stage("CUDA graphs", 8, check(gpu_checks.cuda_graphs)),
@@ -242,19 +242,19 @@ STAGES = (
     Stage("every config", 30, every_config),
     Stage("Hopper GEMMs", 20, hopper_gemms),
     Stage("configs", 30, configs, timed=True),
-    Stage("ops", 50, benchmark_ops, needs_cuda=False, timed=True),
-    Stage("LLaVA", 35, model("llava"), needs_cuda=False, timed=True),
-    Stage("Flamingo", 20, family(flamingo, 1.0), needs_cuda=False, timed=True),
-    Stage("Q-Former", 25, family(qformer, 1.0), needs_cuda=False, timed=True),
+    Stage("ops", 100, benchmark_ops, needs_cuda=False, timed=True),
+    Stage("LLaVA", 30, model("llava"), needs_cuda=False, timed=True),
+    Stage("Flamingo", 15, family(flamingo, 1.0), needs_cuda=False, timed=True),
+    Stage("Q-Former", 15, family(qformer, 1.0), needs_cuda=False, timed=True),
     Stage("merge", 6, family(merge, 0.5), needs_cuda=False, timed=True),
     Stage("AnyRes", 10, family(anyres, 1.0), needs_cuda=False, timed=True),
     Stage("mergers", 10, family(mergers, 1.0), needs_cuda=False, timed=True),
     Stage("tokens", 10, family(tokens, 1.0), needs_cuda=False, timed=True),
-    Stage("BLIP-2", 20, model("blip2"), needs_cuda=False, timed=True),
-    Stage("IDEFICS", 20, model("idefics"), needs_cuda=False, timed=True),
-    Stage("Llama 3.2 Vision", 20, model("mllama"), needs_cuda=False, timed=True),
+    Stage("BLIP-2", 15, model("blip2"), needs_cuda=False, timed=True),
+    Stage("IDEFICS", 15, model("idefics"), needs_cuda=False, timed=True),
+    Stage("Llama 3.2 Vision", 15, model("mllama"), needs_cuda=False, timed=True),
     Stage("overhead", 4, benchmark_overhead, needs_cuda=False, timed=True),
     Stage("large", 12, large),
-    Stage("memcheck", 20, memcheck),
+    Stage("memcheck", 15, memcheck),
     Stage("suites", 120, suites),
 )

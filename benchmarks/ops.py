@@ -94,7 +94,7 @@ def measure(
     quick: bool = False,
     seconds: float | None = None,
     deadline: float | None = None,
-    compile_all: bool = True,
+    thorough: bool = True,
 ) -> Iterator[tuple[Row, list[float]]]:
     """A row per op, shape, pass and provider, and the seconds behind it, in the order of the ops.
 
@@ -102,7 +102,8 @@ def measure(
         seconds: about how long the providers of one pass take turns.
         deadline: of ``time.monotonic``. Where the run falls behind, what would have to be compiled
             is left out and says so.
-        compile_all: without it torch.compile takes the first shape of an op alone.
+        thorough: else torch.compile takes the first shape of an op alone, and launches are counted
+            there alone.
     """
     seconds = seconds or (0.1 if quick else 2.0)
     best = timing.ceilings(device, selection.dtype or DTYPE[device])
@@ -117,7 +118,7 @@ def measure(
     before = None
     for step, (op, label, shape) in enumerate(cases):
         case = Case(op, label, shape, selection, device, quick, seconds, best)
-        yield from case.rows(pace, step, compiled=compile_all or op is not before)
+        yield from case.rows(pace, step, thorough=thorough or op is not before)
         before = op
 
 
@@ -134,14 +135,14 @@ class Case:
     seconds: float
     best: Ceilings
 
-    def rows(self, pace: Pace, step: int, *, compiled: bool) -> Iterator[tuple[Row, list[float]]]:
+    def rows(self, pace: Pace, step: int, *, thorough: bool) -> Iterator[tuple[Row, list[float]]]:
         dtype = self.selection.dtype or DTYPE[self.device]
         torch.manual_seed(0)
         samples = [self.op.sample(self.shape, dtype, self.device) for _ in range(INPUTS)]
         options = samples[0][1]
         found = providers.of(self.op, *samples[0], self.device)
         found = {name: f for name, f in found.items() if self.selection.has("providers", name)}
-        if not compiled:
+        if not thorough:
             late: Any = Unavailable("the first shape of an op alone is compiled in this run")
             found |= {name: late for name in COMPILED if name in found}
         for mode in MODES:
@@ -149,7 +150,7 @@ class Case:
                 if mode != "forward" and self.op.discrete:
                     continue
                 inputs = [self._inputs(args, options, mode) for args, _ in samples]
-                yield from self._mode(mode, found, inputs, options, dtype, pace, step)
+                yield from self._mode(mode, found, inputs, options, dtype, pace, step, thorough)
 
     def _inputs(self, args: tuple[Any, ...], options: Mapping[str, Any], mode: str) -> Any:
         return args if mode == "forward" else with_upstream(self.op, args, options)
@@ -163,6 +164,7 @@ class Case:
         dtype: torch.dtype,
         pace: Pace,
         step: int,
+        thorough: bool,
     ) -> Iterator[tuple[Row, list[float]]]:
         head = {
             "op": self.op.name,
@@ -223,6 +225,7 @@ class Case:
                 **self._rates(mode, times[name], inputs[0], options),
                 **_costs(found[name], calls[name], inputs[0], options, mode, self.device),
                 "synchronisations": self._waits(name, calls[name], inputs[0]),
+                "launches": self._launches(calls[name], inputs[0]) if thorough else None,
                 **_compared(times.get(OURS), times[name], name),
                 "sm_mhz": conditions["sm_mhz"],
                 "power_w": conditions["power_w"],
@@ -236,6 +239,9 @@ class Case:
             # Counted there under a dispatch mode, under which dynamo gives a function up for good.
             return None
         return memory.synchronisations(lambda: call(*args), self.device)
+
+    def _launches(self, call: Callable[..., Any], args: tuple[Any, ...]) -> int | None:
+        return launches(lambda: call(*args), self.device)
 
     def _rates(
         self, mode: str, times: Times, inputs: tuple[Any, ...], options: Mapping[str, Any]
@@ -290,7 +296,6 @@ def _costs(
         "saved_bytes": saved,
         "peak_bytes": peak,
         "transient_bytes": max(peak - memory.result_bytes(call(*args)), 0),
-        "launches": launches(lambda: call(*args), device),
     }
 
 

@@ -79,7 +79,7 @@ def every_op(run: Run) -> None:
         deadline=deadline,
         add=add,
         seconds=None if run.quick else SECONDS[run.device][0],
-        compile_all=run.device != "cpu",  # where what is compiled for one shape says enough
+        thorough=run.device != "cpu",  # where what is compiled for one shape says enough
     )
 
 
