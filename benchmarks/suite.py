@@ -87,6 +87,11 @@ def python_overhead(run: Run) -> None:
     run.results["overhead"] = overhead.main(quick=run.quick, device=run.device)
 
 
+def whole_models(run: Run) -> None:
+    found = run.results["models"] = {}
+    models.main(quick=run.quick, device=run.device, seconds=SECONDS[run.device][1], found=found)
+
+
 def family(module: ModuleType) -> Callable[[Run], None]:
     name = module.__name__.rpartition(".")[2]
 
@@ -102,9 +107,10 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "parity": parity,
     "ops": every_op,
     "overhead": python_overhead,
+    "models": whole_models,
     **{
         module.__name__.rpartition(".")[2]: family(module)
-        for module in (models, merge, qformer, flamingo, anyres, tokens, mergers)
+        for module in (merge, qformer, flamingo, anyres, tokens, mergers)
     },
 }
 

@@ -27,16 +27,17 @@ MODELS = {"llava": LLAVA, "blip2": BLIP2, "idefics": IDEFICS, "mllama": MLLAMA}
 
 def main(
     names: Iterable[str] = MODELS, *, quick: bool = False, device: str | None = None,
-    seconds: float = 10.0, deadline: float = math.inf,
+    seconds: float = 10.0, deadline: float = math.inf, found: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure, about ``seconds`` a part, print tables, and return what was found of each model.
 
     No model and no part is begun after ``deadline`` (of ``time.monotonic``); "finished" says
-    whether all parts were, and a model that was not begun is missing.
+    whether all parts were, and a model that was not begun is missing. What is found goes into
+    ``found`` as it is found, for whoever is interrupted.
     """
     seconds = 0.2 if quick else seconds
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found = {}
+    found = {} if found is None else found
     with timing.one_thread():
         for name in names:
             if time.monotonic() > deadline:
