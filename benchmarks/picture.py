@@ -32,7 +32,8 @@ def measured(result: dict[str, Any]) -> Iterator[tuple[str, Row, Row]]:
     """What every pair belongs to, before and after: whole models first, then the pieces."""
     for found in result.get("models", {}).values():
         for before, after in pairs(found["rows"]):
-            yield found["model"], before, after
+            # What was cut of the model is in the tables.
+            yield found["model"].partition(" (")[0], before, after
     for family, words in FAMILIES.items():
         for before, after in pairs(result.get(family, {}).get("rows", [])):
             yield words, before, after
@@ -77,7 +78,7 @@ def draw(
     matplotlib.rcParams.update({"svg.hashsalt": "vlm_fast", "svg.fonttype": "none", "font.size": 8})
     from matplotlib import pyplot
 
-    figure, panel = pyplot.subplots(figsize=(9, 0.21 * len(bars) + 1.1))
+    figure, panel = pyplot.subplots(figsize=(11, 0.21 * len(bars) + 1.1), layout="constrained")
     for y, ((_, ratio, words), colour) in enumerate(bars):
         left = 1 if logarithmic else 0
         panel.barh(y, ratio - left, 0.7, left=left, color=colour)
@@ -95,7 +96,6 @@ def draw(
     panel.spines[["top", "right"]].set_visible(False)
     panel.margins(y=0.01)
     figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 

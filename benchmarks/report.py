@@ -18,6 +18,7 @@ Row = dict[str, Any]
 ROOT = evidence.PACKAGE.parent
 README, MEASURED, CHARTS = ROOT / "README.md", ROOT / "docs" / "measured.md", evidence.RESULTS
 MORE_BYTES = 1.02  # above this share of what it was, memory is a loss
+FEW_BYTES = 100_000  # what is no more than that, is none
 
 
 def main(readme: Path = README, measured: Path = MEASURED, charts: Path = CHARTS) -> None:
@@ -77,13 +78,14 @@ def short(commit: str | None) -> str:
 
 
 def summary(results: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """For the README: whole models, and every loss among models and pieces."""
+    """For the README: whole models, and every loss among them and their pieces."""
     yield from no_gpu(results)
     for result in results:
         yield f"### {result['machine']}"
         yield from models(result)
         yield "#### Losses"
-        yield losses(result)
+        yield losses({**result, "ops": []})
+        yield "Losses of single ops are in [measured](docs/measured.md)."
 
 
 def whole(results: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -180,7 +182,9 @@ def losses(result: dict[str, Any]) -> str:
             ratio = after["median"] / before["median"]
             cells.append((of, after["part"], f"takes {ratio:.2f} times as long"))
         for key, words in (("peak_bytes", "peak memory"), ("saved_bytes", "saved bytes")):
-            if before[key] and after[key] and after[key] > MORE_BYTES * before[key]:
+            if not before[key] or not after[key] or after[key] - before[key] <= FEW_BYTES:
+                continue
+            if after[key] > MORE_BYTES * before[key]:
                 cells.append((of, after["part"], f"{after[key] / before[key]:.2f} of the {words}"))
     for row in result.get("ops", []):
         if row["status"] == "measured" and row["provider"] == EAGER and row["ours_is"] == "slower":

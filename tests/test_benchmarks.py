@@ -354,8 +354,21 @@ def test_pages_show_what_results_hold_and_nothing_else(quick, tmp_path, monkeypa
 
 
 def test_losses_are_published():
-    before = {"part": "x", "state": "before", "median": 1.0, "peak_bytes": 100, "saved_bytes": 0}
-    after = {**before, "state": "after", "median": 1.5, "peak_bytes": 130, "ours_is": "slower"}
+    before = {
+        "part": "x",
+        "state": "before",
+        "median": 1.0,
+        "peak_bytes": 10**6,
+        "saved_bytes": 640,
+    }
+    after = {
+        **before,
+        "state": "after",
+        "median": 1.5,
+        "peak_bytes": 13 * 10**5,
+        "ours_is": "slower",
+    }
+    after["saved_bytes"] = 2940  # four times nothing is nothing
     rows = [before, after, {**before, "part": "y"}, {**before, "part": "y", "state": "after"}]
     rows[3]["ours_is"] = "same"
     op = {
