@@ -11,10 +11,10 @@ import typer
 
 from benchmarks import compare, machine, ops, providers, suite
 from vlm_fast import tables
+from vlm_fast.command import Exit
 from vlm_fast.measure.passes import MODES
 from vlm_fast.op import FLOATS, OPS
 
-INTERRUPTED = 130  # as shells have it of SIGINT
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
@@ -78,7 +78,7 @@ def main(
     for line in results["failures"]:
         print(line)
     if not results["finished"]:
-        return INTERRUPTED
+        return Exit.INTERRUPTED
     slower = compare.show(old, rows, allowed) if old else []
     return 1 if results["failures"] or slower else 0
 

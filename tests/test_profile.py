@@ -284,7 +284,7 @@ def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep, "_measure", twice)
     found = call(tmp_path, "--tokens", "36,9,5", "--batch", "1")
-    assert found.exit_code == profile_command.INTERRUPTED
+    assert found.exit_code == cli.Exit.INTERRUPTED
     content = json.loads((tmp_path / "profile.json").read_text())
     jsonschema.validate(content, record.schema())
     assert content["unfinished"].startswith("interrupted after")

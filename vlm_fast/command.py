@@ -17,6 +17,7 @@ class Exit(IntEnum):
     FAILURE = 1
     USAGE = 2
     ENVIRONMENT = 3
+    INTERRUPTED = 130  # as shells have it of SIGINT
 
 
 def known_op(name: str | None) -> str | None:

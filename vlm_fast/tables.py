@@ -51,7 +51,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="") as file:
         lines = csv.writer(file)
-        lines.writerow(names)
+        lines.writerow([_csv_cell(name) for name in names])
         for row in rows:
             lines.writerow([_csv_cell(row.get(name)) for name in names])
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from vlm_fast import tables
+from vlm_fast.command import Json, print_json
 from vlm_fast.design.advice import SCENARIOS, Option
 from vlm_fast.design.advice import advise as advice_for
 from vlm_fast.design.asked import (
     ConnectorsOption,
-    Json,
     ModelOption,
     checked,
     connectors_of,
@@ -48,7 +47,7 @@ def advise(
         connectors=checked("--connectors", connectors_of, connectors),
     )  # fmt: skip
     if as_json:
-        print(json.dumps(found.as_dict(), indent=1))
+        print_json(found.as_dict())
         return
     limit = "no limit of memory" if found.memory is None else f"{found.memory / 1e9:.1f} GB"
     title = (

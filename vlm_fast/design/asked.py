@@ -92,4 +92,3 @@ ConnectorsOption = Annotated[
     str | None,
     typer.Option("--connectors", help=f"By commas, of {', '.join(CONNECTORS)}; all by default."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

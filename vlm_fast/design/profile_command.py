@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -16,9 +15,9 @@ import torch
 import typer
 
 from vlm_fast import tables
+from vlm_fast.command import Exit, Json, print_json
 from vlm_fast.design.asked import (
     ConnectorsOption,
-    Json,
     ModelOption,
     checked,
     connectors_of,
@@ -38,7 +37,6 @@ from vlm_fast.ops.mlp import SAVED
 
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 BUDGET, QUICK_BUDGET = 80.0, 30.0
-INTERRUPTED = 130  # as a shell has it
 
 
 def profile(
@@ -117,11 +115,11 @@ def profile(
     found = document(model, shape, groups, asked, where, started, unfinished)
     _write(out, found)
     if as_json:
-        print(json.dumps(found, indent=1))
+        print_json(found)
     else:
         _show(found)
     if unfinished:
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(Exit.INTERRUPTED)
 
 
 def _default_tokens(model: str, names: Sequence[str]) -> Iterator[int]:

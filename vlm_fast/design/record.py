@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import json
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vlm_fast import environment, evidence
+from vlm_fast import environment, evidence, tables
 from vlm_fast.design.grid import Group, Layer, Row
 from vlm_fast.design.shapes import ModelShape
 from vlm_fast.kernels import _native
@@ -103,12 +102,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """One line a point, nested values by dotted names; no cell is a formula."""
-    flat = [dict(_flat(row)) for row in rows]
-    columns = list(dict.fromkeys(name for row in flat for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(map(_cell, columns))
-        writer.writerows([_cell(row.get(name)) for name in columns] for row in flat)
+    tables.write_csv(path, [dict(_flat(row)) for row in rows])
 
 
 def _flat(value: Any, name: str = "") -> Any:
@@ -117,9 +111,3 @@ def _flat(value: Any, name: str = "") -> Any:
             yield from _flat(part, f"{name}.{key}" if name else key)
     else:
         yield name, value
-
-
-def _cell(value: Any) -> Any:
-    # A spreadsheet takes such text for a formula.
-    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
-    return f"'{value}" if is_formula else value

@@ -10,9 +10,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vlm_fast.measure.operations import operations
 from vlm_fast.patching import image_token_merge
 
 # Each reads a value, or a size, from the device (the last by a masked_select inside).
@@ -77,18 +77,9 @@ def result_bytes(result: Any) -> int:
     return sum({_storage(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-class _Waits(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        name = func.name().split(".")[0]
-        by_mask = name in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1])
-        self.count += by_mask or name in WAITING
-        return func(*args, **(kwargs or {}))
+def _waits(name: str, args: Any) -> bool:
+    by_mask = name in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1])
+    return by_mask or name in WAITING
 
 
 def synchronisations(call: Callable[[], Any], device: str) -> int:
@@ -100,9 +91,8 @@ def synchronisations(call: Callable[[], Any], device: str) -> int:
     """
     if device == "cpu":
         as_on_cuda = mock.patch.object(image_token_merge, "_would_wait", lambda count: True)
-        with as_on_cuda, _Waits() as waits:
-            call()
-        return waits.count
+        with as_on_cuda:
+            return operations(call, _waits)
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:

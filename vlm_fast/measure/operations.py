@@ -7,21 +7,26 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+Counts = Callable[[str, Any], bool]
+
 
 class _Operations(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, counts: Counts) -> None:
         super().__init__()
-        self.count = 0
+        self.counts, self.count = counts, 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        self.count += 1
+        self.count += self.counts(func.name().split(".")[0], args)
         return func(*args, **(kwargs or {}))
 
 
-def operations(call: Callable[[], Any]) -> int:
-    """Operations that a call dispatches, views included; an op of this package counts as one."""
-    with _Operations() as dispatched:
+def operations(call: Callable[[], Any], counts: Counts = lambda name, args: True) -> int:
+    """Operations that a call dispatches, views included; an op of this package counts as one.
+
+    ``counts`` says of a name, such as "aten::item", and arguments whether they are counted.
+    """
+    with _Operations(counts) as dispatched:
         call()
     return dispatched.count
