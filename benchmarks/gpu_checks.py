@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ LARGE: dict[str, dict[str, Any]] = {
     },
     "add_layer_norm": {"shape": (BATCH, 107_000, 4096)},
     "self_attention": {
-        "batch": BATCH, "tokens": 107_000, "width": 64, "features": 1408, "heads": 22,
+        "batch": BATCH, "tokens": 2176, "width": 64, "features": 70_016, "heads": 1094,
     },
     "stacked_linear": {"shape": (BATCH, 107_000, 64), "outs": (2048, 2048)},
     "max_similarity": {"shape": (BATCH, 107_000, 4096), "texts": 64},
@@ -74,9 +74,11 @@ EXACT = {
 LARGE_BYTES = 40 * 2**30  # what they need, gradients and copies included
 
 
-def cases(device: str) -> Iterator[tuple[str, Op[..., Any], tuple[Any, ...], dict[str, Any]]]:
+def cases(
+    device: str, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, Op[..., Any], tuple[Any, ...], dict[str, Any]]]:
     """Every op at its first named shape in every dtype: a sample, or a small one on a CPU."""
-    for op in OPS.values():
+    for op in (OPS[name] for name in names or OPS):
         shape = selftest.one_sample(next(iter(op.bench_shapes.values())))
         if device == "cpu":
             shape = selftest.shrink(shape)
@@ -90,10 +92,10 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def repeats(device: str) -> Failures:
+def repeats(device: str, names: Iterable[str] | None = None) -> Failures:
     """Ten calls on the same inputs give the same bits; on a CPU, where less can race, three."""
     failures, more = [], 2 if device == "cpu" else 9
-    for label, op, args, options in cases(device):
+    for label, op, args, options in cases(device, names):
         inputs = with_upstream(op, args, options)
         first = step(op.fast, inputs, options)
         if not all(equal(first, step(op.fast, inputs, options)) for _ in range(more)):
@@ -101,10 +103,10 @@ def repeats(device: str) -> Failures:
     return failures
 
 
-def no_synchronisation(device: str) -> Failures:
+def no_synchronisation(device: str, names: Iterable[str] | None = None) -> Failures:
     """Forward and backward under torch's own guard against waiting for the device."""
     failures = []
-    for label, op, args, options in cases(device):
+    for label, op, args, options in cases(device, names):
         inputs = with_upstream(op, args, options)
         step(op.fast, inputs, options)  # compiling a kernel may wait
         torch.cuda.synchronize()
@@ -118,10 +120,10 @@ def no_synchronisation(device: str) -> Failures:
     return failures
 
 
-def side_stream(device: str) -> Failures:
+def side_stream(device: str, names: Iterable[str] | None = None) -> Failures:
     """Work goes to the current stream, behind what is there: inputs arrive late."""
     failures = []
-    for label, op, args, options in cases(device):
+    for label, op, args, options in cases(device, names):
         inputs = with_upstream(op, args, options)
         expected = step(op.fast, inputs, options)
         late = _empty_like(inputs)
@@ -136,10 +138,10 @@ def side_stream(device: str) -> Failures:
     return failures
 
 
-def cuda_graphs(device: str) -> Failures:
+def cuda_graphs(device: str, names: Iterable[str] | None = None) -> Failures:
     """Captured once, replayed on other inputs: the bits of an ordinary call."""
     failures = []
-    for label, op, args, options in cases(device):
+    for label, op, args, options in cases(device, names):
         inputs = with_upstream(op, args, options)
         passes = {"forward": _forward, "forward+backward": step}
         for name, run in passes.items():
@@ -244,10 +246,12 @@ def _sample(value: Any, i: int) -> Any:
     return value[i : i + 1].detach().requires_grad_(value.requires_grad)
 
 
-def every_config(device: str, deadline: float) -> tuple[list[tuning.Candidate], Failures]:
+def every_config(
+    device: str, deadline: float, names: Iterable[str] | None = None
+) -> tuple[list[tuning.Candidate], Failures]:
     """Every config of every kernel, in bf16: a table may name any of them."""
     candidates, failures = [], []
-    for candidate in tuning.prove(device=device, deadline=deadline):
+    for candidate in tuning.prove(names, device=device, deadline=deadline):
         candidates.append(candidate)
         failures += [
             f"{line}, with config {candidate.config} of {candidate.kernel}"

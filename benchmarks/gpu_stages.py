@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +20,7 @@ from benchmarks import (
     gpu_checks,
     gpu_compile,
     gpu_hopper,
+    gpu_proof,
     machine,
     merge,
     mergers,
@@ -31,11 +30,9 @@ from benchmarks import (
     qformer,
     tokens,
 )
-from vlm_fast import evidence, selftest, tuning
+from vlm_fast import evidence, tuning
 from vlm_fast.kernels import _configs
-from vlm_fast.op import OPS
 
-MEMCHECK = "from benchmarks.gpu_stages import memcheck_cases; memcheck_cases()"
 Results = dict[str, Any]
 
 
@@ -57,32 +54,20 @@ def compiling(results: Results, device: str, deadline: float) -> list[str]:
     return failures
 
 
-def parity(results: Results, device: str, deadline: float) -> list[str]:
-    """Every op in three dtypes, at its test shapes and its named ones."""
-    cases, finished = [], True
-    for case in selftest.run(device=device):
-        cases.append(case)
-        if time.monotonic() > deadline:
-            finished = False
-            break
-    summary = selftest.summarise(cases)
-    if not finished:
-        for name in OPS:
-            entry = summary.setdefault(name, {"cases": 0, "dtypes": [], "failures": []})
-            entry["failures"].append(f"{name}: out of time")
-    results["parity"] = summary
-    return [line for entry in summary.values() for line in entry["failures"]]
-
-
-def every_config(results: Results, device: str, deadline: float) -> list[str]:
-    candidates, failures = gpu_checks.every_config(device, deadline)
-    right: dict[str, list[int]] = {}
-    for candidate in candidates:
-        if not candidate.failures:
-            right.setdefault(candidate.kernel, []).append(candidate.config)
-    results["right_configs"] = right
-    for name, entry in results.get("parity", {}).items():
-        entry["failures"] += [line for line in failures if line.startswith(f"{name} ")]
+def proof(results: Results, device: str, deadline: float) -> list[str]:
+    """Every op in three dtypes at its test shapes and its named ones, and all that it must keep."""
+    proofs, failures = gpu_proof.prove_all(device, deadline)
+    results["parity"] = {name: found.parity for name, found in proofs.items()}
+    results["right_configs"] = gpu_proof.right_everywhere(proofs.values())
+    checks: dict[str, str] = {}
+    for found in proofs.values():
+        failures += found.parity["failures"]
+        for check, lines in found.failures.items():
+            failures += [f"{check}: {line}" for line in lines]
+            checks[check] = "FAILED" if lines or checks.get(check) == "FAILED" else "ok"
+        # A table may name any config, and a graph any call: what fails there is no proof.
+        found.parity["failures"] += [line for lines in found.failures.values() for line in lines]
+    results["checks"] = checks
     return failures
 
 
@@ -117,10 +102,6 @@ def configs(results: Results, device: str, deadline: float) -> list[str]:
     return []
 
 
-def check(function: Callable[[str], list[str]]) -> Callable[[Results, str, float], list[str]]:
-    return lambda results, device, deadline: function(device)
-
-
 def large(results: Results, device: str, deadline: float) -> list[str]:
     if device != "cpu" and torch.cuda.mem_get_info()[0] < gpu_checks.LARGE_BYTES:
         results["large"] = f"left out: less than {gpu_checks.LARGE_BYTES / 2**30:.0f} GiB free"
@@ -138,25 +119,12 @@ def suites(results: Results, device: str, deadline: float) -> list[str]:
 
 def memcheck(results: Results, device: str, deadline: float) -> list[str]:
     """A reduced parity run under compute-sanitizer, every allocation for itself."""
-    tool = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
-    )
-    if tool is None:
-        results["memcheck"] = "left out: compute-sanitizer is not on PATH"
+    failures = gpu_proof.memcheck(deadline)
+    if failures is None:
+        results["memcheck"] = f"left out: {gpu_proof.SANITIZER} is not on PATH"
         return []
-    # In one block of the caching allocator, no access is out of bounds.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    before = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
-    return _process(["-c", MEMCHECK], environment, deadline, results, "memcheck", before)
-
-
-def memcheck_cases() -> None:
-    """Two test shapes of every op in bf16; what compute-sanitizer watches."""
-    for op in OPS.values():
-        for label, shape in itertools.islice(selftest.shapes(op, full=False), 1, 3):
-            case = selftest.check(op, label, shape, torch.bfloat16, "cuda")
-            if not case.ok:
-                raise SystemExit("\n".join(case.failures()))
+    results["memcheck"] = "FAILED" if failures else "no error"
+    return failures
 
 
 def _process(
@@ -165,11 +133,10 @@ def _process(
     deadline: float,
     results: Results,
     name: str,
-    before: list[str] | None = None,
 ) -> list[str]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    command = [*(before or []), sys.executable, *arguments]
+    command = [sys.executable, *arguments]
     try:
         done = subprocess.run(
             command, cwd=evidence.PACKAGE.parent, env={**os.environ, **environment},
@@ -234,15 +201,10 @@ def benchmark_overhead(results: Results, device: str, deadline: float) -> list[s
 # suites, which take what is left.
 STAGES = (
     Stage("compiling", 75, compiling),
-    Stage("parity", 55, parity, needs_cuda=False),
-    Stage("repeats", 8, check(gpu_checks.repeats), needs_cuda=False),
-    Stage("no synchronisation", 6, check(gpu_checks.no_synchronisation)),
-    Stage("CUDA graphs", 8, check(gpu_checks.cuda_graphs)),
-    Stage("side stream", 6, check(gpu_checks.side_stream)),
-    Stage("every config", 30, every_config),
+    Stage("proof", 75, proof, needs_cuda=False),
     Stage("Hopper GEMMs", 20, hopper_gemms),
-    Stage("configs", 30, configs, timed=True),
-    Stage("ops", 100, benchmark_ops, needs_cuda=False, timed=True),
+    Stage("configs", 40, configs, timed=True),
+    Stage("ops", 108, benchmark_ops, needs_cuda=False, timed=True),
     Stage("LLaVA", 30, model("llava"), needs_cuda=False, timed=True),
     Stage("Flamingo", 15, family(flamingo, 1.0), needs_cuda=False, timed=True),
     Stage("Q-Former", 15, family(qformer, 1.0), needs_cuda=False, timed=True),

@@ -160,11 +160,25 @@ def softmax_step(s, largest, total, KEYS: tl.constexpr):
 
 
 @triton.jit
-def mean_step(s, dp, largest, total, pivot, beyond, KEYS: tl.constexpr):
+def _added(total, lost, term):
+    """Kahan's sum: ``total + term``, and what its rounding lost, to be taken off the next term."""
+    term -= lost
+    larger = total + term
+    lost = (larger - total) - term
+    return larger, tl.where(tl.abs(lost) < float("inf"), lost, 0.0)  # Inf - Inf is no loss
+
+
+@triton.jit
+def mean_step(
+    s, dp, largest, total, pivot, beyond, lost_total, lost_beyond, dtype: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
     """A step of the mean of dp under the softmax of s, tiles whose axis KEYS is of keys.
 
     Largest score, sum of exponentials, dp at the largest score, and the sum of what dp is beyond
-    that, weighted by the exponentials.
+    that, weighted by the exponentials; in fp32 also what these two sums lost to rounding. Over
+    thousands of keys that would be most of the error of dq: an error of the mean moves dq along
+    the mean of k, which lies along q.
     """
     here = tl.max(s, axis=KEYS)
     there = tl.max(tl.where(s == tl.expand_dims(here, KEYS), dp, -float("inf")), axis=KEYS)
@@ -175,9 +189,17 @@ def mean_step(s, dp, largest, total, pivot, beyond, KEYS: tl.constexpr):
     shrunk = tl.exp2((largest - shift) * LOG2_E)
     total *= shrunk
     beyond = beyond * shrunk + total * (pivot - there)
-    beyond += tl.sum(e * (dp - tl.expand_dims(there, KEYS)), axis=KEYS)
-    total += tl.sum(e, axis=KEYS)
-    return larger, total, there, beyond
+    more_beyond = tl.sum(e * (dp - tl.expand_dims(there, KEYS)), axis=KEYS)
+    more = tl.sum(e, axis=KEYS)
+    if dtype == tl.float32:
+        lost_total *= shrunk
+        lost_beyond = lost_beyond * shrunk + lost_total * (pivot - there)
+        beyond, lost_beyond = _added(beyond, lost_beyond, more_beyond)
+        total, lost_total = _added(total, lost_total, more)
+    else:
+        beyond += more_beyond
+        total += more
+    return larger, total, there, beyond, lost_total, lost_beyond
 
 
 @triton.jit

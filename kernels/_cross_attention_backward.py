@@ -85,8 +85,8 @@ def _scores_and_their_dp(
 
 @triton.jit
 def _summed_over_keys(
-    largest, total, pivot, beyond, k_ptr, k_key, v_ptr, v_key, keys, first, image,
-    inside, head, query, place, q1, q2, do1, do2,
+    largest, total, pivot, beyond, lost_total, lost_beyond,
+    k_ptr, k_key, v_ptr, v_key, keys, first, image, inside, head, query, place, q1, q2, do1, do2,
     bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
     seed_ptr, drop_below, survivor_scale, scale,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TILE: tl.constexpr,
@@ -104,8 +104,10 @@ def _summed_over_keys(
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
             seed_ptr, drop_below, survivor_scale, scale, D2, PRECISION,
         )  # fmt: skip
-        largest, total, pivot, beyond = mean_step(s, dp, largest, total, pivot, beyond, 0)
-    return largest, total, pivot, beyond
+        largest, total, pivot, beyond, lost_total, lost_beyond = mean_step(
+            s, dp, largest, total, pivot, beyond, lost_total, lost_beyond, q1.dtype, 0
+        )
+    return largest, total, pivot, beyond, lost_total, lost_beyond
 
 
 @triton.jit
@@ -182,17 +184,19 @@ def cross_attention_backward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     pivot = tl.zeros([BLOCK_M], tl.float32)
     beyond = tl.zeros([BLOCK_M], tl.float32)
-    largest, total, pivot, beyond = _summed_over_keys(
-        largest, total, pivot, beyond, k_ptr, k_key, v_ptr, v_key, keys, 0, image,
-        inside, head, query, place, q1, q2, do1, do2,
+    lost_total, lost_beyond = total, beyond
+    largest, total, pivot, beyond, lost_total, lost_beyond = _summed_over_keys(
+        largest, total, pivot, beyond, lost_total, lost_beyond,
+        k_ptr, k_key, v_ptr, v_key, keys, 0, image, inside, head, query, place, q1, q2, do1, do2,
         bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
         seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE, PRECISION,
     )  # fmt: skip
     if k2_ptr is not None:
         k2_ptr += image * k2_batch + kv_head * k2_head
         v2_ptr += image * v2_batch + kv_head * v2_head
-        largest, total, pivot, beyond = _summed_over_keys(
-            largest, total, pivot, beyond, k2_ptr, k2_key, v2_ptr, v2_key, keys2, keys, image,
+        largest, total, pivot, beyond, lost_total, lost_beyond = _summed_over_keys(
+            largest, total, pivot, beyond, lost_total, lost_beyond,
+            k2_ptr, k2_key, v2_ptr, v2_key, keys2, keys, image,
             inside, head, query, place, q1, q2, do1, do2,
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
             seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE, PRECISION,

@@ -85,6 +85,7 @@ def media_query_gradient_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     pivot = tl.zeros([BLOCK_M], tl.float32)
     beyond = tl.zeros([BLOCK_M], tl.float32)
+    lost_total, lost_beyond = total, beyond
     per_medium = tl.cdiv(tokens_per_media, TILE)
     start, end = tiles_of(low, high, per_medium)
     for at in range(start, end):
@@ -98,7 +99,9 @@ def media_query_gradient_kernel(
             k1, k2, v1, v2, q1, q2, do1, do2, inside_keys, seen, alone, scale,
             UNATTENDED, D2, PRECISION,
         )  # fmt: skip
-        largest, total, pivot, beyond = mean_step(s, dp, largest, total, pivot, beyond, 1)
+        largest, total, pivot, beyond, lost_total, lost_beyond = mean_step(
+            s, dp, largest, total, pivot, beyond, lost_total, lost_beyond, q1.dtype, 1
+        )
     largest = tl.where(total == 0.0, 0.0, largest)
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
     delta = beyond * inverse

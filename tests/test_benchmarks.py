@@ -10,8 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_compile, machine, models, picture, report, suite
-from benchmarks.gpu_stages import STAGES, Stage, every_config, parity
+from benchmarks import (
+    gpu,
+    gpu_checks,
+    gpu_compile,
+    gpu_proof,
+    machine,
+    models,
+    picture,
+    report,
+    suite,
+)
+from benchmarks.gpu_stages import STAGES, Stage
 from benchmarks.models import pictures
 from vlm_fast import ahead_of_time, evidence, tuning
 from vlm_fast.kernels import _configs
@@ -178,13 +188,28 @@ def test_what_time_did_not_reach_is_said():
     assert count == 0 and failures == ["out of time: 3 of 3 not compiled"]
 
 
-def test_parity_cut_off_is_no_proof():
-    results = {}
-    assert parity(results, "cpu", time.monotonic() - 1)
-    assert all(entry["failures"] for entry in results["parity"].values())
-    results = {"parity": {name: {"failures": []} for name in OPS}}
-    (cut,) = every_config(results, "cpu", time.monotonic() - 1)
-    assert cut.startswith("out of time, with config 0 of ") and results["right_configs"] == {}
+def test_proof_cut_off_is_no_proof():
+    found = gpu_proof.prove("gather_image_tokens", "cpu", time.monotonic() - 1)
+    assert found.parity["failures"] == ["gather_image_tokens: out of time"]
+    candidates, (cut,) = gpu_checks.every_config("cpu", time.monotonic() - 1, ["mlp"])
+    assert cut.startswith("out of time, with config 0 of ") and len(candidates) == 1
+
+
+def test_an_op_that_ends_its_process_leaves_the_others_theirs(tmp_path):
+    calls = {"ends": (os.abort,), "fails": (int, "x"), "is fine": (str, 7)}
+    found, failures = gpu_proof.each(_apply, calls, time.monotonic() + 15, workers=2)
+    assert found == {"is fine": "7"}
+    assert failures[0] == "ends: out of time" and failures[1].startswith("fails: ValueError: ")
+
+
+def _apply(function, *arguments):
+    return function(*arguments)
+
+
+def test_a_config_is_right_where_it_is_for_every_op():
+    one = gpu_proof.Proof({}, {}, {"shared": [0, 1, 2], "own": [0]})
+    other = gpu_proof.Proof({}, {}, {"shared": [0, 2, 3]})
+    assert gpu_proof.right_everywhere([one, other]) == {"shared": [0, 2], "own": [0]}
 
 
 def test_repeats_are_bitwise_equal():

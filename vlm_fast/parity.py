@@ -56,8 +56,10 @@ def judge(
             return verdict(f"{name} {getattr(actual, name)}, not {getattr(native, name)}")
     if actual.numel() == 0:
         return verdict(None, 0.0, 0.0)
-    ours, theirs, true = (t.detach().to("cpu", torch.float64) for t in (actual, native, exact))
-    cast = exact.detach().to("cpu").to(actual.dtype).to(torch.float64)
+    # Where they are: on a GPU, moving them would take longer than all else.
+    device = actual.device
+    ours, theirs, true = (t.detach().to(device, torch.float64) for t in (actual, native, exact))
+    cast = true.to(actual.dtype).to(torch.float64)
     finite_native = theirs.isfinite() & true.isfinite() & cast.isfinite()
     size = true[cast.isfinite()].abs().max().item() if cast.isfinite().any() else 0.0
     floor = ULPS[actual.dtype] * torch.finfo(actual.dtype).eps * size
@@ -139,9 +141,10 @@ def gradients(
 
 
 def random_upstream(result: Tensor) -> Tensor:
-    """The same numbers for every dtype and device, rounded to bf16 so that all can hold them."""
-    generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(result.shape, generator=generator).bfloat16()
+    """The same numbers for every dtype, rounded to bf16 so that all can hold them."""
+    device = result.device if result.is_cuda else torch.device("cpu")
+    generator = torch.Generator(device).manual_seed(1)
+    grad = torch.randn(result.shape, generator=generator, device=device).bfloat16()
     return grad.to(result.device, result.dtype)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vlm_fast import ahead_of_time, selftest
-from vlm_fast.kernels import _configs, _user_table
+from vlm_fast.kernels import _configs, _hopper, _user_table
 from vlm_fast.kernels._launcher import KERNELS, Config, Kernel, Launch, recording
 from vlm_fast.measure import timing
 from vlm_fast.measure.passes import step, with_upstream
@@ -114,8 +114,13 @@ def fixed(kernel: Kernel, index: int) -> Iterator[list[int]]:
         sizes.append(size)
         return self.configs[index]
 
-    with mock.patch.object(Kernel, "choose", choose):
+    with mock.patch.object(Kernel, "choose", choose), _triton_alone():
         yield sizes
+
+
+def _triton_alone() -> contextlib.AbstractContextManager[object]:
+    """Without the optional GEMMs, in whose place a kernel of Triton would not be launched."""
+    return mock.patch.object(_hopper, "runs_here", lambda like: False)
 
 
 def _refuse_a_broken_device(kernel: Kernel, index: int, device: str) -> None:
@@ -158,7 +163,7 @@ def measure(
             progress(done, len(todo))
         torch.manual_seed(0)
         args, options = op.sample(shape, dtype, device)
-        with recording() as found:
+        with recording() as found, _triton_alone():
             step(op.fast, with_upstream(op, args, options), options)
         for launch in found:
             key = (launch.kernel.name, launch.dtype, launch.size)

@@ -104,14 +104,11 @@ def absorbs(queries: int, keys: int, width: int, d: int, batch: int, *, on_gpu: 
     """Whether absorbing pays: a function of shapes, the same on every rank.
 
     FLOPs of one image and head: ``4 queries (keys + d) width`` against ``4 keys d (width +
-    queries)``. On a GPU the four launches more, and queries as wide as the features, are worth it
-    from ``GPU_MIN_KEYS`` keys of all images on (from a model of the traffic, not measured).
+    queries)``. Not on a GPU: there, products are cheap, and queries as wide as the features and
+    four launches more take longer than they save (see the results of an H200).
     """
     fewer = queries * (keys + d) * width < keys * d * (width + queries)
-    return fewer and keys <= MAX_KEYS and (not on_gpu or batch * keys >= GPU_MIN_KEYS)
-
-
-GPU_MIN_KEYS = 8192
+    return not on_gpu and fewer and keys <= MAX_KEYS
 
 
 @absorbed_cross_attention.accepts

@@ -1,0 +1,147 @@
+"""What only has to be right on a GPU, not fast: a process an op, several at a time.
+
+One process would take longer than the whole run has, most of it in Python; and an op that breaks
+its process's device leaves the others theirs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from unittest import mock
+
+import torch
+
+from benchmarks import gpu_checks
+from vlm_fast import evidence, selftest
+from vlm_fast.op import OPS
+
+T = TypeVar("T")
+CHECKS = {
+    "repeats": gpu_checks.repeats,
+    "no synchronisation": gpu_checks.no_synchronisation,
+    "CUDA graphs": gpu_checks.cuda_graphs,
+    "side stream": gpu_checks.side_stream,
+}
+NEEDS_CUDA = {"no synchronisation", "CUDA graphs", "side stream"}
+WORKERS = 12
+SANITIZER = "compute-sanitizer"
+MEMCHECK = (
+    "import sys; from benchmarks.gpu_proof import memcheck_cases; memcheck_cases(sys.argv[1])"
+)
+
+
+@dataclass
+class Proof:
+    """Of one op: its parity, what else failed, and kernel -> configs that are right for it."""
+
+    parity: dict[str, Any]
+    failures: dict[str, list[str]] = field(default_factory=dict)
+    right: dict[str, list[int]] = field(default_factory=dict)
+
+
+def prove(name: str, device: str, deadline: float) -> Proof:
+    """Parity in three dtypes at all shapes, the checks, and every config of its kernels in bf16."""
+    torch.set_num_threads(1)  # there are as many processes as cores
+    cases, late = [], False
+    for case in selftest.run([name], device=device):
+        cases.append(case)
+        if late := time.monotonic() > deadline:
+            break
+    parity = selftest.summarise(cases)[name]
+    parity["failures"] += [f"{name}: out of time"] if late else []
+    found = Proof(parity)
+    for check, function in CHECKS.items():
+        if device != "cpu" or check not in NEEDS_CUDA:
+            found.failures[check] = function(device, [name])
+    if device == "cpu":  # nothing is launched there
+        return found
+    candidates, found.failures["every config"] = gpu_checks.every_config(device, deadline, [name])
+    for candidate in candidates:
+        right = found.right.setdefault(candidate.kernel, [])
+        right += [] if candidate.failures else [candidate.config]
+    return found
+
+
+def prove_all(
+    device: str, deadline: float, names: Iterable[str] | None = None, workers: int = WORKERS
+) -> tuple[dict[str, Proof], list[str]]:
+    """The proofs of ops, and a line for each op that has none."""
+    calls = {name: (name, device, deadline) for name in names or OPS}
+    return each(prove, calls, deadline, workers)
+
+
+def right_everywhere(proofs: Iterable[Proof]) -> dict[str, list[int]]:
+    """Of each kernel the configs that are right for every op that launches it."""
+    found: dict[str, set[int]] = {}
+    for proof in proofs:
+        for kernel, configs in proof.right.items():
+            found[kernel] = found.get(kernel, set(configs)) & set(configs)
+    return {kernel: sorted(configs) for kernel, configs in found.items()}
+
+
+def memcheck(
+    deadline: float, names: Iterable[str] | None = None, workers: int = WORKERS
+) -> list[str] | None:
+    """Two test shapes of every op under compute-sanitizer; None where that is not installed."""
+    tool = shutil.which(SANITIZER) or shutil.which(SANITIZER, path="/usr/local/cuda/bin")
+    if tool is None:
+        return None
+    calls = {name: (tool, name, deadline) for name in names or OPS}
+    found, failures = each(_memcheck, calls, deadline, workers)
+    return [line for lines in found.values() for line in lines] + failures
+
+
+def memcheck_cases(name: str) -> None:
+    """What compute-sanitizer watches."""
+    for label, shape in itertools.islice(selftest.shapes(OPS[name], full=False), 1, 3):
+        case = selftest.check(OPS[name], label, shape, torch.bfloat16, "cuda")
+        if not case.ok:
+            raise SystemExit("\n".join(case.failures()))
+
+
+def _memcheck(tool: str, name: str, deadline: float) -> list[str]:
+    watched = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", MEMCHECK]
+    # In one block of the caching allocator, no access is out of bounds.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            [*watched, name], cwd=evidence.PACKAGE.parent, env=environment, capture_output=True,
+            text=True, timeout=max(deadline - time.monotonic(), 1),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return [f"{name}: memcheck: out of time"]
+    if done.returncode == 0:
+        return []
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    return [f"{name}: memcheck: exit {done.returncode}", *lines[-15:]]
+
+
+def each(
+    function: Callable[..., T], calls: Mapping[str, tuple[Any, ...]], deadline: float, workers: int
+) -> tuple[dict[str, T], list[str]]:
+    """Every call in a process of its own; a line for each that gives nothing until the deadline."""
+    found: dict[str, T] = {}
+    failures: list[str] = []
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):  # the workers inherit it
+        pool = multiprocessing.get_context("spawn").Pool(
+            min(workers, os.cpu_count() or 1), maxtasksperchild=1
+        )
+    with pool:  # what is late ends with it
+        results = {name: pool.apply_async(function, call) for name, call in calls.items()}
+        for name, result in results.items():
+            try:
+                found[name] = result.get(max(deadline - time.monotonic(), 0.0))
+            except multiprocessing.TimeoutError:
+                failures.append(f"{name}: out of time")
+            except Exception as error:  # of the worker
+                failures.append(f"{name}: {type(error).__name__}: {error}")
+    return found, failures
