@@ -6,6 +6,7 @@ its process's device leaves the others theirs.
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from unittest import mock
@@ -131,17 +133,34 @@ def each(
     """Every call in a process of its own; a line for each that gives nothing until the deadline."""
     found: dict[str, T] = {}
     failures: list[str] = []
-    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):  # the workers inherit it
-        pool = multiprocessing.get_context("spawn").Pool(
-            min(workers, os.cpu_count() or 1), maxtasksperchild=1
-        )
-    with pool:  # what is late ends with it
-        results = {name: pool.apply_async(function, call) for name, call in calls.items()}
-        for name, result in results.items():
+    with (
+        mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),  # the processes inherit it
+        ThreadPoolExecutor(min(workers, os.cpu_count() or 1)) as threads,
+    ):
+        futures = {n: threads.submit(_alone, function, call, deadline) for n, call in calls.items()}
+        for name, future in futures.items():
             try:
-                found[name] = result.get(max(deadline - time.monotonic(), 0.0))
-            except multiprocessing.TimeoutError:
+                found[name] = future.result()
+            except TimeoutError:
                 failures.append(f"{name}: out of time")
-            except Exception as error:  # of the worker
+            except Exception as error:  # of the process, or that it ended
                 failures.append(f"{name}: {type(error).__name__}: {error}")
     return found, failures
+
+
+def _alone(function: Callable[..., T], call: tuple[Any, ...], deadline: float) -> T:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    # A pool of one: of a bare process, neither a result nor its death would be told.
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    future = pool.submit(function, *call)
+    try:
+        return future.result(left)
+    except concurrent.futures.TimeoutError:  # the built-in one from Python 3.11 on
+        raise TimeoutError from None
+    finally:
+        processes = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
