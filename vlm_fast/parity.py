@@ -155,10 +155,12 @@ def check(
     *,
     fast: Callable[..., Any] | None = None,
     upstream: Callable[[Tensor], Tensor] | None = None,
+    inference: bool = False,
 ) -> list[Verdict]:
     """Judge every output and gradient of one call against the op's reference.
 
-    ``args`` are in the working dtype and on the device under test.
+    ``args`` are in the working dtype and on the device under test. With ``inference`` the outputs
+    of a call without gradients too: some ops launch other kernels then.
     """
     if op.judge is not None:
         found = (fast or op.fast)(*args, **options)
@@ -180,6 +182,12 @@ def check(
         else:
             theirs = farthest(true, theirs, more)
             verdicts.append(judge(name, ours, theirs, true, gradient=name.startswith("gradient")))
+    if inference:
+        with torch.no_grad():
+            result = (fast or op.fast)(*args, **options)
+        results = list(result) if isinstance(result, tuple) else [result]
+        for name, ours, theirs, true in zip(names, results, native[0], exact[0], strict=False):
+            verdicts.append(judge(f"{name} without gradients", ours, theirs, true))
     return verdicts
 
 
