@@ -180,7 +180,7 @@ def test_a_response_that_is_no_completion_is_a_bad_answer(server, endpoint, repl
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_an_endpoint_that_accepts_nothing_stops_at_once(server, coco, caplog, status):
     # The key where a message is cut, which must not leave half of it.
-    body = {"error": {"message": f"{'x' * 270}{KEY} is wrong", "code": KEY, "type": KEY}}
+    body = {"error": {"message": f"{'x' * 255}{KEY} is wrong", "code": KEY, "type": KEY}}
     server.replies = [(status, {}, body)]
     found = generate(coco, "--json", url=server.url)
     assert found.exit_code == cli.Exit.ENVIRONMENT and len(server.requests) == 1
@@ -265,10 +265,11 @@ def test_a_dry_run_needs_no_key_and_asks_and_writes_nothing(server, coco, monkey
 
 def test_what_is_missing_is_said_before_anything_is_written(server, coco, monkeypatch, caplog):
     before = sorted(coco.rglob("*"))
-    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n{KEY}")
-    found = generate(coco, url=server.url)
-    assert found.exit_code == cli.Exit.ENVIRONMENT and "letters that no key has" in found.stderr
-    assert KEY not in found.output
+    for between in ("\n", " ", "é"):
+        monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}{between}{KEY}")
+        found = generate(coco, url=server.url)
+        assert found.exit_code == cli.Exit.ENVIRONMENT and "letters that no key has" in found.stderr
+        assert KEY not in found.output
     found = generate(coco, "--key-variable", "NO_SUCH_KEY", url=server.url)
     assert found.exit_code == cli.Exit.ENVIRONMENT
     assert "the environment variable NO_SUCH_KEY is not set" in found.stderr
