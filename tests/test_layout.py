@@ -89,7 +89,8 @@ def test_every_op_has_a_file_of_kernels_or_needs_none():
 
 def public_names():
     for module in (
-        vlm_fast, vlm_fast.ops, vlm_fast.modules, vlm_fast.objectives, vlm_fast.recipes,
+        vlm_fast, vlm_fast.data, vlm_fast.objectives, vlm_fast.modules, vlm_fast.ops,
+        vlm_fast.recipes,
     ):  # fmt: skip
         for name, value in vars(module).items():
             if not name.startswith("_") and not inspect.ismodule(value) and callable(value):

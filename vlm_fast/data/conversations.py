@@ -190,10 +190,10 @@ def picture(record: Record, images: Path) -> Image:
 
 @dataclass(frozen=True)
 class Checked:
-    """What the check of a data set found: all records, the good ones, and what is wrong."""
+    """What the check of a data set found; numbers of records are None where it was stopped."""
 
-    total: int
-    good: int
+    total: int | None
+    good: int | None
     faults: list[Fault]
 
 

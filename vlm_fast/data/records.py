@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -96,10 +96,10 @@ def parse(content: Any, index: int) -> Record:
         turns.append(Turn(cast(Role, role), text))
     if len(turns) % 2:
         refuse("roles", "conversations", "an answer to the last question", _Words("none"))
-    count = sum(turn.text.count(IMAGE) for turn in turns)
-    if count != (image is not None):
-        of_images = "no image" if image is None else "one image"
-        refuse("image count", "conversations", f"{int(not count)} {IMAGE}, with {of_images}", count)
+    count, wanted = sum(turn.text.count(IMAGE) for turn in turns), int(image is not None)
+    if count != wanted:
+        words = f"{wanted} {IMAGE}, with {'one image' if wanted else 'no image'}"
+        refuse("image count", "conversations", words, count)
     return Record(index, str(content["id"]), image, tuple(turns))
 
 
@@ -164,8 +164,8 @@ class Records:
         self.faults: list[Fault] = []
         self.total = 0
         self._lines = self.path.suffix.lower() in LINES
-        self._signature = _signature(self.path)
-        self._map: mmap.mmap | None = None
+        self._signature = _signature(os.stat(self.path))
+        self._open()
         places = []
         first: dict[str, int] = {}
         for content, start, end in self._lines_of() if self._lines else self._list_of():
@@ -194,25 +194,36 @@ class Records:
         return len(self._places)
 
     def __getitem__(self, number: int) -> Record:
-        """The good record of this number, counted from 0 without the bad ones."""
+        """The good record of this number, counted from 0 without the bad ones.
+
+        Raises:
+            RuntimeError: if the file was changed in its place meanwhile. One that another took the
+                place of is read on, but in processes started later.
+        """
         index, start, end, _ = self._places[number].tolist()
-        return parse(json.loads(self._bytes()[start:end]), index)
+        try:
+            return parse(json.loads(os.pread(self._file, end - start, start)), index)
+        except ValueError:  # which it was not before
+            raise self._changed() from None
 
     @property
     def pictured(self) -> torch.Tensor:
         """Which of the good records have an image, ``(records,)`` bool."""
         return self._places[:, 3].bool()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_map": None}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
 
-    def _bytes(self) -> mmap.mmap:
-        if self._map is None:
-            if _signature(self.path) != self._signature:
-                raise RuntimeError(f"{self.path} has changed since it was read: start again")
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._map
+    def _open(self) -> None:
+        """A descriptor that forked workers share, which no other process's seeking can disturb."""
+        self._file = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        if _signature(os.fstat(self._file)) != self._signature:
+            raise self._changed()
+
+    def _changed(self) -> RuntimeError:
+        return RuntimeError(f"{self.path} has changed since it was read: start again")
 
     def _lines_of(self) -> Iterator[tuple[Any, int, int]]:
         start = 0
@@ -235,7 +246,7 @@ class Records:
         try:
             text = content[bytes_before:].decode()
             del content
-            decode, ascii_only, counted = json.JSONDecoder().raw_decode, text.isascii(), 0
+            decode, ascii_only = json.JSONDecoder().raw_decode, text.isascii()
             at = _after_space(text, 0)
             if text[at : at + 1] != "[":
                 came = shown(json.loads(text))
@@ -244,12 +255,10 @@ class Records:
             closed = text[at : at + 1] == "]"
             while not closed:
                 value, end = decode(text, at)
-                if not ascii_only:
-                    bytes_before += len(text[counted:at].encode()) - (at - counted)
                 size = end - at if ascii_only else len(text[at:end].encode())
                 yield value, at + bytes_before, at + bytes_before + size
                 bytes_before += size - (end - at)
-                counted, at = end, _after_space(text, end)
+                at = _after_space(text, end)
                 closed = text[at : at + 1] == "]"
                 if not closed:
                     if text[at : at + 1] != ",":
@@ -275,6 +284,5 @@ def _after_space(text: str, at: int) -> int:
     return at
 
 
-def _signature(path: Path) -> tuple[int, int]:
-    facts = os.stat(path)
+def _signature(facts: os.stat_result) -> tuple[int, int]:
     return facts.st_size, facts.st_mtime_ns

@@ -75,10 +75,12 @@ def check_data(run: Run) -> dict[str, Any]:
     try:
         with tables.counter("checking data") as count:
             found = check(run.data, run.images, on_bad="skip", progress=count)
+    except ModuleNotFoundError as error:
+        stop(Exit.ENVIRONMENT, f"{error}: pictures need Pillow (pip install pillow)")
     except (BadRecord, ValueError, OSError) as error:
         stop(Exit.FAILURE, f"{run.data}: {error}")
     bad = [fault for fault in found.faults if not fault.is_warning]
-    _report(bad, found.total)
+    _report(bad, found.total or 0)
     if bad and run.on_bad == "stop":
         stop(Exit.FAILURE, "nothing was trained; correct them, or leave them out: --on-bad skip")
     if not found.good:

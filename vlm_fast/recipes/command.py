@@ -14,12 +14,13 @@ import typer
 from vlm_fast import tables
 from vlm_fast.command import Exit, Json, print_json, stop
 from vlm_fast.data import BadRecord
+from vlm_fast.data.faults import OnBad
 from vlm_fast.data.formats import FORMATS
 from vlm_fast.recipes import checkpoints
 from vlm_fast.recipes.before import check_arguments, check_data, check_model, start_of
 from vlm_fast.recipes.parts import describe_size
 from vlm_fast.recipes.published import RECIPES
-from vlm_fast.recipes.ranks import agreed, is_main, processes, refuse, say
+from vlm_fast.recipes.ranks import agreed, is_main, leave, processes, refuse, say
 from vlm_fast.recipes.recipe import sizes
 from vlm_fast.recipes.run import DTYPES, Run, model_class, train
 
@@ -73,7 +74,7 @@ def recipe(
         int | None, typer.Option(min=1, help="Adapters of this rank in the language model.")
     ] = None,
     on_bad: Annotated[
-        str, typer.Option(callback=_known("choice", ("stop", "skip")), help="Of a bad record.")
+        OnBad, typer.Option(help="Stop where a record is bad, or leave it out.")
     ] = "stop",
     format: Annotated[
         str | None,
@@ -108,7 +109,7 @@ def recipe(
         RECIPES[name], model, data, images, out,  # type: ignore[arg-type]
         epochs=epochs, lr=lr, batch=batch, device_batch=device_batch, max_steps=max_steps,
         save_every=save_every, seed=seed, dtype=dtype, checkpointing=checkpointing, lora=lora,
-        on_bad="skip" if on_bad == "skip" else "stop", format=format, max_length=max_length,
+        on_bad=on_bad, format=format, max_length=max_length,
         patch=not no_patch, workers=workers,
     )  # fmt: skip
     check_arguments(run, resume)
@@ -128,6 +129,7 @@ def recipe(
             print_json(summary)
         else:
             say(_told(run, summary))
+    leave()
     if found.interrupted:
         raise typer.Exit(Exit.INTERRUPTED)
 

@@ -56,3 +56,11 @@ def agreed(decide: Callable[[], Any]) -> Any:
     if verdict[1] is not None:
         raise typer.Exit(verdict[1])
     return verdict[0]
+
+
+def leave() -> None:
+    """The end of the process group, which NCCL wants to be told."""
+    if processes() > 1:
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
