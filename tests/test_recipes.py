@@ -289,3 +289,38 @@ def test_the_head_of_stage_1_is_saved_beside_the_model(tmp_path):
     assert other.head.decoder.weight is other.model.embeddings.word_embeddings.weight
     for (name, ours), theirs in zip(trained.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("case", ["llava-stage1", "mllama", "blip2-stage2"])
+def test_what_save_pretrained_writes_is_found_by_load_state_dict(tmp_path, case):
+    """Trainer hands it over as it is when it resumes, and goes on with a warning if it is not."""
+    from safetensors.torch import load_file
+
+    name, make = CASES[case]
+    model, _ = make()
+    model.save_pretrained(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    assert case == "blip2-stage2" or not written.keys() & model.state_dict().keys()
+    other, _ = make()
+    RECIPES[name].prepare(other)
+    for parameter in other.parameters():
+        torch.nn.init.zeros_(parameter)
+    result = other.load_state_dict(dict(written), strict=False)
+    assert not result.unexpected_keys
+    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    with pytest.raises(ValueError, match=r"none of the names of \w+; its first is 'else'"):
+        other.load_state_dict({"else": torch.zeros(1)}, strict=False)
+
+
+def test_a_model_goes_from_stage_to_stage():
+    model = llava()
+    for name in ("llava-stage1", "llava-stage2", "llava-stage1"):
+        RECIPES[name].prepare(model)
+        model.train()
+        assert model.model.language_model.training == (name == "llava-stage2")
+        learning = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert learning == {n for n, _ in model.named_parameters() if LEARNS[name](n)}
+    assert len(model.model._forward_hooks) == len(model._load_state_dict_pre_hooks) == 1
+    recipes.thaw(model)
+    assert type(model.model.vision_tower) is type(llava().model.vision_tower)

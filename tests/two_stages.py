@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -31,6 +32,8 @@ LAUNCH = (
     "--main_process_port", "0", "-m", "vlm_fast.cli", "recipe",
 )  # fmt: skip
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+# Of a random language model that is frozen, a projector can mend little: 2 % of the loss.
+FALLS = {"llava-stage1": 0.99, "llava-stage2": 0.8}
 STAGES = {
     "llava-stage1": ("--lr", "5e-3", "--epochs", "8"),
     "llava-stage2": ("--lr", "2e-3", "--epochs", "8"),
@@ -48,7 +51,6 @@ assert "vlm_fast" not in sys.modules
 
 
 def launch(stage, model, data, out, *more):
-    """A process group of its own, so that all of it can be killed."""
     records, images = data
     arguments = (
         "--model", model, "--data", records, "--images", images, "--out", out,
@@ -56,7 +58,7 @@ def launch(stage, model, data, out, *more):
     )  # fmt: skip
     return subprocess.Popen(
         [*LAUNCH, stage, *map(str, arguments)], env=os.environ | ENVIRONMENT, cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
@@ -73,8 +75,9 @@ def interrupt(process, out, how):
         time.sleep(0.05)
     if how == signal.SIGTERM:
         process.send_signal(how)  # to the launcher, which hands it on
-    else:
-        os.killpg(process.pid, how)
+    else:  # workers are of sessions of their own
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            one.kill()
     return finished(process, code=1)
 
 
@@ -121,7 +124,7 @@ def stage(name, model, data, folder, how):
     resumed = next(line for line in again.splitlines() if "recipe: from checkpoint-" in line)
     found = losses(broken)
     assert found == losses(unbroken)
-    assert sum(found[-6:]) < 0.97 * sum(found[:6]), found
+    assert sum(found[-6:]) < FALLS[name] * sum(found[:6]), found
     assert same_weights(unbroken, broken)
     print(
         f"{name}: {len(found)} steps, loss {found[0]:.3f} to {found[-1]:.3f}; {how.name}, then "

@@ -26,6 +26,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model: Any = model
         self.losses: dict[str, Tensor] = {}
+        self.register_state_dict_post_hook(_once)
+        self.register_load_state_dict_pre_hook(_twice)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """As the model's own."""
@@ -44,6 +46,10 @@ class Stage1Objective(Objective):
 
     Args:
         model: ``Blip2ForImageTextRetrieval``.
+
+    Attributes:
+        bos_token_id: of [DEC], with which generation begins: the last word, where LAVIS put it,
+            unless it is set to another.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -52,15 +58,13 @@ class Stage1Objective(Objective):
         eps = self.model.config.qformer_config.layer_norm_eps
         self.head = LanguageModelHead(embeddings, layer_norm_eps=eps)
         self.temperature = nn.Parameter(torch.tensor(TEMPERATURE, device=embeddings.weight.device))
-        self.register_state_dict_post_hook(_without_shared)
-        self.register_load_state_dict_pre_hook(_with_shared)
+        self.bos_token_id = len(embeddings.weight) - 1
 
     def forward(
         self,
         pixel_values: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
-        bos_token_id: int | None = None,
     ) -> dict[str, Tensor]:
         """``loss``, and its terms ``itc``, ``itm`` and ``itg``.
 
@@ -68,13 +72,11 @@ class Stage1Objective(Objective):
             pixel_values: ``(batch, 3, height, width)``.
             input_ids, attention_mask: ``(batch, tokens)``; see `objectives.stage1_loss`. Tokens
                 are as many on every rank.
-            bos_token_id: of [DEC]; None is the last word of the embeddings, where LAVIS put it.
         """
         images = self.model.vision_model(pixel_values=pixel_values).last_hidden_state
-        words = len(self.model.embeddings.word_embeddings.weight)
         found = stage1_loss(
             self.model, images, input_ids, attention_mask,
-            lm_head=self.head, bos_token_id=words - 1 if bos_token_id is None else bos_token_id,
+            lm_head=self.head, bos_token_id=self.bos_token_id,
             temperature=self.temperature.clamp(0.001, 0.5),
         )  # fmt: skip
         self.losses = {name: getattr(found, name).detach() for name in ("itc", "itm", "itg")}
@@ -107,14 +109,20 @@ class Stage2Objective(Objective):
         return {"loss": loss}
 
 
-SHARED = "head.decoder.weight"
+def _aliases(module: nn.Module) -> dict[str, str]:
+    """A parameter's other names, each with its first."""
+    first: dict[int, str] = {}
+    every = module.named_parameters(remove_duplicate=False)
+    names = [(name, first.setdefault(id(parameter), name)) for name, parameter in every]
+    return {name: own for name, own in names if name != own}
 
 
-def _without_shared(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    state.pop(prefix + SHARED, None)  # safetensors saves no tensor twice
+def _once(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for name in _aliases(module):  # safetensors saves no tensor twice
+        state.pop(prefix + name, None)
 
 
-def _with_shared(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    words = state.get(f"{prefix}model.embeddings.word_embeddings.weight")
-    if words is not None:
-        state[prefix + SHARED] = words
+def _twice(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for name, own in _aliases(module).items():
+        if prefix + own in state:
+            state[prefix + name] = state[prefix + own]

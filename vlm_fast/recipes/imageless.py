@@ -44,13 +44,15 @@ def touch(model: nn.Module, parts: Parts | None = None) -> Tensor:
     return zero + sum(parameter.flatten()[:0].sum() for parameter in learning.values())
 
 
-def touch_without_images(model: nn.Module) -> Any:
-    """Have batches without an image `touch` the connector; returns a handle with ``remove()``.
+def touch_without_images(model: nn.Module) -> None:
+    """Have batches without an image `touch` the connector.
 
     What is added to the hidden states is zero; a batch with images, evaluation and generation are
     left alone.
     """
-    return parts_of(model).inner.register_forward_hook(_touched, with_kwargs=True)
+    inner = parts_of(model).inner
+    if _touched not in inner._forward_hooks.values():
+        inner.register_forward_hook(_touched, with_kwargs=True)
 
 
 def _touched(inner: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

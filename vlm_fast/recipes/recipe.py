@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from vlm_fast.recipes.blip2 import Objective, Stage1Objective, Stage2Objective
-from vlm_fast.recipes.frozen import freeze_rest, freeze_tower, skip_unused
+from vlm_fast.recipes.frozen import freeze_rest, freeze_tower, skip_unused, thaw
+from vlm_fast.recipes.hub_names import understand_hub_names
 from vlm_fast.recipes.imageless import touch_without_images
 from vlm_fast.recipes.parts import CONNECTOR, TOWER, Parts, parts_of
 
@@ -77,12 +78,13 @@ class Recipe:
         Frozen parts are in eval mode for good; the tower keeps no graph and its unused layers are
         not run (`frozen.thaw` undoes both); a batch without an image gives the connector gradients
         of zero. Parameters and keys stay as they are. `vlm_fast.patch` before or after; LoRA,
-        sharding and DDP after.
+        sharding and DDP after. A model prepared for one stage can be prepared for the next.
 
         Raises:
             TypeError: the model is of another family.
         """
         parts = self.parts(model)
+        thaw(model)
         for _, parameter, part in parts.of_parameters(model):
             parameter.requires_grad_(part in self.trains)
         config: Any = getattr(model, "config", None)
@@ -91,6 +93,7 @@ class Recipe:
                 skip_unused(parts.tower, getattr(config, "vision_feature_layer", None))
             freeze_tower(parts.tower)
         freeze_rest(model)
+        understand_hub_names(model)
         model.train()
         if self.family in ("llava", "flamingo"):
             touch_without_images(model)
@@ -137,7 +140,7 @@ class Recipe:
     def warmup_steps(self, steps: int) -> int:
         """Of ``steps`` in all: a tenth of them at most, since few data need no 2,000."""
         wanted = self.warmup if self.warmup >= 1 else math.ceil(self.warmup * steps)
-        return min(int(wanted), max(steps // 10, 1))
+        return min(int(wanted), steps // 10)
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
         """The learning rate over ``steps``, to be stepped after each of the optimizer's."""
@@ -244,7 +247,13 @@ class Recipe:
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
             "report_to": "none",
         }
-        return TrainingArguments(**(own | others))
+        arguments = TrainingArguments(**(own | others))
+        if arguments.device.type == "cpu":
+            # accelerate numbers the CPU of each process; on resuming torch.load knows no cpu:0.
+            arguments.__dict__["_setup_devices"] = torch.device("cpu")
+        # Without a launcher Trainer would give every GPU a batch: more of them than was asked for.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return arguments
 
 
 def sizes(recipe: Recipe, model: nn.Module) -> dict[str, tuple[int, int]]:

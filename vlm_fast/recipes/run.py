@@ -18,7 +18,7 @@ from vlm_fast.data import Captions, Collator, Conversations
 from vlm_fast.data.faults import OnBad
 from vlm_fast.data.records import Records
 from vlm_fast.recipes import checkpoints, watch
-from vlm_fast.recipes.blip2 import Objective
+from vlm_fast.recipes.blip2 import Objective, Stage1Objective
 from vlm_fast.recipes.captions import CaptionCollator
 from vlm_fast.recipes.parts import LANGUAGE
 from vlm_fast.recipes.recipe import Recipe
@@ -206,13 +206,16 @@ def train(run: Run, processor: Any, resume: Path | None, main: bool) -> Outcome:
     Raises:
         BadRecord: a record cannot be used and ``on_bad`` is ``"stop"``; checkpoints stay.
     """
-    from transformers import PrinterCallback, Trainer
+    from transformers import PrinterCallback, Trainer, set_seed
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading and saving: `tables.counter` has the one bar
+    set_seed(run.seed)  # heads and adapters begin at random
     model, came = load(run)
     dtype = compute_dtype(run, model)
     trained = prepare(run, model)
+    if isinstance(trained, Stage1Objective):
+        trained.bos_token_id = processor.tokenizer.bos_token_id
     dataset, collator = data_of(run, processor)
     arguments = run.adapted.training_arguments(
         run.out, len(dataset), device_batch=run.device_batch, batch=run.batch, epochs=run.epochs,

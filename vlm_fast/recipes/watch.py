@@ -71,8 +71,8 @@ def callback(
         def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             count(state.global_step, state.max_steps)
             if state.is_world_process_zero:  # what an interrupted run logged after its checkpoint
-                lines = [json.dumps(row) + "\n" for row in state.log_history if "loss" in row]
-                (output / LOSSES).write_text("".join(lines))
+                rows = [row for row in state.log_history if "loss" in row]
+                (output / LOSSES).write_text("".join(map(_line, rows)))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             count(state.global_step, state.max_steps)
@@ -89,7 +89,7 @@ def callback(
             if state.is_world_process_zero:
                 row = state.log_history[-1]
                 with (output / LOSSES).open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(_line(row))
                 if not sys.stderr.isatty():
                     print(
                         f"recipe: step {row['step']} of {state.max_steps}: loss {row['loss']:.4g}, "
@@ -105,3 +105,7 @@ def callback(
                 checkpoints.rotate(output)
 
     return Watch()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, sort_keys=True) + "\n"
