@@ -1,6 +1,7 @@
 """Conversations as a processor's inputs: which tokens are learned, and where images are."""
 
 import copy
+import json
 import pickle
 from multiprocessing.reduction import ForkingPickler
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from typer.testing import CliRunner
 
 from tests import photographs, tiny_llava, tiny_processors
+from vlm_fast import cli
 from vlm_fast.data import BadRecord, Collator, Conversations, Example, Turn
 
 PICTURE = Image.new("RGB", (40, 30), "orange")
@@ -209,3 +212,30 @@ def test_a_model_trains_on_batches_from_workers(tmp_path):
     loss = model(**here[0]).loss
     loss.backward()
     assert loss.isfinite() and model.model.multi_modal_projector.linear_1.weight.grad.norm() > 0
+
+
+def test_the_check_finds_what_is_too_long_for_a_processor(tmp_path):
+    records, images = photographs.write(tmp_path, longest=32, views=("whole",))
+    tiny_processors.llava().save_pretrained(tmp_path / "model")
+    names = [one.id for one in Conversations(records, images)]
+    command = ["data", "check", "--data", records, "--images", images, "--format", "plain"]
+    command += ["--json", "--processor", tmp_path / "model"]
+
+    def call(*more):
+        return CliRunner().invoke(cli.app, [str(word) for word in (*command, *more)])
+
+    assert call("--max-length", 18).exit_code == 0
+    found = call("--max-length", 17)  # one for the beginning, 16 for the image: no answer
+    assert found.exit_code == cli.Exit.FAILURE
+    content = json.loads(found.stdout)
+    assert content["counts"] == {"too long": len(names)} and content["good"] == 0
+    assert [fault["id"] for fault in content["faults"]] == names
+    for arguments, words in (
+        (("--processor", tmp_path / "no"), "--processor: there is no folder"),
+        (("--processor", images), "--processor: "),
+        (("--format", "v0"), "--processor: format is 'v0'"),
+    ):
+        found = call(*arguments)
+        assert found.exit_code == cli.Exit.USAGE and words in found.stderr, found.output
+    command = [*command[:6], "--max-length", 9]
+    assert "--format and --max-length need --processor" in call().stderr

@@ -14,7 +14,14 @@ from typer.testing import CliRunner
 
 from tests import photographs
 from vlm_fast import cli
-from vlm_fast.data import BadRecord, Captions, Conversations, UnreadablePicture, check
+from vlm_fast.data import (
+    BadRecord,
+    Captions,
+    Conversations,
+    UnreadablePicture,
+    check,
+    conversations,
+)
 from vlm_fast.data.records import Records
 
 
@@ -257,6 +264,7 @@ def test_each_file_is_decoded_once(tmp_path, images, monkeypatch):
     opened = []
     real = Image.open
     monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or real(file))
+    monkeypatch.setattr(conversations, "CHECKED_AT_ONCE", 2)
     assert check(path, images).good == 5
     assert opened == [images / "0.png"]
     # One bad picture of several records is a fault of each.

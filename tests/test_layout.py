@@ -128,7 +128,7 @@ def test_import_brings_no_transformers_and_touches_no_device():
     found = run(
         EVERYTHING + "import torch\n"
         "assert not torch.cuda.is_initialized()\n"
-        "heavy = {'transformers', 'peft', 'accelerate', 'deepspeed', 'matplotlib'}\n"
+        "heavy = {'transformers', 'peft', 'accelerate', 'deepspeed', 'matplotlib', 'openai'}\n"
         "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
         "driver = sys.modules.get('triton.runtime.driver')\n"
         "assert driver is None or driver.driver._active is None\n"

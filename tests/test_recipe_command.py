@@ -102,6 +102,7 @@ def test_the_recipes_are_listed_with_their_numbers():
         ("llava-stage1", {"--images": "nowhere"}, "there is no folder nowhere"),
         ("llava-stage1", {"--out": str(ROOT)}, "is not empty: name another, or go on with"),
         ("llava-stage1", {"--batch": "10"}, "a batch of 10 is no multiple of 4 examples"),
+        ("llava-stage1", {"--lr": "0"}, "--lr: is 0, expected more"),
         ("llava-stage1", {"--lora": "4"}, "llava-stage1 trains no language model"),
         ("llava-stage2", {"--dtype": "int8"}, "no dtype is called 'int8'"),
         ("llava-stage2", {"--format": "v7"}, "no format is called 'v7'"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -141,8 +141,7 @@ class Conversations(_Pictured[Example]):
     """
 
     def _item(self, record: Record) -> Example:
-        image = None if record.image is None else picture(record, self.images)
-        return Example(record.id, image, record.turns)
+        return _example(record, self.images)
 
 
 class Captions(_Pictured[Caption]):
@@ -157,6 +156,11 @@ class Captions(_Pictured[Caption]):
 
     def _item(self, record: Record) -> Caption:
         return Caption(record.id, picture(record, self.images), record.turns[1].text.strip())
+
+
+def _example(record: Record, images: Path) -> Example:
+    image = None if record.image is None else picture(record, images)
+    return Example(record.id, image, record.turns)
 
 
 def picture(record: Record, images: Path) -> Image:
@@ -203,6 +207,7 @@ def check(
     *,
     on_bad: OnBad = "skip",
     threads: int | None = None,
+    collate: Callable[[Sequence[Example]], object] | None = None,
     progress: Progress | None = None,
 ) -> Checked:
     """Read every record and decode every picture, each file once.
@@ -212,6 +217,8 @@ def check(
         on_bad: ``"stop"`` raises at the first bad record; pictures are looked at after the shape of
             all records. ``"skip"`` goes on.
         threads: that decode; by default as many as Python thinks fit.
+        collate: such as a ``Collator``, tried on each good record by itself: it refuses those that
+            are too long. Pictures are decoded once more for it.
         progress: told how many records are done, of how many.
 
     Raises:
@@ -226,10 +233,13 @@ def check(
     first: dict[str, Fault | None] = {}
     with ThreadPoolExecutor(threads) as pool:
         for done, (record, fault) in enumerate(_looked_at(read, images, pool.map, first), 1):
+            if fault is None and collate is not None:
+                fault = _refusal(partial(_collated, collate, record, images))
             if fault is not None:
+                fault = replace(fault, index=record.index, id=record.id)
                 if on_bad == "stop":
                     raise BadRecord(fault)
-                faults.append(replace(fault, index=record.index, id=record.id))
+                faults.append(fault)
                 good -= 1
             if progress is not None:
                 progress(done, len(read))
@@ -244,14 +254,19 @@ def _looked_at(
     numbers = iter(range(len(read)))
     while batch := [read[number] for number in islice(numbers, CHECKED_AT_ONCE)]:
         new = {r.image: r for r in batch if r.image is not None and r.image not in first}
-        first.update(zip(new, map_(partial(_fault, images=images), new.values()), strict=True))
+        tried = [partial(picture, record, images) for record in new.values()]
+        first.update(zip(new, map_(_refusal, tried), strict=True))
         for record in batch:
             yield record, None if record.image is None else first[record.image]
 
 
-def _fault(record: Record, images: Path) -> Fault | None:
+def _collated(collate: Callable[..., object], record: Record, images: Path) -> None:
+    collate([_example(record, images)])
+
+
+def _refusal(attempt: Callable[[], object]) -> Fault | None:
     try:
-        picture(record, images)
+        attempt()
     except BadRecord as bad:
         return bad.fault
     return None

@@ -70,12 +70,12 @@ def counts(faults: Iterable[Fault]) -> dict[str, int]:
     return dict(Counter(fault.kind for fault in faults).most_common())
 
 
-def shown(value: object) -> str:
+def shown(value: object, longest: int = LONGEST) -> str:
     """As JSON types are called, or quoted and cut: nothing in it can steer a terminal."""
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     text = "null" if value is None else ascii(value)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def checked_on_bad(on_bad: str) -> OnBad:

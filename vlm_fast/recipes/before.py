@@ -32,6 +32,9 @@ def check_arguments(run: Run, resume: bool) -> None:
         refuse(f"{run.out} is a file, expected a folder", "--out")
     if is_main() and not resume and run.out.is_dir() and any(run.out.iterdir()):
         refuse(f"{run.out} is not empty: name another, or go on with --resume", "--out")
+    for option, value in {"--epochs": run.epochs, "--lr": run.lr}.items():
+        if value == 0:
+            refuse("is 0, expected more", option)
     if run.lora is not None and "language" not in run.recipe.trains:
         refuse(f"{run.recipe.name} trains no language model, which adapters are for", "--lora")
     if run.format is not None and run.recipe.family.startswith("blip2"):
