@@ -247,7 +247,11 @@ def test_bad_records_are_named_and_left_out_as_asked(tmp_path, data, model):
     found = call("llava-stage1", model, (bad, images), out, *STAGE1, "--on-bad", "skip", "--json")
     summary = json.loads(found.stdout)
     assert (summary["records"], summary["good"]) == (12, 10) and sum(summary["bad"].values()) == 2
-    assert (out / "model.safetensors").exists()
+    assert (out / "model.safetensors").exists() and summary["replaced"] == 0
+    assert summary["steps"] == 3  # of 10 records, two whole batches and a half
+    found = call("llava-stage1", model, (bad, images), tmp_path / "short", *STAGE1, "--on-bad",
+                 "skip", "--format", "v1", "--max-length", "30", code=1)  # fmt: skip
+    assert "10 too long" in found.output and "has no good record" in found.output
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])

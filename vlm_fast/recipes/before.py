@@ -15,7 +15,7 @@ from vlm_fast.data import BadRecord, check
 from vlm_fast.data.faults import Fault, counts
 from vlm_fast.recipes import checkpoints
 from vlm_fast.recipes.ranks import is_main, processes, refuse, say
-from vlm_fast.recipes.run import RUN, Run, model_class
+from vlm_fast.recipes.run import RUN, Run, data_of, model_class
 
 SHOWN = 10  # faults
 
@@ -73,11 +73,13 @@ def check_model(run: Run) -> Any:
     return processor
 
 
-def check_data(run: Run) -> dict[str, Any]:
-    """How many records are good; stops with their names where some are not."""
+def check_data(run: Run, processor: Any) -> tuple[dict[str, Any], list[int]]:
+    """How many records are good, and which are not; stops with their names as asked."""
     try:
+        # Only where texts are cut can a record be good in itself and of no use all the same.
+        collate = None if run.max_length is None else data_of(run, processor)[1]
         with tables.counter("checking data") as count:
-            found = check(run.data, run.images, on_bad="skip", progress=count)
+            found = check(run.data, run.images, on_bad="skip", collate=collate, progress=count)
     except ModuleNotFoundError as error:
         stop(Exit.ENVIRONMENT, f"{error}: pictures need Pillow (pip install pillow)")
     except (BadRecord, ValueError, OSError) as error:
@@ -88,7 +90,8 @@ def check_data(run: Run) -> dict[str, Any]:
         stop(Exit.FAILURE, "nothing was trained; correct them, or leave them out: --on-bad skip")
     if not found.good:
         stop(Exit.FAILURE, f"{run.data} has no good record")
-    return {"records": found.total, "good": found.good, "bad": counts(bad)}
+    summary = {"records": found.total, "good": found.good, "bad": counts(bad)}
+    return summary, sorted({fault.index for fault in bad if fault.index is not None})
 
 
 def _report(bad: list[Fault], total: int) -> None:

@@ -114,13 +114,13 @@ def recipe(
     )  # fmt: skip
     check_arguments(run, resume)
     processor = check_model(run)
-    checked = agreed(lambda: check_data(run))
+    checked, bad_records = agreed(lambda: check_data(run, processor))
     if dry_run:
         _show_plan(run, checked["good"], as_json)
         return
     start = agreed(lambda: start_of(run, resume))
     try:
-        found = train(run, processor, start, is_main())
+        found = train(run, processor, bad_records, start, is_main())
     except BadRecord as bad:
         _lost_nothing(run, str(bad))
     if is_main():

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 import vlm_fast
 from vlm_fast import tables
@@ -179,8 +180,8 @@ def with_adapters(run: Run, model: nn.Module) -> nn.Module:
 
 
 def data_of(run: Run, processor: Any) -> tuple[Any, Any]:
-    """The data set and what makes its batches."""
-    records = Records(run.data, on_bad=run.on_bad)
+    """The data set and what makes its batches; records of the wrong shape are left out."""
+    records = Records(run.data, on_bad="skip")
     if run.recipe.family == "blip2-retrieval":
         collator: Any = CaptionCollator(processor, even=True)
         return Captions(records, run.images, on_bad=run.on_bad), collator
@@ -195,11 +196,22 @@ def data_of(run: Run, processor: Any) -> tuple[Any, Any]:
     return Conversations(records, run.images, on_bad=run.on_bad), collator
 
 
-def train(run: Run, processor: Any, resume: Path | None, main: bool) -> Outcome:
+def without(dataset: Any, bad_records: list[int]) -> Any:
+    """The data set without records of these numbers of the file."""
+    if not bad_records:
+        return dataset
+    bad = set(bad_records)
+    return Subset(dataset, [n for n in range(len(dataset)) if dataset.record(n).index not in bad])
+
+
+def train(
+    run: Run, processor: Any, bad_records: list[int], resume: Path | None, main: bool
+) -> Outcome:
     """Train, with checkpoints in ``run.out``, and save the model there.
 
     Args:
         processor: of the model.
+        bad_records: their numbers in the file; they are left out.
         resume: the checkpoint to go on from.
         main: whether this process is the one that writes and talks.
 
@@ -216,7 +228,8 @@ def train(run: Run, processor: Any, resume: Path | None, main: bool) -> Outcome:
     trained = prepare(run, model)
     if isinstance(trained, Stage1Objective):
         trained.bos_token_id = processor.tokenizer.bos_token_id
-    dataset, collator = data_of(run, processor)
+    read, collator = data_of(run, processor)
+    dataset = without(read, bad_records)
     arguments = run.adapted.training_arguments(
         run.out, len(dataset), device_batch=run.device_batch, batch=run.batch, epochs=run.epochs,
         lr=run.lr, max_steps=run.max_steps, seed=run.seed, save_strategy="steps",
@@ -247,7 +260,7 @@ def train(run: Run, processor: Any, resume: Path | None, main: bool) -> Outcome:
     return Outcome(
         state.global_step, state.max_steps, (losses[0], losses[-1]) if losses else None,
         None if last is None else last.name, None if resume is None else resume.name,
-        minded.interrupted, dataset.replaced,
+        minded.interrupted, read.replaced,
     )  # fmt: skip
 
 
