@@ -301,6 +301,18 @@ def test_other_recipes_run_and_resume(tmp_path, data, name):
         assert load_file(whole / "stage1_head.safetensors")["temperature"].shape == ()
 
 
+def test_a_seed_decides_everything(tmp_path, data):
+    """The head of generation, wrong partners and the order of the data too."""
+    torch.manual_seed(0)
+    folder = folder_of(tmp_path / "model", blip2("blip2-stage1"))
+    losses = []
+    for number, seed in enumerate((1, 1, 2)):
+        out = tmp_path / str(number)
+        call("blip2-stage1", folder, data, out, *STAGE1, "--max-steps", "1", "--seed", seed)
+        losses.append((out / "losses.jsonl").read_text())
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_two_processes_train_as_one_though_some_batches_have_no_image(tmp_path, data, model):
     content = json.loads(data[0].read_text())
     for record in content[::2]:
