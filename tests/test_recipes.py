@@ -142,24 +142,42 @@ def test_as_many_layers_are_skipped_as_are_unused(layer, unused):
     assert all(torch.equal(a, b) for a, b in zip(expected, features(model, layer), strict=True))
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_frozen_language_model_is_checkpointed_without_dropout(checkpointed):
+def dropping_llava():
     model = llava()
-    model.model.language_model.config.attention_dropout = 0.5
     for layer in model.model.language_model.layers:
         layer.self_attn.attention_dropout = 0.5
-    RECIPES["llava-stage1"].prepare(model)
+    return "llava-stage1", model, with_labels(prompt()), model.model.language_model.layers
+
+
+def dropping_blip2():
+    """OPT's layers drop by themselves, not in a module of theirs."""
+    model, inputs = captioned()
+    layers = model.language_model.model.decoder.layers
+    for layer in layers:
+        layer.dropout = 0.5
+    return "blip2-stage2", model, inputs, layers
+
+
+@pytest.mark.parametrize("make", [dropping_llava, dropping_blip2])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_frozen_language_model_is_checkpointed_without_dropout(make, checkpointed):
+    name, model, inputs, layers = make()
+    trained = RECIPES[name].prepare(model)
     if checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        trained.gradient_checkpointing_enable({"use_reentrant": False})
     ran = []
-    model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: ran.append(1))
+    for child in layers[0].children():
+        if isinstance(child, torch.nn.LayerNorm) or "norm" in type(child).__name__.lower():
+            child.register_forward_pre_hook(lambda *_: ran.append(1))
+            break
     gradients = []
     for _ in range(2):
-        model.train()
-        model.zero_grad()
-        model(**with_labels(prompt())).loss.backward()
-        gradients.append(model.model.multi_modal_projector.linear_1.weight.grad)
-    assert torch.equal(*gradients)
+        trained.train()
+        trained.zero_grad()
+        trained(**inputs)["loss"].backward()
+        learning = [p for p in trained.parameters() if p.requires_grad]
+        gradients.append(torch.cat([p.grad.flatten() for p in learning]))
+    assert torch.equal(*gradients) and gradients[0].any()
     assert len(ran) == (4 if checkpointed else 2)
 
 
@@ -243,7 +261,7 @@ def test_schedules_of_the_papers():
 def test_groups_have_the_decay_and_the_rate_of_their_part():
     from dataclasses import replace
 
-    model = idefics()
+    model = idefics(alpha_type="vector")
     recipe = RECIPES["flamingo"]
     recipe.prepare(model)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -324,3 +342,32 @@ def test_a_model_goes_from_stage_to_stage():
     assert len(model.model._forward_hooks) == len(model._load_state_dict_pre_hooks) == 1
     recipes.thaw(model)
     assert type(model.model.vision_tower) is type(llava().model.vision_tower)
+
+
+def test_a_loop_of_ones_own_with_accelerate():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    recipe = RECIPES["llava-stage1"]
+    trained = recipe.prepare(llava())
+    optimizer = recipe.optimizer(trained)
+    steps = recipe.steps(12, device_batch=2, batch=4, epochs=2)
+    schedule = recipe.schedule(optimizer, steps)
+    accumulation = recipe.accumulation(2, batch=4)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    model, optimizer = accelerator.prepare(trained, optimizer)
+    losses = []
+    for _ in range(steps * accumulation):
+        with accelerator.accumulate(model):
+            model.train()
+            loss = model(**with_labels(prompt())).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            if accelerator.sync_gradients:
+                schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert (steps, accumulation) == (6, 2) and schedule.get_last_lr()[0] == pytest.approx(0)
+    assert losses[-1] < losses[0] and losses[0] == losses[1] != losses[2]
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
