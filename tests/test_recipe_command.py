@@ -105,12 +105,16 @@ def test_the_recipes_are_listed_with_their_numbers():
         ("llava-stage1", {"--lr": "0"}, "--lr: is 0, expected more"),
         ("llava-stage1", {"--lora": "4"}, "llava-stage1 trains no language model"),
         ("llava-stage2", {"--dtype": "int8"}, "no dtype is called 'int8'"),
+        ("llava-stage2", {"--dtype": "float16"}, "float16 is trained in on a GPU alone"),
         ("llava-stage2", {"--format": "v7"}, "no format is called 'v7'"),
         ("blip2-stage1", {"--format": "v1"}, "learns captions, which have no format"),
         ("blip2-stage1", {"--device-batch": "1"}, "expected 2 pairs to contrast"),
     ],
 )  # fmt: skip
-def test_mistakes_are_named_before_anything_is_written(tmp_path, data, model, name, change, words):
+def test_mistakes_are_named_before_anything_is_written(
+    monkeypatch, tmp_path, data, model, name, change, words
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out = tmp_path / "out"
     more = [word for pair in change.items() for word in pair]
     found = call(name, model, data, out, *more, code=2)

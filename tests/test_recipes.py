@@ -339,7 +339,7 @@ def test_a_model_goes_from_stage_to_stage():
         assert model.model.language_model.training == (name == "llava-stage2")
         learning = {n for n, p in model.named_parameters() if p.requires_grad}
         assert learning == {n for n, _ in model.named_parameters() if LEARNS[name](n)}
-    assert len(model.model._forward_hooks) == len(model._load_state_dict_pre_hooks) == 1
+    assert len(model.model._forward_pre_hooks) == len(model._load_state_dict_pre_hooks) == 1
     recipes.thaw(model)
     assert type(model.model.vision_tower) is type(llava().model.vision_tower)
 

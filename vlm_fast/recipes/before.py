@@ -64,6 +64,9 @@ def check_model(run: Run) -> Any:
             run.recipe.parts(found(config))
     except (ValueError, TypeError) as error:
         refuse(str(error), "--model")
+    dtype = run.dtype or str(config.dtype).removeprefix("torch.")
+    if dtype == "float16" and not torch.cuda.is_available():
+        refuse("float16 is trained in on a GPU alone; take bfloat16 or float32", "--dtype")
     try:
         processor = AutoProcessor.from_pretrained(run.model, local_files_only=True)
     except Exception as error:  # whatever a processor's files lead it to
