@@ -305,6 +305,20 @@ def test_the_command_prints_all_bad_records_and_counts_them(tmp_path, images):
     assert "stopped at the first bad record" in stopped.stdout
 
 
+def test_a_file_that_may_not_be_read_is_a_wrong_argument(tmp_path, images, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = written(tmp_path, GOOD)
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    found = call("--data", path, "--images", images)
+    assert found.exit_code == cli.Exit.USAGE and "Permission denied" in found.stderr
+    options = (x for name in ("captions", "boxes") for x in (f"--{name}", str(path)))
+    command = ["data", "generate", *options, "--images", str(images), "--model", "m"]
+    found = CliRunner().invoke(cli.app, [*command, "--out", str(tmp_path / "out.json")])
+    assert found.exit_code == cli.Exit.USAGE and "Permission denied" in found.stderr
+
+
 def test_the_command_passes_what_is_good_and_refuses_what_is_not_there(tmp_path, images):
     path = written(tmp_path, GOOD, PICTURED)  # ids twice: a warning is no failure
     found = call("--data", path, "--images", images, "--json")

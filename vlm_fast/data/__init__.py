@@ -10,4 +10,5 @@ from vlm_fast.data.conversations import UnreadablePicture as UnreadablePicture
 from vlm_fast.data.conversations import check as check
 from vlm_fast.data.faults import BadRecord as BadRecord
 from vlm_fast.data.faults import Fault as Fault
+from vlm_fast.data.records import Records as Records
 from vlm_fast.data.records import Turn as Turn

@@ -50,6 +50,8 @@ def check(
     except BadRecord as error:  # stopped
         assert error.fault is not None
         found = Checked(None, None, [error.fault])
+    except OSError as error:
+        raise typer.BadParameter(f"--data: {error}") from None
     except ModuleNotFoundError as error:
         stop(Exit.ENVIRONMENT, f"{error}: pictures need Pillow (pip install pillow)")
     bad = [fault for fault in found.faults if not fault.is_warning]

@@ -71,6 +71,8 @@ def generate(
         _look_at(todo, images)
     except BadRecord as bad:
         stop(Exit.FAILURE, str(bad))
+    except OSError as error:
+        raise typer.BadParameter(str(error)) from None
     if dry_run:
         _print_prompts(todo, limit, as_json)
         return
