@@ -260,15 +260,23 @@ def test_bad_records_are_named_and_left_out_as_asked(tmp_path, data, model):
     assert "10 too long" in found.output and "has no good record" in found.output
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-def test_a_half_precision_model_is_saved_as_it_came(tmp_path, data, lora):
-    folder = folder_of(tmp_path / "model", llava(torch.bfloat16))
+@pytest.mark.parametrize(
+    "dtype, more",
+    [
+        (torch.bfloat16, ()),
+        (torch.bfloat16, ("--lora", "2")),
+        (torch.float32, ("--dtype", "bfloat16")),
+        (torch.bfloat16, ("--dtype", "float32", "--no-patch")),
+    ],
+    ids=["bf16", "bf16 lora", "fp32 in bf16", "bf16 in fp32"],
+)
+def test_a_model_is_saved_in_the_dtype_it_came_in(tmp_path, data, dtype, more):
+    folder, lora = folder_of(tmp_path / "model", llava(dtype)), "--lora" in more
     out = tmp_path / "out"
-    more = ("--lora", "2") if lora else ()
     call("llava-stage2", folder, data, out, *STAGE1, "--checkpointing", *more)
     before, after = weights(folder), weights(out)
     assert before.keys() == after.keys()
-    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert not any("vision_tower" in name for name in changed)
     assert any("multi_modal" in n for n in changed) and any("q_proj" in n for n in changed)
@@ -277,7 +285,7 @@ def test_a_half_precision_model_is_saved_as_it_came(tmp_path, data, lora):
     loaded, told = transformers.LlavaForConditionalGeneration.from_pretrained(
         out, output_loading_info=True
     )
-    assert loaded.dtype == torch.bfloat16
+    assert loaded.dtype == dtype
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     # With fp32 copies of what learns beside it, a checkpoint keeps what bf16 would round away.
     if not lora:

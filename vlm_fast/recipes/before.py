@@ -39,8 +39,9 @@ def check_arguments(run: Run, resume: bool) -> None:
         refuse(f"{run.recipe.name} trains no language model, which adapters are for", "--lora")
     if run.format is not None and run.recipe.family.startswith("blip2"):
         refuse(f"{run.recipe.name} learns captions, which have no format", "--format")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        refuse("the command runs on DDP; for FSDP use vlm_fast.recipes in a script of your own")
+    for other in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{other}", "").lower() in ("1", "true"):
+            refuse(f"runs on DDP; for {other} use vlm_fast.recipes in a script of your own")
     if run.recipe.family == "blip2-retrieval" and run.device_batch * processes() < 2:
         refuse("is 1 on 1 process, expected 2 pairs to contrast at least", "--device-batch")
     if processes() == 1 and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys():

@@ -18,7 +18,7 @@ from vlm_fast.data.faults import OnBad
 from vlm_fast.data.formats import FORMATS
 from vlm_fast.recipes import checkpoints
 from vlm_fast.recipes.before import check_arguments, check_data, check_model, start_of
-from vlm_fast.recipes.parts import describe_size
+from vlm_fast.recipes.parts import LANGUAGE
 from vlm_fast.recipes.published import RECIPES
 from vlm_fast.recipes.ranks import agreed, is_main, leave, processes, refuse, say
 from vlm_fast.recipes.recipe import sizes
@@ -169,7 +169,7 @@ def _show_plan(run: Run, examples: int, as_json: bool) -> None:
         "processes": processes(),
         "accumulation": chosen.accumulation(run.device_batch, batch=run.batch),
         "steps": steps, "warmup_steps": chosen.warmup_steps(steps),
-        "lr": run.lr or chosen.lr, "source": chosen.source,
+        "lr": run.lr or chosen.lr, "lora": run.lora, "source": chosen.source,
     }  # fmt: skip
     if not is_main():
         return
@@ -177,8 +177,9 @@ def _show_plan(run: Run, examples: int, as_json: bool) -> None:
         print_json(plan)
         return
     rows = [(key, value) for key, value in plan.items() if key != "parameters"]
-    for part, (count, learning) in counted.items():
-        rows.append((part, f"{describe_size(learning)} of {describe_size(count)} parameters learn"))
+    for part, (every, learning) in counted.items():
+        how = "by adapters" if run.lora and part == LANGUAGE else "learn"
+        rows.append((part, f"{_count(learning)} of {_count(every)} parameters {how}"))
     tables.show("what would be done", ("", ""), rows)
 
 
@@ -191,3 +192,11 @@ def _told(run: Run, summary: dict[str, Any]) -> str:
     if summary["interrupted"]:
         return f"interrupted after {done}; {summary['checkpoint']} is whole, go on with --resume"
     return f"{done}; the model is in {run.out}"
+
+
+def _count(count: int) -> str:
+    """A number of parameters as people say it."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)

@@ -79,11 +79,3 @@ def parts_of(model: nn.Module) -> Parts:
         f"vlm_fast.recipes: model is a {type(model).__name__}, expected one of these families: "
         f"{known}"
     )
-
-
-def describe_size(count: int) -> str:
-    """A number of parameters as people say it."""
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return str(count)

@@ -22,6 +22,7 @@ from vlm_fast.recipes import checkpoints, watch
 from vlm_fast.recipes.blip2 import Objective, Stage1Objective
 from vlm_fast.recipes.captions import CaptionCollator
 from vlm_fast.recipes.parts import LANGUAGE
+from vlm_fast.recipes.ranks import say
 from vlm_fast.recipes.recipe import Recipe
 
 RUN = "run.json"
@@ -145,12 +146,15 @@ def prepare(run: Run, model: nn.Module) -> nn.Module:
     """Patch, freeze, add adapters, and give weights their dtypes; what Trainer is to train."""
     dtype = compute_dtype(run, model)
     if run.patch:
-        vlm_fast.patch(model)
+        report = vlm_fast.patch(model)
+        left = f"; left as they are: {len(report.skipped)}" if report.skipped else ""
+        say(f"{len(report.patched)} modules are patched{left}")
     trained = run.recipe.prepare(model)
     if run.lora is not None:
         trained = with_adapters(run, model)
     for parameter in trained.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+        if parameter.requires_grad or dtype == torch.float32:
+            parameter.data = parameter.data.float()  # what is frozen is never rounded
     return trained
 
 

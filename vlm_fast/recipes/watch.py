@@ -90,12 +90,11 @@ def callback(
                 row = state.log_history[-1]
                 with (output / LOSSES).open("a") as file:
                     file.write(_line(row))
-                if not sys.stderr.isatty():
-                    print(
-                        f"recipe: step {row['step']} of {state.max_steps}: loss {row['loss']:.4g}, "
-                        f"learning rate {row['learning_rate']:.3g}",
-                        file=sys.stderr, flush=True,
-                    )  # fmt: skip
+                print(
+                    f"recipe: step {row['step']} of {state.max_steps}: loss {row['loss']:.4g}, "
+                    f"learning rate {row['learning_rate']:.3g}",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
 
         def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             if dist.is_available() and dist.is_initialized():
