@@ -15,7 +15,7 @@ from tests.cases import OPS
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vlm_fast"
 # A folder may import those after it, and the single files of the package may import ops.
-ORDER = ("recipes", "patching", "objectives", "modules", "ops", "kernels")
+ORDER = ("recipes", "data", "patching", "objectives", "modules", "ops", "kernels")
 LONGEST = 400
 TABLES = {"tests/tiny_models.py": 450}  # a table of models is longer, and read by the row
 SOURCES = sorted(

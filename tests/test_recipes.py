@@ -287,6 +287,10 @@ def test_a_model_of_another_family_is_named_and_left_alone(name, make):
     with pytest.raises(TypeError, match="model is a Linear, expected one of these families"):
         RECIPES[name].prepare(torch.nn.Linear(1, 1))
     assert [p.requires_grad for p in model.parameters()] == wants
+    model = generative()
+    model.language_model.config.is_encoder_decoder = True
+    with pytest.raises(TypeError, match="given a OPTForCausalLM with an encoder, expected"):
+        RECIPES["blip2-stage2"].prepare(model)
 
 
 def test_the_head_of_stage_1_is_saved_beside_the_model(tmp_path):

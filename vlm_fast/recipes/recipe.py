@@ -61,13 +61,19 @@ class Recipe:
         """The model's parts.
 
         Raises:
-            TypeError: the model is of another family.
+            TypeError: the model is of another family, or its language model has an encoder.
         """
         parts = parts_of(_inner(model))
         if parts.family != self.family:
             raise TypeError(
                 f"vlm_fast.recipes: {self.name} is given a {type(_inner(model)).__name__}, of the "
                 f"family {parts.family}, expected one of {self.family}"
+            )
+        language: Any = getattr(parts.inner, "language_model", None)
+        if self.family == "blip2" and language.config.is_encoder_decoder:
+            raise TypeError(
+                f"vlm_fast.recipes: {self.name} is given a {type(language).__name__} with an "
+                "encoder, expected a decoder alone"
             )
         return parts
 
