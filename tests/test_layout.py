@@ -15,7 +15,7 @@ from tests.cases import OPS
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vlm_fast"
 # A folder may import those after it, and the single files of the package may import ops.
-ORDER = ("patching", "objectives", "modules", "ops", "kernels")
+ORDER = ("recipes", "data", "patching", "objectives", "modules", "ops", "kernels")
 LONGEST = 400
 TABLES = {"tests/tiny_models.py": 450}  # a table of models is longer, and read by the row
 SOURCES = sorted(
@@ -89,7 +89,8 @@ def test_every_op_has_a_file_of_kernels_or_needs_none():
 
 def public_names():
     for module in (
-        vlm_fast, vlm_fast.data, vlm_fast.ops, vlm_fast.modules, vlm_fast.objectives
+        vlm_fast, vlm_fast.data, vlm_fast.objectives, vlm_fast.modules, vlm_fast.ops,
+        vlm_fast.recipes,
     ):  # fmt: skip
         for name, value in vars(module).items():
             if not name.startswith("_") and not inspect.ismodule(value) and callable(value):

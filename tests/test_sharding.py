@@ -96,6 +96,31 @@ def compare_with_one_process(rank, layout, images):
         torch.testing.assert_close(whole(parameter.grad), expected)
 
 
+def train_a_rank_without_images(rank):
+    """Every layer a unit, those of the frozen tower too, whose gathers both ranks must ask for."""
+    from torch.distributed.fsdp import fully_shard
+
+    from tests.tiny_llava import llava, prompt
+    from vlm_fast.recipes import RECIPES
+
+    model, single = llava(), llava()
+    for one in (model, single):
+        vlm_fast.patch(one)
+        RECIPES["llava-stage1"].prepare(one)
+    layers = [*model.model.vision_tower.encoder.layers, *model.model.language_model.layers]
+    for unit in (model.model.multi_modal_projector, *layers, model):
+        fully_shard(unit)
+    inputs = prompt() | {"labels": prompt()["input_ids"]}
+    single(**inputs).loss.backward()
+    if rank == 1:
+        del inputs["pixel_values"]
+        inputs["input_ids"] = inputs["input_ids"].clamp(min=8)
+    model(**inputs).loss.backward()
+    projectors = (one.model.multi_modal_projector for one in (model, single))
+    for ours, alone in zip(*(projector.parameters() for projector in projectors), strict=True):
+        torch.testing.assert_close(whole(ours.grad), alone.grad / RANKS)
+
+
 def refuse_after_sharding(rank):
     from torch.distributed.fsdp import fully_shard
 
@@ -155,7 +180,8 @@ def test_spread_over_ranks(tmp_path):
 
 def test_a_rank_without_images(tmp_path):
     layouts = ("FSDP2 whole", "DDP")
-    on_ranks(tmp_path, *((compare_with_one_process, layout, (3, 0)) for layout in layouts))
+    checks = [(compare_with_one_process, layout, (3, 0)) for layout in layouts]
+    on_ranks(tmp_path, *checks, (train_a_rank_without_images,))
 
 
 def test_patch_before_sharding_never_after_and_dtensors_never_reach_a_kernel(tmp_path):

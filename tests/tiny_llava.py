@@ -21,7 +21,7 @@ def llava(size="tiny", dtype=torch.float32, **options):
             hidden_size=hidden, intermediate_size=96, num_hidden_layers=1,
             num_attention_heads=4, num_key_value_heads=4, head_dim=16, vocab_size=128,
         ),
-        image_token_id=IMAGE_TOKEN, vision_feature_layer=-2, **options,
+        **dict(image_token_id=IMAGE_TOKEN, vision_feature_layer=-2) | options,
     )  # fmt: skip
     torch.manual_seed(0)
     return LlavaForConditionalGeneration(config).to(dtype).eval()

@@ -4,6 +4,7 @@ from vlm_fast import data as data
 from vlm_fast import modules as modules
 from vlm_fast import objectives as objectives
 from vlm_fast import ops as ops
+from vlm_fast import recipes as recipes
 from vlm_fast.design import advise as advise
 from vlm_fast.patching import Report as Report
 from vlm_fast.patching import explain as explain

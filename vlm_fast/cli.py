@@ -22,6 +22,7 @@ from vlm_fast.design.profile_command import profile
 from vlm_fast.kernels import _native, _triton
 from vlm_fast.occupancy import GPUS
 from vlm_fast.op import FLOATS, OPS, Op
+from vlm_fast.recipes.command import recipe
 from vlm_fast.tune import tune
 
 # rich's markup mode would draw boxes into pipes.
@@ -195,7 +196,7 @@ def compile_(
         raise typer.Exit(Exit.FAILURE)
 
 
-for command in (advise, profile, tune):
+for command in (advise, profile, recipe, tune):
     app.command()(command)
 app.add_typer(data)
 

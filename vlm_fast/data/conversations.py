@@ -108,6 +108,10 @@ class _Pictured(Dataset[Item], Generic[Item]):
                     )
         raise last
 
+    def record(self, number: int) -> Record:
+        """The record that the item of this number is of."""
+        return self.records[int(self._kept[number])]
+
     def _select(self) -> torch.Tensor:
         return torch.arange(len(self.records))
 

@@ -14,21 +14,34 @@ from torch import nn
 
 
 class Patch(NamedTuple):
-    """What a patched class was made from; hashable, picklable."""
+    """What a swapped class was made from; hashable, picklable."""
 
     base: type[nn.Module]
-    mixin: type[Patched]
+    mixin: type[Swapped]
     recipe: Any
 
 
-class Patched:
-    """Mixin of every patched class."""
+class Swapped:
+    """Mixin of every class that was made for a module."""
 
     patch: ClassVar[Patch]
-    alone: ClassVar[bool] = False  # whether its base's forward takes what its own is given
 
     def prepare(self) -> None:
         """What becoming this class brings with it; values, names and objects must stay."""
+
+    def _get_name(self) -> str:
+        return f"{self.patch.base.__name__}[vlm_fast]"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A class made at run time cannot be found by name: name what it is made from instead.
+        reduced: tuple[Any, ...] = super().__reduce_ex__(max(2, int(protocol)))  # type: ignore
+        return (_rebuild, tuple(self.patch), *reduced[2:])
+
+
+class Patched(Swapped):
+    """Mixin of every class that computes the same on the fast ops."""
+
+    alone: ClassVar[bool] = False  # whether its base's forward takes what its own is given
 
     def why_not(self) -> str | None:
         """Why the next call would run as plain PyTorch, or None."""
@@ -44,17 +57,9 @@ class Patched:
             swap_back(module)
         return plain
 
-    def _get_name(self) -> str:
-        return f"{self.patch.base.__name__}[vlm_fast]"
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # A class made at run time cannot be found by name: name what it is made from instead.
-        reduced: tuple[Any, ...] = super().__reduce_ex__(max(2, int(protocol)))  # type: ignore
-        return (_rebuild, tuple(self.patch), *reduced[2:])
-
 
 @functools.cache
-def patched_class(base: type[nn.Module], mixin: type[Patched], recipe: Any) -> type[nn.Module]:
+def patched_class(base: type[nn.Module], mixin: type[Swapped], recipe: Any) -> type[nn.Module]:
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
     patch = Patch(base, mixin, recipe)
     return type(base.__name__, (mixin, base), {**names, "__doc__": base.__doc__, "patch": patch})
@@ -67,7 +72,7 @@ def is_class(module: nn.Module, family: str, *names: str) -> bool:
     return kind.__name__ in names and f"{kind.__module__}.".startswith(home)
 
 
-def swap(module: nn.Module, mixin: type[Patched], recipe: Any) -> None:
+def swap(module: nn.Module, mixin: type[Swapped], recipe: Any) -> None:
     module.__class__ = patched_class(type(module), mixin, recipe)  # type: ignore[arg-type]
     module.prepare()  # type: ignore[operator]
 
@@ -76,6 +81,6 @@ def swap_back(module: Any) -> None:
     module.__class__ = type(module).patch.base
 
 
-def _rebuild(base: type[nn.Module], mixin: type[Patched], recipe: Any) -> nn.Module:
+def _rebuild(base: type[nn.Module], mixin: type[Swapped], recipe: Any) -> nn.Module:
     cls = patched_class(base, mixin, recipe)  # type: ignore[arg-type]
     return cls.__new__(cls)

@@ -1,0 +1,69 @@
+"""Checkpoints that a run can go on from: written to their end, by every process.
+
+Trainer writes a checkpoint file by file, so one that was being written when the process was killed
+looks much like any other. Here each that was finished has a list of its files, written last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+LIST = "files.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+KEPT = 2
+
+
+def finish(folder: Path) -> None:
+    """Say that a checkpoint is whole: call it once every process has written its files."""
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != LIST
+    }
+    part = folder / f"{LIST}.part"
+    part.write_text(json.dumps(files, indent=1))
+    os.replace(part, folder / LIST)
+
+
+def why_not_whole(folder: Path) -> str | None:
+    """Why a checkpoint cannot be gone on from, or None."""
+    try:
+        files = json.loads((folder / LIST).read_text())
+    except FileNotFoundError:
+        return f"it has no {LIST}, which is written last"
+    except ValueError:
+        return f"its {LIST} is not JSON"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, expected {size}"
+    return None
+
+
+def found(output: Path) -> list[tuple[int, Path, str | None]]:
+    """Step, folder, and why it is not whole, of all checkpoints, the last first."""
+    steps = [(NAME.fullmatch(path.name), path) for path in output.glob("checkpoint-*")]
+    numbered = [(int(match.group(1)), path) for match, path in steps if match and path.is_dir()]
+    return [(step, path, why_not_whole(path)) for step, path in sorted(numbered, reverse=True)]
+
+
+def last_whole(output: Path) -> tuple[Path | None, list[str]]:
+    """The last whole checkpoint, or None, and a line on each that was passed over for it."""
+    passed: list[str] = []
+    for _, path, why in found(output):
+        if why is None:
+            return path, passed
+        passed.append(f"{path.name} is not whole: {why}")
+    return None, passed
+
+
+def rotate(output: Path, kept: int = KEPT) -> None:
+    """Delete whole checkpoints but the last ``kept``; one that is not whole counts for none."""
+    for _, path, _ in [one for one in found(output) if one[2] is None][kept:]:
+        shutil.rmtree(path)
