@@ -14,7 +14,6 @@ from benchmarks import (
     gpu,
     gpu_checks,
     gpu_compile,
-    gpu_proof,
     machine,
     models,
     picture,
@@ -186,34 +185,6 @@ def test_what_is_launched_is_found_compiled(monkeypatch, tmp_path):
 def test_what_time_did_not_reach_is_said():
     count, failures = gpu_compile.compile_all("sm_90", 0.0, ["gated_add"], workers=1)
     assert count == 0 and failures == ["out of time: 3 of 3 not compiled"]
-
-
-def test_proof_cut_off_is_no_proof():
-    found = gpu_proof.prove("gather_image_tokens", "cpu", time.monotonic() - 1)
-    assert found.parity["failures"] == ["gather_image_tokens: out of time"]
-    candidates, (cut,) = gpu_checks.every_config("cpu", time.monotonic() - 1, ["mlp"])
-    assert cut.startswith("out of time, with config 0 of ") and len(candidates) == 1
-
-
-def test_an_op_that_ends_its_process_leaves_the_others_theirs(tmp_path):
-    calls = {"ends": (os.abort,), "fails": (int, "x"), "is fine": (str, 7)}
-    found, failures = gpu_proof.each(_apply, calls, time.monotonic() + 120, workers=2)
-    assert found == {"is fine": "7"}
-    assert failures[0].startswith("ends: BrokenProcessPool: ")
-    assert failures[1].startswith("fails: ValueError: ")
-    assert (
-        gpu_proof.each(_apply, calls, time.monotonic(), workers=2)[1][2] == "is fine: out of time"
-    )
-
-
-def _apply(function, *arguments):
-    return function(*arguments)
-
-
-def test_a_config_is_right_where_it_is_for_every_op():
-    one = gpu_proof.Proof({}, {}, {"shared": [0, 1, 2], "own": [0]})
-    other = gpu_proof.Proof({}, {}, {"shared": [0, 2, 3]})
-    assert gpu_proof.right_everywhere([one, other]) == {"shared": [0, 2], "own": [0]}
 
 
 def test_repeats_are_bitwise_equal():

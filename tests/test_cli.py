@@ -93,7 +93,7 @@ def test_check_passes_here():
 
 def test_check_prints_what_failed_and_by_how_much(monkeypatch):
     wrong = Verdict("gradient 1", 0.5, 0.25, "error 0.5 above 0.25")
-    monkeypatch.setattr(selftest.parity, "check", lambda *_: [wrong])
+    monkeypatch.setattr(selftest.parity, "check", lambda *_, **__: [wrong])
     found = call("check", "mlp")
     assert found.exit_code == cli.Exit.FAILURE
     line = next(line for line in found.stdout.splitlines() if "gradient 1" in line)
@@ -101,8 +101,16 @@ def test_check_prints_what_failed_and_by_how_much(monkeypatch):
     assert "(error 0.5, budget 0.25)" in line
 
 
+def test_a_call_without_gradients_is_judged_too(monkeypatch):
+    right = OPS["mlp"].fast
+    halved = lambda *a, **o: right(*a, **o) * (1.0 if torch.is_grad_enabled() else 0.5)  # noqa: E731
+    monkeypatch.setattr(OPS["mlp"], "fast", halved)
+    (line,) = next(selftest.run(["mlp"], device="cpu")).failures()
+    assert "output 0 without gradients" in line
+
+
 def test_a_case_that_raises_is_a_failure(monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(selftest.parity, "check", broken)
