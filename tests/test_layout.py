@@ -88,7 +88,9 @@ def test_every_op_has_a_file_of_kernels_or_needs_none():
 
 
 def public_names():
-    for module in (vlm_fast, vlm_fast.ops, vlm_fast.modules, vlm_fast.objectives):
+    for module in (
+        vlm_fast, vlm_fast.data, vlm_fast.ops, vlm_fast.modules, vlm_fast.objectives
+    ):  # fmt: skip
         for name, value in vars(module).items():
             if not name.startswith("_") and not inspect.ismodule(value) and callable(value):
                 yield f"{module.__name__}.{name}", value
@@ -125,7 +127,7 @@ def test_import_brings_no_transformers_and_touches_no_device():
     found = run(
         EVERYTHING + "import torch\n"
         "assert not torch.cuda.is_initialized()\n"
-        "heavy = {'transformers', 'peft', 'accelerate', 'deepspeed', 'matplotlib'}\n"
+        "heavy = {'transformers', 'peft', 'accelerate', 'deepspeed', 'matplotlib', 'openai'}\n"
         "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
         "driver = sys.modules.get('triton.runtime.driver')\n"
         "assert driver is None or driver.driver._active is None\n"

@@ -1,5 +1,6 @@
 """The path between a vision encoder and a language model: exact, small in memory, graph-safe."""
 
+from vlm_fast import data as data
 from vlm_fast import modules as modules
 from vlm_fast import objectives as objectives
 from vlm_fast import ops as ops

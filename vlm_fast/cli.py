@@ -16,6 +16,7 @@ import typer
 import vlm_fast.ops
 from vlm_fast import ahead_of_time, environment, evidence, selftest, static_report, tables
 from vlm_fast.command import Exit, Json, OpArgument, OpOption, known_op, print_json, stop
+from vlm_fast.data.command import data
 from vlm_fast.design.advise_command import advise
 from vlm_fast.design.profile_command import profile
 from vlm_fast.kernels import _native, _triton
@@ -196,6 +197,7 @@ def compile_(
 
 for command in (advise, profile, tune):
     app.command()(command)
+app.add_typer(data)
 
 
 def _print_static_report(archs: list[str], names: list[str] | None, as_json: bool) -> None:

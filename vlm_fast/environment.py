@@ -17,7 +17,9 @@ import torch
 import vlm_fast
 from vlm_fast.kernels import _configs, _hopper, _native, _triton, _user_table
 
-PACKAGES = ("transformers", "xformers", "liger-kernel", "numpy", "nvidia-ml-py")
+PACKAGES = (
+    "transformers", "pillow", "openai", "xformers", "liger-kernel", "numpy", "nvidia-ml-py",
+)  # fmt: skip
 SWITCHES = (
     "VLM_FAST_STRICT", "VLM_FAST_DISABLE", "VLM_FAST_USER_TABLE", "VLM_FAST_CACHE_DIR",
     "VLM_FAST_BUILD_EXT", "VLM_FAST_CUTLASS", "TRITON_INTERPRET",

@@ -1,0 +1,185 @@
+"""The parts of making instruction data: annotations, answers, the journal, the pace."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from tests.coco_annotations import BOXES, CAPTIONS
+from vlm_fast.data import BadRecord
+from vlm_fast.data.generation import Box, Scene, TokenBucket, read_scenes
+from vlm_fast.data.generation.answers import BadAnswer, record
+from vlm_fast.data.generation.journal import Journal
+from vlm_fast.data.generation.prompts import EXAMPLE
+
+
+def written(folder, boxes=BOXES):
+    paths = folder / "captions.json", folder / "instances.json"
+    for path, content in zip(paths, (CAPTIONS, boxes), strict=True):
+        path.write_text(json.dumps(content))
+    return paths
+
+
+def test_scenes_have_boxes_as_shares_of_the_picture(tmp_path):
+    assert read_scenes(*written(tmp_path)) == [
+        Scene(
+            7, "7.png", ("A dog on a chair.", "A chair."),
+            (Box("dog", 0.25, 0.25, 0.75, 0.755), Box("chair", 0.0, 0.0, 1.0, 0.99)),
+        ),
+        Scene(8, "8.png", ("A cat.",), ()),
+    ]  # fmt: skip
+
+
+ANNOTATIONS = {
+    "not JSON": ("{", "captions.json: not JSON"),
+    "a list": ([], "captions.json: images: annotation: expected a list, came a list of 0"),
+    "no images": ({"annotations": []}, "images: annotation: expected a list, came null"),
+    "an image": ({"images": [3]}, r"images\[0\]: annotation: expected an object, came 3"),
+    "no name": ({"images": [{"id": 7}]}, r"images\[0\].file_name: .* a file's name"),
+    "upwards": (
+        {"images": [{**CAPTIONS["images"][0], "file_name": "../7.png"}]}, "which leads upwards",
+    ),
+    "no width": (
+        {"images": [{**CAPTIONS["images"][0], "width": 0}]}, r"images\[0\].width: .* a positive",
+    ),
+    "another image": (
+        {**CAPTIONS, "annotations": [{"image_id": 3, "caption": "x"}]},
+        r"annotations\[0\].image_id: annotation: expected the id of one of the images, came 3",
+    ),
+    "no caption": (
+        {**CAPTIONS, "annotations": [{"image_id": 7, "caption": " "}]}, r"annotations\[0\].caption",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ANNOTATIONS)
+def test_annotations_of_another_shape_are_named(tmp_path, name):
+    content, words = ANNOTATIONS[name]
+    paths = written(tmp_path)
+    paths[0].write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(BadRecord, match=words):
+        read_scenes(*paths)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [({"category_id": 5}, r"annotations\[0\].category_id: .* one of the categories, came 5"),
+     ({"bbox": [1, 2, 3]}, r"annotations\[0\].bbox: .* width, height, came '\[1, 2, 3\]'"),
+     ({"bbox": [1, 2, 3, "4"]}, r"annotations\[0\].bbox: "),
+     ({"image_id": "7"}, r"annotations\[0\].image_id: .* a whole number, came '7'")],
+)  # fmt: skip
+def test_boxes_of_another_shape_are_named(tmp_path, change, words):
+    one = {**BOXES["annotations"][0], **change}
+    with pytest.raises(BadRecord, match=rf"^the file, instances.json: {words}"):
+        read_scenes(*written(tmp_path, {**BOXES, "annotations": [one]}))
+
+
+BAD = {
+    "no JSON": ("I would rather not", "expected JSON, came 'I would rather not'"),
+    "no list": ('{"question": "x", "answer": "y"}', "expected a list of 1, came an object of 2"),
+    "two": (json.dumps([{"question": "x", "answer": "y"}] * 2), "expected a list of 1"),
+    "no answer": ('[{"question": "x"}]', "[0].answer: expected text, came null"),
+    "an empty one": ('[{"question": "x", "answer": " "}]', "[0].answer: expected text, came ' '"),
+    "text in it": ('["x"]', "[0]: expected an object, came 'x'"),
+    "a placeholder": ('[{"question": "x", "answer": "<image>"}]', "expected no <image> in"),
+    "half a letter": ('[{"question": "x", "answer": "\\ud800"}]', "text that UTF-8 can hold"),
+    "nested": ("[" * 100_000, "expected JSON, came '[[["),
+    "nothing": (" ", "expected text, came nothing"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_an_answer_is_not_what_was_asked_for(name):
+    text, words = BAD[name]
+    with pytest.raises(BadAnswer, match=re.escape(words)):
+        record(EXAMPLE, "reasoning", text)
+    for few in ("[]", '[{"question": "x", "answer": "y"}]'):
+        with pytest.raises(BadAnswer, match="expected a list of 2 to 10"):
+            record(EXAMPLE, "conversation", few)
+
+
+def test_answers_are_records():
+    for text in (
+        '[{"question": "x", "answer": "y"}]',
+        '```json\n[{"question": "x ", "answer": "y"}]\n```',
+    ):
+        said = record(EXAMPLE, "reasoning", text)["conversations"]
+        assert said[0]["value"] in ("x\n<image>", "<image>\nx") and said[1]["value"] == "y"
+    scenes = [replace(EXAMPLE, id=number) for number in range(50)]
+    first = [record(scene, "detail", "A dog.")["conversations"][0]["value"] for scene in scenes]
+    assert first == [record(s, "detail", "A cat.")["conversations"][0]["value"] for s in scenes]
+    assert len(set(first)) > 10  # all questions, the image before and after
+
+
+def test_a_journal_of_something_else_is_not_written_on(tmp_path):
+    path, subject = tmp_path / "out.json.journal", {"model": "m"}
+    with Journal(path, subject) as ours:
+        ours.add("7-detail", failed="no")
+        with pytest.raises(ValueError, match="another process is writing"):
+            Journal(path, subject)
+    content = path.read_bytes()
+    head, entry = content.splitlines()
+    broken = b"\n".join([head, b"{", entry, b""])
+    for wrong, model, words in (
+        (content, "other", "is a journal of model 'm', expected one of model 'other'"),
+        (b"hello\n", "m", "is no journal in line 1"),
+        (b"hello", "m", "is no journal"),
+        (b'{"a": 1}\n', "m", "is no journal, expected one of model 'm'"),
+        (broken, "m", "is no journal in line 2"),
+    ):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=re.escape(words)):
+            Journal(path, {"model": model})
+        assert path.read_bytes() == wrong
+    # A first line that was torn is that of a run that had asked nothing.
+    path.write_bytes(head[:10])
+    with Journal(path, subject) as again:
+        assert not again.entries
+    # Wherever its last line is torn, the others are there and the next one is whole.
+    for length in range(len(head) + 1, len(content)):
+        path.write_bytes(content[:length])
+        with Journal(path, subject) as torn:
+            assert not torn.entries
+            torn.add("8-detail", failed="no")
+        with Journal(path, subject) as read:
+            assert list(read.entries) == ["8-detail"]
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        assert seconds > 0
+        self.now += seconds
+
+
+@pytest.mark.parametrize("rate, burst", [(60, 1), (7, 1), (120, 5), (0.5, 1)])
+def test_no_minute_has_more_than_the_rate(rate, burst):
+    clock = Clock()
+    bucket = TokenBucket(rate, burst, clock=clock, sleep=clock.sleep)
+    times = []
+    for number in range(300):
+        clock.now += 13.7 if number % 50 == 49 else 0.01  # work, and a long pause
+        bucket.take()
+        times.append(clock.now)
+    for start in times:
+        assert sum(start <= at < start + 60 for at in times) <= rate + burst
+    # And it is not slower than it must be.
+    assert times[-1] - times[0] <= 300 * 60 / rate + 300 * 0.01 + 6 * 13.7
+
+
+def test_it_waits_as_long_as_it_must():
+    clock = Clock()
+    bucket = TokenBucket(6, clock=clock, sleep=clock.sleep)
+    bucket.take()
+    assert clock.now == 100.0
+    bucket.take()
+    assert clock.now == pytest.approx(110.0)
+    for wrong in (dict(rate=0), dict(rate=-1), dict(rate=float("nan")), dict(rate=1, burst=0.5)):
+        with pytest.raises(ValueError, match="expected above 0 and at least 1"):
+            TokenBucket(**wrong)
