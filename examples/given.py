@@ -19,7 +19,8 @@ from vlm_fast.data import Captions, Collator, Conversations
 SIDE, PATCHES, BEGIN, END, IMAGE, NAMES = 28, 16, 1, 2, 3, 8  # NAMES: the first of 8 colours
 SMALL = dict(hidden_size=48, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2)
 TOWER = dict(SMALL, image_size=SIDE, patch_size=7, initializer_range=0.1)
-QFORMER = dict(SMALL, vocab_size=32, encoder_hidden_size=48)
+NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+QFORMER = dict(SMALL, vocab_size=32, encoder_hidden_size=48, **NO_DROPOUT)
 
 
 def llava(name: str, data: str, images: str):

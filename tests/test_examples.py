@@ -16,6 +16,11 @@ from transformers import Blip2ForImageTextRetrieval
 import vlm_fast
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+# What processes need, imported once; none of it starts a thread, which a fork would lose.
+PRELOAD = [
+    "pytest", "peft", "accelerate", "vlm_fast.data", "torch.distributed", "transformers.trainer",
+    *(f"transformers.models.{f}.modeling_{f}" for f in ("blip_2", "clip", "llama", "llava", "opt")),
+]  # fmt: skip
 SCRIPTS = ("finetune_llava_lora", "serve_qformer", "train_blip2_stage1")
 ONE_LINE = 60
 
@@ -88,7 +93,7 @@ def test_stage1_on_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.get_context("forkserver").set_forkserver_preload([__name__, "accelerate"])
+    mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
     mp.start_processes(_rank, (str(tmp_path), port), nprocs=2, start_method="forkserver")
     said = (tmp_path / "said-0").read_text()
     losses = [float(loss) for loss in re.findall(r"on 2 processes: loss (\S+)", said)]

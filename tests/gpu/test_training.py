@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+pytest.importorskip("skimage", reason="the photographs come with scikit-image")
+pytest.importorskip("transformers")
+
 from tests.captioned_models import FAMILIES
 from tests.captioned_training import fused_training_is_unfused_training
 
