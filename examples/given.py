@@ -17,8 +17,11 @@ from transformers import (
 from vlm_fast.data import Captions, Collator, Conversations
 
 SIDE, PATCHES, BEGIN, END, IMAGE, NAMES = 28, 16, 1, 2, 3, 8  # NAMES: the first of 8 colours
-SMALL = dict(hidden_size=48, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2)
-TOWER = dict(SMALL, image_size=SIDE, patch_size=7, initializer_range=0.1)
+SMALL = dict(
+    hidden_size=48, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2,
+    initializer_range=0.1,  # small models with small weights would hardly see their pictures
+)  # fmt: skip
+TOWER = dict(SMALL, image_size=SIDE, patch_size=7)
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 QFORMER = dict(SMALL, vocab_size=32, encoder_hidden_size=48, **NO_DROPOUT)
 
@@ -57,7 +60,7 @@ def retrieval(name: str, data: str, images: str):
         num_query_tokens=8, image_text_hidden_size=32,
     )  # fmt: skip
     pairs = [{k: v for k, v in pair.items() if k != "labels"} for pair in _colours(before=[])]
-    return Blip2ForImageTextRetrieval(config), pairs, None
+    return _with_queries(Blip2ForImageTextRetrieval(config)), pairs, None
 
 
 def blip2(name: str):
@@ -70,7 +73,13 @@ def blip2(name: str):
     config = Blip2Config(
         vision_config=TOWER, qformer_config=QFORMER, text_config=language, image_token_index=IMAGE
     )
-    return Blip2ForConditionalGeneration(config).eval()
+    return _with_queries(Blip2ForConditionalGeneration(config)).eval()
+
+
+def _with_queries(model):
+    """Transformers makes them zeros, all alike."""
+    torch.nn.init.normal_(model.query_tokens)
+    return model
 
 
 def _colours(before: list[int], count: int = 64):
