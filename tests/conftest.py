@@ -10,6 +10,7 @@ import torch._functorch.config
 
 pytest.register_assert_rewrite(
     "tests.add_layer_norm_properties",
+    "tests.captioned_training",
     "tests.dropout_properties",
     "tests.guard_bands",
     "tests.kernel_properties",

@@ -39,19 +39,20 @@ def parts(batch, tokens=6):
     return model.train(), head, torch.randn(batch, 5, 12), ids, mask
 
 
-def generative():
-    """A model of the second stage, on a tiny OPT."""
+def generative(vision=(), qformer=(), text=(), **options):
+    """A model of the second stage, on a tiny OPT; with changes of each config."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.Blip2Config(
-        vision_config=VISION,
-        qformer_config=QFORMER,
+        vision_config=VISION | dict(vision),
+        qformer_config=QFORMER | dict(qformer),
         text_config=dict(
             model_type="opt", hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
             ffn_dim=24, vocab_size=70, max_position_embeddings=40, word_embed_proj_dim=16,
             dropout=0.0,
-        ),
+        ) | dict(text),
         num_query_tokens=QUERIES,
+        **options,
     )  # fmt: skip
     model = transformers.Blip2ForConditionalGeneration(config)
     torch.nn.init.normal_(model.query_tokens)

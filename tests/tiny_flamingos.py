@@ -54,8 +54,8 @@ def mllama(attention="eager", **changes):
         vocab_size=99, hidden_size=64, intermediate_size=80, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, cross_attention_layers=[1, 3],
         max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=None,
-        rope_parameters=dict(rope_type="default", rope_theta=1e4), **changes,
-    )  # fmt: skip
+        rope_parameters=dict(rope_type="default", rope_theta=1e4),
+    ) | changes  # fmt: skip
     vision = dict(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_global_layers=1,
         attention_heads=2, image_size=16, patch_size=4, vision_output_dim=64,
