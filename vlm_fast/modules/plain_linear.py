@@ -75,7 +75,7 @@ def why_not_parameter(name: str, parameter: Tensor) -> str | None:
         return f"{name} is a {type(parameter).__name__}"
     if not torch.compiler.is_compiling() and type(parameter.data) is not Tensor:
         return f"{name} holds a {type(parameter.data).__name__}"
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "ds_status"):
+    if is_partitioned(parameter):
         return f"{name} is partitioned by DeepSpeed ZeRO-3"
     if parameter.is_meta and not _shapes_alone:
         return f"{name} is on the meta device"
@@ -84,6 +84,17 @@ def why_not_parameter(name: str, parameter: Tensor) -> str | None:
     if parameter.dtype not in _DTYPES:
         return f"{name} has dtype {parameter.dtype}"
     return None
+
+
+def is_partitioned(parameter: Tensor | None) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds the parameter, and has not gathered it.
+
+    It gathers those of a module by hooks of that module, which are a reason of their own; only a
+    module that was set as a leaf finds those of its children gathered, and no hooks on them.
+    """
+    if not (hasattr(parameter, "ds_id") or hasattr(parameter, "ds_status")):
+        return False
+    return getattr(getattr(parameter, "ds_status", None), "name", None) != "AVAILABLE"
 
 
 def why_not_called_plainly(module: nn.Module, *, but_forward_hooks: bool = False) -> str | None:
