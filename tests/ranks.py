@@ -15,9 +15,9 @@ import torch.multiprocessing as mp
 
 # What ranks need; importing it starts no thread, which a fork would lose.
 PRELOAD = [
-    "pytest", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "peft",
+    "pytest", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo",
     *(f"transformers.models.{f}.modeling_{f}" for f in ("blip_2", "idefics", "llava", "mllama")),
-    "vlm_fast",
+    "peft", "vlm_fast",
 ]  # fmt: skip
 
 

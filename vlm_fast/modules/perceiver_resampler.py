@@ -148,7 +148,8 @@ def resample_media(module: Any, x: Any) -> Tensor:
         for attention, ff in module.layers:
             latents = attention(context.unsqueeze(1), latents) + latents
             latents = ff(latents) + latents
-    return module.norm(latents).view(batch, media, *module.latents.shape)
+    # The norm comes last: FSDP2 wants what a unit returns to be no view.
+    return module.norm(latents.reshape(batch, media, *module.latents.shape))
 
 
 def layer_of_openflamingo(attention: Any, ff: Any) -> Layer:
