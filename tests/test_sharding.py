@@ -21,7 +21,6 @@ from tests.ranks import on_ranks
 from tests.spreads import SPREADS, adapted, of_row, same, whole
 from tests.whole_models import FAMILIES, pair
 
-
 STEPS = 2  # the gradients of the second are those of the weights after the first
 
 
