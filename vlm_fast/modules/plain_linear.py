@@ -97,10 +97,21 @@ def is_partitioned(parameter: Tensor | None) -> bool:
     return getattr(getattr(parameter, "ds_status", None), "name", None) != "AVAILABLE"
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether an attribute stands before the forward of its class.
+
+    When accelerate takes its hooks away, it leaves one that is the same forward.
+    """
+    own = module.__dict__.get("forward")
+    if own is None:
+        return False
+    return getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module
+
+
 def why_not_called_plainly(module: nn.Module, *, but_forward_hooks: bool = False) -> str | None:
     """Why calling ``module`` does more than its class's forward, or None if it does not."""
     own = module.__dict__
-    if "forward" in own:
+    if has_own_forward(module):
         return "its forward has been replaced (accelerate or another wrapper)"
     if own.get("_compiled_call_impl") is not None:
         return "it is compiled on its own"

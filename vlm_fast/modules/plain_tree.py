@@ -18,6 +18,7 @@ from torch.nn.modules import module as _nn_module
 
 from vlm_fast.modules.activation import activation_of, why_not_activation
 from vlm_fast.modules.plain_linear import (
+    has_own_forward,
     is_partitioned,
     why_not_called_plainly,
     why_not_plain,
@@ -61,8 +62,10 @@ class PlainTree:
         for parameter, (slots, name) in zip(self.parameters, self.parameter_slots, strict=True):
             if slots.get(name) is not parameter:
                 return False
-        for own in self.owns:
-            if "forward" in own or own.get("_compiled_call_impl") is not None:
+        for own, module in zip(self.owns, self.modules, strict=True):
+            if "forward" in own and has_own_forward(module):
+                return False
+            if own.get("_compiled_call_impl") is not None:
                 return False
         return not any(map(_is_absent, self.parameters))
 

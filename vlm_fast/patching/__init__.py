@@ -144,6 +144,8 @@ def patch(
             continue
         for mixin, recognise in FAMILIES:
             recipe = recognise(module, saved=saved, compute_dtype=compute_dtype)
+            if recipe is not None and hasattr(mixin, "forward") and "forward" in vars(module):
+                recipe = "its forward has been replaced (accelerate or another wrapper)"
             if isinstance(recipe, str):
                 report.skipped[name] = recipe
             elif recipe is not None:

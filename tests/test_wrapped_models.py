@@ -1,0 +1,315 @@
+"""What users wrap around a whole model, with the real libraries: the patched model inside it is the
+unpatched one, and says what it does."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import transformers
+
+import vlm_fast
+from tests.whole_models import (
+    FAMILIES,
+    LANGUAGE,
+    assert_close,
+    every_family,
+    pair,
+    step,
+)
+from vlm_fast import parity
+
+peft = pytest.importorskip("peft")
+accelerate = pytest.importorskip("accelerate")
+
+# A call of every connector that falls back warns once; each test reads the reason itself.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning"),
+    pytest.mark.filterwarnings("ignore:no connector of"),
+]
+
+
+def with_lora(model, targets, **options):
+    torch.manual_seed(5)
+    config = peft.LoraConfig(target_modules=targets, init_lora_weights=False, **options)
+    return peft.get_peft_model(model, config)
+
+
+def reasons(model):
+    return [why for why in vlm_fast.explain(model).values() if why is not None]
+
+
+def same_logits(ours, theirs, given):
+    with torch.no_grad():
+        found, expected = (m(**given).logits for m in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- adapters ----
+
+
+WHERE = [(family, where) for family in FAMILIES for where in ("connector", "language model")]
+
+
+@pytest.mark.parametrize("family, where", [*WHERE, ("llava", "all-linear")])
+def test_lora(family, where):
+    """Before it is merged linears with adapters are called; afterwards all is fused again."""
+    plain, fast, given = pair(family)
+    targets = {"connector": FAMILIES[family].adapted, "language model": LANGUAGE}
+    targets = targets.get(where, where)
+    plain, fast = (with_lora(m, targets) for m in (plain, fast))
+    assert_close(step(fast, given), step(plain, given))
+    adapters = [p for n, p in fast.named_parameters() if "lora_" in n and "vision" not in n]
+    assert adapters and all(p.grad is not None and p.grad.any() for p in adapters)
+    if where == "language model":
+        assert not reasons(fast)
+    else:
+        assert all("peft.tuners.lora" in reason for reason in reasons(fast)) and reasons(fast)
+    plain, fast = (m.merge_and_unload() for m in (plain, fast))
+    assert not reasons(fast)
+    with vlm_fast.strict():
+        same_logits(fast, plain, given)
+
+
+@every_family
+def test_unloaded_adapters_leave_the_model_as_it_was(family):
+    plain, fast, given = pair(family)
+    names, classes = list(fast.state_dict()), [type(m) for m in fast.modules()]
+    unloaded = with_lora(fast, FAMILIES[family].adapted).unload()
+    assert list(unloaded.state_dict()) == names
+    assert [type(m) for m in unloaded.modules()] == classes
+    with vlm_fast.strict():
+        same_logits(unloaded, plain, given)
+
+
+@every_family
+def test_patched_inside_peft(family):
+    """The other order, and an adapter that is switched off."""
+    plain, _, given = pair(family)
+    expected = step(with_lora(copy.deepcopy(plain), FAMILIES[family].adapted), given)
+    wrapped = with_lora(copy.deepcopy(plain), FAMILIES[family].adapted)
+    vlm_fast.patch(wrapped, strict=True)
+    assert_close(step(wrapped, given), expected)
+    with wrapped.disable_adapter():
+        same_logits(wrapped, plain, given)
+
+
+SAVED = {
+    "llava": "multi_modal_projector", "blip2": "qformer", "idefics": "perceiver_resampler",
+    "mllama": "multi_modal_projector",
+}  # fmt: skip
+
+
+@every_family
+def test_modules_to_save(family):
+    """The copy that trains is patched as its original is; afterwards it takes its place."""
+    plain, fast, given = pair(family)
+    patched = len(vlm_fast.explain(fast))
+    plain, fast = (with_lora(m, LANGUAGE, modules_to_save=[SAVED[family]]) for m in (plain, fast))
+    with vlm_fast.strict():
+        assert_close(step(fast, given), step(plain, given))
+    copies = {n: p for n, p in fast.named_parameters() if f"{SAVED[family]}.modules_to_save" in n}
+    assert copies and any(p.grad is not None and p.grad.any() for p in copies.values())
+    assert all(p.requires_grad for p in copies.values())
+    with torch.no_grad():
+        for model in (plain, fast):
+            for name, parameter in model.named_parameters():
+                if name in copies:
+                    parameter.mul_(1.1)
+    plain, fast = (m.merge_and_unload() for m in (plain, fast))
+    assert len(vlm_fast.explain(fast)) == patched
+    with vlm_fast.strict():
+        same_logits(fast, plain, given)
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@every_family
+def test_gradient_checkpointing_with_lora(family, reentrant):
+    """Of the whole model around the ops; gradients are those without checkpoints."""
+    targets = f"{FAMILIES[family].adapted}|{LANGUAGE}"
+    plain, fast, given = pair(family)
+    plain, fast = (with_lora(m, targets).train() for m in (plain, fast))
+    expected = step(plain, given)
+    for model in (plain, fast):
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
+        assert model.is_gradient_checkpointing
+    if family == "mllama" and reentrant:  # it hands its images on by keyword, which that one loses
+        for model in (plain, fast):
+            with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+                step(model, given)
+        return
+    assert_close(step(fast, given), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_family
+def test_autocast(family, dtype):
+    """Logits in its dtype, gradients in float32, and no further from float64 than unpatched."""
+    plain, fast, given = pair(family)
+    wide = {n: t.double() if t.is_floating_point() else t for n, t in given.items()}
+    true = copy.deepcopy(plain).double()
+    true.set_attn_implementation("sdpa")  # eager's softmax would be in fp32
+    exact = step(true, wide)
+
+    def within(model):
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype):
+            output = model(**given)
+        output.loss.backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return output.logits.detach(), found
+
+    with vlm_fast.strict():
+        logits, gradients = within(fast)
+    native, native_gradients = within(plain)
+    assert logits.dtype == native.dtype == dtype
+    verdict = parity.judge("logits", logits, native, exact["logits"])
+    assert verdict.ok, verdict
+    assert gradients.keys() == native_gradients.keys()
+    assert {g.dtype for g in gradients.values()} == {torch.float32}
+    apart = [
+        sum((found[n] - exact[n]).square().sum() / exact[n].square().sum() for n in found)
+        for found in (gradients, native_gradients)
+    ]
+    assert apart[0] <= 1.5**2 * apart[1], apart
+
+
+@every_family
+def test_accumulated_gradients_are_those_of_one_batch(family):
+    """Four micro-batches of a row each."""
+    plain, fast, given = pair(family)
+    given = {name: torch.cat((value, value)) for name, value in given.items()}
+    given["pixel_values"] = given["pixel_values"] + torch.linspace(0, 1, 4).view(
+        4, *[1] * (given["pixel_values"].ndim - 1)
+    )
+    labels = given.pop("labels")
+    expected, found = {}, {}
+    for model, rows, into in ((plain, [slice(0, 4)], expected), (fast, range(4), found)):
+        for row in rows:
+            rows_of = slice(row, row + 1) if isinstance(row, int) else row
+            micro = {name: value[rows_of] for name, value in given.items()}
+            logits = model(**micro).logits
+            targets = labels[rows_of].clamp(min=0)
+            logits.log_softmax(-1).gather(2, targets.unsqueeze(-1)).mean((1, 2)).sum().backward()
+        into.update({name: p.grad for name, p in model.named_parameters()})
+    assert_close(found, expected)
+
+
+# ---- places: accelerate ----
+
+
+def dispatched(model, family, folder, offloaded):
+    """All on the CPU, or the connectors on the disk, from which each call fetches them."""
+    places = {}
+    for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        unit = next((c for c in FAMILIES[family].connectors if name.startswith(f"{c}.")), None)
+        places[unit or name] = "disk" if unit and offloaded else "cpu"
+    return accelerate.dispatch_model(
+        model, places, main_device="cpu", offload_dir=folder, force_hooks=True
+    )  # without force_hooks none are set on one device
+
+
+@pytest.mark.parametrize("offloaded", [False, True], ids=["on the CPU", "on the disk"])
+@every_family
+def test_device_map(family, offloaded, tmp_path):
+    plain, fast, given = pair(family)
+    fast = dispatched(fast, family, tmp_path, offloaded)
+    same_logits(fast, plain, given)
+    assert all("its forward has been replaced" in reason for reason in reasons(fast))
+    assert reasons(fast)
+    if not offloaded:
+        accelerate.hooks.remove_hook_from_submodules(fast)
+        with vlm_fast.strict():
+            same_logits(fast, plain, given)
+
+
+@every_family
+def test_what_is_dispatched_is_not_patched_over(family, tmp_path):
+    """Its hooks stand in the place of its forward; what does not need that is patched still."""
+    plain, _, given = pair(family)
+    model = dispatched(copy.deepcopy(plain), family, tmp_path, False)
+    report = vlm_fast.patch(model)
+    found = {name: report.skipped.get(name) for name in FAMILIES[family].connectors}
+    assert all("its forward has been replaced" in (why or "") for why in found.values()), found
+    assert not report.patched.keys() & found.keys()
+    same_logits(model, plain, given)
+
+
+@every_family
+def test_a_checkpoint_dispatched_into_an_empty_patched_model(family, tmp_path):
+    plain, _, given = pair(family)
+    file = str(tmp_path / "pytorch_model.bin")
+    torch.save(plain.state_dict(), file)
+    with accelerate.init_empty_weights(include_buffers=False):
+        empty = type(plain)(copy.deepcopy(plain.config)).eval()
+    vlm_fast.patch(empty, strict=True)
+    assert all("meta" in reason for reason in reasons(empty)) and reasons(empty)
+    empty.tie_weights()
+    accelerate.load_checkpoint_and_dispatch(empty, file, device_map={"": "cpu"})
+    with vlm_fast.strict():
+        same_logits(empty, plain, given)
+
+
+# ---- copies and files ----
+
+
+def torch_saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, torch_saved])
+@every_family
+def test_copies_are_patched_models_of_their_own(family, copied):
+    plain, fast, given = pair(family)
+    twin = copied(fast)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in fast.modules()]
+    with torch.no_grad():
+        for parameter in fast.parameters():  # they share nothing
+            parameter.zero_()
+    with vlm_fast.strict():
+        assert_close(step(twin, given), step(plain, given))
+    vlm_fast.unpatch(twin)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in plain.modules()]
+
+
+@every_family
+def test_checkpoints_are_those_of_the_plain_model(family, tmp_path):
+    plain, fast, given = pair(family)
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(1.01)
+    fast.load_state_dict(plain.state_dict(), strict=True)
+    fast.save_pretrained(tmp_path)  # safetensors
+    loaded = getattr(transformers, type(plain).__name__).from_pretrained(tmp_path).eval()
+    assert not vlm_fast.explain(loaded)
+    same_logits(loaded, plain, given)
+    loaded = loaded.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in plain.state_dict().items())
+    with vlm_fast.strict():
+        same_logits(fast.train().eval(), plain, given)
+
+
+@every_family
+def test_patches_of_two_models_are_apart(family):
+    plain, fast, given = pair(family)
+    again = vlm_fast.patch(fast)
+    assert not again.patched
+    other = copy.deepcopy(plain)
+    report = vlm_fast.patch(other)
+    report.revert()
+    assert [type(m) for m in other.modules()] == [type(m) for m in plain.modules()]
+    assert vlm_fast.explain(fast) and not vlm_fast.explain(other)
+    same_logits(other, fast, given)
