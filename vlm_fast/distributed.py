@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from vlm_fast.patching.class_swap import Patched
 
@@ -91,7 +92,10 @@ def prepare_zero3(model: nn.Module) -> list[str]:
 
     DeepSpeed then gathers all parameters of a connector when it is called, and it is fused;
     without, each linear gathers its own in its own call, and the connector calls its children.
-    Only ``deepspeed.utils.set_z3_leaf_modules`` is called.
+
+    A hook makes the inputs of each ask for gradients, as behind a frozen tower they do not:
+    otherwise DeepSpeed (0.19.8) lets a leaf's parameters go before their gradients are added, of
+    any class. It costs the gradient of the input.
 
     Returns:
         The names of the leaf modules.
@@ -113,4 +117,16 @@ def prepare_zero3(model: nn.Module) -> list[str]:
             "patch it first"
         )
     set_z3_leaf_modules(model, list({type(module) for module in found.values()}))
+    for module in found.values():
+        module.register_forward_pre_hook(_asking_for_gradients, with_kwargs=True)
     return list(found)
+
+
+def _asking_for_gradients(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return args, kwargs
+    return tree_map_only(Tensor, _asking, (args, kwargs))
+
+
+def _asking(x: Tensor) -> Tensor:
+    return x if x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_()
