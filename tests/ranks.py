@@ -30,9 +30,15 @@ def on_ranks(
     waits for a rank that does not come fails within a minute.
     """
     worlds = tuple(worlds)
+    start(_rank, (str(folder), list(checks), worlds), max(worlds))
+
+
+def start(
+    function: Callable[..., None], arguments: tuple[Any, ...], count: int, *, join: bool = True
+) -> Any:
+    """``function(number, *arguments)`` in ``count`` processes, forked from the server."""
     mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
-    arguments = (str(folder), list(checks), worlds)
-    mp.start_processes(_rank, arguments, nprocs=max(worlds), start_method="forkserver")
+    return mp.start_processes(function, arguments, count, join=join, start_method="forkserver")
 
 
 def _rank(rank: int, folder: str, checks: list[Any], worlds: tuple[int, ...]) -> None:

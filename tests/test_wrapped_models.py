@@ -8,8 +8,10 @@ import pickle
 import pytest
 import torch
 import transformers
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import vlm_fast
+from tests import tiny_flamingos
 from tests.whole_models import (
     FAMILIES,
     LANGUAGE,
@@ -198,6 +200,22 @@ def test_accumulated_gradients_are_those_of_one_batch(family):
             logits.log_softmax(-1).gather(2, targets.unsqueeze(-1)).mean((1, 2)).sum().backward()
         into.update({name: p.grad for name, p in model.named_parameters()})
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("family", ["blip2", "idefics", "mllama"])
+def test_compiled_whole_in_one_graph(family):
+    """LLaVA's: `test_llava`, `test_supported_models`."""
+    if family == "idefics":  # of four layers, transformers' own forward breaks
+        plain = tiny_flamingos.idefics(num_hidden_layers=2)
+        fast, given = copy.deepcopy(plain), tiny_flamingos.idefics_inputs()
+        vlm_fast.patch(fast)
+    else:
+        plain, fast, given = pair(family)
+    given.pop("labels", None)
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("eager")
+    same_logits(torch.compile(fast, backend=graphs), plain, given)
+    assert graphs.frame_count == 1
 
 
 # ---- places: accelerate ----
