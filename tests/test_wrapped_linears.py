@@ -299,6 +299,30 @@ def test_inference_mode_parameters_are_fused(form):
         torch.testing.assert_close(ours, call(plain, inputs(form)), rtol=1e-4, atol=1e-5)
 
 
+@every_form
+def test_hooks_of_the_connector_fire_in_the_same_order(form):
+    """Its own, and those of tensors around it; it is fused still."""
+    plain, fast = pair(form)
+
+    def order(module):
+        fired = []
+        note = lambda what: lambda *_: fired.append(what)  # noqa: E731
+        for kind in HOOKS[:2] if "Former" in form else HOOKS:  # torch has none of backward on dicts
+            getattr(module, f"register_{kind}_hook")(note(kind))
+        given = inputs(form)
+        leaves = list(given.values() if isinstance(given, dict) else given)
+        for i, leaf in enumerate(leaves[:2]):
+            leaf.requires_grad_().register_hook(note(f"input {i}"))
+        y = call(module, given)
+        y.register_hook(note("output"))
+        y.square().sum().backward()
+        return fired
+
+    with vlm_fast.strict():
+        ours = order(fast)
+    assert ours == order(plain) and len(ours) >= 5
+
+
 @pytest.mark.parametrize("form", ["patched LLaVA projector", "MLPProjector"])
 def test_a_hook_on_the_activation_fires(form):
     plain, fast = pair(form)

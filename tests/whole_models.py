@@ -111,3 +111,16 @@ def assert_close(ours: dict[str, Any], theirs: dict[str, Any], rtol=1e-4, atol=1
                 ours[name], expected, rtol=rtol, atol=atol * scale,
                 msg=lambda m, name=name: f"{name}: {m}",
             )  # fmt: skip
+
+
+def distance(found: dict[str, Any], exact: dict[str, Any]) -> torch.Tensor:
+    """Mean relative error of gradients; of those that are zero but for rounding none is taken."""
+    sizes = {name: exact[name].double().norm() for name in found}
+    largest = max(sizes.values())
+    errors = [
+        (found[name].double() - exact[name]).norm() / size
+        for name, size in sizes.items()
+        if size > 1e-5 * largest
+    ]
+    assert len(errors) > 10
+    return torch.stack(errors).mean()
