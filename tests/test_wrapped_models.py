@@ -9,6 +9,9 @@ import pytest
 import torch
 import transformers
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 
 import vlm_fast
 from tests import tiny_flamingos
@@ -147,6 +150,25 @@ def test_gradient_checkpointing_with_lora(family, reentrant):
                 step(model, given)
         return
     assert_close(step(fast, given), expected)
+
+
+@every_family
+def test_layers_in_torchs_checkpoint_wrapper(family):
+    """As accelerate and FSDP trainers set it around layers."""
+    plain, fast, given = pair(family)
+    given["use_cache"] = False  # computed again, a layer would write to the cache twice
+    expected = step(plain, given)
+    step(fast, given)
+    ops = vlm_fast.stats(reset=True)
+    units = [fast.get_submodule(name) for name in FAMILIES[family].connectors]
+    units = list(units[0].encoder.layer) if family == "blip2" else units
+    apply_activation_checkpointing(fast, check_fn=lambda module: module in units)
+    with vlm_fast.strict():
+        found = step(fast, given)
+    assert vlm_fast.stats().keys() == ops.keys()
+    assert_close(
+        {n.replace("_checkpoint_wrapped_module.", ""): t for n, t in found.items()}, expected
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
