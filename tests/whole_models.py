@@ -124,3 +124,13 @@ def distance(found: dict[str, Any], exact: dict[str, Any]) -> torch.Tensor:
     ]
     assert len(errors) > 10
     return torch.stack(errors).mean()
+
+
+def reasons(model):
+    return [why for why in vlm_fast.explain(model).values() if why is not None]
+
+
+def same_logits(ours, theirs, given):
+    with torch.no_grad():
+        found, expected = (m(**given).logits for m in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
