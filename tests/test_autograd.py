@@ -1,11 +1,16 @@
 """How ops behave inside autograd: what they keep, refuse, and leave unchanged."""
 
+import functools
 import weakref
 
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import vlm_fast
 from tests.cases import each, enlarged, every_case, every_op, usual_shape
@@ -80,25 +85,70 @@ def test_torch_func_transforms_use_the_reference(op):
     assert sum(vlm_fast.stats()[op.name]["fallback"].values()) == 2
 
 
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-@every_case
-def test_checkpointing_changes_nothing(op, shape, reentrant):
-    args, options = leaves(op, shape)
+def flattened(op, args, options):
+    """The op of tensors alone, and these: neither checkpoints nor gradcheck look into lists."""
 
     def flat(*tensors):
-        # Reentrant checkpointing does not look for tensors inside lists.
         tensors = iter(tensors)
         nested = [
             [next(tensors) for _ in a] if isinstance(a, list) else next(tensors) for a in args
         ]
         return op(*nested, **options)
 
-    tensors = [t for a in args for t in (a if isinstance(a, list) else [a])]
+    return flat, [t for a in args for t in (a if isinstance(a, list) else [a])]
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@every_case
+def test_checkpointing_changes_nothing(op, shape, reentrant):
+    args, options = leaves(op, shape)
+    flat, tensors = flattened(op, args, options)
     again = lambda *_: checkpoint(flat, *tensors, use_reentrant=reentrant)  # noqa: E731
     inputs = parity.differentiable(args)
     expected = gradients(lambda *a: op(*a, **options), args)
     total(again()).backward()  # reentrant checkpointing has no autograd.grad
     assert_equal([t.grad for t in inputs], expected)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "computed again"])
+@every_op
+def test_selective_checkpointing_obeys_its_policy(op, kept, monkeypatch):
+    args, options = leaves(op, usual_shape(op))
+    flat, tensors = flattened(op, args, options)
+    expected = gradients(lambda *a: op(*a, **options), args)
+    wanted = CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.MUST_RECOMPUTE
+    seen = []
+
+    def policy(context, function, *_, **__):
+        if function is op._path.registered:
+            seen.append(context.is_recompute)
+        return wanted if function is op._path.registered else CheckpointPolicy.MUST_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    value = checkpoint(flat, *tensors, use_reentrant=False, context_fn=contexts)
+    runs, forward = [], op._path.forward
+    monkeypatch.setattr(op._path, "forward", lambda *a, **k: runs.append(1) or forward(*a, **k))
+    assert_equal(torch.autograd.grad(total(value), parity.differentiable(args)), expected)
+    assert len(runs) <= (not kept)  # none either where backward needs nothing
+    assert seen == [False]
+
+
+@every_op
+def test_gradients_of_the_reference_are_those_of_differences(op):
+    args, options = leaves(op, usual_shape(op))
+    args = parity.convert(args, lambda t: t.detach().double().requires_grad_())
+    flat, tensors = flattened(op.reference, args, options)
+    differentiable = parity.differentiable(args)
+
+    def value(*moved):
+        moved = iter(moved)
+        return each(flat(*(next(moved) if any(t is d for d in differentiable) else t
+                           for t in tensors)))  # fmt: skip
+
+    def of_floats(*moved):
+        return tuple(r for r in value(*moved) if r.is_floating_point())
+
+    assert torch.autograd.gradcheck(of_floats, differentiable, fast_mode=True, atol=1e-4)
 
 
 @every_case

@@ -1,22 +1,20 @@
 """The objectives on gloo processes: what they give and what they send back, on 1 to 4 ranks."""
 
 import re
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
 import vlm_fast
 from tests import plain_blip2, tiny_blip2
+from tests.ranks import on_ranks
 from vlm_fast import objectives
 from vlm_fast.objectives import _exchange, blip2
 
 BATCH, QUERIES, WIDTH = 3, 5, 8
-WORLDS = (1, 2, 3, 4)
 
 
 class Towers(nn.Module):
@@ -238,20 +236,5 @@ CHECKS = [
 ]
 
 
-def _rank(rank, folder):
-    torch.set_num_threads(1)
-    for world in WORLDS:
-        if rank < world:
-            file = f"file://{folder}/{world}"
-            dist.init_process_group(
-                "gloo", init_method=file, rank=rank, world_size=world, timeout=timedelta(minutes=1)
-            )
-            for function, *arguments in CHECKS:
-                function(rank, world, *arguments)
-            dist.barrier()  # gloo aborts a process whose peer has gone amid a collective
-            dist.destroy_process_group()
-
-
 def test_on_ranks(tmp_path):
-    """All checks in one set of processes: starting them costs more than the checks."""
-    mp.spawn(_rank, (str(tmp_path),), nprocs=max(WORLDS))
+    on_ranks(tmp_path, CHECKS, worlds=(1, 2, 3, 4))

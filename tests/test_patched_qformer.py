@@ -10,7 +10,18 @@ import transformers
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vlm_fast
-from tests.tiny_qformers import SMALL, blip2, images, instructblip, ones_but, scattered
+from tests.tiny_qformers import (
+    FAMILIES,
+    QFORMER,
+    SMALL,
+    TEXT,
+    VISION,
+    blip2,
+    images,
+    instructblip,
+    ones_but,
+    whole,
+)
 from vlm_fast.modules import QFormer
 
 
@@ -29,38 +40,6 @@ def run(model, **given):
 def same(model, other, **given):
     ours, theirs = (run(m, **given).last_hidden_state for m in (model, other))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-VISION = dict(hidden_size=40, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-              image_size=16, patch_size=4)  # fmt: skip
-QFORMER = {**SMALL, "num_hidden_layers": 2}
-TEXT = dict(model_type="opt", hidden_size=32, ffn_dim=48, num_hidden_layers=1, vocab_size=99,
-            num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32)  # fmt: skip
-FAMILIES = {
-    "Blip2ForConditionalGeneration": transformers.Blip2Config,
-    "InstructBlipForConditionalGeneration": transformers.InstructBlipConfig,
-    "InstructBlipVideoForConditionalGeneration": transformers.InstructBlipVideoConfig,
-}
-
-
-def whole(name):
-    torch.manual_seed(0)
-    config = FAMILIES[name](
-        vision_config=VISION, qformer_config=QFORMER, text_config=TEXT, num_query_tokens=5,
-        image_token_index=98, image_token_id=98, video_token_index=98, video_token_id=98,
-    )  # fmt: skip
-    model = scattered(getattr(transformers, name)(config))
-    model.query_tokens.data.normal_()
-    frames = (2,) if "Video" in name else ()
-    ids = torch.tensor([[98] * 5 * (frames or (1,))[0] + [4, 5, 6]]).repeat(2, 1)
-    inputs = dict(
-        pixel_values=torch.randn(2, *frames, 3, 16, 16), input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-    )  # fmt: skip
-    if "Instruct" in name:
-        inputs["qformer_input_ids"] = torch.randint(1, 90, (2, 4))
-        inputs["qformer_attention_mask"] = ones_but(2, 4, (1, 2))
-    return model, inputs
 
 
 @pytest.mark.parametrize("name", FAMILIES)

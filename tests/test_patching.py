@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import vlm_fast
+from tests import tiny_flamingos
 from tests.tiny_llava import llava, prompt
 from vlm_fast.modules import LinearProjector, MLPProjector
 from vlm_fast.modules.chain import chain_of
@@ -51,6 +52,23 @@ def test_found_by_structure_not_by_name():
         "c": "its activation Softplus is not one the kernels know",
     }
     assert "skipped b: its forward" in str(report)
+
+
+@pytest.mark.parametrize("family", ["idefics", "mllama"])
+def test_what_moved_in_another_release_is_named_with_its_version(family):
+    """An attribute that a family reads is elsewhere; the others are patched still."""
+    import transformers
+
+    model = getattr(tiny_flamingos, family)()
+    layers = [m for m in model.modules() if hasattr(m, "cross_attn")]
+    layers[0].mlp.activation = layers[0].mlp.act_fn
+    del layers[0].mlp.act_fn
+    report = vlm_fast.patch(model)
+    (why,) = report.skipped.values()
+    assert f"{type(layers[0]).__name__} of transformers {transformers.__version__}" in why
+    assert "no attribute 'act_fn'" in why and len(report.patched) >= 2
+    with pytest.raises(ValueError, match=rf"(?s)no connector.*{transformers.__version__}"):
+        vlm_fast.patch(layers[0], strict=True)
 
 
 def test_norm_first_and_unknown_arguments():

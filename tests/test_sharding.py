@@ -1,157 +1,157 @@
-"""Two real ranks on gloo: FSDP2 in every granularity, DDP, and a rank without images."""
+"""Real ranks on gloo: whole models under DDP, FSDP2 in every granularity and tensor parallelism are
+those of one process; patching comes first."""
 
-import copy
+import functools
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import vlm_fast
-from vlm_fast.modules import MLPProjector
+from tests import tiny_llava
+from tests.ranks import on_ranks
+from tests.spreads import SPREADS, adapted, of_row, same, whole
+from tests.whole_models import FAMILIES, distance, pair
 
-RANKS = 2
-WIDTHS = (12, 20, 8)
-
-
-def step(projector, x):
-    """Output, and the gradients averaged over ranks as data parallelism does."""
-    y = projector(x)
-    y.square().sum().backward()
-    return y.detach()
+STEPS = 2  # the gradients of the second are those of the weights after the first
 
 
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def trained(model, loss_of, optimizer):
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(model, step)
+        loss.backward()
+        if step + 1 < STEPS:
+            optimizer.step()
+    return loss
 
 
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.projector = MLPProjector(*WIDTHS)
-        self.head = nn.Linear(WIDTHS[2], 4)
+@functools.cache
+def in_one_process(family, world, lora):
+    """An unpatched model before its last step, and the losses of the rows of its batch."""
+    plain, _, given = pair(family)
+    single = adapted(plain, family) if lora else plain
+    losses = []
 
-    def forward(self, x):
-        return self.head(self.projector(x))
+    def loss_of(model, step):
+        losses[:] = [model(**of_row(given, row)).loss for row in range(world)]
+        return sum(losses) / world
 
-
-def shard_whole(model):
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(model.projector)
-    return fully_shard(model)
+    trained(single, loss_of, torch.optim.SGD(single.parameters(), lr=0.05))
+    return single, losses
 
 
-def shard_root(model):
-    from torch.distributed.fsdp import fully_shard
+def whole_model_is_that_of_one_process(rank, world, family, spread, lora):
+    """Steps of SGD, a row of the batch on each rank: losses, gradients, weights.
 
-    return fully_shard(model)
-
-
-def shard_leaves(model):
-    from torch.distributed.fsdp import fully_shard
-
-    for linear in (model.projector.linear_1, model.projector.linear_2):
-        fully_shard(linear)
-    return fully_shard(model)
-
-
-def replicate(model):
-    return nn.parallel.DistributedDataParallel(model)
-
-
-# How the model is spread, and whether the projector can still be fused.
-LAYOUTS = {
-    "FSDP2 whole": (shard_whole, None),
-    "FSDP2 root": (shard_root, None),
-    "FSDP2 leaves": (shard_leaves, "linear_1: torch.distributed.fsdp"),
-    "DDP": (replicate, None),
-}
-
-
-def compare_with_one_process(rank, layout, images):
-    spread, reason = LAYOUTS[layout]
-    torch.manual_seed(0)
-    model = Model()
-    single = copy.deepcopy(model)
-    batches = [torch.randn(count, 5, WIDTHS[0]) for count in images]
-    spread_model = spread(model)
+    ``lora``: with adapters in the connector and in the language model.
+    """
+    single, losses = in_one_process(family, world, lora)
+    spread, fuses = SPREADS[spread]
+    _, fast, given = pair(family)
+    model = adapted(fast, family) if lora else fast
+    spreaded = spread(model, family)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     vlm_fast.stats(reset=True)
-    y = step(spread_model, batches[rank])
-    fallbacks = vlm_fast.stats().get("MLPProjector", {"fallback": {}})["fallback"]
-    if reason is None:
-        assert vlm_fast.stats()["mlp"]["fast"] == 1 and not fallbacks, fallbacks
-    else:
-        assert len(fallbacks) == 1 and reason in next(iter(fallbacks)), fallbacks
-    gradients = []
-    for own, batch in enumerate(batches):
-        single.zero_grad()
-        out = step(single, batch)
-        gradients.append([p.grad.clone() for p in single.parameters()])
-        if own == rank:
-            torch.testing.assert_close(y, out)
-    for parameter, *per_rank in zip(model.parameters(), *gradients, strict=True):
-        expected = torch.stack(per_rank).mean(0)
-        torch.testing.assert_close(whole(parameter.grad), expected)
+    loss = trained(spreaded, lambda m, step: m(**of_row(given, rank)).loss, optimizer)
+    torch.testing.assert_close(loss, losses[rank], rtol=1e-4, atol=1e-5)
+    same(model, single, lambda p: p.grad)
+    same(model, single, lambda p: p.detach())
+    fallbacks = [r for counts in vlm_fast.stats().values() for r in counts["fallback"]]
+    assert (not fallbacks) == (fuses and not lora), fallbacks
+    if lora:
+        assert all("peft" in reason or "FSDP" in reason for reason in fallbacks), fallbacks
 
 
-def train_a_rank_without_images(rank):
-    """Every layer a unit, those of the frozen tower too, whose gathers both ranks must ask for."""
-    from torch.distributed.fsdp import fully_shard
-
-    from tests.tiny_llava import llava, prompt
-    from vlm_fast.recipes import RECIPES
-
-    model, single = llava(), llava()
-    for one in (model, single):
-        vlm_fast.patch(one)
-        RECIPES["llava-stage1"].prepare(one)
-    layers = [*model.model.vision_tower.encoder.layers, *model.model.language_model.layers]
-    for unit in (model.model.multi_modal_projector, *layers, model):
-        fully_shard(unit)
-    inputs = prompt() | {"labels": prompt()["input_ids"]}
-    single(**inputs).loss.backward()
-    if rank == 1:
-        del inputs["pixel_values"]
-        inputs["input_ids"] = inputs["input_ids"].clamp(min=8)
-    model(**inputs).loss.backward()
-    projectors = (one.model.multi_modal_projector for one in (model, single))
-    for ours, alone in zip(*(projector.parameters() for projector in projectors), strict=True):
-        torch.testing.assert_close(whole(ours.grad), alone.grad / RANKS)
+# ---- mixed precision, tensor parallelism, the order of patching ----
 
 
-def refuse_after_sharding(rank):
-    from torch.distributed.fsdp import fully_shard
+def mixed_precision_is_as_good_as_unpatched(rank, world, family):
+    plain, fast, given = pair(family)
+    exact = plain(**of_row(given, rank))
+    exact.loss.backward()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    wanted = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    for gradient in wanted.values():
+        dist.all_reduce(gradient)
+        gradient /= world
+    gradients, apart = [], []
+    for model in (fast, plain):
+        plain.zero_grad()
+        units = [model.get_submodule(name) for name in FAMILIES[family].connectors]
+        for unit in [*units, model]:
+            fully_shard(unit, mp_policy=policy)
+        vlm_fast.stats(reset=True)
+        output = model(**of_row(given, rank))
+        assert not any(counts["fallback"] for counts in vlm_fast.stats().values())
+        assert output.logits.dtype == torch.bfloat16
+        output.loss.backward()
+        found = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        assert found.keys() == wanted.keys()
+        assert {g.dtype for g in found.values()} == {torch.float32}
+        gradients.append(found)
+        apart.append((output.logits.float() - exact.logits).norm())
+    ours, native = gradients
+    assert 0 < apart[0] <= 1.25 * apart[1]
+    assert all(g.isfinite().all() for g in ours.values())
+    # Of the gradients that are numbers unpatched: IDEFICS' own mask overflows in bf16.
+    known = [name for name, g in native.items() if g.isfinite().all()]
+    errors = [distance({n: found[n] for n in known}, wanted) for found in (ours, native)]
+    assert 0 < errors[0] <= 1.25 * errors[1], errors
 
-    class Plain(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear_1, self.act, self.linear_2 = nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4)
 
-        def forward(self, x):
-            return self.linear_2(self.act(self.linear_1(x)))
+PARALLEL = {
+    "llava": {"linear_1": ColwiseParallel, "linear_2": RowwiseParallel},
+    "blip2": {
+        "encoder.layer.*.intermediate_query.dense": ColwiseParallel,
+        "encoder.layer.*.output_query.dense": RowwiseParallel,
+    },
+    "idefics": {"blocks.*.1.fc": ColwiseParallel, "blocks.*.1.c_proj": RowwiseParallel},
+    "mllama": {
+        "mlp.gate_proj": ColwiseParallel, "mlp.up_proj": ColwiseParallel,
+        "mlp.down_proj": RowwiseParallel,
+    },
+}  # fmt: skip
 
-    sharded = fully_shard(Plain())
+
+def tensor_parallelism_falls_back(rank, world, family):
+    plain, fast, given = pair(family)
+    mesh = init_device_mesh("cpu", (world,))
+    name = FAMILIES[family].connectors[0]
+    connector = fast.get_submodule(name)
+    parallelize_module(connector, mesh, {n: how() for n, how in PARALLEL[family].items()})
+    why = vlm_fast.explain(fast)[name]
+    assert why is not None and ("hooks" in why or "DTensor" in why), why
+    ours, theirs = fast(**given), plain(**given)
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
+    for output in (ours, theirs):
+        output.loss.backward()
+    same(fast, plain, lambda p: p.grad)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):  # nor are the shards read without them
+        for module in connector.modules():
+            getattr(module, hooks).clear()
+    assert "DTensor" in vlm_fast.explain(fast)[name]
+
+
+def refuse_after_sharding(rank, world):
+    projector = tiny_llava.llava().model.multi_modal_projector
+    sharded = fully_shard(projector)
     kind = type(sharded)
     with pytest.raises(ValueError, match=r"already sharded|DTensor"):
         vlm_fast.patch(sharded)
     assert type(sharded) is kind
 
-    patched = Plain()
-    vlm_fast.patch(patched)
-    fully_shard(patched)
-    x = torch.randn(3, 4)
-    with vlm_fast.strict():
-        patched(x).sum().backward()
-    assert all(p.grad is not None for p in patched.parameters())
 
-
-def refuse_dtensors(rank):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (RANKS,))
+def refuse_dtensors(rank, world):
+    mesh = init_device_mesh("cpu", (world,))
     args = [torch.randn(3, 4), torch.randn(6, 4), None, torch.randn(2, 6), None]
     spread = [None if a is None else distribute_tensor(a, mesh, [Replicate()]) for a in args]
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -160,29 +160,18 @@ def refuse_dtensors(rank):
         vlm_fast.ops.mlp(args[0], spread[1], None, spread[3], None)
 
 
-def _rank(rank, file, checks):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=RANKS)
-    for function, *arguments in checks:
-        function(rank, *arguments)
-    dist.barrier()  # gloo aborts a process whose peer has gone in the middle of a collective
-    dist.destroy_process_group()
+CHECKS = {
+    "whole models": [
+        (whole_model_is_that_of_one_process, family, spread, spread == "FSDP2, layers")
+        for family in FAMILIES
+        for spread in SPREADS
+    ],
+    "mixed precision": [(mixed_precision_is_as_good_as_unpatched, family) for family in FAMILIES],
+    "tensor parallel": [(tensor_parallelism_falls_back, family) for family in FAMILIES],
+    "refusals": [(refuse_after_sharding,), (refuse_dtensors,)],
+}
 
 
-def on_ranks(tmp_path, *checks):
-    """All checks in one pair of processes: starting them costs more than the checks."""
-    mp.spawn(_rank, (str(tmp_path / "rendezvous"), checks), nprocs=RANKS)
-
-
-def test_spread_over_ranks(tmp_path):
-    on_ranks(tmp_path, *((compare_with_one_process, layout, (3, 2)) for layout in LAYOUTS))
-
-
-def test_a_rank_without_images(tmp_path):
-    layouts = ("FSDP2 whole", "DDP")
-    checks = [(compare_with_one_process, layout, (3, 0)) for layout in layouts]
-    on_ranks(tmp_path, *checks, (train_a_rank_without_images,))
-
-
-def test_patch_before_sharding_never_after_and_dtensors_never_reach_a_kernel(tmp_path):
-    on_ranks(tmp_path, (refuse_after_sharding,), (refuse_dtensors,))
+@pytest.mark.parametrize("checks", CHECKS)
+def test_on_two_ranks(tmp_path, checks):
+    on_ranks(tmp_path, CHECKS[checks])

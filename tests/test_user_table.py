@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests import ranks
 from tests.test_configs import BROKEN, OnGpu
 from tests.user_tables import CHOICE, GPU, KERNEL, NAME, chosen
 from tests.user_tables import place as place  # a fixture
@@ -78,6 +80,31 @@ def test_a_writer_that_dies_leaves_the_old_table(place, monkeypatch):
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         tuning.write(NAME, GPU, {KERNEL.name: {"bfloat16": {"1024": 1}}})
+    assert chosen() == (3, [])
+
+
+def write_many(rank, cache):
+    """One entry after the other; the first process dies in the middle of its fourth."""
+    os.environ["VLM_FAST_CACHE_DIR"] = cache
+    for i in range(6):
+        if rank == 0 and i == 3:
+            os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        tuning.write(NAME, GPU, {KERNEL.name: {"bfloat16": {str(2 ** (8 * i + rank)): rank % 6}}})
+
+
+def test_eight_processes_on_a_cold_cache_and_one_is_killed(place):
+    """No lock stays behind, and only what the dead one had not written is missing."""
+    cache = str(place.parent)
+    writers = ranks.start(write_many, (cache,), 8, join=False)
+    for process in writers.processes:
+        process.join()
+    codes = [process.exitcode for process in writers.processes]
+    assert codes == [-signal.SIGKILL] + [0] * 7
+    table = _configs.read(place / NAME)[KERNEL.name]["bfloat16"]
+    written = {str(2 ** (8 * i + rank)): rank % 6 for rank in range(8) for i in range(6)}
+    lost = {str(2 ** (8 * i)) for i in (3, 4, 5)}
+    assert table == {size: index for size, index in written.items() if size not in lost}
+    tuning.write(NAME, GPU, CHOICE)
     assert chosen() == (3, [])
 
 

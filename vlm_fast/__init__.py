@@ -6,6 +6,9 @@ from vlm_fast import objectives as objectives
 from vlm_fast import ops as ops
 from vlm_fast import recipes as recipes
 from vlm_fast.design import advise as advise
+from vlm_fast.distributed import connectors as connectors
+from vlm_fast.distributed import prepare_zero3 as prepare_zero3
+from vlm_fast.distributed import touch_parameters as touch_parameters
 from vlm_fast.patching import Report as Report
 from vlm_fast.patching import explain as explain
 from vlm_fast.patching import patch as patch

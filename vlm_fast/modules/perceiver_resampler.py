@@ -144,11 +144,12 @@ def resample_media(module: Any, x: Any) -> Tensor:
         latents = resample(module, context, module.latents, layers)
     else:
         fell_back(type(module).__name__, reason)
-        latents = module.latents.expand(len(context), -1, -1).unsqueeze(1)
+        latents = module.latents.expand(context.shape[0], -1, -1).unsqueeze(1)
         for attention, ff in module.layers:
             latents = attention(context.unsqueeze(1), latents) + latents
             latents = ff(latents) + latents
-    return module.norm(latents).view(batch, media, *module.latents.shape)
+    # The norm comes last: FSDP2 wants what a unit returns to be no view.
+    return module.norm(latents.reshape(batch, media, *module.latents.shape))
 
 
 def layer_of_openflamingo(attention: Any, ff: Any) -> Layer:

@@ -75,7 +75,7 @@ def why_not_parameter(name: str, parameter: Tensor) -> str | None:
         return f"{name} is a {type(parameter).__name__}"
     if not torch.compiler.is_compiling() and type(parameter.data) is not Tensor:
         return f"{name} holds a {type(parameter.data).__name__}"
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "ds_status"):
+    if is_partitioned(parameter):
         return f"{name} is partitioned by DeepSpeed ZeRO-3"
     if parameter.is_meta and not _shapes_alone:
         return f"{name} is on the meta device"
@@ -86,10 +86,32 @@ def why_not_parameter(name: str, parameter: Tensor) -> str | None:
     return None
 
 
+def is_partitioned(parameter: Tensor | None) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds the parameter, and has not gathered it.
+
+    It gathers those of a module by hooks of that module, which are a reason of their own; only a
+    module that was set as a leaf finds those of its children gathered, and no hooks on them.
+    """
+    if not (hasattr(parameter, "ds_id") or hasattr(parameter, "ds_status")):
+        return False
+    return getattr(getattr(parameter, "ds_status", None), "name", None) != "AVAILABLE"
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether an attribute stands before the forward of its class.
+
+    When accelerate takes its hooks away, it leaves one that is the same forward.
+    """
+    own = module.__dict__.get("forward")
+    if own is None:
+        return False
+    return getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module
+
+
 def why_not_called_plainly(module: nn.Module, *, but_forward_hooks: bool = False) -> str | None:
     """Why calling ``module`` does more than its class's forward, or None if it does not."""
     own = module.__dict__
-    if "forward" in own:
+    if has_own_forward(module):
         return "its forward has been replaced (accelerate or another wrapper)"
     if own.get("_compiled_call_impl") is not None:
         return "it is compiled on its own"

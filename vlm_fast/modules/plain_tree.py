@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 
 from vlm_fast.modules.activation import activation_of, why_not_activation
-from vlm_fast.modules.plain_linear import why_not_called_plainly, why_not_plain
+from vlm_fast.modules.plain_linear import (
+    has_own_forward,
+    is_partitioned,
+    why_not_called_plainly,
+    why_not_plain,
+)
 
 _LINEAR_FORWARD = nn.Linear.forward
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -57,10 +62,12 @@ class PlainTree:
         for parameter, (slots, name) in zip(self.parameters, self.parameter_slots, strict=True):
             if slots.get(name) is not parameter:
                 return False
-        for own in self.owns:
-            if "forward" in own or own.get("_compiled_call_impl") is not None:
+        for own, module in zip(self.owns, self.modules, strict=True):
+            if "forward" in own and has_own_forward(module):
                 return False
-        return not any(map(_is_partitioned, self.parameters))
+            if own.get("_compiled_call_impl") is not None:
+                return False
+        return not any(map(_is_absent, self.parameters))
 
     def why_not(self, biases: bool = True, unread: str | None = None) -> str | None:
         """The first module that must be called as a module, and why; None if there is none.
@@ -126,8 +133,8 @@ def _has_affine(norm: nn.LayerNorm) -> bool:
     return norm.weight is not None and norm.bias is not None
 
 
-def _is_partitioned(parameter: Tensor | None) -> bool:
-    return hasattr(parameter, "ds_id") or (parameter is not None and parameter.is_meta)
+def _is_absent(parameter: Tensor | None) -> bool:
+    return parameter is not None and (parameter.is_meta or is_partitioned(parameter))
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from vlm_fast.modules.activation import activation_module
 from vlm_fast.modules.plain_tree import why_not_plain_tree
@@ -41,6 +42,10 @@ class QFormerOutput(NamedTuple):
     last_hidden_state: Tensor
     pooler_output: Tensor
     past: list[KeysValues] | None = None
+
+
+# So that an exported program which returns one can be saved.
+_pytree._register_namedtuple(QFormerOutput, serialized_type_name="vlm_fast.modules.QFormerOutput")
 
 
 class QFormerEncoder(nn.Module):
@@ -243,7 +248,8 @@ class QFormer(nn.Module):
                 inputs.kept = kept
                 hidden = qformer_layer(layer, hidden, inputs)
         hidden = hidden.to(self.layernorm.weight.dtype)
-        return QFormerOutput(hidden, hidden[:, 0], kept if keep else None)
+        pooled = hidden[:, 0].clone()  # FSDP2 wants what a unit returns to be no view
+        return QFormerOutput(hidden, pooled, kept if keep else None)
 
     def image_key_values(self, encoder_hidden_states: Tensor) -> ImageKeyValues:
         """Keys and values ``(batch, keys, encoder_hidden_size)`` give, for all layers, at once.

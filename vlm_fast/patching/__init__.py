@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -143,7 +144,9 @@ def patch(
             already = True
             continue
         for mixin, recognise in FAMILIES:
-            recipe = recognise(module, saved=saved, compute_dtype=compute_dtype)
+            recipe = _recipe(recognise, module, saved=saved, compute_dtype=compute_dtype)
+            if recipe is not None and hasattr(mixin, "forward") and "forward" in vars(module):
+                recipe = "its forward has been replaced (accelerate or another wrapper)"
             if isinstance(recipe, str):
                 report.skipped[name] = recipe
             elif recipe is not None:
@@ -179,6 +182,18 @@ def patched_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def explain(model: nn.Module) -> dict[str, str | None]:
     """For every patched module, why its next call would run as plain PyTorch, or None."""
     return {name: module.why_not() for name, module in patched_modules(model)}
+
+
+def _recipe(recognise: Callable[..., Any], module: nn.Module, **options: Any) -> Any:
+    """What ``recognise`` says; of a class of transformers that lacks what it reads, the version."""
+    try:
+        return recognise(module, **options)
+    except AttributeError as error:
+        kind = type(module)
+        if not kind.__module__.startswith("transformers."):
+            raise
+        release = getattr(sys.modules["transformers"], "__version__", "")
+        return f"{kind.__name__} of transformers {release} is not the one that was read: {error}"
 
 
 def _refuse_if_sharded(name: str, module: nn.Module) -> None:

@@ -19,7 +19,13 @@ from vlm_fast.modules.gated_layer import gated_residuals, rms_norm, why_not_gate
 from vlm_fast.modules.media_memory import remembered
 from vlm_fast.modules.plain_tree import why_not_plain_tree
 from vlm_fast.patching.class_swap import is_class
-from vlm_fast.patching.media_sets import GivenSets, GivesSets, MediaSets, why_not_sets
+from vlm_fast.patching.media_sets import (
+    GivenSets,
+    GivesSets,
+    MediaSets,
+    takes_sets,
+    why_not_sets,
+)
 from vlm_fast.policy import fell_back
 from vlm_fast.refusal import wrong_value
 
@@ -41,7 +47,7 @@ class FusedIdeficsModel(GivesSets):
 
     def why_not_sets(self, mask: Any) -> str | None:
         layers: Any = self.gated_cross_attn_layers  # type: ignore[attr-defined]
-        if not all(isinstance(layer, FusedIdeficsLayer) for layer in layers):
+        if not all(takes_sets(layer, FusedIdeficsLayer) for layer in layers):
             return "a gated layer is not patched"
         return why_not_sets(mask, 3)
 

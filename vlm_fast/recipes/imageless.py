@@ -3,8 +3,8 @@
 Where one rank has images and another has none, DistributedDataParallel waits for gradients that
 never come, and FSDP2 for a gather that only one side asks for; with everything else frozen such a
 batch has nothing to differentiate at all. Here it goes the same way as one with images: the
-projector runs on no images at all, a sharded tower on a blank one, and a zero that depends on the
-connector is added to the embedded text, where features would have been put.
+projector is touched, a sharded tower runs on a blank one, and a zero that depends on the connector
+is added to the embedded text, where features would have been put.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlm_fast.distributed import touch_parameters
 from vlm_fast.recipes.parts import Parts, parts_of
 
 IMAGES = ("pixel_values", "pixel_values_videos", "image_encoder_embeddings", "perceiver_embeddings",
@@ -23,9 +24,9 @@ IMAGES = ("pixel_values", "pixel_values_videos", "image_encoder_embeddings", "pe
 def touch(model: nn.Module, parts: Parts | None = None) -> Tensor:
     """A zero scalar that depends on every parameter of the connector that learns.
 
-    A projector is called on features of no images, after the tower if that is sharded by FSDP2.
-    What is not so reached (gated layers within the language model, a newline between tiles) is read
-    directly: under FSDP2 such a parameter has to be in a unit that every rank runs.
+    A projector by `touch_parameters`, after the tower if that is sharded by FSDP2. What is not so
+    reached (gated layers within the language model, a newline between tiles) is read directly:
+    under FSDP2 such a parameter has to be in a unit that every rank runs.
 
     Args:
         model: a transformers model of one of `parts.FAMILIES`.
@@ -42,7 +43,7 @@ def touch(model: nn.Module, parts: Parts | None = None) -> Tensor:
     projector = getattr(parts.inner, "multi_modal_projector", None)
     if isinstance(projector, nn.Module) and any(id(p) in learning for p in projector.parameters()):
         own = [id(parameter) for parameter in projector.parameters()]  # sharded, they are others
-        zero = zero + projector(_no_features(projector)).sum()
+        zero = zero + touch_parameters(projector)
         for number in own:
             learning.pop(number, None)
     return zero + sum(parameter.flatten()[:0].sum() for parameter in learning.values())
@@ -79,18 +80,3 @@ def _blank(tower: Any) -> Tensor:
     config, weight = tower.config, next(tower.parameters())
     shape = (1, config.num_channels, config.image_size, config.image_size)  # not all run on 0
     return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-
-
-def _no_features(projector: nn.Module) -> Tensor:
-    """``(0, 1, width)``: of the width that the first layer with a weight takes."""
-    for module in projector.modules():
-        width = getattr(module, "in_features", None)
-        if width is None and isinstance(getattr(module, "normalized_shape", None), tuple):
-            width = module.normalized_shape[-1]  # type: ignore[index]
-        if width is not None:
-            weight: Any = next(module.parameters())
-            return torch.zeros(0, 1, width, dtype=weight.dtype, device=weight.device)
-    raise TypeError(
-        f"vlm_fast.recipes: {type(projector).__name__} has no linear or layer norm, expected a "
-        "projector of features (..., width)"
-    )
