@@ -197,8 +197,8 @@ def benchmark_overhead(results: Results, device: str, deadline: float) -> list[s
     return []
 
 
-# Of what an H200 with 16 cores took. What comes last is lost where time runs out. Together they have all the time there is, but for the
-# suites, which take what is left.
+# Their times are what an H200 with 16 cores took. What comes last is lost where time runs out.
+# Together they have all the time there is, but for the suites, which take what is left.
 STAGES = (
     Stage("compiling", 70, compiling),
     Stage("proof", 70, proof, needs_cuda=False),
