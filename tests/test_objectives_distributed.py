@@ -1,6 +1,7 @@
 """The objectives on gloo processes: what they give and what they send back, on 1 to 4 ranks."""
 
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import vlm_fast
-from tests import plain_blip2, tiny_blip2
+from tests import plain_blip2, plain_siglip, tiny_blip2
 from tests.ranks import on_ranks
 from vlm_fast import objectives
 from vlm_fast.objectives import _exchange, blip2
+from vlm_fast.objectives.language import LOGITS
 
 BATCH, QUERIES, WIDTH = 3, 5, 8
 
@@ -145,10 +147,79 @@ def the_check_of_sizes_can_be_left_out(rank, world):
     try:
         objectives.itc_loss(*features, 0.1)
         objectives.itc_loss(*features, 0.1, check_sizes=False)
+        objectives.siglip_loss(*siglip_features(2), 10.0, -10.0)
+        objectives.siglip_loss(*siglip_features(2), 10.0, -10.0, check_sizes=False)
     finally:
         _exchange._all_gather = gather
     checks = [t for t in gathered if t.dtype == torch.int64]
-    assert (len(checks), len(gathered)) == ((0, 0) if world == 1 else (1, 3))
+    assert (len(checks), len(gathered)) == ((0, 0) if world == 1 else (2, 4))
+
+
+def siglip_features(batch, dtype=torch.float32):
+    torch.manual_seed(3)
+    features = torch.randn(2, batch, WIDTH).to(dtype)
+    return [F.normalize(x, dim=-1).requires_grad_() for x in features]
+
+
+def siglip_is_that_of_one_process(rank, world, batches, dtype):
+    """Also where ranks differ in their rows, and in the weight that they give to their loss."""
+    batches = batches[:world]
+    features = siglip_features(sum(batches), dtype)
+    numbers = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (10.0, -6.0)]
+    exact = [*(x.detach().double().requires_grad_() for x in features), *numbers]
+    of_images = plain_siglip.of_images(*exact)
+    weights = torch.arange(1.0, world + 1, dtype=torch.float64)
+    loss = (of_images * weights.repeat_interleave(torch.tensor(batches))).mean()
+    wanted = torch.autograd.grad(loss, exact)
+
+    own = slice(sum(batches[:rank]), sum(batches[: rank + 1]))
+    inputs = [x.detach().requires_grad_() for x in (*(f[own] for f in features), *numbers)]
+    with mock.patch.dict(LOGITS, cpu=4):  # not all logits of a block at once
+        found = objectives.siglip_loss(*inputs)
+        gradients = torch.autograd.grad(found * weights[rank], inputs)
+    for number in (found, *gradients[2:]):
+        dist.all_reduce(number.detach())
+    torch.testing.assert_close(found.detach() / world, of_images.mean().detach().to(found.dtype))
+    for gradient, value in zip(gradients, (x[own] if x.ndim else x for x in wanted), strict=True):
+        # Sums are those of fp32; a row's gradient in bf16 is rounded once, by half an ulp.
+        rtol, atol = (1e-12, 1e-14) if dtype == torch.float64 else (1e-5, 1e-6)
+        rtol += 2**-8 if gradient.dtype == torch.bfloat16 else 0.0
+        torch.testing.assert_close(gradient.double() / world, value, rtol=rtol, atol=atol)
+
+
+def texts_travel_one_batch_at_a_time(rank, world):
+    """In their own dtype, their gradients in fp32; nothing holds all texts or all logits."""
+    images, texts = siglip_features(BATCH, torch.bfloat16)
+    sent = []
+    transport = dist.all_to_all_single
+    dist.all_to_all_single = lambda out, tensor, *args, **options: (
+        sent.append((tensor.dtype, len(tensor))), transport(out, tensor, *args, **options)
+    )[1]  # fmt: skip
+    try:
+        with plain_siglip.Largest() as largest:
+            loss = objectives.siglip_loss(images, texts, 10.0, -5.0)
+            forward = len(sent)
+            loss.backward()
+    finally:
+        dist.all_to_all_single = transport
+    there, back = (torch.bfloat16, BATCH), (torch.float32, BATCH)
+    assert sent[:forward] == [there] * (world - 1)
+    assert sent[forward:] == [there, back] * (world - 1) + [back] * (world > 1)
+    assert largest.numbers == BATCH * WIDTH
+
+
+def siglip_refuses_what_cannot_travel(rank, world):
+    if world == 1:
+        return
+    for width, dtype, words in (
+        (WIDTH + rank, torch.float32, f"features is {[WIDTH + r for r in range(world)]}"),
+        (WIDTH, torch.float16 if rank else torch.bfloat16, f"bits is {[7] + [10] * (world - 1)}"),
+    ):
+        features = torch.ones(rank, width, dtype=dtype)
+        with pytest.raises(ValueError, match=rf"siglip_loss: .*{re.escape(words)} on ranks 0"):
+            objectives.siglip_loss(features, features, 10.0, -10.0)
+    with pytest.raises(ValueError, match="one row at least"):
+        objectives.siglip_loss(torch.ones(0, 4), torch.ones(0, 4), 10.0, -10.0)
 
 
 def negatives_come_from_all_ranks(rank, world):
@@ -170,6 +241,12 @@ def a_group_of_some_ranks(rank, world):
         rows = torch.arange(4)
         found = objectives.exchange_rows(torch.tensor([rank, rank + 10]), rows, group)
         assert found.tolist() == [0, 10, world - 1, world + 9]
+        images, texts = siglip_features(4)
+        own = slice(2, 4) if rank else slice(0, 2)
+        loss = objectives.siglip_loss(images[own], texts[own], 10.0, -5.0, group=group)
+        torch.testing.assert_close(
+            loss, plain_siglip.of_images(images, texts, 10.0, -5.0)[own].mean()
+        )
     else:
         with pytest.raises(ValueError, match="group"):
             objectives.exchange_rows(torch.zeros(2), torch.zeros(1, dtype=torch.int64), group)
@@ -230,6 +307,13 @@ CHECKS = [
     (rows_beyond_the_last_are_refused_everywhere,),
     (uneven_sizes_are_refused_everywhere,),
     (the_check_of_sizes_can_be_left_out,),
+    *(
+        (siglip_is_that_of_one_process, batches, dtype)
+        for batches in ([BATCH] * 4, [2, 0, 0, 3])
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    ),
+    (texts_travel_one_batch_at_a_time,),
+    (siglip_refuses_what_cannot_travel,),
     (negatives_come_from_all_ranks,),
     (a_group_of_some_ranks,),
     (stage1_is_that_of_one_process,),

@@ -7,7 +7,7 @@ gradients do not depend on the backend's own order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,19 +35,29 @@ def world_of(group: Any) -> World:
 
 
 def refuse_uneven(name: str, sizes: dict[str, int], device: torch.device, group: Any) -> None:
-    """Raise ValueError on every rank, if one of ``sizes`` is not the same on all.
+    """Raise ValueError on every rank, if one of ``sizes`` is not the same on all."""
+    refuse_different(name, sizes_of_ranks(sizes, device, group))
+
+
+def sizes_of_ranks(sizes: dict[str, int], device: torch.device, group: Any) -> dict[str, list[int]]:
+    """Each of ``sizes`` on every rank, in the order of the ranks.
 
     One small all-gather, which the host reads: it waits for the device.
     """
     world = world_of(group)
     if world.size == 1:
-        return
+        return {size: [own] for size, own in sizes.items()}
     own = torch.tensor(list(sizes.values()), dtype=torch.int64, device=device)
     per_rank = _all_gather(own, world, group).view(world.size, -1).t().tolist()
-    for size, found in zip(sizes, per_rank, strict=True):
+    return dict(zip(sizes, per_rank, strict=True))
+
+
+def refuse_different(name: str, sizes: dict[str, list[int]]) -> None:
+    """Raise ValueError, if one of ``sizes``, as `sizes_of_ranks` gives them, is not even."""
+    for size, found in sizes.items():
         if len(set(found)) > 1:
             raise ValueError(
-                f"vlm_fast.{name}: {size} is {found} on ranks 0 to {world.size - 1}, "
+                f"vlm_fast.{name}: {size} is {found} on ranks 0 to {len(found) - 1}, "
                 "expected the same on every rank"
             )
 
@@ -129,6 +139,44 @@ def exchange_rows(tensor: Tensor, rows: Tensor, group: Any = None) -> Tensor:
     chosen = tensor[local]
     arrived = trade_rows(chosen[: sum(sent)], sent, received, group)
     return torch.cat([arrived, chosen[sum(sent) :]])[order.argsort()]
+
+
+def visits(
+    tensor: Tensor, batches: Sequence[int], world: World, group: Any
+) -> Iterator[tuple[int, Tensor]]:
+    """(rank, its rows) for every rank, the own first and then around the ring.
+
+    While the caller works on some rows the next are on their way, and no more than these two are
+    in memory. Not differentiable: `pass_on` is the way back. ``batches``: the rows of each rank.
+    """
+    for rank in (r % world.size for r in range(world.rank, world.rank + world.size)):
+        after = (rank + 1) % world.size
+        if after == world.rank:
+            yield rank, tensor
+        else:
+            arrive = pass_on(tensor, batches[after], world, group)
+            yield rank, tensor
+            tensor = arrive()
+
+
+def pass_on(tensor: Tensor, rows: int, world: World, group: Any) -> Callable[[], Tensor]:
+    """Start to send ``tensor`` to the rank before, and to receive ``rows`` rows of the rank after.
+
+    Call what it returns to wait for these rows. An all-to-all in which all others send nothing:
+    NCCL makes of it one send and one receive.
+    """
+    if world.size == 1:
+        return lambda: tensor
+    sent, received = [0] * world.size, [0] * world.size
+    sent[world.rank - 1], received[(world.rank + 1) % world.size] = len(tensor), rows
+    leaving, out = tensor.contiguous(), tensor.new_empty(rows, *tensor.shape[1:])
+    work = dist.all_to_all_single(out, leaving, received, sent, group=group, async_op=True)
+
+    def arrive(_leaving: Tensor = leaving) -> Tensor:  # which has to live until it has been sent
+        work.wait()
+        return out
+
+    return arrive
 
 
 class _Gather(torch.autograd.Function):

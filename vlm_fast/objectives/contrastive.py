@@ -142,15 +142,25 @@ def _check(
     label_smoothing: float,
 ) -> None:
     name = "itc_loss"
+    wanted = "(batch, queries, features), one query at least"
+    check_pairs(name, image_features, text_features, 3, wanted)
+    check_number(name, "temperature", temperature, above=0.0)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise wrong_value(name, "label_smoothing", label_smoothing, "0 to 1")
+
+
+def check_pairs(
+    name: str, image_features: Tensor, text_features: Tensor, dimensions: int, wanted: str
+) -> None:
+    """Refuse features that are not of pairs: of one batch, width, floating dtype and device."""
     for argument, value in (("image_features", image_features), ("text_features", text_features)):
         if not isinstance(value, Tensor):
             raise not_a_tensor(name, argument, value)
         if not value.is_floating_point():
             raise wrong_type(name, argument, value, "a floating dtype")
-    if image_features.ndim != 3 or image_features.shape[1] == 0:
-        wanted = "(batch, queries, features), one query at least"
+    if image_features.ndim != dimensions or 0 in image_features.shape[1:-1]:
         raise wrong_value(name, "image_features", image_features, wanted)
-    pairs = (image_features.shape[0], image_features.shape[2])
+    pairs = (image_features.shape[0], image_features.shape[-1])
     if text_features.shape != pairs:
         raise wrong_value(name, "text_features", text_features, f"{pairs}, a text for each image")
     if text_features.dtype != image_features.dtype:
@@ -159,13 +169,16 @@ def _check(
     if text_features.device != image_features.device:
         wanted = f"{image_features.device}, where image_features is"
         raise wrong_value(name, "text_features", text_features, wanted)
-    if isinstance(temperature, Tensor):
-        if temperature.ndim or not temperature.is_floating_point():
-            raise wrong_value(name, "temperature", temperature, "a floating tensor of shape ()")
-        number = float(temperature.detach()) if temperature.device.type == "cpu" else None
+
+
+def check_number(name: str, argument: str, value: float | Tensor, *, above: float) -> None:
+    """Refuse what is no finite number above ``above``; a tensor on a GPU is not looked at."""
+    if isinstance(value, Tensor):
+        if value.ndim or not value.is_floating_point():
+            raise wrong_value(name, argument, value, "a floating tensor of shape ()")
+        number = float(value.detach()) if value.device.type == "cpu" else None
     else:
-        number = float(temperature)
-    if number is not None and not 0 < number < math.inf:
-        raise wrong_value(name, "temperature", number, "a positive number")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise wrong_value(name, "label_smoothing", label_smoothing, "0 to 1")
+        number = float(value)
+    if number is not None and not above < number < math.inf:
+        wanted = "a finite number" if above == -math.inf else "a positive number"
+        raise wrong_value(name, argument, number, wanted)
