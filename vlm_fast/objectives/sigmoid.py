@@ -103,7 +103,7 @@ class _SigmoidLoss(torch.autograd.Function):
         for rank, visiting in visits(texts, *ctx.ring):
             for _, opposed in _opposed(scaled, visiting, bias, own=rank == world.rank):
                 loss -= F.logsigmoid(opposed.neg_()).sum()
-        # Own rows among the mean of ranks, which may hold more rows or fewer.
+        # So the mean over ranks is that over all images, however many each rank has.
         return loss * (world.size / sum(batches))
 
     @staticmethod
