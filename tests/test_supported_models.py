@@ -1,8 +1,6 @@
 """Real transformers models, small: what is patched in each, and that it is the same model then."""
 
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
-from multiprocessing import get_context
 from unittest import mock
 
 import pytest
@@ -12,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlm_fast
+from tests.ranks import start
 from tests.tiny_models import AUDIO, IMAGE, MODELS, build
 from vlm_fast.ops import image_tokens
 from vlm_fast.patching import image_token_merge
@@ -229,8 +228,11 @@ def test_compiled_whole(name):
     assert graphs["patched"] == 1 < graphs["plain"]
 
 
+def merger_compiles_into_one_graph(number):
+    graphs = graphs_of("aya_vision")
+    assert graphs["patched"] == 1 < graphs["plain"]
+
+
 def test_a_merger_compiled_whole():
     """In a process of its own: after all other tests Dynamo breaks its graph, reset or not."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        graphs = pool.submit(graphs_of, "aya_vision").result()
-    assert graphs["patched"] == 1 < graphs["plain"]
+    start(merger_compiles_into_one_graph, (), 1)
