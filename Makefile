@@ -6,7 +6,9 @@ INSTALLED := .venv/installed
 .PHONY: test interpreted compiled ahead bench check gpu hopper lint clean
 
 # Triton is either interpreted or compiled for the life of a process, so the suite takes two at once,
-# and a third for what only compiles.
+# and a third, after the shorter of them, for what only compiles and what runs for long.
+LAST := $(addprefix tests/test_,ahead_of_time.py bench.py benchmarks.py recipe_command.py)
+
 test: $(INSTALLED)
 	@$(MAKE) --jobs=2 --output-sync=target interpreted compiled ahead
 	@echo "make test: all three processes passed"
@@ -15,10 +17,10 @@ interpreted: $(INSTALLED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
 
 compiled: $(INSTALLED)
-	$(BIN)/python -m pytest tests --ignore=tests/interpreted --ignore=tests/test_ahead_of_time.py
+	$(BIN)/python -m pytest tests --ignore=tests/interpreted $(LAST:%=--ignore=%)
 
 ahead: $(INSTALLED)
-	$(BIN)/python -m pytest tests/test_ahead_of_time.py
+	$(BIN)/python -m pytest $(LAST)
 
 # Peers that are missing are left out; for xformers and Liger: pip install -e '.[bench]'.
 bench: $(INSTALLED)
