@@ -7,7 +7,7 @@ INSTALLED := .venv/installed
 
 # Triton is either interpreted or compiled for the life of a process, so the suite takes two at once,
 # and a third, after the shorter of them, for what only compiles and what runs for long.
-LAST := $(addprefix tests/test_,ahead_of_time.py bench.py benchmarks.py recipe_command.py)
+LAST := $(addprefix tests/test_,ahead_of_time.py benchmarks.py)
 
 test: $(INSTALLED)
 	@$(MAKE) --jobs=2 --output-sync=target interpreted compiled ahead
