@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import subprocess
 import sys
 import time
@@ -114,7 +113,7 @@ def suites(results: Results, device: str, deadline: float) -> list[str]:
     if importlib.util.find_spec("pytest") is None:
         results["suites"] = "left out: pytest is not installed"
         return []
-    return _process(["-m", "pytest", "-q", "-x", "tests/gpu"], {}, deadline, results, "suites")
+    return _process(["-m", "pytest", "-q", "-x", "tests/gpu"], deadline, results, "suites")
 
 
 def memcheck(results: Results, device: str, deadline: float) -> list[str]:
@@ -127,20 +126,14 @@ def memcheck(results: Results, device: str, deadline: float) -> list[str]:
     return failures
 
 
-def _process(
-    arguments: list[str],
-    environment: dict[str, str],
-    deadline: float,
-    results: Results,
-    name: str,
-) -> list[str]:
+def _process(arguments: list[str], deadline: float, results: Results, name: str) -> list[str]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     command = [sys.executable, *arguments]
     try:
         done = subprocess.run(
-            command, cwd=evidence.PACKAGE.parent, env={**os.environ, **environment},
-            capture_output=True, text=True, timeout=max(deadline - time.monotonic(), 1),
+            command, cwd=evidence.PACKAGE.parent, capture_output=True, text=True,
+            timeout=max(deadline - time.monotonic(), 1),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         results[name] = "out of time"

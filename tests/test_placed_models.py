@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -18,8 +19,6 @@ from tests.whole_models import (
     same_logits,
     step,
 )
-
-accelerate = pytest.importorskip("accelerate")
 
 # A call of every connector that falls back warns once; each test reads the reason itself.
 pytestmark = [

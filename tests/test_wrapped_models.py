@@ -3,6 +3,7 @@ unpatched one, and says what it does."""
 
 import copy
 
+import peft
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -26,8 +27,6 @@ from tests.whole_models import (
     step,
 )
 from vlm_fast import parity
-
-peft = pytest.importorskip("peft")
 
 # A call of every connector that falls back warns once; each test reads the reason itself.
 pytestmark = [

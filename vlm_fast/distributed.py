@@ -77,9 +77,14 @@ def _zero_of(module: nn.Module) -> Tensor:
     return sum((zero.float() for zero in zeros), torch.zeros((), device=device))
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether this module is a unit of FSDP2."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
 def _gathers(module: nn.Module) -> bool:
     """Whether hooks of this module gather its parameters: FSDP2's, or DeepSpeed's."""
-    if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+    if is_sharded(module):
         return True
     return any(hasattr(p, "ds_id") for p in module.parameters(recurse=False)) or bool(
         getattr(module, "_z3_leaf", False)

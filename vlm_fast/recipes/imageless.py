@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_fast.distributed import touch_parameters
+from vlm_fast.distributed import is_sharded, touch_parameters
 from vlm_fast.recipes.parts import Parts, parts_of
 
 IMAGES = ("pixel_values", "pixel_values_videos", "image_encoder_embeddings", "perceiver_embeddings",
@@ -38,7 +38,7 @@ def touch(model: nn.Module, parts: Parts | None = None) -> Tensor:
         if part == "connector" and parameter.requires_grad
     }
     zero = torch.zeros((), device=next(model.parameters()).device)
-    if any(_is_sharded(module) for module in parts.tower.modules()):
+    if any(is_sharded(module) for module in parts.tower.modules()):
         parts.tower(_blank(parts.tower))
     projector = getattr(parts.inner, "multi_modal_projector", None)
     if isinstance(projector, nn.Module) and any(id(p) in learning for p in projector.parameters()):
@@ -70,10 +70,6 @@ def _touching(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         embeds = inner.get_input_embeddings()(args[0] if args else kwargs["input_ids"])
     embeds = embeds + touch(inner).to(embeds.dtype)
     return (), kwargs | {"input_ids": None, "inputs_embeds": embeds}
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 def _blank(tower: Any) -> Tensor:
