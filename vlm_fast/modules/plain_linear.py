@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-_LINEAR_FORWARD = nn.Linear.forward
+from vlm_fast.modules.original_code import why_not_original, written_class
+
 # The second is what nn.MultiheadAttention calls its output projection; its forward is the first's.
 _LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _shapes_alone = False
+GLOBAL_HOOKS = "global module hooks are set"
 
 
 @contextlib.contextmanager
@@ -40,8 +42,6 @@ def why_not_plain(linear: nn.Module) -> str | None:
     """None if the parameters say all that ``linear`` does; else the first reason why not."""
     if type(linear) not in _LINEARS:
         return f"{type(linear).__module__}.{type(linear).__qualname__} is not a plain nn.Linear"
-    if nn.Linear.forward is not _LINEAR_FORWARD:
-        return "nn.Linear.forward has been replaced"
     reason = why_not_called_plainly(linear)
     if reason is not None:
         return reason
@@ -109,8 +109,11 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def why_not_called_plainly(module: nn.Module, *, but_forward_hooks: bool = False) -> str | None:
-    """Why calling ``module`` does more than its class's forward, or None if it does not."""
+    """Why calling ``module`` does more than the forward written in its class, or None."""
     own = module.__dict__
+    reason = why_not_original(written_class(module))
+    if reason is not None:
+        return reason
     if has_own_forward(module):
         return "its forward has been replaced (accelerate or another wrapper)"
     if own.get("_compiled_call_impl") is not None:
@@ -128,5 +131,5 @@ def why_not_called_plainly(module: nn.Module, *, but_forward_hooks: bool = False
         or _nn_module._global_backward_hooks
         or _nn_module._global_backward_pre_hooks
     ):
-        return "global module hooks are set"
+        return GLOBAL_HOOKS
     return None

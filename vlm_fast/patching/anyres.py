@@ -59,6 +59,7 @@ class PackedImage(Tensor):
 class FusedAnyRes(Patched):
     """A model whose tiles are packed in one movement."""
 
+    restates = ("pack_image_features",)
     merging = False  # whether what is packed goes to this model's own merge
 
     def get_image_features(
@@ -97,15 +98,15 @@ class FusedAnyResMerge(FusedAnyRes, FusedMerge):
     def __init_subclass__(cls) -> None:
         if not hasattr(cls, "patch"):  # another mixin, not yet a class of models
             return
-        plain = cls.patch.base.forward
+        base = cls.patch.base
 
-        @functools.wraps(plain)  # callers ask for its signature
+        @functools.wraps(base.forward)  # callers ask for its signature
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
-                return plain(self, *args, **kwargs)
+                return base.forward(self, *args, **kwargs)
             self.merging = True
             try:
-                return plain(self, *args, **kwargs)
+                return base.forward(self, *args, **kwargs)
             finally:
                 self.__dict__.pop("merging", None)  # another thread may have been here
 

@@ -75,6 +75,8 @@ def _masked_scatter(embeds: Tensor, mask: Tensor, source: Tensor) -> Tensor:
 class FusedMerge(Patched):
     """A model whose placeholder masks lead to the fused merge."""
 
+    restates = ()
+
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **kwargs: Any
     ) -> Any:

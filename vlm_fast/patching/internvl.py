@@ -64,6 +64,8 @@ def _shuffled(x: Tensor) -> Tensor:
 class FusedShuffleMerge(FusedMerge):
     """The model: `FusedMerge`, and a pixel shuffle of one pass or none."""
 
+    restates = ("pixel_shuffle",)
+
     multi_modal_projector: nn.Module
 
     def pixel_shuffle(self, vision_features: Tensor, scale_factor: float = 0.5) -> Tensor:

@@ -16,6 +16,7 @@ class FusedMLP(Patched):
     """The forward of such a projector through `vlm_fast.ops.mlp`."""
 
     alone = True
+    restates = ()  # its forward was traced
 
     linear_1: nn.Module
     linear_2: nn.Module
