@@ -1,8 +1,8 @@
 """Several linears of one input as one.
 
-On a GPU the weights are put together for the call: one large GEMM fills it, several small ones leave
-most of it idle. Elsewhere each linear writes its own columns, and nothing is copied. What was put
-together is not kept: parameters and their gradients have memory of their own.
+On a GPU the weights are put together for the call: one large GEMM fills it, several small ones
+leave most of it idle. Elsewhere each linear writes its own columns, and nothing is copied. What was
+put together is not kept: parameters and their gradients have memory of their own.
 """
 
 from __future__ import annotations

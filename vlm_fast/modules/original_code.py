@@ -48,7 +48,7 @@ def why_not_own_code(kind: type) -> str | None:
 why_not_own_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def own_methods(kind: type) -> Iterator[tuple[str, FunctionType]]:
+def own_methods(kind: type) -> Iterator[tuple[str, Any]]:
     """Names and functions of the methods that a class has beyond those of every module."""
     for base in kind.__mro__:
         if base is nn.Module or base.__module__ == "transformers.modeling_utils":
@@ -62,7 +62,8 @@ def written_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module as somebody wrote it: of a patched module, that before the patch."""
     kind = type(module)
     patch = vars(kind).get("patch")
-    return kind if patch is None else patch.base
+    written: type[nn.Module] = kind if patch is None else patch.base
+    return written
 
 
 def home(kind: type) -> str:

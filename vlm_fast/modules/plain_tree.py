@@ -57,7 +57,8 @@ class PlainTree:
         self.owns = [m.__dict__ for m in self.modules]
         self.types = list(map(type, self.modules))
         self.root_class = written_class(root)
-        self.attentions = {id(m.config): m for m in (root, *self.modules) if _chooses(m)}
+        choosing: list[Any] = [m for m in (root, *self.modules) if _chooses(m)]
+        self.attentions = list({id(m.config): m for m in choosing}.values())
 
     def remember(self, root: nn.Module) -> None:
         """Take down what a later call compares."""
@@ -70,7 +71,7 @@ class PlainTree:
         ]
         self.implementations = [
             (module.config, *chosen, _attention(*chosen))
-            for module in self.attentions.values()
+            for module in self.attentions
             for chosen in [_chosen_attention(module)]
         ]
         self.hooks = [own[kind] for own in self.owns for kind in _HOOKS] + _GLOBAL_HOOKS
@@ -83,8 +84,8 @@ class PlainTree:
 
     def unchanged(self) -> bool:
         """Whether what was found on the first look still stands."""
-        for kind, name, function in self.code:
-            if getattr(kind, name) is not function:
+        for kind, method, function in self.code:
+            if getattr(kind, method) is not function:
                 return False
         for config, name, home_of_eager, function in self.implementations:
             if config._attn_implementation != name:
@@ -116,8 +117,8 @@ class PlainTree:
         reason = why_not_own_code(self.root_class)
         if reason is not None:
             return reason
-        for module in self.attentions.values():
-            reason = _why_not_attention(*_chosen_attention(module))
+        for choosing in self.attentions:
+            reason = _why_not_attention(*_chosen_attention(choosing))
             if reason is not None:
                 return reason
         for name, module in zip(self.names, self.modules, strict=True):
@@ -159,7 +160,8 @@ class PlainTree:
             return reason
         if not _only_watched(module._forward_hooks):
             return "it has hooks"
-        if kind is nn.LayerNorm and (module.weight is None or module.bias is None):
+        parameters = module._parameters
+        if kind is nn.LayerNorm and (parameters["weight"] is None or parameters["bias"] is None):
             return "it has no weight or no bias"
         return why_not_called_plainly(module, but_forward_hooks=True)
 

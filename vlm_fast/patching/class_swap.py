@@ -158,10 +158,10 @@ def why_not_handed(layer: Any, kind: type[Patched]) -> str | None:
 
     Also inside torch's wrapper for activation checkpointing.
     """
-    inner = unwrapped(layer)
+    inner: Any = unwrapped(layer)
     if not isinstance(inner, kind):
         return f"{type(inner).__name__} is not patched"
-    reason = inner.why_replaced() or why_not_own_arguments(inner)
+    reason: str | None = inner.why_replaced() or why_not_own_arguments(inner)  # type: ignore[arg-type]
     return reason if inner is layer else reason or why_not_own_arguments(layer)
 
 
@@ -173,7 +173,7 @@ def is_class(module: nn.Module, family: str, *names: str) -> bool:
 
 
 def swap(module: nn.Module, mixin: type[Swapped], recipe: Any) -> None:
-    module.__class__ = patched_class(type(module), mixin, recipe)  # type: ignore[arg-type]
+    module.__class__ = patched_class(type(module), mixin, recipe)
     module.prepare()  # type: ignore[operator]
 
 

@@ -23,7 +23,7 @@ class ImageKeys:
         self._of_layer: dict[nn.Module, tuple[Tensor, Any, KeysValues]] = {}
 
     @classmethod
-    def of_cache(cls, model: nn.Module, cache: Any, tokens: int) -> ImageKeys | None:
+    def of_cache(cls, model: Any, cache: Any, tokens: int) -> ImageKeys | None:
         """Those of a generation, or None where each call projects its images anew.
 
         A call of one token behind others goes on with a generation; any other call begins one, as
@@ -40,7 +40,7 @@ class ImageKeys:
         return _kept[cache]
 
     def of_layer(
-        self, layer: nn.Module, images: Tensor, project: Callable[[Tensor], KeysValues]
+        self, layer: Any, images: Tensor, project: Callable[[Tensor], KeysValues]
     ) -> KeysValues:
         """``project(images)``, or what it gave when this generation last read these images.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +135,9 @@ class FusedPooledFrames(FusedAnyResMerge):
     Bilinear weights sum to 1, so they commute with it and its bias: 196 rows instead of 729.
     """
 
-    restates = ("pack_image_features", "get_video_features", "apply_pooling")
+    restates: ClassVar[tuple[str, ...]] = (
+        *FusedAnyResMerge.restates, "get_video_features", "apply_pooling",
+    )  # fmt: skip
 
     config: Any
     multi_modal_projector: Any
