@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import vlm_fast
 from tests import plain_flamingo, tiny_flamingos, tiny_models, tiny_qformers
+from vlm_fast import modules
 from vlm_fast.patching import patched_modules
 
 TINY = [
@@ -231,3 +232,84 @@ def test_a_changed_connector_runs_as_it_is_called(name, change):
         for m in (plain, fast):
             change(m.get_submodule(path))
         assert_alike(fast, plain, inputs)
+
+
+def own_qformer():
+    model, inputs = qformer()
+    sizes = {k: v for k, v in tiny_qformers.SMALL.items() if k != "vocab_size"}
+    return modules.QFormer(**sizes), model, inputs
+
+
+def own_block():
+    plain, inputs = flamingo()
+    sizes = dict(dim=24, dim_visual=12, dim_head=8, heads=2)
+    return modules.GatedCrossAttentionBlock(**sizes), plain, inputs
+
+
+def own_resampler():
+    plain, inputs = resampler()
+    sizes = dict(dim=24, depth=2, dim_head=8, heads=2, num_latents=4)
+    return modules.PerceiverResampler(**sizes), plain, inputs
+
+
+OWN = {"QFormer": own_qformer, "block": own_block, "resampler": own_resampler}
+
+
+@functools.cache
+def own(name):
+    module, plain, inputs = OWN[name]()
+    module.load_state_dict(plain.state_dict())
+    return module.eval(), plain.eval(), inputs
+
+
+def callable_children(module):
+    """Those whose own forward runs: leaves, and modules of the package that have one."""
+    return [
+        path
+        for path, child in module.named_modules()
+        if path and type(child).forward is not nn.Module.forward
+    ]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", OWN)
+def test_a_changed_child_of_this_packages_modules_runs(name, change):
+    module, plain, inputs = own(name)
+    for path in callable_children(module):
+        if change is pre_hook and path.startswith("encoder") and path.count(".") < 3:
+            continue  # an encoder and layers, which have arguments of their own
+        ours, theirs = copy.deepcopy(module), copy.deepcopy(plain)
+        answers(ours, inputs)
+        for m in (ours, theirs):
+            change(m.get_submodule(path))
+        assert_alike(ours, theirs, inputs)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_forward_replaced_in_a_class_of_torch_runs(name, monkeypatch):
+    module, plain, inputs = own(name)
+    answers(module, inputs)
+    for kind in (nn.LayerNorm, nn.Linear, nn.Dropout):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "forward", scaling(kind.forward))
+            assert_alike(module, plain, inputs)
+
+
+def test_what_cannot_be_called_is_refused():
+    """Containers that only name their children, and modules that are restated."""
+    qformer = copy.deepcopy(own("QFormer")[0])
+    inputs = own("QFormer")[2]
+    adapt(qformer.encoder.layer[0].output_query)
+    with pytest.raises(ValueError, match=r"output_query: .* is not a class whose code was read"):
+        qformer(**inputs)
+    model = copy.deepcopy(own("QFormer")[1])
+    shared = modules.QFormer.of(model)
+    for path in ("encoder", "encoder.layer.1", "encoder.layer.1.attention.output"):
+        handle = model.get_submodule(path).register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match="it has hooks"):
+            shared(**inputs)
+        handle.remove()
+    shared(**inputs)
+    model.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="it has hooks"):
+        modules.QFormer.of(model)
