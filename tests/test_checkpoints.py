@@ -32,10 +32,17 @@ def seeded(build):
     return build()
 
 
+def captioner(family):
+    return tiny_qformers.whole(f"{family}ForConditionalGeneration")[0]
+
+
 # The plain module, and the same with this package in it.
 PAIRS = {
     "BLIP-2": (lambda: tiny_qformers.whole("Blip2ForConditionalGeneration")[0], patched),
-    "InstructBLIP": (lambda: tiny_qformers.whole("InstructBlipForConditionalGeneration")[0], patched),
+    "InstructBLIP": (
+        lambda: tiny_qformers.whole("InstructBlipForConditionalGeneration")[0],
+        patched,
+    ),
     "IDEFICS": (tiny_flamingos.idefics, patched),
     "Llama 3.2": (tiny_flamingos.mllama, patched),
     "LLaVA": (lambda: tiny_models.build("llava")[0], patched),
@@ -159,7 +166,8 @@ def sharded_state_dict_is_whole(rank, world, name):
     plain = seeded(build)
     fast = made(copy.deepcopy(plain))
     for _, connector in vlm_fast.connectors(fast):
-        fully_shard(connector)
+        if connector is not fast:
+            fully_shard(connector)
     fully_shard(fast)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     found = get_model_state_dict(fast, options=options)
