@@ -14,7 +14,7 @@ from vlm_fast.objectives import _exchange
 from vlm_fast.objectives._exchange import World, pass_on, visits
 from vlm_fast.objectives.contrastive import check_number, check_pairs
 from vlm_fast.objectives.language import LOGITS
-from vlm_fast.refusal import wrong_value
+from vlm_fast.refusal import once, wrong_value
 
 
 def siglip_loss(
@@ -109,7 +109,7 @@ class _SigmoidLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph; once_differentiable would give constants
-            raise RuntimeError("vlm_fast.siglip_loss: double backward is not supported")
+            raise once("siglip_loss")
         images, texts, scale, bias = ctx.saved_tensors
         batches, world, group = ctx.ring
         weight = grad * (world.size / sum(batches))
