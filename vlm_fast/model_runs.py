@@ -1,0 +1,155 @@
+"""Runs of a model that can be compared: from one seed and one state, on the same arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+
+from vlm_fast.parity import Verdict, farthest, judge
+
+T = TypeVar("T")
+
+
+class Run(NamedTuple):
+    """The floating tensors that a model returned, by their place, and whether it drew numbers."""
+
+    outputs: dict[str, Tensor]
+    random: bool
+
+    def first(self) -> Tensor:
+        """The first that is not one number, as a loss is: it says more."""
+        tensors = list(self.outputs.values())
+        return next((t for t in tensors if t.ndim > 0), tensors[0] if tensors else torch.zeros(0))
+
+
+def run(model: nn.Module, inputs: Mapping[str, Any]) -> Run:
+    """``model(**inputs)`` without gradients. Buffers, random state and caches stay as they are."""
+    given = tree_map(_copied, dict(inputs), is_leaf=_is_leaf)
+    with torch.no_grad():
+        output, random = seeded(model, lambda: model(**given))
+    leaves, _ = tree_flatten_with_path(output, is_leaf=_is_leaf)
+    found = {keystr(path): leaf.clone() for path, leaf in leaves if is_float(leaf)}
+    return Run(found, random)
+
+
+def seeded(module: nn.Module, call: Callable[[], T]) -> tuple[T, bool]:
+    """What ``call`` gives under one seed, and whether it drew random numbers.
+
+    The random state and the buffers of ``module`` are afterwards what they were.
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with buffers_kept(module), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        states = [torch.get_rng_state, *(lambda d=d: torch.cuda.get_rng_state(d) for d in devices)]
+        before = [state() for state in states]
+        result = call()
+        drew = any(not torch.equal(b, state()) for b, state in zip(before, states, strict=True))
+    return result, drew
+
+
+@contextlib.contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Buffers are afterwards the same tensors with the same values, also after an exception."""
+    owners = [
+        (m._buffers, dict(m._buffers), m._non_persistent_buffers_set, {*m._non_persistent_buffers_set})
+        for m in module.modules()
+    ]
+    buffers = {id(b): b for _, own, _, _ in owners for b in own.values() if b is not None}
+    kept = [(b, b.data, b.detach().clone()) for b in buffers.values() if not b.is_meta]
+    try:
+        yield
+    finally:
+        for buffers_now, own, hidden_now, hidden in owners:
+            buffers_now.clear()
+            buffers_now.update(own)
+            hidden_now.clear()
+            hidden_now.update(hidden)
+        for buffer, memory, value in kept:
+            if not torch.equal(memory, value):
+                with torch.no_grad():
+                    memory.copy_(value)
+            if buffer.shape != memory.shape or buffer.data_ptr() != memory.data_ptr():
+                buffer.data = memory
+
+
+@contextlib.contextmanager
+def moved(
+    modules: Mapping[str, nn.Module], budgets: Mapping[str, Sequence[float]], sign: int
+) -> Iterator[None]:
+    """Within it the modules' results are off by rounding: by random numbers, the same every time.
+
+    Args:
+        budgets: by how much at most, for each floating result of a module; by a unit in the last
+            place of each element where a module has none.
+        sign: 1 or -1, in which direction.
+    """
+    calls = 0
+
+    def hook(name: str) -> Callable[..., Any]:
+        def change(module: nn.Module, args: Any, output: Any) -> Any:
+            nonlocal calls
+            results = 0
+
+            def one(value: Any) -> Any:
+                nonlocal calls, results
+                if not is_float(value):
+                    return value
+                calls += 1
+                own = budgets.get(name, ())
+                budget = own[results] if results < len(own) else math.nan
+                results += 1
+                generator = torch.Generator(value.device).manual_seed(calls)
+                noise = torch.rand(value.shape, generator=generator, device=value.device) * 2 - 1
+                unit = torch.finfo(value.dtype).eps * value.abs()
+                amount = budget if math.isfinite(budget) else unit
+                return torch.where(
+                    value.isfinite(), value + (sign * noise * amount).to(value.dtype), value
+                )
+
+            return tree_map(one, output, is_leaf=_is_leaf)
+
+        return change
+
+    hooks = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def judge_outputs(ours: Run, theirs: Run, rounded: Sequence[Run]) -> list[Verdict]:
+    """Judge what a model returned by how far rounding moves what it should have returned.
+
+    The rule is that of `parity.judge`, where ``theirs`` is exact, and the farther of ``rounded``
+    has the error that is native.
+    """
+    if ours.outputs.keys() != theirs.outputs.keys():
+        names = sorted(ours.outputs.keys() ^ theirs.outputs.keys())
+        return [Verdict(name, math.nan, math.nan, "only on one side") for name in names]
+    verdicts = []
+    for name, exact in theirs.outputs.items():
+        native, *others = (r.outputs[name] for r in rounded)
+        wide = exact.double()
+        verdicts.append(judge(name, ours.outputs[name], farthest(wide, native, others), wide))
+    return verdicts
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _is_leaf(value: Any) -> bool:
+    # A cache that a model writes to may be a pytree as well.
+    return not isinstance(value, (dict, list, tuple))
+
+
+def _copied(value: Any) -> Any:
+    return value if isinstance(value, Tensor) else copy.deepcopy(value)
