@@ -165,9 +165,11 @@ def other_dtypes_are_refused_everywhere(rank, world):
     with pytest.raises(ValueError, match="exchange_rows: rows of tensor is"):
         objectives.exchange_rows(torch.ones(2 + rank, 4), torch.tensor([0, 1]))
     model, head, images, *texts = tiny_blip2.parts(2)
-    with torch.autocast("cpu", torch.bfloat16, enabled=rank > 0):
-        with pytest.raises(ValueError, match="stage1_loss: dtype of image features is"):
-            objectives.stage1_loss(model, images, *texts, lm_head=head, bos_token_id=60)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=rank > 0),
+        pytest.raises(ValueError, match="stage1_loss: dtype of image features is"),
+    ):
+        objectives.stage1_loss(model, images, *texts, lm_head=head, bos_token_id=60)
 
 
 def a_penalty_on_gradients_crosses_ranks(rank, world):
@@ -263,8 +265,10 @@ def siglip_refuses_what_cannot_travel(rank, world):
         return
     for width, dtype, words in (
         (WIDTH + rank, torch.float32, f"features is {[WIDTH + r for r in range(world)]}"),
-        *((WIDTH, mixed[rank > 0], f"dtype is {mixed[:1] + mixed[1:] * (world - 1)}")
-          for mixed in MIXED_DTYPES),
+        *(
+            (WIDTH, mixed[rank > 0], f"dtype is {mixed[:1] + mixed[1:] * (world - 1)}")
+            for mixed in MIXED_DTYPES
+        ),
     ):
         features = torch.ones(rank, width, dtype=dtype)
         with pytest.raises(ValueError, match=rf"siglip_loss: .*{re.escape(words)} on ranks 0"):

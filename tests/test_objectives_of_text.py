@@ -112,8 +112,8 @@ def test_the_scale_of_a_loss_in_fp16_reaches_its_gradients_before_they_are_round
     for name, *each in zip(("hidden", "weight", "bias"), found, native, exact, strict=True):
         verdict = judge(name, *each, gradient=True)
         assert verdict.ok, verdict
-        lost, lost_natively = (((g == 0) & (each[2] != 0)).double().mean() for g in each[:2])
-        assert lost <= lost_natively + 0.01
+        ours, theirs = ((g - each[2]).norm() for g in each[:2])
+        assert ours <= 1.5 * theirs, name  # rounded twice, unless the scale is a power of two
 
 
 def test_sums_over_many_tokens_in_fp16_stay_in_range_whatever_the_scale():

@@ -47,7 +47,7 @@ def test_a_stale_answer_is_no_ok(dtype, monkeypatch):
     assert all(connector.ok for connector in found.connectors)  # each by itself is right
     assert not found.ok and "FAIL output" in str(found)
     wrong = [verdict.what for verdict in found.outputs if not verdict.ok]
-    assert wrong[0] == "['logits']" and len(found.outputs) > 1
+    assert wrong[0] == "logits" and len(found.outputs) > 1
 
 
 def test_a_derived_weight_that_outlives_its_source_is_no_ok(monkeypatch):
@@ -83,7 +83,7 @@ def test_what_the_model_computes_is_run_without_hooks(monkeypatch):
 
     monkeypatch.setattr(FusedMLP, "forward", wrong_when_fast)
     found = vlm_fast.verify(model, **inputs)
-    assert [verdict.what for verdict in found.outputs if not verdict.ok][:1] == ["['logits']"]
+    assert [verdict.what for verdict in found.outputs if not verdict.ok][:1] == ["logits"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,7 +94,7 @@ def test_rounding_is_ok(dtype, seed):
     inputs["pixel_values"] = torch.randn_like(inputs["pixel_values"])
     found = vlm_fast.verify(model, **inputs, labels=inputs["input_ids"], output_hidden_states=True)
     assert found.ok, found
-    assert {"['loss']", "['logits']"} <= {verdict.what for verdict in found.outputs}
+    assert {"loss", "logits"} <= {verdict.what for verdict in found.outputs}
 
 
 def test_a_rounding_error_that_the_model_amplifies_is_ok():
@@ -246,6 +246,41 @@ def test_results_of_other_places_or_shapes_are_no_ok():
     assert not verdict.ok and verdict.what == "b"
     wide = model_runs.Run({"a": torch.zeros(3)}, False)
     assert not model_runs.judge_outputs(one, wide, lambda draw: wide)[0].ok
+
+
+@dataclasses.dataclass
+class Returned:
+    pair: tuple
+    text: str
+
+
+class OfItsOwnKind(dict):
+    """A mapping that no registry of trees knows."""
+
+
+@pytest.mark.parametrize("kind", [tuple, list, Returned, OfItsOwnKind, torch.Tensor])
+def test_outputs_are_found_in_whatever_is_returned(kind, monkeypatch):
+    class Wraps(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **inputs):
+            logits = self.inner(**inputs).logits
+            if kind is torch.Tensor:
+                return logits
+            if kind is Returned:
+                return Returned((None, logits), "as it is")
+            return OfItsOwnKind(a=[logits]) if kind is OfItsOwnKind else kind([3, logits])
+
+    inner, inputs = patched()
+    model = Wraps(inner)
+    (verdict,) = vlm_fast.verify(model, **inputs).outputs
+    assert verdict.ok
+    monkeypatch.setattr(FusedMLP, "forward", remembers(FusedMLP.forward))
+    with torch.no_grad():
+        model(**{**inputs, "pixel_values": torch.randn_like(inputs["pixel_values"])})
+    assert not vlm_fast.verify(model, **inputs).ok
 
 
 def test_ok_asks_all_that_was_judged():

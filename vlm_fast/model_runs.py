@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_map
 
 from vlm_fast.parity import Verdict, farthest, judge
 
@@ -35,9 +36,7 @@ def run(model: nn.Module, inputs: Mapping[str, Any]) -> Run:
     given = tree_map(_copied, dict(inputs), is_leaf=_is_leaf)
     with torch.no_grad():
         output, random = seeded(model, lambda: model(**given))
-    leaves, _ = tree_flatten_with_path(output, is_leaf=_is_leaf)
-    found = {keystr(path): leaf.clone() for path, leaf in leaves if is_float(leaf)}
-    return Run(found, random)
+    return Run({path: tensor.clone() for path, tensor in _floating(output)}, random)
 
 
 def seeded(module: nn.Module, call: Callable[[], T]) -> tuple[T, bool]:
@@ -58,20 +57,16 @@ def seeded(module: nn.Module, call: Callable[[], T]) -> tuple[T, bool]:
 @contextlib.contextmanager
 def buffers_kept(module: nn.Module) -> Iterator[None]:
     """Buffers are afterwards the same tensors with the same values, also after an exception."""
-    owners = [
-        (m._buffers, dict(m._buffers), m._non_persistent_buffers_set, {*m._non_persistent_buffers_set})
-        for m in module.modules()
-    ]
-    buffers = {id(b): b for _, own, _, _ in owners for b in own.values() if b is not None}
+    owners = [(m, dict(m._buffers), set(m._non_persistent_buffers_set)) for m in module.modules()]
+    buffers = {id(b): b for _, own, _ in owners for b in own.values() if b is not None}
     kept = [(b, b.data, b.detach().clone()) for b in buffers.values() if not b.is_meta]
     try:
         yield
     finally:
-        for buffers_now, own, hidden_now, hidden in owners:
-            buffers_now.clear()
-            buffers_now.update(own)
-            hidden_now.clear()
-            hidden_now.update(hidden)
+        for owner, own, unsaved in owners:
+            owner._buffers.clear()
+            owner._buffers.update(own)
+            owner._non_persistent_buffers_set = unsaved
         for buffer, memory, value in kept:
             if not torch.equal(memory, value):
                 with torch.no_grad():
@@ -149,6 +144,22 @@ def judge_outputs(ours: Run, theirs: Run, rounded: Callable[[int], Run]) -> list
         if all(verdict.ok for verdict in verdicts):
             break
     return verdicts
+
+
+def _floating(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The floating tensors in nested results, with the way to them. A cache is no result."""
+    if is_float(value):
+        yield path or "output", value
+        return
+    if dataclasses.is_dataclass(value) and not isinstance(value, Mapping):
+        value = vars(value)
+    inner: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        inner = value.items()
+    elif isinstance(value, (list, tuple)):
+        inner = enumerate(value)
+    for key, item in inner:
+        yield from _floating(item, f"{path}.{key}" if path else str(key))
 
 
 def is_float(value: Any) -> bool:

@@ -64,8 +64,8 @@ class Verification:
     @property
     def ok(self) -> bool:
         """Whether a connector was reached, and nothing that was judged is wrong."""
-        judged = [*self.connectors, *self.outputs]
-        return bool(self.connectors) and all(one.ok for one in judged)
+        judged = [c.ok for c in self.connectors] + [v.ok for v in self.outputs]
+        return bool(self.connectors) and all(judged)
 
     def __str__(self) -> str:
         lines = []
@@ -88,6 +88,8 @@ class Verification:
 
 RANDOM = "the model draws random numbers, others with the patch than without (dropout: call eval())"
 
+NOTHING = "the model returned no floating tensor"
+
 
 def verify(model: nn.Module, **inputs: Any) -> Verification:
     """Run a patched model on ``inputs`` and judge it and each connector, as `parity.judge` does.
@@ -100,8 +102,8 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
     explains: as far as it moves, without the patch, where each connector's output is moved by the
     error that it is allowed. Where dropout is active, outputs are not judged.
 
-    The model runs four times in forward, and more often only before an output is called wrong, under
-    the same random seed. Its parameters, gradients, buffers and mode are left as they were, as is
+    The model runs four times in forward under the same random seed, and more often only before an
+    output is called wrong. Its parameters, gradients, buffers and mode are left as they were, as is
     the random state.
 
     Raises:
@@ -135,7 +137,10 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
         elif not _within(name, whole) and not (isinstance(module, GivesSets) and name in seen):
             unreached.append(name)
     outputs: list[Verdict] = []
-    if not (ours.random or theirs.random):
+    incomparable = NOTHING if not theirs.outputs else None
+    if ours.random or theirs.random:
+        incomparable = RANDOM
+    else:
         budgets = {
             c.name: [v.budget for v in c.verdicts if v.what.startswith("output")]
             for c in found
@@ -151,7 +156,6 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
     same = mine.shape == plain_output.shape and mine.numel() > 0
     difference = (mine.double() - plain_output.double()).abs().max().item() if same else 0.0
     scale = plain_output.abs().max().item() if plain_output.numel() else 0.0
-    incomparable = RANDOM if ours.random or theirs.random else None
     return Verification(found, unreached, outputs, incomparable, difference, scale)
 
 

@@ -100,8 +100,9 @@ def hard_negatives(
 ) -> Tensor:
     """One wrong partner for each row, drawn with the probabilities of ``softmax(similarity)``.
 
-    The own pair is left out. Where all others are -inf, each is as likely. Drawn by the largest of logits with Gumbel noise, which is the
-    distribution of ``torch.multinomial`` without its normalisation and without a host read.
+    The own pair is left out. Where all others are -inf, each of them is as likely. Drawn by the
+    largest of logits with Gumbel noise, which is the distribution of ``torch.multinomial`` without
+    its normalisation and without a host read.
 
     Args:
         similarity: ``(batch, ranks * batch)`` logits: `Contrast.similarity_i2t` chooses texts,

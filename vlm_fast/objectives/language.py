@@ -193,11 +193,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph; once_differentiable would give constants
             raise once("itg_loss")
-        kept = ctx.saved_tensors
-        found = [
-            None if g is None else torch.mul(g, undo * grad, out=torch.empty_like(g, dtype=ctx.dtype))
-            for g, undo in zip(kept[::2], kept[1::2], strict=True)
-        ]
+        found: list[Tensor | None] = []
+        saved = ctx.saved_tensors
+        for kept, undo in zip(saved[::2], saved[1::2], strict=True):
+            out = None if kept is None else torch.empty_like(kept, dtype=ctx.dtype)
+            found.append(None if out is None else torch.mul(kept, undo * grad, out=out))
         return *found, None, None, None
 
 

@@ -79,9 +79,7 @@ def siglip_loss(
     device, wide = image_features.device, torch.promote_types(image_features.dtype, torch.float32)
     with torch.autocast(device.type, enabled=False):
         # Here, so that autograd returns gradients in the dtype and on the device they came from.
-        numbers = (
-            torch.as_tensor(x, dtype=wide, device=device).reshape(()) for x in (scale, bias)
-        )
+        numbers = (torch.as_tensor(x, dtype=wide, device=device).reshape(()) for x in (scale, bias))
         return _SigmoidLoss.apply(image_features, text_features, *numbers, batches, world, group)
 
 
