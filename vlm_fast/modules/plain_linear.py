@@ -7,8 +7,7 @@ is asked at every call (a few microseconds) and the answer is a reason one can r
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +15,21 @@ from torch.nn.modules import module as _nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vlm_fast.modules.original_code import why_not_original, written_class
+from vlm_fast.policy import Switch
 
 # The second is what nn.MultiheadAttention calls its output projection; its forward is the first's.
 _LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_shapes_alone = False
+_shapes_alone = Switch()
 GLOBAL_HOOKS = "global module hooks are set"
 
 
-@contextlib.contextmanager
-def shapes_alone() -> Iterator[None]:
+def shapes_alone() -> AbstractContextManager[None]:
     """Within it parameters on the meta device may be read: what a call would do is counted.
 
     Elsewhere such a parameter is one that a wrapper keeps in another place.
     """
-    global _shapes_alone
-    before, _shapes_alone = _shapes_alone, True
-    try:
-        yield
-    finally:
-        _shapes_alone = before
+    return _shapes_alone.held()
 
 
 def why_not_plain(linear: nn.Module) -> str | None:
@@ -77,7 +71,7 @@ def why_not_parameter(name: str, parameter: Tensor) -> str | None:
         return f"{name} holds a {type(parameter.data).__name__}"
     if is_partitioned(parameter):
         return f"{name} is partitioned by DeepSpeed ZeRO-3"
-    if parameter.is_meta and not _shapes_alone:
+    if parameter.is_meta and not _shapes_alone.on:
         return f"{name} is on the meta device"
     if parameter.layout is not torch.strided:
         return f"{name} has layout {parameter.layout}"
