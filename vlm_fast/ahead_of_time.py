@@ -33,7 +33,7 @@ if AVAILABLE:
     from triton.runtime.jit import create_function_from_signature
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
-BUDGETS = Path(__file__).resolve().parent.parent / "tests" / "budgets.json"
+BUDGETS = Path(__file__).resolve().parent / "budgets.json"
 AT_MOST = ("registers", "shared_bytes")  # other budgets are of what there should be more of
 DEFAULT_SHARED_BYTES = 48 * 1024  # leaves room for several blocks on a multiprocessor of any GPU
 MAX_SHARED_BYTES = 227 * 1024  # all a block can have on sm_90 and sm_100
