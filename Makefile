@@ -11,6 +11,10 @@ CPU_TORCH = torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
 
 .PHONY: test interpreted compiled ahead bench check gpu hopper lint clean torch-cpu
 
+# The budgets of kernels are of one compiler, the oldest that is served; it lies beside .venv.
+BUDGETS_TRITON := $(shell sed -n 's/^BUDGETS_TRITON = "\([^"]*\)".*/\1/p' vlm_fast/ahead_of_time.py)
+OVERLAY := .venv-triton-$(BUDGETS_TRITON)
+
 # Triton is either interpreted or compiled for the life of a process, so the suite takes two at once,
 # and a third, after the shorter of them, for what only compiles and what runs for long.
 LAST := $(addprefix tests/test_,ahead_of_time.py benchmarks.py)
@@ -25,8 +29,8 @@ interpreted: $(INSTALLED)
 compiled: $(INSTALLED)
 	$(BIN)/python -m pytest tests --ignore=tests/interpreted $(LAST:%=--ignore=%)
 
-ahead: $(INSTALLED)
-	$(BIN)/python -m pytest $(LAST)
+ahead: $(INSTALLED) $(OVERLAY)/installed
+	PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest $(LAST)
 
 # Peers that are missing are left out; for xformers and Liger: pip install -e '.[bench]'.
 bench: $(INSTALLED)
@@ -63,6 +67,12 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	*) echo "make: TORCH is cpu or cuda, not '$(TORCH)'"; exit 2 ;; \
 	esac
 	$(PIP) -e '.[hf,dev]'
+	@touch $@
+
+$(OVERLAY)/installed: $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) \
+	  triton==$(BUDGETS_TRITON)
 	@touch $@
 
 # The exact version: nothing can put the large build in its place.
