@@ -17,7 +17,7 @@ OVERLAY := .venv-triton-$(BUDGETS_TRITON)
 
 # Triton is either interpreted or compiled for the life of a process, so the suite takes two at once,
 # and a third, after the shorter of them, for what only compiles and what runs for long.
-LAST := $(addprefix tests/test_,ahead_of_time.py benchmarks.py)
+LAST := $(addprefix tests/test_,ahead_of_time.py benchmarks.py wheel.py)
 
 test: $(INSTALLED)
 	@$(MAKE) --jobs=2 --output-sync=target interpreted compiled ahead
@@ -30,7 +30,7 @@ compiled: $(INSTALLED)
 	$(BIN)/python -m pytest tests --ignore=tests/interpreted $(LAST:%=--ignore=%)
 
 ahead: $(INSTALLED) $(OVERLAY)/installed
-	PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest $(LAST)
+	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest $(LAST)
 
 # Peers that are missing are left out; for xformers and Liger: pip install -e '.[bench]'.
 bench: $(INSTALLED)
