@@ -14,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import (
+from vlm_fast import selftest
+from vlm_fast.benchmarks import (
     anyres,
     flamingo,
     machine,
@@ -26,8 +27,7 @@ from benchmarks import (
     qformer,
     tokens,
 )
-from benchmarks.ops import Selection
-from vlm_fast import selftest
+from vlm_fast.benchmarks.ops import Selection
 from vlm_fast.measure.telemetry import Telemetry
 
 Results = dict[str, Any]
