@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import ExifTags, Image, ImageChops, PngImagePlugin
 from typer.testing import CliRunner
 
@@ -193,7 +194,6 @@ def twelve_bits(values):
     "kind", [np.float32, np.int32, np.int16, ">i2", np.uint32], ids=lambda kind: np.dtype(kind).str
 )
 def test_grey_whose_white_nobody_knows_is_a_fault(tmp_path, kind):
-    tifffile = pytest.importorskip("tifffile")
     tifffile.imwrite(tmp_path / "b.tif", ramp(30000).astype(kind), byteorder=np.dtype(kind).str[0]
                      if np.dtype(kind).str[0] in "<>" else "<")  # fmt: skip
     content = (tmp_path / "b.tif").read_bytes()

@@ -71,8 +71,10 @@ def refuse_other_content(content: dict[str, Any], index: int, name: str | None) 
 
 def unknown_keys(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Keys that hold text or more, without being used or known as metadata; and what they hold."""
+    image = content.get("image")
     for at, key, value in _others(content):
-        if not isinstance(value, int | float) and not _is_metadata(key):
+        known = isinstance(value, int | float) or _is_metadata(key) or _is_of(value, image)
+        if not known:
             yield re.sub(r"\[\d+\]", "[]", at), value
 
 
@@ -95,7 +97,7 @@ def _is_content(key: str, value: Any, image: str | None) -> bool:
         return False
     if TOLD.fullmatch(name):
         return True
-    if image is not None and _is_of(value, image):
+    if _is_of(value, image):
         return False
     if _is_metadata(key) and image is not None:
         return False
@@ -119,6 +121,8 @@ def _names_media(value: Any) -> bool:
     return isinstance(value, dict) and any(map(_names_media, value.values()))
 
 
-def _is_of(value: Any, image: str) -> bool:
+def _is_of(value: Any, image: str | None) -> bool:
     """Whether it is another name of the image that is used: its address, or its file's name."""
-    return isinstance(value, str) and re.split(r"[/\\]", value)[-1] == re.split(r"[/\\]", image)[-1]
+    if image is None or not isinstance(value, str):
+        return False
+    return re.split(r"[/\\]", value)[-1] == re.split(r"[/\\]", image)[-1]
