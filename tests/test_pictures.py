@@ -28,7 +28,8 @@ def ramp(most):
     return np.linspace(0, most, HEIGHT * WIDTH).round().astype(np.int64).reshape(HEIGHT, WIDTH)
 
 
-COLOURS = np.stack([ramp(255), ramp(255)[::-1], ramp(255)[:, ::-1]], -1).astype(np.uint8)
+ACROSS = np.tile(np.linspace(0, 255, WIDTH).round().astype(np.int64), (HEIGHT, 1))
+COLOURS = np.stack([ramp(255), ramp(255)[::-1], ACROSS], -1).astype(np.uint8)
 PICTURE = Image.fromarray(COLOURS)
 ALPHA = (np.indices((HEIGHT, WIDTH)).sum(0) % 3 * 127).astype(np.uint8)
 
