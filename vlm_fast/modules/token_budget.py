@@ -63,8 +63,8 @@ class TokenBudget(nn.Module):
 
         Raises:
             TypeError: x is no tensor.
-            ValueError: x has not three dimensions, the grid not as many cells as there are tokens,
-                or n cells do not fit into it.
+            ValueError: x has not three dimensions; the tokens are no square and no grid is given,
+                or it has not as many cells; or n cells do not fit into it.
         """
         if not isinstance(x, Tensor):
             raise not_a_tensor(OP, "x", x)
@@ -76,8 +76,12 @@ class TokenBudget(nn.Module):
             return self.resampler(x[:, None, None])[:, 0]
         if x.shape[1] <= self.n:
             return x
-        side = side_of_square(x.shape[1])
-        grid = grid or (side, side)
+        if grid is None:
+            side = side_of_square(x.shape[1])
+            if side * side != x.shape[1]:
+                wanted = f"a square of tokens, or their grid as an argument; {side}**2 is nearest"
+                raise wrong_value(OP, "x", x, f"{wanted} (without a CLS token and registers)")
+            grid = (side, side)
         if grid[0] * grid[1] != x.shape[1]:
             raise wrong_value(OP, "grid", grid, f"two sizes whose product is {x.shape[1]}, tokens")
         cells = pooled_grid(self.n, grid)
