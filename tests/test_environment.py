@@ -41,7 +41,12 @@ def run(code, **environment):
     for name in ("VLM_FAST_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME", "XDG_CACHE_HOME"):
         made.pop(name, None)
     found = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=made, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=made,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert found.returncode == 0, found.stderr
     return dict(line.split(" | ", 1) for line in found.stdout.splitlines() if " | " in line)

@@ -120,7 +120,7 @@ def see_through(kind):
         alpha = np.where(deep == deep[3, 4], 0, 255)
         return Image.fromarray(deep), {"transparency": int(deep[3, 4])}, shown, alpha
     value = tuple(map(int, COLOURS[3, 4]))
-    alpha = np.where((COLOURS == value).all(-1), 0, 255)
+    alpha = np.where((value == COLOURS).all(-1), 0, 255)
     return PICTURE, {"transparency": value}, PICTURE, alpha
 
 
@@ -147,7 +147,9 @@ def test_modes_that_only_pictures_in_memory_have(mode):
 
     if mode == "RGBA in a palette":
         picture = see_through("RGBA")[0].quantize(32)
-        wanted = composed(picture.convert("RGB"), np.asarray(picture.convert("RGBA"))[..., 3], GREEN)
+        wanted = composed(
+            picture.convert("RGB"), np.asarray(picture.convert("RGBA"))[..., 3], GREEN
+        )
     else:
         picture, _, colours, alpha = see_through({"La": "LA", "RGBa": "RGBA", "PA": "PA"}[mode])
         picture, wanted = picture.convert(mode), composed(colours, alpha, GREEN)
@@ -182,7 +184,9 @@ def test_grey_of_other_depths_orders_and_signs(tmp_path):
 def twelve_bits(values):
     """A TIFF of 12 bits a sample: two in three bytes."""
     pairs = values.reshape(-1, 2)
-    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255])
+    packed = np.stack(
+        [pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255]
+    )
     data = packed.T.astype(np.uint8).tobytes()
     tags = {256: WIDTH, 257: HEIGHT, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: HEIGHT,
             279: len(data)}  # fmt: skip
@@ -212,9 +216,7 @@ def test_other_modes(tmp_path, mode):
 
     if mode == "LAB":
         profiles = [ImageCms.createProfile(name) for name in ("sRGB", "LAB")]
-        turned = ImageCms.applyTransform(
-            PICTURE, ImageCms.buildTransform(*profiles, "RGB", "LAB")
-        )
+        turned = ImageCms.applyTransform(PICTURE, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
     else:
         turned = PICTURE.convert(mode)
     assert furthest(as_rgb(turned), turned.convert("RGB")) == 0
@@ -275,9 +277,12 @@ def png_with(*chunks):
 
 
 LONG = zlib.compress(b"x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1))
-ROTATED = b"\nexif\n      26\n" + (
-    b"II*\0\x08\0\0\0" + struct.pack("<H", 1) + struct.pack("<HHII", 274, 3, 1, 6) + b"\0\0\0\0"
-).hex().encode()
+ROTATED = (
+    b"\nexif\n      26\n"
+    + (b"II*\0\x08\0\0\0" + struct.pack("<H", 1) + struct.pack("<HHII", 274, 3, 1, 6) + b"\0\0\0\0")
+    .hex()
+    .encode()
+)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +293,10 @@ ROTATED = b"\nexif\n      26\n" + (
     ids=["zTXt", "iTXt", "iCCP", "in all"],
 )  # fmt: skip
 def test_a_png_whose_text_is_too_long_is_read(tmp_path, chunks):
-    with pytest.raises(ValueError, match="MAX_TEXT"), Image.open(io.BytesIO(png_with(*chunks))) as it:
+    with (
+        pytest.raises(ValueError, match="MAX_TEXT"),
+        Image.open(io.BytesIO(png_with(*chunks))) as it,
+    ):
         it.load()
     assert furthest(read(tmp_path, png_with(*chunks), "a.png"), PICTURE) == 0
     turned = png_with(*chunks[:1], *chunks[1:], (b"tEXt", b"Raw profile type exif\0" + ROTATED))

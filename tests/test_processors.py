@@ -1,4 +1,4 @@
-"""The processors of all models that are patched, in the collator: rows with and without pictures."""
+"""The processors of all models that are patched, in the collator, with and without pictures."""
 
 import pytest
 import torch

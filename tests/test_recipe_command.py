@@ -294,7 +294,9 @@ def test_a_picture_that_the_processor_refuses_is_named_or_left_out_as_asked(
     if name == "llava-stage1":  # where texts are cut, each record is tried beforehand
         short = ("--format", "v1", "--max-length", "200")
         found = call(name, folder, (data[0], images), tmp_path / "new", *STAGE1, *short, code=1)
-        assert "1 refused by the processor" in found.output and "nothing was trained" in found.output
+        assert (
+            "1 refused by the processor" in found.output and "nothing was trained" in found.output
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Sound pictures that a processor refuses: named in the check, stood in for or named in training."""
+"""Sound pictures that a processor refuses: named in the check; in training, or stood in for."""
 
 import json
 import pickle
@@ -23,7 +23,13 @@ from vlm_fast.data import (
 )
 from vlm_fast.recipes.captions import CaptionCollator
 
-SIZES = {"good": (40, 30), "thin": (1500, 7), "other": (30, 40), "flat": (7, 1501), "last": (28, 28)}
+SIZES = {
+    "good": (40, 30),
+    "thin": (1500, 7),
+    "other": (30, 40),
+    "flat": (7, 1501),
+    "last": (28, 28),
+}
 WORDS = r"refused by the processor: .*came '{}\.png': ValueError: .*aspect ratio.*200"
 
 
@@ -131,7 +137,8 @@ def test_one_that_is_too_long_is_stood_in_for_too(data):
 
 
 def test_a_template_that_refuses_a_conversation(data):
-    refusing = "{% if messages[0]['content'][1]['text'] == 'No' %}{{ raise_exception('not so') }}{% endif %}"
+    told = "messages[0]['content'][1]['text'] == 'No'"
+    refusing = f"{{% if {told} %}}{{{{ raise_exception('not so') }}}}{{% endif %}}"
     processor = tiny_processors.llava(chat_template=refusing + tiny_processors.CHAT)
     turns = (Turn("human", "<image>No"), Turn("gpt", "a"))
     refused = Example("x", Image.new("RGB", (30, 30)), turns, 7, "x.png")
@@ -153,7 +160,9 @@ def test_captions_and_their_collator(data):
 
     processor.image_processor.preprocess = preprocess
     collate = CaptionCollator(processor)
-    with pytest.raises(BadRecord, match=r"record 1 \(id 'thin'\), image: .*Thin: 'too thin for me'"):
+    with pytest.raises(
+        BadRecord, match=r"record 1 \(id 'thin'\), image: .*Thin: 'too thin for me'"
+    ):
         list(DataLoader(Captions(*data), batch_size=2, collate_fn=collate))
     captions = Captions(*data, on_bad="skip")
     with pytest.warns(UnreadablePicture):

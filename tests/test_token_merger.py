@@ -231,7 +231,9 @@ def test_budgets_refuse_what_does_not_fit():
 
 def test_a_budget_of_tokens_that_are_no_square_blames_no_grid_that_nobody_gave():
     for tokens, side in ((577, 24), (730, 27)):
-        with pytest.raises(ValueError, match=rf"TokenBudget: x is .*a square of tokens.*{side}\*\*2"):
+        with pytest.raises(
+            ValueError, match=rf"TokenBudget: x is .*a square of tokens.*{side}\*\*2"
+        ):
             TokenBudget(144)(torch.randn(1, tokens, 8))
     with pytest.raises(ValueError, match=r"TokenBudget: grid is \(24, 24\), .* 577"):
         TokenBudget(144)(torch.randn(1, 577, 8), (24, 24))

@@ -131,8 +131,10 @@ class Collator:
     def _options(self, text: str) -> dict[str, Any]:
         """Templates and processors may bring the token of the beginning themselves."""
         begin = self.processor.tokenizer.bos_token
-        brought = begins_itself(self.processor) or begin is not None and text.startswith(begin)
-        return {"add_special_tokens": False} if brought else {}
+        brought = begin is not None and text.startswith(begin)
+        if brought or begins_itself(self.processor):
+            return {"add_special_tokens": False}
+        return {}
 
     def _learned(self, example: Example, written: Written, ids: list[int]) -> list[int]:
         """Which of a row's tokens belong to answers, within ``max_length``."""

@@ -145,7 +145,9 @@ class _Pictured(Dataset[Item], Generic[Item]):
         self._replaced[place] = True
         if not self._warned:
             self._warned = True
-            words = "the next good record stands in for it, and for others without a further warning"
+            words = (
+                "the next good record stands in for it, and for others without a further warning"
+            )
             warnings.warn(f"{bad}; {words}", UnreadablePicture, stacklevel=4)
 
     def record(self, number: int) -> Record:

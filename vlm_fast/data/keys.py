@@ -11,7 +11,7 @@ from vlm_fast.data.faults import BadRecord, Fault, shown
 OTHER_CONTENT = "other content"
 UNKNOWN_KEY = "unknown key"
 USED = {"record": ("id", "image", "conversations"), "turn": ("from", "value")}
-EMPTY = (None, "", [], {})
+EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 # Names of media, in small letters without what stands between them, and what may follow them.
 MEDIA = (
@@ -19,23 +19,26 @@ MEDIA = (
     "depth|depthmap|mask|pdf|document|screenshot|media|pixelvalue"
 )
 PLACE = "path|file|filename|name|url|uri|link|list|data|byte|base|array|feature|folder|dir"
-CONTENT = re.compile(rf"({MEDIA})e?s?((in|input)?({PLACE})s?)*\d*|multimodal(data|input)s?")
+CONTENT = re.compile(rf"({MEDIA})e?s?((in|input)?({PLACE})s?){{0,3}}\d*|multimodal(data|input)s?")
 # They change what a model is told, or what of it is learned.
-TOLD = re.compile(r"system(prompt|message|instruction|text)?s?|(available)?(tool|function)s?(call)?s?")
+TOLD = re.compile(
+    r"system(prompt|message|instruction|text)?s?|(available)?(tool|function)s?(call)?s?"
+)
 LEARNED = re.compile(r"(loss)?(weight|mask)|loss|train(able)?")
 # They say something about a record and are no part of it, as do names such as question_id.
 NAME = re.compile(r"(^|[_.\- ])(u|uu|gu|q)?ids?$|I[dD]s?$")
-METADATA = frozenset(
-    "model modelname generator source sources origin datasource datasources imagesource "
-    "url urls uri link imageurl imagelink task tasks taskname tasktype type types datatype kind "
-    "questiontype answertype format answerformat dataset datasets datasetname dataname subset split "
-    "partition version category categories subcategory class domain field subject topic topics "
-    "difficulty level tag tags label labels lang language languages license licence copyright "
-    "author authors creator width height size imagesize imagewidth imageheight imageshape shape "
-    "resolution widthlist heightlist length duration fps index idx key timestamp time date created "
-    "createdat updated updatedat hash imagehash md5 sha1 sha256 checksum quality score scores "
-    "rating status metadata meta info".split()
-)
+METADATA = """
+model modelname generator source sources origin datasource datasources imagesource url urls uri
+link imageurl imagelink task tasks taskname tasktype type types datatype kind questiontype
+answertype format answerformat dataset datasets datasetname dataname subset split partition
+version category categories subcategory class domain field subject topic topics difficulty level
+tag tags label labels lang language languages license licence copyright author authors creator
+width height size imagesize imagewidth imageheight imageshape shape resolution widthlist
+heightlist length duration fps index idx key timestamp time date created createdat updated
+updatedat hash imagehash md5 sha1 sha256 checksum quality score scores rating status metadata meta
+info
+"""
+METADATA_NAMES = frozenset(METADATA.split())
 FILE = re.compile(
     r"(?i)(data:(image|audio|video)/|.+\.(mp4|m4v|mkv|avi|mov|webm|mpe?g|wav|mp3|flac|ogg|opus|m4a|"
     r"jpe?g|jfif|png|gif|webp|bmp|tiff?|heic|heif|avif|svg|pdf|npy|npz|pt|pth|ply|pcd|dcm)$)"
@@ -44,7 +47,8 @@ FILE = re.compile(
 # Not <img>, which people write about.
 TOKEN = re.compile(
     r"(?i)<\|?(?!(?-i:image)>)(image|img_context|video|vid|audio|sound|speech|music|voice|depth|"
-    r"point_?cloud|3d|pdf|media)(?:[ _-]?(?:pad|token|placeholder|here|soft[ _]token|context|patch|\d+))*\|?>"
+    r"point_?cloud|3d|pdf|media)"
+    r"(?:[ _-]?(?:pad|token|placeholder|here|soft[ _]token|context|patch|\d+))*\|?>"
 )
 
 
@@ -105,7 +109,7 @@ def _is_content(key: str, value: Any, image: str | None) -> bool:
 
 
 def _is_metadata(key: str) -> bool:
-    return _plain(key) in METADATA or NAME.search(key) is not None
+    return _plain(key) in METADATA_NAMES or NAME.search(key) is not None
 
 
 def _plain(key: str) -> str:
