@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.perceiver_resampler import PerceiverResampler
-from vlm_fast.modules.square_grid import side_of_square
+from vlm_fast.modules.square_grid import grid_of
 from vlm_fast.modules.token_merger import TokenMerger
 from vlm_fast.ops.spatial_pool import MAX_STRIDE
 from vlm_fast.refusal import not_a_tensor, wrong_value
@@ -76,8 +76,8 @@ class TokenBudget(nn.Module):
             return self.resampler(x[:, None, None])[:, 0]
         if x.shape[1] <= self.n:
             return x
+        side, _ = grid_of(OP, x)
         if grid is None:
-            side = side_of_square(x.shape[1])
             if side * side != x.shape[1]:
                 wanted = f"a square of tokens, or their grid as an argument; {side}**2 is nearest"
                 raise wrong_value(OP, "x", x, f"{wanted} (without a CLS token and registers)")
