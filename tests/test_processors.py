@@ -98,3 +98,13 @@ def test_the_plain_format(name):
     processor = {**PROCESSORS, **PICTURED_ROWS}[name]()
     batch = Collator(processor, format="plain")([pictured(WIDE), pictured(TALL)])
     assert [text.strip() for text in learned(processor, batch)] == ["acat"] * 2
+
+
+@pytest.mark.parametrize("name", ["Gemma3", "Chameleon", "Lfm2Vl", "Emu3"])
+def test_a_class_made_from_such_a_processor(name):
+    """Its own name says nothing."""
+    processor = PROCESSORS[name]()
+    processor.__class__ = type("MyProcessor", (type(processor),), {})
+    batch = Collator(processor, format="v1")([pictured(WIDE), TEXT_ONLY, pictured(TALL)])
+    wanted = ["acat</s>red</s>", "anastronaut</s>", "acat</s>red</s>"]
+    assert list(learned(processor, batch)) == wanted

@@ -28,32 +28,33 @@ NO_ROWS = {
 }
 
 
-def _name(processor: Any) -> str:
-    return type(processor).__name__
+def _is(processor: Any, *names: str) -> bool:
+    """Whether its class is one of these, or made from one."""
+    return not {kind.__name__ for kind in type(processor).__mro__}.isdisjoint(names)
 
 
 def why_no_rows(processor: Any) -> str | None:
     """Why pictures with conversations cannot be made inputs by it; None if they can."""
     if getattr(processor, "image_processor", None) is None:
         return "it takes no images"
-    return NO_ROWS.get(_name(processor))
+    return next((why for name, why in NO_ROWS.items() if _is(processor, name)), None)
 
 
 def image_token(processor: Any) -> str:
     """What stands for an image in the text given to this processor; empty where nothing does."""
-    if _name(processor) in PREPENDING:
+    if _is(processor, *PREPENDING):
         return ""
     return str(getattr(processor, "image_token", IMAGE))
 
 
 def trims(processor: Any) -> bool:
     """Whether it cuts off the spaces around an image."""
-    return _name(processor) == "IdeficsProcessor"
+    return _is(processor, "IdeficsProcessor")
 
 
 def brings_beginning(processor: Any) -> bool:
     """Whether it writes the token of the beginning into a text that has none."""
-    return _name(processor) == "MllamaProcessor"
+    return _is(processor, "MllamaProcessor")
 
 
 class Added(NamedTuple):
@@ -66,32 +67,32 @@ class Added(NamedTuple):
 
 def added(processor: Any) -> Added:
     """What it writes itself, whatever the text has there already."""
-    name, tokenizer = _name(processor), processor.tokenizer
-    if name == "PaliGemmaProcessor":
+    tokenizer = processor.tokenizer
+    if _is(processor, "PaliGemmaProcessor"):
         return Added(after_image=tokenizer.bos_token, end="\n")
-    if name == "ChameleonProcessor":
+    if _is(processor, "ChameleonProcessor"):
         return Added(end=tokenizer.sep_token)
-    return Added(beginning=tokenizer.bos_token) if name == "Emu3Processor" else Added()
+    return Added(beginning=tokenizer.bos_token) if _is(processor, "Emu3Processor") else Added()
 
 
 def begins_itself(processor: Any) -> bool:
     """Whether it writes the token of the beginning before the image that it puts first."""
-    return _name(processor) in BEGUN
+    return _is(processor, *BEGUN)
 
 
 def sets_apart(processor: Any) -> bool:
     """Whether it puts a space between the image that it puts first and the text, trimmed."""
-    return _name(processor) == "Kosmos2Processor"
+    return _is(processor, "Kosmos2Processor")
 
 
 def types_answers(processor: Any) -> bool:
     """Whether its model attends both ways to all of ``token_type_ids`` 0, and none of an answer."""
-    return _name(processor) == "PaliGemmaProcessor"
+    return _is(processor, "PaliGemmaProcessor")
 
 
 def special_tokens(processor: Any) -> dict[str, bool]:
     """What it asks its tokenizer for, where that is not the tokenizer's own."""
-    return {"add_special_tokens": False} if _name(processor) == "Lfm2VlProcessor" else {}
+    return {"add_special_tokens": False} if _is(processor, "Lfm2VlProcessor") else {}
 
 
 def chat_template(processor: Any) -> str | None:
@@ -103,17 +104,16 @@ def process(
     processor: Any, texts: Sequence[str], images: Sequence[Image | None], **options: Any
 ) -> dict[str, Any]:
     """Call it with texts, as ``formats.write`` gives them, and the image of each, or None."""
-    name = _name(processor)
-    if name == "IdeficsProcessor":  # which takes pieces
+    if _is(processor, "IdeficsProcessor"):  # which takes pieces
         prompts = [
             [piece for piece in _around(text, image) if piece]
             for text, image in zip(texts, images, strict=True)
         ]
         return dict(processor(text=prompts, **options))
     given: list[Any] = [image for image in images if image is not None]
-    if name == "MllamaProcessor":  # which takes a list for each text that has one
+    if _is(processor, "MllamaProcessor"):  # which takes a list for each text that has one
         given = [[image] for image in given]
-    elif given and name in NESTED:
+    elif given and _is(processor, *NESTED):
         given = [[] if image is None else [image] for image in images]
     texts = [_without(added(processor), text, image_token(processor)) for text in texts]
     return dict(processor(images=given or None, text=list(texts), **options))
