@@ -66,7 +66,8 @@ class FusedPatchMerger(Patched):
 
 
 def _factor(merged_features: int, features: int) -> int | None:
-    factor = round((merged_features / max(features, 1)) ** 0.5)
+    # torch.jit.trace makes tensors of sizes, and these have an int() but no round().
+    factor = int((merged_features / max(features, 1)) ** 0.5 + 0.5)
     return factor if factor**2 * features == merged_features else None
 
 
