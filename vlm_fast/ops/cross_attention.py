@@ -60,7 +60,8 @@ def cross_attention(
     kv_heads = k.shape[1]
     if k2 is not None and v2 is not None:
         k, v = torch.cat([k, k2], 2), torch.cat([v, v2], 2)
-    rows = q.reshape(batch, kv_heads, heads // kv_heads * queries, d)  # of heads that share keys
+    shared = heads // max(kv_heads, 1) * queries
+    rows = q.reshape(batch, kv_heads, shared, d)  # of heads that share keys
     scores = torch.matmul(rows, k.transpose(2, 3)) * score_scale(scale, d)
     scores = scores.view(batch, heads, queries, k.shape[2])
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -178,7 +179,7 @@ def requires(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
 
 def score_scale(scale: float | None, d: int) -> float:
     """What scores are multiplied by, of heads of size d."""
-    return d**-0.5 if scale is None else scale
+    return max(d, 1) ** -0.5 if scale is None else scale
 
 
 @cross_attention.forward

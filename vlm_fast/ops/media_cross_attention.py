@@ -79,7 +79,7 @@ def media_cross_attention(
         wide = q.to(torch.promote_types(q.dtype, torch.float32))
         unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         q = (unit.to(q.dtype) * q_norm).to(q.dtype)
-    group = (batch, kv_heads, heads // kv_heads * queries)  # rows of heads that share keys
+    group = (batch, kv_heads, heads // max(kv_heads, 1) * queries)  # rows of heads that share keys
     seen = media_seen(media_index, keys // tokens_per_media, attend)
     alone = ~seen.any(-1, keepdim=True)
     if unattended != "zero":
