@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.anyres import Plan, Tiling, plan, sizes_of
+from vlm_fast.refusal import not_a_tensor
 
 SPLITS = ("SplitBackward0", "SplitWithSizesBackward0")
 
@@ -109,6 +110,8 @@ def joined(features: Tensor | Sequence[Tensor]) -> Tensor:
     """All tiles in one tensor: the one that was split into them, if it was, without a copy."""
     if isinstance(features, Tensor):
         return features
+    if not isinstance(features, Sequence):
+        raise not_a_tensor("AnyResPacker", "features", features)
     features = list(features)
     if len(features) == 1:
         return features[0]

@@ -9,7 +9,7 @@ from vlm_fast import ops
 from vlm_fast.modules.mlp_projector import MLPProjector
 from vlm_fast.modules.plain_norm import GemmaRMSNorm, merged
 from vlm_fast.modules.square_grid import side_of_square
-from vlm_fast.refusal import wrong_value
+from vlm_fast.refusal import check_tensor, wrong_value
 
 COMMUTING = ("avg", "bilinear")
 
@@ -55,6 +55,7 @@ class PooledMLPProjector(MLPProjector):
         self.stride, self.mode = stride, mode
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        check_tensor(type(self).__name__, "x", x)
         if height is None or width is None:
             height = width = side_of_square(x.shape[-2])
         pool = dict(height=height, width=width, stride=self.stride)
@@ -99,6 +100,7 @@ class PooledNormProjector(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        check_tensor(type(self).__name__, "x", x)
         if height is None or width is None:
             height = width = side_of_square(x.shape[-2])
         normed = pooled_norm(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.square_grid import side_of_square
+from vlm_fast.refusal import check_tensor
 
 
 class SpatialPool(nn.Module):
@@ -26,6 +27,7 @@ class SpatialPool(nn.Module):
         self.stride, self.mode = stride, mode
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        check_tensor(type(self).__name__, "x", x)
         if height is None or width is None:
             height = width = side_of_square(x.shape[-2])
         return ops.spatial_pool(x, height=height, width=width, mode=self.mode, stride=self.stride)
