@@ -33,7 +33,7 @@ from torch.utils import _pytree
 
 from vlm_fast.kernels._triton import AVAILABLE
 from vlm_fast.policy import DISABLED, fell_back, policy
-from vlm_fast.registration import CallPath, in_functorch, is_jit_tracing, refuse_forward_mode
+from vlm_fast.registration import CallPath, in_functorch, refuse_forward_mode
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -86,8 +86,8 @@ class Op(Generic[P, R]):
             if self.autocasts and torch.is_autocast_enabled(_autocast_device(values[0])):
                 return self._under_autocast(self, values, settings)
             values = self._accepts(*values, **settings)
-        except (TypeError, ValueError):
-            return self._of_stand_ins(args, options)
+        except (TypeError, ValueError) as mistake:
+            return self._of_stand_ins(args, options, mistake)
         reason = self._why_not(values, settings)
         if reason is not None:
             fell_back(self.name, reason)
@@ -121,7 +121,7 @@ class Op(Generic[P, R]):
             return f"device {first.device.type!r} has no kernels here"
         if torch.compiler.is_exporting():
             return "an exported program holds plain PyTorch"
-        if is_jit_tracing():
+        if torch.jit.is_tracing():
             return "a program that torch.jit.trace records holds plain PyTorch"
         if in_functorch():
             refuse_forward_mode(self.name)  # jvp; the others are served
@@ -141,16 +141,18 @@ class Op(Generic[P, R]):
         bound.apply_defaults()
         return bound.args, dict(bound.kwargs)
 
-    def _of_stand_ins(self, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """What a tracer takes for a call whose arguments are its own; else raise what is raised."""
+    def _of_stand_ins(
+        self, args: tuple[Any, ...], options: dict[str, Any], mistake: Exception
+    ) -> Any:
+        """The call of a tracer, whose arguments stand for others; without a tracer raise."""
         proxies = [v for v in _pytree.tree_leaves((args, options)) if isinstance(v, Proxy)]
         if proxies:  # torch.fx.symbolic_trace: its graph calls the op, as it calls torch's own
             return proxies[0].tracer.create_proxy("call_function", self, args, options)
         sizes = [name for name, value in options.items() if isinstance(value, Tensor)]
-        if is_jit_tracing() and sizes and not set(sizes) & set(self.tensors):
+        if torch.jit.is_tracing() and sizes and not set(sizes) & set(self.tensors):
             # torch.jit.trace makes tensors of sizes; it warns that their values are recorded.
             return self(*args, **{**options, **{name: int(options[name]) for name in sizes}})
-        raise  # noqa: PLE0704  # called while an error is handled
+        raise mistake
 
     def _under_autocast(
         self, call: Callable[..., Any], values: tuple[Any, ...], settings: dict[str, Any]

@@ -24,7 +24,6 @@ from vlm_fast.policy import count_fast
 
 _functorch_level = torch._C._functorch.maybe_current_level
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-is_jit_tracing = torch._C._is_tracing  # torch.jit.is_tracing at a third of its time
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
@@ -255,6 +254,7 @@ class CallPath:
             _refuse_double_backward(name)
 
         register_autograd(f"vlm_fast::{name}", backward, setup_context=setup, lib=LIBRARY)
+
         def of_each(info: Any, dims: Any, grads: Any, kept: Any, **keywords: Any) -> Any:
             """Under vmap (batched gradients, vectorized Jacobians): one backward after another."""
 
@@ -263,7 +263,9 @@ class CallPath:
                 return [v if dim is None else v.select(dim, i) for v, dim in pairs]
 
             made = [
-                self.registered_backward(part(i, grads, dims[0]), part(i, kept, dims[1]), **keywords)
+                self.registered_backward(
+                    part(i, grads, dims[0]), part(i, kept, dims[1]), **keywords
+                )
                 for i in range(info.batch_size)
             ]
             stacked = [torch.stack(parts) for parts in zip(*made, strict=True)]

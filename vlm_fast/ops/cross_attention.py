@@ -69,7 +69,7 @@ def cross_attention(
         scores = scores + bias
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
-    p = torch.ops.aten._safe_softmax(scores, -1)
+    p = safe_softmax(scores)
     if dropout > 0 and seed is not None:
         index = [torch.arange(n, device=q.device) for n in (p.shape[3], queries, batch * heads)]
         survives = keep_mask(seed, dropout, index[0], index[1][:, None], index[2][:, None, None])
@@ -175,6 +175,15 @@ def requires(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
     if not 1 <= q.shape[3] <= MAX_HEAD_SIZE:
         return f"head size {q.shape[3]} is not 1 to {MAX_HEAD_SIZE} (no more is tiled)"
     return None
+
+
+def safe_softmax(scores: Tensor) -> Tensor:
+    """The softmax over keys; zeros where all scores are -Inf."""
+    if not torch.jit.is_tracing():
+        return torch.ops.aten._safe_softmax(scores, -1)
+    # The same in operators that torch.onnx knows.
+    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(blind, 0), -1).masked_fill(blind, 0)
 
 
 def score_scale(scale: float | None, d: int) -> float:
