@@ -74,8 +74,10 @@ def bias_gradient(
     """The gradient of the bias, from scores that are there in full, as the bias is."""
     if is_traced(q):
         return torch.empty_like(bias, memory_format=torch.contiguous_format)
-    rows, drows = _packed(q, k.shape[1]), _packed(do, k.shape[1])
     keys = k.shape[2] + (0 if k2 is None else k2.shape[2])
+    if q.numel() * keys == 0:
+        return torch.zeros_like(bias, memory_format=torch.contiguous_format)
+    rows, drows = _packed(q, k.shape[1]), _packed(do, k.shape[1])
     every = q.new_empty(*q.shape[:3], keys, dtype=torch.float32)
     for image in range(q.shape[0]):
         _, ds = _score_gradients(

@@ -278,17 +278,24 @@ def match_of_pairs(best: Tensor, partner: Tensor, r: int, tokens: int) -> Match:
     batch, count = best.shape
     half_a, half_b = (tokens + 1) // 2, tokens // 2
     closest = best.sort(dim=1, descending=True, stable=True).indices[:, :r] + (half_a - count)
-    merges = torch.zeros(batch, half_a, dtype=torch.bool, device=best.device)
-    merges.scatter_(1, closest, True)
+    # Nothing is written in place: under vmap the pairs have a dimension that a new tensor has not.
+    none = torch.zeros(batch, half_a, dtype=torch.bool, device=best.device)
+    merges = none.scatter(1, closest, torch.ones_like(closest, dtype=torch.bool))
     partners = torch.nn.functional.pad(partner, (half_a - count, 0))
     left = half_a - r
-    destination = torch.empty(batch, tokens, dtype=torch.int64, device=best.device)
-    destination[:, 0::2] = torch.where(merges, left + partners, (~merges).cumsum(1) - 1)
-    destination[:, 1::2] = left + torch.arange(half_b, device=best.device)
-    joins = torch.zeros_like(destination)
-    joins[:, 0::2] = merges
+    to_a = torch.where(merges, left + partners, (~merges).cumsum(1) - 1)
+    to_b = (left + torch.arange(half_b, device=best.device)).expand(batch, -1)
+    destination = _interleaved(to_a, to_b)
+    joins = _interleaved(merges.long(), torch.zeros_like(to_b))
     order = (2 * destination + joins).argsort(dim=1, stable=True)  # a B before those that join it
     size = torch.zeros(batch, tokens - r, dtype=torch.int64, device=best.device)
-    size.scatter_add_(1, destination, torch.ones_like(destination))
+    size = size.scatter_add(1, destination, torch.ones_like(destination))
     start = torch.nn.functional.pad(size.cumsum(1), (1, 0))
     return destination.int(), order.int(), start.int()
+
+
+def _interleaved(of_a: Tensor, of_b: Tensor) -> Tensor:
+    """What belongs to the tokens, in their order: of A and B in turn, an A first and maybe last."""
+    tokens = of_a.shape[1] + of_b.shape[1]
+    of_b = torch.nn.functional.pad(of_b, (0, of_a.shape[1] - of_b.shape[1]))
+    return torch.stack((of_a, of_b), 2).flatten(1)[:, :tokens]

@@ -175,7 +175,7 @@ def _aten(
     else:
         cols = dh.shape[1]
         z = z.as_strided((dh.shape[0] // tokens, tokens, cols), (period * cols, cols, 1))
-        dz = activation_backward(dh.view(z.shape), z, activation).view(-1, cols)
+        dz = activation_backward(dh.view(z.shape), z, activation).view(dh.shape)
     h = activate(z, activation) if want_h else None
     return dz, h, dz.sum(0) if want_dbias else None
 

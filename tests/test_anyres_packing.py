@@ -203,6 +203,18 @@ def test_parts_of_a_split_are_not_copied(requires_grad):
         assert joined(x.split([2, 4])[:1]).data_ptr() == x.data_ptr()
 
 
+@pytest.mark.parametrize("tokens", [2, 4])
+@pytest.mark.parametrize("images", [2, 3])
+def test_single_tiles_may_have_any_stride(images, tokens):
+    """Along a size of 1 a stride says nothing, nor where the next part lies."""
+    big = torch.randn(images, tokens, 1, 3)
+    parts = [image.transpose(0, 1) for image in big]
+    assert all(part.is_contiguous() and part.stride(0) != 3 * tokens for part in parts)
+    whole = joined(parts)
+    assert torch.equal(whole, torch.cat(parts))
+    assert whole.data_ptr() == big.data_ptr() and whole.is_contiguous()  # and nothing is copied
+
+
 def test_other_parts_are_concatenated():
     x = torch.randn(6, 4, 8, requires_grad=True) * 1
     a, b, c = x.split([2, 1, 3])

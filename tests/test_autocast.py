@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from tests.cases import each, every_case
+import vlm_fast
+from tests.cases import OPS, any_op, each, every_case
 from vlm_fast import parity
+from vlm_fast.modules import TokenMerger
 
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 every_low_dtype = pytest.mark.parametrize("dtype", LOW.values(), ids=LOW.keys())
@@ -74,3 +76,75 @@ def test_backward_under_autocast_keeps_the_dtypes_of_forward(op, shape, dtype):
     inside = run(op, args, options, backward=torch.autocast("cpu", dtype))
     for one, other in zip(inside, run(op, args, options), strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@every_low_dtype
+@pytest.mark.parametrize("given", [torch.float32, *LOW.values()], ids=str)
+@any_op
+def test_disabled_is_what_is_fast_under_autocast(op, given, dtype):
+    """Of the same dtypes; what is chosen is the same, and not what the cast would choose."""
+    for shape in op.test_shapes[:3]:
+        args, options = op.sample(shape, given)
+        with torch.autocast("cpu", dtype):
+            fast = each(op.fast(*args, **options))
+            with vlm_fast.disabled():
+                plain = each(op(*args, **options))
+            assert [t.dtype for t in plain] == [t.dtype for t in fast]
+        if op.discrete:
+            outside = op.reference(*args, **options)
+            with torch.autocast("cpu", dtype):
+                assert_equal(op.reference(*args, **options), outside)
+            assert_equal(tuple(plain), outside)
+
+
+def assert_equal(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
+
+
+def of_plain(op, *args, **options):
+    with vlm_fast.disabled():
+        return op(*args, **options)
+
+
+HOW = {
+    "disabled": lambda op, x: of_plain(op, x, r=144),
+    "reference": lambda op, x: op.reference(x, r=144),
+    "vmap": lambda op, x: [t[0] for t in torch.vmap(lambda x: op(x, r=144))(x[None])],
+    "compiled": lambda op, x: torch.compile(
+        lambda x: of_plain(op, x, r=144), backend="eager", fullgraph=True
+    )(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
+@every_low_dtype
+@pytest.mark.parametrize("how", HOW)
+def test_cosines_are_in_fp32_under_autocast(how, dtype):
+    op = OPS["bipartite_match"]
+    x = torch.randn(4, 288, 64)
+    expected = op.reference(x, r=144)
+    with torch.autocast("cpu", dtype):
+        found = HOW[how](op, x)
+    assert_equal(found, expected)
+    assert all(verdict.ok for verdict in op.judge(found, x, r=144, protected=0))
+
+
+@pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
+@every_low_dtype
+def test_a_token_merger_under_autocast_merges_the_same_tokens(dtype):
+    merger, x = TokenMerger(keep=72), torch.randn(2, 288, 64)
+    expected = merger.merge(x).size
+    with torch.autocast("cpu", dtype), vlm_fast.disabled():
+        assert torch.equal(merger.merge(x).size, expected)
+
+
+@every_low_dtype
+def test_rows_of_another_half_precision_merge_under_autocast(dtype):
+    """Of the dtypes there autocast takes the reference's scatter for an error."""
+    op = OPS["merge_image_tokens"]
+    other = next(d for d in LOW.values() if d is not dtype)
+    args, options = op.sample(op.test_shapes[1], other)
+    with torch.autocast("cpu", dtype):
+        plain = of_plain(op, *args, **options)
+    assert torch.equal(plain, op(*args, **options))

@@ -1,6 +1,8 @@
 """How ops behave inside autograd: what they keep, refuse, and leave unchanged."""
 
+import contextlib
 import functools
+import itertools
 import weakref
 
 import pytest
@@ -13,7 +15,7 @@ from torch.utils.checkpoint import (
 )
 
 import vlm_fast
-from tests.cases import each, enlarged, every_case, every_op, usual_shape
+from tests.cases import OPS, each, enlarged, every_case, every_op, usual_shape
 from tests.onlooker import Onlooker
 from vlm_fast import parity
 
@@ -268,3 +270,56 @@ def test_results_are_fresh_tensors(op, shape):
         assert len(each(result)) > 1 and "modified by an inplace operation" in str(error)
     else:
         assert_equal(found, expected)
+
+
+def in_registered(registered):
+    return Onlooker() if registered else contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("registered", [False, True], ids=["direct", "registered"])
+@every_op
+def test_batched_gradients_are_one_after_another(op, registered):
+    args, options = leaves(op, usual_shape(op))
+    inputs = parity.differentiable(args)
+    with in_registered(registered):
+        results = [r for r in each(op(*args, **options)) if r.requires_grad]
+
+    def backward(*upstream):
+        return torch.autograd.grad(results, inputs, upstream, retain_graph=True)
+
+    upstream = [torch.stack([parity.random_upstream(r), r, 0 * r]).detach() for r in results]
+    expected = [torch.stack(rows) for rows in zip(*map(backward, *upstream), strict=True)]
+    found = torch.autograd.grad(
+        results, inputs, upstream, is_grads_batched=True, retain_graph=True
+    )  # fmt: skip
+    assert_equal(found, expected)
+    assert_equal(torch.vmap(backward)(*upstream), expected)
+    with pytest.raises(RuntimeError, match=f"{op.name}.*double backward"):
+        torch.autograd.grad(results, inputs, upstream, is_grads_batched=True, create_graph=True)
+
+
+def test_a_vectorized_jacobian():
+    x, gate = torch.randn(3, 4), torch.randn(4)
+
+    def of(op):
+        call = lambda x, gate: op(x, x.sin(), gate)  # noqa: E731
+        return torch.autograd.functional.jacobian(call, (x, gate), vectorize=True)
+
+    op = OPS["gated_add"]
+    for one, other in zip(of(op), of(op.reference), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("registered", [False, True], ids=["direct", "registered"])
+@every_case
+def test_results_require_gradients_where_those_of_the_reference_do(op, shape, registered):
+    args, options = op.sample(shape)
+    floating = [i for i, a in enumerate(args) if parity.differentiable([a])]
+    for wanted in (c for n in range(3) for c in itertools.combinations(floating, n)):
+        given = [
+            parity.convert([a], lambda t: t.detach().requires_grad_())[0] if i in wanted else a
+            for i, a in enumerate(args)
+        ]
+        with in_registered(registered):
+            ours = [r.requires_grad for r in each(op(*given, **options))]
+        assert ours == [r.requires_grad for r in each(op.reference(*given, **options))]

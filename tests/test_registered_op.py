@@ -222,3 +222,36 @@ def test_private_torch_names_mean_what_they_did():
 
 def test_every_op_is_registered():
     assert {op._path.registered.namespace for op in OPS.values()} == {"vlm_fast"}
+
+
+@pytest.mark.parametrize(
+    "name, option, values",
+    [
+        ("add_layer_norm", "dropout", [0.1 + i / 100 for i in range(5)]),
+        ("add_layer_norm", "eps", [10.0**-i for i in range(2, 7)]),
+        ("cross_attention", "scale", [0.1 + i / 100 for i in range(5)]),
+    ],
+)
+def test_a_schedule_of_an_option_leaves_nothing_behind(name, option, values):
+    """What was kept is remembered for every kind of call, not for every value."""
+    op = OPS[name]
+    shape = next(s for s in op.test_shapes if option != "dropout" or s.get("dropout"))
+    args, options = op.sample(shape)
+    counts = []
+    for value in values:
+        options[option] = value
+        expected = parity.outputs_and_gradients(op.fast, args, options)
+        with Onlooker():
+            assert_same(parity.outputs_and_gradients(op, args, options), expected)
+        counts.append((len(op._path.recipes), len(op._path.backward_recipes)))
+    assert set(counts) == {counts[0]}
+
+
+def test_a_dropout_of_0_is_another_kind_of_call():
+    op = OPS["cross_attention"]
+    args, options = op.sample(op.test_shapes[1])
+    for dropout in (0.25, 0.0, 0.5, 0.0, 0.25):
+        options["dropout"] = dropout
+        with Onlooker():
+            found = parity.outputs_and_gradients(op, args, options)
+        assert_same(found, parity.outputs_and_gradients(op.fast, args, options))

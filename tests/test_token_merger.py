@@ -267,3 +267,37 @@ def test_merged_tokens_are_no_grid(name):
             after(TokenMerger(keep=16)(x), 4, 4)
     assert torch.equal(torch.nn.Sequential(TokenMerger(keep=64), after)(x), after(x))  # none merged
     torch.nn.Sequential(after, TokenMerger(keep=2))(x)
+
+
+def over(count, *tensors):
+    """Several of each, none like another."""
+    return [torch.stack([t.roll(i) * (1 + i) for i in range(count)]) for t in tensors]
+
+
+@pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
+@pytest.mark.parametrize("tokens, protected", [(17, 0), (18, 1), (1, 0)])
+def test_vmap_matches_each(tokens, protected):
+    (x,) = over(3, torch.randn(2, tokens, 5))
+    call = lambda x: ops.bipartite_match(x, r=6, protected=protected)  # noqa: E731
+    for i, one in enumerate(zip(*torch.vmap(call)(x), strict=True)):
+        for ours, theirs in zip(one, call(x[i]), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_vmap_over_a_merger(chunk):
+    merger = TokenMerger(keep=5, protected=1)
+    x, metric = over(3, torch.randn(2, 17, 6), torch.randn(2, 17, 4))
+    size = torch.rand(3, 2, 17) + 1
+    found = torch.vmap(merger.merge, chunk_size=chunk)(x, metric, size)
+    for i in range(3):
+        expected = merger.merge(x[i], metric[i], size[i])
+        torch.testing.assert_close(found.tokens[i], expected.tokens)
+        torch.testing.assert_close(found.size[i], expected.size)
+    grads = torch.vmap(torch.func.grad(lambda x: merger(x).square().sum()))(x)
+    for i, grad in enumerate(grads):
+        leaf = x[i].clone().requires_grad_()
+        torch.testing.assert_close(
+            grad, torch.autograd.grad(merger(leaf).square().sum(), leaf)[0]
+        )  # fmt: skip

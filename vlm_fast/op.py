@@ -19,6 +19,7 @@ compile, budget and benchmark suites loop over `OPS`; an op is two files and one
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +28,8 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.utils import _pytree
 
 from vlm_fast.kernels._triton import AVAILABLE
 from vlm_fast.policy import DISABLED, fell_back, policy
@@ -79,9 +82,12 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **options: P.kwargs) -> R:
         values, settings = self._bind(args, options)
-        if self.autocasts and torch.is_autocast_enabled(_autocast_device(values[0])):
-            return self._under_autocast(self, values, settings)
-        values = self._accepts(*values, **settings)
+        try:
+            if self.autocasts and torch.is_autocast_enabled(_autocast_device(values[0])):
+                return self._under_autocast(self, values, settings)
+            values = self._accepts(*values, **settings)
+        except (TypeError, ValueError) as mistake:
+            return self._of_stand_ins(args, options, mistake)
         reason = self._why_not(values, settings)
         if reason is not None:
             fell_back(self.name, reason)
@@ -115,6 +121,8 @@ class Op(Generic[P, R]):
             return f"device {first.device.type!r} has no kernels here"
         if torch.compiler.is_exporting():
             return "an exported program holds plain PyTorch"
+        if torch.jit.is_tracing():
+            return "a program that torch.jit.trace records holds plain PyTorch"
         if in_functorch():
             refuse_forward_mode(self.name)  # jvp; the others are served
             return "inside a torch.func transform"
@@ -132,6 +140,19 @@ class Op(Generic[P, R]):
         bound = self.__signature__.bind(*args, **options)
         bound.apply_defaults()
         return bound.args, dict(bound.kwargs)
+
+    def _of_stand_ins(
+        self, args: tuple[Any, ...], options: dict[str, Any], mistake: Exception
+    ) -> Any:
+        """The call of a tracer, whose arguments stand for others; without a tracer raise."""
+        proxies = [v for v in _pytree.tree_leaves((args, options)) if isinstance(v, Proxy)]
+        if proxies:  # torch.fx.symbolic_trace: its graph calls the op, as it calls torch's own
+            return proxies[0].tracer.create_proxy("call_function", self, args, options)
+        sizes = [name for name, value in options.items() if isinstance(value, Tensor)]
+        if torch.jit.is_tracing() and sizes and not set(sizes) & set(self.tensors):
+            # torch.jit.trace makes tensors of sizes; it warns that their values are recorded.
+            return self(*args, **{**options, **{name: int(options[name]) for name in sizes}})
+        raise mistake
 
     def _under_autocast(
         self, call: Callable[..., Any], values: tuple[Any, ...], settings: dict[str, Any]
@@ -228,9 +249,24 @@ def _autocast_device(first: Any) -> str:
     return "cuda" if getattr(first, "is_cuda", False) else "cpu"
 
 
+def _without_autocast(reference: Callable[P, R]) -> Callable[P, R]:
+    """The reference as it is outside autocast, which would cast what it multiplies."""
+
+    @functools.wraps(reference)
+    def plain(*args: P.args, **options: P.kwargs) -> R:
+        first: Any = args[0] if args else next(iter(options.values()))
+        device = first.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return reference(*args, **options)
+        with torch.autocast(device, enabled=False):
+            return reference(*args, **options)
+
+    return plain
+
+
 def op(reference: Callable[P, R]) -> Op[P, R]:
     """Declare an op that leaves dtypes alone under autocast."""
-    return Op(reference)
+    return Op(_without_autocast(reference))
 
 
 def discrete_op(reference: Callable[P, R]) -> Op[P, R]:
@@ -239,7 +275,7 @@ def discrete_op(reference: Callable[P, R]) -> Op[P, R]:
     Rounding may turn a choice, so there is no tolerance for it; `judges` says what is right. Its
     ``accepts`` detaches what it chooses by.
     """
-    declared = Op(reference)
+    declared = Op(_without_autocast(reference))
     declared.discrete = True
     return declared
 

@@ -10,19 +10,21 @@ The private torch names this needs are all in this file; tests check that they e
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.library import Library, register_autograd, register_fake
+from torch.jit._builtins import _register_builtin
+from torch.library import Library, register_autograd, register_fake, register_vmap
 
 from vlm_fast.policy import count_fast
 
 _functorch_level = torch._C._functorch.maybe_current_level
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 LIBRARY = Library("vlm_fast", "FRAGMENT")
@@ -32,6 +34,27 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 def in_functorch() -> bool:
     """Whether grad, vmap and the like of torch.func are on the stack."""
     return _functorch_level() is not None
+
+
+def is_batched(grads: Sequence[Tensor]) -> bool:
+    """Whether gradients came from ``is_grads_batched=True`` or ``jacobian(vectorize=True)``.
+
+    Both use a vmap of their own, which is older than that of torch.func and is not seen as one.
+    """
+    return any(map(_is_batched, grads))
+
+
+def in_each(call: Callable[..., list[Tensor]], grads: list[Tensor], kept: list[Any]) -> Any:
+    """``call(grads, kept)`` under the vmap of torch.func, in place of the older one."""
+    own = [_is_batched(grad) for grad in grads]
+    whole = [
+        torch._remove_batch_dim(grad, 1, 0, 0) if batched else grad
+        for grad, batched in zip(grads, own, strict=True)
+    ]
+    if is_batched(whole):
+        raise RuntimeError("vlm_fast: batched gradients inside batched gradients; use torch.func")
+    dims = ([0 if batched else None for batched in own], None)
+    return [torch._add_batch_dim(made, 0, 1) for made in torch.vmap(call, dims)(whole, kept)]
 
 
 def refuse_forward_mode(name: str) -> None:
@@ -155,8 +178,13 @@ class CallPath:
         return known[len(self.flatten(values)) :]
 
     def _key(self, needs: Any, count: int, settings: dict[str, Any]) -> tuple[Any, ...]:
-        # Not the sizes: hashing a symbolic one would fix it.
-        plain = [(k, v) for k, v in settings.items() if isinstance(v, (str, float, bool))]
+        # Not the sizes: hashing a symbolic one would fix it. Of a float only whether it is 0: a
+        # schedule gives a new one in every step, and none changes what is kept but by being 0.
+        plain = [
+            (k, bool(v) if isinstance(v, float) else v)
+            for k, v in settings.items()
+            if isinstance(v, (str, float, bool))
+        ]
         return (tuple(needs), count, *sorted(plain))
 
     def _run_backward(
@@ -202,7 +230,8 @@ class CallPath:
         for registered, run in ((name, self._run), (backward_name, self._run_backward)):
             LIBRARY.impl(registered, run, "CompositeExplicitAutograd")
             register_fake(f"vlm_fast::{registered}", run, lib=LIBRARY)
-        run_backward = getattr(torch.ops.vlm_fast, backward_name).default
+        self.registered_backward = getattr(torch.ops.vlm_fast, backward_name).default
+        self._register_for_script(op)
 
         def setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
             settings = dict(keyword_only_inputs)
@@ -218,18 +247,70 @@ class CallPath:
             if torch.is_grad_enabled():  # create_graph=True
                 _refuse_double_backward(name)
             came, kept = list(grads[: self.results]), list(ctx.saved_tensors)
-            made = run_backward(came, kept, **ctx.settings, list_length=ctx.count, needs=ctx.needs)
-            recipe = self.backward_recipes[self._key(ctx.needs, ctx.count, ctx.settings)]
-            available = (*came, *kept, *made)
-            flat = tuple(None if at is None else available[at] for at in recipe)
+            flat = self._call_registered_backward(came, kept, ctx.settings, ctx.count, ctx.needs)
             return self.unflatten(flat, ctx.count)
 
         def double_backward(ctx: Any, *grads: Any) -> None:
             _refuse_double_backward(name)
 
         register_autograd(f"vlm_fast::{name}", backward, setup_context=setup, lib=LIBRARY)
+
+        def of_each(info: Any, dims: Any, grads: Any, kept: Any, **keywords: Any) -> Any:
+            """Under vmap (batched gradients, vectorized Jacobians): one backward after another."""
+
+            def part(i: int, values: Any, dims: Any) -> list[Tensor | None]:
+                pairs = zip(values, dims, strict=True)
+                return [v if dim is None else v.select(dim, i) for v, dim in pairs]
+
+            made = [
+                self.registered_backward(
+                    part(i, grads, dims[0]), part(i, kept, dims[1]), **keywords
+                )
+                for i in range(info.batch_size)
+            ]
+            stacked = [torch.stack(parts) for parts in zip(*made, strict=True)]
+            return stacked, [0] * len(stacked)
+
         register_autograd(f"vlm_fast::{backward_name}", double_backward, lib=LIBRARY)
+        register_vmap(f"vlm_fast::{backward_name}", of_each, lib=LIBRARY)
         return getattr(torch.ops.vlm_fast, name).default
+
+    def _call_registered_backward(
+        self, grads: list[Tensor], kept: list[Any], settings: Any, count: int, needs: Any
+    ) -> tuple[Tensor | None, ...]:
+        """The flat gradients, of which the registered op returns those that are new."""
+
+        def made_of(grads: list[Tensor], kept: list[Any]) -> list[Tensor]:
+            made: list[Tensor] = self.registered_backward(
+                grads, kept, **settings, list_length=count, needs=list(needs)
+            )
+            return made
+
+        made = in_each(made_of, grads, kept) if is_batched(grads) else made_of(grads, kept)
+        recipe = self.backward_recipes[self._key(needs, count, settings)]
+        available = (*grads, *kept, *made)
+        return tuple(None if at is None else available[at] for at in recipe)
+
+    def _register_for_script(self, op: Any) -> None:
+        """A call of the op that torch.jit.script compiles is one of this overload, which calls it.
+
+        A saved program needs ``import vlm_fast`` before it is loaded.
+        """
+        written: list[str] = []
+        for parameter in op.__signature__.parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY and "*" not in written:
+                written.append("*")
+            argument = f"{_schema_type(parameter.annotation)} {parameter.name}"
+            if isinstance(parameter.default, str):
+                argument += f'="{parameter.default}"'
+            elif parameter.default is not parameter.empty:
+                argument += f"={parameter.default}"
+            written.append(argument)
+        results = ", ".join(["Tensor"] * self.results)
+        results = results if self.single else f"({results})"
+        LIBRARY.define(f"{self.name}.script({', '.join(written)}) -> {results}")
+        LIBRARY.impl(f"{self.name}.script", op, "CompositeImplicitAutograd")
+        _register_builtin(op, f"vlm_fast::{self.name}")
 
 
 def _autograd_function(path: CallPath) -> Any:
@@ -252,9 +333,14 @@ def _autograd_function(path: CallPath) -> Any:
                 _refuse_double_backward(path.name)
             count, settings = ctx.call
             needs = ctx.needs_input_grad[1:]
+            if in_functorch() or is_batched(grads):  # no kernel can read these
+                kept = list(ctx.saved_tensors)
+                return None, *path._call_registered_backward(
+                    list(grads), kept, settings, count, needs
+                )
             # An iterator that is used up holds nothing, and autograd lets go unless the graph is
             # retained: what an op is done with is then freed before it allocates the next.
-            kept = iter(list(ctx.saved_tensors))
+            kept = iter(list(ctx.saved_tensors))  # type: ignore[assignment]
             ctx.maybe_clear_saved_tensors()
             return None, *path.gradients(needs, count, kept, grads, settings)
 

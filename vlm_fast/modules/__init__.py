@@ -1,5 +1,7 @@
 """Modules with the parameter names of the original checkpoints."""
 
+from torch import nn
+
 from vlm_fast.modules.anyres_packer import AnyResPacker as AnyResPacker
 from vlm_fast.modules.gated_cross_attention import (
     GatedCrossAttentionBlock as GatedCrossAttentionBlock,
@@ -25,3 +27,16 @@ from vlm_fast.modules.token_budget import TokenBudget as TokenBudget
 from vlm_fast.modules.token_merger import MergedTokens as MergedTokens
 from vlm_fast.modules.token_merger import TokenMerger as TokenMerger
 from vlm_fast.modules.token_merger import proportional_bias as proportional_bias
+
+
+def _not_scriptable(module: nn.Module) -> nn.Module:
+    """What torch.jit.script calls before it compiles a module, or a model that holds it."""
+    raise RuntimeError(
+        f"vlm_fast.{type(module).__name__}: torch.jit.script does not compile it; "
+        "use torch.jit.trace or torch.export, or script the functions of vlm_fast.ops"
+    )
+
+
+for _module in list(globals().values()):
+    if isinstance(_module, type) and issubclass(_module, nn.Module) and "forward" in vars(_module):
+        _module.__prepare_scriptable__ = _not_scriptable  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.anyres import Plan, Tiling, plan, sizes_of
+from vlm_fast.refusal import not_a_tensor
 
 SPLITS = ("SplitBackward0", "SplitWithSizesBackward0")
 
@@ -108,6 +110,8 @@ def joined(features: Tensor | Sequence[Tensor]) -> Tensor:
     """All tiles in one tensor: the one that was split into them, if it was, without a copy."""
     if isinstance(features, Tensor):
         return features
+    if not isinstance(features, Sequence):
+        raise not_a_tensor("AnyResPacker", "features", features)
     features = list(features)
     if len(features) == 1:
         return features[0]
@@ -132,7 +136,8 @@ def _split(parts: Sequence[Tensor]) -> Tensor | None:
             return None
     shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
     if not any(part.requires_grad for part in parts):
-        return first.as_strided(shape, first.stride(), first.storage_offset())
+        # Strides of the parts say nothing: along a size of 1 they may be anything.
+        return first.as_strided((math.prod(shape),), (1,)).view(shape)
     # With gradients only behind a split of that very tensor: another function may return a view
     # of its input and have a gradient of its own.
     base = first._base

@@ -54,16 +54,23 @@ def own_methods(kind: type) -> Iterator[tuple[str, Any]]:
         if base is nn.Module or base.__module__ == "transformers.modeling_utils":
             return
         for name, value in vars(base).items():
+            if name.startswith("__") and name != "__call__":
+                continue
             if isinstance(value, FunctionType) and getattr(kind, name, None) is value:
                 yield name, value
 
 
 def written_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module as somebody wrote it: of a patched module, that before the patch."""
-    kind = type(module)
+    # FSDP2 puts a class of its own before that of a unit.
+    kind = next(k for k in type(module).__mro__ if not _is_of_fsdp(k))
     patch = vars(kind).get("patch")
     written: type[nn.Module] = kind if patch is None else patch.base
     return written
+
+
+def _is_of_fsdp(kind: type) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in kind.__mro__)
 
 
 def home(kind: type) -> str:

@@ -11,7 +11,7 @@ from vlm_fast.modules.activation import activation_module
 from vlm_fast.modules.mlp_projector import fused_mlp
 from vlm_fast.modules.plain_norm import RMSNorm, merged
 from vlm_fast.modules.square_grid import grid_of
-from vlm_fast.refusal import wrong_value
+from vlm_fast.refusal import check_tensor, wrong_value
 
 NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
 
@@ -76,6 +76,7 @@ class PatchMerger(nn.Module):
     def forward(self, x: Tensor, window_index: Tensor | None = None) -> Tensor:
         """``window_index``: Qwen2.5-VL's, int, one for each block; x comes in its order, and blocks
         are put back where they belong as they are read."""
+        check_tensor(type(self).__name__, "x", x)
         index = None
         if window_index is not None:
             index = blocks_in_place(window_index, self.factor)

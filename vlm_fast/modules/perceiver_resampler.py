@@ -17,7 +17,7 @@ from vlm_fast import ops
 from vlm_fast.modules.mlp_projector import fused_mlp
 from vlm_fast.modules.plain_tree import why_not_plain_tree
 from vlm_fast.policy import fell_back
-from vlm_fast.refusal import not_a_tensor, wrong_value
+from vlm_fast.refusal import check_tensor, not_a_tensor, wrong_value
 
 OP = "PerceiverResampler"
 KeysValues = tuple[Tensor, Tensor]
@@ -53,6 +53,7 @@ class PerceiverAttention(nn.Module):
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
         """What is added to the latents ``(batch, ..., n, dim)``; x: ``(batch, ..., keys, dim)``."""
+        check_tensor("PerceiverAttention", "x", x)
         context, own = x.flatten(0, -3), latents.flatten(0, -3)
         layer = layer_of_openflamingo(self, nn.Identity())
         found = _attend(layer, own, context, None)

@@ -14,7 +14,7 @@ from vlm_fast.modules.mlp_projector import fused_mlp
 from vlm_fast.modules.plain_norm import RMSNorm, merged
 from vlm_fast.modules.square_grid import grid_of
 from vlm_fast.ops.pixel_shuffle_norm import rows_of_blocks
-from vlm_fast.refusal import wrong_value
+from vlm_fast.refusal import check_tensor, wrong_value
 
 
 class PixelShuffleConnector(nn.Module):
@@ -52,6 +52,7 @@ class PixelShuffleConnector(nn.Module):
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         proj: Any = self.modality_projection.proj
+        check_tensor(type(self).__name__, "x", x)
         y: Tensor = proj(_shuffled(x, self.factor, height, width))
         return y
 
@@ -89,6 +90,7 @@ class PixelShuffleMLP(nn.Module):
         self.factor, self.dropout = factor, nn.Dropout(dropout)
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        check_tensor(type(self).__name__, "x", x)
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         x = _shuffled(x, self.factor, height, width)
         if self.training and self.dropout.p > 0:
@@ -147,7 +149,9 @@ class RaggedMergerProjector(nn.Module):
         Raises:
             ValueError: x has not as many rows as the grids have cells.
         """
-        name, cells = type(self).__name__, sum(h * w for h, w in grids)
+        name = type(self).__name__
+        check_tensor(name, "x", x)
+        cells = sum(h * w for h, w in grids)
         if x.ndim != 2 or x.shape[0] != cells:
             raise wrong_value(name, "x", x, f"({cells}, features), the cells of the grids")
         index = rows_of_blocks(grids, self.factor, x.device)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_fast.refusal import wrong_value
+from vlm_fast.refusal import check_tensor, wrong_value
 
 MERGED = "_vlm_fast_merged"  # on tokens that were merged and are no grid any more
 
@@ -22,9 +22,11 @@ def grid_of(op: str, x: Tensor, height: Any = None, width: Any = None) -> tuple[
     """The height and width that were given, or else those of the square.
 
     Raises:
+        TypeError: x is no tensor.
         ValueError: a `TokenMerger` left these tokens, in no order. Seen where x is its output as it
             came, in eager mode.
     """
+    check_tensor(op, "x", x)
     if not torch.compiler.is_compiling() and getattr(x, MERGED, False):
         wanted = "tokens row by row of a grid; merged ones are in no order, so merge after this"
         raise wrong_value(op, "x", x, wanted)

@@ -197,6 +197,8 @@ def _mistake(q, x, weight_k, bias_k, weight_v, bias_v, key_mask, seed, heads, dr
 def requires(q, x, weight_k, bias_k, weight_v, bias_v, key_mask, seed, *, heads, scale, dropout):
     if q.dtype not in FLOATS:
         return f"{q.dtype} has no kernels here (float32, bfloat16 and float16 have)"
+    if x.shape[2] == 0:
+        return "features of width 0, of which the value bias is all that is attended to"
     if x.shape[1] > MAX_KEYS:
         return f"{x.shape[1]} keys are more than {MAX_KEYS}; cross_attention takes any number"
     return None
@@ -232,9 +234,10 @@ def forward(
 def backward(needs, kept, dout, *, heads, scale, dropout):
     q, x, weight_k, weight_v, bias_v, seed, p = kept
     batch, queries, features = dout.shape
+    empty = p is not None and (p.numel() == 0 or features == 0)
     dout = _split(dout, heads)
     dq = dx = dweight_k = dweight_v = dbias_k = dbias_v = None
-    if p is not None and p.numel() == 0:
+    if empty:
         return tuple(
             torch.zeros(shape, dtype=dout.dtype, device=dout.device) if need else None
             for need, shape in zip(needs, _shapes(x, batch, queries, features), strict=True)

@@ -60,7 +60,8 @@ def cross_attention(
     kv_heads = k.shape[1]
     if k2 is not None and v2 is not None:
         k, v = torch.cat([k, k2], 2), torch.cat([v, v2], 2)
-    rows = q.reshape(batch, kv_heads, heads // kv_heads * queries, d)  # of heads that share keys
+    shared = heads // max(kv_heads, 1) * queries
+    rows = q.reshape(batch, kv_heads, shared, d)  # of heads that share keys
     scores = torch.matmul(rows, k.transpose(2, 3)) * score_scale(scale, d)
     scores = scores.view(batch, heads, queries, k.shape[2])
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -68,7 +69,7 @@ def cross_attention(
         scores = scores + bias
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
-    p = torch.ops.aten._safe_softmax(scores, -1)
+    p = safe_softmax(scores)
     if dropout > 0 and seed is not None:
         index = [torch.arange(n, device=q.device) for n in (p.shape[3], queries, batch * heads)]
         survives = keep_mask(seed, dropout, index[0], index[1][:, None], index[2][:, None, None])
@@ -176,9 +177,18 @@ def requires(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
     return None
 
 
+def safe_softmax(scores: Tensor) -> Tensor:
+    """The softmax over keys; zeros where all scores are -Inf."""
+    if not torch.jit.is_tracing():
+        return torch.ops.aten._safe_softmax(scores, -1)
+    # The same in operators that torch.onnx knows.
+    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(blind, 0), -1).masked_fill(blind, 0)
+
+
 def score_scale(scale: float | None, d: int) -> float:
     """What scores are multiplied by, of heads of size d."""
-    return d**-0.5 if scale is None else scale
+    return max(d, 1) ** -0.5 if scale is None else scale
 
 
 @cross_attention.forward

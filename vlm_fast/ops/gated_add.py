@@ -225,6 +225,11 @@ def backward_norm(needs, kept, dh, dnormed, *, eps, norm):
     )  # fmt: skip
 
 
+@gated_add_norm.constants
+def constants_norm(needs):
+    return () if needs.x or needs.y or needs.gate else (0,)  # h knows no weight and no bias
+
+
 def _gradients(needs, dh, dnormed, h, statistics, y, gate, row_mask, weight, norm):
     """Those that are wanted, None for the others; of x, y, gate, weight and bias."""
     features = dh.shape[-1]

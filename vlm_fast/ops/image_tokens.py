@@ -43,8 +43,9 @@ def merge_image_tokens(
     """
     hidden = inputs_embeds.shape[-1]
     images = [image_features] if isinstance(image_features, Tensor) else image_features
-    rows = torch.cat([image.reshape(-1, hidden).to(inputs_embeds.dtype) for image in images])
-    return inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), rows)
+    rows = [image.reshape(row_count(image), hidden).to(inputs_embeds.dtype) for image in images]
+    every = torch.cat(rows) if rows else inputs_embeds.new_empty(0, hidden)
+    return inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), every)
 
 
 @merge_image_tokens.accepts

@@ -12,7 +12,7 @@ from vlm_fast.kernels.media_cross_attention import (
     media_attention_forward,
 )
 from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
-from vlm_fast.ops.cross_attention import MAX_HEAD_SIZE, score_scale
+from vlm_fast.ops.cross_attention import MAX_HEAD_SIZE, safe_softmax, score_scale
 from vlm_fast.policy import policy
 from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
 
@@ -79,7 +79,7 @@ def media_cross_attention(
         wide = q.to(torch.promote_types(q.dtype, torch.float32))
         unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         q = (unit.to(q.dtype) * q_norm).to(q.dtype)
-    group = (batch, kv_heads, heads // kv_heads * queries)  # rows of heads that share keys
+    group = (batch, kv_heads, heads // max(kv_heads, 1) * queries)  # rows of heads that share keys
     seen = media_seen(media_index, keys // tokens_per_media, attend)
     alone = ~seen.any(-1, keepdim=True)
     if unattended != "zero":
@@ -96,7 +96,7 @@ def media_cross_attention(
     scores = torch.cat(every, -1).view(batch, heads, queries, keys)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     hidden = ~seen.repeat_interleave(tokens_per_media, -1)[:, None]
-    p = torch.ops.aten._safe_softmax(scores.masked_fill(hidden, -torch.inf), -1)
+    p = safe_softmax(scores.masked_fill(hidden, -torch.inf))
     p = p.masked_fill(hidden, 0).to(q.dtype)
     o = torch.matmul(p.view(*group, keys), v)
     return o.view(q.shape).transpose(1, 2).contiguous().transpose(1, 2)

@@ -284,7 +284,8 @@ def _takes_whole_rows(x: Tensor, weight_1: Tensor, weight_2: Tensor, activation:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    # Not -1: of no elements it could be any number.
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _gemm_input(x: Tensor) -> Tensor:

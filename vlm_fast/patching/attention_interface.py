@@ -23,7 +23,7 @@ def register_attention(name: str = NAME) -> str:
     """Make ``name`` an attention implementation of transformers, with its masks; returns it.
 
     Attention that is causal by itself, without a mask, goes to transformers' own SDPA: few-query
-    kernels have nothing to offer there.
+    kernels have nothing to offer there. So does what `vlm_fast.ops.cross_attention` does not take.
 
     Raises:
         ImportError: transformers is not installed.
@@ -48,19 +48,23 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' signature: ``(batch, heads, tokens, d)`` in, ``(batch, tokens, heads, d)`` out.
 
-    A mask is boolean, true where a key is seen, or additive; ``(batch, 1, queries or 1, keys)``.
+    A mask is boolean, true where a key is seen, or additive; ``(batch, heads, queries, keys)``, any
+    size 1. What the op does not take goes to transformers' own SDPA: attention that is causal by
+    itself, values of another width than keys, a position bias, masks of other shapes or dtypes.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if causal and attention_mask is None and query.shape[2] > 1:
+    by_itself = causal and attention_mask is None and query.shape[2] > 1
+    biased = kwargs.get("position_bias") is not None
+    if by_itself or biased or not _fits(query, key, value, attention_mask):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
-            module, query, key, value, None, dropout, scaling, is_causal, **kwargs
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
     key_mask, bias = None, attention_mask
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         if attention_mask.shape[1] == attention_mask.shape[2] == 1:
-            key_mask, bias = attention_mask[:, 0, 0].expand(query.shape[0], -1), None
+            key_mask, bias = attention_mask[:, 0, 0].expand(key.shape[0], key.shape[2]), None
         else:
             bias = torch.zeros_like(attention_mask, dtype=query.dtype)
             bias.masked_fill_(~attention_mask, -torch.inf)
@@ -73,6 +77,22 @@ def attend(
         query, key, value, None, None, bias, key_mask, seed, scale=scaling, dropout=dropout
     )
     return attended.transpose(1, 2), None
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether the op takes these: keys and values alike, and a mask that says all four sizes."""
+    batch, heads, queries, d = query.shape
+    images, kv_heads, keys, _ = key.shape
+    if value.shape != key.shape or key.shape[3] != d or batch not in (1, images):
+        return False
+    if kv_heads == 0 or heads % kv_heads:
+        return False
+    if mask is None:
+        return True
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype) or mask.ndim != 4:
+        return False
+    scores = (images, heads, queries, keys)
+    return all(n in (1, size) for n, size in zip(mask.shape, scores, strict=True))
 
 
 def mask_of_attention(

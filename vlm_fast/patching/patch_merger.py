@@ -58,8 +58,8 @@ class FusedPatchMerger(Patched):
         mlp = getattr(self, "mlp", None)
         if mlp is None:
             return None
-        if type(mlp) is not nn.Sequential:
-            return f"mlp: {type(mlp).__name__} is not nn.Sequential"
+        if type(mlp) not in (nn.Sequential, nn.ModuleList):
+            return f"mlp: {type(mlp).__name__} is not nn.Sequential or nn.ModuleList"
         reason = why_not_called_plainly(mlp)
         return None if reason is None else f"mlp: {reason}"
 
@@ -71,7 +71,8 @@ class FusedPatchMerger(Patched):
 
 
 def _factor(merged_features: int, features: int) -> int | None:
-    factor = round((merged_features / max(features, 1)) ** 0.5)
+    # torch.jit.trace makes tensors of sizes, and these have an int() but no round().
+    factor = int((merged_features / max(features, 1)) ** 0.5 + 0.5)
     return factor if factor**2 * features == merged_features else None
 
 

@@ -1,0 +1,97 @@
+"""The attention implementation for transformers, against transformers' own by SDPA."""
+
+import types
+
+import pytest
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import vlm_fast
+from vlm_fast.patching.attention_interface import attend
+
+BATCH, HEADS, QUERIES, KEYS, D = 2, 4, 5, 7, 8
+
+
+def drawn(heads=HEADS, tokens=KEYS, d=D, batch=BATCH):
+    return torch.randn(batch, heads, tokens, d)
+
+
+def seen(*shape):
+    mask = torch.rand(shape) < 0.6
+    mask[..., 0] = True  # some key for every query
+    return mask
+
+
+def module_of(causal=False, groups=1):
+    return types.SimpleNamespace(is_causal=causal, num_key_value_groups=groups, training=True)
+
+
+def same(query, key, value, mask, module=None, **options):
+    module = module or module_of()
+    ours, theirs = (
+        f(module, query, key, value, mask, **options)[0] for f in (attend, sdpa_attention_forward)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    return vlm_fast.stats(reset=True).get("cross_attention", {"fast": 0})["fast"]
+
+
+MASKS = {
+    "none": lambda: None,
+    "keys": lambda: seen(BATCH, 1, 1, KEYS),
+    "keys of all": lambda: seen(1, 1, 1, KEYS),
+    "one key of all": lambda: torch.ones(BATCH, 1, 1, 1, dtype=torch.bool),
+    "queries": lambda: seen(BATCH, 1, QUERIES, KEYS),
+    "heads": lambda: torch.randn(1, HEADS, QUERIES, KEYS),
+    "added": lambda: torch.randn(BATCH, 1, QUERIES, KEYS),
+}
+OTHER_MASKS = {
+    "2-D": lambda: seen(QUERIES, KEYS),
+    "2-D, added": lambda: torch.randn(QUERIES, KEYS),
+    "3-D": lambda: seen(1, QUERIES, KEYS),
+    "3-D of heads": lambda: torch.randn(HEADS, QUERIES, KEYS),
+}
+
+
+@pytest.mark.parametrize("queries", [1, BATCH], ids=["one batch of queries", "each its own"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_what_the_op_serves(mask, queries):
+    query = drawn(tokens=QUERIES, batch=queries)
+    assert same(query, drawn(), drawn(), MASKS[mask](), scaling=0.2) == 1
+
+
+@pytest.mark.parametrize("groups", [1, 2], ids=["", "shared keys"])
+@pytest.mark.parametrize("mask", OTHER_MASKS)
+def test_masks_of_other_shapes_go_to_sdpa(mask, groups):
+    keys = HEADS // groups
+    given = drawn(tokens=QUERIES), drawn(keys), drawn(keys)
+    assert same(*given, OTHER_MASKS[mask](), module_of(groups=groups)) == 0
+
+
+@pytest.mark.parametrize("width", [3, 16])
+@pytest.mark.parametrize("mask", MASKS | OTHER_MASKS)
+def test_values_of_another_width_go_to_sdpa(mask, width):
+    made = (MASKS | OTHER_MASKS)[mask]
+    assert same(drawn(tokens=QUERIES), drawn(), drawn(d=width), made()) == 0
+
+
+@pytest.mark.parametrize("mask", ["none", "keys", "added"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_position_bias_is_not_lost(mask, causal):
+    bias = torch.randn(1, HEADS, QUERIES, KEYS)
+    given = drawn(tokens=QUERIES), drawn(), drawn(), MASKS[mask]()
+    assert same(*given, module_of(causal), position_bias=bias) == 0
+
+
+def test_one_batch_of_keys_for_all_queries_goes_to_sdpa():
+    keys = drawn(batch=1)
+    assert same(drawn(tokens=QUERIES), keys, keys, seen(BATCH, 1, 1, KEYS)) == 0
+
+
+def test_what_sdpa_refuses_is_refused_in_its_words():
+    given = drawn(tokens=QUERIES), drawn(), drawn()
+    for mask in (seen(QUERIES, KEYS + 2), torch.ones(QUERIES, KEYS, dtype=torch.int64)):
+        with pytest.raises(RuntimeError) as theirs:
+            sdpa_attention_forward(module_of(), *given, mask)
+        with pytest.raises(RuntimeError) as ours:
+            attend(module_of(), *given, mask)
+        assert str(ours.value) == str(theirs.value)
