@@ -35,11 +35,19 @@ def input_gradient(dy: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return dx
 
 
-def weight_gradients(dy: Tensor, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """The gradient of each weight."""
-    if _at_once(x):
-        return apart(torch.mm(dy.t(), x), sizes)
-    return [torch.mm(part.t(), x) for part in dy.split(list(sizes), 1)]
+def parameter_gradients(
+    dy: Tensor, x: Tensor, sizes: Sequence[int], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of weights, then of biases, of which some are wanted."""
+    of_weights, of_biases = wanted[: len(sizes)], wanted[len(sizes) :]
+    weights: list[Tensor | None] = [None] * len(sizes)
+    if _at_once(x) and all(of_weights):
+        weights = [*apart(torch.mm(dy.t(), x), sizes)]
+    elif any(of_weights):
+        parts = zip(dy.split(list(sizes), 1), of_weights, strict=True)
+        weights = [torch.mm(part.t(), x) if want else None for part, want in parts]
+    biases = apart(dy.sum(0), sizes) if any(of_biases) else [None] * len(sizes)
+    return [*weights, *biases]
 
 
 def apart(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.cases import OPS
 
@@ -42,8 +43,6 @@ def test_every_gradient_has_memory_of_its_own(call, outs, mode):
     if mode == "eager":
         call(linears, torch.randn(6, 7)).square().sum().backward()
     else:
-        from torch.utils.flop_counter import FlopCounterMode
-
         with FlopCounterMode(display=False):  # any dispatch mode takes the registered op
             call(linears, torch.randn(6, 7)).square().sum().backward()
     gradients = [p.grad for p in linears.parameters()]
@@ -85,3 +84,17 @@ def test_gradients_can_be_changed_in_place():
     linears[0].weight.grad.zero_()
     assert all(p.grad.is_contiguous() for p in linears.parameters())
     assert torch.equal(linears[1].weight.grad, before)
+
+
+@pytest.mark.parametrize("call, outs", CALLS)
+def test_only_wanted_gradients_are_formed(call, outs):
+    """A trained key beside frozen ones costs one product, not one for each."""
+    linears = three_linears(outs)
+    for linear in linears:
+        linear.requires_grad_(False)
+    linears[1].weight.requires_grad_()
+    y = call(linears, torch.randn(6, 7))
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert products == 2 * 6 * 7 * outs[1]

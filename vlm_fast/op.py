@@ -12,7 +12,8 @@
     @name.cost       (x, ..., *, option) -> Cost of the forward and of the backward
     @name.inputs(test=[...], bench={...}) over one builder of arguments
 
-``needs`` has a field per tensor argument: whether its gradient is wanted. ``kept`` can be unpacked
+``needs`` has a field per tensor argument: whether its gradient is wanted; of a list of tensors
+whether each one's is, or an empty tuple where none is. ``kept`` can be unpacked
 once; a tensor of it is freed when the op drops it, unless the graph is retained. Parity, contract,
 compile, budget and benchmark suites loop over `OPS`; an op is two files and one import line.
 """

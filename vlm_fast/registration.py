@@ -9,7 +9,6 @@ The private torch names this needs are all in this file; tests check that they e
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -79,8 +78,7 @@ class CallPath:
     def __init__(self, op: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
         self.op, self.name = op, op.name
         self.forward, self.backward = forward, backward
-        every = itertools.product((False, True), repeat=len(op.tensors))
-        self.needs = {flags: op.Needs(*flags) for flags in every}
+        self.needs: dict[tuple[Any, ...], Any] = {}
         self.none_needed = op.Needs(*[False] * len(op.tensors))
         annotations = [op.__signature__.parameters[name].annotation for name in op.tensors]
         lists = [i for i, a in enumerate(annotations) if _holds_list(a)]
@@ -128,10 +126,16 @@ class CallPath:
         return (*flat[:i], list(flat[i : i + count]), *flat[i + count :])
 
     def needs_of(self, flat: tuple[bool, ...], count: int) -> Any:
+        """Which gradients are wanted; of the list those of each tensor, or empty if none is."""
+        key: tuple[Any, ...] = flat
         if self.list_at is not None:
             i = self.list_at
-            flat = (*flat[:i], any(flat[i : i + count]), *flat[i + count :])
-        return self.needs[flat]
+            of_list = flat[i : i + count]
+            key = (*flat[:i], of_list if any(of_list) else (), *flat[i + count :])
+        found = self.needs.get(key)
+        if found is None:
+            found = self.needs[key] = self.op.Needs(*key)
+        return found
 
     def gradients(
         self, needs: tuple[bool, ...], count: int, kept: Any, grads: Any, settings: dict[str, Any]

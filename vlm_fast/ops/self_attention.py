@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_fast.kernels._cross_attention_aten import bias_gradient
-from vlm_fast.kernels._stacking import apart, input_gradient, linears, weight_gradients
+from vlm_fast.kernels._stacking import input_gradient, linears, parameter_gradients
 from vlm_fast.kernels.cross_attention import attention_backward, attention_forward
 from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
 from vlm_fast.ops.cross_attention import MAX_HEAD_SIZE, cross_attention, score_scale
@@ -203,11 +203,10 @@ def backward(needs, kept, dout, *, heads, scale, dropout):
         dx = input_gradient(rows, weights)
         dx = dx.view(batch, tokens, dx.shape[1])
     if needs.parameters:
-        sizes = [features] * 3
-        dweights = weight_gradients(rows, x.reshape(batch * tokens, x.shape[2]), sizes)
-        dbiases = apart(rows.sum(0), sizes)
-        dbiases[1].mul_(0)  # a key's bias shifts all scores of a query alike
-        dparameters = [*dweights, *dbiases]
+        x = x.reshape(batch * tokens, x.shape[2])
+        dparameters = parameter_gradients(rows, x, [features] * 3, needs.parameters)
+        if dparameters[4] is not None:  # a key's bias shifts all scores of a query alike
+            dparameters[4].mul_(0)
     return dx, dparameters, dbias, None, None
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm_fast.kernels._stacking import apart, input_gradient, linears, weight_gradients
+from vlm_fast.kernels._stacking import input_gradient, linears, parameter_gradients
 from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
 from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
 
@@ -108,8 +108,8 @@ def backward(needs, kept, dy):
         dx = dx.view(*dy.shape[:-1], dx.shape[-1])
     if needs.parameters:
         sizes = [bias.shape[0] for bias in parameters[count:]]
-        dweights = weight_gradients(rows, x.reshape(rows.shape[0], x.shape[-1]), sizes)
-        dparameters = [*dweights, *apart(rows.sum(0), sizes)]
+        x = x.reshape(rows.shape[0], x.shape[-1])
+        dparameters = parameter_gradients(rows, x, sizes, needs.parameters)
     return dx, dparameters
 
 
