@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from vlm_fast import ops, parity
 from vlm_fast.anyres import Plan
-from vlm_fast.parity import Verdict, judge
+from vlm_fast.parity import Verdict, judge_all
 from vlm_fast.patching import anyres, image_token_merge, patched_modules
 from vlm_fast.patching.class_swap import Patched, swap_back
 from vlm_fast.patching.media_sets import GivesSets
@@ -130,15 +130,13 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
 
 
 def _verify_module(module: nn.Module, plain: nn.Module, arguments: Arguments) -> list[Verdict]:
-    runs = [_module_results(m, arguments) for m in (module, plain)]
-    runs.append(_module_results(plain.double(), _floats(arguments, Tensor.double)))
-    return [
-        judge(what, ours, theirs, exact, gradient=what.startswith("gradient"))
-        for (what, ours), (_, theirs), (_, exact) in zip(*runs, strict=True)
-    ]
+    ours = _module_results(module, arguments)
+    exact = _module_results(copy.deepcopy(plain).double(), _floats(arguments, Tensor.double))
+    outputs = [name for name in ours if name.startswith("output")]
+    return judge_all(ours, lambda: _module_results(plain, arguments), exact, outputs=outputs)
 
 
-def _module_results(module: nn.Module, arguments: Arguments) -> list[tuple[str, Tensor]]:
+def _module_results(module: nn.Module, arguments: Arguments) -> parity.Results:
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     inputs: list[Tensor] = []
 
@@ -155,7 +153,7 @@ def _module_results(module: nn.Module, arguments: Arguments) -> list[tuple[str, 
     names = ["output" if i == 0 else f"output {i}" for i in range(len(results))]
     names += [f"gradient of input {i}" for i in range(len(inputs))]
     names += [f"gradient of {name}" for name in parameters]
-    return list(zip(names, [*(r.detach() for r in results), *grads], strict=True))
+    return dict(zip(names, [*(r.detach() for r in results), *grads], strict=True))
 
 
 def _floats(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
