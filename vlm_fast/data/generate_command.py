@@ -20,6 +20,7 @@ from vlm_fast.data.generation.pace import TokenBucket
 from vlm_fast.data.generation.prompts import KINDS
 from vlm_fast.data.generation.run import Run, Task, journal_of, subject, tasks
 from vlm_fast.data.records import Record
+from vlm_fast.signals import handled
 
 
 def generate(
@@ -95,7 +96,7 @@ def generate(
 def _ask(run: Run, as_json: bool) -> None:
     before, code, why = len(run.journal.entries), None, ""
     try:
-        with tables.counter("asking") as count:
+        with handled(), tables.counter("asking") as count:
             run.go(count)
     except KeyboardInterrupt:
         code, why = Exit.INTERRUPTED, "interrupted"
