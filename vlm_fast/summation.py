@@ -8,6 +8,7 @@ show how large the error usually is, on whatever machine they run.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -15,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 ORDERS = 16
 MOVED = 1 / 16
@@ -56,33 +57,55 @@ class OtherOrder(TorchDispatchMode):
 
     These are the sums within matrix products, reductions, norms and softmax, and in their backward.
     Results differ from usual ones by rounding. In 16 bits the order hardly shows, because sums are
-    accumulated in float32 and rounded once; so one element in `1 / MOVED` of such a result becomes
-    the number next to it, which adds three quarters of the variance of a rounding. Random numbers
-    of torch are not consumed.
+    accumulated in float32 and rounded once. So of operands in 16 bits that were computed inside, a
+    share of `MOVED` is taken as the numbers next to them, which is nearly the variance of rounding
+    them. Random numbers of torch are not consumed.
     """
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.generator = torch.Generator().manual_seed(seed)
+        self.computed: set[int] = set()  # where the storages of rounded results are
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
+        operands = [_storage(t) for t in tree_leaves(args) if isinstance(t, Tensor)]
         reordered = None if types else _REORDERED.get(function)  # subclasses do as they do
         if reordered is None:
-            return function(*args, **(kwargs or {}))
-        device = next(a.device for a in args if isinstance(a, Tensor))
-        order = lambda n: torch.randperm(n, generator=self.generator).to(device)  # noqa: E731
-        result = reordered(order, function, *args, **(kwargs or {}))
-        return tree_map_only(Tensor, self._rounded_otherwise, result)
+            result = function(*args, **kwargs)
+        else:
+            order = functools.partial(self._order, device=_device(args))
+            moved = tree_map_only(Tensor, self._rounded_otherwise, args)
+            result = reordered(order, function, *moved, **kwargs)
+        rounds = reordered is not None or torch.Tag.pointwise in function.tags
+        rounds |= not self.computed.isdisjoint(operands)
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and rounds:
+                self.computed.add(_storage(t))
+            elif isinstance(t, Tensor) and _storage(t) not in operands:
+                self.computed.discard(_storage(t))  # of an earlier tensor that is gone
+        return result
+
+    def _order(self, n: int, *, device: torch.device) -> Tensor:
+        return torch.randperm(n, generator=self.generator).to(device)
 
     def _rounded_otherwise(self, t: Tensor) -> Tensor:
-        if t.dtype not in (torch.bfloat16, torch.float16):
+        if t.dtype not in (torch.bfloat16, torch.float16) or _storage(t) not in self.computed:
             return t
         drawn = torch.rand(t.shape, generator=self.generator).to(t.device)
         step = (drawn < MOVED / 2).short() - (drawn >= 1 - MOVED / 2).short()
         moved = (t.view(torch.int16) + step).view(t.dtype)
-        return torch.where(moved.isfinite() & (t != 0), moved, t)
+        return torch.where(moved.isfinite() & t.isfinite() & (t != 0), moved, t)
+
+
+def _storage(t: Tensor) -> int:
+    return 0 if type(t) not in (Tensor, torch.nn.Parameter) else t.untyped_storage().data_ptr()
+
+
+def _device(args: tuple[Any, ...]) -> torch.device:
+    return next(a.device for a in args if isinstance(a, Tensor))
 
 
 def _product(order: Order, f: Any, a: Tensor, b: Tensor) -> Tensor:
