@@ -3,7 +3,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := .venv/installed
 
-.PHONY: test interpreted compiled ahead bench check gpu hopper lint clean
+.PHONY: test machines interpreted compiled ahead bench check gpu hopper lint clean
 
 # Triton is either interpreted or compiled for the life of a process, so the suite takes two at once,
 # and a third, after the shorter of them, for what only compiles and what runs for long.
@@ -21,6 +21,13 @@ compiled: $(INSTALLED)
 
 ahead: $(INSTALLED)
 	$(BIN)/python -m pytest $(LAST)
+
+# What follows from the processor: the suite with less of this one, other threads, and as a job in the
+# background, a line of counts each. A few files: make machines TESTS=tests/test_qformer.py
+TESTS ?= tests
+
+machines: $(INSTALLED)
+	$(BIN)/python -m tests.machines $(TESTS)
 
 # Peers that are missing are left out; for xformers and Liger: pip install -e '.[bench]'.
 bench: $(INSTALLED)

@@ -101,7 +101,8 @@ class OtherOrder(TorchDispatchMode):
 
 
 def _storage(t: Tensor) -> int:
-    return 0 if type(t) not in (Tensor, torch.nn.Parameter) else t.untyped_storage().data_ptr()
+    known = type(t) in (Tensor, torch.nn.Parameter) and t.layout is torch.strided
+    return t.untyped_storage().data_ptr() if known else 0
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:
