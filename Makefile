@@ -23,7 +23,8 @@ ahead: $(INSTALLED)
 	$(BIN)/python -m pytest $(LAST)
 
 # What follows from the processor: the suite with less of this one, other threads, and as a job in the
-# background, a line of counts each. A few files: make machines TESTS=tests/test_qformer.py
+# background, a line of counts each. A few files: make machines TESTS=tests/test_qformer.py; kernels
+# in the interpreter: TRITON_INTERPRET=1 make machines TESTS=tests/interpreted
 TESTS ?= tests
 
 machines: $(INSTALLED)

@@ -125,7 +125,9 @@ def _sum(order: Order, f: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
     return f(x, *args, **options)
 
 
-def _index_add(order: Order, f: Any, x: Tensor, dim: int, index: Tensor, source: Tensor, **options):
+def _index_add(
+    order: Order, f: Any, x: Tensor, dim: int, index: Tensor, source: Tensor, **options: Any
+) -> Any:
     i = order(len(index))
     return f(x, dim, index[i], source.index_select(dim, i), **options)
 
