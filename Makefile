@@ -3,11 +3,21 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := .venv/installed
 
-.PHONY: test machines interpreted compiled ahead bench check gpu hopper lint clean
+# Which torch is installed: "cuda" is PyPI's own, on Linux some 2.7 GB with NVIDIA's libraries; "cpu"
+# is the small build, which is taken from pip's own places or else from PyTorch's index.
+TORCH ?= $(shell [ "$$(uname)" != Linux ] || nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+CPU_TORCH = torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
+
+.PHONY: test machines interpreted compiled ahead bench check gpu hopper lint clean torch-cpu
+
+# The budgets of kernels are of one compiler, the oldest that is served; it lies beside .venv.
+BUDGETS_TRITON := $(shell sed -n 's/^BUDGETS_TRITON = "\([^"]*\)".*/\1/p' vlm_fast/ahead_of_time.py)
+OVERLAY := .venv-triton-$(BUDGETS_TRITON)
 
 # Triton is either interpreted or compiled for the life of a process, so the suite takes two at once,
 # and a third, after the shorter of them, for what only compiles and what runs for long.
-LAST := $(addprefix tests/test_,ahead_of_time.py benchmarks.py)
+LAST := $(addprefix tests/test_,ahead_of_time.py benchmarks.py wheel.py)
 
 test: $(INSTALLED)
 	@$(MAKE) --jobs=2 --output-sync=target interpreted compiled ahead
@@ -19,8 +29,8 @@ interpreted: $(INSTALLED)
 compiled: $(INSTALLED)
 	$(BIN)/python -m pytest tests --ignore=tests/interpreted $(LAST:%=--ignore=%)
 
-ahead: $(INSTALLED)
-	$(BIN)/python -m pytest $(LAST)
+ahead: $(INSTALLED) $(OVERLAY)/installed
+	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest $(LAST)
 
 # What follows from the processor: the suite with less of this one, other threads, and as a job in the
 # background, a line of counts each. A few files: make machines TESTS=tests/test_qformer.py; kernels
@@ -39,14 +49,14 @@ check: $(INSTALLED)
 
 # No environment of its own: a GPU machine comes with its torch, perhaps without a network.
 gpu:
-	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
+	PYTHONPATH=. $(PYTHON) -m vlm_fast.benchmarks.gpu
 
 # The optional Hopper GEMMs: built (a minute and 4 GB a kernel, two at once; MAX_JOBS), and held to
 # their registers. Of the wheel only the headers are wanted, none of its dependencies.
 hopper: $(INSTALLED)
 	$(PIP) --no-deps nvidia-cutlass
 	VLM_FAST_CUTLASS=1 VLM_FAST_BUILD_EXT=0 $(BIN)/python setup.py build_ext --inplace
-	$(BIN)/python -m benchmarks.hopper
+	$(BIN)/python -m vlm_fast.benchmarks.hopper
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -54,10 +64,30 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-triton-newest build dist *.egg-info vlm_fast/_C*.so vlm_fast/_hopper.so
+	rm -rf .venv .venv-triton-* build dist *.egg-info vlm_fast/_C*.so vlm_fast/_hopper.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
+	@case '$(TORCH)' in \
+	cpu) $(MAKE) --no-print-directory torch-cpu ;; \
+	cuda) echo "make: PyPI's torch, some 2.7 GB on Linux; TORCH=cpu chooses the small build" ;; \
+	*) echo "make: TORCH is cpu or cuda, not '$(TORCH)'"; exit 2 ;; \
+	esac
 	$(PIP) -e '.[hf,dev]'
 	@touch $@
+
+$(OVERLAY)/installed: $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) \
+	  triton==$(BUDGETS_TRITON)
+	@touch $@
+
+# The exact version: nothing can put the large build in its place.
+torch-cpu:
+	@echo "make: $(CPU_TORCH), as TORCH=cpu; with an NVIDIA GPU choose TORCH=cuda"
+	@$(PIP) '$(CPU_TORCH)' 2>/dev/null || { \
+	  echo "make: pip finds none in its own places, now it asks $(CPU_INDEX)"; \
+	  $(PIP) --extra-index-url $(CPU_INDEX) '$(CPU_TORCH)'; } || { \
+	  echo "make: no CPU build of torch was found; TORCH=cuda downloads PyPI's, some 2.7 GB"; \
+	  exit 1; }

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.before_and_after import Part, measure, without_gradients
 from vlm_fast import ops
 from vlm_fast.anyres import Plan, Tiling, plan, tile_count
+from vlm_fast.benchmarks.before_and_after import Part, measure, without_gradients
 from vlm_fast.modules.anyres_packer import joined, pack_tiles
 
 TEXT = 128  # tokens a prompt has beside its image's

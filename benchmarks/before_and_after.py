@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import machine
 from vlm_fast import tables
+from vlm_fast.benchmarks import machine
 from vlm_fast.measure import memory, timing
 from vlm_fast.measure.launches import launches
 from vlm_fast.measure.operations import operations

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import typer
 
-from benchmarks import compare, machine, ops, providers, suite
-from vlm_fast import tables
+from vlm_fast import evidence, tables
+from vlm_fast.benchmarks import compare, machine, ops, providers, suite
 from vlm_fast.command import Exit
 from vlm_fast.measure.passes import MODES
 from vlm_fast.op import FLOATS, OPS
@@ -47,6 +47,9 @@ def main(
     known("--shape", shape, tuple(dict.fromkeys(s for o in named for s in o.bench_shapes)))
     if quick and save:
         raise typer.BadParameter("quick results are not worth keeping", param_hint="--save")
+    if save and not evidence.IN_CLONE:
+        reason = "results are kept in a clone of the repository; write a file with --json"
+        raise typer.BadParameter(reason, param_hint="--save")
     for hint, path in (("--json", json_file), ("--csv", csv_file)):
         if path is not None and (reason := tables.why_not_writable(path)):
             raise typer.BadParameter(reason, param_hint=hint)

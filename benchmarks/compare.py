@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.providers import EAGER, OURS
 from vlm_fast import evidence, tables
+from vlm_fast.benchmarks.providers import EAGER, OURS
 
 Row = Mapping[str, Any]
 Key = tuple[str, ...]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import vlm_fast
-from benchmarks.before_and_after import Part, measure, without_gradients
 from vlm_fast import ops
+from vlm_fast.benchmarks.before_and_after import Part, measure, without_gradients
 from vlm_fast.patching.media_sets import MediaSets
 
 

@@ -1,8 +1,8 @@
-"""``python -m benchmarks.gpu``: everything that only a GPU can show, in one command.
+"""``python -m vlm_fast.benchmarks.gpu``: everything that only a GPU can show, in one command.
 
 Stages, each with a share of the time, and the whole within nine minutes. What is found is written
 after every stage, so that whatever ends a run early leaves the results so far. Exit codes: 0 ok,
-1 a stage failed, 3 no GPU or no Triton.
+1 a stage failed, 3 no GPU, no Triton or no clone of the repository.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
-from benchmarks.gpu_stages import STAGES, Results, Stage
+from vlm_fast import evidence
+from vlm_fast.benchmarks import machine
+from vlm_fast.benchmarks.gpu_stages import STAGES, Results, Stage
 from vlm_fast.kernels import _configs, _triton, _user_table
 from vlm_fast.measure.telemetry import Telemetry
 
@@ -105,10 +106,19 @@ def run(
 def main() -> int:
     if not torch.cuda.is_available():
         cause = "this torch is built without CUDA" if torch.version.cuda is None else "none is seen"
-        print(f"benchmarks.gpu needs a CUDA GPU: {cause} (see: vlm-fast env)", file=sys.stderr)
+        print(
+            f"vlm_fast.benchmarks.gpu needs a CUDA GPU: {cause} (see: vlm-fast env)",
+            file=sys.stderr,
+        )
         return 3
     if not _triton.AVAILABLE or _triton.INTERPRETED:
-        print("benchmarks.gpu needs Triton, not interpreted (see: vlm-fast env)", file=sys.stderr)
+        print(
+            "vlm_fast.benchmarks.gpu needs Triton, not interpreted (see: vlm-fast env)",
+            file=sys.stderr,
+        )
+        return 3
+    if not evidence.IN_CLONE:
+        print("vlm_fast.benchmarks.gpu writes results and tables into a clone", file=sys.stderr)
         return 3
     os.environ[_user_table.SWITCH] = "0"  # what is measured is what is shipped
     path = machine.results_file(machine.name("cuda"))

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_checks import captured, equal
 from vlm_fast import selftest, tuning
+from vlm_fast.benchmarks.gpu_checks import captured, equal
 from vlm_fast.kernels import _hopper
 from vlm_fast.kernels._hopper import Gemm
 from vlm_fast.kernels.mlp import mlp_activation_backward

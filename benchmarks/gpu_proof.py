@@ -22,8 +22,8 @@ from unittest import mock
 
 import torch
 
-from benchmarks import gpu_checks
 from vlm_fast import evidence, selftest
+from vlm_fast.benchmarks import gpu_checks
 from vlm_fast.op import OPS
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ NEEDS_CUDA = {"no synchronisation", "CUDA graphs", "side stream"}
 WORKERS = 12
 SANITIZER = "compute-sanitizer"
 MEMCHECK = (
-    "import sys; from benchmarks.gpu_proof import memcheck_cases; memcheck_cases(sys.argv[1])"
+    "import sys; from vlm_fast.benchmarks import gpu_proof; gpu_proof.memcheck_cases(sys.argv[1])"
 )
 
 

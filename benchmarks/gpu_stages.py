@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import (
+from vlm_fast import evidence, tuning
+from vlm_fast.benchmarks import (
     anyres,
     flamingo,
     gpu_checks,
@@ -29,7 +30,6 @@ from benchmarks import (
     qformer,
     tokens,
 )
-from vlm_fast import evidence, tuning
 from vlm_fast.kernels import _configs
 
 Results = dict[str, Any]

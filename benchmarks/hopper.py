@@ -1,7 +1,7 @@
-"""``python -m benchmarks.hopper``: what the compiler made of the Hopper GEMMs; no GPU is needed.
+"""``python -m vlm_fast.benchmarks.hopper``: what the compiler made of the Hopper GEMMs.
 
-Exit codes: 0 ok; 1 a kernel takes too many registers, spills, or lacks tensor cores or TMA; 3 there
-is no library, or no Triton, whose disassembler this takes.
+No GPU is needed. Exit codes: 0 ok; 1 a kernel takes too many registers, spills, or lacks tensor
+cores or TMA; 3 there is no library, or no Triton, whose disassembler this takes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def violations(symbol: str, found: dict[str, int]) -> list[str]:
 def main() -> int:
     cause = _hopper.why_absent() or (None if AVAILABLE else "Triton is not installed")
     if cause is not None:
-        print(f"benchmarks.hopper: nothing to look into: {cause}", file=sys.stderr)
+        print(f"vlm_fast.benchmarks.hopper: nothing to look into: {cause}", file=sys.stderr)
         return 3
     # Linked in the order of their names, see setup.py.
     names = sorted(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.before_and_after import Part, measure, without_gradients
 from vlm_fast import ops
+from vlm_fast.benchmarks.before_and_after import Part, measure, without_gradients
 
 IMAGE_TOKENS = 576
 # (batch, sequence, hidden), with an image in each row.

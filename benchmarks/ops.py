@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import machine, providers
-from benchmarks.providers import COMPILED, OURS, Unavailable
 from vlm_fast import tables
+from vlm_fast.benchmarks import machine, providers
+from vlm_fast.benchmarks.providers import COMPILED, OURS, Unavailable
 from vlm_fast.measure import memory, timing
 from vlm_fast.measure.launches import launches
 from vlm_fast.measure.passes import CALLS, MODES, with_upstream

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import vlm_fast
-from benchmarks.before_and_after import Part, measure, without_gradients
+from vlm_fast.benchmarks.before_and_after import Part, measure, without_gradients
 from vlm_fast.modules import QFormer
 
 BATCH = {"cpu": (4,), "cuda": (1, 64, 8)}  # in order of worth

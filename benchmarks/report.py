@@ -1,4 +1,4 @@
-"""``python -m benchmarks.report``: charts and tables of README and docs, from results files."""
+"""``python -m vlm_fast.benchmarks.report``: charts and tables in README and docs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import picture
-from benchmarks.models import proof
-from benchmarks.picture import FAMILIES, megabytes, pairs, seconds
-from benchmarks.providers import EAGER, OURS
 from vlm_fast import evidence
+from vlm_fast.benchmarks import picture
+from vlm_fast.benchmarks.models import proof
+from vlm_fast.benchmarks.picture import FAMILIES, megabytes, pairs, seconds
+from vlm_fast.benchmarks.providers import EAGER, OURS
 
 Row = dict[str, Any]
 ROOT = evidence.PACKAGE.parent

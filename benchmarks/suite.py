@@ -13,7 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import (
+from vlm_fast import selftest
+from vlm_fast.benchmarks import (
     anyres,
     flamingo,
     machine,
@@ -25,8 +26,7 @@ from benchmarks import (
     qformer,
     tokens,
 )
-from benchmarks.ops import Selection
-from vlm_fast import selftest
+from vlm_fast.benchmarks.ops import Selection
 from vlm_fast.measure.telemetry import Telemetry
 from vlm_fast.signals import handled
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ops, providers
+from vlm_fast.benchmarks import ops, providers
 from vlm_fast.measure import timing
 from vlm_fast.measure.passes import MODES
 from vlm_fast.op import OPS

@@ -74,9 +74,10 @@ class Kernel:
         self, size: int, grid: Callable[[dict[str, int]], tuple[int, ...]], *arguments: Any
     ) -> None:
         tensor = next(a for a in arguments if isinstance(a, Tensor))
-        if _launches is not None:
+        if _recordings:
             named = dict(zip(self.jit.arg_names, arguments, strict=False))
-            _launches.append(Launch(self, named, size, grid))
+            for launches in tuple(_recordings.values()):
+                launches.append(Launch(self, named, size, grid))
         if is_traced(tensor):
             return
         config = self.choose(tensor, size)
@@ -117,18 +118,21 @@ def is_traced(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
-_launches: list[Launch] | None = None
+_recordings: dict[int, list[Launch]] = {}
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collect launches. With fake tensors nothing runs: kernels compile from this without a GPU."""
-    global _launches
-    outer, _launches = _launches, []
+    """Collect launches. With fake tensors nothing runs: kernels compile from this without a GPU.
+
+    Of the whole process: the backward of a GPU runs in a thread of autograd's own.
+    """
+    launches: list[Launch] = []
+    _recordings[id(launches)] = launches
     try:
-        yield _launches
+        yield launches
     finally:
-        _launches = outer
+        del _recordings[id(launches)]
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

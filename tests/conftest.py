@@ -77,8 +77,8 @@ def fresh_state(monkeypatch):
     from vlm_fast import policy
 
     torch.manual_seed(0)
-    for switch in ("strict", "disabled"):
-        monkeypatch.setattr(policy.policy, switch, False)
+    for switch in ("strict_switch", "disabled_switch"):
+        monkeypatch.setattr(policy.policy, switch, policy.Switch())
     for record in ("_fast", "_fallbacks", "_warned"):
         empty = copy.copy(getattr(policy, record))
         empty.clear()

@@ -3,7 +3,8 @@
 The interpreter keeps bf16 as uint16 and computes with those integers; here it computes in fp32 and
 rounds to nearest even after every operation, as the hardware does. It also lets one NaN operand win
 in `tl.maximum` and `tl.minimum` (Triton 3.6), where the hardware returns the number, and its loop
-bounds do not work with numpy 2.4. Its products are the processor's BLAS's, which sums in another
+bounds do not work with numpy 2.4. From Triton 3.7 on it refuses a tensor that a module's constant
+was multiplied by. Its products are the processor's BLAS's, which sums in another
 order in another shape. Races, alignment, shared memory and TF32 remain invisible to it.
 """
 
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import triton.language as tl
 from triton._C.libtriton import ir
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder as Builder
 from triton.runtime.interpreter import ReduceOps, ScanOps, TensorHandle
@@ -36,6 +38,7 @@ def apply() -> None:
     _patch_the_language_once_a_launch()
     _make_types_once()
     _convert_loop_bounds()
+    _unwrap_constants()
     _convert_bf16()
     _compute_in_bf16()
     _reduce_in_bf16()
@@ -131,6 +134,16 @@ def _convert_loop_bounds() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
 
     interpreter._patch_lang_tensor = patch_with_item
+
+
+def _unwrap_constants() -> None:
+    # A constexpr of a module times a tensor is, interpreted, a constexpr that holds a tensor.
+    to_tensor = TritonSemantic.to_tensor
+
+    def unwrapped(self, x, *how):  # type: ignore[no-untyped-def]
+        return to_tensor(self, x.value if isinstance(x, tl.constexpr) else x, *how)
+
+    TritonSemantic.to_tensor = unwrapped
 
 
 def _convert_bf16() -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import compare, machine, ops, providers, suite, test_speed
-from benchmarks.providers.peer import Peer
 from vlm_fast import cli, evidence, selftest
+from vlm_fast.benchmarks import compare, machine, ops, providers, suite, test_speed
+from vlm_fast.benchmarks.providers.peer import Peer
 from vlm_fast.measure import launches, memory, telemetry, timing
 from vlm_fast.measure.passes import CALLS, MODES
 from vlm_fast.op import OPS

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import (
+from vlm_fast import ahead_of_time, evidence, tuning
+from vlm_fast.benchmarks import (
     gpu,
     gpu_checks,
     gpu_compile,
@@ -20,9 +21,8 @@ from benchmarks import (
     report,
     suite,
 )
-from benchmarks.gpu_stages import STAGES, Stage
-from benchmarks.models import pictures
-from vlm_fast import ahead_of_time, evidence, tuning
+from vlm_fast.benchmarks.gpu_stages import STAGES, Stage
+from vlm_fast.benchmarks.models import pictures
 from vlm_fast.kernels import _configs
 from vlm_fast.kernels._triton import AVAILABLE
 from vlm_fast.measure import memory, timing
@@ -117,9 +117,9 @@ def test_results_name_no_path_of_this_machine(quick):
 def test_gpu_run_says_what_it_lacks():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    found = python("benchmarks.gpu")
+    found = python("vlm_fast.benchmarks.gpu")
     assert found.returncode == 3
-    assert found.stderr.startswith("benchmarks.gpu needs a CUDA GPU: ")
+    assert found.stderr.startswith("vlm_fast.benchmarks.gpu needs a CUDA GPU: ")
 
 
 # ---- the GPU run, on a CPU ----

@@ -151,8 +151,3 @@ def test_compile_lists_a_row_a_build(monkeypatch):
     assert builds.exit_code == 0, builds.output
     kernels = {row["kernel"] for row in json.loads(builds.stdout)["kernels"]}
     assert "gather_image_tokens_kernel" in kernels
-
-
-def test_bench_without_the_repository_is_an_environment_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli.vlm_fast, "__file__", str(tmp_path / "vlm_fast" / "__init__.py"))
-    assert call("bench").exit_code == cli.Exit.ENVIRONMENT

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from benchmarks import gpu_hopper, gpu_stages, hopper, machine
 from tests.hopper_library import emulated, matrix
 from vlm_fast import selftest, tuning
+from vlm_fast.benchmarks import gpu_hopper, gpu_stages, hopper, machine
 from vlm_fast.kernels import _configs, _hopper
 from vlm_fast.op import OPS
 

@@ -3,7 +3,7 @@
 import os
 import time
 
-from benchmarks import gpu_checks, gpu_proof
+from vlm_fast.benchmarks import gpu_checks, gpu_proof
 
 
 def test_proof_cut_off_is_no_proof():

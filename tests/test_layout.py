@@ -16,13 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vlm_fast"
 # A folder may import those after it, and the single files of the package may import ops.
 ORDER = ("recipes", "data", "patching", "objectives", "modules", "ops", "kernels")
+LINKED = ("benchmarks", "csrc", "kernels")  # top-level folders that are installed under the package
 LONGEST = 400
 TABLES = {"tests/tiny_models.py": 450}  # a table of models is longer, and read by the row
 SOURCES = sorted(
     path
-    for folder in ("vlm_fast", "kernels", "benchmarks", "tests", "csrc", "examples")
+    for folder in ("vlm_fast", *LINKED, "tests", "examples")
     for path in (ROOT / folder).rglob("*")
-    if path.suffix in (".py", ".cpp", ".h", ".cu") and "vlm_fast/kernels" not in path.as_posix()
+    if path.suffix in (".py", ".cpp", ".h", ".cu")
 )
 
 
@@ -61,16 +62,23 @@ def test_kernels_import_only_torch_triton_and_each_other():
 def test_the_folder_of_kernels_is_no_package():
     """An installed package of the same name, which transformers imports, must win over it."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    assert (PACKAGE / "kernels").resolve() == ROOT / "kernels"
+
+
+@pytest.mark.parametrize("folder", LINKED)
+def test_folders_that_are_installed_under_the_package_are_linked_there(folder):
+    assert (PACKAGE / folder).is_symlink() and (PACKAGE / folder).resolve() == ROOT / folder
 
 
 def test_declared_packages_are_the_folders():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read TOML")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    folders = {p.parent for p in PACKAGE.rglob("*.py")} | {PACKAGE / "kernels"}
-    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    folders = {p.parent.relative_to(ROOT) for p in PACKAGE.rglob("*.py")}
+    for linked in LINKED:
+        inside = {p.parent for p in (ROOT / linked).rglob("*.py")} | {ROOT / linked}
+        folders |= {"vlm_fast" / folder.relative_to(ROOT) for folder in inside}
     declared = project["tool"]["setuptools"]["packages"]
-    assert sorted(declared) == sorted(names)
+    assert sorted(declared) == sorted({".".join(folder.parts) for folder in folders})
+    assert project["tool"]["setuptools"]["package-dir"] == {f"vlm_fast.{n}": n for n in LINKED}
     assert project["project"]["version"] == vlm_fast.__version__
 
 

@@ -31,6 +31,19 @@ def test_contrast(batch, local_loss, smoothing):
     judged(ours, plain, [*features(batch), torch.tensor(0.07)], torch.float32)
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+@pytest.mark.parametrize("local_loss", [True, False])
+def test_a_temperature_of_one_element_broadcasts(shape, local_loss):
+    images, texts = features(4)
+    temperature = torch.full(shape, 0.07, requires_grad=True)
+    found = objectives.itc_loss(images, texts, temperature, local_loss=local_loss)
+    expected, logits = plain_blip2.itc(images, texts, temperature)
+    assert found.loss.shape == () and found.similarity_i2t.shape == logits.shape
+    torch.testing.assert_close(found.loss, expected)
+    ours, plain = (torch.autograd.grad(x, temperature)[0] for x in (found.loss, expected))
+    torch.testing.assert_close(ours, plain)
+
+
 def test_contrast_gives_the_logits_of_both_directions():
     images, texts = features(6)
     _, i2t, t2i = objectives.itc_loss(images, texts, 0.5)
@@ -61,7 +74,10 @@ def test_contrast_of_low_precision_is_summed_in_fp32():
         (dict(temperature=0.0), ValueError, "temperature positive"),
         (dict(temperature=math.nan), ValueError, "temperature nan"),
         (dict(temperature=torch.tensor(-1.0)), ValueError, "temperature positive"),
-        (dict(temperature=torch.ones(2)), ValueError, "temperature ()"),
+        (dict(temperature=torch.ones(2)), ValueError, "temperature (2,) one element"),
+        (dict(temperature=torch.ones(0)), ValueError, "temperature (0,) one element"),
+        (dict(temperature=torch.ones(1, dtype=torch.int64)), ValueError, "temperature int64"),
+        (dict(temperature=torch.zeros(1)), ValueError, "temperature positive"),
         (dict(label_smoothing=1.5), ValueError, "label_smoothing 1.5"),
     ],
 )  # fmt: skip
@@ -89,6 +105,27 @@ def test_wrong_partners_are_drawn_by_their_similarity():
     others = expected > 0
     chi_square = ((counts - expected).square()[others] / expected[others]).sum()
     assert chi_square < 27.7  # 12 degrees of freedom: 1 in 160 by chance, and the seed is fixed
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_where_no_partner_is_likely_each_wrong_one_is_as_likely(offset):
+    similarity = torch.full((3, 8), -math.inf)
+    similarity[1] = 3.0  # among others that are as usual
+    similarity[2, [offset + 2, 7]] = torch.tensor([2.0, -1e30])
+    before = similarity.clone()
+    counts = torch.zeros(3, 8)
+    for _ in range(600):
+        counts[torch.arange(3), objectives.hard_negatives(similarity, offset)] += 1
+    assert torch.equal(similarity, before)
+    assert counts.diagonal(offset).eq(0).all()
+    assert counts[0].count_nonzero() == 7 and counts[0].max() < 3 * 600 / 7
+    assert counts[2, 7] == (600 if offset < 5 and offset + 2 != 7 else 0)
+
+
+def test_one_column_that_is_not_the_own_pair_is_drawn_however_unlikely():
+    for dtype in (torch.float32, torch.float16):
+        similarity = torch.tensor([[5.0, -math.inf], [-math.inf, -math.inf]]).to(dtype)
+        assert objectives.hard_negatives(similarity, 0).tolist() == [1, 0]
 
 
 def test_a_generator_repeats_the_draw():

@@ -17,6 +17,10 @@ from vlm_fast.objectives import _exchange, blip2
 from vlm_fast.objectives.language import LOGITS
 
 BATCH, QUERIES, WIDTH = 3, 5, 8
+MIXED_DTYPES = [
+    [torch.bfloat16, torch.float16], [torch.float32, torch.float64],
+    [torch.float32, torch.bfloat16],
+]  # fmt: skip
 
 
 class Towers(nn.Module):
@@ -139,6 +143,54 @@ def uneven_sizes_are_refused_everywhere(rank, world):
         objectives.stage1_loss(model, *batch, lm_head=head, bos_token_id=60)
 
 
+def other_dtypes_are_refused_everywhere(rank, world):
+    """One rank under autocast, or with a model of its own dtype: the bytes would be misread."""
+    if world == 1:
+        return
+    for first, other in MIXED_DTYPES:
+        dtype = other if rank else first
+        named = re.escape(str([first] + [other] * (world - 1)))
+        features = torch.ones(2, QUERIES, 4, dtype=dtype), torch.ones(2, 4, dtype=dtype)
+        with vlm_fast.disabled():  # which serves all of them
+            for local in (True, False):
+                with pytest.raises(ValueError, match=rf"itc_loss: dtype is {named} on ranks"):
+                    objectives.itc_loss(*features, 0.1, local_loss=local)
+            with pytest.raises(ValueError, match=rf"exchange_rows: dtype of tensor is {named}"):
+                objectives.exchange_rows(features[1], torch.tensor([0, 2]))
+        model, head, images, *texts = tiny_blip2.parts(2)
+        for module in (model.vision_projection, model.text_projection):
+            module.to(dtype)
+        with pytest.raises(ValueError, match=rf"stage1_loss: dtype of image features is {named}"):
+            objectives.stage1_loss(model, images, *texts, lm_head=head, bos_token_id=60)
+    with pytest.raises(ValueError, match="exchange_rows: rows of tensor is"):
+        objectives.exchange_rows(torch.ones(2 + rank, 4), torch.tensor([0, 1]))
+    model, head, images, *texts = tiny_blip2.parts(2)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=rank > 0),
+        pytest.raises(ValueError, match="stage1_loss: dtype of image features is"),
+    ):
+        objectives.stage1_loss(model, images, *texts, lm_head=head, bos_token_id=60)
+
+
+def a_penalty_on_gradients_crosses_ranks(rank, world):
+    whole = [x.double() for x in siglip_features(world * BATCH)]
+    images, texts = (x.detach().requires_grad_() for x in whole)
+    loss = plain_blip2.itc(images[:, None], texts, 0.5)[0]
+    penalty = sum(g.square().sum() for g in torch.autograd.grad(loss, [images, texts],
+                                                               create_graph=True))  # fmt: skip
+    wanted = torch.autograd.grad(penalty, [images, texts])
+    own = slice(rank * BATCH, (rank + 1) * BATCH)
+    for local in (True, False):
+        inputs = [x[own].detach().requires_grad_() for x in whole]
+        with vlm_fast.disabled():
+            loss = objectives.itc_loss(inputs[0][:, None], inputs[1], 0.5, local_loss=local).loss
+            first = torch.autograd.grad(loss, inputs, create_graph=True)
+        # A rank's loss counts for its share of the mean; penalties of ranks are added.
+        found = torch.autograd.grad(sum((g / world).square().sum() for g in first), inputs)
+        for gradient, exact in zip(found, wanted, strict=True):
+            torch.testing.assert_close(gradient, exact[own])
+
+
 def the_check_of_sizes_can_be_left_out(rank, world):
     features = torch.randn(2, QUERIES, 4), torch.randn(2, 4)
     gathered = []
@@ -213,11 +265,15 @@ def siglip_refuses_what_cannot_travel(rank, world):
         return
     for width, dtype, words in (
         (WIDTH + rank, torch.float32, f"features is {[WIDTH + r for r in range(world)]}"),
-        (WIDTH, torch.float16 if rank else torch.bfloat16, f"bits is {[7] + [10] * (world - 1)}"),
+        *(
+            (WIDTH, mixed[rank > 0], f"dtype is {mixed[:1] + mixed[1:] * (world - 1)}")
+            for mixed in MIXED_DTYPES
+        ),
     ):
         features = torch.ones(rank, width, dtype=dtype)
         with pytest.raises(ValueError, match=rf"siglip_loss: .*{re.escape(words)} on ranks 0"):
             objectives.siglip_loss(features, features, 10.0, -10.0)
+        objectives.siglip_loss(*siglip_features(2), 10.0, -10.0)  # and the ranks are still in step
     with pytest.raises(ValueError, match="one row at least"):
         objectives.siglip_loss(torch.ones(0, 4), torch.ones(0, 4), 10.0, -10.0)
 
@@ -306,6 +362,8 @@ CHECKS = [
     (only_rows_asked_for_travel,),
     (rows_beyond_the_last_are_refused_everywhere,),
     (uneven_sizes_are_refused_everywhere,),
+    (other_dtypes_are_refused_everywhere,),
+    (a_penalty_on_gradients_crosses_ranks,),
     (the_check_of_sizes_can_be_left_out,),
     *(
         (siglip_is_that_of_one_process, batches, dtype)

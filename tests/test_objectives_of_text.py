@@ -1,5 +1,8 @@
 """The loss over a vocabulary and its head, against the same written plainly."""
 
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -84,6 +87,70 @@ def test_generation_under_autocast():
 
     exact = run(plain_blip2.itg, lambda t: t.bfloat16().double())
     assert_right(within(objectives.itg_loss), lambda: within(plain_blip2.itg), exact, "loss")
+
+
+def learnt(size=6.0, hidden=64, vocabulary=500):
+    """A text whose labels the weight predicts, the surer the larger the size."""
+    x, weight = torch.randn(4, 33, hidden), torch.randn(vocabulary, hidden) / 8
+    labels = torch.zeros(4, 33, dtype=torch.int64)
+    labels[:, 1:] = (x[:, :-1] @ weight.t()).argmax(-1)
+    return (size * x).half(), weight.half(), labels, torch.zeros(vocabulary).half()
+
+
+@pytest.mark.parametrize("scale", [65536.0, 32768.0, 3000.0, 1.0])
+@pytest.mark.parametrize("size", [0.1, 6.0, 12.0, 40.0])
+def test_the_scale_of_a_loss_in_fp16_reaches_its_gradients_before_they_are_rounded(scale, size):
+    hidden, weight, labels, bias = learnt(size)
+
+    def gradients(loss, dtype):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (hidden, weight, bias)]
+        value = loss(inputs[0], inputs[1], labels, inputs[2])
+        grads = torch.autograd.grad(value * scale, inputs)
+        return dict(zip(("hidden", "weight", "bias"), grads, strict=True))
+
+    found = gradients(objectives.itg_loss, torch.float16)
+    native = gradients(plain_blip2.itg, torch.float16)
+    exact = gradients(plain_blip2.itg, torch.float64)
+    assert_right(found, lambda: gradients(plain_blip2.itg, torch.float16), exact)
+    for name, true in exact.items():
+        ours, theirs = ((g[name] - true).norm() for g in (found, native))
+        assert ours <= 1.5 * theirs, name  # rounded twice, unless the scale is a power of two
+
+
+def test_sums_over_many_tokens_in_fp16_stay_in_range_whatever_the_scale():
+    """A feature of one sign adds up over tokens; the mean is in range, and so is its gradient."""
+    hidden = torch.full((4, 801, 8), 60.0).half()
+    weight, labels = torch.zeros(50, 8).half(), torch.zeros(4, 801, dtype=torch.int64)
+    inputs = [t.requires_grad_() for t in (hidden, weight)]
+    loss = objectives.itg_loss(*inputs, labels)
+    for scale in (1.0, 512.0):
+        for gradient in torch.autograd.grad(loss * scale, inputs, retain_graph=True):
+            assert gradient.isfinite().all()
+    (found,) = torch.autograd.grad(loss, [weight])
+    torch.testing.assert_close(found[0], torch.full((8,), 60.0 * (1 / 50 - 1)).half())
+
+
+def test_a_gradient_of_the_gradient_is_refused(monkeypatch):
+    hidden, weight, labels, bias = text()
+    inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
+
+    def refuses():
+        loss = objectives.itg_loss(*inputs[:2], labels, bias)
+        with pytest.raises(RuntimeError, match=r"vlm_fast.itg_loss: double backward is not"):
+            torch.autograd.grad(loss, inputs, create_graph=True)
+        torch.autograd.grad(loss, inputs)
+
+    refuses()
+    # Another package's loss with gradients from forward would give constants as well.
+    functional = types.ModuleType("liger_kernel.transformers.functional")
+
+    def loss(rows, weight, targets, bias, **options):
+        return nn.functional.cross_entropy(nn.functional.linear(rows, weight, bias), targets)
+
+    functional.liger_fused_linear_cross_entropy = loss
+    monkeypatch.setitem(sys.modules, functional.__name__, functional)
+    monkeypatch.setattr(language, "_liger_serves", lambda rows, weight: True)
+    refuses()
 
 
 def test_generation_has_no_tensor_of_all_logits(monkeypatch):

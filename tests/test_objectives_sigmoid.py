@@ -47,11 +47,18 @@ def test_it_is_that_of_transformers():
         model.logit_bias.fill_(-10.0)
         ids, pixels = torch.randint(9, (5, 6)), torch.randn(5, 3, 4, 4)
         theirs = model(input_ids=ids, pixel_values=pixels, return_loss=True)
-        scale = model.logit_scale.exp().squeeze()
-        ours = objectives.siglip_loss(
-            theirs.image_embeds, theirs.text_embeds, scale, model.logit_bias.squeeze()
-        )
+        scale, bias = model.logit_scale.exp(), model.logit_bias
+        assert scale.shape == bias.shape == (1,)
+        ours = objectives.siglip_loss(theirs.image_embeds, theirs.text_embeds, scale, bias)
     torch.testing.assert_close(ours, theirs.loss)
+
+
+def test_a_scale_and_a_bias_of_one_element_have_gradients_of_their_shape():
+    numbers = [torch.full((1,), x, requires_grad=True) for x in START]
+    both = [*features(5), *numbers]
+    found = torch.autograd.grad(objectives.siglip_loss(*both), numbers)
+    for ours, exact in zip(found, torch.autograd.grad(plain(*both), numbers), strict=True):
+        torch.testing.assert_close(ours, exact)
 
 
 def test_siglip_of_low_precision_is_computed_in_fp32():
@@ -122,7 +129,8 @@ def test_siglip_has_no_tensor_of_all_logits(monkeypatch):
         (dict(text_features=torch.ones(3, 8, device="meta")), ValueError, "text_features cpu"),
         (dict(scale=0.0), ValueError, "scale 0.0 positive"),
         (dict(scale=torch.tensor(math.inf)), ValueError, "scale inf positive"),
-        (dict(scale=torch.ones(1)), ValueError, "scale ()"),
+        (dict(scale=torch.ones(2)), ValueError, "scale (2,) one element"),
+        (dict(bias=torch.ones(0)), ValueError, "bias (0,) one element"),
         (dict(bias=math.nan), ValueError, "bias nan finite"),
         (dict(bias=-math.inf), ValueError, "bias inf finite"),
         (dict(bias=torch.tensor(1)), ValueError, "bias int64 floating"),

@@ -1,15 +1,17 @@
 """IDEFICS and Llama 3.2 Vision, patched: parity, generation, caches, what falls back."""
 
 import copy
+import gc
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import vlm_fast
 from tests import tiny_flamingos
 from tests.cases import assert_right
 from vlm_fast import parity
-from vlm_fast.modules import media_memory
+from vlm_fast.patching import image_keys
 
 FAMILIES = {
     "idefics": (tiny_flamingos.idefics, tiny_flamingos.idefics_inputs),
@@ -75,22 +77,63 @@ def test_generated_tokens_are_the_same(family):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_images_are_projected_once_in_a_generation(monkeypatch):
+def projections(model):
+    """A list that grows by one whenever a layer of IDEFICS projects its images."""
+    made = []
+    for layer in model.model.gated_cross_attn_layers:
+        project = layer._key_values
+        layer._key_values = lambda images, p=project: made.append(1) or p(images)
+    return made
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_images_are_projected_once_in_a_generation(mode):
     _, fast, given = pair("idefics")
-    projected = []
-    remembered = media_memory.remembered
+    made = projections(fast)
+    with mode():
+        for count in (1, 2):
+            fast.generate(**given, max_new_tokens=5, do_sample=False)
+            assert len(made) == count * len(fast.model.gated_cross_attn_layers)
 
-    def counted(owner, source, weights, make):
-        def counting():
-            projected.append(owner)
-            return make()
 
-        return remembered(owner, source, weights, counting)
-
-    monkeypatch.setattr("vlm_fast.patching.idefics.remembered", counted)
+def test_nothing_is_kept_of_a_generation_that_ended():
+    _, fast, given = pair("idefics")
     with torch.inference_mode():
-        fast.generate(**given, max_new_tokens=5, do_sample=False)
-    assert len(projected) == len(fast.model.gated_cross_attn_layers)
+        found = fast.generate(**given, max_new_tokens=3, return_dict_in_generate=True)
+    assert len(image_keys._kept) == 1
+    del found
+    gc.collect()
+    assert not image_keys._kept
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("write", ["copy_", "data"])
+def test_one_buffer_for_every_picture(mode, write):
+    """The cache object, too, may serve one request after the other."""
+    model, fast, given = pair("idefics")
+    given.pop("pixel_values")
+    batch, width = given["input_ids"].shape[0], model.config.vision_config.embed_dim
+    images = given["image_attention_mask"].shape[2]
+    buffer = torch.zeros(batch, images, model.config.perceiver_config.resampler_n_latents, width)
+    caches = {m: DynamicCache(config=m.config) for m in (model, fast)}
+    with mode():
+        buffer = buffer.clone()
+        for _ in range(3):
+            picture = torch.randn_like(buffer)
+            buffer.data.copy_(picture) if write == "data" else buffer.copy_(picture)
+            logits = []
+            for m in (model, fast):
+                cache = caches[m]
+                cache.crop(0)
+                out = m(**given, perceiver_embeddings=buffer, past_key_values=cache)
+                step = {
+                    "input_ids": given["input_ids"][:, :1],
+                    "image_attention_mask": given["image_attention_mask"][:, -1:],
+                }
+                later = m(**step, perceiver_embeddings=buffer, past_key_values=cache)
+                logits.append((out.logits, later.logits))
+            for one, other in zip(*logits, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_the_mask_of_the_whole_context_is_not_prepared(monkeypatch):

@@ -133,7 +133,8 @@ def test_lora_runs_through_its_own_layers():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", vlm_fast.VlmFastFallbackWarning)
         same(*models)
-    assert "plain nn.Linear" in next(filter(None, vlm_fast.explain(models[0]).values()))
+    reasons = list(filter(None, vlm_fast.explain(models[0]).values()))
+    assert reasons and all("plain nn.Linear" in reason for reason in reasons)
     merged = [m.merge_and_unload() for m in models]
     with vlm_fast.strict():
         same(*merged)
@@ -201,6 +202,78 @@ def test_dropout_under_checkpointing_is_the_same_twice():
 
     for ours, theirs in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_hidden_states_have_the_batch_of_the_model():
+    """Where somebody looks at what comes before the image, nothing is shared between images."""
+    plain, fast = blip2(**SMALL), patched()
+    query = torch.randn(1, 4, 48).expand(3, -1, -1)
+    given = dict(query_embeds=query, encoder_hidden_states=images(3, 7, 40))
+    for _ in range(2):  # transformers leaves its hooks behind
+        found = [m(**given, output_hidden_states=True).hidden_states for m in (fast, plain)]
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for name in ("layernorm", "dropout", "encoder", "encoder.layer.0"):
+        shapes = []
+        for model in (fast, plain):
+            hook = model.get_submodule(name).register_forward_hook(
+                lambda module, args, out: shapes.append(args[0].shape)  # noqa: B023
+            )
+            model(**given)
+            hook.remove()
+        assert shapes[0] == shapes[1], name
+
+
+def test_layers_of_a_shared_qformer_are_checkpointed_as_they_were():
+    model = blip2(**SMALL).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    query, image = torch.randn(2, 5, 48), images(2, 17, 40).requires_grad_()
+    qformer = QFormer.of(model)
+
+    def step():
+        model.zero_grad()
+        image.grad = None
+        out = qformer(query, encoder_hidden_states=image, keep=True)
+        (out.last_hidden_state.sum() + sum(k.square().sum() for k, _ in out.past)).backward()
+        return [image.grad, *(p.grad for p in model.parameters())]
+
+    expected = step()
+    calls = []
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
+        for layer in model.encoder.layer:
+            checkpointed = layer._gradient_checkpointing_func
+            layer._gradient_checkpointing_func = lambda *a, f=checkpointed: calls.append(1) or f(*a)
+        for one, other in zip(step(), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert len(calls) == 3 * (1 + reentrant)
+
+
+@pytest.mark.parametrize("implementation", ["mine", "sdpa", "eager"])
+def test_an_attention_of_somebody_else_is_called(implementation, monkeypatch):
+    """One that was registered, and one put in the place of transformers' own."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.blip_2 import modeling_blip_2
+
+    def mine(module, query, key, value, mask, **options):
+        options["scaling"] = 2 * module.scaling
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    plain, fast = blip2(**SMALL), patched()
+    run(fast)
+    if implementation == "eager":
+        monkeypatch.setattr(modeling_blip_2, "eager_attention_forward", mine)
+    else:
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, implementation, mine)
+    for model in (plain, fast):
+        model.set_attn_implementation(implementation)
+    same(fast, plain)
+    assert any("attention" in reason for reason in vlm_fast.explain(fast).values())
 
 
 def test_copies_and_pickles_stay_patched_and_revert():

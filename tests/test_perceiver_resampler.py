@@ -13,7 +13,7 @@ import vlm_fast
 from tests import plain_flamingo
 from tests.cases import assert_right
 from vlm_fast import parity
-from vlm_fast.modules import PerceiverResampler, media_memory, perceiver_resampler
+from vlm_fast.modules import PerceiverResampler
 
 SIZES = dict(dim=40, depth=3, dim_head=24, heads=2, num_latents=5)
 EMBEDDED = SIZES | dict(max_num_media=3, max_num_frames=2)
@@ -75,13 +75,9 @@ def same(module, plain, x):
         assert exact[name].abs().max() < 1e-12
     assert_right(found, lambda: everything(plain, x), exact, "y")
     module.eval()
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+    with torch.no_grad():
         wide = copy.deepcopy(plain).double()(x.double())
-        for folded in (True, False):
-            patch.setattr(perceiver_resampler, "fold_pays", lambda context, f=folded: f)
-            assert_right({"y": module(x)}, lambda: {"y": plain(x)}, {"y": wide}, "y")
-            assert (module in media_memory._remembered) == folded
-            media_memory._remembered.clear()
+        assert_right({"y": module(x)}, lambda: {"y": plain(x)}, {"y": wide}, "y")
 
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -106,45 +102,6 @@ def test_parity_with_idefics(norms, depth, head, dtype):
     plain = idefics(dtype, norms, depth, head)
     with vlm_fast.strict():
         same(patched(plain), plain, features(3, 17, dtype=dtype))
-
-
-def test_weights_are_folded_once_and_again_when_they_change(monkeypatch):
-    monkeypatch.setattr(perceiver_resampler, "fold_pays", lambda context: True)
-    plain, x = idefics().eval(), features(2, 17)
-    module = patched(plain)
-    with torch.no_grad():
-        module(x)
-        folded = media_memory._remembered[module].made
-        module(features(4, 9))
-        assert media_memory._remembered[module].made is folded
-        for m in (module, plain):
-            m.blocks[1][0].context_layer_norm.weight.mul_(2)
-        torch.testing.assert_close(module(x), plain(x))
-        assert media_memory._remembered[module].made is not folded
-    assert module.state_dict().keys() == plain.state_dict().keys()
-
-
-def test_a_step_of_training_forgets_folded_weights(monkeypatch):
-    """Optimizers that write through .data leave no trace of it."""
-    monkeypatch.setattr(perceiver_resampler, "fold_pays", lambda context: True)
-    plain, x = idefics().eval(), features(2, 17)
-    module = patched(plain)
-    with torch.no_grad():
-        module(x)
-    module(x).sum().backward()
-    for m in (module, plain):
-        m.blocks[0][0].v_proj.weight.data.mul_(2)
-    with torch.no_grad():
-        torch.testing.assert_close(module(x), plain(x), rtol=1e-5, atol=1e-5)
-
-
-def test_a_bias_of_keys_and_values_is_not_folded_away(monkeypatch):
-    monkeypatch.setattr(perceiver_resampler, "fold_pays", lambda context: True)
-    plain, x = flamingo().eval(), features(2, 2, 1, 17)
-    for attention, _ in plain.layers:
-        attention.to_kv.bias = nn.Parameter(torch.randn(96))
-    with torch.no_grad():
-        torch.testing.assert_close(patched(plain)(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("depth", [0, 1])

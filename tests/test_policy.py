@@ -1,7 +1,11 @@
 """Choosing between fast path and reference, and saying so."""
 
+import asyncio
 import importlib.util
+import itertools
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +13,8 @@ import torch
 import vlm_fast
 from tests.cases import OPS, any_case, any_op, each, usual_shape
 from vlm_fast import parity
+from vlm_fast.kernels import _launcher
+from vlm_fast.modules import plain_linear
 
 UNSERVED = torch.float64
 
@@ -130,3 +136,98 @@ def test_the_served_dtypes_are_right_also_when_chosen(op):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         args, options = op.sample(usual_shape(op), dtype)
         assert all(v.ok for v in parity.check(op, args, options, fast=op))
+
+
+def switches():
+    """Every switch of the process: what holds it, and whether it is on."""
+    state = vlm_fast.policy.policy
+    return {
+        "strict": (vlm_fast.strict, lambda: state.strict),
+        "disabled": (vlm_fast.disabled, lambda: state.disabled),
+        "shapes_alone": (plain_linear.shapes_alone, reads_the_meta_device),
+        "recording": (_launcher.recording, lambda: bool(_launcher._recordings)),
+    }
+
+
+def reads_the_meta_device():
+    return plain_linear.why_not_plain(torch.nn.Linear(2, 2, device="meta")) is None
+
+
+@pytest.mark.parametrize("name", switches())
+def test_a_switch_is_off_when_all_have_left_in_whatever_order(name):
+    hold, is_on = switches()[name]
+    for order in itertools.permutations(range(3)):
+        held = [hold() for _ in range(3)]
+        for manager in held:
+            manager.__enter__()
+        for place, index in enumerate(order):
+            assert is_on()
+            held[index].__exit__(None, None, None)
+            assert is_on() == (place < 2)
+
+
+@pytest.mark.parametrize("name", switches())
+def test_switches_of_threads_and_tasks_leave_nothing_on(name):
+    hold, is_on = switches()[name]
+    inside, left = threading.Event(), threading.Event()
+
+    def stays():
+        with hold():
+            inside.set()
+            assert left.wait(60)
+            return is_on()
+
+    async def interleaved():
+        async def task(delay):
+            with hold():
+                for _ in range(delay):
+                    await asyncio.sleep(0)
+                assert is_on()
+
+        await asyncio.gather(task(1), task(5), task(2))
+
+    with ThreadPoolExecutor(1) as pool:
+        with hold():
+            found = pool.submit(stays)
+            assert inside.wait(60)
+        left.set()
+        assert found.result() and not is_on()
+    asyncio.run(interleaved())
+    assert not is_on()
+
+
+def test_nobody_sees_another_ones_end_of_a_recording():
+    one, other = _launcher.recording(), _launcher.recording()
+    first, second = one.__enter__(), other.__enter__()
+    assert first is not second
+    one.__exit__(None, None, None)
+    assert list(_launcher._recordings.values()) == [second]
+    other.__exit__(None, None, None)
+
+
+def test_compiled_code_follows_the_switches():
+    op = OPS["max_similarity"]
+    args, _ = op.sample(usual_shape(op))
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    torch._dynamo.reset()
+    outside = torch.compile(lambda *a: op(*a), backend=keep, fullgraph=True)
+
+    def within(*a):
+        with vlm_fast.disabled():
+            return op(*a)
+
+    for _ in range(2):
+        outside(*args)
+        with vlm_fast.disabled():
+            outside(*args)
+            with vlm_fast.disabled(), vlm_fast.strict():
+                outside(*args)
+    torch.compile(within, backend=keep, fullgraph=True)(*args)
+    assert not vlm_fast.policy.policy.disabled
+    plain = [torch.matmul in targets for targets in graphs]
+    assert plain == [False, True, True], graphs

@@ -5,8 +5,8 @@ import types
 
 import torch
 
-from benchmarks import ops, providers
-from benchmarks.providers.peer import Unavailable
+from vlm_fast.benchmarks import ops, providers
+from vlm_fast.benchmarks.providers.peer import Unavailable
 from vlm_fast.op import OPS
 
 

@@ -122,17 +122,18 @@ def test_one_batch_of_queries_for_many_windows(dtype):
 
 
 @pytest.mark.parametrize("expanded", [True, False])
-def test_expanded_queries_are_computed_once(expanded):
+def test_expanded_queries_are_computed_once(expanded, monkeypatch):
     model = blip2(**SMALL)
     vlm_fast.patch(model)
     query = torch.randn(1, 5, 48, requires_grad=True)
     given = query.expand(4, -1, -1) if expanded else query.repeat(4, 1, 1)
     image = images(4, 17, 40)
-    seen = []
-    hook = model.layernorm.register_forward_hook(lambda m, a, out: seen.append(out.shape[0]))
+    seen, norm = [], torch.nn.functional.layer_norm
+    monkeypatch.setattr(
+        torch.nn.functional, "layer_norm", lambda x, *a: seen.append(x.shape[0]) or norm(x, *a)
+    )
     out = model(query_embeds=given, encoder_hidden_states=image).last_hidden_state
-    hook.remove()
-    assert seen == [1 if expanded else 4]
+    assert seen[0] == (1 if expanded else 4)
     vlm_fast.unpatch(model)
     expected = model(query_embeds=given, encoder_hidden_states=image).last_hidden_state
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
@@ -294,28 +295,14 @@ def test_children_that_are_not_plain_are_called():
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_packed_weights_survive_conversion_copies_and_steps():
+def test_parameters_have_memory_of_their_own():
     qformer = QFormer(**{k: v for k, v in SMALL.items() if k != "vocab_size"}).eval()
-    attention = qformer.encoder.layer[0].attention.attention
-
-    def side_by_side(a, b):
-        return b.data_ptr() == a.data_ptr() + a.numel() * a.element_size()
-
-    for model in (qformer, qformer.double(), qformer.float()):
-        assert side_by_side(attention.query.weight, attention.key.weight)
-        assert side_by_side(attention.key.bias, attention.value.bias), model
-    query, image = torch.randn(2, 5, 48), images(2, 17, 40)
-    before = qformer(query, encoder_hidden_states=image).last_hidden_state
-    clone = copy.deepcopy(qformer)
-    with torch.no_grad():
-        for parameter in qformer.parameters():
-            parameter.mul_(0.5)
-    assert torch.equal(clone(query, encoder_hidden_states=image).last_hidden_state, before)
-    clone.load_state_dict(qformer.state_dict())
-    torch.testing.assert_close(
-        clone(query, encoder_hidden_states=image).last_hidden_state,
-        qformer(query, encoder_hidden_states=image).last_hidden_state,
-    )
+    model = blip2(**SMALL)
+    vlm_fast.patch(model)
+    for module in (qformer, qformer.double(), model, QFormer.of(blip2(**SMALL))):
+        for parameter in module.parameters():
+            own = parameter.untyped_storage().nbytes()
+            assert own == parameter.numel() * parameter.element_size()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Real ranks on gloo: whole models under DDP, FSDP2 in every granularity and tensor parallelism are
 those of one process; patching comes first."""
 
+import copy
 import functools
 
 import pytest
@@ -16,10 +17,11 @@ from torch.distributed.tensor.parallel import (
 )
 
 import vlm_fast
-from tests import tiny_llava
+from tests import tiny_llava, tiny_qformers
 from tests.ranks import on_ranks
 from tests.spreads import SPREADS, adapted, of_row, same, whole
 from tests.whole_models import FAMILIES, distance, pair
+from vlm_fast.modules import QFormer
 
 STEPS = 2  # the gradients of the second are those of the weights after the first
 
@@ -160,6 +162,51 @@ def refuse_dtensors(rank, world):
         vlm_fast.ops.mlp(args[0], spread[1], None, spread[3], None)
 
 
+def revert_after_sharding_is_refused(rank, world):
+    model = tiny_llava.llava()
+    report = vlm_fast.patch(model)
+    projector = model.model.multi_modal_projector
+    fully_shard(projector)
+    kinds = [type(module) for module in model.modules()]
+    for undo in (report.revert, lambda: vlm_fast.unpatch(model)):
+        with pytest.raises(ValueError, match="stays patched: its class has become FSDP"):
+            undo()
+    assert kinds == [type(module) for module in model.modules()]  # all or none
+    projector.unshard()
+
+
+def a_qformer_sharded_by_layers(rank, world, unit):
+    """A unit for each layer, for the encoder too, or for the whole: as in one process."""
+    sizes = {k: v for k, v in tiny_qformers.SMALL.items() if k != "vocab_size"}
+    torch.manual_seed(0)
+    whole_one = QFormer(**sizes)
+    sharded = copy.deepcopy(whole_one)
+    units = {
+        "layers": [*sharded.encoder.layer],
+        "encoder": [*sharded.encoder.layer, sharded.encoder],
+        "root": [],
+    }[unit]
+    for part in [*units, sharded]:
+        fully_shard(part)
+    query, image = torch.randn(1, 5, 48), torch.randn(world, 7, 40, requires_grad=True)
+    for module, rows in ((whole_one, slice(None)), (sharded, slice(rank, rank + 1))):
+        module.eval()
+        row = image[rows]
+        out = module(query.expand(len(row), -1, -1), encoder_hidden_states=row).last_hidden_state
+        out.square().sum().backward()
+        if module is whole_one:
+            expected = out[rank : rank + 1]
+            for p in module.parameters():
+                p.grad = None if p.grad is None else p.grad / world
+            of_image, image.grad = image.grad, None
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(image.grad[rank], of_image[rank], rtol=1e-4, atol=1e-5)
+    same(sharded, whole_one, lambda p: p.grad)
+    if unit != "root":
+        with pytest.raises(ValueError, match="image_key_values: encoder is sharded"):
+            sharded.image_key_values(image)
+
+
 CHECKS = {
     "whole models": [
         (whole_model_is_that_of_one_process, family, spread, spread == "FSDP2, layers")
@@ -168,7 +215,12 @@ CHECKS = {
     ],
     "mixed precision": [(mixed_precision_is_as_good_as_unpatched, family) for family in FAMILIES],
     "tensor parallel": [(tensor_parallelism_falls_back, family) for family in FAMILIES],
-    "refusals": [(refuse_after_sharding,), (refuse_dtensors,)],
+    "refusals": [
+        (refuse_after_sharding,),
+        (refuse_dtensors,),
+        (revert_after_sharding_is_refused,),
+    ],
+    "Q-Former": [(a_qformer_sharded_by_layers, unit) for unit in ("layers", "encoder", "root")],
 }
 
 

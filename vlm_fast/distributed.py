@@ -29,7 +29,7 @@ def connectors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _reads_children(module: nn.Module) -> bool:
     if isinstance(module, Patched):
-        return type(module).why_not is not Patched.why_not
+        return type(module).patch.mixin.why_not is not Patched.why_not  # type: ignore[attr-defined]
     return any(base.__module__.startswith("vlm_fast.modules.") for base in type(module).__mro__)
 
 

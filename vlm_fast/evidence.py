@@ -1,8 +1,8 @@
 """What results files prove of each op: on which machine, at this source or at an older one.
 
-A results file (``benchmarks/results/<machine>.json``) is written by the benchmark, and described by
-the JSON schema that is shipped beside this, ``results.schema.json``. This
-reads ``schema``, ``device`` ("cuda" or "cpu"), ``machine``, ``sources`` ({op: {file: sha256}}) and
+A results file (``benchmarks/results/<machine>.json``) is written by the benchmark, shipped with the
+package, and described by the JSON schema beside this, ``results.schema.json``. This reads
+``schema``, ``device`` ("cuda" or "cpu"), ``machine``, ``sources`` ({op: {file: sha256}}) and
 ``parity`` ({op: {"dtypes": [...], "cases": n, "failures": [...]}}).
 """
 
@@ -22,8 +22,10 @@ from vlm_fast.op import Op
 
 SCHEMA = 2
 PACKAGE = Path(__file__).resolve().parent
-CSRC = PACKAGE.parent / "csrc"  # absent where the package is installed, like the results
-RESULTS = PACKAGE.parent / "benchmarks" / "results"
+CSRC = PACKAGE / "csrc"
+# In a clone the folder is a link, and results belong beside what it points to.
+RESULTS = (PACKAGE / "benchmarks" / "results").resolve()
+IN_CLONE = PACKAGE not in RESULTS.parents
 
 # These decide how a kernel is launched, not what it computes.
 PLUMBING = {"_configs.py", "_launcher.py", "_native.py", "_triton.py", "_user_table.py"}
@@ -109,7 +111,12 @@ def proofs(op: Op[..., Any], results: list[dict[str, Any]]) -> list[Proof]:
 
 
 def commit() -> str | None:
-    """The commit, with a plus sign if the tree differs from it; None outside a repository."""
+    """The commit, with a plus sign if the tree differs from it; None where there is no clone.
+
+    The repository around an installed package is the user's.
+    """
+    if not IN_CLONE:
+        return None
     git = ("git", "-C", str(PACKAGE.parent))
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)

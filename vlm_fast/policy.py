@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -33,10 +34,45 @@ def _switch(name: str) -> bool:
     return True
 
 
+class Switch:
+    """On while anyone holds it. Threads and tasks may leave in another order than they came."""
+
+    def __init__(self, on: bool = False) -> None:
+        self.on = on  # a plain attribute, which compiled graphs guard
+        self._holders = int(on)
+        self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the switch within."""
+        self._add(1)
+        try:
+            yield
+        finally:
+            self._add(-1)
+
+    def _add(self, count: int) -> None:
+        if torch.compiler.is_compiling():  # Dynamo knows no locks; it replays both assignments
+            self._holders += count
+            self.on = self._holders > 0
+            return
+        with self._lock:
+            self._holders += count
+            self.on = self._holders > 0
+
+
 class _Policy:
     def __init__(self) -> None:
-        self.strict = _switch("VLM_FAST_STRICT")
-        self.disabled = _switch("VLM_FAST_DISABLE")
+        self.strict_switch = Switch(_switch("VLM_FAST_STRICT"))
+        self.disabled_switch = Switch(_switch("VLM_FAST_DISABLE"))
+
+    @property
+    def strict(self) -> bool:
+        return self.strict_switch.on
+
+    @property
+    def disabled(self) -> bool:
+        return self.disabled_switch.on
 
 
 policy = _Policy()
@@ -49,22 +85,22 @@ DISABLED = "disabled by vlm_fast.disabled() or VLM_FAST_DISABLE"
 
 @contextlib.contextmanager
 def strict() -> Iterator[None]:
-    """Raise `VlmFastFallbackError` where a call would fall back. Holds for the whole process."""
-    before, policy.strict = policy.strict, True
-    try:
+    """Raise `VlmFastFallbackError` where a call would fall back.
+
+    Holds for the whole process, until the last thread or task that is within has left.
+    """
+    with policy.strict_switch.held():
         yield
-    finally:
-        policy.strict = before
 
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Send every call to its reference. Holds for the whole process."""
-    before, policy.disabled = policy.disabled, True
-    try:
+    """Send every call to its reference.
+
+    Holds for the whole process, until the last thread or task that is within has left.
+    """
+    with policy.disabled_switch.held():
         yield
-    finally:
-        policy.disabled = before
 
 
 def stats(*, reset: bool = False) -> dict[str, dict[str, object]]:

@@ -21,3 +21,8 @@ def wrong_type(op: str, argument: str, got: object, expected: str) -> TypeError:
 
 def not_a_tensor(op: str, argument: str, got: object) -> TypeError:
     return TypeError(f"vlm_fast.{op}: {argument} is a {type(got).__name__}, expected a Tensor")
+
+
+def once(name: str) -> RuntimeError:
+    """A gradient of a gradient was asked for, which ``vlm_fast.<name>`` does not have."""
+    return RuntimeError(f"vlm_fast.{name}: double backward is not supported")

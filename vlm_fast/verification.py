@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from vlm_fast import ops, parity
 from vlm_fast.anyres import Plan
+from vlm_fast.model_runs import Run, is_float, judge_outputs, moved, run, seeded
 from vlm_fast.parity import Verdict, judge_all
 from vlm_fast.patching import anyres, image_token_merge, patched_modules
 from vlm_fast.patching.class_swap import Patched, swap_back
@@ -40,24 +42,30 @@ class Connector:
 
 @dataclass(frozen=True)
 class Verification:
-    """The connectors, and how far the whole model's first output moved.
+    """The connectors, and what the whole model returned with the patch and without.
 
     Attributes:
         connectors: those that the inputs reached.
         unreached: names of patched connectors that they did not. A part of a connector that was
             judged as a whole is not listed by itself.
-        output_error: largest difference between the outputs with and without the patch.
+        outputs: the verdict on each floating tensor that the model returned.
+        incomparable: why there are no verdicts on outputs, or None.
+        output_error: largest difference between the first outputs with and without the patch.
         output_scale: largest magnitude of the output without the patch.
     """
 
     connectors: Sequence[Connector]
     unreached: Sequence[str]
+    outputs: Sequence[Verdict]
+    incomparable: str | None
     output_error: float
     output_scale: float
 
     @property
     def ok(self) -> bool:
-        return bool(self.connectors) and all(connector.ok for connector in self.connectors)
+        """Whether a connector was reached, and nothing that was judged is wrong."""
+        judged = [c.ok for c in self.connectors] + [v.ok for v in self.outputs]
+        return bool(self.connectors) and all(judged)
 
     def __str__(self) -> str:
         lines = []
@@ -69,18 +77,34 @@ class Verification:
                 + (f"; {why}" if why else "")
             )
         lines += [f"not reached: {name}" for name in self.unreached]
+        lines += [f"FAIL output {v.what}: {v.failure}" for v in self.outputs if not v.ok]
+        if self.incomparable is not None:
+            lines.append(f"model output not judged: {self.incomparable}")
         lines.append(
             f"model output: largest difference {self.output_error:.3g} of {self.output_scale:.3g}"
         )
         return "\n".join(lines)
 
 
+RANDOM = "the model draws random numbers, others with the patch than without (dropout: call eval())"
+
+NOTHING = "the model returned no floating tensor"
+
+
 def verify(model: nn.Module, **inputs: Any) -> Verification:
-    """Run a patched model on ``inputs`` and judge each connector by the rule of `parity.judge`.
+    """Run a patched model on ``inputs`` and judge it and each connector, as `parity.judge` does.
 
     Each connector is run on what reached it: with the patch, without it, and without it in float64;
-    outputs and gradients (to its inputs and parameters) are compared. The model runs twice in
-    forward, under the same random seed; its parameters, gradients and mode are left as they were.
+    outputs and gradients (to its inputs and parameters) are compared. One with active dropout is
+    judged without it.
+
+    What the model returns with the patch may differ from what it returns without by what rounding
+    explains: as far as it moves, without the patch, where each connector's output is moved by the
+    error that it is allowed. Where dropout is active, outputs are not judged.
+
+    The model runs four times in forward under the same random seed, and more often only before an
+    output is called wrong. Its parameters, gradients, buffers and mode are left as they were, as is
+    the random state.
 
     Raises:
         ValueError: nothing in ``model`` is patched.
@@ -88,6 +112,57 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
     connectors = dict(patched_modules(model))
     if not connectors:
         raise ValueError(f"{type(model).__name__} has no patched connector; call patch() first")
+    ours = run(model, inputs)  # as it is: hooks, which observe, may make a module fall back
+    seen, merges, packs = _observed(model, connectors, inputs)
+    with _without_patch(connectors):
+        theirs = run(model, inputs)
+    found, whole, unreached = [], [], []
+    for name, module in connectors.items():
+        what, verdicts = [], []
+        plain = module.unpatched() if name in seen and isinstance(module, Patched) else None
+        if plain is not None:
+            judged, random = _verify_module(module, plain, seen[name])
+            dropout = " without dropout" if random else ""
+            what.append(type(module).patch.mixin.__name__ + dropout)
+            verdicts += judged
+            whole.append(name)
+        if isinstance(module, anyres.FusedAnyRes) and packs:
+            what.append("anyres_pack")
+            verdicts += [v for pack in packs for v in _verify_pack(*pack)]
+        if isinstance(module, image_token_merge.FusedMerge) and merges:
+            what.append("merge_image_tokens")
+            verdicts += [v for merge in merges for v in _verify_merge(*merge)]
+        if what:
+            found.append(Connector(name, ", ".join(what), verdicts))
+        elif not _within(name, whole) and not (isinstance(module, GivesSets) and name in seen):
+            unreached.append(name)
+    outputs: list[Verdict] = []
+    incomparable = NOTHING if not theirs.outputs else None
+    if ours.random or theirs.random:
+        incomparable = RANDOM
+    else:
+        budgets = {
+            c.name: [v.budget for v in c.verdicts if v.what.startswith("output")]
+            for c in found
+            if c.name in whole
+        }
+
+        def rounded(draw: int) -> Run:
+            with _without_patch(connectors), moved(connectors, budgets, draw):
+                return run(model, inputs)
+
+        outputs = judge_outputs(ours, theirs, rounded)
+    mine, plain_output = ours.first(), theirs.first()
+    same = mine.shape == plain_output.shape and mine.numel() > 0
+    difference = (mine.double() - plain_output.double()).abs().max().item() if same else 0.0
+    scale = plain_output.abs().max().item() if plain_output.numel() else 0.0
+    return Verification(found, unreached, outputs, incomparable, difference, scale)
+
+
+def _observed(
+    model: nn.Module, connectors: dict[str, nn.Module], inputs: dict[str, Any]
+) -> tuple[dict[str, Arguments], list[Any], list[Any]]:
+    """The last arguments of each connector, and those of every merge and every pack."""
     seen: dict[str, Arguments] = {}
     merges: list[tuple[Tensor, Tensor, Tensor]] = []
     packs: list[tuple[Any, ...]] = []
@@ -100,43 +175,46 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
     image_token_merge.OBSERVERS.append(observer)
     anyres.OBSERVERS.append(pack_observer)
     try:
-        ours = _first_output(model, inputs)
+        run(model, inputs)
     finally:
         image_token_merge.OBSERVERS.remove(observer)
         anyres.OBSERVERS.remove(pack_observer)
         for hook in hooks:
             hook.remove()
-    theirs = _without_patch(connectors, lambda: _first_output(model, inputs))
-    found, whole, unreached = [], [], []
-    for name, module in connectors.items():
-        what, verdicts = [], []
-        plain = module.unpatched() if name in seen and isinstance(module, Patched) else None
-        if plain is not None:
-            what.append(type(module).patch.mixin.__name__)
-            verdicts += _verify_module(module, plain, seen[name])
-            whole.append(name)
-        if isinstance(module, anyres.FusedAnyRes) and packs:
-            what.append("anyres_pack")
-            verdicts += [v for pack in packs for v in _verify_pack(*pack)]
-        if isinstance(module, image_token_merge.FusedMerge) and merges:
-            what.append("merge_image_tokens")
-            verdicts += [v for merge in merges for v in _verify_merge(*merge)]
-        if what:
-            found.append(Connector(name, ", ".join(what), verdicts))
-        elif not _within(name, whole) and not (isinstance(module, GivesSets) and name in seen):
-            unreached.append(name)
-    difference = (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0
-    return Verification(found, unreached, difference, theirs.abs().max().item())
+    return seen, merges, packs
 
 
-def _verify_module(module: nn.Module, plain: nn.Module, arguments: Arguments) -> list[Verdict]:
-    ours = _module_results(module, arguments)
-    exact = _module_results(copy.deepcopy(plain).double(), _floats(arguments, Tensor.double))
-    outputs = [name for name in ours if name.startswith("output")]
-    return judge_all(ours, lambda: _module_results(plain, arguments), exact, outputs=outputs)
+def _verify_module(
+    module: nn.Module, plain: nn.Module, arguments: Arguments
+) -> tuple[list[Verdict], bool]:
+    """The verdicts, and whether the module drew random numbers and was judged without any."""
+    (ours, drew), (_, plain_drew) = (_module_results(m, arguments) for m in (module, plain))
+    random = drew or plain_drew
+    with _evaluating(module, plain) if random else contextlib.nullcontext():
+        if random:
+            ours, _ = _module_results(module, arguments)
+        wide = copy.deepcopy(plain).double()
+        exact, _ = _module_results(wide, _floats(arguments, Tensor.double))
+        outputs = [name for name in ours if name.startswith("output")]
+        native = lambda: _module_results(plain, arguments)[0]  # noqa: E731
+        return judge_all(ours, native, exact, outputs=outputs), random
 
 
-def _module_results(module: nn.Module, arguments: Arguments) -> parity.Results:
+@contextlib.contextmanager
+def _evaluating(*roots: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for root in roots for module in root.modules()]
+    try:
+        for root in roots:
+            root.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _module_results(
+    module: nn.Module, arguments: Arguments
+) -> tuple[dict[str, Tensor | None], bool]:
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     inputs: list[Tensor] = []
 
@@ -144,16 +222,20 @@ def _module_results(module: nn.Module, arguments: Arguments) -> parity.Results:
         inputs.append(tensor.detach().requires_grad_())
         return inputs[-1]
 
-    with torch.enable_grad():
+    def run_both_ways() -> tuple[list[Tensor], Sequence[Tensor]]:
         args, kwargs = _floats(arguments, leaf)
-        results = [r for r in tree_leaves(module(*args, **kwargs)) if _is_float(r)]
-        wanted = [*inputs, *parameters.values()]
+        results = [r for r in tree_leaves(module(*args, **kwargs)) if is_float(r)]
         upstream = [parity.random_upstream(result) for result in results]
-        grads = torch.autograd.grad(results, wanted, upstream, materialize_grads=True)
+        wanted = [*inputs, *parameters.values()]
+        return results, torch.autograd.grad(results, wanted, upstream, materialize_grads=True)
+
+    with torch.enable_grad():
+        (results, grads), random = seeded(module, run_both_ways)
     names = ["output" if i == 0 else f"output {i}" for i in range(len(results))]
     names += [f"gradient of input {i}" for i in range(len(inputs))]
     names += [f"gradient of {name}" for name in parameters]
-    return dict(zip(names, [*(r.detach() for r in results), *grads], strict=True))
+    tensors = [*(r.detach() for r in results), *grads]
+    return dict(zip(names, tensors, strict=True)), random
 
 
 def _floats(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
@@ -173,10 +255,6 @@ def _floats(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Argumen
         return changed if once.shape == value.shape else changed.expand(value.shape)
 
     return tree_map(one, arguments)
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _verify_pack(features: Tensor, newline: Tensor | None, plan: Plan) -> list[Verdict]:
@@ -204,26 +282,14 @@ def _verify_merge(embeds: Tensor, mask: Tensor, features: Tensor) -> list[Verdic
     ]
 
 
-def _first_output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    devices = [p.device for p in model.parameters() if p.is_cuda][:1]
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(0)
-        output = model(**inputs)
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if hasattr(output, "values") else output
-    # A loss is one number; the tensor after it says more.
-    tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-    return next((t for t in tensors if t.ndim > 0), tensors[0])
-
-
-def _without_patch(connectors: dict[str, nn.Module], run: Callable[[], Tensor]) -> Tensor:
+@contextlib.contextmanager
+def _without_patch(connectors: dict[str, nn.Module]) -> Iterator[None]:
     classes = {name: type(module) for name, module in connectors.items()}
     try:
         for module in connectors.values():
             assert isinstance(module, Patched)
             swap_back(module)
-        return run()
+        yield
     finally:
         for name, module in connectors.items():
             module.__class__ = classes[name]

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 import vlm_fast
-from benchmarks.before_and_after import DTYPE, compare_all, show
-from benchmarks.models import parts, proof
-from benchmarks.models.architecture import Architecture, States
-from benchmarks.models.blip2 import BLIP2
-from benchmarks.models.idefics import IDEFICS
-from benchmarks.models.llava import LLAVA
-from benchmarks.models.mllama import MLLAMA
+from vlm_fast.benchmarks.before_and_after import DTYPE, compare_all, show
+from vlm_fast.benchmarks.models import parts, proof
+from vlm_fast.benchmarks.models.architecture import Architecture, States
+from vlm_fast.benchmarks.models.blip2 import BLIP2
+from vlm_fast.benchmarks.models.idefics import IDEFICS
+from vlm_fast.benchmarks.models.llava import LLAVA
+from vlm_fast.benchmarks.models.mllama import MLLAMA
 from vlm_fast.measure import timing
 
 MODELS = {"llava": LLAVA, "blip2": BLIP2, "idefics": IDEFICS, "mllama": MLLAMA}

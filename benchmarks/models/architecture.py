@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.before_and_after import Part
+from vlm_fast.benchmarks.before_and_after import Part
 
 VOCABULARY = 1024  # an embedding of the real one's size is no connector's business
 WORKING_BYTES = 8 * 2**30  # activations, a second prompt, what the allocator does not give back

@@ -6,8 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.models import pictures
-from benchmarks.models.architecture import VOCABULARY, Architecture, Inputs, on, with_images
+from vlm_fast.benchmarks.models import pictures
+from vlm_fast.benchmarks.models.architecture import (
+    VOCABULARY,
+    Architecture,
+    Inputs,
+    on,
+    with_images,
+)
 
 IMAGE_TOKEN, QUERIES, WORDS = 7, 32, 32
 # Of the tower, the Q-Former, the language model.

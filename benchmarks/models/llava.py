@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.before_and_after import Part, without_gradients
-from benchmarks.models import pictures
-from benchmarks.models.architecture import (
+from vlm_fast.benchmarks.before_and_after import Part, without_gradients
+from vlm_fast.benchmarks.models import pictures
+from vlm_fast.benchmarks.models.architecture import (
     VOCABULARY,
     Architecture,
     Inputs,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models import pictures
-from benchmarks.models.architecture import VOCABULARY, Architecture, Inputs, on, text
+from vlm_fast.benchmarks.models import pictures
+from vlm_fast.benchmarks.models.architecture import VOCABULARY, Architecture, Inputs, on, text
 
 TILES, WORDS = 4, 64
 ROTATION = dict(rope_type="default", rope_theta=5e5)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.before_and_after import Part, without_gradients
-from benchmarks.models.architecture import Architecture, Inputs, States
 from vlm_fast import parity
+from vlm_fast.benchmarks.before_and_after import Part, without_gradients
+from vlm_fast.benchmarks.models.architecture import Architecture, Inputs, States
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

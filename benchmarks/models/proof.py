@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import vlm_fast
-from benchmarks.models.architecture import Inputs
-from benchmarks.models.parts import prompt
+from vlm_fast.benchmarks.models.architecture import Inputs
+from vlm_fast.benchmarks.models.parts import prompt
 from vlm_fast.parity import judge_all
 
 NEW_TOKENS = 8

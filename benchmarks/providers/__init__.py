@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.providers import attention, norms, projectors, tokens
-from benchmarks.providers.peer import Peer, Unavailable
+from vlm_fast.benchmarks.providers import attention, norms, projectors, tokens
+from vlm_fast.benchmarks.providers.peer import Peer, Unavailable
 from vlm_fast.op import Op
 
 OURS, EAGER = "vlm_fast", "eager"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.providers.peer import Peer, Unavailable
+from vlm_fast.benchmarks.providers.peer import Peer, Unavailable
 from vlm_fast.ops import gated_add, pixel_shuffle_norm
 
 Norm = Callable[[Tensor, Tensor, Any, float], Tensor]

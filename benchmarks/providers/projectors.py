@@ -13,7 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.providers.peer import Peer, Unavailable
+from vlm_fast.benchmarks.providers.peer import Peer, Unavailable
 
 TANH = ("gelu", "gelu_tanh")  # where another GELU is near enough to be timed beside ours
 

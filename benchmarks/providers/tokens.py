@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.providers.peer import Peer, Unavailable
+from vlm_fast.benchmarks.providers.peer import Peer, Unavailable
 
 
 def running_count(embeds: Tensor, features: Any, mask: Tensor) -> Callable[..., Any]:

@@ -168,3 +168,20 @@ def test_loops_to_a_bound_known_at_launch():
     out = torch.empty(())
     loop_kernel[(1,)](torch.ones(37), out, 37, BLOCK=16)
     assert out == 37
+
+
+SCALE = tl.constexpr(1.5)
+
+
+@triton.jit
+def scaled_kernel(x_ptr, out_ptr, LENGTH: tl.constexpr):
+    at = tl.arange(0, LENGTH)
+    x = tl.load(x_ptr + at)
+    tl.store(out_ptr + at, tl.exp(SCALE * x))
+    tl.store(out_ptr + LENGTH + at, tl.abs(SCALE - x))
+
+
+def test_a_constant_of_a_module_works_on_a_tensor():
+    x, out = torch.linspace(-2, 2, LENGTH), torch.empty(2, LENGTH)
+    scaled_kernel[(1,)](x, out, LENGTH=LENGTH)
+    torch.testing.assert_close(out, torch.stack([(1.5 * x).exp(), (1.5 - x).abs()]))

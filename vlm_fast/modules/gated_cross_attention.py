@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
-from vlm_fast.modules.media_memory import remembered
 from vlm_fast.modules.plain_tree import why_not_plain_tree
 from vlm_fast.policy import fell_back
 from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
@@ -82,8 +81,8 @@ class GatedCrossAttentionBlock(nn.Module):
         only_attend_immediate_media: whether a token sees its last medium alone, and nothing before
             the first; else it sees all previous ones, and before the first the mean of all values.
 
-    Without gradients, in eval mode, keys and values are remembered while the features live, so that
-    a generated token costs no projection of them; see also `key_values`.
+    A caller that reads the same media several times, as for every generated token, projects them
+    once by `key_values`.
     """
 
     def __init__(
@@ -157,7 +156,7 @@ def gated_block(
     reason = why_not_fused(block)
     if reason is not None:
         fell_back(type(block).__name__, reason)
-        attended = attend(block.attn, x, media, media_locations, use_cached_media, plain=False)
+        attended = block.attn(x, media, media_locations, use_cached_media)
         x = ops.gated_add(x, attended.to(x.dtype), block.attn_gate)
         return ops.gated_add(x, block.ff(x).to(x.dtype), block.ff_gate)
     norm, linear_1, act, linear_2 = block.ff
@@ -178,18 +177,13 @@ def attend(
     media: Any,
     media_locations: Tensor | None,
     use_cached_media: bool,
-    *,
-    plain: bool = True,
 ) -> Tensor:
-    """The forward of any module with the children of `MaskedCrossAttention`.
-
-    ``plain``: whether parameters may be read; else the children are called.
-    """
+    """The forward of any module with the children of `MaskedCrossAttention`, which are called."""
     if not isinstance(x, Tensor):
         raise not_a_tensor(OP, "x", x)
     if x.ndim != 3 or x.shape[2] != getattr(attn.to_q, "in_features", x.shape[2]):
         raise wrong_value(OP, "x", x, f"(batch, tokens, {attn.to_q.in_features})")
-    found = media if isinstance(media, MediaKeyValues) else project(attn, media, plain=plain)
+    found = media if isinstance(media, MediaKeyValues) else project(attn, media)
     if found.k.shape[0] != x.shape[0]:
         raise wrong_value(OP, "media", found.k, f"{x.shape[0]} samples, as x has")
     q = attn.to_q(attn.norm(x)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
@@ -224,20 +218,13 @@ def media_index(
     return media_locations.cumsum(1)
 
 
-def project(attn: Any, media: Any, *, plain: bool = True) -> MediaKeyValues:
-    """Keys and values of media, remembered without gradients while the features live."""
+def project(attn: Any, media: Any) -> MediaKeyValues:
+    """Keys and values of media."""
     if not isinstance(media, Tensor):
         raise not_a_tensor(OP, "media", media)
     width = getattr(attn.to_kv, "in_features", media.shape[-1])
     if media.ndim != 4 or media.shape[3] != width:
         raise wrong_value(OP, "media", media, f"(batch, media, latents, {width})")
-
-    def made() -> MediaKeyValues:
-        kv = attn.to_kv(media.flatten(1, 2)).unflatten(2, (2, attn.heads, -1))
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        return MediaKeyValues(k, v, media.shape[2])
-
-    autocast = torch.is_autocast_enabled("cuda" if media.is_cuda else "cpu")
-    if not plain or autocast:
-        return made()
-    return remembered(attn, media, [attn.to_kv.weight], made)
+    kv = attn.to_kv(media.flatten(1, 2)).unflatten(2, (2, attn.heads, -1))
+    k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+    return MediaKeyValues(k, v, media.shape[2])

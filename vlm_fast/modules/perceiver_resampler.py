@@ -1,8 +1,7 @@
 """Flamingo's Perceiver resampler, with the keys and arguments of OpenFlamingo.
 
 Latents attend to the context and to themselves: keys and values come in two parts, which are never
-concatenated. All layers normalise one context and differ in the affine map alone; on a GPU, without
-gradients, that map is folded into the weights of keys and values, and all layers' are one GEMM.
+concatenated.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.media_memory import forget, remembered
 from vlm_fast.modules.mlp_projector import fused_mlp
 from vlm_fast.modules.plain_tree import why_not_plain_tree
 from vlm_fast.policy import fell_back
@@ -57,7 +55,7 @@ class PerceiverAttention(nn.Module):
         """What is added to the latents ``(batch, ..., n, dim)``; x: ``(batch, ..., keys, dim)``."""
         context, own = x.flatten(0, -3), latents.flatten(0, -3)
         layer = layer_of_openflamingo(self, nn.Identity())
-        found = _attend(layer, own, context, None, None)
+        found = _attend(layer, own, context, None)
         return layer.out(found).view(latents.shape)
 
 
@@ -141,7 +139,7 @@ def resample_media(module: Any, x: Any) -> Tensor:
     reason = why_not_plain_tree(module, biases=False)
     if reason is None:
         layers = [layer_of_openflamingo(attention, ff) for attention, ff in module.layers]
-        latents = resample(module, context, module.latents, layers)
+        latents = resample(context, module.latents, layers)
     else:
         fell_back(type(module).__name__, reason)
         latents = module.latents.expand(context.shape[0], -1, -1).unsqueeze(1)
@@ -170,7 +168,6 @@ def fused_sequence(norm: Any, linear_1: Any, act: Any, linear_2: Any) -> Callabl
 
 
 def resample(
-    owner: nn.Module,
     context: Tensor,
     latents: Tensor,
     layers: Sequence[Layer],
@@ -178,60 +175,47 @@ def resample(
 ) -> Tensor:
     """``(batch, n, dim)``: latents ``(n, dim)`` after all layers, which read ``context``.
 
-    The parameters of all layers may be read. ``owner``: beside what folded weights are remembered;
-    ``key_mask``: bool ``(batch, keys)``, True where the context is seen.
+    The parameters of all layers may be read. ``key_mask``: bool ``(batch, keys)``, True where the
+    context is seen.
     """
     batch = context.shape[0]
-    folded = _folded_key_values(owner, context, layers)
     if key_mask is not None:  # latents see one another
         key_mask = torch.cat((key_mask, key_mask.new_ones(batch, len(latents))), 1)
     own = latents.unsqueeze(0)  # the same for all images until they have seen one
-    for i, layer in enumerate(layers):
-        of_context = None if folded is None else folded[i]
-        own = layer.out(_attend(layer, own, context, of_context, key_mask)) + own
+    for layer in layers:
+        own = layer.out(_attend(layer, own, context, key_mask)) + own
         own = layer.feed_forward(own) + own
     return own.expand(batch, -1, -1)
 
 
-def _attend(
-    layer: Layer,
-    latents: Tensor,
-    context: Tensor,
-    of_context: KeysValues | None,
-    key_mask: Tensor | None,
-) -> Tensor:
+def _attend(layer: Layer, latents: Tensor, context: Tensor, key_mask: Tensor | None) -> Tensor:
     """Attention of latents ``(batch or 1, n, dim)`` to the context and themselves.
 
-    Keys and values of the context may be given. The result has its heads side by side.
+    The result has its heads side by side.
     """
     batch, normed = context.shape[0], layer.norm_latents(latents)
     q = layer.query(normed).unflatten(2, (layer.heads, -1))
     if layer.head_norms is not None:
         q = layer.head_norms[0](q)
-    if of_context is None:
-        (k, v), (k2, v2) = _key_values(layer, layer.norm_context(context), normed)
-    else:
-        (k, v), ((k2, v2),) = of_context, _key_values(layer, normed)
+    (k, v), (k2, v2) = _key_values(layer, layer.norm_context(context), normed)
     q, k2, v2 = (t.expand(batch, -1, -1, -1) for t in (q.transpose(1, 2), k2, v2))
     attended = ops.cross_attention(q, k, v, k2, v2, key_mask=key_mask, scale=layer.scale)
     return attended.transpose(1, 2).flatten(2)
 
 
-def _key_values(layer: Layer, *normed: Tensor) -> list[KeysValues]:
-    """Keys and values ``(batch, heads, tokens, d)`` of each of several normalised inputs.
+def _key_values(layer: Layer, context: Tensor, latents: Tensor) -> list[KeysValues]:
+    """Keys and values ``(batch, heads, tokens, d)`` of the context and of the latents, normed.
 
     Their rows are multiplied at once: of two products with one weight autograd adds the gradients,
     and holds three of them meanwhile.
     """
-    rows = torch.cat([x.flatten(0, 1) for x in normed]) if len(normed) > 1 else normed[0]
+    rows = torch.cat((context.flatten(0, 1), latents.flatten(0, 1)))
     parts = [linear(rows) for linear in layer.key_value]
     k, v = parts if len(parts) == 2 else parts[0].chunk(2, -1)
-    if len(normed) == 1:
-        return [_as_heads(layer, k, v)]
-    counts = [x.shape[0] * x.shape[1] for x in normed]
+    counts = [x.shape[0] * x.shape[1] for x in (context, latents)]
     return [
         _as_heads(layer, *(rows.unflatten(0, x.shape[:2]) for rows in pair))
-        for x, *pair in zip(normed, k.split(counts), v.split(counts), strict=True)
+        for x, *pair in zip((context, latents), k.split(counts), v.split(counts), strict=True)
     ]
 
 
@@ -243,52 +227,6 @@ def _as_heads(layer: Layer, k: Tensor, v: Tensor) -> KeysValues:
         # where that of the two parts of the keys would be the rounding of their sum.
         k = F.layer_norm(k, k.shape[-1:], norm.weight, norm.bias * 0, norm.eps)
     return k.transpose(1, 2), v.transpose(1, 2)
-
-
-def fold_pays(context: Tensor) -> bool:
-    """One launch and one pass over the context on a GPU; on a CPU the wide GEMM is the slower."""
-    return context.is_cuda
-
-
-def _folded_key_values(
-    owner: nn.Module, context: Tensor, layers: Sequence[Layer]
-) -> list[KeysValues] | None:
-    """Those of the context for all layers from one GEMM; None where the fold does not pay.
-
-    With gradients it would be made, and differentiated, in every step.
-    """
-    norms = [layer.norm_context for layer in layers]
-    alike = len({(type(norm), _eps(norm)) for norm in norms}) == 1
-    autocast = torch.is_autocast_enabled("cuda" if context.is_cuda else "cpu")
-    if torch.is_grad_enabled() or owner.training or autocast or not (layers and alike):
-        forget(owner)
-        return None
-    if not fold_pays(context):
-        return None
-    linears = [layer.key_value for layer in layers]
-    if any(linear.bias is not None for group in linears for linear in group):
-        return None
-    sources = [p for norm in norms for p in norm.parameters()]
-    sources += [linear.weight for group in linears for linear in group]
-
-    def fold() -> tuple[Tensor, Tensor | None]:
-        pairs = [(g, norm) for group, norm in zip(linears, norms, strict=True) for g in group]
-        weight = torch.cat([linear.weight * norm.weight for linear, norm in pairs])
-        if getattr(norms[0], "bias", None) is None:
-            return weight, None
-        return weight, torch.cat([linear.weight @ norm.bias for linear, norm in pairs])
-
-    weight, bias = remembered(owner, sources[0], sources[1:], fold)
-    normalise = F.layer_norm if isinstance(norms[0], nn.LayerNorm) else F.rms_norm
-    unit = normalise(context, context.shape[-1:], eps=_eps(norms[0]))
-    every = F.linear(unit, weight, bias).chunk(2 * len(layers), -1)
-    return [
-        _as_heads(layer, k, v) for layer, k, v in zip(layers, every[::2], every[1::2], strict=True)
-    ]
-
-
-def _eps(norm: Any) -> Any:
-    return norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
 
 
 def _check(module: Any, x: Any) -> None:

@@ -7,41 +7,35 @@ is asked at every call (a few microseconds) and the answer is a reason one can r
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-_LINEAR_FORWARD = nn.Linear.forward
+from vlm_fast.modules.original_code import why_not_original, written_class
+from vlm_fast.policy import Switch
+
 # The second is what nn.MultiheadAttention calls its output projection; its forward is the first's.
 _LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_shapes_alone = False
+_shapes_alone = Switch()
+GLOBAL_HOOKS = "global module hooks are set"
 
 
-@contextlib.contextmanager
-def shapes_alone() -> Iterator[None]:
+def shapes_alone() -> AbstractContextManager[None]:
     """Within it parameters on the meta device may be read: what a call would do is counted.
 
     Elsewhere such a parameter is one that a wrapper keeps in another place.
     """
-    global _shapes_alone
-    before, _shapes_alone = _shapes_alone, True
-    try:
-        yield
-    finally:
-        _shapes_alone = before
+    return _shapes_alone.held()
 
 
 def why_not_plain(linear: nn.Module) -> str | None:
     """None if the parameters say all that ``linear`` does; else the first reason why not."""
     if type(linear) not in _LINEARS:
         return f"{type(linear).__module__}.{type(linear).__qualname__} is not a plain nn.Linear"
-    if nn.Linear.forward is not _LINEAR_FORWARD:
-        return "nn.Linear.forward has been replaced"
     reason = why_not_called_plainly(linear)
     if reason is not None:
         return reason
@@ -77,7 +71,7 @@ def why_not_parameter(name: str, parameter: Tensor) -> str | None:
         return f"{name} holds a {type(parameter.data).__name__}"
     if is_partitioned(parameter):
         return f"{name} is partitioned by DeepSpeed ZeRO-3"
-    if parameter.is_meta and not _shapes_alone:
+    if parameter.is_meta and not _shapes_alone.on:
         return f"{name} is on the meta device"
     if parameter.layout is not torch.strided:
         return f"{name} has layout {parameter.layout}"
@@ -109,8 +103,11 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def why_not_called_plainly(module: nn.Module, *, but_forward_hooks: bool = False) -> str | None:
-    """Why calling ``module`` does more than its class's forward, or None if it does not."""
+    """Why calling ``module`` does more than the forward written in its class, or None."""
     own = module.__dict__
+    reason = why_not_original(written_class(module))
+    if reason is not None:
+        return reason
     if has_own_forward(module):
         return "its forward has been replaced (accelerate or another wrapper)"
     if own.get("_compiled_call_impl") is not None:
@@ -128,5 +125,5 @@ def why_not_called_plainly(module: nn.Module, *, but_forward_hooks: bool = False
         or _nn_module._global_backward_hooks
         or _nn_module._global_backward_pre_hooks
     ):
-        return "global module hooks are set"
+        return GLOBAL_HOOKS
     return None

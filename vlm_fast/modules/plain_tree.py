@@ -1,45 +1,79 @@
-"""Are the modules of a tree still what they were when their parameters were first read?
+"""Are the modules of a tree what their parameters say, and nothing more?
 
 `plain_linear` answers for one linear in a few microseconds. A Q-Former reads a hundred of them in
-every forward, so the answer is remembered here, with what it rests on, and each call only compares:
-the same children, of the same types, with the same parameters, without hooks or wrappers.
+every forward. So the answer is kept on the root of the tree, with what it rests on, and each call
+only compares: the same children, of the same types, with the same code and the same parameters,
+without hooks or wrappers.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 
 from vlm_fast.modules.activation import activation_of, why_not_activation
+from vlm_fast.modules.original_code import (
+    home,
+    own_methods,
+    why_not_own_code,
+    written_class,
+)
 from vlm_fast.modules.plain_linear import (
+    GLOBAL_HOOKS,
     has_own_forward,
     is_partitioned,
     why_not_called_plainly,
     why_not_plain,
 )
 
-_LINEAR_FORWARD = nn.Linear.forward
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [
     getattr(_nn_module, f"_global_{kind}_hooks")
     for kind in ("forward", "forward_pre", "backward")
 ] + [_nn_module._global_backward_pre_hooks]  # fmt: skip
+# Modules of torch whose forward is restated.
+_RESTATED = {
+    nn.LayerNorm, nn.Dropout, nn.ModuleList, nn.Sequential, nn.Identity, nn.Tanh,
+    nn.MultiheadAttention,
+}  # fmt: skip
+_ATTENTIONS = {
+    None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4",
+    "flex_attention", "vlm_fast",
+}  # fmt: skip
 
 
 class PlainTree:
-    """A module whose descendants' parameters may be read directly, while nothing changes."""
+    """What was found on the first look at a tree: as long as it stands, the answer stands."""
 
     def __init__(self, root: nn.Module) -> None:
+        self.home = home(written_class(root))
         found = dict(_descendants(root))
         self.names, self.modules = list(found), list(found.values())
         self.owns = [m.__dict__ for m in self.modules]
         self.types = list(map(type, self.modules))
+        self.root_class = written_class(root)
+        choosing: list[Any] = [m for m in (root, *self.modules) if _chooses(m)]
+        self.attentions = list({id(m.config): m for m in choosing}.values())
+
+    def remember(self, root: nn.Module) -> None:
+        """Take down what a later call compares."""
+        self.reason: str | None = None
+        kinds = {self.root_class, *(written_class(m) for m in self.modules)}
+        self.code = [
+            (kind, name, function)
+            for kind in kinds
+            for name, function in ((*own_methods(kind), ("forward", kind.forward)))
+        ]
+        self.implementations = [
+            (module.config, *chosen, _attention(*chosen))
+            for module in self.attentions
+            for chosen in [_chosen_attention(module)]
+        ]
         self.hooks = [own[kind] for own in self.owns for kind in _HOOKS] + _GLOBAL_HOOKS
         parents = [root.__dict__, *self.owns]
         self.slots = [(own["_modules"], name) for own in parents for name in own["_modules"]]
@@ -50,8 +84,14 @@ class PlainTree:
 
     def unchanged(self) -> bool:
         """Whether what was found on the first look still stands."""
-        if nn.Linear.forward is not _LINEAR_FORWARD:
-            return False
+        for kind, method, function in self.code:
+            if getattr(kind, method) is not function:
+                return False
+        for config, name, home_of_eager, function in self.implementations:
+            if config._attn_implementation != name:
+                return False
+            if _attention(name, home_of_eager) is not function:
+                return False
         if any(self.hooks) and not all(map(_only_watched, filter(None, self.hooks))):
             return False
         if list(map(type, self.modules)) != self.types:
@@ -74,23 +114,65 @@ class PlainTree:
 
         ``biases``: whether every linear must have one; ``unread``: a child that is never called.
         """
+        reason = why_not_own_code(self.root_class)
+        if reason is not None:
+            return reason
+        for choosing in self.attentions:
+            reason = _why_not_attention(*_chosen_attention(choosing))
+            if reason is not None:
+                return reason
         for name, module in zip(self.names, self.modules, strict=True):
             if name.rpartition(".")[2] == unread:
                 continue
-            if isinstance(module, _RESTATED) or rms_eps(module) is not None or _holds(module):
-                reason = None if _only_watched(module._forward_hooks) else "it has hooks"
-                reason = reason or why_not_called_plainly(module, but_forward_hooks=True)
-                if isinstance(module, nn.LayerNorm) and not _has_affine(module):
-                    reason = "it has no weight or no bias"
-            elif name.endswith("act_fn") or activation_of(module) is not None:
-                reason = why_not_activation(module)
-            else:
+            if isinstance(module, nn.Linear):
                 reason = why_not_plain(module)
                 if reason is None and biases and module._parameters["bias"] is None:
                     reason = "it has no bias"
+            elif activation_of(module) is not None:
+                reason = why_not_activation(module)
+            else:
+                reason = self._why_not_restated(module)
             if reason is not None:
                 return f"{name}: {reason}"
         return None
+
+    def why_not_containers(self, called: set[str]) -> str | None:
+        """Why what lies around the children of these names is more than what is restated.
+
+        Those children are called, and may be anything. Hooks of every module count as nothing.
+        """
+        for name, module in zip(self.names, self.modules, strict=True):
+            if called.isdisjoint(name.split(".")):
+                reason = self._why_not_restated(module)
+                if reason is not None and reason != GLOBAL_HOOKS:
+                    return f"{name}: {reason}"
+        return None
+
+    def _why_not_restated(self, module: nn.Module) -> str | None:
+        """Why a norm, a dropout or a container is more than what is restated of it."""
+        kind = written_class(module)
+        if hasattr(module, "in_features"):  # an adapter or a quantised linear
+            return why_not_plain(module)
+        if kind not in _RESTATED and home(kind) not in (self.home, *_homes_of_own(kind)):
+            return f"{kind.__module__}.{kind.__qualname__} is not a class whose code was read"
+        reason = why_not_own_code(kind)
+        if reason is not None:
+            return reason
+        if not _only_watched(module._forward_hooks):
+            return "it has hooks"
+        parameters = module._parameters
+        if kind is nn.LayerNorm and (parameters["weight"] is None or parameters["bias"] is None):
+            return "it has no weight or no bias"
+        return why_not_called_plainly(module, but_forward_hooks=True)
+
+    def __reduce__(self) -> Any:
+        # A copy of the root looks through its own children.
+        return type(None), ()
+
+
+def unwrapped(layer: Any) -> Any:
+    """A layer without torch's wrapper for activation checkpointing."""
+    return getattr(layer, "_checkpoint_wrapped_module", layer)
 
 
 def rms_eps(norm: nn.Module) -> float | None:
@@ -108,7 +190,43 @@ _RMS_NORMS = (
     "IdeficsRMSNorm", "Idefics2RMSNorm", "MllamaTextRMSNorm", "Qwen2_5_VLRMSNorm",
     "Qwen2_5OmniRMSNorm", "Exaone4_5_RMSNorm", "Mistral3RMSNorm", "LightOnOcrRMSNorm",
 )  # fmt: skip
-_RESTATED = (nn.LayerNorm, nn.Dropout, nn.ModuleList, nn.Identity, nn.Tanh)
+
+
+def _homes_of_own(kind: type) -> tuple[str, ...]:
+    """This package's modules may stand in any tree."""
+    return (home(kind),) if kind.__module__.startswith("vlm_fast.") else ()
+
+
+def _chooses(module: nn.Module) -> bool:
+    """Whether a module chooses its attention by its config."""
+    return hasattr(module.__dict__.get("config"), "_attn_implementation")
+
+
+def _chosen_attention(module: Any) -> tuple[str | None, str]:
+    """The name of the attention that a module chooses, and where its eager one is defined."""
+    return module.config._attn_implementation, written_class(module).__module__
+
+
+def _attention(name: str | None, home_of_eager: str) -> Any:
+    """The function that transformers calls for an attention of this name."""
+    if name in (None, "eager"):
+        return getattr(sys.modules.get(home_of_eager), "eager_attention_forward", None)
+    modeling = sys.modules.get("transformers.modeling_utils")
+    functions = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", None)
+    return None if functions is None else functions.get(name)
+
+
+def _why_not_attention(name: str | None, home_of_eager: str) -> str | None:
+    """Why an attention of transformers is not the formula that is restated, or None."""
+    if name not in _ATTENTIONS:
+        return f"its attention is {name!r}, which was not read"
+    origin = getattr(_attention(name, home_of_eager), "__module__", "transformers.")
+    if not origin.startswith(("transformers.", "vlm_fast.")):
+        return f"the attention {name or 'eager'!r} has been replaced by one of {origin}"
+    return None
+
+
+_why_not_attention._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _only_watched(hooks: dict[int, Any]) -> bool:
@@ -119,39 +237,50 @@ def _only_watched(hooks: dict[int, Any]) -> bool:
     return all(getattr(h, "__name__", "") == "output_capturing_hook" for h in hooks.values())
 
 
+def why_not_own_arguments(module: nn.Module) -> str | None:
+    """Why a module must be called with the arguments that its class has, or None.
+
+    Whoever hooks a layer, or replaced its forward, expects those. Hooks of this package, of
+    torch.distributed and of DeepSpeed look at no argument by name.
+    """
+    own = module.__dict__
+    for kind in _HOOKS[:2]:
+        for hook in own[kind].values():
+            origin = getattr(getattr(hook, "func", hook), "__module__", "") or ""
+            known = origin.startswith(("vlm_fast.", "torch.distributed.", "deepspeed."))
+            if not known and getattr(hook, "__name__", "") != "output_capturing_hook":
+                return "it has hooks"
+    if has_own_forward(module):
+        return "its forward has been replaced (accelerate or another wrapper)"
+    return None
+
+
 def wants_attentions() -> bool:
     """Whether a caller of a transformers model is collecting attention maps now."""
+    return _is_collecting("attentions", "cross_attentions")
+
+
+def wants_hidden_states() -> bool:
+    """Whether a caller of a transformers model is collecting hidden states now."""
+    return _is_collecting("hidden_states")
+
+
+def _is_collecting(*keys: str) -> bool:
     capturing = sys.modules.get("transformers.utils.output_capturing")
     if capturing is None:
         return False
     collector = capturing._active_collector  # a ContextVar, which Dynamo does not read
     collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
-    return bool(collected) and not collected.keys().isdisjoint(("attentions", "cross_attentions"))
-
-
-def _has_affine(norm: nn.LayerNorm) -> bool:
-    return norm.weight is not None and norm.bias is not None
+    return bool(collected) and not collected.keys().isdisjoint(keys)
 
 
 def _is_absent(parameter: Tensor | None) -> bool:
     return parameter is not None and (parameter.is_meta or is_partitioned(parameter))
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
-
-
-def _holds(module: nn.Module) -> bool:
-    """A module with children: its forward is the one that is restated."""
-    return bool(module._modules) and not _is_linear(module) and not hasattr(module, "weight")
-
-
 def _descendants(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    modules: Iterable[tuple[str, nn.Module]] = root.named_modules()
+    modules: Iterator[tuple[str, nn.Module]] = root.named_modules()
     return ((name, module) for name, module in modules if module is not root)
-
-
-_trees: WeakKeyDictionary[nn.Module, tuple[PlainTree, str | None]] = WeakKeyDictionary()
 
 
 def why_not_plain_tree(
@@ -159,15 +288,18 @@ def why_not_plain_tree(
 ) -> str | None:
     """None if the parameters of all modules in ``root`` say what those do; else the first reason.
 
-    The root itself is not asked: its forward is the caller's. ``biases``: whether every linear must
-    have one; ``unread``: the name of a child that is never called.
+    Of the root itself only the code is asked. ``biases``: whether every linear must have one;
+    ``unread``: the name of a child that is never called.
     """
+    known = root.__dict__.get("_plain_tree")
     if torch.compiler.is_compiling():
         return PlainTree(root).why_not(biases, unread)
-    known = _trees.get(root)
-    if known is not None and known[1] is None and known[0].unchanged():
+    if known is not None and known.unchanged():
         return None
     tree = PlainTree(root)
     reason = tree.why_not(biases, unread)
-    _trees[root] = (tree, reason)
+    if reason is None:
+        tree.remember(root)
+        # An ordinary attribute of the module: the two are collected together.
+        object.__setattr__(root, "_plain_tree", tree)
     return reason

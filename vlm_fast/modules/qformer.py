@@ -11,22 +11,25 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from vlm_fast.modules.activation import activation_module
-from vlm_fast.modules.plain_tree import why_not_plain_tree
-from vlm_fast.modules.qformer_layer import KeysValues, LayerInputs, qformer_layer
+from vlm_fast.modules.plain_tree import unwrapped, why_not_plain_tree
+from vlm_fast.modules.qformer_encoder import (
+    QFormerEncoder,
+    QFormerLayer,
+    refuse_unless_plainly_called,
+    restated,
+    run_layers,
+)
+from vlm_fast.modules.qformer_layer import KeysValues, LayerInputs
 from vlm_fast.modules.qformer_shared import (
     OP,
     ImageKeyValues,
     boolean,
     causal_bias,
     check_image,
-    dropout_seeds,
     drops,
-    images_of_layers,
     keys_and_values,
-    pack,
     self_attention_masks,
 )
-from vlm_fast.policy import fell_back
 from vlm_fast.refusal import not_a_tensor, wrong_value
 
 
@@ -46,14 +49,6 @@ class QFormerOutput(NamedTuple):
 
 # So that an exported program which returns one can be saved.
 _pytree._register_namedtuple(QFormerOutput, serialized_type_name="vlm_fast.modules.QFormerOutput")
-
-
-class QFormerEncoder(nn.Module):
-    """The layers, under the names of the checkpoints; `QFormer` runs them."""
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(layers)
 
 
 class QFormer(nn.Module):
@@ -104,7 +99,7 @@ class QFormer(nn.Module):
                 f"({hidden_size})"
             )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.restates = compute_dtype, False
         self.layernorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps, **factory)
         self.dropout = nn.Dropout(hidden_dropout_prob)
 
@@ -142,38 +137,37 @@ class QFormer(nn.Module):
             children |= dict(
                 intermediate_query=intermediate(), output_query=output(intermediate_size)
             )
-            layers.append(_Names(**children))
+            layers.append(QFormerLayer(**children))
         self.encoder: Any = QFormerEncoder(layers)
-        pack(self.encoder)
 
     @classmethod
     def of(cls, module: Any, *, compute_dtype: torch.dtype | None = None) -> QFormer:
         """A Q-Former that shares the children, and so the parameters, of ``module``.
 
+        The forwards of ``module``, its encoder and its layers are restated, not called. Activation
+        checkpointing that transformers switched on for a layer holds.
+
         Args:
             module: a transformers ``Blip2QFormerModel``, or anything with its children.
 
         Raises:
-            ValueError: ``module`` has no ``layernorm``, ``dropout`` or ``encoder.layer``.
+            ValueError: ``module`` has no ``layernorm``, ``dropout`` or ``encoder.layer``; hooks,
+                sharding or a wrapper stand around the module, or by the call around its encoder or
+                a layer, which would then be left out.
         """
         if isinstance(module, cls):
             return module
         for name in ("layernorm", "dropout", "encoder"):
             if not isinstance(getattr(module, name, None), nn.Module):
                 raise ValueError(f"module is a {type(module).__name__} without {name!r}")
+        refuse_unless_plainly_called(module)
         qformer = cls.__new__(cls)
         nn.Module.__init__(qformer)
         qformer.compute_dtype = compute_dtype
         qformer.layernorm, qformer.dropout = module.layernorm, module.dropout
-        qformer.encoder = module.encoder
+        qformer.encoder, qformer.restates = module.encoder, True
         qformer.training = module.training  # that of the children is theirs
-        pack(qformer.encoder)
         return qformer
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        pack(self.encoder)  # .to() and .cuda() make every parameter anew
-        return self
 
     def forward(
         self,
@@ -231,22 +225,13 @@ class QFormer(nn.Module):
             query_length=n, image_mask=boolean(encoder_attention_mask), key_mask=key_mask,
             bias=bias, keep=keep,
         )  # fmt: skip
-        kept: list[KeysValues] = []
+        given = (image, image_key_values, past, inputs)
         with self._computing(hidden):
-            reasons = list(map(why_not_plain_tree, self.encoder.layer))
-            read = images_of_layers(
-                self.encoder, hidden, image, image_key_values, n, plain=not any(reasons)
-            )
-            seeds = dropout_seeds(self.encoder.layer, hidden)
-            for i, layer in enumerate(self.encoder.layer):
-                if reasons[i] is not None:
-                    fell_back(OP, f"layer {i} calls its children: {reasons[i]}")
-                inputs.plain = reasons[i] is None
-                inputs.image, inputs.projected = read[i]
-                inputs.past = None if past is None else past[i]
-                inputs.seeds = None if seeds is None else seeds[i]
-                inputs.kept = kept
-                hidden = qformer_layer(layer, hidden, inputs)
+            if self.restates:
+                refuse_unless_plainly_called(self.encoder)
+                hidden, kept = run_layers(self.encoder, hidden, *given, restated)
+            else:
+                hidden, kept = self.encoder(hidden, *given)
         hidden = hidden.to(self.layernorm.weight.dtype)
         pooled = hidden[:, 0].clone()  # FSDP2 wants what a unit returns to be no view
         return QFormerOutput(hidden, pooled, kept if keep else None)
@@ -258,7 +243,12 @@ class QFormer(nn.Module):
         it needs them.
         """
         x = encoder_hidden_states.to(self.layernorm.weight.dtype)
-        plain = not any(map(why_not_plain_tree, self.encoder.layer))
+        plain = not any(why_not_plain_tree(unwrapped(layer)) for layer in self.encoder.layer)
+        if any(hasattr(p, "device_mesh") for p in self.encoder.parameters()):
+            raise ValueError(
+                "vlm_fast.QFormer.image_key_values: encoder is sharded, expected whole parameters; "
+                "give forward the encoder_hidden_states instead"
+            )
         with self._computing(x):
             return ImageKeyValues(keys_and_values(self.encoder, x, plain))
 

@@ -12,7 +12,7 @@ between them stays fused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,29 +32,25 @@ class LayerInputs:
 
     Attributes:
         query_length: how many tokens, from the first on, are queries.
-        image: raw features ``(batch, keys, width)``, or their keys and values ``(batch, keys,
-            2 * features)``, of which ``projected`` tells; None without cross-attention.
+        projected: whether what a layer reads of the image are keys and values already.
         image_mask: bool ``(batch, keys)`` or None; image_bias: an additive mask instead, broadcast
             to ``(batch, 1, queries, keys)``.
         bias: additive mask of the self-attention, broadcast to ``(batch, 1, tokens, tokens +
             past)``; key_mask: bool ``(batch, tokens + past)``. Both may be None.
-        past: keys and values that every token sees, before its own.
+        keep: whether a layer also returns the keys and values of its self-attention.
         seeds: int64, one for each dropout of a layer, or None when there is none.
         plain: whether parameters may be read; else the children are called.
     """
 
     query_length: int
-    image: Tensor | None = None
     projected: bool = False
     image_mask: Tensor | None = None
     image_bias: Tensor | None = None
     bias: Tensor | None = None
     key_mask: Tensor | None = None
-    past: KeysValues | None = None
     keep: bool = False
     seeds: Tensor | None = None
     plain: bool = True
-    kept: list[KeysValues] = field(default_factory=list)
 
     def seed(self, i: int) -> Tensor | None:
         return None if self.seeds is None else self.seeds[i]
@@ -63,11 +59,40 @@ class LayerInputs:
 # Which of a layer's seeds is whose.
 SELF, SELF_OUTPUT, CROSS, CROSS_OUTPUT, QUERY_OUTPUT, TEXT_OUTPUT = range(6)
 SEEDS = 6
+# The children that are called where their parameters may not be read.
+CALLED = {"query", "key", "value", "dense", "LayerNorm", "dropout", "intermediate_act_fn"}
 
 
-def qformer_layer(layer: Any, hidden: Tensor, inputs: LayerInputs) -> Tensor:
-    """``(batch, tokens, features)`` to the same; queries before text."""
-    hidden = self_attention_block(layer.attention, hidden, inputs)
+def qformer_layer(
+    layer: Any,
+    hidden: Tensor,
+    image: Tensor | None = None,
+    past_k: Tensor | None = None,
+    past_v: Tensor | None = None,
+    *,
+    inputs: LayerInputs,
+) -> Any:
+    """``(batch, tokens, features)`` to the same; queries before text.
+
+    Args:
+        layer: a module with the children above.
+        hidden: the tokens.
+        image: raw features ``(images, keys, width)``, or their keys and values ``(images, keys,
+            2 * features)``, of which ``inputs.projected`` tells; None without cross-attention.
+        past_k, past_v: ``(batch, heads, past, d)``, which every token sees before its own.
+        inputs: what the layers share.
+
+    Returns:
+        The tokens; with ``inputs.keep`` also the keys and the values of the self-attention.
+    """
+    hidden, *kept = self_attention_block(layer.attention, hidden, past_k, past_v, inputs)
+    hidden = _after_self_attention(layer, hidden, image, inputs)
+    return (hidden, *kept) if inputs.keep else hidden
+
+
+def _after_self_attention(
+    layer: Any, hidden: Tensor, image: Tensor | None, inputs: LayerInputs
+) -> Tensor:
     n = inputs.query_length
     if n == 0:
         return _feed_forward(layer.intermediate, layer.output, hidden, inputs, TEXT_OUTPUT)
@@ -75,7 +100,7 @@ def qformer_layer(layer: Any, hidden: Tensor, inputs: LayerInputs) -> Tensor:
     queries = hidden[:, :n] if has_text else hidden
     crossattention = getattr(layer, "crossattention", None)
     if crossattention is not None:
-        queries = cross_attention_block(crossattention, queries, inputs)
+        queries = cross_attention_block(crossattention, queries, image, inputs)
     queries = _feed_forward(
         layer.intermediate_query, layer.output_query, queries, inputs, QUERY_OUTPUT
     )
@@ -85,37 +110,43 @@ def qformer_layer(layer: Any, hidden: Tensor, inputs: LayerInputs) -> Tensor:
     return torch.cat((queries, text), dim=1)
 
 
-def self_attention_block(block: Any, hidden: Tensor, inputs: LayerInputs) -> Tensor:
-    """``LayerNorm(dense(attention(hidden)) + hidden)``."""
+def self_attention_block(
+    block: Any,
+    hidden: Tensor,
+    past_k: Tensor | None,
+    past_v: Tensor | None,
+    inputs: LayerInputs,
+) -> tuple[Tensor, ...]:
+    """``LayerNorm(dense(attention(hidden)) + hidden)``, and the keys and values if kept."""
     attention = block.attention
     heads: int = attention.num_attention_heads
     dropout = _attention_dropout(attention)
     seed = inputs.seed(SELF) if dropout > 0 else None
     linears = (attention.query, attention.key, attention.value)
-    if inputs.plain and inputs.past is None and not inputs.keep:
+    if inputs.plain and past_k is None and not inputs.keep:
         attended = ops.self_attention(
             hidden, parameters_of(linears), inputs.bias, inputs.key_mask, seed,
             heads=heads, scale=attention.scaling, dropout=dropout,
         )  # fmt: skip
-        return _add_and_norm(block.output, attended, hidden, inputs, SELF_OUTPUT)
+        return (_add_and_norm(block.output, attended, hidden, inputs, SELF_OUTPUT),)
     if inputs.plain:
         qkv = ops.stacked_linear(hidden, parameters_of(linears))
         q, k, v = (_by_head(part, heads) for part in qkv.chunk(3, dim=-1))
     else:
         q, k, v = (_by_head(linear(hidden), heads) for linear in linears)
-    if inputs.keep:
-        inputs.kept.append((k, v))
-    past_k, past_v = inputs.past or (None, None)
     attended = ops.cross_attention(
         q, k, v, past_k, past_v, inputs.bias, inputs.key_mask, seed,
         scale=attention.scaling, dropout=dropout,
     )  # fmt: skip
-    return _add_and_norm(block.output, _joined(attended), hidden, inputs, SELF_OUTPUT)
+    found = _add_and_norm(block.output, _joined(attended), hidden, inputs, SELF_OUTPUT)
+    return found, k, v
 
 
-def cross_attention_block(block: Any, queries: Tensor, inputs: LayerInputs) -> Tensor:
+def cross_attention_block(
+    block: Any, queries: Tensor, image: Tensor | None, inputs: LayerInputs
+) -> Tensor:
     """``LayerNorm(dense(attention(queries, image)) + queries)``."""
-    attention, image, mask = block.attention, inputs.image, inputs.image_mask
+    attention, mask = block.attention, inputs.image_mask
     if image is None:
         raise ValueError(
             "vlm_fast.QFormer: encoder_hidden_states is None, expected (batch, keys, width) "

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlm_fast import ops
-from vlm_fast.kernels._stacking import lay_side_by_side
 from vlm_fast.modules.qformer_layer import SEEDS, dropout_of, parameters_of
 from vlm_fast.ops.absorbed_cross_attention import absorbs
 from vlm_fast.refusal import not_a_tensor, wrong_value
@@ -148,21 +147,3 @@ def causal_bias(tokens: int, past_tokens: int, hidden: Tensor) -> Tensor:
     """``(1, 1, tokens, tokens + past)``: own tokens come first among the keys."""
     bias = hidden.new_full((tokens, tokens), -torch.inf).triu_(1)
     return torch.nn.functional.pad(bias, (0, past_tokens))[None, None]
-
-
-def pack(encoder: Any) -> None:
-    """Lay weights that one GEMM reads side by side; values, names and objects stay."""
-    crossing: list[nn.Module] = []
-    for layer in encoder.layer:
-        attention = layer.attention.attention
-        _pack([attention.query, attention.key, attention.value])
-        if _crossattention(layer) is not None:
-            attention = layer.crossattention.attention
-            crossing += [attention.key, attention.value]
-    _pack(crossing)
-
-
-def _pack(linears: Sequence[Any]) -> None:
-    if linears and all(type(linear) is nn.Linear and linear.bias is not None for linear in linears):
-        lay_side_by_side([linear.weight for linear in linears])
-        lay_side_by_side([linear.bias for linear in linears])

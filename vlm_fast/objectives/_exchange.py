@@ -7,6 +7,7 @@ gradients do not depend on the backend's own order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlm_fast.refusal import not_a_tensor, wrong_value
+
+Facts = dict[str, "int | torch.dtype"]
+# A dtype travels as its number.
+DTYPES = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
 
 
 class World(NamedTuple):
@@ -34,30 +39,34 @@ def world_of(group: Any) -> World:
     return World(size, rank)
 
 
-def refuse_uneven(name: str, sizes: dict[str, int], device: torch.device, group: Any) -> None:
-    """Raise ValueError on every rank, if one of ``sizes`` is not the same on all."""
-    refuse_different(name, sizes_of_ranks(sizes, device, group))
+def refuse_uneven(name: str, facts: Facts, device: torch.device, group: Any) -> None:
+    """Raise ValueError on every rank, if one of ``facts`` is not the same on all."""
+    refuse_different(name, facts_of_ranks(facts, device, group))
 
 
-def sizes_of_ranks(sizes: dict[str, int], device: torch.device, group: Any) -> dict[str, list[int]]:
-    """Each of ``sizes`` on every rank, in the order of the ranks.
+def facts_of_ranks(facts: Facts, device: torch.device, group: Any) -> dict[str, list[Any]]:
+    """Each of ``facts``, a size or a dtype, on every rank, in the order of the ranks.
 
     One small all-gather, which the host reads: it waits for the device.
     """
     world = world_of(group)
     if world.size == 1:
-        return {size: [own] for size, own in sizes.items()}
-    own = torch.tensor(list(sizes.values()), dtype=torch.int64, device=device)
+        return {fact: [own] for fact, own in facts.items()}
+    numbers = [DTYPES.index(f) if isinstance(f, torch.dtype) else f for f in facts.values()]
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
     per_rank = _all_gather(own, world, group).view(world.size, -1).t().tolist()
-    return dict(zip(sizes, per_rank, strict=True))
+    return {
+        name: [DTYPES[n] for n in found] if isinstance(fact, torch.dtype) else found
+        for (name, fact), found in zip(facts.items(), per_rank, strict=True)
+    }
 
 
-def refuse_different(name: str, sizes: dict[str, list[int]]) -> None:
-    """Raise ValueError, if one of ``sizes``, as `sizes_of_ranks` gives them, is not even."""
-    for size, found in sizes.items():
+def refuse_different(name: str, facts: dict[str, list[Any]]) -> None:
+    """Raise ValueError, if one of ``facts``, as `facts_of_ranks` gives them, is not even."""
+    for fact, found in facts.items():
         if len(set(found)) > 1:
             raise ValueError(
-                f"vlm_fast.{name}: {size} is {found} on ranks 0 to {len(found) - 1}, "
+                f"vlm_fast.{name}: {fact} is {found} on ranks 0 to {len(found) - 1}, "
                 "expected the same on every rank"
             )
 
@@ -100,8 +109,9 @@ def exchange_rows(tensor: Tensor, rows: Tensor, group: Any = None) -> Tensor:
 
     Raises:
         TypeError: an argument is not a tensor.
-        ValueError: rows is not ``(count,)`` int64 on the device of tensor. In a process group also
-            a number beyond the last row, on every rank; in one process indexing says so.
+        ValueError: rows is not ``(count,)`` int64 on the device of tensor. In a process group, on
+            every rank, tensors of other shapes or dtypes, and a number beyond the last row; in one
+            process indexing says that.
     """
     name = "exchange_rows"
     for argument, value in (("tensor", tensor), ("rows", rows)):
@@ -115,11 +125,17 @@ def exchange_rows(tensor: Tensor, rows: Tensor, group: Any = None) -> Tensor:
     if world.size == 1:
         return tensor[rows]
     batch, count = len(tensor), len(rows)
-    asked = _all_gather(rows, world, group).view(world.size, count)
+    facts = rows.new_tensor([batch, math.prod(tensor.shape[1:]), DTYPES.index(tensor.dtype)])
+    gathered = _all_gather(torch.cat([facts, rows]), world, group).view(world.size, -1)
+    asked = gathered[:, len(facts) :]
     owner = asked.div(max(batch, 1), rounding_mode="floor")
     ranks = torch.arange(world.size, device=rows.device)
+    read = torch.cat([gathered[:, : len(facts)], (owner[:, :, None] == ranks).sum(1)], 1).tolist()
+    batches, sizes, dtypes = (list(column) for column in zip(*(r[:3] for r in read), strict=True))
+    even = {"rows of tensor": batches, "numbers in a row": sizes}
+    refuse_different(name, {**even, "dtype of tensor": [DTYPES[n] for n in dtypes]})
     # counts[r][s]: how many rows rank r wants of rank s.
-    counts = (owner[:, :, None] == ranks).sum(1).tolist()
+    counts = [r[3:] for r in read]
     if any(sum(wanted) != count for wanted in counts):
         raise ValueError(
             f"vlm_fast.{name}: rows has a number outside 0 to {world.size * batch - 1}, "
@@ -189,7 +205,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         size = ctx.world.size
         even = [len(grad) // size] * size
-        per_rank = _all_to_all(grad, even, even, ctx.group).unflatten(0, (size, -1))
+        per_rank = trade_rows(grad, even, even, ctx.group).unflatten(0, (size, -1))
         wide = torch.promote_types(grad.dtype, torch.float32)
         return per_rank.sum(0, dtype=wide).to(grad.dtype), None, None
 
@@ -204,7 +220,7 @@ class _Trade(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(grad, *ctx.back), None, None, None
+        return trade_rows(grad, *ctx.back), None, None, None  # differentiable in its turn
 
 
 def _all_gather(tensor: Tensor, world: World, group: Any) -> Tensor:

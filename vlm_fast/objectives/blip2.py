@@ -109,7 +109,7 @@ def stage1_loss(
 
     Raises:
         TypeError, ValueError: arguments do not fit, a batch of one pair in all, which has no wrong
-            partner; sizes that differ between ranks, on every rank.
+            partner; sizes or dtypes that differ between ranks, on every rank.
     """
     _check(image_embeds, input_ids, attention_mask, bos_token_id, lm_head)
     if temperature is None:
@@ -121,9 +121,6 @@ def stage1_loss(
             )
     batch, patches, _ = image_embeds.shape
     world = world_of(group)
-    if check_sizes:
-        sizes = {"batch": batch, "image patches": patches, "text tokens": input_ids.shape[1]}
-        refuse_uneven("stage1_loss", sizes, image_embeds.device, group)
     if qformer is None:
         qformer = QFormer.of(model.qformer)
     mask = attention_mask.to(torch.int64)
@@ -133,10 +130,23 @@ def stage1_loss(
     key_values = qformer.image_key_values(image_embeds)
     image = qformer(queries, image_key_values=key_values, keep=True)
     text = qformer(model.embeddings(input_ids=input_ids), query_length=0, attention_mask=mask)
-    contrast = itc_loss(
+    features = (
         F.normalize(_projected(model.vision_projection, image.last_hidden_state), dim=-1),
         F.normalize(_projected(model.text_projection, text.last_hidden_state[:, 0]), dim=-1),
-        temperature,
+    )
+    if check_sizes:  # here, where the dtype of features is known, and nothing has been sent
+        refuse_uneven(
+            "stage1_loss",
+            {
+                "batch": batch, "image patches": patches, "text tokens": input_ids.shape[1],
+                "dtype of image_embeds": image_embeds.dtype,
+                "dtype of image features": features[0].dtype,
+                "dtype of text features": features[1].dtype,
+            },
+            image_embeds.device, group,
+        )  # fmt: skip
+    contrast = itc_loss(
+        *features, temperature,
         label_smoothing=label_smoothing, local_loss=local_loss, check_sizes=False, group=group,
     )  # fmt: skip
 

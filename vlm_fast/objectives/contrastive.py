@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm_fast.objectives._exchange import gather_rows, refuse_uneven, trade_rows, world_of
+from vlm_fast.objectives._exchange import Facts, gather_rows, refuse_uneven, trade_rows, world_of
 from vlm_fast.ops.max_similarity import max_similarity
 from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
 
@@ -46,13 +46,14 @@ def itc_loss(
     Args:
         image_features: ``(batch, queries, features)``, normalised over the last dimension.
         text_features: ``(batch, features)``, normalised.
-        temperature: a positive number, or a floating tensor of no dimension, as a learnable
+        temperature: a positive number, or a floating tensor of one element, as a learnable
             parameter is. A tensor on a GPU is not looked at: that would wait for the device.
         label_smoothing: from 0 to 1; LAVIS trains with 0.1.
         local_loss: each rank takes the loss of its own rows; else all ranks that of all rows, so
             that every rank reports the same number. Averaged gradients are the same.
-        check_sizes: gather the sizes first and raise everywhere, if ranks differ, rather than wait
-            for ever. A small collective that the host reads; leave it out where batches are even.
+        check_sizes: gather sizes and dtypes first and raise everywhere, if ranks differ, rather
+            than wait for ever or read one dtype as another. A small collective that the host reads;
+            leave it out where batches and dtypes are even.
         group: the process group; None is the default one.
 
     Returns:
@@ -62,17 +63,20 @@ def itc_loss(
     Raises:
         TypeError: a feature is not a floating tensor, or dtypes differ.
         ValueError: shapes or devices do not fit, a temperature that is not positive, smoothing
-            out of range; ranks differ in their sizes.
+            out of range; ranks differ in their sizes or dtypes, on every rank.
     """
     _check(image_features, text_features, temperature, label_smoothing)
     batch, queries, features = image_features.shape
     world = world_of(group)
     if check_sizes:
-        sizes = {"batch": batch, "queries": queries, "features": features}
-        refuse_uneven("itc_loss", sizes, image_features.device, group)
+        facts: Facts = {"batch": batch, "queries": queries, "features": features}
+        facts["dtype"] = image_features.dtype
+        refuse_uneven("itc_loss", facts, image_features.device, group)
     if batch == 0:
         wanted = "(batch, queries, features), one row at least"
         raise wrong_value("itc_loss", "image_features", image_features, wanted)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.reshape(())
     wide = torch.promote_types(image_features.dtype, torch.float32)
     similarity = max_similarity(image_features, gather_rows(text_features, group)).to(wide)
     own = slice(world.rank * batch, (world.rank + 1) * batch)
@@ -96,8 +100,9 @@ def hard_negatives(
 ) -> Tensor:
     """One wrong partner for each row, drawn with the probabilities of ``softmax(similarity)``.
 
-    The own pair is left out. Drawn by the largest of logits with Gumbel noise, which is the
-    distribution of ``torch.multinomial`` without its normalisation and without a host read.
+    The own pair is left out. Where all others are -inf, each of them is as likely. Drawn by the
+    largest of logits with Gumbel noise, which is the distribution of ``torch.multinomial`` without
+    its normalisation and without a host read.
 
     Args:
         similarity: ``(batch, ranks * batch)`` logits: `Contrast.similarity_i2t` chooses texts,
@@ -123,10 +128,13 @@ def hard_negatives(
     batch, columns = similarity.shape
     if not 0 <= rank_offset <= columns - batch:
         raise wrong_value(name, "rank_offset", rank_offset, f"0 to {columns - batch}")
-    logits = similarity.detach().to(torch.promote_types(similarity.dtype, torch.float32))
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    logits = logits - noise.log_()
-    logits.diagonal(rank_offset).fill_(-math.inf)
+    wide = torch.promote_types(similarity.dtype, torch.float32)
+    logits = similarity.detach().to(wide, copy=True)
+    own = logits.diagonal(rank_offset)
+    own.fill_(-math.inf)
+    logits.masked_fill_(logits.isneginf().all(1, keepdim=True), 0.0)
+    logits -= torch.empty_like(logits).exponential_(generator=generator).log_()
+    own.fill_(-math.inf)
     return logits.argmax(1)
 
 
@@ -174,8 +182,8 @@ def check_pairs(
 def check_number(name: str, argument: str, value: float | Tensor, *, above: float) -> None:
     """Refuse what is no finite number above ``above``; a tensor on a GPU is not looked at."""
     if isinstance(value, Tensor):
-        if value.ndim or not value.is_floating_point():
-            raise wrong_value(name, argument, value, "a floating tensor of shape ()")
+        if value.numel() != 1 or not value.is_floating_point():
+            raise wrong_value(name, argument, value, "a floating tensor of one element")
         number = float(value.detach()) if value.device.type == "cpu" else None
     else:
         number = float(value)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections import OrderedDict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.refusal import not_a_tensor, once, wrong_type, wrong_value
 
 LIGER = importlib.util.find_spec("liger_kernel") is not None
 # Logits in memory at a time: enough rows for a GEMM to be efficient at a vocabulary of 30,000.
@@ -75,8 +75,9 @@ def itg_loss(
         ignore_index: the label of tokens that do not count, as padding.
 
     Returns:
-        A scalar, the mean over labels that count; NaN if there is none. In float32 at least,
-        differentiable once.
+        A scalar, the mean over labels that count; NaN if there is none. In float32 at least.
+        Differentiable once: backward with ``create_graph`` raises RuntimeError. In fp16 a scaled
+        loss, as of ``torch.amp.GradScaler``, keeps small gradients, and overflows in backward only.
 
     Raises:
         TypeError: an argument is not a tensor of its kind, or dtypes differ outside autocast.
@@ -92,18 +93,39 @@ def itg_loss(
         raise wrong_type("itg_loss", "weight and bias", weight, f"{hidden.dtype} as hidden has")
     rows, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     with torch.autocast(device, enabled=False):
-        # Liger gives no gradient to the weight where the hidden states need none.
-        if LIGER and hidden.is_cuda and (hidden.requires_grad or not weight.requires_grad):
+        if _liger_serves(rows, weight):
             from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-            return liger_fused_linear_cross_entropy(
+            loss = liger_fused_linear_cross_entropy(
                 rows, weight, targets, bias,
                 ignore_index=ignore_index, label_smoothing=label_smoothing,
             )  # fmt: skip
+            return _Once.apply(loss)
         if device == "cpu":  # where it costs no wait, padding is not even multiplied
             counts = targets != ignore_index
             rows, targets = rows[counts], targets[counts]
         return _LinearCrossEntropy.apply(rows, weight, bias, targets, label_smoothing, ignore_index)
+
+
+def _liger_serves(rows: Tensor, weight: Tensor) -> bool:
+    # It gives no gradient to the weight where the hidden states need none, and in fp16 it rounds
+    # gradients before a loss scale reaches them.
+    wanted = rows.requires_grad or not weight.requires_grad
+    return LIGER and rows.is_cuda and wanted and rows.dtype != torch.float16
+
+
+class _Once(torch.autograd.Function):
+    """The loss as it is: gradients found in forward are constants, so none is taken of them."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise once("itg_loss")
+        return grad
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -120,6 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(rows.dtype, torch.float32)
         need_rows, need_weight, need_bias = ctx.needs_input_grad[:3]
         drows = torch.empty_like(rows) if need_rows else None
+        undo_rows = rows.new_empty(len(rows), 1, dtype=wide) if need_rows else None
         dweight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         dbias = weight.new_zeros(len(weight), dtype=wide) if need_bias else None
         counted = labels != ignore_index
@@ -147,25 +170,58 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dlogits.masked_fill_(~keep, 0.0)
             if dbias is not None:
                 dbias += dlogits.sum(0)
-            dlogits = dlogits.to(rows.dtype)
-            if drows is not None:
-                drows[part] = torch.mm(dlogits, weight) * scale
+            if drows is not None and undo_rows is not None:
+                fitting, undo_rows[part] = _fit(dlogits, rows.dtype, 1, weight)
+                torch.mm(fitting, weight, out=drows[part])
             if dweight is not None and wide == rows.dtype:
                 dweight.addmm_(dlogits.t(), rows[part])
             elif dweight is not None:
-                dweight += torch.mm(dlogits.t(), rows[part])
+                fitting, undo = _fit(dlogits, rows.dtype, 0, rows[part])
+                dweight.addcmul_(torch.mm(fitting.t(), rows[part]), undo)
+        undo_weight = None
+        if dweight is not None:
+            dweight, undo_weight = _fit(dweight.mul_(scale), weight.dtype)
         ctx.save_for_backward(
-            drows,
-            None if dweight is None else dweight.mul_(scale).to(weight.dtype),
-            None if dbias is None else dbias.mul_(scale).to(weight.dtype),
-        )
+            drows, None if undo_rows is None else undo_rows.mul_(scale),
+            dweight, undo_weight,
+            dbias, None if dbias is None else scale.view(1),
+        )  # fmt: skip
+        ctx.dtype = weight.dtype
         return total / count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = [None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors]
+        if torch.is_grad_enabled():  # create_graph; once_differentiable would give constants
+            raise once("itg_loss")
+        found: list[Tensor | None] = []
+        saved = ctx.saved_tensors
+        for kept, undo in zip(saved[::2], saved[1::2], strict=True):
+            out = None if kept is None else torch.empty_like(kept, dtype=ctx.dtype)
+            found.append(None if out is None else torch.mul(kept, undo * grad, out=out))
         return *found, None, None, None
+
+
+def _fit(
+    tensor: Tensor, dtype: torch.dtype, dim: int | None = None, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``tensor`` in ``dtype``, and the number that undoes the scale it was given.
+
+    A loss is scaled because its gradients may be smaller than what fp16 holds, and that scale is
+    not known in forward. So numbers get the largest power of two with which they stay in range,
+    and with ``dim`` also their product with ``factor``, summed over ``dim``: one power a row of
+    the tensor where rows stay apart, else one for all.
+    """
+    factor = tensor if factor is None else factor
+    if dtype != torch.float16 or 0 in (tensor.numel(), factor.numel()):
+        return tensor.to(dtype), tensor.new_ones(1, 1)
+    order = math.inf if dim is None else 1
+    size = torch.linalg.vector_norm(tensor, order, dim, keepdim=True).amax(1, keepdim=True)
+    if dim is not None:
+        largest = torch.linalg.vector_norm(factor, math.inf, dtype=tensor.dtype)
+        size *= largest.clamp(min=1)
+    exponent = 15 - torch.frexp(size).exponent.clamp(-60, 60)
+    power = torch.ldexp(torch.ones_like(size), exponent)
+    return (tensor * power).to(dtype), 1 / power
 
 
 def _check(

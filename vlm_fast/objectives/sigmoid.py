@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_fast.objectives import _exchange
-from vlm_fast.objectives._exchange import World, pass_on, visits
+from vlm_fast.objectives._exchange import Facts, World, pass_on, visits
 from vlm_fast.objectives.contrastive import check_number, check_pairs
 from vlm_fast.objectives.language import LOGITS
-from vlm_fast.refusal import wrong_value
+from vlm_fast.refusal import once, wrong_value
 
 
 def siglip_loss(
@@ -48,8 +48,8 @@ def siglip_loss(
             starts at log 10. A positive number, or a floating tensor of no dimension. A tensor on a
             GPU is not looked at: that would wait for the device.
         bias: what is added; SigLIP's starts at -10. A number or a tensor, as the scale.
-        check_sizes: gather the sizes of all ranks first, so that batches may differ. A small
-            collective that the host reads; leave it out where batches are even.
+        check_sizes: gather the sizes and dtypes of all ranks first, so that batches may differ. A
+            small collective that the host reads; leave it out where batches and dtypes are even.
         group: the process group; None is the default one.
 
     Returns:
@@ -69,19 +69,17 @@ def siglip_loss(
     world = _exchange.world_of(group)
     batches = [batch] * world.size
     if check_sizes:
-        # The bits tell floating dtypes apart, which autocast may do: others would wait for bytes.
-        bits = round(-math.log2(torch.finfo(text_features.dtype).eps))
-        own = {"batch": batch, "features": features, "mantissa bits": bits}
-        sizes = _exchange.sizes_of_ranks(own, image_features.device, group)
-        batches = sizes.pop("batch")
-        _exchange.refuse_different(name, sizes)
+        own: Facts = {"batch": batch, "features": features, "dtype": text_features.dtype}
+        facts = _exchange.facts_of_ranks(own, image_features.device, group)
+        batches = facts.pop("batch")
+        _exchange.refuse_different(name, facts)
     if sum(batches) == 0:
         wanted += ", one row at least"
         raise wrong_value(name, "image_features", image_features, wanted)
     device, wide = image_features.device, torch.promote_types(image_features.dtype, torch.float32)
     with torch.autocast(device.type, enabled=False):
         # Here, so that autograd returns gradients in the dtype and on the device they came from.
-        numbers = (torch.as_tensor(x, dtype=wide, device=device) for x in (scale, bias))
+        numbers = (torch.as_tensor(x, dtype=wide, device=device).reshape(()) for x in (scale, bias))
         return _SigmoidLoss.apply(image_features, text_features, *numbers, batches, world, group)
 
 
@@ -109,7 +107,7 @@ class _SigmoidLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph; once_differentiable would give constants
-            raise RuntimeError("vlm_fast.siglip_loss: double backward is not supported")
+            raise once("siglip_loss")
         images, texts, scale, bias = ctx.saved_tensors
         batches, world, group = ctx.ring
         weight = grad * (world.size / sum(batches))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_fast.kernels._cross_attention_aten import bias_gradient
-from vlm_fast.kernels._stacking import stacked
+from vlm_fast.kernels._stacking import apart, input_gradient, linears, weight_gradients
 from vlm_fast.kernels.cross_attention import attention_backward, attention_forward
 from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
 from vlm_fast.ops.cross_attention import MAX_HEAD_SIZE, cross_attention, score_scale
@@ -28,9 +28,8 @@ def self_attention(
 ) -> Tensor:
     """``cross_attention(q, k, v)`` with q, k and v three linears of ``x``.
 
-    Mirrors the self-attention of transformers' ``Blip2QFormerMultiHeadAttention``. The three
-    weights are one GEMM's where they lie side by side in memory (`lay_side_by_side`); elsewhere
-    they are gathered first.
+    Mirrors the self-attention of transformers' ``Blip2QFormerMultiHeadAttention``. On a GPU the
+    three weights are put together for each pass, and not kept.
 
     Args:
         x: ``(batch, tokens, width)``.
@@ -161,9 +160,10 @@ def requires(x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
 
 @self_attention.forward
 def forward(needs, x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
-    batch, tokens, _ = x.shape
+    batch, tokens, width = x.shape
     features = parameters[0].shape[0]
-    qkv = F.linear(x, stacked(parameters[:3]), stacked(parameters[3:]))
+    qkv = linears(x.reshape(batch * tokens, width), parameters[:3], parameters[3:])
+    qkv = qkv.view(batch, tokens, 3 * features)
     q, k, v = _parts(qkv, heads)
     wanted = needs.x or needs.parameters or needs.bias
     o = attention_forward(
@@ -200,13 +200,14 @@ def backward(needs, kept, dout, *, heads, scale, dropout):
     )  # fmt: skip
     rows = dqkv.view(batch * tokens, 3 * features)
     if needs.x:
-        dx = torch.mm(rows, stacked(weights))
+        dx = input_gradient(rows, weights)
         dx = dx.view(batch, tokens, dx.shape[1])
     if needs.parameters:
-        dweight = torch.mm(rows.t(), x.reshape(batch * tokens, x.shape[2]))
-        dbiases = rows.sum(0).split(features)
+        sizes = [features] * 3
+        dweights = weight_gradients(rows, x.reshape(batch * tokens, x.shape[2]), sizes)
+        dbiases = apart(rows.sum(0), sizes)
         dbiases[1].mul_(0)  # a key's bias shifts all scores of a query alike
-        dparameters = [*dweight.split(features), *dbiases]
+        dparameters = [*dweights, *dbiases]
     return dx, dparameters, dbias, None, None
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm_fast.kernels._stacking import stacked
+from vlm_fast.kernels._stacking import apart, input_gradient, linears, weight_gradients
 from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
 from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
 
@@ -17,8 +17,8 @@ from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
 def stacked_linear(x: Tensor, parameters: list[Tensor]) -> Tensor:
     """``cat([linear(x, weight, bias) for ...], dim=-1)``, as keys and values of many layers are.
 
-    The weights are read where they are if they lie side by side in memory (`lay_side_by_side`);
-    otherwise they are gathered first, and not kept.
+    On a GPU the weights are put together for each pass, and not kept. Every gradient has memory of
+    its own.
 
     Args:
         x: ``(..., in)``.
@@ -85,7 +85,9 @@ def requires(x, parameters):
 @stacked_linear.forward
 def forward(needs, x, parameters):
     count = len(parameters) // 2
-    y = F.linear(x, stacked(parameters[:count]), stacked(parameters[count:]))
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = linears(rows, parameters[:count], parameters[count:])
+    y = y.view(*x.shape[:-1], y.shape[-1])
     if not any(needs):
         return y, ()
     return y, (
@@ -102,12 +104,12 @@ def backward(needs, kept, dy):
     rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
     dx = dparameters = None
     if needs.x:
-        dx = torch.mm(rows, stacked(parameters[:count]))
+        dx = input_gradient(rows, parameters[:count])
         dx = dx.view(*dy.shape[:-1], dx.shape[-1])
     if needs.parameters:
         sizes = [bias.shape[0] for bias in parameters[count:]]
-        dweight = torch.mm(rows.t(), x.reshape(rows.shape[0], x.shape[-1]))
-        dparameters = [*dweight.split(sizes), *rows.sum(0).split(sizes)]
+        dweights = weight_gradients(rows, x.reshape(rows.shape[0], x.shape[-1]), sizes)
+        dparameters = [*dweights, *apart(rows.sum(0), sizes)]
     return dx, dparameters
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vlm_fast.modules.chain import chain_of
+from vlm_fast.modules.original_code import why_not_original
 from vlm_fast.op import FLOATS
 from vlm_fast.ops.mlp import SAVED
 from vlm_fast.patching import (
@@ -32,7 +33,7 @@ from vlm_fast.patching import (
     pooling,
     qformer,
 )
-from vlm_fast.patching.class_swap import Patched, swap, swap_back
+from vlm_fast.patching.class_swap import Patched, swap, swap_back, why_not_swapped_back
 
 # Families: a mixin, and the recogniser that returns its recipe, a reason against it, or None. Of
 # several that serve a module the first is taken.
@@ -84,10 +85,12 @@ class Report:
     modules: list[nn.Module] = field(default_factory=list, repr=False)
 
     def revert(self) -> None:
-        """Give every module that this report lists its own class back."""
-        for module in self.modules:
-            if isinstance(module, Patched):
-                swap_back(module)
+        """Give every module that this report lists its own class back.
+
+        Raises:
+            ValueError: a module was sharded or parametrized since; nothing has been changed then.
+        """
+        _swap_back([module for module in self.modules if isinstance(module, Patched)])
         self.modules.clear()
 
     def __enter__(self) -> Report:
@@ -145,8 +148,8 @@ def patch(
             continue
         for mixin, recognise in FAMILIES:
             recipe = _recipe(recognise, module, saved=saved, compute_dtype=compute_dtype)
-            if recipe is not None and hasattr(mixin, "forward") and "forward" in vars(module):
-                recipe = "its forward has been replaced (accelerate or another wrapper)"
+            if recipe is not None and not isinstance(recipe, str):
+                recipe = _why_not_read(module, mixin) or recipe
             if isinstance(recipe, str):
                 report.skipped[name] = recipe
             elif recipe is not None:
@@ -167,11 +170,26 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> int:
-    """Give every patched module in ``model`` its own class back; returns how many there were."""
-    patched = list(patched_modules(model))
-    for _, module in patched:
-        swap_back(module)
+    """Give every patched module in ``model`` its own class back; returns how many there were.
+
+    Raises:
+        ValueError: a module was sharded or parametrized since; nothing has been changed then.
+    """
+    patched = [module for _, module in patched_modules(model)]
+    _swap_back(patched)
     return len(patched)
+
+
+def _swap_back(modules: list[Any]) -> None:
+    """All or none."""
+    for module in modules:
+        reason = why_not_swapped_back(module)
+        if reason is not None:
+            raise ValueError(
+                f"vlm_fast.unpatch: {type(module).patch.base.__name__} stays patched: {reason}"
+            )
+    for module in modules:
+        swap_back(module)
 
 
 def patched_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -182,6 +200,13 @@ def patched_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def explain(model: nn.Module) -> dict[str, str | None]:
     """For every patched module, why its next call would run as plain PyTorch, or None."""
     return {name: module.why_not() for name, module in patched_modules(model)}
+
+
+def _why_not_read(module: nn.Module, mixin: type[Patched]) -> str | None:
+    """Why the code of a module is not the code that the mixin stands for, or None."""
+    if hasattr(mixin, "forward") and "forward" in vars(module):
+        return "its forward has been replaced (accelerate or another wrapper)"
+    return why_not_original(type(module), *mixin.restates) if mixin.restates else None
 
 
 def _recipe(recognise: Callable[..., Any], module: nn.Module, **options: Any) -> Any:

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,7 @@ class PackedImage(Tensor):
 class FusedAnyRes(Patched):
     """A model whose tiles are packed in one movement."""
 
+    restates: ClassVar[tuple[str, ...]] = ("pack_image_features",)
     merging = False  # whether what is packed goes to this model's own merge
 
     def get_image_features(
@@ -94,18 +95,20 @@ class FusedAnyRes(Patched):
 class FusedAnyResMerge(FusedAnyRes, FusedMerge):
     """A model whose tiles are packed in one movement and merged in another."""
 
+    restates: ClassVar[tuple[str, ...]] = FusedAnyRes.restates
+
     def __init_subclass__(cls) -> None:
         if not hasattr(cls, "patch"):  # another mixin, not yet a class of models
             return
-        plain = cls.patch.base.forward
+        base = cls.patch.base
 
-        @functools.wraps(plain)  # callers ask for its signature
+        @functools.wraps(base.forward)  # callers ask for its signature
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
-                return plain(self, *args, **kwargs)
+                return base.forward(self, *args, **kwargs)
             self.merging = True
             try:
-                return plain(self, *args, **kwargs)
+                return base.forward(self, *args, **kwargs)
             finally:
                 self.__dict__.pop("merging", None)  # another thread may have been here
 

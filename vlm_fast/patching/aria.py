@@ -2,7 +2,8 @@
 
 transformers calls ``nn.MultiheadAttention`` asking for weights that it then drops: the scores of
 all heads are formed, normalised and averaged for nothing. Its projections follow those of the
-projector itself; without gradients the two of keys, and of values, are composed into one.
+projector itself; where many patches are read without gradients, the two of keys, and of values,
+are composed into one for the call.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
-from vlm_fast.modules.media_memory import forget, remembered
 from vlm_fast.modules.mlp_projector import fused_mlp
 from vlm_fast.modules.plain_tree import why_not_plain_tree
 from vlm_fast.patching.class_swap import Patched, is_class
@@ -49,7 +49,12 @@ class FusedAriaProjector(Patched):
         queries = self.query[: self.patch_to_query_dict[x.shape[1]]].unsqueeze(0)
         weights, biases = multihead.in_proj_weight.chunk(3), multihead.in_proj_bias.chunk(3)
         q = F.linear(attn.q_proj(attn.layer_norm(queries)), weights[0], biases[0])
-        k, v = self._key_values(attn.layer_norm_kv(x), weights[1:], biases[1:])
+        k, v = (
+            _projected(attn.layer_norm_kv(x), linear, weight, bias)
+            for linear, weight, bias in zip(
+                (attn.k_proj, attn.v_proj), weights[1:], biases[1:], strict=True
+            )
+        )
         q, k, v = (t.unflatten(2, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         attended = ops.cross_attention(
             q.expand(x.shape[0], -1, -1, -1), k, v,
@@ -62,30 +67,6 @@ class FusedAriaProjector(Patched):
             "preactivation",
         )  # fmt: skip
 
-    def _key_values(
-        self, normed: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, ...]
-    ) -> list[Tensor]:
-        linears = [self.cross_attn.k_proj, self.cross_attn.v_proj]
-        autocast = torch.is_autocast_enabled(normed.device.type)
-        biased = any(linear.bias is not None for linear in linears)
-        if torch.is_grad_enabled() or self.training or autocast or biased:
-            forget(self.cross_attn)
-            return [
-                F.linear(linear(normed), weight, bias)
-                for linear, weight, bias in zip(linears, weights, biases, strict=True)
-            ]
-
-        def compose() -> list[Tensor]:
-            return [
-                (w.float() @ linear.weight.float()).to(w.dtype)
-                for w, linear in zip(weights, linears, strict=True)
-            ]
-
-        sources = [linear.weight for linear in linears]
-        whole = self.cross_attn.multihead_attn.in_proj_weight
-        composed = remembered(self.cross_attn, whole, sources, compose)
-        return [F.linear(normed, w, b) for w, b in zip(composed, biases, strict=True)]
-
     def why_not(self) -> str | None:
         attn, multihead = self.cross_attn, self.cross_attn.multihead_attn
         if self.training and (attn.dropout.p > 0 or multihead.dropout > 0):
@@ -93,6 +74,18 @@ class FusedAriaProjector(Patched):
         if multihead.in_proj_weight is None or multihead.bias_k is not None:
             return "its attention has other parameters than transformers gives it"
         return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+
+
+def _projected(normed: Tensor, linear: Any, weight: Tensor, bias: Tensor) -> Tensor:
+    """``weight (linear normed) + bias``.
+
+    One product of many rows with composed weights takes the place of two. To compose them takes as
+    long as a product of as many rows as the weights have.
+    """
+    rows = normed.numel() // max(normed.shape[-1], 1)
+    if torch.is_grad_enabled() or linear.bias is not None or rows < 2 * weight.shape[0]:
+        return F.linear(linear(normed), weight, bias)
+    return F.linear(normed, weight @ linear.weight, bias)
 
 
 def _check(mask: Tensor, x: Tensor) -> None:

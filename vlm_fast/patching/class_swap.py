@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import copy
 import functools
+from types import FunctionType
 from typing import Any, ClassVar, NamedTuple
+from weakref import WeakValueDictionary
 
 from torch import nn
+from torch.fx import Proxy
+
+from vlm_fast.modules.plain_tree import unwrapped, why_not_own_arguments
+from vlm_fast.policy import fell_back
 
 
 class Patch(NamedTuple):
@@ -39,12 +45,22 @@ class Swapped:
 
 
 class Patched(Swapped):
-    """Mixin of every class that computes the same on the fast ops."""
+    """Mixin of every class that computes the same on the fast ops.
+
+    Where a method that a mixin overrides is no longer the one that its base had when the class was
+    made, the base's is called instead; so it is where a program is traced symbolically.
+    """
 
     alone: ClassVar[bool] = False  # whether its base's forward takes what its own is given
+    # Methods of the base whose code is taken for granted: patched only while they are original.
+    restates: ClassVar[tuple[str, ...]] = ("forward",)
 
     def why_not(self) -> str | None:
         """Why the next call would run as plain PyTorch, or None."""
+        return None
+
+    def why_replaced(self) -> str | None:
+        """Which method of the base somebody replaced since the patch, or None."""
         return None
 
     def unpatched(self) -> nn.Module | None:
@@ -57,12 +73,96 @@ class Patched(Swapped):
             swap_back(module)
         return plain
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles: the same parameters under the original class."""
+        plain: Any = copy.copy(self)
+        swap_back(plain)
+        return plain
 
-@functools.cache
+
+# Of a class that nobody uses any more nothing is kept.
+_made: WeakValueDictionary[Any, type[nn.Module]] = WeakValueDictionary()
+
+
 def patched_class(base: type[nn.Module], mixin: type[Swapped], recipe: Any) -> type[nn.Module]:
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    """The subclass of ``base`` that is served by ``mixin``; the same one while it is in use."""
     patch = Patch(base, mixin, recipe)
-    return type(base.__name__, (mixin, base), {**names, "__doc__": base.__doc__, "patch": patch})
+    known = _made.get(patch)
+    return known if known is not None else _made.setdefault(patch, _make(patch))
+
+
+def _make(patch: Patch) -> type[nn.Module]:
+    base, mixin, _ = patch
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    own: dict[str, Any] = {**names, "__doc__": base.__doc__, "patch": patch}
+    if issubclass(mixin, Patched):
+        served = {name: getattr(base, name) for name in _overridden(base, mixin)}
+        own |= {name: _guarded(base, mixin, name, read) for name, read in served.items()}
+        own["why_replaced"] = _asking(base, served)
+        own["why_not"] = _guarded_why_not(mixin)
+    return type(base.__name__, (mixin, base), own)
+
+
+def _overridden(base: type, mixin: type[Patched]) -> list[str]:
+    """The methods of the base that the mixin has in their place."""
+    names = {name for kind in mixin.__mro__ if kind is not object for name in vars(kind)}
+    return [
+        name
+        for name in sorted(names)
+        if not name.startswith("_") and isinstance(getattr(base, name, None), FunctionType)
+    ]
+
+
+def _guarded(base: Any, mixin: Any, name: str, read: Any) -> Any:
+    """The mixin's method, as long as the base's is the one that was there before."""
+    ours = getattr(mixin, name)
+
+    @functools.wraps(read)  # callers ask for its signature
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        current = getattr(base, name)
+        if current is not read:
+            fell_back(base.__name__, _replaced(base, name))
+            return current(self, *args, **kwargs)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Proxy):  # torch.fx.symbolic_trace
+                return current(self, *args, **kwargs)
+        return ours(self, *args, **kwargs)
+
+    return method
+
+
+def _asking(base: Any, served: dict[str, Any]) -> Any:
+    def why_replaced(self: Any) -> str | None:
+        for name, read in served.items():
+            if getattr(base, name) is not read:
+                return _replaced(base, name)
+        return None
+
+    return why_replaced
+
+
+def _guarded_why_not(mixin: Any) -> Any:
+    @functools.wraps(mixin.why_not)
+    def why_not(self: Any) -> str | None:
+        return self.why_replaced() or mixin.why_not(self)
+
+    return why_not
+
+
+def _replaced(base: type, name: str) -> str:
+    return f"{base.__name__}.{name} has been replaced since it was patched"
+
+
+def why_not_handed(layer: Any, kind: type[Patched]) -> str | None:
+    """Why a layer must be called with the arguments of its base, or None.
+
+    Also inside torch's wrapper for activation checkpointing.
+    """
+    inner: Any = unwrapped(layer)
+    if not isinstance(inner, kind):
+        return f"{type(inner).__name__} is not patched"
+    reason: str | None = inner.why_replaced() or why_not_own_arguments(inner)  # type: ignore[arg-type]
+    return reason if inner is layer else reason or why_not_own_arguments(layer)
 
 
 def is_class(module: nn.Module, family: str, *names: str) -> bool:
@@ -73,14 +173,34 @@ def is_class(module: nn.Module, family: str, *names: str) -> bool:
 
 
 def swap(module: nn.Module, mixin: type[Swapped], recipe: Any) -> None:
-    module.__class__ = patched_class(type(module), mixin, recipe)  # type: ignore[arg-type]
+    module.__class__ = patched_class(type(module), mixin, recipe)
     module.prepare()  # type: ignore[operator]
 
 
+def why_not_swapped_back(module: Any) -> str | None:
+    """Why the class of a patched module cannot be given back, or None."""
+    kind = type(module)
+    if "patch" in vars(kind):
+        return None
+    return (
+        f"its class has become {kind.__name__} since it was patched, by sharding, a "
+        "parametrization or the like, which the original class would lose"
+    )
+
+
 def swap_back(module: Any) -> None:
+    """Give a module its original class.
+
+    Raises:
+        ValueError: somebody made another class of the patched one; nothing has been changed then.
+    """
+    reason = why_not_swapped_back(module)
+    if reason is not None:
+        raise ValueError(f"vlm_fast: {type(module).patch.base.__name__} stays patched: {reason}")
     module.__class__ = type(module).patch.base
+    module.__dict__.pop("_plain_tree", None)
 
 
 def _rebuild(base: type[nn.Module], mixin: type[Swapped], recipe: Any) -> nn.Module:
-    cls = patched_class(base, mixin, recipe)  # type: ignore[arg-type]
+    cls = patched_class(base, mixin, recipe)
     return cls.__new__(cls)

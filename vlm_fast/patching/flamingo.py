@@ -8,8 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlm_fast.modules.activation import activation_of
-from vlm_fast.modules.gated_cross_attention import gated_block, why_not_fused
+from vlm_fast.modules.gated_cross_attention import (
+    OP,
+    MediaKeyValues,
+    gated_block,
+    why_not_fused,
+)
 from vlm_fast.patching.class_swap import Patched
+from vlm_fast.policy import fell_back
+from vlm_fast.refusal import wrong_value
 
 
 class FusedGatedBlock(Patched):
@@ -24,7 +31,15 @@ class FusedGatedBlock(Patched):
         media_locations: Tensor | None = None,
         use_cached_media: bool = False,
     ) -> Tensor:
-        return gated_block(self, x, media, media_locations, use_cached_media)
+        reason = self.why_not()
+        if reason is None:
+            return gated_block(self, x, media, media_locations, use_cached_media)
+        if isinstance(media, MediaKeyValues):
+            wanted = f"the media themselves, while the block runs as plain PyTorch ({reason})"
+            raise wrong_value(OP, "media", "MediaKeyValues", wanted)
+        fell_back(type(self).__name__, reason)
+        options = {"use_cached_media": True} if use_cached_media else {}
+        return super().forward(x, media, media_locations, **options)  # type: ignore[misc]
 
     def why_not(self) -> str | None:
         return why_not_fused(self)

@@ -1,8 +1,8 @@
-"""IDEFICS: gated cross-attention layers, and keys and values of images that outlive a token.
+"""IDEFICS: gated cross-attention layers, with keys and values of images kept for a generation.
 
 The model's own ``forward`` runs with a mask of one token, from which it makes that of text by image
 tokens; the layers get a set of images for each token instead. transformers projects all images anew
-for every generated token in every layer; here that is remembered while the features live.
+for every generated token in every layer; here that is kept beside the cache of the generation.
 """
 
 from __future__ import annotations
@@ -10,22 +10,15 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
 from vlm_fast.modules.gated_layer import gated_residuals, rms_norm, why_not_gated
-from vlm_fast.modules.media_memory import remembered
 from vlm_fast.modules.plain_tree import why_not_plain_tree
-from vlm_fast.patching.class_swap import is_class
-from vlm_fast.patching.media_sets import (
-    GivenSets,
-    GivesSets,
-    MediaSets,
-    takes_sets,
-    why_not_sets,
-)
+from vlm_fast.patching.class_swap import is_class, why_not_handed
+from vlm_fast.patching.image_keys import ImageKeys
+from vlm_fast.patching.media_sets import GivenSets, GivesSets, MediaSets, why_not_sets
 from vlm_fast.policy import fell_back
 from vlm_fast.refusal import wrong_value
 
@@ -40,15 +33,21 @@ class FusedIdeficsModel(GivesSets):
         if self.why_not_sets(mask) is not None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         given["image_attention_mask"] = mask[:, :1]
+        text: Any = given.get("input_ids")
+        text = given.get("inputs_embeds") if text is None else text
+        tokens = 0 if text is None else text.shape[1]
         options = given.pop("kwargs", {})
+        options["media_sets"] = MediaSets.of(mask.bool())
+        options["image_keys"] = ImageKeys.of_cache(self, given.get("past_key_values"), tokens)
         del given["self"]
-        media_sets = MediaSets.of(mask.bool())
-        return super().forward(**given, **options, media_sets=media_sets)  # type: ignore[misc]
+        return super().forward(**given, **options)  # type: ignore[misc]
 
     def why_not_sets(self, mask: Any) -> str | None:
         layers: Any = self.gated_cross_attn_layers  # type: ignore[attr-defined]
-        if not all(takes_sets(layer, FusedIdeficsLayer) for layer in layers):
-            return "a gated layer is not patched"
+        for i, layer in enumerate(layers):
+            reason = why_not_handed(layer, FusedIdeficsLayer)
+            if reason is not None:
+                return f"gated layer {i}: {reason}"
         return why_not_sets(mask, 3)
 
 
@@ -74,6 +73,7 @@ class FusedIdeficsLayer(GivenSets):
         past_key_values: Any = None,
         *,
         media_sets: MediaSets | None = None,
+        image_keys: ImageKeys | None = None,
         **kwargs: Any,
     ) -> Any:
         x, images = hidden_states, image_hidden_states
@@ -97,8 +97,9 @@ class FusedIdeficsLayer(GivenSets):
         attn = self.cross_attn
         q = attn.q_proj(rms_norm(x, self.input_layernorm)).unflatten(2, (attn.num_heads, -1))
         attended, row_mask = self._attend(
-            q.transpose(1, 2), images, image_attention_mask, cross_attention_gate, media_sets
-        )
+            q.transpose(1, 2), images, image_attention_mask, cross_attention_gate, media_sets,
+            image_keys,
+        )  # fmt: skip
         attended = attn.o_proj(attended.transpose(1, 2).flatten(2))
         return gated_residuals(
             x, attended, self.alpha_cross_attn, self.post_attention_layernorm, self.mlp,
@@ -106,11 +107,15 @@ class FusedIdeficsLayer(GivenSets):
         )  # fmt: skip
 
     def _attend(
-        self, q: Tensor, images: Tensor, mask: Tensor | None, gate: Tensor, sets: MediaSets | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, q: Tensor, images: Tensor, mask: Tensor | None, gate: Tensor,
+        sets: MediaSets | None, image_keys: ImageKeys | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """What is seen of the images, and which rows to keep of it (None: all)."""
         attn = self.cross_attn
-        k, v = self._key_values(images)
+        if image_keys is None:
+            k, v = self._key_values(images)
+        else:
+            k, v = image_keys.of_layer(self, images, self._key_values)
         norm = attn.q_layer_norm if attn.qk_layer_norms else None
         if sets is None:  # a layer on its own, given a mask of text by image tokens
             q = q if norm is None else rms_norm(q, norm)
@@ -124,21 +129,13 @@ class FusedIdeficsLayer(GivenSets):
 
     def _key_values(self, images: Tensor) -> tuple[Tensor, Tensor]:
         attn = self.cross_attn
-
-        def made() -> tuple[Tensor, Tensor]:
-            k, v = (
-                linear(images).unflatten(2, (attn.num_heads, -1))
-                for linear in (attn.k_proj, attn.v_proj)
-            )
-            if attn.qk_layer_norms:
-                k = rms_norm(k, attn.k_layer_norm)
-            return k.transpose(1, 2), v.transpose(1, 2)
-
-        if torch.is_autocast_enabled(images.device.type):
-            return made()
-        weights = [attn.k_proj.weight, attn.v_proj.weight]
-        weights += [attn.k_layer_norm.weight] if attn.qk_layer_norms else []
-        return remembered(attn, images, weights, made)
+        k, v = (
+            linear(images).unflatten(2, (attn.num_heads, -1))
+            for linear in (attn.k_proj, attn.v_proj)
+        )
+        if attn.qk_layer_norms:
+            k = rms_norm(k, attn.k_layer_norm)
+        return k.transpose(1, 2), v.transpose(1, 2)
 
     def why_not(self) -> str | None:
         if self.training and (self.cross_attn.dropout > 0 or self.config > 0):

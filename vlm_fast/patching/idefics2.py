@@ -74,7 +74,7 @@ class FusedIdefics2Perceiver(Patched):
         if seen is not None and seen.is_cpu and not torch.compiler.is_compiling() and seen.all():
             seen = None  # nothing is hidden; on a GPU that would be asked of the device
         layers = [_layer(layer) for layer in self.layers]
-        return self.norm(resample(self, context, self.latents, layers, seen))  # type: ignore
+        return self.norm(resample(context, self.latents, layers, seen))
 
     def why_not(self) -> str | None:
         if self.training and any(layer.self_attn.attention_dropout > 0 for layer in self.layers):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,8 @@ def _masked_scatter(embeds: Tensor, mask: Tensor, source: Tensor) -> Tensor:
 
 class FusedMerge(Patched):
     """A model whose placeholder masks lead to the fused merge."""
+
+    restates: ClassVar[tuple[str, ...]] = ()
 
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **kwargs: Any

@@ -7,7 +7,7 @@ else looks at it, it is shuffled first.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,8 @@ def _shuffled(x: Tensor) -> Tensor:
 
 class FusedShuffleMerge(FusedMerge):
     """The model: `FusedMerge`, and a pixel shuffle of one pass or none."""
+
+    restates: ClassVar[tuple[str, ...]] = ("pixel_shuffle",)
 
     multi_modal_projector: nn.Module
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ class FusedMLP(Patched):
     """The forward of such a projector through `vlm_fast.ops.mlp`."""
 
     alone = True
+    restates: ClassVar[tuple[str, ...]] = ()  # its forward was traced
 
     linear_1: nn.Module
     linear_2: nn.Module

@@ -59,11 +59,6 @@ class GivenSets(Patched):
         return plain
 
 
-def takes_sets(layer: Any, kind: type[GivenSets]) -> bool:
-    """Whether a layer is of this kind, also inside torch's wrapper for activation checkpointing."""
-    return isinstance(getattr(layer, "_checkpoint_wrapped_module", layer), kind)
-
-
 def why_not_sets(mask: Any, dimensions: int) -> str | None:
     """Why a mask of tokens by media is not taken as sets, or None."""
     if not isinstance(mask, Tensor) or mask.ndim != dimensions:

@@ -18,14 +18,8 @@ from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
 from vlm_fast.modules.gated_layer import gated_residuals, rms_norm, why_not_gated
 from vlm_fast.modules.plain_tree import wants_attentions, why_not_plain_tree
-from vlm_fast.patching.class_swap import is_class
-from vlm_fast.patching.media_sets import (
-    GivenSets,
-    GivesSets,
-    MediaSets,
-    takes_sets,
-    why_not_sets,
-)
+from vlm_fast.patching.class_swap import is_class, why_not_handed
+from vlm_fast.patching.media_sets import GivenSets, GivesSets, MediaSets, why_not_sets
 from vlm_fast.policy import fell_back
 from vlm_fast.refusal import wrong_value
 
@@ -61,9 +55,11 @@ class FusedMllamaModel(GivesSets):
 
     def why_not_sets(self, mask: Any) -> str | None:
         layers: Any = self.language_model.layers  # type: ignore[attr-defined]
-        crossing = [layer for layer in layers if hasattr(layer, "cross_attn")]
-        if not all(takes_sets(layer, FusedMllamaLayer) for layer in crossing):
-            return "a cross-attention layer is not patched"
+        for i, layer in enumerate(layers):
+            if hasattr(layer, "cross_attn"):
+                reason = why_not_handed(layer, FusedMllamaLayer)
+                if reason is not None:
+                    return f"layer {i}: {reason}"
         return why_not_sets(mask, 4)
 
 

@@ -32,6 +32,7 @@ UNFOLDING = {
     "mistral3": "Mistral3MultiModalProjector",
     "lighton_ocr": "LightOnOcrMultiModalProjector",
 }
+UNFOLDERS = {"mistral3": "Mistral3PatchMerger", "lighton_ocr": "LightOnOcrPatchMerger"}
 
 
 class FusedPatchMerger(Patched):
@@ -55,7 +56,11 @@ class FusedPatchMerger(Patched):
 
     def _why_not_called(self) -> str | None:
         mlp = getattr(self, "mlp", None)
-        reason = None if mlp is None else why_not_called_plainly(mlp)
+        if mlp is None:
+            return None
+        if type(mlp) is not nn.Sequential:
+            return f"mlp: {type(mlp).__name__} is not nn.Sequential"
+        reason = why_not_called_plainly(mlp)
         return None if reason is None else f"mlp: {reason}"
 
     def why_not(self) -> str | None:
@@ -100,7 +105,10 @@ class FusedUnfoldingMerger(Patched):
         return fused_mlp(name, x, self.linear_1, self.act, self.linear_2, *self.patch.recipe)
 
     def _why_not_called(self) -> str | None:
-        reason = why_not_called_plainly(self.patch_merger)
+        merger = self.patch_merger
+        if not any(is_class(merger, family, name) for family, name in UNFOLDERS.items()):
+            return f"patch_merger: {type(merger).__name__} is not a class whose code was read"
+        reason = why_not_called_plainly(merger)
         return None if reason is None else f"patch_merger: {reason}"
 
     def why_not(self) -> str | None:

@@ -18,7 +18,11 @@ class FusedPerceiver(Patched):
 
     alone = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
+        reason = self.why_not()
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            return super().forward(x)  # type: ignore[misc]
         return resample_media(self, x)
 
     def why_not(self) -> str | None:
@@ -40,7 +44,7 @@ class FusedIdeficsPerceiver(Patched):
             fell_back(type(self).__name__, reason)
             return super().forward(context)  # type: ignore[misc]
         layers = [_layer_of_idefics(attention, ff) for attention, ff in self.blocks]
-        found = resample(self, context, self.latents, layers)  # type: ignore[arg-type]
+        found = resample(context, self.latents, layers)
         return self.layer_norm(found)
 
     def why_not(self) -> str | None:

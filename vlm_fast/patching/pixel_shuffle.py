@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -35,6 +35,7 @@ class FusedConnector(Patched):
     """A connector whose ``pixel_shuffle`` is one copy."""
 
     alone = True
+    restates: ClassVar[tuple[str, ...]] = ("pixel_shuffle",)
 
     def pixel_shuffle(self, x: Tensor, *args: int, **kwargs: int) -> Tensor:
         factor = (*args, *kwargs.values(), 2)[0]  # by the name that the class has for it

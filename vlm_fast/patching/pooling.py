@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.chain import Chain, chain_of
-from vlm_fast.modules.plain_linear import why_not_called_plainly
+from vlm_fast.modules.plain_linear import why_not_called_plainly, why_not_plain
 from vlm_fast.modules.plain_norm import plain_norm
+from vlm_fast.modules.plain_tree import why_not_own_arguments
 from vlm_fast.modules.pooled_projector import pooled_mlp, pooled_norm, times_matrix
 from vlm_fast.modules.square_grid import side_of_square
 from vlm_fast.patching import image_token_merge
@@ -82,12 +83,15 @@ class FusedPooledMLP(Patched):
         )  # fmt: skip
 
     def why_not(self) -> str | None:
-        # The one child that is not called. Hooks on linear_2 would see fewer rows.
-        for name in ("pooling", "linear_2"):
-            reason = why_not_called_plainly(getattr(self, name))
-            if reason is not None:
-                return f"{name}: {reason}"
-        return None
+        # The pooling is not called, and linear_2 sees fewer rows, which only a linear map allows.
+        known = is_class(self.pooling, "perception_lm", "PerceptionLMAdaptiveAvgPooling")
+        if not known and type(self.pooling) is not nn.Identity:
+            return f"pooling: {type(self.pooling).__name__} is not a class whose code was read"
+        reason = why_not_called_plainly(self.pooling)
+        if reason is not None:
+            return f"pooling: {reason}"
+        reason = why_not_plain(self.linear_2)
+        return None if reason is None else f"linear_2: {reason}"
 
 
 class FusedPooler(Patched):
@@ -131,20 +135,32 @@ class FusedPooledFrames(FusedAnyResMerge):
     Bilinear weights sum to 1, so they commute with it and its bias: 196 rows instead of 729.
     """
 
+    restates: ClassVar[tuple[str, ...]] = (
+        *FusedAnyResMerge.restates, "get_video_features", "apply_pooling",
+    )  # fmt: skip
+
     config: Any
     multi_modal_projector: Any
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
         projector = self.multi_modal_projector
         served = isinstance(projector, FusedFrameProjector) and not torch.compiler.is_compiling()
-        children = (self.multi_modal_projector, projector.linear_2)
-        if not served or any(why_not_called_plainly(child) for child in children):
+        if not served or self._why_not_pooled_first() is not None:
             return super().get_video_features(*args, **kwargs)  # type: ignore[misc]
         before = _pooled_first.set(True)
         try:
             return super().get_video_features(*args, **kwargs)  # type: ignore[misc]
         finally:
             _pooled_first.reset(before)
+
+    def _why_not_pooled_first(self) -> str | None:
+        """Why linear_2 and the projector must see all rows, or None."""
+        projector = self.multi_modal_projector
+        return (
+            why_not_plain(projector.linear_2)
+            or projector.why_not()
+            or why_not_own_arguments(projector)
+        )
 
     def apply_pooling(self, image_features: Tensor) -> Any:
         x, vision = image_features, self.config.vision_config

@@ -17,17 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast.modules.activation import activation_of
-from vlm_fast.modules.plain_tree import wants_attentions, why_not_plain_tree
+from vlm_fast.modules.plain_tree import (
+    unwrapped,
+    wants_attentions,
+    wants_hidden_states,
+    why_not_plain_tree,
+)
 from vlm_fast.modules.qformer_layer import LayerInputs, qformer_layer
 from vlm_fast.modules.qformer_shared import (
     check_image,
     dropout_seeds,
     drops,
     images_of_layers,
-    pack,
     self_attention_masks,
 )
-from vlm_fast.patching.class_swap import Patched
+from vlm_fast.patching.class_swap import Patched, why_not_handed
 from vlm_fast.policy import fell_back
 
 ATTENTIONS = "attention maps were asked for, which no kernel forms"
@@ -46,14 +50,13 @@ class FusedQFormerModel(Patched):
 
     encoder: Any
     config: Any
+    layernorm: Any
     dropout: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        base = self.patch.base.forward
-        asked = kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))
-        if asked or self.why_not() is not None:
+        if self._asks("output_attentions", kwargs) or self.why_not() is not None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        bound = _signature(base).bind(self, *args, **kwargs)
+        bound = _signature(self.patch.base.forward).bind(self, *args, **kwargs)
         given = bound.arguments
         for name in ("attention_mask", "encoder_attention_mask"):
             mask = given.get(name)
@@ -71,11 +74,21 @@ class FusedQFormerModel(Patched):
             and image.shape[0] == query.shape[0]
             and given.get("query_length") in (None, query.shape[1])
             and hasattr(self.encoder.layer[0], "crossattention")
+            and not self._shows_hidden_states(kwargs)
             and not (self.dropout.training and self.dropout.p > 0)
             and not drops(self.encoder.layer[:1])
         ):
             given["query_embeds"] = query[:1]  # what comes before the image is the same for all
         return super().forward(*bound.args[1:], **bound.kwargs)  # type: ignore[misc]
+
+    def _asks(self, option: str, kwargs: dict[str, Any]) -> bool:
+        return bool(kwargs.get(option, getattr(self.config, option, False)))
+
+    def _shows_hidden_states(self, kwargs: dict[str, Any]) -> bool:
+        """Whether somebody looks at what comes before the image is read."""
+        before = (self.layernorm, self.dropout)
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in before)
+        return hooked or self._asks("output_hidden_states", kwargs) or wants_hidden_states()
 
     def _mask(self, mask: Tensor) -> Tensor | None:
         """As transformers passes on a mask that is prepared; one that hides nothing is dropped."""
@@ -85,7 +98,8 @@ class FusedQFormerModel(Patched):
         return (mask != 0)[:, None, None]
 
     def why_not(self) -> str | None:
-        return self.encoder.why_not() if isinstance(self.encoder, FusedQFormerEncoder) else None
+        reason = why_not_handed(self.encoder, FusedQFormerEncoder)
+        return self.encoder.why_not() if reason is None else f"encoder: {reason}"
 
 
 class FusedQFormerEncoder(Patched):
@@ -93,14 +107,6 @@ class FusedQFormerEncoder(Patched):
 
     layer: Any
     config: Any
-
-    def prepare(self) -> None:
-        pack(self)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[misc]
-        pack(self)  # .to() and .cuda() make every parameter anew
-        return self
 
     def forward(
         self,
@@ -150,8 +156,10 @@ class FusedQFormerEncoder(Patched):
         return output(last_hidden_state=hidden_states)
 
     def why_not(self) -> str | None:
+        if len(self.layer) != self.config.num_hidden_layers:
+            return f"it has {len(self.layer)} layers, its config {self.config.num_hidden_layers}"
         for i, layer in enumerate(self.layer):
-            reason = why_not_plain_tree(layer)
+            reason = why_not_handed(layer, FusedQFormerLayer) or unwrapped(layer).why_not()
             if reason is not None:
                 return f"layer {i}: {reason}"
         return None
@@ -172,8 +180,7 @@ class FusedQFormerLayer(Patched):
         **kwargs: Any,
     ) -> Any:
         if inputs is not None:  # from the encoder, which has looked
-            inputs.image = encoder_hidden_states
-            return qformer_layer(self, hidden_states, inputs)
+            return qformer_layer(self, hidden_states, encoder_hidden_states, inputs=inputs)
         reason = ATTENTIONS if wants_attentions() else self.why_not()
         reason = reason or _why_not_masks(attention_mask, encoder_attention_mask)
         if reason is not None:
@@ -183,12 +190,12 @@ class FusedQFormerLayer(Patched):
                 encoder_attention_mask=encoder_attention_mask, query_length=query_length, **kwargs,
             )  # fmt: skip
         inputs = layer_inputs(hidden_states, attention_mask, encoder_attention_mask, query_length)
-        inputs.image = encoder_hidden_states
         seeds = dropout_seeds([self], hidden_states)
         inputs.seeds = None if seeds is None else seeds[0]
         dtype = hidden_states.dtype
         with _computing(self.patch.recipe, hidden_states):
-            return qformer_layer(self, hidden_states, inputs).to(dtype)
+            found = qformer_layer(self, hidden_states, encoder_hidden_states, inputs=inputs)
+            return found.to(dtype)
 
     def why_not(self) -> str | None:
         return why_not_plain_tree(self)  # type: ignore[arg-type]

@@ -1,0 +1,104 @@
+"""Does a class still run the code that its own module defines?
+
+A kernel restates what a class computes. That holds for the code that was read, so a forward that
+somebody replaced at class level is a reason to call the class instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+# Functions of a class that were found to be original. Only of classes that live as long as the
+# process.
+_ORIGINAL: dict[tuple[type, str], Any] = {}
+
+
+def why_not_original(kind: type, *methods: str) -> str | None:
+    """None if these methods of a class, ``forward`` by default, are those of its module.
+
+    A function counts as replaced if its code comes from another file or another class, also behind
+    ``functools.wraps``. Decorators of transformers and of torch may stand around it.
+    """
+    for name in methods or ("forward",):
+        function = getattr(kind, name, None)
+        if function is not None and _ORIGINAL.get((kind, name)) is not function:
+            definer = next(base for base in kind.__mro__ if name in vars(base))
+            if not _is_original(definer, name, function):
+                return f"{kind.__name__}.{name} has been replaced"
+            if kind.__module__.startswith(("torch.", "transformers.", "vlm_fast.")):
+                _ORIGINAL[kind, name] = function
+    return None
+
+
+# Dynamo takes the answer as a constant: it cannot look into code objects.
+why_not_original._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def why_not_own_code(kind: type) -> str | None:
+    """The same of every method that a class has beyond those of every module."""
+    return why_not_original(kind, *(name for name, _ in own_methods(kind)))
+
+
+why_not_own_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def own_methods(kind: type) -> Iterator[tuple[str, Any]]:
+    """Names and functions of the methods that a class has beyond those of every module."""
+    for base in kind.__mro__:
+        if base is nn.Module or base.__module__ == "transformers.modeling_utils":
+            return
+        for name, value in vars(base).items():
+            if isinstance(value, FunctionType) and getattr(kind, name, None) is value:
+                yield name, value
+
+
+def written_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as somebody wrote it: of a patched module, that before the patch."""
+    kind = type(module)
+    patch = vars(kind).get("patch")
+    written: type[nn.Module] = kind if patch is None else patch.base
+    return written
+
+
+def home(kind: type) -> str:
+    """Where classes that belong together are defined: a model's package, or a module."""
+    parts = kind.__module__.split(".")
+    return ".".join(parts[:3] if parts[:2] == ["transformers", "models"] else parts)
+
+
+def _is_original(definer: type, name: str, function: Any) -> bool:
+    """Whether a function was written in the body of the class that it was found in."""
+    if definer is nn.Module:  # whose forward is a function beside it
+        return bool(function.__module__ == definer.__module__)
+    while hasattr(function, "__wrapped__"):
+        code = getattr(function, "__code__", None)
+        if code is None or not code.co_filename.startswith(_folders_of_decorators()):
+            return False
+        function = function.__wrapped__
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return False
+    module = sys.modules.get(definer.__module__)
+    return (
+        function.__module__ == definer.__module__
+        and function.__qualname__ == f"{definer.__qualname__}.{name}"
+        and code.co_name == name
+        and code.co_filename == getattr(module, "__file__", code.co_filename)
+    )
+
+
+def _folders_of_decorators() -> tuple[str, ...]:
+    """Where the code of decorators lies that change no result."""
+    import torch.utils._contextlib as gradient_modes
+
+    folders = [str(gradient_modes.__file__)]
+    transformers = sys.modules.get("transformers")
+    if transformers is not None and transformers.__file__ is not None:
+        folders.append(f"{Path(transformers.__file__).parent}/utils/")
+    return tuple(folders)
