@@ -11,7 +11,7 @@ from vlm_fast.data import BadRecord
 from vlm_fast.data.generation import Box, Scene, TokenBucket, read_scenes
 from vlm_fast.data.generation.answers import BadAnswer, record
 from vlm_fast.data.generation.journal import Journal
-from vlm_fast.data.generation.prompts import EXAMPLE
+from vlm_fast.data.generation.prompts import EXAMPLE, messages
 
 
 def written(folder, boxes=BOXES):
@@ -183,3 +183,81 @@ def test_it_waits_as_long_as_it_must():
     for wrong in (dict(rate=0), dict(rate=-1), dict(rate=float("nan")), dict(rate=1, burst=0.5)):
         with pytest.raises(ValueError, match="expected above 0 and at least 1"):
             TokenBucket(**wrong)
+
+
+def as_it_is(folder, *, box=None, captions=CAPTIONS, **change):
+    """Scenes and faults where the first annotation of boxes is so."""
+    one = {**BOXES["annotations"][0], **change} | ({} if box is None else {"bbox": box})
+    boxes = {**BOXES, "annotations": [one, *BOXES["annotations"][1:]]}
+    paths = written(folder, boxes)
+    paths[0].write_text(json.dumps(captions))
+    faults = []
+    return read_scenes(*paths, faults=faults), faults
+
+
+NO_BOXES = {
+    "no height": [50, 25, 100, 0], "no width": [50, 25, 0, 9], "negative width": [50, 25, -10, 9],
+    "NaN": [float("nan"), 25, 10, 9], "endless": [0, 0, float("inf"), 9],
+    "huge": [10**400, 0, 9, 9], "to the right": [300, 10, 20, 20], "above": [10, -30, 20, 20],
+    "at the edge": [200, 0, 10, 10], "thinner than its digits": [10, 10, 0.01, 50],
+    "nothing": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_BOXES)
+def test_what_is_no_box_in_its_picture_is_left_out_and_named(tmp_path, name):
+    scenes, faults = as_it_is(tmp_path, box=NO_BOXES[name])
+    assert [box.name for box in scenes[0].boxes] == ["chair"] and scenes[1].id == 8
+    assert [(fault.kind, fault.id) for fault in faults] == [("no box", "7")]
+    assert faults[0].field == "instances.json: annotations[0].bbox"
+
+
+def test_a_missing_box_stops_nothing(tmp_path):
+    for place, count in ((0, 1), (2, 0)):  # the last is of a picture that nobody described
+        boxes = json.loads(json.dumps(BOXES))
+        del boxes["annotations"][place]["bbox"]
+        faults = []
+        scenes = read_scenes(*written(tmp_path, boxes), faults=faults)
+        assert len(scenes[0].boxes) == 2 - count and len(faults) == count
+    scenes, faults = as_it_is(tmp_path, bbox=None)
+    assert len(scenes[0].boxes) == 1 and "came nothing" in str(faults[0])
+
+
+def test_a_box_that_reaches_out_of_its_picture_ends_at_the_edge(tmp_path):
+    scenes, faults = as_it_is(tmp_path, box=[150, 50, 500, 500])
+    assert scenes[0].boxes[0] == Box("dog", 0.75, 0.5, 1.0, 1.0) and not faults
+
+
+def test_a_crowd_is_told_as_a_group(tmp_path):
+    scenes, faults = as_it_is(tmp_path, iscrowd=1)
+    assert scenes[0].boxes[0].name == "group of dog"
+    assert [(fault.kind, fault.id) for fault in faults] == [("crowd", "7")]
+    assert as_it_is(tmp_path, iscrowd=0)[1] == []
+    assert "'group of'" in messages(scenes[0], "detail")[0]["content"]
+    assert "group of dog: [0.250, " in messages(scenes[0], "detail")[3]["content"]
+
+
+def test_two_pictures_with_one_id_are_both_left_out(tmp_path):
+    first = CAPTIONS["images"][0]
+    for change, left in (({"file_name": "z.png"}, [8]), ({"width": 99}, [8]), ({}, [7, 8])):
+        images = [*CAPTIONS["images"], {**first, **change}]
+        scenes, faults = as_it_is(tmp_path, captions={**CAPTIONS, "images": images})
+        assert [scene.id for scene in scenes] == left
+        kinds = [(fault.kind, fault.field, fault.came) for fault in faults]
+        wanted = ("duplicate id", "captions.json: images[3].id")
+        came = "7, that of images[0] too: neither is used"
+        assert kinds == ([(*wanted, came)] if change else [])
+
+
+def test_two_categories_with_one_id_are_both_left_out(tmp_path):
+    boxes = {**BOXES, "categories": [*BOXES["categories"], {"id": 1, "name": "cat"}]}
+    faults = []
+    scenes = read_scenes(*written(tmp_path, boxes), faults=faults)
+    assert [box.name for box in scenes[0].boxes] == ["chair"]
+    assert [fault.kind for fault in faults] == ["duplicate id", "no category"]
+
+
+def test_without_a_list_of_faults_a_warning_counts_them(tmp_path):
+    annotations = [{**one, "bbox": [0, 0, 0, 0]} for one in BOXES["annotations"]]
+    with pytest.warns(UserWarning, match=r"annotations\[0\]\.bbox: .*; in all 2 no box"):
+        read_scenes(*written(tmp_path, {**BOXES, "annotations": annotations}))

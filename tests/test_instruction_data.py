@@ -318,3 +318,18 @@ def test_a_journal_of_another_model_is_a_wrong_argument(server, coco):
     assert found.exit_code == cli.Exit.USAGE
     assert "--out: " in found.stderr and "is a journal of model 'm', " in found.stderr
     assert len(server.requests) == 1
+
+
+def test_annotations_left_out_are_told_and_counted_before_anything_is_paid(server, coco):
+    first, second, other = BOXES["annotations"]
+    boxes = [{**first, "bbox": [9, 9, 0, 9]}, {**second, "iscrowd": 1}, other]
+    (coco / "instances.json").write_text(json.dumps({**BOXES, "annotations": boxes}))
+    found = generate(coco, "--dry-run")
+    assert found.exit_code == 0 and not server.requests
+    assert "record '7', instances.json: annotations[0].bbox: no box: " in found.stderr
+    assert "annotations left out, or told as groups: 1 no box, 1 crowd" in found.stderr
+    assert "group of chair: [0.000, 0.000, 1.000, 0.990]" in found.stdout
+    for more in ("--dry-run", "--limit=1"):
+        content = json.loads(generate(coco, more, "--json", url=server.url).stdout)
+        assert content["annotations"] == {"no box": 1, "crowd": 1}
+        assert [fault["id"] for fault in content["faults"]] == ["7", "7"]

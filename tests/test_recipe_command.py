@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from tests import photographs, tiny_blip2, tiny_flamingos, tiny_llava, tiny_processors
 from vlm_fast import cli
+from vlm_fast.data import UnreadablePicture
 from vlm_fast.recipes import checkpoints, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,6 +260,43 @@ def test_bad_records_are_named_and_left_out_as_asked(tmp_path, data, model):
     found = call("llava-stage1", model, (bad, images), tmp_path / "short", *STAGE1, "--on-bad",
                  "skip", "--format", "v1", "--max-length", "30", code=1)  # fmt: skip
     assert "10 too long" in found.output and "has no good record" in found.output
+
+
+@pytest.mark.parametrize("name", ["llava-stage1", "blip2-stage2"])
+def test_a_picture_that_the_processor_refuses_is_named_or_left_out_as_asked(
+    monkeypatch, tmp_path, data, name
+):
+    torch.manual_seed(0)
+    made = llava() if name == "llava-stage1" else blip2(name)
+    folder, images = folder_of(tmp_path / "model", made), tmp_path / "images"
+    shutil.copytree(data[1], images)
+    records = json.loads(data[0].read_text())
+    Image.new("RGB", (900, 3)).save(images / records[4]["image"])
+    kind = type(made[1].image_processor)
+    taken = kind.preprocess
+
+    def preprocess(self, pictures, *more, **options):
+        if any(900 in picture.size for picture in pictures):
+            raise ArithmeticError("absolute aspect ratio must be smaller than 200")
+        return taken(self, pictures, *more, **options)
+
+    monkeypatch.setattr(kind, "preprocess", preprocess)
+    found = call(name, folder, (data[0], images), tmp_path / "out", *STAGE1, code=1)
+    said = " ".join(found.output.split())
+    assert f"record 4 (id '{records[4]['id']}'), image: refused by the processor" in said
+    assert f"{records[4]['image']}': ArithmeticError: 'absolute aspect ratio" in said
+    more = ("--on-bad", "skip", "--background", "black", "--epochs", "1", "--json")
+    with pytest.warns(UnreadablePicture, match="refused by the processor"):
+        found = call(name, folder, (data[0], images), tmp_path / "skip", *STAGE1, *more)
+    summary = json.loads(found.stdout)
+    assert (summary["replaced"], summary["steps"], summary["good"]) == (1, 3, 12)
+    assert json.loads((tmp_path / "skip" / "run.json").read_text())["background"] == [0, 0, 0]
+    if name == "llava-stage1":  # where texts are cut, each record is tried beforehand
+        short = ("--format", "v1", "--max-length", "200")
+        found = call(name, folder, (data[0], images), tmp_path / "new", *STAGE1, *short, code=1)
+        assert (
+            "1 refused by the processor" in found.output and "nothing was trained" in found.output
+        )
 
 
 @pytest.mark.parametrize(

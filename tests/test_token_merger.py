@@ -13,6 +13,12 @@ from vlm_fast.kernels._triton import AVAILABLE, INTERPRETED
 from vlm_fast.modules import (
     MLPProjector,
     PerceiverResampler,
+    PixelShuffleConnector,
+    PixelShuffleMLP,
+    PixelShuffleProjector,
+    PooledMLPProjector,
+    PooledNormProjector,
+    SpatialPool,
     TokenBudget,
     TokenMerger,
     proportional_bias,
@@ -227,3 +233,37 @@ def test_budgets_refuse_what_does_not_fit():
             TokenBudget(11)(x, grid)
     with pytest.raises(TypeError, match="TokenBudget"):
         TokenBudget(4)(None)
+
+
+def test_a_budget_of_tokens_that_are_no_square_blames_no_grid_that_nobody_gave():
+    for tokens, side in ((577, 24), (730, 27)):
+        with pytest.raises(
+            ValueError, match=rf"TokenBudget: x is .*a square of tokens.*{side}\*\*2"
+        ):
+            TokenBudget(144)(torch.randn(1, tokens, 8))
+    with pytest.raises(ValueError, match=r"TokenBudget: grid is \(24, 24\), .* 577"):
+        TokenBudget(144)(torch.randn(1, 577, 8), (24, 24))
+
+
+GRIDS = {
+    "pool": lambda: SpatialPool(2),
+    "pool, then project": lambda: PooledMLPProjector(8, 8, 8, stride=2),
+    "pool, then norm": lambda: PooledNormProjector(8, 8, stride=2),
+    "shuffle, then norm": lambda: PixelShuffleProjector(8, 8, factor=2),
+    "shuffle": lambda: PixelShuffleConnector(8, 8, factor=2),
+    "shuffle, then project": lambda: PixelShuffleMLP(8, 8, factor=2),
+    "budget": lambda: TokenBudget(4, "pool"),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_merged_tokens_are_no_grid(name):
+    x, after = torch.randn(2, 64, 8), GRIDS[name]()
+    for merging in (TokenMerger(keep=16), TokenMerger(ratio=4), TokenBudget(16, "merge")):
+        with pytest.raises(ValueError, match=r"x is .*row by row of a grid; merged ones are in no"):
+            torch.nn.Sequential(merging, after)(x)
+    if name != "budget":  # a grid that is given makes no order either
+        with pytest.raises(ValueError, match="merged ones are in no order"):
+            after(TokenMerger(keep=16)(x), 4, 4)
+    assert torch.equal(torch.nn.Sequential(TokenMerger(keep=64), after)(x), after(x))  # none merged
+    torch.nn.Sequential(after, TokenMerger(keep=2))(x)

@@ -7,7 +7,9 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +48,9 @@ def facts() -> Iterator[Fact]:
     yield Fact("torch", f"{torch.__version__} ({torch.get_num_threads()} threads)")
     yield from _gpus()
     yield _triton_fact()
+    if _triton.AVAILABLE and not _triton.INTERPRETED:
+        yield _triton_cache()
+        yield from _driver_library()
     yield _extension()
     yield _hopper_gemms()
     yield _compiler()
@@ -124,6 +129,41 @@ def _triton_fact() -> Fact:
     return Fact("triton", f"{version}")
 
 
+def _triton_cache() -> Fact:
+    """Triton writes each kernel that it compiles, and its launcher, below the home directory."""
+    name, remedy = "triton cache", "set TRITON_CACHE_DIR to a directory that can be written"
+    path = Path(str(importlib.import_module("triton.knobs").cache.dir))
+    if "~" in path.parts[:1]:
+        return Fact(name, f"{path}", "there is no home directory: HOME is not set", remedy)
+    reason = why_not_writable(path)
+    return Fact(name, f"{path}", reason, remedy) if reason else Fact(name, f"{path}")
+
+
+def why_not_writable(folder: Path) -> str:
+    """Why no file can be made in a folder, or in the one that it would be made in; or empty."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return ""
+    except OSError as error:
+        return f"{there} cannot be written: {error.strerror}"
+
+
+def _driver_library() -> Iterator[Fact]:
+    """Whether Triton finds libcuda, which it looks for through ldconfig at the first launch."""
+    if not torch.cuda.is_available():
+        return
+    name = "libcuda for Triton"
+    try:
+        found = importlib.import_module("triton.backends.nvidia.driver").libcuda_dirs()
+    except (AssertionError, OSError, subprocess.CalledProcessError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        remedy = "set TRITON_LIBCUDA_PATH to the folder of libcuda.so.1, or add /sbin to PATH"
+        yield Fact(name, "not found", cause, remedy)
+    else:
+        yield Fact(name, ", ".join(found))
+
+
 def _extension() -> Fact:
     if _native.native is not None:
         return Fact("compiled extension", "present")
@@ -199,7 +239,9 @@ def _cache_directory() -> Fact:
         path = _user_table.directory()
         reason = _user_table.distrust(path)
     except FileNotFoundError:
-        return Fact(name, f"{path}, not made yet")
+        reason = why_not_writable(path)
+        if not reason:
+            return Fact(name, f"{path}, not made yet")
     except (OSError, ValueError) as error:
         return Fact(name, "not used", str(error), remedy)
     return Fact(name, "not used", reason, remedy) if reason else Fact(name, f"{path}, private")

@@ -7,6 +7,7 @@ from vlm_fast.data.conversations import Checked as Checked
 from vlm_fast.data.conversations import Conversations as Conversations
 from vlm_fast.data.conversations import Example as Example
 from vlm_fast.data.conversations import UnreadablePicture as UnreadablePicture
+from vlm_fast.data.conversations import UnusedKey as UnusedKey
 from vlm_fast.data.conversations import check as check
 from vlm_fast.data.faults import BadRecord as BadRecord
 from vlm_fast.data.faults import Fault as Fault

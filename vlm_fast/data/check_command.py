@@ -13,8 +13,22 @@ from vlm_fast.data.collator import Collator
 from vlm_fast.data.conversations import Checked
 from vlm_fast.data.conversations import check as checked
 from vlm_fast.data.faults import BadRecord, Fault, OnBad, counts
+from vlm_fast.data.pictures import WHITE, Colour, checked_background
 
 SHOWN = 20  # faults of a kind that are printed as text
+Background = Annotated[
+    str, typer.Option(help="What shows where a picture is transparent: a name, or #rrggbb.")
+]
+
+
+def colour(name: str) -> Colour:
+    """The colour that an option names."""
+    try:
+        return WHITE if name == "white" else checked_background(name)
+    except ValueError as error:
+        raise typer.BadParameter(f"--background: {error}") from None
+    except ModuleNotFoundError as error:
+        stop(Exit.ENVIRONMENT, f"{error}: pictures need Pillow (pip install pillow)")
 
 
 def check(
@@ -30,12 +44,13 @@ def check(
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a record; with --processor.")
     ] = None,
+    background: Background = "white",
     as_json: Json = False,
 ) -> None:
     """Every record's shape, every picture decoded to its end; exit 1 if a record is bad.
 
-    With a processor also whether images and answers fit into --max-length. Duplicate ids are
-    warnings: such records can be used.
+    With a processor also whether it takes them, and whether images and answers fit into
+    --max-length. Duplicate ids and unknown keys are warnings: such records can be used.
     """
     if not data.is_file():
         raise typer.BadParameter(f"--data: there is no file {data}")
@@ -43,10 +58,13 @@ def check(
         raise typer.BadParameter(f"--images: there is no folder {images}")
     if processor is None and (format, max_length) != (None, None):
         raise typer.BadParameter("--format and --max-length need --processor")
+    below = colour(background)
     collate = None if processor is None else _collator(processor, format, max_length)
     try:
         with tables.counter("checking") as count:
-            found = checked(data, images, on_bad=on_bad, collate=collate, progress=count)
+            found = checked(
+                data, images, on_bad=on_bad, collate=collate, background=below, progress=count
+            )
     except BadRecord as error:  # stopped
         assert error.fault is not None
         found = Checked(None, None, [error.fault])

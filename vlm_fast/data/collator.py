@@ -11,13 +11,22 @@ from torch import Tensor
 from vlm_fast.data.conversations import Example
 from vlm_fast.data.faults import BadRecord, Fault, shown
 from vlm_fast.data.formats import FORMATS, Written, write
-from vlm_fast.data.processors import chat_template, image_token, process
+from vlm_fast.data.processors import (
+    begins_itself,
+    chat_template,
+    image_token,
+    process,
+    special_tokens,
+    types_answers,
+    why_no_rows,
+)
+from vlm_fast.data.stand_ins import batch_of
 
 IGNORED = -100
 # What has a place for each token of a row, in the results of transformers' processors.
 BY_TOKEN = (
-    "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "image_attention_mask",
-    "cross_attention_mask",
+    "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids",
+    "image_attention_mask", "cross_attention_mask", "image_embeds_position_mask",
 )  # fmt: skip
 
 
@@ -55,6 +64,8 @@ class Collator:
             )
         if tokenizer.pad_token is None:
             raise ValueError("processor: its tokenizer has no pad_token, expected one")
+        if (why := why_no_rows(processor)) is not None:
+            raise TypeError(f"processor is a {type(processor).__name__}: {why}")
         template = chat_template(processor)
         format = format or ("chat" if template else "v1")
         if format not in FORMATS:
@@ -72,15 +83,23 @@ class Collator:
 
         Rows are padded on the right. Without an image in the batch there are no ``pixel_values``.
 
+        An example that came from a data set with ``on_bad="skip"`` and is refused is replaced by
+        the next that is not.
+
         Raises:
             BadRecord: for an example that ``max_length`` would leave without a part of its image,
-                or without any of its answers; or whose text has the processor's token of an image
-                itself.
-            TypeError: if the processor's tokens are not those of the text around its image.
-            ValueError: without an example, or from a template or a processor that cannot take them.
+                or without any of its answers; whose text has the processor's token of an image
+                itself; or that the processor or its template refuses, also where the processor's
+                tokens are not those of the text around its image: naming record and picture, in
+                the processor's words.
+            Exception: what the processor raises for examples each of which it takes alone.
+            ValueError: without an example.
         """
         if not examples:
             raise ValueError("examples is empty, expected at least one")
+        return batch_of(examples, self._batch)
+
+    def _batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         written = [self._written(example) for example in examples]
         batch = process(
             self.processor, [one.text for one in written], [one.image for one in examples],
@@ -93,6 +112,8 @@ class Collator:
             count = int(attended[row].sum())
             learned = self._learned(example, one, ids[row, :count].tolist())
             labels[row, learned] = ids[row, learned]
+            if types_answers(self.processor):
+                batch["token_type_ids"][row, learned[0] : count] = 1
         longest = self.max_length
         if longest is not None and ids.shape[1] > longest:
             batch = {k: v[:, :longest] if k in BY_TOKEN else v for k, v in batch.items()}
@@ -108,15 +129,18 @@ class Collator:
         return written
 
     def _options(self, text: str) -> dict[str, Any]:
-        """Templates that begin with it bring the token of the beginning themselves."""
+        """Templates and processors may bring the token of the beginning themselves."""
         begin = self.processor.tokenizer.bos_token
         brought = begin is not None and text.startswith(begin)
-        return {"add_special_tokens": False} if brought else {}
+        if brought or begins_itself(self.processor):
+            return {"add_special_tokens": False}
+        return {}
 
     def _learned(self, example: Example, written: Written, ids: list[int]) -> list[int]:
         """Which of a row's tokens belong to answers, within ``max_length``."""
         text = written.text
-        own = self.processor.tokenizer(text, return_offsets_mapping=True, **self._options(text))
+        options = {**special_tokens(self.processor), **self._options(text)}
+        own = self.processor.tokenizer(text, return_offsets_mapping=True, **options)
         before, after = self._around(example, text, own["offset_mapping"])
         # By how much the image is longer than what stands for it in the text.
         grown = len(ids) - len(own["input_ids"])
@@ -163,7 +187,7 @@ class Collator:
         return inside[0], inside[-1] + 1
 
     def _refuse(self, kind: str, example: Example, wanted: str, came: int) -> NoReturn:
-        raise BadRecord(Fault(kind, None, example.id, "conversations", wanted, str(came)))
+        raise BadRecord(Fault(kind, example.index, example.id, "conversations", wanted, str(came)))
 
 
 def _belongs(start: int, end: int, first: int, last: int, text: str) -> bool:

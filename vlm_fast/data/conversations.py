@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,36 +14,59 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch.utils.data import Dataset
 
-from vlm_fast.data.faults import BadRecord, Fault, OnBad, shown
-from vlm_fast.data.records import Progress, Record, Records, Turn
+from vlm_fast.data.faults import BadRecord, Fault, OnBad
+from vlm_fast.data.pictures import WHITE, Colour, checked_background, picture
+from vlm_fast.data.records import UNKNOWN_KEY, Progress, Record, Records, Turn
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", bound="_Item")
 CHECKED_AT_ONCE = 512  # records whose pictures wait for a thread
 
 
+class _Item:
+    """What a data set gives. Sent to another process it goes without the data set behind it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "instead": None}
+
+
 @dataclass(frozen=True)
-class Example:
-    """A conversation about a picture in RGB, or about none; ``<image>`` stays in the text."""
+class Example(_Item):
+    """A conversation about a picture in RGB, or about none; ``<image>`` stays in the text.
+
+    Attributes:
+        index, file: which record of the file it is, and where its picture lies, for messages.
+        instead: gives the next example for one that a processor refuses; None where none may.
+    """
 
     id: str
     image: Image | None
     turns: tuple[Turn, ...]
+    index: int | None = None
+    file: str | None = None
+    instead: Callable[[Fault], Example] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
-class Caption:
-    """A picture in RGB and what it shows."""
+class Caption(_Item):
+    """A picture in RGB and what it shows. ``index``, ``file``, ``instead``: as of ``Example``."""
 
     id: str
     image: Image
     text: str
+    index: int | None = None
+    file: str | None = None
+    instead: Callable[[Fault], Caption] | None = field(default=None, repr=False, compare=False)
 
 
 class UnreadablePicture(UserWarning):
-    """A picture could not be read in training, and the next good record stood in for it."""
+    """A record's picture could not be used in training, and the next good one stood in for it."""
+
+
+class UnusedKey(UserWarning):
+    """Records have a key that is not known, and are used without what it holds."""
 
 
 class _Pictured(Dataset[Item], Generic[Item]):
@@ -55,14 +78,19 @@ class _Pictured(Dataset[Item], Generic[Item]):
         images: Path | str,
         *,
         on_bad: OnBad = "stop",
+        background: str | tuple[int, int, int] = WHITE,
         progress: Progress | None = None,
     ) -> None:
+        self.background = checked_background(background)
         if not isinstance(records, Records):
             records = Records(records, on_bad=on_bad, progress=progress)
         self.records, self.images, self.on_bad = records, Path(images), on_bad
         if not self.images.is_dir():
             raise ValueError(f"images is {str(images)!r}, expected a folder")
         self.faults = list(records.faults)
+        for fault in self.faults:
+            if fault.kind == UNKNOWN_KEY:
+                warnings.warn(str(fault), UnusedKey, stacklevel=2)
         self._kept = self._select()
         if not len(self._kept):
             raise ValueError(f"{records.path} has no good record among {records.total}")
@@ -75,7 +103,7 @@ class _Pictured(Dataset[Item], Generic[Item]):
 
     @property
     def replaced(self) -> int:
-        """How many records another stood in for, since their pictures became unreadable."""
+        """How many records another stood in for: unreadable meanwhile, or refused in a batch."""
         return int(self._replaced.sum())
 
     def __getitem__(self, number: int) -> Item:
@@ -87,26 +115,40 @@ class _Pictured(Dataset[Item], Generic[Item]):
         """
         if not -len(self) <= number < len(self):
             raise IndexError(f"item {number} of {len(self)}")
-        number %= len(self)
-        for step in range(len(self)):
-            place = (number + step) % len(self)
-            record = self.records[int(self._kept[place])]
+        return self._first_good(number % len(self), len(self))
+
+    def _first_good(self, place: int, count: int) -> Item:
+        """The first of so many items from this place on whose picture can be read."""
+        for step in range(count):
+            at = (place + step) % len(self)
             try:
-                return self._item(record)
+                item = self._item(self.records[int(self._kept[at])])
             except BadRecord as bad:
                 if self.on_bad == "stop":
                     raise
                 last = bad
-                self._replaced[place] = True
-                if not self._warned:
-                    self._warned = True
-                    warnings.warn(
-                        f"{bad}; the next good record stands in for it, and for others without a "
-                        "further warning",
-                        UnreadablePicture,
-                        stacklevel=2,
-                    )
+                self._pass_over(at, bad)
+                continue
+            if self.on_bad == "stop":
+                return item
+            return replace(item, instead=partial(self._instead, at, count - step - 1))  # type: ignore[type-var]
         raise last
+
+    def _instead(self, place: int, count: int, fault: Fault) -> Item:
+        """The first good one after this place, of so many, for an item that was refused."""
+        self._pass_over(place, bad := BadRecord(fault))
+        if not count:
+            raise bad
+        return self._first_good(place + 1, count)
+
+    def _pass_over(self, place: int, bad: BadRecord) -> None:
+        self._replaced[place] = True
+        if not self._warned:
+            self._warned = True
+            words = (
+                "the next good record stands in for it, and for others without a further warning"
+            )
+            warnings.warn(f"{bad}; {words}", UnreadablePicture, stacklevel=4)
 
     def record(self, number: int) -> Record:
         """The record that the item of this number is of."""
@@ -133,19 +175,23 @@ class Conversations(_Pictured[Example]):
         records: the file, or ``Records`` already read from it.
         images: the folder that images lie in.
         on_bad: ``"stop"`` raises ``BadRecord``. ``"skip"`` leaves bad records out; where a picture
-            becomes unreadable later, the next good record stands in for it: with one warning a
-            process, counted by ``replaced``, the same one every time.
+            becomes unreadable later, or a ``Collator`` refuses the example, the next good record
+            stands in for it: with one warning a process, counted by ``replaced``, the same one
+            every time.
+        background: what shows where a picture is transparent: red, green and blue from 0 to 255, or
+            a colour that ``PIL.ImageColor`` knows, such as ``"#808080"``.
         progress: told how many bytes of the file were read, of how many.
 
     Attributes:
         faults: what was wrong with records left out, and warnings, in the order of the file.
 
     Raises:
-        BadRecord, ValueError, OSError: also if no good record is left, or there is no such folder.
+        BadRecord, ValueError, OSError: also if no good record is left, there is no such folder, or
+            the background is no colour.
     """
 
     def _item(self, record: Record) -> Example:
-        return _example(record, self.images)
+        return _example(record, self.images, self.background)
 
 
 class Captions(_Pictured[Caption]):
@@ -159,41 +205,13 @@ class Captions(_Pictured[Caption]):
         return self.records.pictured.nonzero().flatten()
 
     def _item(self, record: Record) -> Caption:
-        return Caption(record.id, picture(record, self.images), record.turns[1].text.strip())
+        image, text = picture(record, self.images, self.background), record.turns[1].text.strip()
+        return Caption(record.id, image, text, record.index, record.image)
 
 
-def _example(record: Record, images: Path) -> Example:
-    image = None if record.image is None else picture(record, images)
-    return Example(record.id, image, record.turns)
-
-
-def picture(record: Record, images: Path) -> Image:
-    """The picture of a record that has one, decoded, in RGB.
-
-    Raises:
-        BadRecord: if there is no such file, or it cannot be decoded to its end.
-        ModuleNotFoundError: without Pillow.
-    """
-    from PIL import Image
-
-    assert record.image is not None
-    path = images / record.image
-
-    def bad(kind: str, expected: str, came: str) -> BadRecord:
-        return BadRecord(Fault(kind, record.index, record.id, "image", expected, came))
-
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "no such file"
-        raise bad("missing image", f"a file in {images}", f"{shown(record.image)}, {what}")
-    try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except MemoryError:
-        raise
-    # Decoders raise whatever a broken file leads them to: SyntaxError, struct.error, IndexError.
-    except Exception as error:
-        why = f"{shown(record.image)}: {type(error).__name__}: {shown(str(error))}"
-        raise bad("unreadable image", "a picture that decodes to its end", why) from error
+def _example(record: Record, images: Path, background: Colour) -> Example:
+    image = None if record.image is None else picture(record, images, background)
+    return Example(record.id, image, record.turns, record.index, record.image)
 
 
 @dataclass(frozen=True)
@@ -212,6 +230,7 @@ def check(
     on_bad: OnBad = "skip",
     threads: int | None = None,
     collate: Callable[[Sequence[Example]], object] | None = None,
+    background: str | tuple[int, int, int] = WHITE,
     progress: Progress | None = None,
 ) -> Checked:
     """Read every record and decode every picture, each file once.
@@ -222,13 +241,15 @@ def check(
             all records. ``"skip"`` goes on.
         threads: that decode; by default as many as Python thinks fit.
         collate: such as a ``Collator``, tried on each good record by itself: it refuses those that
-            are too long. Pictures are decoded once more for it.
+            are too long or that its processor does not take. Pictures are decoded once more for it.
+        background: as ``Conversations`` takes it, for ``collate``.
         progress: told how many records are done, of how many.
 
     Raises:
         BadRecord: as ``Records`` does.
         ValueError, OSError: if there is no such file or folder.
     """
+    colour = checked_background(background)
     read, images = Records(records, on_bad=on_bad), Path(images)
     if not images.is_dir():
         raise ValueError(f"images is {str(images)!r}, expected a folder")
@@ -238,7 +259,7 @@ def check(
     with ThreadPoolExecutor(threads) as pool:
         for done, (record, fault) in enumerate(_looked_at(read, images, pool.map, first), 1):
             if fault is None and collate is not None:
-                fault = _refusal(partial(_collated, collate, record, images))
+                fault = _refusal(partial(_collated, collate, record, images, colour))
             if fault is not None:
                 fault = replace(fault, index=record.index, id=record.id)
                 if on_bad == "stop":
@@ -264,8 +285,10 @@ def _looked_at(
             yield record, None if record.image is None else first[record.image]
 
 
-def _collated(collate: Callable[..., object], record: Record, images: Path) -> None:
-    collate([_example(record, images)])
+def _collated(
+    collate: Callable[..., object], record: Record, images: Path, background: Colour
+) -> None:
+    collate([_example(record, images, background)])
 
 
 def _refusal(attempt: Callable[[], object]) -> Fault | None:

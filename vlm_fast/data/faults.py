@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 OnBad = Literal["stop", "skip"]
 # The record is used all the same.
-WARNINGS = frozenset({"duplicate id"})
+WARNINGS = frozenset({"duplicate id", "unknown key"})
 LONGEST = 80  # characters of what came that are shown
 
 

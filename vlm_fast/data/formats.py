@@ -7,7 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm_fast.data.processors import brings_beginning, chat_template, image_token, trims
+from vlm_fast.data.processors import (
+    added,
+    brings_beginning,
+    chat_template,
+    image_token,
+    sets_apart,
+    trims,
+)
 from vlm_fast.data.records import IMAGE
 
 if TYPE_CHECKING:
@@ -31,11 +38,25 @@ class Written:
 
     def after(self, beginning: str) -> Written:
         """With ``beginning`` before it, unless that is there."""
-        if self.text.startswith(beginning):
-            return self
-        longer = len(beginning)
-        answers = tuple((start + longer, end + longer) for start, end in self.answers)
-        return Written(beginning + self.text, answers)
+        return self if self.text.startswith(beginning) else self.having(beginning, 0)
+
+    def having(self, words: str, at: int) -> Written:
+        """With these words put in at a place before all answers or after them."""
+        longer = len(words)
+        answers = tuple(
+            (start + longer, end + longer) if start >= at else (start, end)
+            for start, end in self.answers
+        )
+        return Written(self.text[:at] + words + self.text[at:], answers)
+
+    def stripped(self) -> Written:
+        """Without the spaces at both ends."""
+        text = self.text.strip()
+        shorter = self.text.index(text)
+        answers = (
+            (max(0, start - shorter), min(len(text), end - shorter)) for start, end in self.answers
+        )
+        return Written(text, tuple(answers))
 
     def trimmed(self, token: str) -> Written:
         """Without the spaces around the first ``token``, if there is one."""
@@ -142,7 +163,12 @@ def write(example: Example, processor: Any, format: str) -> Written:
         written = written.trimmed(image_token(processor))
     if brings_beginning(processor) and processor.tokenizer.bos_token is not None:
         written = written.after(processor.tokenizer.bos_token)
-    return written
+    if example.image is not None and sets_apart(processor):
+        written = written.stripped().having(" ", 0)
+    words, token = added(processor), image_token(processor)
+    if words.after_image and token in written.text:
+        written = written.having(words.after_image, written.text.index(token) + len(token))
+    return written.having(words.end, len(written.text)).having(words.beginning, 0)
 
 
 def without_image(text: str) -> str:

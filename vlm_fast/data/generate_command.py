@@ -5,22 +5,24 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vlm_fast import tables
 from vlm_fast.command import Exit, Json, print_json, stop
-from vlm_fast.data.conversations import picture
-from vlm_fast.data.faults import BadRecord
+from vlm_fast.data.faults import BadRecord, Fault, counts
 from vlm_fast.data.generation.coco import read_scenes
 from vlm_fast.data.generation.endpoint import Endpoint, Unavailable
 from vlm_fast.data.generation.journal import Journal
 from vlm_fast.data.generation.pace import TokenBucket
 from vlm_fast.data.generation.prompts import KINDS
 from vlm_fast.data.generation.run import Run, Task, journal_of, subject, tasks
+from vlm_fast.data.pictures import picture
 from vlm_fast.data.records import Record
 from vlm_fast.signals import handled
+
+SHOWN = 20  # annotations that are told of one by one
 
 
 def generate(
@@ -67,15 +69,18 @@ def generate(
     chosen = [kind.strip() for kind in kinds.split(",")]
     if unknown := [kind for kind in chosen if kind not in KINDS]:
         raise typer.BadParameter(f"--kinds: {unknown[0]!r}, expected some of {', '.join(KINDS)}")
+    left_out: list[Fault] = []
     try:
-        todo = tasks(read_scenes(captions, boxes), dict.fromkeys(chosen), limit)
+        scenes = read_scenes(captions, boxes, faults=left_out)
+        todo = tasks(scenes, dict.fromkeys(chosen), limit)
         _look_at(todo, images)
     except BadRecord as bad:
         stop(Exit.FAILURE, str(bad))
     except OSError as error:
         raise typer.BadParameter(str(error)) from None
+    _tell(left_out)
     if dry_run:
-        _print_prompts(todo, limit, as_json)
+        _print_prompts(todo, limit, as_json, left_out)
         return
     try:
         endpoint = Endpoint(model, key_variable=key_variable, base_url=base_url)
@@ -90,10 +95,27 @@ def generate(
     except ValueError as error:
         raise typer.BadParameter(f"--out: {error}") from None
     with journal:
-        _ask(Run(out, todo, endpoint, journal, pace=TokenBucket(rate), again=again), as_json)
+        run = Run(out, todo, endpoint, journal, pace=TokenBucket(rate), again=again)
+        _ask(run, as_json, left_out)
 
 
-def _ask(run: Run, as_json: bool) -> None:
+def _tell(left_out: list[Fault]) -> None:
+    """Of annotations that are left out, or told as crowds: the first, and how many of each kind."""
+    for fault in left_out[:SHOWN]:
+        typer.echo(str(fault), err=True)
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts(left_out).items())
+        typer.echo(f"annotations left out, or told as groups: {kinds}", err=True)
+
+
+def _as_dict(left_out: list[Fault]) -> dict[str, Any]:
+    """For JSON; empty where nothing is left out."""
+    if not left_out:
+        return {}
+    return {"annotations": counts(left_out), "faults": [fault.as_dict() for fault in left_out]}
+
+
+def _ask(run: Run, as_json: bool, left_out: list[Fault]) -> None:
     before, code, why = len(run.journal.entries), None, ""
     try:
         with handled(), tables.counter("asking") as count:
@@ -105,12 +127,13 @@ def _ask(run: Run, as_json: bool) -> None:
     failed = run.failed
     if code is None and failed:
         code = Exit.FAILURE
-    summary = {
+    summary: dict[str, Any] = {
         "questions": len(run.todo), "asked now": len(run.journal.entries) - before,
         "good records": len(run.records), "not answered well": len(failed),
     }  # fmt: skip
     if as_json:
-        print_json({**summary, "failed": failed, "why": why or None, "out": str(run.out)})
+        summary |= {"failed": failed, "why": why or None, "out": str(run.out)}
+        print_json({**summary, **_as_dict(left_out)})
     else:
         for task, reason in failed.items():
             print(f"{task}: {reason}")
@@ -130,12 +153,14 @@ def _look_at(todo: list[Task], images: Path) -> None:
             count(done, len(records))
 
 
-def _print_prompts(todo: list[Task], limit: int | None, as_json: bool) -> None:
+def _print_prompts(
+    todo: list[Task], limit: int | None, as_json: bool, left_out: list[Fault]
+) -> None:
     """All where a limit was asked for, or else the first of each kind."""
     shown = todo if limit is not None else list({t.kind: t for t in reversed(todo)}.values())[::-1]
     if as_json:
         prompts = [{"task": task.name, "messages": task.messages} for task in shown]
-        print_json({"questions": len(todo), "prompts": prompts})
+        print_json({"questions": len(todo), "prompts": prompts, **_as_dict(left_out)})
         return
     for task in shown:
         print(f"--- {task.name}")

@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, cast
 import torch
 
 from vlm_fast.data.faults import BadRecord, Fault, OnBad, checked_on_bad, shown
+from vlm_fast.data.keys import UNKNOWN_KEY, refuse_other_content, unknown_keys
 
 IMAGE = "<image>"
 LINES = (".jsonl", ".ndjson")
@@ -94,6 +95,7 @@ def parse(content: Any, index: int) -> Record:
         if role == "gpt" and IMAGE in text:
             refuse("image count", f"{at}.value", f"no {IMAGE} in an answer", text.count(IMAGE))
         turns.append(Turn(cast(Role, role), text))
+    refuse_other_content(content, index, name)
     if len(turns) % 2:
         refuse("roles", "conversations", "an answer to the last question", _Words("none"))
     count, wanted = sum(turn.text.count(IMAGE) for turn in turns), int(image is not None)
@@ -148,7 +150,7 @@ class Records:
         progress: told how many bytes were read, of how many.
 
     Attributes:
-        faults: of the records left out, and warnings.
+        faults: of the records left out, and warnings; of an unknown key one, at its first record.
         total: how many records there are, with the bad ones.
 
     Raises:
@@ -168,6 +170,7 @@ class Records:
         self._open()
         places = []
         first: dict[str, int] = {}
+        unknown: dict[str, tuple[Record, Any, int]] = {}
         for content, start, end in self._lines_of() if self._lines else self._list_of():
             if progress is not None and self.total % 256 == 0:
                 progress(end, self._signature[0])
@@ -181,11 +184,20 @@ class Records:
                     wanted, came = "an id of its own", f"that of record {index}"
                     fault = Fault("duplicate id", self.total, record.id, "id", wanted, came)
                     self.faults.append(fault)
+                for key, value in unknown_keys(content):
+                    begun, held, count = unknown.get(key, (record, value, 0))
+                    unknown[key] = begun, held, count + 1
             except BadRecord as bad:
                 if self.on_bad == "stop" or bad.fault is None:
                     raise
                 self.faults.append(bad.fault)
             self.total += 1
+        for key, (record, held, count) in unknown.items():
+            came = f"{shown(held)}, which is not used; {count} records have it"
+            expected = "a key that is used, or known as metadata"
+            fault = Fault(UNKNOWN_KEY, record.index, record.id, key, expected, came)
+            self.faults.append(fault)
+        self.faults.sort(key=lambda fault: -1 if fault.index is None else fault.index)
         if progress is not None:
             progress(self._signature[0], self._signature[0])
         self._places = torch.tensor(places, dtype=torch.int64).reshape(-1, 4)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vlm_fast.modules.activation import activation_module
 from vlm_fast.modules.mlp_projector import fused_mlp
 from vlm_fast.modules.plain_norm import RMSNorm, merged
-from vlm_fast.modules.square_grid import side_of_square
+from vlm_fast.modules.square_grid import grid_of
 from vlm_fast.refusal import wrong_value
 
 NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
@@ -123,8 +123,7 @@ class PixelShuffleProjector(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
-        if height is None or width is None:
-            height = width = side_of_square(x.shape[-2])
+        height, width = grid_of(type(self).__name__, x, height, width)
         name = type(self).__name__
         x = merged(
             name, x, self.layer_norm, height=height, width=width, factor=self.factor,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vlm_fast import ops
 from vlm_fast.modules.mlp_projector import MLPProjector
 from vlm_fast.modules.plain_norm import GemmaRMSNorm, merged
-from vlm_fast.modules.square_grid import side_of_square
+from vlm_fast.modules.square_grid import grid_of
 from vlm_fast.refusal import wrong_value
 
 COMMUTING = ("avg", "bilinear")
@@ -55,8 +55,7 @@ class PooledMLPProjector(MLPProjector):
         self.stride, self.mode = stride, mode
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
-        if height is None or width is None:
-            height = width = side_of_square(x.shape[-2])
+        height, width = grid_of(type(self).__name__, x, height, width)
         pool = dict(height=height, width=width, stride=self.stride)
         return pooled_mlp(x, self.linear_1, self.act, self.linear_2, mode=self.mode, **pool)
 
@@ -99,8 +98,7 @@ class PooledNormProjector(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
-        if height is None or width is None:
-            height = width = side_of_square(x.shape[-2])
+        height, width = grid_of(type(self).__name__, x, height, width)
         normed = pooled_norm(
             type(self).__name__, x, self.mm_soft_emb_norm, height, width, self.stride
         )

@@ -12,7 +12,7 @@ from vlm_fast import ops
 from vlm_fast.modules.activation import activation_module
 from vlm_fast.modules.mlp_projector import fused_mlp
 from vlm_fast.modules.plain_norm import RMSNorm, merged
-from vlm_fast.modules.square_grid import side_of_square
+from vlm_fast.modules.square_grid import grid_of
 from vlm_fast.ops.pixel_shuffle_norm import rows_of_blocks
 from vlm_fast.refusal import wrong_value
 
@@ -161,6 +161,5 @@ class RaggedMergerProjector(nn.Module):
 
 
 def _shuffled(x: Tensor, factor: int, height: int | None, width: int | None) -> Tensor:
-    if height is None or width is None:
-        height = width = side_of_square(x.shape[-2])
+    height, width = grid_of("pixel shuffle", x, height, width)
     return ops.pixel_shuffle_norm(x, height=height, width=width, factor=factor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.square_grid import side_of_square
+from vlm_fast.modules.square_grid import grid_of
 
 
 class SpatialPool(nn.Module):
@@ -26,8 +26,7 @@ class SpatialPool(nn.Module):
         self.stride, self.mode = stride, mode
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
-        if height is None or width is None:
-            height = width = side_of_square(x.shape[-2])
+        height, width = grid_of(type(self).__name__, x, height, width)
         return ops.spatial_pool(x, height=height, width=width, mode=self.mode, stride=self.stride)
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.perceiver_resampler import PerceiverResampler
-from vlm_fast.modules.square_grid import side_of_square
+from vlm_fast.modules.square_grid import grid_of
 from vlm_fast.modules.token_merger import TokenMerger
 from vlm_fast.ops.spatial_pool import MAX_STRIDE
 from vlm_fast.refusal import not_a_tensor, wrong_value
@@ -63,8 +63,8 @@ class TokenBudget(nn.Module):
 
         Raises:
             TypeError: x is no tensor.
-            ValueError: x has not three dimensions, the grid not as many cells as there are tokens,
-                or n cells do not fit into it.
+            ValueError: x has not three dimensions; the tokens are no square and no grid is given,
+                or it has not as many cells; or n cells do not fit into it.
         """
         if not isinstance(x, Tensor):
             raise not_a_tensor(OP, "x", x)
@@ -76,8 +76,12 @@ class TokenBudget(nn.Module):
             return self.resampler(x[:, None, None])[:, 0]
         if x.shape[1] <= self.n:
             return x
-        side = side_of_square(x.shape[1])
-        grid = grid or (side, side)
+        side, _ = grid_of(OP, x)
+        if grid is None:
+            if side * side != x.shape[1]:
+                wanted = f"a square of tokens, or their grid as an argument; {side}**2 is nearest"
+                raise wrong_value(OP, "x", x, f"{wanted} (without a CLS token and registers)")
+            grid = (side, side)
         if grid[0] * grid[1] != x.shape[1]:
             raise wrong_value(OP, "grid", grid, f"two sizes whose product is {x.shape[1]}, tokens")
         cells = pooled_grid(self.n, grid)

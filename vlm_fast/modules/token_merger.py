@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from vlm_fast import ops
+from vlm_fast.modules.square_grid import mark_merged
 from vlm_fast.refusal import not_a_tensor, wrong_value
 
 OP = "TokenMerger"
@@ -32,7 +33,8 @@ class TokenMerger(nn.Module):
         protected: so many first tokens (a CLS token, registers) are never merged.
 
     What stands between rounds, and after the last: A tokens that are left, then B tokens, as
-    `vlm_fast.ops.bipartite_match` says.
+    `vlm_fast.ops.bipartite_match` says. They are no grid any more: what pools or shuffles a grid
+    comes before, and refuses them where they reach it as they are.
 
     Raises:
         ValueError: not one of ratio and keep, a ratio below 1, or keep not above protected.
@@ -98,6 +100,7 @@ class TokenMerger(nn.Module):
             if metric is not None:
                 metric = ops.merge_tokens(metric, match, size)[0]
             x, size = ops.merge_tokens(x, match, size)
+            mark_merged(x)
         return MergedTokens(x, size)
 
 

@@ -115,8 +115,6 @@ def _overridden(base: type, mixin: type[Patched]) -> list[str]:
 
 def _guarded(base: Any, mixin: Any, name: str, read: Any) -> Any:
     """The mixin's method, as long as the base's is the one that was there before."""
-    ours = getattr(mixin, name)
-
     @functools.wraps(read)  # callers ask for its signature
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         current = getattr(base, name)
@@ -126,7 +124,7 @@ def _guarded(base: Any, mixin: Any, name: str, read: Any) -> Any:
         for value in (*args, *kwargs.values()):
             if isinstance(value, Proxy):  # torch.fx.symbolic_trace
                 return current(self, *args, **kwargs)
-        return ours(self, *args, **kwargs)
+        return getattr(mixin, name)(self, *args, **kwargs)
 
     return method
 

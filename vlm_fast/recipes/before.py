@@ -83,7 +83,10 @@ def check_data(run: Run, processor: Any) -> tuple[dict[str, Any], list[int]]:
         # Only where texts are cut can a record be good in itself and of no use all the same.
         collate = None if run.max_length is None else data_of(run, processor)[1]
         with tables.counter("checking data") as count:
-            found = check(run.data, run.images, on_bad="skip", collate=collate, progress=count)
+            found = check(
+                run.data, run.images, on_bad="skip", collate=collate, background=run.background,
+                progress=count,
+            )  # fmt: skip
     except ModuleNotFoundError as error:
         stop(Exit.ENVIRONMENT, f"{error}: pictures need Pillow (pip install pillow)")
     except (BadRecord, ValueError, OSError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vlm_fast.data import Caption
+from vlm_fast.data.stand_ins import batch_of
 
 LENGTH = 32  # tokens of a caption; LAVIS' value in both stages
 
@@ -33,7 +34,17 @@ class CaptionCollator:
         self.processor, self.even, self.end, self.length = processor, even, end, length
 
     def __call__(self, captions: Sequence[Caption]) -> dict[str, Tensor]:
-        """``pixel_values``, ``input_ids`` and ``attention_mask``."""
+        """``pixel_values``, ``input_ids`` and ``attention_mask``.
+
+        A caption from a data set with ``on_bad="skip"`` whose picture the processor refuses is
+        replaced by the next that it takes.
+
+        Raises:
+            BadRecord: for another that it refuses, in the processor's words.
+        """
+        return batch_of(captions, self._batch)
+
+    def _batch(self, captions: Sequence[Caption]) -> dict[str, Tensor]:
         images = self.processor.image_processor(
             [caption.image for caption in captions], return_tensors="pt"
         )

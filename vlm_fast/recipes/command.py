@@ -14,6 +14,7 @@ import typer
 from vlm_fast import tables
 from vlm_fast.command import Exit, Json, print_json, stop
 from vlm_fast.data import BadRecord
+from vlm_fast.data.check_command import Background, colour
 from vlm_fast.data.faults import OnBad
 from vlm_fast.data.formats import FORMATS
 from vlm_fast.recipes import checkpoints
@@ -81,6 +82,7 @@ def recipe(
         typer.Option(callback=_known("format", FORMATS), help=f"One of {', '.join(FORMATS)}."),
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of an example.")] = None,
+    background: Background = "white",
     no_patch: Annotated[
         bool, typer.Option("--no-patch", help="Train on transformers' own modules.")
     ] = False,
@@ -109,7 +111,7 @@ def recipe(
         RECIPES[name], model, data, images, out,  # type: ignore[arg-type]
         epochs=epochs, lr=lr, batch=batch, device_batch=device_batch, max_steps=max_steps,
         save_every=save_every, seed=seed, dtype=dtype, checkpointing=checkpointing, lora=lora,
-        on_bad=on_bad, format=format, max_length=max_length,
+        on_bad=on_bad, format=format, max_length=max_length, background=colour(background),
         patch=not no_patch, workers=workers,
     )  # fmt: skip
     check_arguments(run, resume)
@@ -188,7 +190,7 @@ def _told(run: Run, summary: dict[str, Any]) -> str:
     fell = "" if losses is None else f", loss {losses[0]:.4g} to {losses[1]:.4g}"
     done = f"{summary['steps']} of {summary['of']} steps{fell}"
     if summary["replaced"]:
-        done += f"; another record stood in for {summary['replaced']} that could not be read"
+        done += f"; another record stood in for {summary['replaced']} that could not be used"
     if summary["interrupted"]:
         return f"interrupted after {done}; {summary['checkpoint']} is whole, go on with --resume"
     return f"{done}; the model is in {run.out}"

@@ -17,6 +17,7 @@ import vlm_fast
 from vlm_fast import tables
 from vlm_fast.data import Captions, Collator, Conversations
 from vlm_fast.data.faults import OnBad
+from vlm_fast.data.pictures import WHITE, Colour
 from vlm_fast.data.records import Records
 from vlm_fast.recipes import checkpoints, watch
 from vlm_fast.recipes.blip2 import Objective, Stage1Objective
@@ -53,6 +54,7 @@ class Run:
     on_bad: OnBad = "stop"
     format: str | None = None
     max_length: int | None = None
+    background: Colour = WHITE
     patch: bool = True
     workers: int = 2
 
@@ -67,6 +69,7 @@ class Run:
         """All that a run that is resumed must not change."""
         recipe = self.adapted
         names = ("seed", "dtype", "lora", "format", "max_length", "max_steps")
+        background = list(self.background)  # as JSON gives it back
         paths = ("model", "data", "images")
         return {
             "recipe": recipe.name,
@@ -74,6 +77,7 @@ class Run:
             "epochs": self.epochs or recipe.epochs,
             "lr": self.lr or recipe.lr,
             "batch": self.batch or recipe.batch,
+            "background": background,
             **{name: getattr(self, name) for name in names},
         }
 
@@ -186,18 +190,17 @@ def with_adapters(run: Run, model: nn.Module) -> nn.Module:
 def data_of(run: Run, processor: Any) -> tuple[Any, Any]:
     """The data set and what makes its batches; records of the wrong shape are left out."""
     records = Records(run.data, on_bad="skip")
+    options: Any = {"on_bad": run.on_bad, "background": run.background}
     if run.recipe.family == "blip2-retrieval":
         collator: Any = CaptionCollator(processor, even=True)
-        return Captions(records, run.images, on_bad=run.on_bad), collator
+        return Captions(records, run.images, **options), collator
     if run.recipe.family == "blip2":
-        return Captions(records, run.images, on_bad=run.on_bad), CaptionCollator(
-            processor, end="\n"
-        )
+        return Captions(records, run.images, **options), CaptionCollator(processor, end="\n")
     plain = run.recipe.name == "llava-stage1" and bool(records.pictured.all())
     collator = Collator(
         processor, format=run.format or ("plain" if plain else None), max_length=run.max_length
     )
-    return Conversations(records, run.images, on_bad=run.on_bad), collator
+    return Conversations(records, run.images, **options), collator
 
 
 def without(dataset: Any, bad_records: list[int]) -> Any:

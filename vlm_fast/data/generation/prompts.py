@@ -17,7 +17,8 @@ FACTS = (
     "You are told about a photograph that you cannot see yourself: first sentences in which people "
     "described it, then objects in it, one a line. Four numbers follow the name of an object: the "
     "left, top, right and bottom edge of the box around it, as shares of the picture's width and "
-    "height, from 0 to 1. Write as one who looks at the photograph. Never speak of the sentences, "
+    "height, from 0 to 1. A name that begins with 'group of' is that of several objects which were "
+    "not counted. Write as one who looks at the photograph. Never speak of the sentences, "
     "of the list, of boxes or of numbers of theirs: say in words how many things there are, where, "
     "and how they relate. Claim nothing that does not follow from what you are told."
 )
