@@ -32,6 +32,7 @@ class Setting(NamedTuple):
             "ATEN_CPU_CAPABILITY": self.level,
             "MKL_CBWR": self.mkl,
             "OMP_NUM_THREADS": str(self.threads),
+            "OMP_WAIT_POLICY": "PASSIVE",  # on a busy machine threads mostly wait for each other
         }
 
 
