@@ -9,7 +9,7 @@ TORCH ?= $(shell [ "$$(uname)" != Linux ] || nvidia-smi -L >/dev/null 2>&1 && ec
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 CPU_TORCH = torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
 
-.PHONY: test interpreted compiled ahead bench check gpu hopper lint clean torch-cpu
+.PHONY: test machines interpreted compiled ahead bench check gpu hopper lint clean torch-cpu
 
 # The budgets of kernels are of one compiler, the oldest that is served; it lies beside .venv.
 BUDGETS_TRITON := $(shell sed -n 's/^BUDGETS_TRITON = "\([^"]*\)".*/\1/p' vlm_fast/ahead_of_time.py)
@@ -31,6 +31,14 @@ compiled: $(INSTALLED)
 
 ahead: $(INSTALLED) $(OVERLAY)/installed
 	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest $(LAST)
+
+# What follows from the processor: the suite with less of this one, other threads, and as a job in the
+# background, a line of counts each. A few files: make machines TESTS=tests/test_qformer.py; kernels
+# in the interpreter: TRITON_INTERPRET=1 make machines TESTS=tests/interpreted
+TESTS ?= tests
+
+machines: $(INSTALLED)
+	$(BIN)/python -m tests.machines $(TESTS)
 
 # Peers that are missing are left out; for xformers and Liger: pip install -e '.[bench]'.
 bench: $(INSTALLED)

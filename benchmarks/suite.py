@@ -6,7 +6,6 @@ says that it is not finished.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from vlm_fast.benchmarks import (
 )
 from vlm_fast.benchmarks.ops import Selection
 from vlm_fast.measure.telemetry import Telemetry
+from vlm_fast.signals import handled
 
 Results = dict[str, Any]
 QUICK_SECONDS = 150.0  # of the ops; what else is quick takes less than half a minute
@@ -138,20 +138,19 @@ def run(
         "telemetry": seen.summary(),
     }
     current = Run(device, quick, selection or Selection(), path, results)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for name in sections:
-            try:
-                SECTIONS[name](current)
-            except Exception as error:  # one section that breaks does not take the others with it
-                results["failures"].append(f"{name}: {type(error).__name__}: {error}")
-                if name == "parity":
-                    break
-            current.write()
-        results["finished"] = True
+        with handled():
+            for name in sections:
+                try:
+                    SECTIONS[name](current)
+                except Exception as error:  # a section that breaks does not take the others with it
+                    results["failures"].append(f"{name}: {type(error).__name__}: {error}")
+                    if name == "parity":
+                        break
+                current.write()
+            results["finished"] = True
     except KeyboardInterrupt:
         results["failures"].append("interrupted")
     finally:
-        signal.signal(signal.SIGTERM, before)
         current.write()
     return results

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 
 from vlm_fast import ops as ops
+from vlm_fast import parity
 from vlm_fast.op import OPS, Op
+from vlm_fast.parity import Results
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,6 +49,14 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys(
 def each(result: Any) -> list[torch.Tensor]:
     """All results of an op, one or a tuple, nested or not."""
     return [r for part in result for r in each(part)] if isinstance(result, tuple) else [result]
+
+
+def assert_right(
+    ours: Results, plain: Callable[[], Results], exact: Results, *outputs: str
+) -> None:
+    """All of ``ours`` meet the tolerance rule; the names that are no ``outputs`` are gradients."""
+    verdicts = parity.judge_all(ours, plain, exact, outputs=outputs)
+    assert verdicts and all(v.ok for v in verdicts), [v for v in verdicts if not v.ok]
 
 
 def has_compiled_code(op: Op[..., Any]) -> bool:

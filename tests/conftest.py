@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 import tempfile
 
 import pytest
@@ -25,8 +26,14 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
 if hasattr(torch._functorch.config, "error_on_custom_op_aliasing"):
     torch._functorch.config.error_on_custom_op_aliasing = True
 
-# On a busy machine threads mostly wait for each other: 10x. Tests about threads ask for them.
-torch.set_num_threads(1)
+# On a busy machine threads mostly wait for each other: 10x. Tests about threads ask for them, and
+# OMP_NUM_THREADS asks for them in all tests.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+# A processor without AVX-512 has no AMX either. Only so does plain PyTorch run in bf16 as it.
+LEVELS = {"default": "SSE41", "avx2": "AVX2"}
+if os.environ.get("ATEN_CPU_CAPABILITY") in LEVELS:
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", LEVELS[os.environ["ATEN_CPU_CAPABILITY"]])
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Each has a process of its own: `python -m pytest tests/interpreted`, `python -m pytest tests/gpu`.
@@ -54,6 +61,14 @@ def runs_twice(item):
     op = chosen.get("op")
     without = chosen.get("device") == "ATen" and native is not None
     return without and op is not None and not has_compiled_code(op)
+
+
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["shell", "background"])
+def inherited_sigint(request):
+    """SIGINT as a process begins with it: from a terminal, and in the background of a script."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -6,31 +6,41 @@ interpreter (interpreted/) and CUDA (gpu/). They provide the fixture ``device``.
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import any_case, any_op, every_case, every_dtype, every_op, shape_id, usual_shape
+from tests.cases import (
+    any_case,
+    any_op,
+    each,
+    every_case,
+    every_dtype,
+    every_op,
+    shape_id,
+    usual_shape,
+)
+from tests.exact_softmax import ExactSoftmaxBackward
 from tests.guard_bands import LAYOUTS, GuardBands
-from tests.summation_orders import ExactSoftmaxBackward, in_other_orders
 from vlm_fast import parity
 from vlm_fast.kernels import _launcher
 from vlm_fast.kernels.image_tokens import image_token_slots
 from vlm_fast.op import OPS
+from vlm_fast.summation import OtherOrders
 
 UPSTREAMS = ("dense", "padded rows", "transposed", "every other column", "expanded", "scalar")
 
 
-def judged(op, args, options, *, layout="dense", upstream="dense", fair=False, orders=False):
+def judged(op, args, options, *, layout="dense", upstream="dense", fair=False):
     """Outputs and gradients meet the tolerance rule, and no memory around them is touched.
 
     With ``fair``, nothing is asked of elements that plain PyTorch makes infinite or NaN where its
     own float64 does not, or the other way round, if ours are like one of the two. (So are its
-    GELU of +Inf, NaN in fp32, and intermediates that overflow in fp16.) With ``orders``, plain
-    PyTorch is taken in several orders of its sums, where the op has such: its error is the largest
-    of all, and ours may be infinite or NaN as any of them.
+    GELU of +Inf, NaN in fp32, and intermediates that overflow in fp16.) Of plain PyTorch in other
+    orders of its sums, ours may then be infinite or NaN as any.
     """
     with GuardBands() as bands:
         args = tuple(bands.lay_out(value, layout, i) for i, value in enumerate(args))
@@ -46,38 +56,43 @@ def judged(op, args, options, *, layout="dense", upstream="dense", fair=False, o
                 return grad.new_full((), 0.75).expand_as(grad)
             return bands.lay_out(grad, upstream)
 
-        names, found = evaluated(op, args, options, make_upstream, orders=orders)
-    for name, (ours, native, exact, *others) in zip(names, found, strict=True):
-        if fair:
-            ours, native, exact, *others = without_unfair(ours, native, exact, *others)
-        native = parity.farthest(exact, native, others)
-        verdict = parity.judge(name, ours, native, exact, gradient=name.startswith("gradient"))
+        names, found, others = evaluated(op, args, options, make_upstream)
+    for i, (name, tensors) in enumerate(zip(names, found, strict=True)):
+        verdict = verdict_on(name, tensors, (other[i] for other in others), fair=fair)
         assert verdict.ok, verdict
     bands.check()
 
 
-def evaluated(op, args, options, upstream=None, *, orders=False):
-    """Names of all results and gradients, and of each ours, plain PyTorch's and float64's.
+def verdict_on(name, tensors, others, *, fair=False):
+    gradient = name.startswith("gradient")
+    if not fair:
+        return parity.judge(name, *tensors, gradient=gradient, others=others)
+    verdict = parity.judge(name, *without_unfair(*tensors), gradient=gradient)
+    if not verdict.ok:
+        (*tensors,) = without_unfair(*tensors, *others)
+        verdict = parity.judge(name, *tensors[:3], gradient=gradient, others=tensors[3:])
+    return verdict
 
-    With ``orders``, plain PyTorch's in other orders come after.
+
+def evaluated(op, args, options, upstream=None):
+    """Names of all results and gradients; of each ours, plain PyTorch's and float64's; and plain
+    PyTorch's as it rounds otherwise, a list of all of them at a time.
     """
-    wide = parity.convert(args, Tensor.double)
 
-    def run(f, args):
+    def run(f, args=args):
         return parity.outputs_and_gradients(f, args, options, upstream=upstream)
 
-    found = [run(op.fast, args), run(op.reference, args)]
+    ours, native = run(op.fast), run(op.reference)
     with ExactSoftmaxBackward():
-        found.append(run(op.reference, wide))
-    others = in_other_orders(op) if orders else op.plain_orders[1:]
-    found += [run(plain, args) for plain in others]
+        exact = run(op.reference, parity.convert(args, Tensor.double))
     names = [
-        f"{kind} {i}" for kind, part in zip(("output", "gradient"), found[0], strict=True)
+        f"{kind} {i}" for kind, part in zip(("output", "gradient"), ours, strict=True)
         for i in range(len(part))
     ]  # fmt: skip
-    tuples = list(zip(*(outputs + gradients for outputs, gradients in found), strict=True))
-    assert names and not any(t is None for one in tuples for t in one)
-    return names, tuples
+    triples = list(zip(*([*y, *dx] for y, dx in (ours, native, exact)), strict=True))
+    assert names and not any(t is None for one in triples for t in one)
+    plain = [lambda f=f: list(itertools.chain(*run(f))) for f in op.plain_orders]
+    return names, triples, OtherOrders(*plain)
 
 
 def without_unfair(ours, native, exact, *others):
@@ -103,13 +118,12 @@ def test_parity_without_gradients(device, op, shape, dtype):
     args, options = op.sample(shape, dtype, device)
     with GuardBands() as bands, torch.no_grad():
         args = tuple(bands.lay_out(value, "padded rows", i) for i, value in enumerate(args))
-        runs = [(op.fast, args), (op.reference, args)]
-        runs.append((op.reference, parity.convert(args, Tensor.double)))
-        results = [f(*a, **options) for f, a in runs]
-        results = [r if isinstance(r, tuple) else (r,) for r in results]
-    for i, triple in enumerate(zip(*results, strict=True)):
-        verdict = parity.judge(f"output {i}", *triple, gradient=False)
-        assert verdict.ok, verdict
+        run = lambda f, args: dict(enumerate(each(f(*args, **options))))  # noqa: E731
+        ours = run(op.fast, args)
+        exact = run(op.reference, parity.convert(args, Tensor.double))
+        plain = [functools.partial(run, f, args) for f in op.plain_orders]
+        verdicts = parity.judge_all(ours, plain[0], exact, outputs=ours, rounding=plain[1:])
+    assert verdicts and all(v.ok for v in verdicts), verdicts
     bands.check()
 
 
@@ -155,13 +169,13 @@ def test_hostile_values(device, op, shape, values):
     if args[0].numel():
         hostile = HOSTILE[values](args[0])
         finite = bool(hostile.isfinite().all())
-        judged(op, (hostile, *args[1:]), options, fair=not finite, orders=True)
+        judged(op, (hostile, *args[1:]), options, fair=not finite)
 
 
 @any_case
 def test_overflow_in_fp16(device, op, shape):
     args, options = op.sample(shape, torch.float16, device)
-    judged(op, (args[0] * 2e4, *args[1:]), options, fair=True, orders=True)
+    judged(op, (args[0] * 2e4, *args[1:]), options, fair=True)
 
 
 @every_case
@@ -171,8 +185,8 @@ def test_only_wanted_gradients_are_computed(device, op, shape):
     settings = {**op.defaults, **options}
     floating = [i for i, v in enumerate(values) if parity.differentiable([v])]
     sizes = range(len(floating) + 1) if shape is usual_shape(op) else (0, len(floating))
-    names, triples = evaluated(op, args, options)
-    expected = [t for name, t in zip(names, triples, strict=True) if name.startswith("gradient")]
+    names, triples, others = evaluated(op, args, options)
+    first = names.index("gradient 0")
     for wanted in (c for size in sizes for c in itertools.combinations(floating, size)):
         needs = op.Needs(*[i in wanted for i in range(len(values))])
         with GuardBands() as bands, torch.no_grad():
@@ -184,15 +198,14 @@ def test_only_wanted_gradients_are_computed(device, op, shape):
             upstream = map(parity.random_upstream, results)
             found = op._path.backward(needs, kept, *upstream, **settings)
         bands.check()
-        at = 0
+        at = first
         for value, gradient, needed in zip(values, found, needs, strict=True):
             for one in gradient if isinstance(gradient, list) else [gradient]:
                 assert needed or one is None, "computed without need"
                 if needed:
-                    _, native, exact, *others = expected[at]
-                    native = parity.farthest(exact, native, others)
-                    verdict = parity.judge(str(needs), one, native, exact, gradient=True)
-                    assert verdict.ok, verdict
+                    tensors = (one, *triples[at][1:])
+                    verdict = verdict_on(names[at], tensors, (other[at] for other in others))
+                    assert verdict.ok, (needs, verdict)
                     at += 1
             at += 0 if needed else len(parity.differentiable([value]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from vlm_fast.parity import judge
+from tests.cases import assert_right
 
 
 def itc(images, texts, temperature, smoothing=0.0):
@@ -80,11 +80,11 @@ def stage1(model, image_embeds, ids, mask, head, bos, temperature, smoothing, ne
 
 def judged(ours, plain, tensors, dtype):
     """Value and gradients of a loss against the plain one, in this dtype and in float64."""
-    runs = []
-    for function, kind in ((ours, dtype), (plain, dtype), (plain, torch.float64)):
-        inputs = [t.detach().to(kind).requires_grad_() for t in tensors]
+
+    def run(function, dtype):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in tensors]
         loss = function(*inputs)
-        runs.append([loss, *torch.autograd.grad(loss, inputs)])
-    for i, (found, native, exact) in enumerate(zip(*runs, strict=True)):
-        verdict = judge(f"tensor {i}", found, native, exact, gradient=i > 0)
-        assert verdict.ok, verdict
+        gradients = torch.autograd.grad(loss, inputs)
+        return {"loss": loss.detach()} | {f"gradient {i}": g for i, g in enumerate(gradients)}
+
+    assert_right(run(ours, dtype), lambda: run(plain, dtype), run(plain, torch.float64), "loss")

@@ -1,8 +1,10 @@
 """Every kernel with every config, compiled for three generations of GPU that are not here."""
 
+import ast
 import dataclasses
 import importlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -207,3 +209,21 @@ def test_amd_is_compiled_on_request(fresh_cache):
 def test_unknown_names_are_refused(archs, ops):
     with pytest.raises(ValueError, match=r"'sm90'|'no_such_op'"):
         ahead_of_time.compile_all(archs, ops=ops)
+
+
+def test_two_threads_do_not_parse_at_once(fresh_cache, monkeypatch):
+    """Before Python 3.12 that may end in a SystemError."""
+    parse, inside, most = ast.parse, [], []
+
+    def noted(*args, **options):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        tree = parse(*args, **options)
+        inside.pop()
+        return tree
+
+    monkeypatch.setattr(ast, "parse", noted)
+    todo = list(ahead_of_time.builds(ARCHS[:1], ops=["gated_add"], thorough=False))
+    ahead_of_time.count(todo[:4])
+    assert len(most) >= 4 and max(most) == 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vlm_fast
-from tests.cases import OPS, any_op, each, every_case
+from tests.cases import OPS, any_op, assert_right, each, every_case
 from vlm_fast import parity
 from vlm_fast.modules import TokenMerger
 
@@ -28,31 +28,30 @@ def results_of(op):
     return op._path.results
 
 
-def names(op):
-    return ["output"] * results_of(op) + list(op.tensors) * 9
-
-
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
 @every_low_dtype
 @every_case
 def test_autocast_is_that_of_the_reference(op, shape, dtype, inside):
     args, options = op.sample(shape)
-    region = lambda: torch.autocast("cpu", dtype)  # noqa: E731
-    back = region() if inside else None
-    ours = run(op, args, options, forward=region(), backward=back)
-    native = run(op.reference, args, options, forward=region(), backward=back)
+
+    def within(call):
+        regions = [torch.autocast("cpu", dtype) for _ in range(2)]
+        return run(call, args, options, forward=regions[0], backward=regions[1] if inside else None)
+
+    ours, native = within(op), within(op.reference)
     assert [t.dtype for t in ours] == [t.dtype for t in native]
     assert {t.dtype for t in ours[results_of(op) :]} == {torch.float32}
     assert (ours[0].dtype == dtype) == (op.autocasts and not op.uncast)
 
+    def named(tensors):
+        # The gradient was rounded to the dtype of the region before it became fp32.
+        low = [t.to(dtype) if op.autocasts and t.dtype is torch.float32 else t for t in tensors]
+        return dict(enumerate(low))
+
     rounded = parity.convert(args, lambda t: t.to(dtype).double() if op.autocasts else t.double())
-    exact = run(op.reference, rounded, options)
-    for name, *triple in zip(names(op), ours, native, exact, strict=False):
-        if op.autocasts:
-            # The gradient was rounded to the dtype of the region before it became fp32.
-            triple = [*(t.to(dtype) for t in triple[:2]), triple[2]]
-        verdict = parity.judge(name, *triple, gradient=name != "output")
-        assert verdict.ok, verdict
+    exact = named(run(op.reference, rounded, options))
+    outputs = range(results_of(op))
+    assert_right(named(ours), lambda: named(within(op.reference)), exact, *outputs)
 
 
 @every_low_dtype

@@ -187,6 +187,7 @@ def test_a_cpu_has_no_launches_and_results_have_a_size():
 # ---- files ----
 
 
+@pytest.mark.usefixtures("inherited_sigint")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_valid_results(quickly, monkeypatch, tmp_path, number):
     path, measure = tmp_path / "out.json", ops.measure

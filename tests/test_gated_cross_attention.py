@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlm_fast
 from tests import plain_flamingo
+from tests.cases import assert_right
 from vlm_fast import parity
 from vlm_fast.modules import GatedCrossAttentionBlock
 
@@ -60,10 +61,7 @@ def everything(block, x, media, *others):
 def same(module, block, *arguments):
     x, media, *others = arguments
     exact = everything(copy.deepcopy(block).double(), x.double(), media.double(), *others)
-    native, found = everything(block, *arguments), everything(module, *arguments)
-    for name, tensor in found.items():
-        verdict = parity.judge(name, tensor, native[name], exact[name], gradient=name != "y")
-        assert verdict.ok, verdict
+    assert_right(everything(module, *arguments), lambda: everything(block, *arguments), exact, "y")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

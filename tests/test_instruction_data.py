@@ -219,6 +219,7 @@ def test_no_connection(server):
     assert raised.value.__context__ is None and raised.value.__cause__ is None
 
 
+@pytest.mark.usefixtures("inherited_sigint")
 def test_control_c_leaves_a_journal_that_is_gone_on_with(server, coco):
     def interrupting(asked):
         os.kill(os.getpid(), signal.SIGINT)

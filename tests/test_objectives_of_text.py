@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from tests import plain_blip2
-from tests.cases import DTYPES
+from tests.cases import DTYPES, assert_right
 from tests.plain_blip2 import judged
 from tests.test_saved_bytes import peak_bytes
 from vlm_fast import objectives
 from vlm_fast.objectives import language
-from vlm_fast.parity import judge
 
 
 def text(batch=3, tokens=7, hidden=8, vocabulary=50):
@@ -74,18 +73,20 @@ def test_generation_ignores_another_label():
 def test_generation_under_autocast():
     hidden, weight, labels, bias = text()
     inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
-    with torch.autocast("cpu", torch.bfloat16):
-        found = objectives.itg_loss(hidden, weight, labels, bias)
-        native = plain_blip2.itg(hidden, weight, labels, bias)
-    exact = plain_blip2.itg(*(t.bfloat16().double() for t in inputs[:2]), labels,
-                            bias.bfloat16().double())  # fmt: skip
-    assert judge("loss", found, native, exact).ok
-    gradients = torch.autograd.grad(found, inputs)
-    assert [g.dtype for g in gradients] == [torch.float32] * 3
-    for ours, plain, true in zip(gradients, torch.autograd.grad(native, inputs),
-                                 torch.autograd.grad(exact, inputs), strict=True):  # fmt: skip
-        verdict = judge("gradient", ours.bfloat16(), plain.bfloat16(), true, gradient=True)
-        assert verdict.ok, verdict
+
+    def run(function, change=lambda t: t):
+        loss = function(*map(change, inputs[:2]), labels, change(bias))
+        gradients = torch.autograd.grad(loss, inputs)
+        assert [g.dtype for g in gradients] == [torch.float32] * 3
+        return {"loss": loss.detach()} | {str(i): g for i, g in enumerate(gradients)}
+
+    def within(function):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = run(function)
+        return {n: t if n == "loss" else t.bfloat16() for n, t in found.items()}
+
+    exact = run(plain_blip2.itg, lambda t: t.bfloat16().double())
+    assert_right(within(objectives.itg_loss), lambda: within(plain_blip2.itg), exact, "loss")
 
 
 def learnt(size=6.0, hidden=64, vocabulary=500):
@@ -104,15 +105,15 @@ def test_the_scale_of_a_loss_in_fp16_reaches_its_gradients_before_they_are_round
     def gradients(loss, dtype):
         inputs = [t.detach().to(dtype).requires_grad_() for t in (hidden, weight, bias)]
         value = loss(inputs[0], inputs[1], labels, inputs[2])
-        return torch.autograd.grad(value * scale, inputs)
+        grads = torch.autograd.grad(value * scale, inputs)
+        return dict(zip(("hidden", "weight", "bias"), grads, strict=True))
 
     found = gradients(objectives.itg_loss, torch.float16)
     native = gradients(plain_blip2.itg, torch.float16)
     exact = gradients(plain_blip2.itg, torch.float64)
-    for name, *each in zip(("hidden", "weight", "bias"), found, native, exact, strict=True):
-        verdict = judge(name, *each, gradient=True)
-        assert verdict.ok, verdict
-        ours, theirs = ((g - each[2]).norm() for g in each[:2])
+    assert_right(found, lambda: gradients(plain_blip2.itg, torch.float16), exact)
+    for name, true in exact.items():
+        ours, theirs = ((g[name] - true).norm() for g in (found, native))
         assert ours <= 1.5 * theirs, name  # rounded twice, unless the scale is a power of two
 
 

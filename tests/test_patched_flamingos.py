@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 import vlm_fast
 from tests import tiny_flamingos
+from tests.cases import assert_right
 from vlm_fast import parity
 from vlm_fast.patching import image_keys
 
@@ -40,27 +41,12 @@ def everything(model, given):
     return {"logits": logits.detach(), **dict(zip(["pixels", *named], found, strict=True))}
 
 
-def joined(found, exact):
-    """Gradients of one number together, as parts of what they are: one error is no yardstick."""
-    single = [name for name, t in exact.items() if t is not None and t.numel() == 1]
-    parts = [found[name].double().view(1) / exact[name] for name in single]
-    rest = {name: t for name, t in found.items() if name not in single}
-    return rest | {"single": torch.cat([torch.ones(1), *parts]).to(found["logits"].dtype)}
-
-
 def same(model, fast, given):
     wide = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
     true = copy.deepcopy(model).double()
     true.set_attn_implementation("sdpa")  # eager's softmax would be in fp32
     exact = everything(true, wide)
-    native, found = everything(model, given), everything(fast, given)
-    native, found, exact = (joined(some, exact) for some in (native, found, exact))
-    for name, tensor in found.items():
-        if native[name] is None:
-            assert tensor is None, name
-            continue
-        verdict = parity.judge(name, tensor, native[name], exact[name], gradient=name != "logits")
-        assert verdict.ok, verdict
+    assert_right(everything(fast, given), lambda: everything(model, given), exact, "logits")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -11,6 +11,7 @@ from transformers.models.kosmos2 import modeling_kosmos2 as kosmos2
 from transformers.models.kosmos2_5 import modeling_kosmos2_5 as kosmos2_5
 
 import vlm_fast
+from tests.cases import assert_right
 from vlm_fast import parity
 
 
@@ -91,13 +92,10 @@ def everything(module, x, mask):
 def same(fast, plain, x, mask):
     true = copy.deepcopy(plain).double()
     exact = everything(true, x.double(), mask)
-    native, found = everything(plain, x, mask), everything(fast, x, mask)
-    for name, tensor in found.items():
-        verdict = parity.judge(name, tensor, native[name], exact[name], gradient=name != "y")
-        assert verdict.ok, verdict
+    assert_right(everything(fast, x, mask), lambda: everything(plain, x, mask), exact, "y")
     with torch.no_grad():
-        verdict = parity.judge("y", fast(x, mask), plain(x, mask), true(x.double(), mask))
-    assert verdict.ok, verdict
+        exact = {"y": true(x.double(), mask)}
+        assert_right({"y": fast(x, mask)}, lambda: {"y": plain(x, mask)}, exact, "y")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -198,14 +196,10 @@ def test_kosmos_is_that_of_eager_attention(version, dtype):
     x = torch.randn(3, 17, 24).to(dtype)
     with vlm_fast.strict():
         assert fast(x)[1] is None
-    found, native = first(fast, x), first(plain, x)
-    exact = first(copy.deepcopy(plain).double(), x.double())
-    for name, tensor in found.items():
-        if name == "x_attn.k_proj.bias":  # it moves all scores alike: plain PyTorch's is rounding
-            assert not tensor.any()
-            continue
-        verdict = parity.judge(name, tensor, native[name], exact[name], gradient=name != "y")
-        assert verdict.ok, verdict
+    found, exact = first(fast, x), first(copy.deepcopy(plain).double(), x.double())
+    # It moves all scores alike: plain PyTorch's is rounding.
+    assert not found.pop("x_attn.k_proj.bias").any()
+    assert_right(found, lambda: first(plain, x), exact, "y")
 
 
 def first(module, x):

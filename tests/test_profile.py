@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import signal
 import time
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -272,13 +273,14 @@ def test_axes_have_round_ticks(values):
 # ---- what goes wrong ----
 
 
+@pytest.mark.usefixtures("inherited_sigint")
 def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     real = sweep._measure
     done = []
 
     def twice(group, given):
         if len(done) == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         done.append(group)
         real(group, given)
 

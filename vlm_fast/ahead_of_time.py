@@ -6,15 +6,18 @@ data, the launches are recorded, and Triton's own binder turns their arguments i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -30,7 +33,7 @@ from vlm_fast.op import FLOATS, OPS, Op
 if AVAILABLE:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
+    from triton.runtime.jit import JITCallable, create_function_from_signature
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 BUDGETS = Path(__file__).resolve().parent / "budgets.json"
@@ -115,7 +118,7 @@ def count(
     found = []
     by_arch: dict[str, list[tuple[Build, Any, float]]] = {}
     # Threads: ptxas is a process of its own, and Triton's passes release the interpreter lock.
-    with ThreadPoolExecutor(2) as pool:
+    with _one_parse_at_a_time(), ThreadPoolExecutor(2) as pool:
         for done, timed in enumerate(pool.map(_timed, todo), start=1):
             by_arch.setdefault(timed[0].arch, []).append(timed)
             if progress is not None:
@@ -136,6 +139,23 @@ def count(
                 )
             )
     return found
+
+
+@contextlib.contextmanager
+def _one_parse_at_a_time() -> Iterator[None]:
+    """No two threads of Triton's compiler parse Python at once.
+
+    CPython before 3.12 counts the depth of a tree that it builds in one place for all threads. If
+    the collector lets another thread run meanwhile, both raise SystemError.
+    """
+    lock, parse = threading.Lock(), JITCallable.parse
+
+    def locked(function: Any) -> Any:
+        with lock:
+            return parse(function)
+
+    with mock.patch.object(JITCallable, "parse", locked):
+        yield
 
 
 def violations(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from vlm_fast.parity import Verdict, farthest, judge
+from vlm_fast.parity import Verdict, judge
 
 T = TypeVar("T")
 DRAWS = 8
@@ -125,8 +125,8 @@ def judge_outputs(ours: Run, theirs: Run, rounded: Callable[[int], Run]) -> list
     """Judge what a model returned by how far rounding moves what it should have returned.
 
     The rule is that of `parity.judge`: ``theirs`` is exact, and the error that is native is the
-    largest that draws of rounding make, element by element. One draw is mostly enough; the more
-    there are, the less a small result, as a loss is, hangs on luck.
+    largest of any draw of rounding. One draw is mostly enough; the more there are, the less a small
+    result, as a loss is, hangs on luck.
 
     Args:
         rounded: the run in which rounding is drawn with this number.
@@ -135,12 +135,14 @@ def judge_outputs(ours: Run, theirs: Run, rounded: Callable[[int], Run]) -> list
         names = sorted(ours.outputs.keys() ^ theirs.outputs.keys())
         return [Verdict(name, math.nan, math.nan, "only on one side") for name in names]
     exact = {name: output.double() for name, output in theirs.outputs.items()}
-    native = theirs.outputs
+    drawn: list[dict[str, Tensor]] = []
     verdicts: list[Verdict] = []
     for draw in range(DRAWS):
-        drawn = rounded(draw).outputs
-        native = {n: farthest(exact[n], native[n], [drawn[n]]) for n in native}
-        verdicts = [judge(n, ours.outputs[n], native[n], exact[n]) for n in native]
+        drawn.append(rounded(draw).outputs)
+        verdicts = [
+            judge(name, ours.outputs[name], native, exact[name], others=[d[name] for d in drawn])
+            for name, native in theirs.outputs.items()
+        ]
         if all(verdict.ok for verdict in verdicts):
             break
     return verdicts

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vlm_fast import ops, parity
 from vlm_fast.anyres import Plan
 from vlm_fast.model_runs import Run, is_float, judge_outputs, moved, run, seeded
-from vlm_fast.parity import Verdict, judge
+from vlm_fast.parity import Verdict, judge_all
 from vlm_fast.patching import anyres, image_token_merge, patched_modules
 from vlm_fast.patching.class_swap import Patched, swap_back
 from vlm_fast.patching.media_sets import GivesSets
@@ -188,17 +188,16 @@ def _verify_module(
     module: nn.Module, plain: nn.Module, arguments: Arguments
 ) -> tuple[list[Verdict], bool]:
     """The verdicts, and whether the module drew random numbers and was judged without any."""
-    pair = [_module_results(m, arguments) for m in (module, plain)]
-    random = any(drew for _, drew in pair)
+    (ours, drew), (_, plain_drew) = (_module_results(m, arguments) for m in (module, plain))
+    random = drew or plain_drew
     with _evaluating(module, plain) if random else contextlib.nullcontext():
         if random:
-            pair = [_module_results(m, arguments) for m in (module, plain)]
-        exact, _ = _module_results(plain.double(), _floats(arguments, Tensor.double))
-    (ours, _), (theirs, _) = pair
-    return [
-        judge(what, one, other, true, gradient=what.startswith("gradient"))
-        for (what, one), (_, other), (_, true) in zip(ours, theirs, exact, strict=True)
-    ], random
+            ours, _ = _module_results(module, arguments)
+        wide = copy.deepcopy(plain).double()
+        exact, _ = _module_results(wide, _floats(arguments, Tensor.double))
+        outputs = [name for name in ours if name.startswith("output")]
+        native = lambda: _module_results(plain, arguments)[0]  # noqa: E731
+        return judge_all(ours, native, exact, outputs=outputs), random
 
 
 @contextlib.contextmanager
@@ -215,7 +214,7 @@ def _evaluating(*roots: nn.Module) -> Iterator[None]:
 
 def _module_results(
     module: nn.Module, arguments: Arguments
-) -> tuple[list[tuple[str, Tensor]], bool]:
+) -> tuple[dict[str, Tensor | None], bool]:
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     inputs: list[Tensor] = []
 
@@ -236,7 +235,7 @@ def _module_results(
     names += [f"gradient of input {i}" for i in range(len(inputs))]
     names += [f"gradient of {name}" for name in parameters]
     tensors = [*(r.detach() for r in results), *grads]
-    return list(zip(names, tensors, strict=True)), random
+    return dict(zip(names, tensors, strict=True)), random
 
 
 def _floats(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import vlm_fast
 from vlm_fast.benchmarks.models.architecture import Inputs
 from vlm_fast.benchmarks.models.parts import prompt
-from vlm_fast.parity import judge
+from vlm_fast.parity import judge_all
 
 NEW_TOKENS = 8
 
@@ -19,7 +19,7 @@ NEW_TOKENS = 8
 def proof(model: nn.Module, given: Inputs, *, exact: bool) -> dict[str, Any]:
     """Results with the patch against those without it; the model is left without.
 
-    ``exact`` runs a copy in float64 too, and judges logits and every gradient by `parity.judge`.
+    ``exact`` runs a copy in float64 too, and judges logits and all gradients by `parity.judge_all`.
     """
     plain = _results(model, given)
     with vlm_fast.patch(model, strict=True) as report:
@@ -36,7 +36,7 @@ def proof(model: nn.Module, given: Inputs, *, exact: bool) -> dict[str, Any]:
             }
             for c in verification.connectors
         },
-        "judged": _judged(model, given, plain, patched) if exact else None,
+        "judged": _judged(model, given, patched) if exact else None,
         "logits_equal": torch.equal(plain["logits"], patched["logits"]),
         "logits_error": (plain["logits"] - patched["logits"]).abs().max().item(),
         "logits_scale": plain["logits"].abs().max().item(),
@@ -94,15 +94,18 @@ def _repeats(model: nn.Module, given: Inputs, first: dict[str, Any]) -> bool:
     )
 
 
-def _judged(
-    model: nn.Module, given: Inputs, plain: dict[str, Any], patched: dict[str, Any]
-) -> dict[str, Any]:
+def _judged(model: nn.Module, given: Inputs, patched: dict[str, Any]) -> dict[str, Any]:
     """How many tensors are within the budget of the rule, and why the others are not."""
     wide = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
     output, exact = _backward(copy.deepcopy(model).double(), wide)
-    verdicts = [judge("logits", patched["logits"], plain["logits"], output.logits)]
-    for name, gradient in patched["gradients"].items():
-        verdicts.append(judge(name, gradient, plain["gradients"][name], exact[name], gradient=True))
+    exact |= {"logits": output.logits.detach()}
+
+    def native() -> dict[str, Tensor | None]:
+        output, gradients = _backward(model, given)
+        return {"logits": output.logits.detach(), **gradients}
+
+    ours = {"logits": patched["logits"], **patched["gradients"]}
+    verdicts = judge_all(ours, native, exact, outputs=["logits"])
     return {
         "tensors": len(verdicts),
         "passed": sum(verdict.ok for verdict in verdicts),

@@ -20,6 +20,7 @@ from vlm_fast.data.generation.prompts import KINDS
 from vlm_fast.data.generation.run import Run, Task, journal_of, subject, tasks
 from vlm_fast.data.pictures import picture
 from vlm_fast.data.records import Record
+from vlm_fast.signals import handled
 
 SHOWN = 20  # annotations that are told of one by one
 
@@ -117,7 +118,7 @@ def _as_dict(left_out: list[Fault]) -> dict[str, Any]:
 def _ask(run: Run, as_json: bool, left_out: list[Fault]) -> None:
     before, code, why = len(run.journal.entries), None, ""
     try:
-        with tables.counter("asking") as count:
+        with handled(), tables.counter("asking") as count:
             run.go(count)
     except KeyboardInterrupt:
         code, why = Exit.INTERRUPTED, "interrupted"

@@ -34,6 +34,7 @@ from vlm_fast.design.shapes import MODELS
 from vlm_fast.design.sweep import Setting, finish, sweep
 from vlm_fast.measure import timing
 from vlm_fast.ops.mlp import SAVED
+from vlm_fast.signals import handled
 
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 BUDGET, QUICK_BUDGET = 80.0, 30.0
@@ -145,7 +146,7 @@ def _measure(groups: list[Group | Layer], setting: Setting) -> str | None:
     """Why it ended early, or None."""
     done = 0
     try:
-        with tables.counter("profiling") as count:
+        with handled(), tables.counter("profiling") as count:
             for group in sweep(groups, setting):
                 done += 1
                 count(done, len(groups))

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from vlm_fast.recipes import checkpoints
 from vlm_fast.recipes.blip2 import Objective
+from vlm_fast.signals import handled
 
 LOSSES = "losses.jsonl"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
@@ -47,12 +47,8 @@ class Interruption:
 def interruptible() -> Iterator[Interruption]:
     """SIGINT and SIGTERM end a run after its step, with a checkpoint."""
     interruption = Interruption()
-    before = {number: signal.signal(number, interruption) for number in SIGNALS}
-    try:
+    with handled(interruption):
         yield interruption
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def callback(
