@@ -95,6 +95,7 @@ class FusedAnyResMerge(FusedAnyRes, FusedMerge):
     """A model whose tiles are packed in one movement and merged in another."""
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         if not hasattr(cls, "patch"):  # another mixin, not yet a class of models
             return
         plain = cls.patch.base.forward

@@ -8,7 +8,9 @@ whatever mask comes out, ``inputs_embeds.masked_scatter(mask, features)`` is the
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +77,11 @@ def _masked_scatter(embeds: Tensor, mask: Tensor, source: Tensor) -> Tensor:
 class FusedMerge(Patched):
     """A model whose placeholder masks lead to the fused merge."""
 
+    def __init_subclass__(cls) -> None:
+        for name in ("get_image_features", "get_video_features"):
+            if "patch" in vars(cls) and hasattr(cls, name):  # a class that was made for a model
+                setattr(cls, name, _hooks_first(getattr(cls, name)))
+
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
@@ -89,6 +96,37 @@ class FusedMerge(Patched):
         return super().get_placeholder_mask(  # type: ignore[misc]
             input_ids, inputs_embeds, *args, **kwargs
         )
+
+
+def _hooks_first(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            _install_output_hooks(self)
+        return method(self, *args, **kwargs)
+
+    return call
+
+
+@torch.compiler.assume_constant_result
+def _install_output_hooks(model: Any) -> None:
+    """What transformers does at the first call of a tower that is asked for its layers' outputs.
+
+    It holds a lock meanwhile, which no graph can: so this runs while the graph is made.
+    """
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    if capturing is None:
+        return
+    models = sys.modules["transformers.modeling_utils"].PreTrainedModel
+    for child in model.children():
+        inner = [m for m in child.modules() if isinstance(m, models)]
+        hooked = any(getattr(m, "_output_capturing_hooks_installed", False) for m in inner)
+        if (
+            isinstance(child, models)
+            and not hooked
+            and child is not getattr(model, "language_model", None)
+        ):
+            capturing.maybe_install_capturing_hooks(child)
 
 
 def recognise(module: nn.Module) -> tuple[()] | str | None:
