@@ -13,6 +13,7 @@ from vlm_fast import parity
 BF16, FP32 = torch.bfloat16, torch.float32
 # By name: which modules change their dtype, and what the model has before and after.
 ARRANGEMENTS = {
+    "all in fp32": (FP32, FP32, lambda model, connectors: []),
     "connectors in fp32": (BF16, FP32, lambda model, connectors: connectors),
     "connectors in bf16": (FP32, BF16, lambda model, connectors: connectors),
     "norms in fp32": (BF16, FP32, lambda model, connectors: norms(model)),

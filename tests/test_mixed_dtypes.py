@@ -74,7 +74,8 @@ def test_connectors(name, dtypes):
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models(name, autocast):
     model, inputs = build(name)
-    names = ["connectors in fp32", "connectors in bf16", "norms in fp32", "language model in bf16"]
+    names = ["all in fp32"] * autocast
+    names += ["connectors in fp32", "connectors in bf16", "norms in fp32", "language model in bf16"]
     for arrangement in names:
         plain, ours, dtype = arranged(model, arrangement)
         given = cast(inputs, dtype)
