@@ -155,9 +155,9 @@ class _Calls:
         if any(module is other for other in self.called):
             raise RuntimeError(
                 f"vlm_fast.prepare_zero3: a {type(module).__name__} is called twice in one "
-                "forward, as for pictures and a video of one batch, expected once: DeepSpeed reduces the "
-                "gradients of a leaf module after one call; give pictures and videos in batches "
-                "of their own, or leave prepare_zero3 out"
+                "forward, as for pictures and a video of one batch, expected once: DeepSpeed "
+                "reduces the gradients of a leaf module after one call; give pictures and videos "
+                "in batches of their own, or leave prepare_zero3 out"
             )
         self.called.append(module)
 
