@@ -152,7 +152,6 @@ MISTAKES = {
     "a tensor of floats": (lambda: anyres.sizes_of(torch.ones(2, 2) / 2), TypeError, "whole"),
     "one size as if many": (lambda: anyres.sizes_of((640, 480)), TypeError, "each image"),
     "three sides": (lambda: anyres.sizes_of([(1, 2, 3)]), TypeError, "each image"),
-    "no pixel left": (lambda: token_count((2760, 1), NEXT), ValueError, "no pixel"),
     "tiles of another grid": (
         lambda: anyres.plan([(672, 672)], NEXT, tiles=[3]),
         ValueError, r"3 tiles, expected the base and \(2, 2\)",

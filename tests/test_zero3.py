@@ -19,7 +19,9 @@ import vlm_fast
 from tests.ranks import on_ranks
 from tests.small_connectors import CONNECTORS, Headed
 from tests.spreads import of_row
+from tests.tiny_models import build
 from tests.whole_models import FAMILIES, every_family, pair
+from tests.zero3_models import BATCHES, BOTH, batch_of, plain_and_patched
 from vlm_fast.modules import MLPProjector
 
 INSTALLED = importlib.util.find_spec("deepspeed") is not None
@@ -64,6 +66,22 @@ def test_inputs_of_a_frozen_tower_ask_for_gradients(leaves):
     with torch.no_grad():
         connector(x)
     assert seen == [True, False] and not x.requires_grad
+
+
+def test_a_second_call_in_one_forward_is_refused(leaves):
+    """DeepSpeed would fail in backward, without a word of it."""
+    model, given = build("qwen3_vl")
+    vlm_fast.patch(model)
+    vlm_fast.prepare_zero3(model)
+    with pytest.raises(RuntimeError, match="PatchMerger is called twice in one"):
+        model(**given)
+    with torch.no_grad():
+        model(**given)
+    for kinds in (["picture"], ["video"], []):
+        model(**batch_of("qwen3_vl", kinds)).loss.backward()
+    merger = model.model.visual.merger
+    for _ in range(2):  # by itself, as often as one likes
+        merger(torch.randn(4, 48)).sum().backward()
 
 
 def test_mistakes_are_named(leaves, monkeypatch):
@@ -157,6 +175,21 @@ def a_rank_without_images_is_waited_for_by_none(rank, world, kind, prepared):
     same_gradients(model, single)
 
 
+def pictures_and_videos_train_as_one_process(rank, world, name, prepared):
+    """Pictures on one rank and a video on the other, the other way round, and both on both."""
+    for kinds in (BOTH[:1], BOTH[1:]), (BOTH[1:], BOTH[:1]), (BOTH, BOTH[::-1]), (BOTH[::-1], BOTH):
+        if prepared and len(kinds[0]) > 1:
+            continue  # refused
+        plain, fast = plain_and_patched(name)
+        if prepared:
+            vlm_fast.prepare_zero3(fast)
+        batches = [batch_of(name, of_rank) for of_rank in kinds]
+        engine = engine_of(fast)
+        engine.backward(engine(**batches[rank]).loss)
+        (sum(plain(**batch).loss for batch in batches) / world).backward()
+        same_gradients(fast, plain)
+
+
 @pytest.mark.skipif(not INSTALLED, reason="deepspeed is not installed, see above")
 def test_on_two_ranks(tmp_path):
     checks = [
@@ -166,6 +199,11 @@ def test_on_two_ranks(tmp_path):
             (a_rank_without_images_is_waited_for_by_none, CONNECTORS),
         )
         for name in names
+        for prepared in (True, False)
+    ]
+    checks += [
+        (pictures_and_videos_train_as_one_process, name, prepared)
+        for name in BATCHES
         for prepared in (True, False)
     ]
     on_ranks(tmp_path, checks)

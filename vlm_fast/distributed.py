@@ -33,8 +33,11 @@ def _reads_children(module: nn.Module) -> bool:
     return any(base.__module__.startswith("vlm_fast.modules.") for base in type(module).__mro__)
 
 
-def touch_parameters(*modules: nn.Module) -> Tensor:
+def touch_parameters(*modules: nn.Module | nn.Parameter) -> Tensor:
     """A zero whose gradient is zero, not None, for every parameter of ``modules`` that trains.
+
+    What a model holds itself, as the ``image_newline`` of models whose images come in tiles, may be
+    among them.
 
     For a rank or a batch without images: ``loss = loss + touch_parameters(projector)``. Otherwise
     DistributedDataParallel waits for gradients that never come. A connector that is called with
@@ -42,7 +45,8 @@ def touch_parameters(*modules: nn.Module) -> Tensor:
 
     Units of FSDP2 and modules of ZeRO-3 are entered as their own call would, so that all ranks
     gather alike. Then order matters: call this where the other ranks run the modules, inside the
-    forward of the outermost one, as in a hook of the input embeddings.
+    forward of the outermost one, as in a hook of the input embeddings, and give them in the order
+    in which they run: ``*visual.deepstack_merger_list, visual.merger`` of Qwen3-VL.
 
     Returns:
         A scalar; float32 if there is no parameter at all.
@@ -51,7 +55,9 @@ def touch_parameters(*modules: nn.Module) -> Tensor:
     return sum(zeros[1:], zeros[0]) if zeros else torch.zeros(())
 
 
-def _touched(module: nn.Module) -> Tensor:
+def _touched(module: nn.Module | nn.Parameter) -> Tensor:
+    if isinstance(module, nn.Parameter):
+        return module.reshape(-1)[:0].sum().float()
     if not _gathers(module):
         return _zero_of(module)
 
@@ -122,9 +128,38 @@ def prepare_zero3(model: nn.Module) -> list[str]:
             "patch it first"
         )
     set_z3_leaf_modules(model, list({type(module) for module in found.values()}))
+    calls = _Calls()
+    model.register_forward_pre_hook(calls.begin)
+    model.register_forward_hook(calls.end, always_call=True)
     for module in found.values():
+        module.register_forward_pre_hook(calls.count)
         module.register_forward_pre_hook(_asking_for_gradients, with_kwargs=True)
     return list(found)
+
+
+class _Calls:
+    """Which leaf modules were called in the forward that runs now."""
+
+    def __init__(self) -> None:
+        self.called: list[nn.Module] | None = None
+
+    def begin(self, *_: Any) -> None:
+        self.called = []
+
+    def end(self, *_: Any) -> None:
+        self.called = None
+
+    def count(self, module: nn.Module, *_: Any) -> None:
+        if self.called is None or not torch.is_grad_enabled():
+            return
+        if any(module is other for other in self.called):
+            raise RuntimeError(
+                f"vlm_fast.prepare_zero3: a {type(module).__name__} is called twice in one "
+                "forward, as for pictures and a video of one batch, expected once: DeepSpeed "
+                "reduces the gradients of a leaf module after one call; give pictures and videos "
+                "in batches of their own, or leave prepare_zero3 out"
+            )
+        self.called.append(module)
 
 
 def _asking_for_gradients(module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from torch.library import Library, register_autograd, register_fake, register_vm
 
 from vlm_fast.policy import count_fast
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _functorch_level = torch._C._functorch.maybe_current_level
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -28,6 +30,15 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 LIBRARY = Library("vlm_fast", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+def constant_while_compiling(function: F) -> F:
+    """Let Dynamo run a function while it makes a graph, and take its result as a constant.
+
+    As ``torch.compiler.assume_constant_result`` does, without importing Dynamo for it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def in_functorch() -> bool:

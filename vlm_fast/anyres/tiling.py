@@ -92,24 +92,23 @@ def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
     """The pinpoint on which the most of the image's pixels remain, of these the smallest.
 
     transformers' ``select_best_resolution``, whose double precision can lose a pixel of a side
-    that fits exactly: it decides ties, so it is repeated here, operation by operation.
+    that fits exactly: it decides ties, so it is repeated here, operation by operation. Of an image
+    so thin that no pixel remains on any pinpoint it is the smallest of all.
 
     Raises:
-        ValueError: a size is not positive; on no pinpoint a pixel remains.
+        ValueError: a size is not positive.
     """
     check_size(size)
     height, width = size
     pixels = height * width
-    best, most, least_area = None, 0, 0
+    best, most, least_area = pinpoints[0], 0, math.inf
     for candidate in pinpoints:
         h, w = candidate
         scale = min(w / width, h / height)
         remaining = min(int(width * scale) * int(height * scale), pixels)
         area = h * w
-        if remaining > most or (remaining == most and best is not None and area < least_area):
+        if remaining > most or (remaining == most and area < least_area):
             best, most, least_area = candidate, remaining, area
-    if best is None:
-        raise ValueError(f"vlm_fast.anyres: no pixel of an image of {size} remains on {pinpoints}")
     return best
 
 
@@ -158,7 +157,7 @@ def token_count(size: Sequence[int], tiling: Tiling, *, tiles: int | None = None
             prompt of LLaVA-OneVision).
 
     Raises:
-        TypeError, ValueError: as `sizes_of` and `best_resolution`.
+        TypeError, ValueError: as `sizes_of`.
     """
     newline = int(tiling.newline)
     if tiles == 1:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_module, activation_of, why_not_activation
 from vlm_fast.modules.chain import chain_of
+from vlm_fast.modules.plain_dtypes import why_not_one_dtype
 from vlm_fast.modules.plain_linear import why_not_plain
 from vlm_fast.ops.mlp import SAVED
 from vlm_fast.policy import fell_back
@@ -19,7 +20,8 @@ class MLPProjector(nn.Module):
     """``linear_2(act(linear_1(x)))``, with LLaVA's parameter names, through `vlm_fast.ops.mlp`.
 
     Mirrors transformers' ``LlavaMultiModalProjector``. Whatever wraps or replaces a child (LoRA,
-    quantisation, hooks, sharding) is called as usual; only plain linears are fused.
+    quantisation, hooks, sharding) is called as usual; only plain linears of one dtype, that of the
+    input, are fused.
 
     Args:
         in_features: width of the vision features.
@@ -91,7 +93,7 @@ class MLPProjector(nn.Module):
         Raises:
             TypeError, ValueError: as `vlm_fast.ops.mlp_merge`.
         """
-        if why_not_fused(self.linear_1, self.act, self.linear_2) is not None:
+        if why_not_fused(self.linear_1, self.act, self.linear_2, x) is not None:
             return ops.merge_image_tokens(inputs_embeds, self(x), image_mask)
         first, second = self.linear_1, self.linear_2
         return ops.mlp_merge(
@@ -115,7 +117,7 @@ def fused_mlp(
     owner: str, x: Tensor, linear_1: nn.Module, act: nn.Module, linear_2: nn.Module, saved: str
 ) -> Tensor:
     """``linear_2(act(linear_1(x)))``, fused where `why_not_fused` finds no reason against it."""
-    reason = why_not_fused(linear_1, act, linear_2)
+    reason = why_not_fused(linear_1, act, linear_2, x)
     if reason is not None:
         fell_back(owner, reason)
         return linear_2(act(linear_1(x)))
@@ -126,8 +128,10 @@ def fused_mlp(
     )  # fmt: skip
 
 
-def why_not_fused(linear_1: nn.Module, act: nn.Module, linear_2: nn.Module) -> str | None:
-    """None, or which child cannot be fused and why."""
+def why_not_fused(
+    linear_1: nn.Module, act: nn.Module, linear_2: nn.Module, x: Tensor | None = None
+) -> str | None:
+    """None, or which child cannot be fused and why; ``x``: the input, None for the last one."""
     reason = why_not_plain(linear_1)
     if reason is not None:
         return f"linear_1: {reason}"
@@ -135,7 +139,9 @@ def why_not_fused(linear_1: nn.Module, act: nn.Module, linear_2: nn.Module) -> s
     if reason is not None:
         return f"act: {reason}"
     reason = why_not_plain(linear_2)
-    return None if reason is None else f"linear_2: {reason}"
+    if reason is not None:
+        return f"linear_2: {reason}"
+    return why_not_one_dtype(x, linear_1=linear_1, linear_2=linear_2)
 
 
 def _known_saved(saved: str) -> str:

@@ -14,11 +14,14 @@ from typing import Any
 
 from torch import nn
 
+from vlm_fast.registration import constant_while_compiling
+
 # Functions of a class that were found to be original. Only of classes that live as long as the
 # process.
 _ORIGINAL: dict[tuple[type, str], Any] = {}
 
 
+@constant_while_compiling  # Dynamo cannot look into code objects
 def why_not_original(kind: type, *methods: str) -> str | None:
     """None if these methods of a class, ``forward`` by default, are those of its module.
 
@@ -36,16 +39,10 @@ def why_not_original(kind: type, *methods: str) -> str | None:
     return None
 
 
-# Dynamo takes the answer as a constant: it cannot look into code objects.
-why_not_original._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
+@constant_while_compiling
 def why_not_own_code(kind: type) -> str | None:
     """The same of every method that a class has beyond those of every module."""
     return why_not_original(kind, *(name for name, _ in own_methods(kind)))
-
-
-why_not_own_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def own_methods(kind: type) -> Iterator[tuple[str, Any]]:

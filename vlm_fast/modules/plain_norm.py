@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
+from vlm_fast.modules.plain_dtypes import why_not_one_dtype
 from vlm_fast.modules.plain_linear import why_not_called_plainly, why_not_parameter
 from vlm_fast.modules.plain_tree import rms_eps
 from vlm_fast.policy import fell_back
@@ -16,12 +17,16 @@ _GEMMA = ("Gemma3RMSNorm", "T5Gemma2RMSNorm")
 
 
 class PlainNorm(NamedTuple):
-    """Its name for `vlm_fast.ops.pixel_shuffle_norm`, and what that needs of it."""
+    """Its name for `vlm_fast.ops.pixel_shuffle_norm`, and what that needs of it.
+
+    ``keeps_dtype``: whether its result has the dtype of its input when its weight is float32.
+    """
 
     kind: str
     weight: Tensor
     bias: Tensor | None
     eps: float
+    keeps_dtype: bool
 
 
 class RMSNorm(nn.Module):
@@ -94,10 +99,9 @@ def merged(
     read the norm is called."""
     grid: dict[str, Any] = dict(height=height, width=width, factor=factor, layout=layout)
     found = plain_norm(norm)
-    if not isinstance(found, str) and found.weight.dtype not in (x.dtype, torch.float32):
-        found = f"its weight is {found.weight.dtype}, its input {x.dtype}"
-    if isinstance(found, str):
-        fell_back(owner, f"norm: {found}")
+    reason = f"norm: {found}" if isinstance(found, str) else _why_not_dtype(found, norm, x)
+    if isinstance(found, str) or reason is not None:
+        fell_back(owner, str(reason))
         if norm_after:
             return norm(ops.pixel_shuffle_norm(x, None, None, index, **grid))
         return ops.pixel_shuffle_norm(norm(x), None, None, index, **grid)
@@ -129,7 +133,27 @@ def plain_norm(norm: nn.Module) -> PlainNorm | str:
     weight, bias = norm._parameters["weight"], norm._parameters.get("bias")
     if weight is None or weight.ndim != 1:
         return "its weight is not of one dimension"
-    return PlainNorm(kind, weight, bias, eps)
+    return PlainNorm(kind, weight, bias, eps, kind == "gemma" or type(norm) is RMSNorm)
+
+
+def why_not_normed(norm: nn.Module, linear: nn.Module | None = None) -> str | None:
+    """Why `merged`, and a linear that reads its result, would call the norm next; or None."""
+    found = plain_norm(norm)
+    if isinstance(found, str):
+        return f"norm: {found}"
+    if found.keeps_dtype or type(linear) is not nn.Linear:
+        return _why_not_dtype(found, norm, None)
+    return why_not_one_dtype(None, norm=norm, linear=linear)
+
+
+def _why_not_dtype(found: PlainNorm, norm: nn.Module, x: Tensor | None) -> str | None:
+    dtype = found.weight.dtype
+    if found.keeps_dtype and dtype is torch.float32:
+        return None
+    reason = why_not_one_dtype(x, norm=norm)
+    if reason is None and x is not None and dtype not in (x.dtype, torch.float32):
+        return f"norm is {dtype}, its input {x.dtype}, which autocast leaves alone"
+    return reason
 
 
 def _kind(norm: nn.Module) -> tuple[str | None, float]:

@@ -30,6 +30,7 @@ from vlm_fast.modules.plain_linear import (
     why_not_called_plainly,
     why_not_plain,
 )
+from vlm_fast.registration import constant_while_compiling
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [
@@ -216,6 +217,7 @@ def _attention(name: str | None, home_of_eager: str) -> Any:
     return None if functions is None else functions.get(name)
 
 
+@constant_while_compiling
 def _why_not_attention(name: str | None, home_of_eager: str) -> str | None:
     """Why an attention of transformers is not the formula that is restated, or None."""
     if name not in _ATTENTIONS:
@@ -224,9 +226,6 @@ def _why_not_attention(name: str | None, home_of_eager: str) -> str | None:
     if not origin.startswith(("transformers.", "vlm_fast.")):
         return f"the attention {name or 'eager'!r} has been replaced by one of {origin}"
     return None
-
-
-_why_not_attention._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _only_watched(hooks: dict[int, Any]) -> bool:
@@ -272,6 +271,34 @@ def _is_collecting(*keys: str) -> bool:
     collector = capturing._active_collector  # a ContextVar, which Dynamo does not read
     collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
     return bool(collected) and not collected.keys().isdisjoint(keys)
+
+
+def why_not_one_dtype(root: nn.Module, *inputs: Tensor | None) -> str | None:
+    """Why a tree that computes in one dtype cannot take these inputs, or None.
+
+    Autocast gives linears its dtype; norms and gates are then read in that of the first input, or
+    in float32.
+    """
+    dtype = next(x.dtype for x in inputs if x is not None)
+    device = next(x.device.type for x in inputs if x is not None)
+    autocasts = torch.is_autocast_enabled(device)
+    for x in inputs:
+        if x is not None and x.dtype is not dtype and not autocasts:
+            return f"its inputs are {dtype} and {x.dtype}"
+    for parameter in _parameters(root):
+        found = None if parameter is None else parameter.dtype
+        if found is None or found is dtype:
+            continue
+        if not autocasts or (parameter.ndim == 1 and found is not torch.float32):
+            return f"it has parameters in {found}, its input is {dtype}"
+    return None
+
+
+def _parameters(root: nn.Module) -> Iterator[Any]:
+    known = root.__dict__.get("_plain_tree")
+    if known is None or torch.compiler.is_compiling():
+        return root.parameters()
+    return iter([*root._parameters.values(), *known.parameters])
 
 
 def _is_absent(parameter: Tensor | None) -> bool:

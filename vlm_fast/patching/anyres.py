@@ -98,6 +98,7 @@ class FusedAnyResMerge(FusedAnyRes, FusedMerge):
     restates: ClassVar[tuple[str, ...]] = FusedAnyRes.restates
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         if not hasattr(cls, "patch"):  # another mixin, not yet a class of models
             return
         base = cls.patch.base

@@ -8,7 +8,9 @@ whatever mask comes out, ``inputs_embeds.masked_scatter(mask, features)`` is the
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from vlm_fast import ops
 from vlm_fast.patching.class_swap import Patched
 from vlm_fast.policy import policy
+from vlm_fast.registration import constant_while_compiling
 
 UNREAD = "(not read from the device)"
 
@@ -77,6 +80,11 @@ class FusedMerge(Patched):
 
     restates: ClassVar[tuple[str, ...]] = ()
 
+    def __init_subclass__(cls) -> None:
+        for name in ("get_image_features", "get_video_features"):
+            if "patch" in vars(cls) and hasattr(cls, name):  # a class that was made for a model
+                setattr(cls, name, _hooks_first(cls.patch.base, name))
+
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
@@ -91,6 +99,37 @@ class FusedMerge(Patched):
         return super().get_placeholder_mask(  # type: ignore[misc]
             input_ids, inputs_embeds, *args, **kwargs
         )
+
+
+def _hooks_first(base: type, name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(base, name))
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            _install_output_hooks(self)
+        return getattr(base, name)(self, *args, **kwargs)
+
+    return call
+
+
+@constant_while_compiling
+def _install_output_hooks(model: Any) -> None:
+    """What transformers does at the first call of a tower that is asked for its layers' outputs.
+
+    It holds a lock meanwhile, which no graph can: so this runs while the graph is made.
+    """
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    if capturing is None:
+        return
+    models = sys.modules["transformers.modeling_utils"].PreTrainedModel
+    for child in model.children():
+        inner = [m for m in child.modules() if isinstance(m, models)]
+        hooked = any(getattr(m, "_output_capturing_hooks_installed", False) for m in inner)
+        if (
+            isinstance(child, models)
+            and not hooked
+            and child is not getattr(model, "language_model", None)
+        ):
+            capturing.maybe_install_capturing_hooks(child)
 
 
 def recognise(module: nn.Module) -> tuple[()] | str | None:

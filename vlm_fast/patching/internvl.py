@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from vlm_fast import ops
 from vlm_fast.modules.chain import Chain, chain_of
 from vlm_fast.modules.mlp_projector import fused_mlp
-from vlm_fast.modules.plain_norm import merged
+from vlm_fast.modules.plain_norm import merged, why_not_normed
 from vlm_fast.modules.square_grid import side_of_square
 from vlm_fast.patching import image_token_merge
 from vlm_fast.patching.class_swap import is_class
@@ -99,6 +99,9 @@ class FusedNormedMLP(FusedMLP):
             name, patches, self.layer_norm, height=side, width=side, factor=FACTOR, norm_after=True
         )
         return fused_mlp(name, x, self.linear_1, act, self.linear_2, chain.saved)
+
+    def why_not(self) -> str | None:
+        return why_not_normed(self.layer_norm, self.linear_1) or super().why_not()
 
 
 def recognise_model(module: nn.Module, **options: Any) -> tuple[()] | str | None:

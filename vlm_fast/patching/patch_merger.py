@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vlm_fast.modules.mlp_projector import fused_mlp, why_not_fused
 from vlm_fast.modules.patch_merger import children_of, merge_patches
 from vlm_fast.modules.plain_linear import why_not_called_plainly
-from vlm_fast.modules.plain_norm import merged, plain_norm
+from vlm_fast.modules.plain_norm import merged, why_not_normed
 from vlm_fast.ops.pixel_shuffle_norm import rows_of_blocks
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.policy import fell_back
@@ -64,10 +64,9 @@ class FusedPatchMerger(Patched):
         return None if reason is None else f"mlp: {reason}"
 
     def why_not(self) -> str | None:
-        norm, *others = children_of(self)
-        found = plain_norm(norm)
-        reason = f"norm: {found}" if isinstance(found, str) else None
-        return self._why_not_called() or reason or why_not_fused(*others)
+        norm, linear_1, act, linear_2 = children_of(self)
+        normed = why_not_normed(norm, linear_1)
+        return self._why_not_called() or normed or why_not_fused(linear_1, act, linear_2)
 
 
 def _factor(merged_features: int, features: int) -> int | None:
@@ -113,10 +112,9 @@ class FusedUnfoldingMerger(Patched):
         return None if reason is None else f"patch_merger: {reason}"
 
     def why_not(self) -> str | None:
-        found = plain_norm(self.norm)
-        reason = f"norm: {found}" if isinstance(found, str) else None
+        normed = why_not_normed(self.norm, self.patch_merger.merging_layer)
         fused = why_not_fused(self.linear_1, self.act, self.linear_2)
-        return self._why_not_called() or reason or fused
+        return self._why_not_called() or normed or fused
 
 
 def recognise(module: nn.Module, *, saved: str, **options: Any) -> tuple[str] | str | None:

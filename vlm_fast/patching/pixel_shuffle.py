@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.plain_norm import merged, plain_norm
+from vlm_fast.modules.plain_norm import merged, why_not_normed
 from vlm_fast.modules.square_grid import side_of_square
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.policy import fell_back
@@ -74,8 +74,7 @@ class FusedGatedProjector(Patched):
 
     def why_not(self) -> str | None:
         norm = getattr(self, "layernorm", None)
-        found = None if norm is None else plain_norm(norm)
-        return f"layernorm: {found}" if isinstance(found, str) else None
+        return None if norm is None else why_not_normed(norm, self.linear_1)
 
 
 class FusedShuffleMLP(Patched):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vlm_fast import ops
 from vlm_fast.modules.chain import Chain, chain_of
 from vlm_fast.modules.plain_linear import why_not_called_plainly, why_not_plain
-from vlm_fast.modules.plain_norm import plain_norm
+from vlm_fast.modules.plain_norm import why_not_normed
 from vlm_fast.modules.plain_tree import why_not_own_arguments
 from vlm_fast.modules.pooled_projector import pooled_mlp, pooled_norm, times_matrix
 from vlm_fast.modules.square_grid import side_of_square
@@ -50,9 +50,7 @@ class FusedPooledNorm(Patched):
         return _why_not_window(self.avg_pool, self.kernel_size)
 
     def why_not(self) -> str | None:
-        found = plain_norm(self.mm_soft_emb_norm)
-        reason = f"mm_soft_emb_norm: {found}" if isinstance(found, str) else None
-        return self._why_not_pooled() or reason
+        return self._why_not_pooled() or why_not_normed(self.mm_soft_emb_norm)
 
 
 class FusedPooledMLP(Patched):
