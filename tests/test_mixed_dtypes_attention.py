@@ -3,9 +3,12 @@
 Their kernels round in another order than the model's own code, so errors are compared as a whole.
 """
 
+import copy
+
 import pytest
 import torch
 
+import vlm_fast
 from tests import tiny_flamingos, tiny_qformers
 from tests.mixed_dtypes import ARRANGEMENTS, arranged, cast, dtypes, run
 
@@ -43,3 +46,27 @@ def test_whole_models(name, arrangement, autocast):
     assert dtypes(found) == dtypes(theirs)
     exact = run(plain.double(), (), cast(inputs, torch.float64)).found
     assert error(found.found, exact) <= 1.5 * error(theirs.found, exact)  # as `parity.judge` of rms
+
+
+@pytest.mark.parametrize("parameters", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+def test_a_qformer_runs_where_the_plain_one_runs(parameters, given, autocast):
+    plain = tiny_qformers.blip2(**tiny_qformers.SMALL).to(parameters)
+    fast = copy.deepcopy(plain)
+    vlm_fast.patch(fast)
+    query, image = torch.randn(2, 5, 48).to(given), torch.randn(2, 7, 40).to(given)
+    found = []
+    for model in (plain, fast):
+        try:
+            with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+                out = model(query_embeds=query, encoder_hidden_states=image)
+            found.append(out.last_hidden_state)
+        except (RuntimeError, TypeError) as error:
+            found.append(type(error))
+    if isinstance(found[0], type):
+        assert isinstance(found[1], type), "only the patched one runs"
+        return
+    assert isinstance(found[1], torch.Tensor), f"only the plain one runs: {found[1]}"
+    assert found[0].dtype == found[1].dtype
+    torch.testing.assert_close(found[1], found[0], rtol=0.1, atol=0.1)

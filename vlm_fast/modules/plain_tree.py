@@ -285,20 +285,21 @@ def why_not_one_dtype(root: nn.Module, *inputs: Tensor | None) -> str | None:
     for x in inputs:
         if x is not None and x.dtype is not dtype and not autocasts:
             return f"its inputs are {dtype} and {x.dtype}"
-    for parameter in _parameters(root):
-        found = None if parameter is None else parameter.dtype
-        if found is None or found is dtype:
+    for parameter in parameters_of_tree(root):
+        found = parameter.dtype
+        if found is dtype:
             continue
         if not autocasts or (parameter.ndim == 1 and found is not torch.float32):
             return f"it has parameters in {found}, its input is {dtype}"
     return None
 
 
-def _parameters(root: nn.Module) -> Iterator[Any]:
+def parameters_of_tree(root: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of the root and of all modules in it, as `why_not_plain_tree` last found them."""
     known = root.__dict__.get("_plain_tree")
     if known is None or torch.compiler.is_compiling():
         return root.parameters()
-    return iter([*root._parameters.values(), *known.parameters])
+    return (p for p in (*root._parameters.values(), *known.parameters) if p is not None)
 
 
 def _is_absent(parameter: Tensor | None) -> bool:

@@ -92,11 +92,8 @@ class FusedMllamaLayer(GivenSets):
         if cross_attention_mask is not None:
             reason = "a mask of text by image tokens was given, not the tiles each token sees"
         reason = reason or self.why_not()
-        reason = reason or why_not_one_dtype(
-            self,
-            hidden_states,
-            cross_attention_states,  # type: ignore[arg-type]
-        )
+        this: Any = self
+        reason = reason or why_not_one_dtype(this, hidden_states, cross_attention_states)
         if reason is not None:
             fell_back(type(self).__name__, reason)
             if media_sets is not None:

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from vlm_fast.modules.activation import activation_of
 from vlm_fast.modules.plain_tree import (
+    parameters_of_tree,
     unwrapped,
     wants_attentions,
     wants_hidden_states,
+    why_not_one_dtype,
     why_not_plain_tree,
 )
 from vlm_fast.modules.qformer_layer import LayerInputs, qformer_layer
@@ -119,6 +121,8 @@ class FusedQFormerEncoder(Patched):
     ) -> Any:
         reason = ATTENTIONS if wants_attentions() else self.why_not()
         reason = reason or _why_not_masks(attention_mask, encoder_attention_mask)
+        for layer in self.layer if reason is None else ():
+            reason = reason or _why_not_dtypes(layer, hidden_states, encoder_hidden_states)
         if reason is not None:
             fell_back(type(self).__name__, reason)
             eager = getattr(self.config, "_attn_implementation", None) == "eager"
@@ -183,6 +187,7 @@ class FusedQFormerLayer(Patched):
             return qformer_layer(self, hidden_states, encoder_hidden_states, inputs=inputs)
         reason = ATTENTIONS if wants_attentions() else self.why_not()
         reason = reason or _why_not_masks(attention_mask, encoder_attention_mask)
+        reason = reason or _why_not_dtypes(self, hidden_states, encoder_hidden_states)
         if reason is not None:
             fell_back(type(self).__name__, reason)
             return super().forward(  # type: ignore[misc]
@@ -219,6 +224,16 @@ def layer_inputs(hidden: Tensor, mask: Any, image_mask: Any, query_length: int) 
         query_length=query_length, image_mask=seen, image_bias=image_bias,
         key_mask=key_mask, bias=bias,
     )  # fmt: skip
+
+
+def _why_not_dtypes(layer: Any, hidden: Tensor, image: Tensor | None) -> str | None:
+    """Why a layer cannot compute in one dtype, or None; autocast's takes float32 parameters."""
+    layer, device = unwrapped(layer), hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return why_not_one_dtype(layer, hidden, image)
+    taken = (torch.float32, torch.get_autocast_dtype(device))
+    found = next((p.dtype for p in parameters_of_tree(layer) if p.dtype not in taken), None)
+    return None if found is None else f"it has parameters in {found} under autocast to {taken[1]}"
 
 
 def _why_not_masks(*masks: Any) -> str | None:
