@@ -234,6 +234,18 @@ def test_a_changed_connector_runs_as_it_is_called(name, change):
         assert_alike(fast, plain, inputs)
 
 
+@pytest.mark.parametrize("name", ["llava", "blip2", "flamingo block"])
+def test_a_call_replaced_in_a_class_of_torch_runs(name, monkeypatch):
+    model, inputs = built(name)
+    fast = copy.deepcopy(model)
+    vlm_fast.patch(fast)
+    answers(fast, inputs)
+    for kind in (nn.LayerNorm, nn.Linear):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "__call__", scaling(kind.__call__))
+            assert_alike(fast, model, inputs)
+
+
 def own_qformer():
     model, inputs = qformer()
     sizes = {k: v for k, v in tiny_qformers.SMALL.items() if k != "vocab_size"}

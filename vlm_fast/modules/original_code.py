@@ -23,12 +23,12 @@ _ORIGINAL: dict[tuple[type, str], Any] = {}
 
 @constant_while_compiling  # Dynamo cannot look into code objects
 def why_not_original(kind: type, *methods: str) -> str | None:
-    """None if these methods of a class, ``forward`` by default, are those of its module.
+    """None if these methods of a class are those of its module; by default what a call runs.
 
     A function counts as replaced if its code comes from another file or another class, also behind
     ``functools.wraps``. Decorators of transformers and of torch may stand around it.
     """
-    for name in methods or ("forward",):
+    for name in methods or ("forward", "__call__"):
         function = getattr(kind, name, None)
         if function is not None and _ORIGINAL.get((kind, name)) is not function:
             definer = next(base for base in kind.__mro__ if name in vars(base))
@@ -42,7 +42,7 @@ def why_not_original(kind: type, *methods: str) -> str | None:
 @constant_while_compiling
 def why_not_own_code(kind: type) -> str | None:
     """The same of every method that a class has beyond those of every module."""
-    return why_not_original(kind, *(name for name, _ in own_methods(kind)))
+    return why_not_original(kind, "__call__", *(name for name, _ in own_methods(kind)))
 
 
 def own_methods(kind: type) -> Iterator[tuple[str, Any]]:
@@ -59,10 +59,11 @@ def own_methods(kind: type) -> Iterator[tuple[str, Any]]:
 
 def written_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module as somebody wrote it: of a patched module, that before the patch."""
-    # FSDP2 puts a class of its own before that of a unit.
-    kind = next(k for k in type(module).__mro__ if not _is_of_fsdp(k))
-    patch = vars(kind).get("patch")
-    written: type[nn.Module] = kind if patch is None else patch.base
+    kind = type(module)
+    if kind.__name__.startswith("FSDP"):  # FSDP2 puts a class of its own before that of a unit
+        kind = next(k for k in kind.__mro__ if not _is_of_fsdp(k))
+    patch = kind.__dict__.get("patch")
+    written: type[nn.Module] = getattr(patch, "base", kind)
     return written
 
 

@@ -68,7 +68,11 @@ class PlainTree:
         self.code = [
             (kind, name, function)
             for kind in kinds
-            for name, function in ((*own_methods(kind), ("forward", kind.forward)))
+            for name, function in (
+                *own_methods(kind),
+                ("forward", kind.forward),
+                ("__call__", kind.__call__),
+            )
         ]
         self.implementations = [
             (module.config, *chosen, _attention(*chosen))
