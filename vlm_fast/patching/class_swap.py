@@ -115,6 +115,7 @@ def _overridden(base: type, mixin: type[Patched]) -> list[str]:
 
 def _guarded(base: Any, mixin: Any, name: str, read: Any) -> Any:
     """The mixin's method, as long as the base's is the one that was there before."""
+
     @functools.wraps(read)  # callers ask for its signature
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         current = getattr(base, name)
