@@ -31,7 +31,7 @@ def forward(
             continue
         p = _probabilities(q[sample, :, tokens], k[sample, :, keys], scale, blank)
         found = torch.bmm(p, v[sample, :, keys].float())
-        o[sample, :, tokens] = found.view(q.shape[1], -1, q.shape[3])
+        o[sample, :, tokens] = found.view(q.shape[1], -1, q.shape[3]).to(o.dtype)
     return o
 
 
@@ -64,7 +64,7 @@ def backward(
         dp = torch.bmm(do_here, v[sample, :, keys].float().transpose(1, 2))
         ds = softmax_gradient(dp, p).mul_(scale)
         if dq is not None:
-            dq[sample, :, tokens] = torch.bmm(ds, k_here).view(q_here.shape)
+            dq[sample, :, tokens] = torch.bmm(ds, k_here).view(q_here.shape).to(dq.dtype)
         if sums[0] is not None:
             _add(sums[0][sample], keys, torch.bmm(ds.transpose(1, 2), rows))
     for gradient, found in zip((dk, dv), sums, strict=True):

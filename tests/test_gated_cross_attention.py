@@ -193,3 +193,16 @@ def test_nothing_of_text_by_latents_is_allocated():
         o, kept = op._path.forward(needs, q, k, v, index, None, **settings)
         op._path.backward(needs, kept, torch.ones_like(o), **settings)
     assert max(largest) <= heads * text * latents < text * images * latents
+
+
+@pytest.mark.parametrize("attend", ["latest", "listed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_tokens_that_see_the_same_need_not_follow_one_another(dtype, attend):
+    """A user who goes back to an earlier image; what they see is 1, 2, 1 and so on."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, 16, dtype=dtype, requires_grad=True) for n in (7, 6, 6))
+    index = torch.tensor([[1, 2, 1, 2, 0, 1, 0], [2, 2, 0, 1, 2, 2, 1]])
+    op = vlm_fast.ops.media_cross_attention
+    settings = dict(tokens_per_media=3, attend=attend)
+    with vlm_fast.strict():
+        assert all(v.ok for v in parity.check(op, (q, k, v, index, None), settings))

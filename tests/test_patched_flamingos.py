@@ -197,6 +197,57 @@ def test_mllama_without_a_mask_sees_every_tile():
     same(model, fast, given)
 
 
+@pytest.mark.parametrize(
+    "family, mask, part",
+    [
+        ("idefics", "image_attention_mask", (slice(None), slice(1))),
+        ("idefics", "image_attention_mask", (slice(1),)),
+        ("idefics", "image_attention_mask", (slice(1), slice(1))),
+        ("mllama", "cross_attention_mask", (slice(1),)),
+    ],
+    ids=str,
+)
+def test_a_mask_of_one_token_or_sample_stands_for_all(family, mask, part):
+    model, fast, given = pair(family)
+    given[mask] = given[mask][part]
+    with vlm_fast.strict():
+        same(model, fast, given)
+
+
+def taken_apart(value):
+    """The same, made anew as tools do that cast or move what a module is given."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(taken_apart(one) for one in value)
+    if isinstance(value, dict):
+        return {key: taken_apart(one) for key, one in value.items()}
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def test_what_a_model_inside_is_given_can_be_taken_apart():
+    model, fast, given = pair("mllama")
+    fast.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: (taken_apart(args), taken_apart(kwargs)), with_kwargs=True
+    )
+    with vlm_fast.strict():
+        same(model, fast, given)
+
+
+def test_what_a_model_inside_is_given_exports():
+    _, fast, given = pair("mllama")
+    seen = {}
+    inner = fast.model.language_model
+    hook = inner.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    with torch.no_grad():
+        fast(**given, use_cache=False)
+        hook.remove()
+        exported = torch.export.export(inner, (), seen).module()
+        torch.testing.assert_close(
+            exported(**seen).last_hidden_state, inner(**seen).last_hidden_state
+        )
+
+
 def test_an_idefics_layer_on_its_own():
     model, fast, _ = pair("idefics")
     torch.manual_seed(5)

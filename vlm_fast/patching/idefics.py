@@ -35,9 +35,10 @@ class FusedIdeficsModel(GivesSets):
         given["image_attention_mask"] = mask[:, :1]
         text: Any = given.get("input_ids")
         text = given.get("inputs_embeds") if text is None else text
+        rows = mask.shape[:2] if text is None else text.shape[:2]
         tokens = 0 if text is None else text.shape[1]
         options = given.pop("kwargs", {})
-        options["media_sets"] = MediaSets.of(mask.bool())
+        options["media_sets"] = tuple(MediaSets.of(mask.bool(), rows))
         options["image_keys"] = ImageKeys.of_cache(self, given.get("past_key_values"), tokens)
         del given["self"]
         return super().forward(**given, **options)  # type: ignore[misc]
@@ -72,13 +73,14 @@ class FusedIdeficsLayer(GivenSets):
         cross_attention_gate: Tensor | None = None,
         past_key_values: Any = None,
         *,
-        media_sets: MediaSets | None = None,
+        media_sets: tuple[Tensor, int] | None = None,
         image_keys: ImageKeys | None = None,
         **kwargs: Any,
     ) -> Any:
+        sets = None if media_sets is None else MediaSets(*media_sets)
         x, images = hidden_states, image_hidden_states
-        if images is not None and media_sets is not None:
-            _check(media_sets, x, images, image_attention_mask)
+        if images is not None and sets is not None:
+            _check(sets, x, images, image_attention_mask)
         reason = self.why_not() or why_not_one_dtype(self, x, images)  # type: ignore[arg-type]
         if images is None or cross_attention_gate is None or past_key_values is not None:
             reason = "an argument is not as the model gives it"
@@ -86,9 +88,9 @@ class FusedIdeficsLayer(GivenSets):
             reason = "attention maps were asked for, which no kernel forms"
         if reason is not None:
             fell_back(type(self).__name__, reason)
-            if images is not None and media_sets is not None:
-                image_attention_mask = media_sets.dense_mask(images.shape[1], images.dtype)
-                cross_attention_gate = (media_sets.bits != 0).to(images.dtype)
+            if images is not None and sets is not None:
+                image_attention_mask = sets.dense_mask(images.shape[1], images.dtype)
+                cross_attention_gate = (sets.bits != 0).to(images.dtype)
             return super().forward(  # type: ignore[misc]
                 x, attention_mask, images, image_attention_mask, cross_attention_gate,
                 past_key_values, **kwargs,
@@ -97,7 +99,7 @@ class FusedIdeficsLayer(GivenSets):
         attn = self.cross_attn
         q = attn.q_proj(rms_norm(x, self.input_layernorm)).unflatten(2, (attn.num_heads, -1))
         attended, row_mask = self._attend(
-            q.transpose(1, 2), images, image_attention_mask, cross_attention_gate, media_sets,
+            q.transpose(1, 2), images, image_attention_mask, cross_attention_gate, sets,
             image_keys,
         )  # fmt: skip
         attended = attn.o_proj(attended.transpose(1, 2).flatten(2))

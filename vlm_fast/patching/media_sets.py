@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from vlm_fast.policy import DISABLED
 class MediaSets(NamedTuple):
     """A set of media for each token.
 
+    Layers are given a plain tuple of the two: tools that cast, move or export what a module is
+    given make its containers anew, each from one list of what it holds.
+
     Attributes:
         bits: int64 ``(batch, tokens)``, bit m standing for medium m.
         media: how many there are.
@@ -25,10 +29,12 @@ class MediaSets(NamedTuple):
     media: int
 
     @classmethod
-    def of(cls, seen: Tensor) -> MediaSets:
-        """Of bool ``(batch, tokens, media)``."""
+    def of(cls, seen: Tensor, rows: Sequence[int]) -> MediaSets:
+        """Of bool ``(batch, tokens, media)``; one sample or one token stands for all ``rows``."""
         medium = torch.arange(seen.shape[2], device=seen.device)
-        return cls((seen.long() << medium).sum(2), seen.shape[2])
+        bits = (seen.long() << medium).sum(2)
+        of_all = [n if given == 1 else given for n, given in zip(rows, bits.shape, strict=True)]
+        return cls(bits.expand(of_all), seen.shape[2])
 
     @property
     def seen(self) -> Tensor:

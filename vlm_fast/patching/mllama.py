@@ -50,8 +50,9 @@ class FusedMllamaModel(GivesSets):
         given["cross_attention_mask"] = None
         options = given.pop("kwargs", {})
         del given["self"]
-        media_sets = MediaSets.of(mask.flatten(2) == 1)
-        return super().forward(**given, **options, media_sets=media_sets)  # type: ignore[misc]
+        media_sets = MediaSets.of(mask.flatten(2) == 1, text.shape[:2])
+        options["media_sets"] = tuple(media_sets)
+        return super().forward(**given, **options)  # type: ignore[misc]
 
     def why_not_sets(self, mask: Any) -> str | None:
         layers: Any = self.language_model.layers  # type: ignore[attr-defined]
@@ -85,9 +86,10 @@ class FusedMllamaLayer(GivenSets):
         use_cache: bool | None = False,
         position_embeddings: Any = None,
         *,
-        media_sets: MediaSets | None = None,
+        media_sets: tuple[Tensor, int] | None = None,
         **kwargs: Any,
     ) -> Any:
+        sets = None if media_sets is None else MediaSets(*media_sets)
         reason = ATTENTIONS if wants_attentions() or kwargs.get("output_attentions") else None
         if cross_attention_mask is not None:
             reason = "a mask of text by image tokens was given, not the tiles each token sees"
@@ -96,10 +98,10 @@ class FusedMllamaLayer(GivenSets):
         reason = reason or why_not_one_dtype(this, hidden_states, cross_attention_states)
         if reason is not None:
             fell_back(type(self).__name__, reason)
-            if media_sets is not None:
+            if sets is not None:
                 keys = self._keys(hidden_states, cross_attention_states, past_key_values)
                 cross_attention_mask, full_text_row_masked_out_mask = _as_prepared(
-                    media_sets, keys, hidden_states.dtype
+                    sets, keys, hidden_states.dtype
                 )
             return super().forward(  # type: ignore[misc]
                 hidden_states, cross_attention_states, cross_attention_mask, attention_mask,
@@ -111,18 +113,18 @@ class FusedMllamaLayer(GivenSets):
         q = attn.q_proj(normed).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
         # After q, as in the layer itself: its backward takes most, before q has gradients.
         k, v = self._key_values(hidden_states, cross_attention_states, past_key_values)
-        if media_sets is None:  # every token sees all
-            media_sets = MediaSets(hidden_states.new_zeros(hidden_states.shape[:2]).long(), 1)
+        if sets is None:  # every token sees all
+            sets = MediaSets(hidden_states.new_zeros(hidden_states.shape[:2]).long(), 1)
             row_mask = None
         else:
-            row_mask = media_sets.bits != 0
-        if k.shape[2] % media_sets.media:
-            wanted = f"a multiple of the {media_sets.media} tiles of cross_attention_mask"
+            row_mask = sets.bits != 0
+        if k.shape[2] % sets.media:
+            wanted = f"a multiple of the {sets.media} tiles of cross_attention_mask"
             raise wrong_value("patch(Mllama)", "image tokens", k.shape[2], wanted)
         attended = ops.media_cross_attention(
-            q, k, v, media_sets.bits, attn.q_norm.weight, eps=attn.q_norm.variance_epsilon,
+            q, k, v, sets.bits, attn.q_norm.weight, eps=attn.q_norm.variance_epsilon,
             attend="listed", unattended="everything", scale=attn.scaling,
-            tokens_per_media=k.shape[2] // media_sets.media,
+            tokens_per_media=k.shape[2] // sets.media,
         )  # fmt: skip
         attended = attn.o_proj(attended.transpose(1, 2).flatten(2))
         return gated_residuals(
