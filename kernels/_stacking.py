@@ -16,7 +16,8 @@ from torch import Tensor
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """``cat([linear(x, weight, bias) for ...], -1)`` of ``x (rows, in)``."""
     if _at_once(x):
-        return torch.addmm(torch.cat(list(biases)), x, torch.cat(list(weights)).t())
+        weight, bias = _together(weights, biases)
+        return torch.addmm(bias, x, weight.t())
     sizes = [weight.shape[0] for weight in weights]
     y = x.new_empty(x.shape[0], sum(sizes))
     for part, weight, bias in zip(y.split(sizes, 1), weights, biases, strict=True):
@@ -55,6 +56,13 @@ def apart(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     parts = [whole.new_empty(size, *whole.shape[1:]) for size in sizes]
     torch.split_with_sizes_copy(whole, list(sizes), 0, out=parts)
     return parts
+
+
+def _together(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """One weight and one bias, by one launch."""
+    whole = torch.cat([t.reshape(-1) for t in (*weights, *biases)])
+    rows, width = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    return whole[: rows * width].view(rows, width), whole[rows * width :]
 
 
 def _at_once(x: Tensor) -> bool:

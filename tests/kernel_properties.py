@@ -178,6 +178,13 @@ def test_overflow_in_fp16(device, op, shape):
     judged(op, (args[0] * 2e4, *args[1:]), options, fair=True)
 
 
+def flat_needs(values, wanted):
+    """Whether the gradient of each tensor is wanted, a list of them opened, and its length."""
+    lengths = [len(v) if isinstance(v, list) else 1 for v in values]
+    flat = tuple(i in wanted for i, length in enumerate(lengths) for _ in range(length))
+    return flat, next((len(v) for v in values if isinstance(v, list)), 0)
+
+
 @every_case
 def test_only_wanted_gradients_are_computed(device, op, shape):
     args, options = op.sample(shape, device=device)
@@ -188,7 +195,7 @@ def test_only_wanted_gradients_are_computed(device, op, shape):
     names, triples, others = evaluated(op, args, options)
     first = names.index("gradient 0")
     for wanted in (c for size in sizes for c in itertools.combinations(floating, size)):
-        needs = op.Needs(*[i in wanted for i in range(len(values))])
+        needs = op._path.needs_of(*flat_needs(values, wanted))
         with GuardBands() as bands, torch.no_grad():
             result, kept = op._path.forward(needs, *values, **settings)
             if not wanted:
