@@ -17,7 +17,8 @@ OVERLAY := .venv-triton-$(BUDGETS_TRITON)
 
 # Triton is either interpreted or compiled for the life of a process, so the suite takes two at once,
 # and a third, after the shorter of them, for what only compiles and what runs for long.
-LAST := $(addprefix tests/test_,ahead_of_time.py benchmarks.py wheel.py)
+LAST := $(addprefix tests/test_,ahead_of_time.py benchmarks.py checkpoints.py mixed_dtypes.py \
+  qformer.py replaced_code.py wheel.py)
 
 test: $(INSTALLED)
 	@$(MAKE) --jobs=2 --output-sync=target interpreted compiled ahead

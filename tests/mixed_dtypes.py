@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import vlm_fast
 from vlm_fast import parity
+from vlm_fast.summation import OtherOrders
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # By name: which modules change their dtype, and what the model has before and after.
@@ -101,11 +102,12 @@ def dtypes(run):
     return {name: None if t is None else t.dtype for name, t in run.found.items()}
 
 
-def assert_alike(plain, fast, exact):
+def assert_alike(run_plain, fast, exact):
     """Both raise; or dtypes are equal, and errors of the patched one no larger than allowed.
 
-    ``exact``: makes the run that errors are measured from.
+    ``run_plain``: runs the unpatched one; ``exact``: makes the run that errors are measured from.
     """
+    plain = run_plain()
     if plain.raised is not None or fast.raised is not None:
         assert plain.raised is not None, f"only the patched one raises: {fast.raised}"
         assert fast.raised is not None, f"only the unpatched one raises: {plain.raised}"
@@ -114,13 +116,16 @@ def assert_alike(plain, fast, exact):
     assert dtypes(fast) == dtypes(plain)
     if all(t is None or torch.equal(t, fast.found[n]) for n, t in plain.found.items()):
         return
-    true_values = exact().found
+    true_values, others = exact().found, OtherOrders(lambda: run_plain().found)
     for name, theirs in plain.found.items():
         if theirs is None:
             continue
         true = true_values[name]
         gradient = not name.startswith("output")
-        verdict = parity.judge(name, fast.found[name], theirs, true, gradient=gradient)
+        draws = (draw[name] for draw in others)
+        verdict = parity.judge(
+            name, fast.found[name], theirs, true, gradient=gradient, others=draws
+        )
         assert verdict.ok or _is_noise(theirs, true), verdict
 
 

@@ -65,9 +65,10 @@ def test_connectors(name, dtypes):
             for dtype in dtypes:
                 args = cast(given, dtype)
                 for autocast in (False, True):
-                    found = [run(m, *args, autocast=autocast) for m in (plain, ours)]
+                    run_plain = functools.partial(run, plain, *args, autocast=autocast)
                     wide = cast(args, torch.float64)
-                    assert_alike(*found, functools.partial(run, exact, *wide))
+                    found = run(ours, *args, autocast=autocast)
+                    assert_alike(run_plain, found, functools.partial(run, exact, *wide))
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
@@ -79,11 +80,18 @@ def test_whole_models(name, autocast):
     for arrangement in names:
         plain, ours, dtype = arranged(model, arrangement)
         given = cast(inputs, dtype)
-        found = [run(m, (), given, autocast=autocast) for m in (plain, ours)]
-        assert_alike(*found, lambda p=plain: run(p.float(), (), cast(inputs, FP32)))
+        run_plain = functools.partial(run, plain, (), given, autocast=autocast)
+        exact = copy.deepcopy(plain).float()
+        wide = functools.partial(run, exact, (), cast(inputs, FP32))
+        assert_alike(run_plain, run(ours, (), given, autocast=autocast), wide)
 
 
 # ---- the modules ----
+
+
+def disabled(call):
+    with vlm_fast.disabled():
+        return call()
 
 
 def tokens():
@@ -122,11 +130,13 @@ def test_modules_are_their_children_called_in_turn(name, dtypes):
         for dtype in dtypes:
             for autocast in (False, True):
                 fast = run(ours, cast(args, dtype), {}, autocast=autocast)
-                with vlm_fast.disabled():
-                    plain = run(ours, cast(args, dtype), {}, autocast=autocast)
+                run_ours = functools.partial(run, ours, cast(args, dtype), {}, autocast=autocast)
                 exact = copy.deepcopy(ours).double()
                 wide = cast(args, torch.float64)
-                assert_alike(plain, fast, functools.partial(run, exact, wide, {}))
+                assert_alike(
+                    functools.partial(disabled, run_ours), fast,
+                    functools.partial(run, exact, wide, {}),
+                )  # fmt: skip
                 ran += fast.raised is None
     assert ran > 1
 
@@ -152,7 +162,8 @@ def test_a_newline_has_a_dtype_of_its_own():
     with vlm_fast.strict():
         ours = run(fast, (), cast(inputs, BF16))
     exact = copy.deepcopy(model).float()
-    assert_alike(run(model, (), cast(inputs, BF16)), ours, lambda: run(exact, (), inputs))
+    plain = functools.partial(run, model, (), cast(inputs, BF16))
+    assert_alike(plain, ours, lambda: run(exact, (), inputs))
     assert ours.found["model.image_newline"].dtype is FP32
 
 
