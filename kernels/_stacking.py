@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._launcher import is_traced
+
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """``cat([linear(x, weight, bias) for ...], -1)`` of ``x (rows, in)``."""
@@ -53,6 +55,8 @@ def parameter_gradients(
 
 def apart(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """The rows of a tensor as tensors that have memory of their own."""
+    if is_traced(whole):  # a stand-in has no kernel that fills several at once
+        return [part.clone() for part in whole.split(list(sizes))]
     parts = [whole.new_empty(size, *whole.shape[1:]) for size in sizes]
     torch.split_with_sizes_copy(whole, list(sizes), 0, out=parts)
     return parts
@@ -62,7 +66,8 @@ def _together(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tens
     """One weight and one bias, by one launch."""
     whole = torch.cat([t.reshape(-1) for t in (*weights, *biases)])
     rows, width = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-    return whole[: rows * width].view(rows, width), whole[rows * width :]
+    weight, bias = whole.split([rows * width, rows])
+    return weight.view(rows, width), bias
 
 
 def _at_once(x: Tensor) -> bool:

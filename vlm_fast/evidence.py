@@ -48,7 +48,7 @@ class Proof:
 
 def sources(op: Op[..., Any]) -> dict[str, str]:
     """The files that decide what an op computes, and the sha256 of each."""
-    declared = Path(inspect.getsourcefile(op.reference) or "")
+    declared = Path(inspect.getsourcefile(inspect.unwrap(op.reference)) or "")
     found: dict[str, str] = {}
     todo = [declared]
     while todo:

@@ -59,7 +59,11 @@ def own_methods(kind: type) -> Iterator[tuple[str, Any]]:
 
 def written_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module as somebody wrote it: of a patched module, that before the patch."""
-    kind = type(module)
+    return _written(type(module))
+
+
+@constant_while_compiling
+def _written(kind: type[nn.Module]) -> type[nn.Module]:
     if kind.__name__.startswith("FSDP"):  # FSDP2 puts a class of its own before that of a unit
         kind = next(k for k in kind.__mro__ if not _is_of_fsdp(k))
     patch = kind.__dict__.get("patch")

@@ -19,7 +19,7 @@ from vlm_fast.op import FLOATS
 _last_input: WeakKeyDictionary[nn.Module, torch.dtype] = WeakKeyDictionary()
 
 
-def why_not_one_dtype(x: Tensor | None, **modules: Any) -> str | None:
+def why_not_one_dtype(x: Any, **modules: Any) -> str | None:
     """None if the weights of these modules have the dtype of ``x``, or autocast gives it to them.
 
     ``modules``: linears or norms by name, in the order in which they would be called. Without ``x``
@@ -27,6 +27,8 @@ def why_not_one_dtype(x: Tensor | None, **modules: Any) -> str | None:
     """
     first = next(iter(modules.values()))
     dtype = first.weight.dtype
+    if x is not None and not isinstance(x, Tensor):  # the op says what it makes of it
+        return None
     if _autocasts(first.weight if x is None else x):
         return None
     if x is None:

@@ -83,7 +83,7 @@ class FusedMerge(Patched):
     def __init_subclass__(cls) -> None:
         for name in ("get_image_features", "get_video_features"):
             if "patch" in vars(cls) and hasattr(cls, name):  # a class that was made for a model
-                setattr(cls, name, _hooks_first(cls.patch.base, name))
+                setattr(cls, name, _hooks_first(cls, name))
 
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **kwargs: Any
@@ -101,12 +101,14 @@ class FusedMerge(Patched):
         )
 
 
-def _hooks_first(base: type, name: str) -> Callable[..., Any]:
-    @functools.wraps(getattr(base, name))
+def _hooks_first(cls: Any, name: str) -> Callable[..., Any]:
+    own, base = vars(cls).get(name), cls.patch.base  # a mixin's, or the base's as it is at the call
+
+    @functools.wraps(getattr(cls, name))
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             _install_output_hooks(self)
-        return getattr(base, name)(self, *args, **kwargs)
+        return (own or getattr(base, name))(self, *args, **kwargs)
 
     return call
 
