@@ -277,7 +277,7 @@ def _is_collecting(*keys: str) -> bool:
     return bool(collected) and not collected.keys().isdisjoint(keys)
 
 
-def why_not_one_dtype(root: nn.Module, *inputs: Tensor | None) -> str | None:
+def why_not_dtypes_of_tree(root: nn.Module, *inputs: Tensor | None) -> str | None:
     """Why a tree that computes in one dtype cannot take these inputs, or None.
 
     Autocast gives linears its dtype; norms and gates are then read in that of the first input, or

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
 from vlm_fast.modules.mlp_projector import fused_mlp
-from vlm_fast.modules.plain_tree import why_not_one_dtype, why_not_plain_tree
+from vlm_fast.modules.plain_tree import why_not_dtypes_of_tree, why_not_plain_tree
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.policy import fell_back
 from vlm_fast.refusal import wrong_type, wrong_value
@@ -38,7 +38,7 @@ class FusedAriaProjector(Patched):
     def forward(self, key_value_states: Tensor, attn_mask: Tensor | None = None) -> Any:
         reason = self.why_not()
         x = key_value_states
-        reason = reason or why_not_one_dtype(self, x)  # type: ignore[arg-type]
+        reason = reason or why_not_dtypes_of_tree(self, x)  # type: ignore[arg-type]
         if x.shape[1] not in self.patch_to_query_dict:
             reason = "its own forward names the numbers of patches it takes"
         if reason is not None:

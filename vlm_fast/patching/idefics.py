@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
 from vlm_fast.modules.gated_layer import gated_residuals, rms_norm, why_not_gated
-from vlm_fast.modules.plain_tree import why_not_one_dtype, why_not_plain_tree
+from vlm_fast.modules.plain_tree import why_not_dtypes_of_tree, why_not_plain_tree
 from vlm_fast.patching.class_swap import is_class, why_not_handed
 from vlm_fast.patching.image_keys import ImageKeys
 from vlm_fast.patching.media_sets import GivenSets, GivesSets, MediaSets, why_not_sets
@@ -81,7 +81,7 @@ class FusedIdeficsLayer(GivenSets):
         x, images = hidden_states, image_hidden_states
         if images is not None and sets is not None:
             _check(sets, x, images, image_attention_mask)
-        reason = self.why_not() or why_not_one_dtype(self, x, images)  # type: ignore[arg-type]
+        reason = self.why_not() or why_not_dtypes_of_tree(self, x, images)  # type: ignore[arg-type]
         if images is None or cross_attention_gate is None or past_key_values is not None:
             reason = "an argument is not as the model gives it"
         elif kwargs.get("output_attentions"):

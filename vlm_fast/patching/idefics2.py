@@ -11,7 +11,7 @@ from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of, why_not_activation
 from vlm_fast.modules.perceiver_resampler import Layer, resample
 from vlm_fast.modules.plain_linear import why_not_plain
-from vlm_fast.modules.plain_tree import wants_attentions, why_not_one_dtype, why_not_plain_tree
+from vlm_fast.modules.plain_tree import wants_attentions, why_not_dtypes_of_tree, why_not_plain_tree
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.policy import fell_back
 from vlm_fast.refusal import wrong_value
@@ -60,7 +60,7 @@ class FusedIdefics2Perceiver(Patched):
 
     def forward(self, context: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
         reason = self.why_not()
-        reason = reason or why_not_one_dtype(self, context)  # type: ignore[arg-type]
+        reason = reason or why_not_dtypes_of_tree(self, context)  # type: ignore[arg-type]
         if wants_attentions() or kwargs.get("output_attentions"):
             reason = "attention maps were asked for, which no kernel forms"
         if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:

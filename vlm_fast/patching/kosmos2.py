@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.plain_tree import why_not_one_dtype, why_not_plain_tree
+from vlm_fast.modules.plain_tree import why_not_dtypes_of_tree, why_not_plain_tree
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.policy import fell_back
 
@@ -26,7 +26,7 @@ class FusedKosmosProjection(Patched):
     training: bool
 
     def forward(self, features: Tensor) -> Any:
-        reason = self.why_not() or why_not_one_dtype(self, features)  # type: ignore[arg-type]
+        reason = self.why_not() or why_not_dtypes_of_tree(self, features)  # type: ignore[arg-type]
         if reason is not None:
             fell_back(type(self).__name__, reason)
             return super().forward(features)  # type: ignore[misc]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
 from vlm_fast.modules.gated_layer import gated_residuals, rms_norm, why_not_gated
-from vlm_fast.modules.plain_tree import wants_attentions, why_not_one_dtype, why_not_plain_tree
+from vlm_fast.modules.plain_tree import wants_attentions, why_not_dtypes_of_tree, why_not_plain_tree
 from vlm_fast.patching.class_swap import is_class, why_not_handed
 from vlm_fast.patching.media_sets import GivenSets, GivesSets, MediaSets, why_not_sets
 from vlm_fast.policy import fell_back
@@ -95,7 +95,7 @@ class FusedMllamaLayer(GivenSets):
             reason = "a mask of text by image tokens was given, not the tiles each token sees"
         reason = reason or self.why_not()
         this: Any = self
-        reason = reason or why_not_one_dtype(this, hidden_states, cross_attention_states)
+        reason = reason or why_not_dtypes_of_tree(this, hidden_states, cross_attention_states)
         if reason is not None:
             fell_back(type(self).__name__, reason)
             if sets is not None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vlm_fast.modules.activation import activation_of
 from vlm_fast.modules.perceiver_resampler import Layer, fused_sequence, resample, resample_media
-from vlm_fast.modules.plain_tree import why_not_one_dtype, why_not_plain_tree
+from vlm_fast.modules.plain_tree import why_not_dtypes_of_tree, why_not_plain_tree
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.policy import fell_back
 
@@ -39,7 +39,7 @@ class FusedIdeficsPerceiver(Patched):
     layer_norm: Any
 
     def forward(self, context: Tensor) -> Tensor:
-        reason = self.why_not() or why_not_one_dtype(self, context)  # type: ignore[arg-type]
+        reason = self.why_not() or why_not_dtypes_of_tree(self, context)  # type: ignore[arg-type]
         if reason is not None:
             fell_back(type(self).__name__, reason)
             return super().forward(context)  # type: ignore[misc]

@@ -22,7 +22,7 @@ from vlm_fast.modules.plain_tree import (
     unwrapped,
     wants_attentions,
     wants_hidden_states,
-    why_not_one_dtype,
+    why_not_dtypes_of_tree,
     why_not_plain_tree,
 )
 from vlm_fast.modules.qformer_layer import LayerInputs, qformer_layer
@@ -230,7 +230,7 @@ def _why_not_dtypes(layer: Any, hidden: Tensor, image: Tensor | None) -> str | N
     """Why a layer cannot compute in one dtype, or None; autocast's takes float32 parameters."""
     layer, device = unwrapped(layer), hidden.device.type
     if not torch.is_autocast_enabled(device):
-        return why_not_one_dtype(layer, hidden, image)
+        return why_not_dtypes_of_tree(layer, hidden, image)
     taken = (torch.float32, torch.get_autocast_dtype(device))
     found = next((p.dtype for p in parameters_of_tree(layer) if p.dtype not in taken), None)
     return None if found is None else f"it has parameters in {found} under autocast to {taken[1]}"
