@@ -82,7 +82,9 @@ def idefics_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]
     vlm_fast.patch(after, strict=True)
     called = {
         "before": lambda: before(x, None, images, mask, gate),
-        "after": lambda: after(x, None, images, mask, gate, media_sets=MediaSets.of(seen)),
+        "after": lambda: after(
+            x, None, images, mask, gate, media_sets=MediaSets.of(seen, seen.shape[:2])
+        ),
     }
     yield Part("IDEFICS-9B gated layer, a step, 8 images", without_gradients(called))
 
@@ -136,7 +138,8 @@ def mllama_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
         return before(x, None, wide, None, rows, past_key_values=cache)
 
     def new() -> Any:
-        sets = MediaSets.of(mask[:, text:].flatten(2) == 1)
+        seen = mask[:, text:].flatten(2) == 1
+        sets = MediaSets.of(seen, seen.shape[:2])
         return after(x, None, None, None, None, past_key_values=cache, media_sets=sets)
 
     called = {"before": old, "after": new}

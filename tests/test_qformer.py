@@ -130,7 +130,9 @@ def test_expanded_queries_are_computed_once(expanded, monkeypatch):
     image = images(4, 17, 40)
     seen, norm = [], torch.nn.functional.layer_norm
     monkeypatch.setattr(
-        torch.nn.functional, "layer_norm", lambda x, *a: seen.append(x.shape[0]) or norm(x, *a)
+        torch.nn.functional,
+        "layer_norm",
+        lambda x, *a, **k: seen.append(x.shape[0]) or norm(x, *a, **k),
     )
     out = model(query_embeds=given, encoder_hidden_states=image).last_hidden_state
     assert seen[0] == (1 if expanded else 4)
