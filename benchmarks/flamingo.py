@@ -80,7 +80,6 @@ def idefics_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]
         seen = torch.ones(1, 1, 8, dtype=torch.bool)
     after = copy.deepcopy(before)
     vlm_fast.patch(after, strict=True)
-    sets = MediaSets.of(seen, seen.shape[:2])
     called = {
         "before": lambda: before(x, None, images, mask, gate),
         "after": lambda: after(
