@@ -63,7 +63,6 @@ class PlainTree:
 
     def remember(self, root: nn.Module) -> None:
         """Take down what a later call compares."""
-        self.reason: str | None = None
         kinds = {self.root_class, *(written_class(m) for m in self.modules)}
         self.code = [
             (kind, name, function)
@@ -97,7 +96,7 @@ class PlainTree:
                 return False
             if _attention(name, home_of_eager) is not function:
                 return False
-        if any(self.hooks) and not all(map(_only_watched, filter(None, self.hooks))):
+        if any(self.hooks) and not all(map(only_watched, filter(None, self.hooks))):
             return False
         if list(map(type, self.modules)) != self.types:
             return False
@@ -163,7 +162,7 @@ class PlainTree:
         reason = why_not_own_code(kind)
         if reason is not None:
             return reason
-        if not _only_watched(module._forward_hooks):
+        if not only_watched(module._forward_hooks):
             return "it has hooks"
         parameters = module._parameters
         if kind is nn.LayerNorm and (parameters["weight"] is None or parameters["bias"] is None):
@@ -232,7 +231,7 @@ def _why_not_attention(name: str | None, home_of_eager: str) -> str | None:
     return None
 
 
-def _only_watched(hooks: dict[int, Any]) -> bool:
+def only_watched(hooks: dict[int, Any]) -> bool:
     """Whether these hooks do nothing but collect outputs, for a caller who asks for them.
 
     transformers leaves its own in place after the first call that asks; see `wants_attentions`.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlm_fast.modules.plain_linear import why_not_called_plainly
-from vlm_fast.modules.plain_tree import PlainTree, unwrapped, why_not_plain_tree
+from vlm_fast.modules.plain_tree import PlainTree, only_watched, unwrapped, why_not_plain_tree
 from vlm_fast.modules.qformer_layer import CALLED, KeysValues, LayerInputs, qformer_layer
 from vlm_fast.modules.qformer_shared import (
     OP,
@@ -141,10 +141,7 @@ def restated(layer: Any) -> Callable[..., Any]:
 
 def refuse_unless_plainly_called(module: nn.Module) -> None:
     """ValueError if calling a module does more than its forward, which is restated."""
-    watched = all(
-        getattr(hook, "__name__", "") == "output_capturing_hook"
-        for hook in module._forward_hooks.values()
-    )
+    watched = only_watched(module._forward_hooks)
     reason = why_not_called_plainly(module, but_forward_hooks=watched)
     if reason is not None:
         raise ValueError(f"vlm_fast.{OP}: {_not_called(f'{type(module).__name__}: {reason}')}")
