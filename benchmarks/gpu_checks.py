@@ -43,6 +43,7 @@ LARGE: dict[str, dict[str, Any]] = {
     "stacked_linear": {"shape": (BATCH, 107_000, 64), "outs": (2048, 2048)},
     "max_similarity": {"shape": (BATCH, 107_000, 4096), "texts": 64},
     "mlp": {"shape": (BATCH, 107_000, 64), "hidden": 4096, "out": 64},
+    "act_linear": {"shape": (BATCH, 107_000, 4096), "out": 64},
     "mlp_merge": {
         "batch": BATCH, "sequence": 107_000, "images": 1, "tokens": 576, "inner": 64,
         "middle": 64, "hidden": 4096,

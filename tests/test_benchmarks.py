@@ -206,6 +206,7 @@ def test_large_shapes_are_beyond_32_bits_and_named_for_every_op(monkeypatch):
         "merge_image_tokens": small,
         "gather_image_tokens": {**small, "count": 5 * 57},
         "mlp": {"shape": (5, 107, 64), "hidden": 96, "out": 64},
+        "act_linear": {"shape": (5, 107, 64), "out": 48},
         "mlp_merge": {**small, "inner": 24, "middle": 16},
         "cross_attention": {"batch": 5, "heads": 2, "shape": (4, 17), "d": 16},
         "absorbed_cross_attention": {

@@ -22,6 +22,7 @@ NO_MISTAKES = [
     ("gated_add_norm", "gate", "one dimension more"),
     ("gated_add_norm", "gate", "no dimension"),
     ("gated_mlp", "x", "one dimension more"),
+    ("act_linear", "z", "one dimension more"),
     ("mlp", "x", "one dimension more"),
     ("mlp_merge", "x", "one dimension more"),
     ("bipartite_match", "metric", "one feature more"),

@@ -3,6 +3,7 @@
 from vlm_fast.ops.absorbed_cross_attention import (
     absorbed_cross_attention as absorbed_cross_attention,
 )
+from vlm_fast.ops.act_linear import act_linear as act_linear
 from vlm_fast.ops.add_layer_norm import add_layer_norm as add_layer_norm
 from vlm_fast.ops.anyres_merge import anyres_merge as anyres_merge
 from vlm_fast.ops.anyres_pack import anyres_pack as anyres_pack
