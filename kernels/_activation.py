@@ -21,9 +21,11 @@ def value_and_slope(z, ACTIVATION: tl.constexpr):
         return z * cdf, cdf + z * INV_SQRT_TAU * tl.exp(-0.5 * z * z)
     elif ACTIVATION == "gelu_tanh":
         # tanh(u) = 2 sigmoid(2u) - 1: exp is in every backend and the interpreter, tanh is not.
-        gate = tl.sigmoid(2 * TANH_SCALE * (z + TANH_CUBIC * z * z * z))
+        inner = 2 * TANH_SCALE * (z + TANH_CUBIC * z * z * z)
         inner_slope = 2 * TANH_SCALE * (1 + 3 * TANH_CUBIC * z * z)
-        return z * gate, gate + z * gate * (1 - gate) * inner_slope
+        gate = tl.sigmoid(inner)
+        # Not 1 - gate: where the gate is nearly 1, inner_slope makes much of its rounding.
+        return z * gate, gate + z * gate * tl.sigmoid(-inner) * inner_slope
     elif ACTIVATION == "quick_gelu":
         gate = tl.sigmoid(QUICK_SCALE * z)
         return z * gate, gate + z * gate * (1 - gate) * QUICK_SCALE
