@@ -1,56 +1,195 @@
-"""Is a module exactly ``[norm ->] linear_1 -> act -> linear_2``, whatever its class?
+"""Is a module a chain, in which each child takes what the one before it returns?
 
-Told by structure: the children's names, and a symbolic run of the module's own forward.
+An nn.Sequential is one. Of other classes it is told by a symbolic run of the module's own forward.
 """
 
 from __future__ import annotations
 
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
-from vlm_fast.modules.activation import activation_of
+from vlm_fast.modules.activation import FunctionalActivation, activation_of
+from vlm_fast.modules.original_code import why_not_original
+from vlm_fast.modules.runs import FunctionalDropout, Step, is_linear, why_no_run
+
+NO_CHAIN = "its forward is not a chain of its children"
+Call = str | FunctionalActivation | FunctionalDropout
 
 
 class Chain(NamedTuple):
-    """The children in calling order: those before ``linear_1``, and the activation."""
+    """What a module calls, in calling order.
 
-    before: tuple[str, ...]
-    act: str
+    Attributes:
+        calls: names of children, and functions; None for an nn.Sequential, which calls the children
+            that it has.
+        argument: the name of its input.
+        saved: see `vlm_fast.ops.mlp`.
+        children, read: names of all children, and values of what else the forward may have read.
+    """
+
+    calls: tuple[Call, ...] | None
     argument: str
     saved: str = "preactivation"
+    children: tuple[str, ...] = ()
+    read: tuple[tuple[str, Any], ...] = ()
+
+    def steps(self, module: nn.Module) -> list[Step]:
+        """The children that the module has now, and the functions that are active."""
+        if self.calls is None:
+            return [Step(name, child) for name, child in module._modules.items()]
+        steps = []
+        for call in self.calls:
+            if isinstance(call, str):
+                steps.append(Step(call, getattr(module, call)))
+            elif isinstance(call, FunctionalActivation):
+                steps.append(Step(call.name, call))
+            elif call.p > 0 and (call.always or module.training):
+                steps.append(Step("dropout", call))
+        return steps
+
+    def why_changed(self, module: nn.Module) -> str | None:
+        """What the forward of the module may go by that is another than when it was traced."""
+        if self.calls is None:
+            return None
+        if tuple(module._modules) != self.children:
+            return "it has other children than when it was patched"
+        for name, value in self.read:
+            found = getattr(module, name, None)
+            if type(found) is not type(value) or found != value:
+                return f"{name} is another than when it was patched"
+        return None
 
 
 def chain_of(module: nn.Module, saved: str = "preactivation") -> Chain | str | None:
     """The chain, the reason why a candidate is none, or None for a module that is no candidate."""
-    children = dict(module.named_children())
-    if not {"linear_1", "linear_2"} <= children.keys():
+    kind = type(module)
+    sequential = kind.forward is nn.Sequential.forward
+    if kind.__module__.startswith("vlm_fast."):
+        return None
+    if not (_is_long(module) if sequential else _is_candidate(module)):
         return None
     if "forward" in module.__dict__:
         return "its forward has been replaced (accelerate or another wrapper)"
+    if not sequential:
+        found = _traced(module)
+    elif getattr(kind, "__iter__", None) is not nn.Sequential.__iter__:
+        found = NO_CHAIN
+    else:
+        found = why_not_original(kind) or Chain(None, "input")
+    if isinstance(found, str):
+        return found
+    reason = why_no_run(found.steps(module), saved)
+    return reason if reason is not None else found._replace(saved=saved)
+
+
+def _is_long(module: nn.Module) -> bool:
+    return sum(is_linear(child) for child in module.children()) >= 2
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    """Whether the forward of a module may be run symbolically, to see if it is a chain.
+
+    Those whose children are named as LLaVA's, and those of linears with activations, norms and
+    dropouts alone: others may do anything when they run.
+    """
+    if module._modules.keys() >= {"linear_1", "linear_2"}:
+        return True
+    parts = all(is_linear(c) or _is_between(c) for c in module.children())
+    return parts and _is_long(module) and not module._parameters
+
+
+def _is_between(child: nn.Module) -> bool:
+    if child._modules:
+        return activation_of(child) is not None
+    return not child._parameters or "norm" in type(child).__name__.lower()
+
+
+def _traced(module: nn.Module) -> Chain | str:
+    before, found = module.training, []
+    try:
+        for training in (True, False):
+            module.training = training
+            calls = _calls(module)
+            if isinstance(calls, str):
+                return calls
+            found.append(calls)
+    finally:
+        module.training = before
+    (argument, trained), (_, evaluated) = found
+    if len(trained) != len(evaluated):
+        return "its forward is another one in training"
+    calls = []
+    for one, other in zip(trained, evaluated, strict=True):
+        if one == other:
+            calls.append(one)
+        elif other == FunctionalDropout(0.0, always=True) and isinstance(one, FunctionalDropout):
+            calls.append(one._replace(always=False))
+        else:
+            return "its forward is another one in training"
+    return Chain(tuple(calls), argument, "", tuple(module._modules), _read(module))
+
+
+def _calls(module: nn.Module) -> tuple[str, list[Call]] | str:
+    """The name of the input, and what a call would call in the mode that the module is in."""
     try:
         graph = _CallTracer().trace(module)
     except Exception as error:  # any forward may run here, so anything may be raised
         return f"its forward cannot be traced ({type(error).__name__})"
-    *calls, result = graph.nodes
-    arguments = [node for node in calls if node.op == "placeholder"]
-    if len(arguments) != 1:
+    arguments = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(arguments) != 1 or arguments[0].target.startswith("*"):
         return "its forward takes more than one argument"
-    calls = [node for node in calls if node.op != "placeholder"]
-    names = [node.target for node in calls]
-    value: Any = arguments[0]
-    for node in calls:
-        if node.op != "call_module" or node.args != (value,) or node.kwargs:
-            return "its forward is not a chain of its children"
+    value, calls = arguments[0], []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.args[:1] != (value,):
+            return NO_CHAIN
+        if node.op == "output":
+            return arguments[0].target, calls
+        call = _call(module, node)
+        if call is None:
+            return NO_CHAIN
+        calls.append(call)
         value = node
-    if result.args != (value,):
-        return "its forward is not a chain of its children"
-    if len(names) < 3 or names[-3] != "linear_1" or names[-1] != "linear_2":
-        return f"its forward is {' -> '.join(names)}, not linear_1 -> act -> linear_2"
-    if activation_of(children[names[-2]]) is None:
-        kind = type(children[names[-2]]).__name__
-        return f"its activation {kind} is not one the kernels know"
-    return Chain(tuple(names[:-3]), names[-2], arguments[0].target, saved)
+    return NO_CHAIN
+
+
+def _call(module: nn.Module, node: fx.Node) -> Call | None:
+    """The child or the function that a node calls with one value, or None for anything else."""
+    rest = node.args[1:]
+    if node.op == "call_module":
+        plain = node.target in module._modules and not rest and not node.kwargs
+        return str(node.target) if plain else None
+    if node.op != "call_function" or rest:
+        return None
+    options = {name: value for name, value in node.kwargs.items() if value is not False}
+    if node.target is F.dropout:
+        live = options.pop("training", False)
+        p = options.pop("p", 0.5)
+        return None if options else FunctionalDropout(float(p) if live else 0.0, always=True)
+    if node.target is F.gelu:
+        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(options.pop("approximate", "none"))
+    else:
+        name = _FUNCTIONS.get(node.target)
+    return None if options or name is None else FunctionalActivation(name)
+
+
+_FUNCTIONS: dict[Any, str] = {F.silu: "silu", F.relu: "relu", torch.relu: "relu"}
+
+
+def _read(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Attributes that a forward may go by, with values that can be compared."""
+    own = {**vars(module), **{n: c for n, c in module._modules.items() if c is None}}
+    kinds = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
+    return tuple(
+        (name, value)
+        for name, value in own.items()
+        if not name.startswith("_") and name != "training" and isinstance(value, kinds)
+    )
 
 
 class _CallTracer(fx.Tracer):

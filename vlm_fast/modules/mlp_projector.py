@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.activation import activation_module, activation_of, why_not_activation
+from vlm_fast.modules.activation import activation_module, activation_of
 from vlm_fast.modules.chain import chain_of
-from vlm_fast.modules.plain_dtypes import why_not_one_dtype
-from vlm_fast.modules.plain_linear import why_not_plain
+from vlm_fast.modules.runs import fused_mlp, why_not_fused
 from vlm_fast.ops.mlp import SAVED
-from vlm_fast.policy import fell_back
 
 
 class MLPProjector(nn.Module):
@@ -65,12 +63,17 @@ class MLPProjector(nn.Module):
             ValueError: ``module`` is not exactly ``linear_1 -> act -> linear_2``.
         """
         found = chain_of(module)
-        if found is None or isinstance(found, str) or found.before:
-            why = found if isinstance(found, str) else "it is not linear_1 -> act -> linear_2"
-            raise ValueError(f"module is a {type(module).__name__}: {why}")
+        why = "it is not linear_1 -> act -> linear_2"
+        if isinstance(found, str):
+            why = found
+        match getattr(found, "calls", None):
+            case ("linear_1", str(act), "linear_2"):
+                pass
+            case _:
+                raise ValueError(f"module is a {type(module).__name__}: {why}")
         projector = cls.__new__(cls)
         nn.Module.__init__(projector)
-        for name, child in (("linear_1", "linear_1"), ("act", found.act), ("linear_2", "linear_2")):
+        for name, child in (("linear_1", "linear_1"), ("act", act), ("linear_2", "linear_2")):
             setattr(projector, name, getattr(module, child))
         projector.saved = _known_saved(saved)
         projector.train(module.training)
@@ -111,37 +114,6 @@ class LinearProjector(nn.Linear):
     A GEMM with its bias is what cuBLAS does best, so there is no kernel here; the class is there so
     that both projectors are found in one place.
     """
-
-
-def fused_mlp(
-    owner: str, x: Tensor, linear_1: nn.Module, act: nn.Module, linear_2: nn.Module, saved: str
-) -> Tensor:
-    """``linear_2(act(linear_1(x)))``, fused where `why_not_fused` finds no reason against it."""
-    reason = why_not_fused(linear_1, act, linear_2, x)
-    if reason is not None:
-        fell_back(owner, reason)
-        return linear_2(act(linear_1(x)))
-    first, second = cast(nn.Linear, linear_1), cast(nn.Linear, linear_2)
-    return ops.mlp(
-        x, first.weight, first.bias, second.weight, second.bias,
-        activation=cast(str, activation_of(act)), saved=saved,
-    )  # fmt: skip
-
-
-def why_not_fused(
-    linear_1: nn.Module, act: nn.Module, linear_2: nn.Module, x: Tensor | None = None
-) -> str | None:
-    """None, or which child cannot be fused and why; ``x``: the input, None for the last one."""
-    reason = why_not_plain(linear_1)
-    if reason is not None:
-        return f"linear_1: {reason}"
-    reason = why_not_activation(act)
-    if reason is not None:
-        return f"act: {reason}"
-    reason = why_not_plain(linear_2)
-    if reason is not None:
-        return f"linear_2: {reason}"
-    return why_not_one_dtype(x, linear_1=linear_1, linear_2=linear_2)
 
 
 def _known_saved(saved: str) -> str:

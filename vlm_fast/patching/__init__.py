@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_fast.modules.chain import chain_of
 from vlm_fast.modules.original_code import why_not_original
 from vlm_fast.op import FLOATS
 from vlm_fast.ops.mlp import SAVED
@@ -34,6 +33,7 @@ from vlm_fast.patching import (
     qformer,
 )
 from vlm_fast.patching.class_swap import Patched, swap, swap_back, why_not_swapped_back
+from vlm_fast.patching.towers import in_towers
 
 # Families: a mixin, and the recogniser that returns its recipe, a reason against it, or None. Of
 # several that serve a module the first is taken.
@@ -50,7 +50,7 @@ FAMILIES: list[tuple[type[Patched], Callable[..., Any]]] = [
     (pooling.FusedPooler, pooling.recognise_next_video),
     (pooling.FusedPooledFrames, pooling.recognise_onevision),
     (pooling.FusedFrameProjector, pooling.recognise_frame_projector),
-    (linear_act_linear.FusedMLP, lambda module, saved, **_: chain_of(module, saved)),
+    (linear_act_linear.FusedMLP, linear_act_linear.recognise),
     (anyres.FusedAnyResMerge, lambda module, **_: anyres.recognise(module)),
     (anyres.FusedAnyRes, lambda module, **_: anyres.recognise_packing(module)),
     (image_token_merge.FusedMerge, lambda module, **_: image_token_merge.recognise(module)),
@@ -115,6 +115,7 @@ def patch(
     *,
     saved: str = "preactivation",
     compute_dtype: torch.dtype | None = None,
+    towers: bool = False,
     strict: bool = False,
 ) -> Report:
     """Swap the class of every connector in ``model`` for one that runs on the fast ops.
@@ -127,6 +128,8 @@ def patch(
         saved: what the projectors keep for backward, see `vlm_fast.ops.mlp`.
         compute_dtype: of Q-Formers, whatever the dtype of their parameters (transformers keeps
             those in fp32 under fp16); statistics and accumulation stay in fp32.
+        towers: also patch MLPs in stacks of blocks, as of vision towers and language models. They
+            keep less for backward; at small batches they may take longer.
         strict: raise if nothing was patched, instead of warning.
 
     Raises:
@@ -142,12 +145,18 @@ def patch(
     if compute_dtype not in (None, *FLOATS):
         raise ValueError(f"compute_dtype is {compute_dtype!r}, expected one of {FLOATS} or None")
     report, swaps, already = Report(), [], False
+    left = set() if towers else in_towers(model)  # of whose modules no chain is patched
     for name, module in model.named_modules():
         if isinstance(module, Patched):
             already = True
+            if module.covers:
+                left.update(module.modules())
             continue
+        if type(module).__module__.startswith("vlm_fast."):
+            left.update(module.modules())
+        options = dict(saved=saved, compute_dtype=compute_dtype, left=module in left)
         for mixin, recognise in FAMILIES:
-            recipe = _recipe(recognise, module, saved=saved, compute_dtype=compute_dtype)
+            recipe = _recipe(recognise, module, **options)
             if recipe is not None and not isinstance(recipe, str):
                 recipe = _why_not_read(module, mixin) or recipe
             if isinstance(recipe, str):
@@ -155,6 +164,8 @@ def patch(
             elif recipe is not None:
                 _refuse_if_sharded(name, module)
                 swaps.append((name, module, mixin, recipe))
+                if mixin.covers:
+                    left.update(module.modules())
                 report.skipped.pop(name, None)
                 break
     if not swaps and not already:

@@ -59,6 +59,7 @@ class PackedImage(Tensor):
 class FusedAnyRes(Patched):
     """A model whose tiles are packed in one movement."""
 
+    covers = False
     restates: ClassVar[tuple[str, ...]] = ("pack_image_features",)
     merging = False  # whether what is packed goes to this model's own merge
 

@@ -52,6 +52,7 @@ class Patched(Swapped):
     """
 
     alone: ClassVar[bool] = False  # whether its base's forward takes what its own is given
+    covers: ClassVar[bool] = True  # whether its chains are its own, and none is patched apart
     # Methods of the base whose code is taken for granted: patched only while they are original.
     restates: ClassVar[tuple[str, ...]] = ("forward",)
 

@@ -78,6 +78,7 @@ def _masked_scatter(embeds: Tensor, mask: Tensor, source: Tensor) -> Tensor:
 class FusedMerge(Patched):
     """A model whose placeholder masks lead to the fused merge."""
 
+    covers = False
     restates: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from vlm_fast import ops
 from vlm_fast.modules.chain import Chain, chain_of
-from vlm_fast.modules.mlp_projector import fused_mlp
+from vlm_fast.modules.runs import fused_mlp
 from vlm_fast.modules.plain_norm import merged, why_not_normed
 from vlm_fast.modules.square_grid import side_of_square
 from vlm_fast.patching import image_token_merge
@@ -24,6 +24,7 @@ from vlm_fast.patching.image_token_merge import FusedMerge
 from vlm_fast.patching.linear_act_linear import FusedMLP
 
 FACTOR = 2
+CALLS = ("layer_norm", "linear_1", "act", "linear_2")
 
 
 class Unshuffled(Tensor):
@@ -87,6 +88,9 @@ class FusedNormedMLP(FusedMLP):
     """The projector, which norms what is not shuffled yet as it reads it."""
 
     layer_norm: nn.Module
+    linear_1: nn.Module
+    act: nn.Module
+    linear_2: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         chain: Chain = self.patch.recipe
@@ -94,11 +98,11 @@ class FusedNormedMLP(FusedMLP):
         if type(x) is not Unshuffled or len(args) + len(kwargs) != 1:
             return super().forward(*args, **kwargs)
         patches, side = _patches(x)
-        name, act = type(self).__name__, getattr(self, chain.act)
+        name = type(self).__name__
         x = merged(
             name, patches, self.layer_norm, height=side, width=side, factor=FACTOR, norm_after=True
         )
-        return fused_mlp(name, x, self.linear_1, act, self.linear_2, chain.saved)
+        return fused_mlp(name, x, self.linear_1, self.act, self.linear_2, chain.saved)
 
     def why_not(self) -> str | None:
         return why_not_normed(self.layer_norm, self.linear_1) or super().why_not()
@@ -122,4 +126,4 @@ def recognise_projector(module: nn.Module, *, saved: str, **options: Any) -> Cha
     ):
         return None
     chain = chain_of(module, saved)
-    return chain if isinstance(chain, Chain) and chain.before == ("layer_norm",) else None
+    return chain if isinstance(chain, Chain) and chain.calls == CALLS else None

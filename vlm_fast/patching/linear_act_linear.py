@@ -1,4 +1,4 @@
-"""Projectors that are exactly ``[norm ->] linear_1 -> act -> linear_2``: see `modules.chain`."""
+"""Modules that are chains and hold linear, activation, linear: see `modules.chain`."""
 
 from __future__ import annotations
 
@@ -6,34 +6,42 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vlm_fast.modules.chain import Chain
-from vlm_fast.modules.mlp_projector import fused_mlp, why_not_fused
+from vlm_fast.modules.chain import Chain, chain_of
+from vlm_fast.modules.runs import run_steps, why_not_steps
 from vlm_fast.patching.class_swap import Patched
 from vlm_fast.policy import fell_back
 
 
 class FusedMLP(Patched):
-    """The forward of such a projector through `vlm_fast.ops.mlp`."""
+    """The forward of such a module through `vlm_fast.ops.mlp` and `vlm_fast.ops.act_linear`.
+
+    The class says in which order children are called. They are looked up at each call.
+    """
 
     alone = True
-    restates: ClassVar[tuple[str, ...]] = ()  # its forward was traced
-
-    linear_1: nn.Module
-    linear_2: nn.Module
+    covers = False  # a child may be a chain of its own
+    restates: ClassVar[tuple[str, ...]] = ()  # its forward was traced, or calls what it holds
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         chain: Chain = self.patch.recipe
+        reason = chain.why_changed(self)  # type: ignore[arg-type]
         if len(args) == 1 and not kwargs:
             x: Tensor = args[0]
         elif not args and kwargs.keys() == {chain.argument}:
             x = kwargs[chain.argument]
         else:
-            fell_back(type(self).__name__, "called with arguments the patch does not know")
+            reason = "called with arguments the patch does not know"
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        for name in chain.before:
-            x = getattr(self, name)(x)
-        act = getattr(self, chain.act)
-        return fused_mlp(type(self).__name__, x, self.linear_1, act, self.linear_2, chain.saved)
+        return run_steps(type(self).__name__, x, chain.steps(self), chain.saved)  # type: ignore[arg-type]
 
     def why_not(self) -> str | None:
-        return why_not_fused(self.linear_1, getattr(self, self.patch.recipe.act), self.linear_2)
+        chain: Chain = self.patch.recipe
+        module: Any = self
+        return chain.why_changed(module) or why_not_steps(chain.steps(module), chain.saved)
+
+
+def recognise(module: nn.Module, *, saved: str, left: bool, **options: Any) -> Chain | str | None:
+    """A recipe, a reason against, or None for no chain; ``left``: whether chains are left alone."""
+    return None if left else chain_of(module, saved)

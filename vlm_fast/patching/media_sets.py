@@ -55,6 +55,8 @@ class MediaSets(NamedTuple):
 class GivesSets(Patched):
     """A model that computes nothing itself: it hands its layers the media each token sees."""
 
+    covers = False
+
 
 class GivenSets(Patched):
     """A layer whose model gives it sets; its fallback makes the masks that its base takes."""

@@ -119,6 +119,7 @@ class FusedPooler(Patched):
 class FusedFrameProjector(FusedMLP):
     """LLaVA-OneVision's projector, which leaves out ``linear_2`` where frames are pooled first."""
 
+    linear_1: nn.Module
     act: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -223,4 +224,5 @@ def recognise_frame_projector(module: nn.Module, *, saved: str, **options: Any) 
     if not is_class(module, "llava_onevision", "LlavaOnevisionMultiModalProjector"):
         return None
     chain = chain_of(module, saved)
-    return chain if isinstance(chain, Chain) and not chain.before and chain.act == "act" else None
+    calls = ("linear_1", "act", "linear_2")
+    return chain if isinstance(chain, Chain) and chain.calls == calls else None
