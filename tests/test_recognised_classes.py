@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from vlm_fast.modules.chain import Chain, chain_of
+from vlm_fast.modules.runs import is_linear
 from vlm_fast.patching import anyres, image_token_merge
 
 RELEASE = "5.17"
@@ -111,10 +112,10 @@ PROJECTORS = {
     "PPFormulaNetMultiModalProjector": ARGUMENTS,  # convolutions
     "VibeVoiceDiffusionHeadFinalLayer": ARGUMENTS,
     "VibeVoiceMultiModalProjector": "its activation VibeVoiceRMSNorm is not one the kernels know",
-    # Other children's names: no candidates.
-    "DeepseekVLAligner": None,
-    "Kimi_K25MultimodalProjection": None,
-    "Llama4MultiModalProjector": None,
+    # Other children's names.
+    "DeepseekVLAligner": (),
+    "Kimi_K25MultimodalProjection": CHAIN,  # a view
+    "Llama4MultiModalProjector": None,  # a single linear
 }  # fmt: skip
 # What a class is made from, if not from its model's config.
 MADE_FROM = {
@@ -192,10 +193,12 @@ def test_projectors(name):
     config = transformers.CONFIG_MAPPING[model_type.replace("unispeech_sat", "unispeech-sat")]
     with torch.device("meta"):
         arguments = MADE_FROM[name](config) if name in MADE_FROM else [config()]
-        found = chain_of(of_transformers(name, model_type)(*arguments))
+        module = of_transformers(name, model_type)(*arguments)
+        found = chain_of(module)
     if isinstance(PROJECTORS[name], tuple):
         assert isinstance(found, Chain), found
-        assert found.before == PROJECTORS[name]
+        assert found.calls[:-3] == PROJECTORS[name]
+        assert all(is_linear(getattr(module, call)) for call in found.calls[-3::2])
     elif PROJECTORS[name] is None:
         assert found is None
     else:

@@ -57,6 +57,7 @@ TOKENS = torch.arange(2 * 16 * 6).view(2, 16, 6).sin()
 # Each module, and its inputs.
 MODULES = {
     "MLPProjector": lambda: (modules.MLPProjector(6, 8, 4), TOKENS),
+    "SequentialProjector": lambda: (modules.SequentialProjector(6, 8, 4, depth=3), TOKENS),
     "PatchMerger": lambda: (modules.PatchMerger(6, 4), TOKENS[0]),
     "PatchMerger of windows": lambda: (
         modules.PatchMerger(6, 4, norm="rms", keys="qwen2"), TOKENS[0], torch.tensor([2, 0, 3, 1])
@@ -91,7 +92,7 @@ MODULES = {
         modules.AnyResPacker(6, PLAN).plan([(4, 4), (3, 8)]),
     ),
 }  # fmt: skip
-SERVED = ("MLPProjector",)  # by torch.fx: it looks at no size
+SERVED = ("MLPProjector", "SequentialProjector")  # by torch.fx: it looks at no size
 
 every_module = pytest.mark.parametrize("name", MODULES)
 

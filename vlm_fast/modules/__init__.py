@@ -19,6 +19,7 @@ from vlm_fast.modules.pooled_projector import PooledNormProjector as PooledNormP
 from vlm_fast.modules.qformer import QFormer as QFormer
 from vlm_fast.modules.qformer import QFormerOutput as QFormerOutput
 from vlm_fast.modules.qformer_shared import ImageKeyValues as ImageKeyValues
+from vlm_fast.modules.sequential_projector import SequentialProjector as SequentialProjector
 from vlm_fast.modules.shuffled_projector import PixelShuffleConnector as PixelShuffleConnector
 from vlm_fast.modules.shuffled_projector import PixelShuffleMLP as PixelShuffleMLP
 from vlm_fast.modules.shuffled_projector import RaggedMergerProjector as RaggedMergerProjector

@@ -1,0 +1,78 @@
+"""LLaVA's projector as its own code writes it: an nn.Sequential of linears with GELUs between."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_fast.modules.activation import activation_module
+from vlm_fast.modules.runs import Step, run_steps
+from vlm_fast.ops.mlp import SAVED
+from vlm_fast.refusal import wrong_value
+
+
+class SequentialProjector(nn.Sequential):
+    """LLaVA's ``mlp2x_gelu`` (``depth=3``: ``mlp3x_gelu``) through the fused ops.
+
+    Mirrors ``build_vision_projector`` of LLaVA, with its keys ``0.weight``, ``2.weight``, ...: its
+    ``mm_projector.bin`` loads once the prefix ``model.mm_projector.`` is stripped. Children can be
+    read and replaced as in any nn.Sequential; a slice is a plain nn.Sequential. What wraps a child
+    (LoRA, quantisation, hooks, sharding) is called as usual.
+
+    Args:
+        in_features: width of the vision features.
+        hidden_features, out_features: width between the linears, and after the last one, which
+            defaults to ``hidden_features``.
+        depth: number of linears, with an activation from each to the next.
+        bias: whether the linears have one.
+        activation: "gelu" (exact), "gelu_tanh", "quick_gelu", "silu" or "relu".
+        saved: what backward keeps of the first two linears, see `vlm_fast.ops.mlp`. Of each linear
+            that follows it keeps the input of the activation before it (see
+            `vlm_fast.ops.act_linear`); with "all" the activation too.
+
+    Shapes: ``(..., in_features)`` to ``(..., out_features)``.
+
+    Raises:
+        ValueError: ``depth`` is below 1; unknown ``activation`` or ``saved``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        depth: int = 2,
+        *,
+        bias: bool = True,
+        activation: str = "gelu",
+        saved: str = "preactivation",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if depth < 1:
+            raise wrong_value("SequentialProjector", "depth", depth, "at least 1")
+        if saved not in SAVED:
+            raise wrong_value("SequentialProjector", "saved", saved, f"one of {SAVED}")
+        factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        out_features = hidden_features if out_features is None else out_features
+        widths = [in_features, *[hidden_features] * (depth - 1), out_features]
+        children: list[nn.Module] = []
+        for i in range(depth):
+            if i > 0:
+                children.append(activation_module(activation))
+            children.append(nn.Linear(widths[i], widths[i + 1], **factory))
+        super().__init__(*children)
+        self.saved = saved
+
+    def forward(self, input: Tensor) -> Tensor:
+        steps = [Step(name, child) for name, child in self._modules.items()]
+        result: Tensor = run_steps("SequentialProjector", input, steps, self.saved)
+        return result
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
