@@ -9,11 +9,15 @@ from vlm_fast.modules import (
     MLPProjector,
     PerceiverResampler,
     QFormer,
+    SequentialProjector,
 )
 
 SMALL = {name: size for name, size in tiny_qformers.SMALL.items() if name != "vocab_size"}
 CONNECTORS = {
     "projector": (lambda: MLPProjector(12, 20, 8), lambda n: (torch.randn(n, 5, 12),)),
+    "deep projector": (
+        lambda: SequentialProjector(12, 20, 8, depth=3), lambda n: (torch.randn(n, 5, 12),)
+    ),
     "Q-Former": (
         lambda: QFormer(**SMALL).eval(),
         lambda n: (torch.randn(n, 5, 48), None, None, torch.randn(n, 17, 40)),
@@ -26,7 +30,7 @@ CONNECTORS = {
         lambda: opened(GatedCrossAttentionBlock(dim=24, dim_visual=12, dim_head=8, heads=2)),
         lambda n: (torch.randn(n, 7, 24), torch.randn(n, 2, 3, 12)),
     ),
-}
+}  # fmt: skip
 
 
 def opened(block):

@@ -100,6 +100,7 @@ def tokens():
 
 MODULES = {
     "MLPProjector": (lambda: modules.MLPProjector(24, 32), tokens),
+    "SequentialProjector": (lambda: modules.SequentialProjector(24, 32, depth=3), tokens),
     "PatchMerger, layer": (lambda: modules.PatchMerger(24, 16), lambda: (torch.randn(16, 24),)),
     "PatchMerger, rms": (
         lambda: modules.PatchMerger(24, 16, norm="rms", norm_after=True, keys="qwen2"),
