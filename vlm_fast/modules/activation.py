@@ -27,6 +27,7 @@ _TRANSFORMERS = {
     "QuickGELUActivation": "quick_gelu",
     "SiLUActivation": "silu",
 }
+GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # by torch's name of their approximation
 
 
 class QuickGELU(nn.Module):
@@ -58,7 +59,7 @@ def activation_of(module: Any) -> str | None:
     if kind is QuickGELU:
         return "quick_gelu"
     if kind is nn.GELU or (isinstance(module, nn.GELU) and kind.forward is nn.GELU.forward):
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+        return GELUS.get(module.approximate)
     if kind.__module__ == "transformers.activations":
         return _TRANSFORMERS.get(kind.__name__)
     if "gelu" in kind.__name__.lower() and isinstance(module, nn.Module):

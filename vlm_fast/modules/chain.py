@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from vlm_fast.modules.activation import FunctionalActivation, activation_of
+from vlm_fast.modules.activation import GELUS, FunctionalActivation, activation_of
 from vlm_fast.modules.original_code import why_not_original
 from vlm_fast.modules.runs import FunctionalDropout, Step, is_linear, why_no_run
 
@@ -109,28 +109,31 @@ def _is_between(child: nn.Module) -> bool:
 
 
 def _traced(module: nn.Module) -> Chain | str:
-    before, found = module.training, []
+    """The chain of a module of another class, or why it is none."""
+    before = module.training
+    modes = []
     try:
         for training in (True, False):
             module.training = training
-            calls = _calls(module)
-            if isinstance(calls, str):
-                return calls
-            found.append(calls)
+            found = _calls(module)
+            if isinstance(found, str):
+                return found
+            modes.append(found)
     finally:
         module.training = before
-    (argument, trained), (_, evaluated) = found
-    if len(trained) != len(evaluated):
+    (argument, trained), (_, evaluated) = modes
+    calls = list(map(_in_both, trained, evaluated))
+    if len(trained) != len(evaluated) or None in calls:
         return "its forward is another one in training"
-    calls = []
-    for one, other in zip(trained, evaluated, strict=True):
-        if one == other:
-            calls.append(one)
-        elif other == FunctionalDropout(0.0, always=True) and isinstance(one, FunctionalDropout):
-            calls.append(one._replace(always=False))
-        else:
-            return "its forward is another one in training"
-    return Chain(tuple(calls), argument, "", tuple(module._modules), _read(module))
+    known = tuple(call for call in calls if call is not None)
+    return Chain(known, argument, "", tuple(module._modules), _read(module))
+
+
+def _in_both(trained: Call, evaluated: Call) -> Call | None:
+    """What a forward calls in training and in evaluation, or None for two things."""
+    if isinstance(trained, FunctionalDropout) and evaluated == FunctionalDropout(0.0, always=True):
+        return trained._replace(always=False)
+    return trained if trained == evaluated else None
 
 
 def _calls(module: nn.Module) -> tuple[str, list[Call]] | str:
@@ -140,22 +143,23 @@ def _calls(module: nn.Module) -> tuple[str, list[Call]] | str:
     except Exception as error:  # any forward may run here, so anything may be raised
         return f"its forward cannot be traced ({type(error).__name__})"
     arguments = [node for node in graph.nodes if node.op == "placeholder"]
-    if len(arguments) != 1 or arguments[0].target.startswith("*"):
+    if len(arguments) != 1 or str(arguments[0].target).startswith("*"):
         return "its forward takes more than one argument"
-    value, calls = arguments[0], []
+    value = arguments[0]
+    calls: list[Call] = []
     for node in graph.nodes:
         if node.op == "placeholder":
             continue
         if node.args[:1] != (value,):
             return NO_CHAIN
         if node.op == "output":
-            return arguments[0].target, calls
+            break
         call = _call(module, node)
         if call is None:
             return NO_CHAIN
         calls.append(call)
         value = node
-    return NO_CHAIN
+    return str(arguments[0].target), calls
 
 
 def _call(module: nn.Module, node: fx.Node) -> Call | None:
@@ -166,13 +170,13 @@ def _call(module: nn.Module, node: fx.Node) -> Call | None:
         return str(node.target) if plain else None
     if node.op != "call_function" or rest:
         return None
-    options = {name: value for name, value in node.kwargs.items() if value is not False}
+    options: dict[str, Any] = {n: v for n, v in node.kwargs.items() if v is not False}
     if node.target is F.dropout:
         live = options.pop("training", False)
         p = options.pop("p", 0.5)
         return None if options else FunctionalDropout(float(p) if live else 0.0, always=True)
     if node.target is F.gelu:
-        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(options.pop("approximate", "none"))
+        name = GELUS.get(options.pop("approximate", "none"))
     else:
         name = _FUNCTIONS.get(node.target)
     return None if options or name is None else FunctionalActivation(name)

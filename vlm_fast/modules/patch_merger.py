@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast.modules.activation import activation_module
-from vlm_fast.modules.runs import fused_mlp
 from vlm_fast.modules.plain_norm import RMSNorm, merged
+from vlm_fast.modules.runs import fused_mlp
 from vlm_fast.modules.square_grid import grid_of
 from vlm_fast.refusal import check_tensor, wrong_value
 

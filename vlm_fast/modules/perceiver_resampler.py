@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.runs import fused_mlp
 from vlm_fast.modules.plain_tree import why_not_plain_tree
+from vlm_fast.modules.runs import fused_mlp
 from vlm_fast.policy import fell_back
 from vlm_fast.refusal import check_tensor, not_a_tensor, wrong_value
 

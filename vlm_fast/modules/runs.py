@@ -54,9 +54,8 @@ def _passes(call: Any) -> bool:
 def _why_not_passed(call: Any) -> str | None:
     """Why a step does not return its input, or None."""
     functional = type(call) is FunctionalDropout
-    if functional or (type(call) is not nn.Identity and call.training):
-        if call.p > 0:
-            return f"it drops values (p={call.p})"
+    if (functional or (type(call) is not nn.Identity and call.training)) and call.p > 0:
+        return f"it drops values (p={call.p})"
     return None if functional else why_not_called_plainly(call)
 
 
@@ -73,15 +72,12 @@ def runs_of(steps: Sequence[Step], saved: str) -> list[Sequence[Step]]:
 
 def _end_of_run(steps: Sequence[Step], i: int, saved: str) -> int:
     """Where the run that starts at step ``i`` ends; ``i + 1`` if none does."""
-    first = act = i
-    if is_linear(steps[first].call):
-        act = _next(steps, first)
-        if act == len(steps) or activation_of(steps[act].call) is None:
-            return i + 1
-    elif saved == "all" or activation_of(steps[act].call) is None:
+    first = steps[i].call
+    act = _next(steps, i) if is_linear(first) else i
+    if act == len(steps) or activation_of(steps[act].call) is None:
         return i + 1
-    elif getattr(steps[act].call, "inplace", False):  # its input may be the caller's
-        return i + 1
+    if act == i and (saved == "all" or getattr(first, "inplace", False)):
+        return i + 1  # the activation is to be kept, or is written over what may be the caller's
     last = _next(steps, act)
     return last + 1 if last < len(steps) and is_linear(steps[last].call) else i + 1
 

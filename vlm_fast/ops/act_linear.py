@@ -90,7 +90,7 @@ def forward(needs, z, weight, bias, *, activation):
 def backward(needs, kept, dy, *, activation):
     z, weight = kept
     leading, dy = dy.shape[:-1], _rows(dy)
-    dz = h = None
+    dz = h = dweight = None
     if needs.z:
         rows = dy.shape[0]
         dz, h, _ = mlp_activation_backward(
@@ -100,7 +100,8 @@ def backward(needs, kept, dy, *, activation):
         dz = dz.view(*leading, dz.shape[1])
     elif needs.weight:
         h = _rows(activate(z, activation))
-    dweight = torch.mm(dy.t(), h) if needs.weight else None
+    if h is not None:
+        dweight = torch.mm(dy.t(), h)
     return dz, dweight, dy.sum(0) if needs.bias else None
 
 

@@ -150,7 +150,7 @@ def patch(
         if isinstance(module, Patched):
             already = True
             if module.covers:
-                left.update(module.modules())
+                left.update(model.get_submodule(name).modules())
             continue
         if type(module).__module__.startswith("vlm_fast."):
             left.update(module.modules())

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
-from vlm_fast.modules.runs import fused_mlp
 from vlm_fast.modules.plain_tree import why_not_dtypes_of_tree, why_not_plain_tree
+from vlm_fast.modules.runs import fused_mlp
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.policy import fell_back
 from vlm_fast.refusal import wrong_type, wrong_value

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 from vlm_fast import ops
 from vlm_fast.modules.chain import Chain, chain_of
-from vlm_fast.modules.runs import fused_mlp
 from vlm_fast.modules.plain_norm import merged, why_not_normed
+from vlm_fast.modules.runs import fused_mlp
 from vlm_fast.modules.square_grid import side_of_square
 from vlm_fast.patching import image_token_merge
 from vlm_fast.patching.class_swap import is_class

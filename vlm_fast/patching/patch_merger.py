@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlm_fast.modules.runs import fused_mlp, why_not_fused
 from vlm_fast.modules.patch_merger import children_of, merge_patches
 from vlm_fast.modules.plain_linear import why_not_called_plainly
 from vlm_fast.modules.plain_norm import merged, why_not_normed
+from vlm_fast.modules.runs import fused_mlp, why_not_fused
 from vlm_fast.ops.pixel_shuffle_norm import rows_of_blocks
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.policy import fell_back
