@@ -126,8 +126,10 @@ def test_candidates_that_are_left_are_named(name):
     assert report.skipped == {"": why} and str(report) == f"skipped (the model): {why}"
 
 
-def test_what_holds_fewer_than_two_linears_is_no_candidate():
-    for module in (nn.Linear(3, 4), mlp(1), nn.Sequential(nn.Linear(3, 4), nn.GELU())):
+def test_what_holds_fewer_than_two_linears_or_calls_none_is_no_candidate():
+    parts = [nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 3)]
+    few = nn.Sequential(nn.Linear(3, 4), nn.GELU())
+    for module in (nn.Linear(3, 4), mlp(1), few, nn.ModuleList(parts)):
         with pytest.warns(UserWarning, match="no connector of"):
             assert str(vlm_fast.patch(module)) == "nothing to patch"
 

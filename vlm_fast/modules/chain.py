@@ -96,6 +96,8 @@ def _is_candidate(module: nn.Module) -> bool:
     Those whose children are named as LLaVA's, and those of linears with activations, norms and
     dropouts alone: others may do anything when they run.
     """
+    if type(module).forward is nn.Module.forward:  # a container
+        return False
     if module._modules.keys() >= {"linear_1", "linear_2"}:
         return True
     parts = all(is_linear(c) or _is_between(c) for c in module.children())

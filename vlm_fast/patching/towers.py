@@ -17,7 +17,7 @@ def in_towers(model: nn.Module) -> set[nn.Module]:
     """Members of stacks, with all that is inside them.
 
     A member of an nn.ModuleList or nn.Sequential counts where two siblings or more are made as it
-    is, or where it has linears beside an MLP, as a block has its attention.
+    is, or where it has an attention beside its MLP, told by their linears.
     """
     found: set[nn.Module] = set()
     for stack in model.modules():
@@ -39,8 +39,8 @@ def _made_as(module: nn.Module) -> Any:
 
 
 def _is_block(member: nn.Module) -> bool:
-    """Whether a part has two linears or more, and another part any; a whole model is no block."""
+    """Whether two parts have two linears or more each; a whole model is no block."""
     if any(isinstance(m, nn.ModuleList) for m in member.modules() if m is not member):
         return False
     counts = sorted(sum(map(is_linear, child.modules())) for child in member.children())
-    return len(counts) > 1 and counts[-1] > 1 and counts[-2] > 0
+    return len(counts) > 1 and counts[-2] > 1
