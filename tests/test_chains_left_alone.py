@@ -30,6 +30,16 @@ class ScaledGELU(nn.GELU):
         return 2 * super().forward(x)
 
 
+class CalledGELU(nn.GELU):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class CalledQuickGELU(QuickGELU):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
 class QuickGELUOfItself(nn.Module):
     def __init__(self):
         super().__init__()
@@ -45,11 +55,15 @@ def test_which_activations_are_known():
             return (x * 1.702).sigmoid() * x
 
     assert activation_of(QuickGELU()) == activation_of(FlippedQuickGelu()) == "quick_gelu"
-    for kind in (OtherSlope, QuickGELUOfAnother, ScaledGELU, QuickGELUOfItself):
+    written = (OtherSlope, QuickGELUOfAnother, ScaledGELU, QuickGELUOfItself)
+    for kind in (*written, CalledGELU, CalledQuickGELU):
         assert activation_of(kind()) is None
-        module = NamedMlp(kind())
-        with pytest.warns(UserWarning, match=f"its activation {kind.__name__} is not one the"):
-            assert not vlm_fast.patch(module).patched
+        unknown = f"its activation {kind.__name__} is not one the kernels know"
+        with pytest.warns(UserWarning, match="no connector of"):
+            skipped = vlm_fast.patch(NamedMlp(kind())).skipped
+        assert skipped == {"": unknown if kind in written else NO_CHAIN}
+        with pytest.warns(UserWarning, match=unknown):
+            vlm_fast.patch(mlp(2, act=kind))
 
 
 def test_a_quick_gelu_replaced_in_its_class(monkeypatch):

@@ -58,13 +58,19 @@ def activation_of(module: Any) -> str | None:
         return "relu"
     if kind is QuickGELU:
         return "quick_gelu"
-    if kind is nn.GELU or (isinstance(module, nn.GELU) and kind.forward is nn.GELU.forward):
+    if kind is nn.GELU or (isinstance(module, nn.GELU) and _only_adds(kind)):
         return GELUS.get(module.approximate)
     if kind.__module__ == "transformers.activations":
         return _TRANSFORMERS.get(kind.__name__)
     if "gelu" in kind.__name__.lower() and isinstance(module, nn.Module):
         return "quick_gelu" if _is_quick_gelu(kind) else None
     return None
+
+
+@constant_while_compiling
+def _only_adds(kind: type[nn.GELU]) -> bool:
+    """Whether a call of this subclass is one of nn.GELU."""
+    return kind.forward is nn.GELU.forward and kind.__call__ is nn.GELU.__call__
 
 
 # Of classes with GELU in their names: a forward, and whether it is x * sigmoid(1.702 x).
@@ -81,7 +87,7 @@ def _is_quick_gelu(kind: type[nn.Module]) -> bool:
 
 
 def _writes_quick_gelu(kind: type[nn.Module]) -> bool:
-    if why_not_original(kind) is not None:
+    if why_not_original(kind) is not None or kind.__call__ is not nn.Module.__call__:
         return False
     bare = kind.__new__(kind)  # without attributes, which another instance may have otherwise
     nn.Module.__init__(bare)
