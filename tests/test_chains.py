@@ -166,7 +166,8 @@ def test_dropout_is_asked_at_each_call(make, training):
 def test_dropout_that_is_always_live():
     class Mlp(FunctionalMlp):
         def forward(self, x):
-            return self.fc2(F.dropout(F.relu(self.fc1(x)), 0.4))
+            x = self.fc2(F.dropout(F.relu(self.fc1(x)), 0.4))
+            return self.out(torch.relu(x))
 
     module, x = Mlp().eval(), torch.randn(4, WIDTH)
     plain = copy.deepcopy(module)

@@ -115,12 +115,19 @@ class Wide(NamedMlp):
         return scale * super().forward(x)
 
 
+class Optional(TimmMlp):
+    def forward(self, x):
+        x = self.act(self.fc1(x))
+        return self.fc2(x if isinstance(self.norm, nn.Identity) else self.norm(x))
+
+
 NO_CHAIN = "its forward is not a chain of its children"
 LEFT = {
     "attention": (Attention, NO_CHAIN),
     "gate": (Gate, NO_CHAIN),
     "residual": (lambda: Residual(nn.GELU()), NO_CHAIN),
     "arguments": (lambda: Wide(nn.GELU()), "its forward takes more than one argument"),
+    "an unused child": (Optional, "its forward leaves out drop1"),
     "unknown activation": (
         lambda: mlp(2, act=nn.Softplus), "its activation Softplus is not one the kernels know"
     ),

@@ -128,6 +128,9 @@ def _traced(module: nn.Module) -> Chain | str:
     if len(trained) != len(evaluated) or None in calls:
         return "its forward is another one in training"
     known = tuple(call for call in calls if call is not None)
+    for name, child in module._modules.items():
+        if child is not None and name not in known:  # another one might be called
+            return f"its forward leaves out {name}"
     return Chain(known, argument, "", tuple(module._modules), _read(module))
 
 
