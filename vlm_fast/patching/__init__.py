@@ -14,6 +14,7 @@ from torch import nn
 
 from vlm_fast.modules.chain import chain_of
 from vlm_fast.modules.original_code import why_not_original
+from vlm_fast.modules.plain_linear import has_own_forward
 from vlm_fast.op import FLOATS
 from vlm_fast.ops.mlp import SAVED
 from vlm_fast.patching import (
@@ -33,7 +34,13 @@ from vlm_fast.patching import (
     pooling,
     qformer,
 )
-from vlm_fast.patching.class_swap import Patched, swap, swap_back, why_not_swapped_back
+from vlm_fast.patching.class_swap import (
+    Patched,
+    swap,
+    swap_back,
+    why_not_read,
+    why_not_swapped_back,
+)
 
 # Families: a mixin, and the recogniser that returns its recipe, a reason against it, or None. Of
 # several that serve a module the first is taken.
@@ -149,7 +156,7 @@ def patch(
         for mixin, recognise in FAMILIES:
             recipe = _recipe(recognise, module, saved=saved, compute_dtype=compute_dtype)
             if recipe is not None and not isinstance(recipe, str):
-                recipe = _why_not_read(module, mixin) or recipe
+                recipe = _why_not_restated(module, mixin) or recipe
             if isinstance(recipe, str):
                 report.skipped[name] = recipe
             elif recipe is not None:
@@ -202,11 +209,14 @@ def explain(model: nn.Module) -> dict[str, str | None]:
     return {name: module.why_not() for name, module in patched_modules(model)}
 
 
-def _why_not_read(module: nn.Module, mixin: type[Patched]) -> str | None:
+def _why_not_restated(module: nn.Module, mixin: type[Patched]) -> str | None:
     """Why the code of a module is not the code that the mixin stands for, or None."""
-    if hasattr(mixin, "forward") and "forward" in vars(module):
+    kind = type(module)
+    if hasattr(mixin, "forward") and has_own_forward(module):
         return "its forward has been replaced (accelerate or another wrapper)"
-    return why_not_original(type(module), *mixin.restates) if mixin.restates else None
+    reason = why_not_original(kind, *mixin.restates) if mixin.restates else None
+    other = why_not_read(module, mixin)
+    return reason if other is None else _of_release(kind, other)
 
 
 def _recipe(recognise: Callable[..., Any], module: nn.Module, **options: Any) -> Any:
@@ -214,11 +224,15 @@ def _recipe(recognise: Callable[..., Any], module: nn.Module, **options: Any) ->
     try:
         return recognise(module, **options)
     except AttributeError as error:
-        kind = type(module)
-        if not kind.__module__.startswith("transformers."):
-            raise
-        release = getattr(sys.modules["transformers"], "__version__", "")
-        return f"{kind.__name__} of transformers {release} is not the one that was read: {error}"
+        return _of_release(type(module), str(error))
+
+
+def _of_release(kind: type, reason: str) -> str:
+    """What is missing of a class, or unknown, and in which release of transformers."""
+    if not kind.__module__.startswith("transformers."):
+        return f"{kind.__name__} is not the one that was read: {reason}"
+    release = getattr(sys.modules["transformers"], "__version__", "")
+    return f"{kind.__name__} of transformers {release} is not the one that was read: {reason}"
 
 
 def _refuse_if_sharded(name: str, module: nn.Module) -> None:
