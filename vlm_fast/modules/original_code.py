@@ -109,5 +109,7 @@ def _folders_of_decorators() -> tuple[str, ...]:
     folders = [str(gradient_modes.__file__)]
     transformers = sys.modules.get("transformers")
     if transformers is not None and transformers.__file__ is not None:
-        folders.append(f"{Path(transformers.__file__).parent}/utils/")
+        home_of_all = Path(transformers.__file__).parent
+        # Since 5.24 a layer's base class wraps checkpointing around the forward of each subclass.
+        folders += [f"{home_of_all}/utils/", f"{home_of_all}/modeling_layers.py"]
     return tuple(folders)

@@ -273,7 +273,10 @@ def dropout_of_attention(attention: Any) -> float:
 def scale_of(attention: Any) -> float:
     """What scores are multiplied by."""
     scaling = getattr(attention, "scaling", None)
-    return float(attention.attention_head_size**-0.5 if scaling is None else scaling)
+    if scaling is not None:
+        return float(scaling)
+    d = getattr(attention, "head_dim", None)
+    return float((attention.attention_head_size if d is None else d) ** -0.5)
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

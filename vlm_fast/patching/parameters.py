@@ -25,14 +25,16 @@ class Names(NamedTuple):
         of_override: each name that a caller may use to the override's, where they differ.
         of_base: the override's name to the base's, where they differ.
         known: names of the base's parameters, as the override has them.
-        absent: the override's parameters that the base lacks, with their defaults.
+        needed: those of them without a default.
+        unsaid: the override's defaults of parameters that the base lacks.
     """
 
     positional: tuple[str, ...]
     of_override: Mapping[str, str]
     of_base: Mapping[str, str]
     known: frozenset[str]
-    absent: Mapping[str, Any]
+    needed: frozenset[str]
+    unsaid: Mapping[str, Any]
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """The arguments of a call by the override's names; None if the base would refuse them."""
@@ -44,14 +46,14 @@ class Names(NamedTuple):
             if name in given:
                 return None
             given[name] = value
-        return given
+        return given if self.needed <= given.keys() else None
 
     def back(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Arguments by the names of the base, without defaults of parameters that it lacks."""
+        """Arguments by the names of the base, without those that nobody gave."""
         return {
             self.of_base.get(name, name): value
             for name, value in given.items()
-            if name not in self.absent or value is not self.absent[name]
+            if name not in self.unsaid or value is not self.unsaid[name]
         }
 
 
@@ -67,7 +69,7 @@ def names_of(base: Callable[..., Any], override: Callable[..., Any]) -> Names | 
         return None
     hands_on = PASSED_ON in declared
     also = {other: name for name in declared for other in ALSO_CALLED.get(name, ())}
-    positional, of_base, known = [], {}, set()
+    positional, of_base, known, needed = [], {}, set(), set()
     for name, parameter in _parameters(base).items():
         if parameter.kind is parameter.VAR_KEYWORD:
             continue
@@ -77,14 +79,17 @@ def names_of(base: Callable[..., Any], override: Callable[..., Any]) -> Names | 
         if parameter.kind is not parameter.KEYWORD_ONLY:
             positional.append(own)
         known.add(own)
+        if parameter.default is parameter.empty:
+            needed.add(own)
         if own != name:
             of_base[own] = name
     for name, parameter in declared.items():
-        needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
-        if needed and name not in known:
+        if parameter.kind is parameter.VAR_KEYWORD or parameter.default is not parameter.empty:
+            continue
+        if name not in known:
             return f"{base.__qualname__} does not take {name}"
-    absent = {name: p.default for name, p in declared.items() if name not in known}
-    return Names(tuple(positional), also, of_base, frozenset(known), absent)
+    unsaid = {name: p.default for name, p in declared.items() if name not in known}
+    return Names(tuple(positional), also, of_base, frozenset(known), frozenset(needed), unsaid)
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
