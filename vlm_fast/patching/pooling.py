@@ -139,6 +139,10 @@ class FusedPooledFrames(FusedAnyResMerge):
 
     config: Any
     multi_modal_projector: Any
+    reads: ClassVar[tuple[str, ...]] = (
+        "config.vision_config.image_size", "config.vision_config.patch_size",
+        "multi_modal_projector.linear_2",
+    )  # fmt: skip
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
         projector = self.multi_modal_projector
