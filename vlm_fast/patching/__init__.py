@@ -169,10 +169,16 @@ def patch(
         if strict:
             raise ValueError(message)
         warnings.warn(message, stacklevel=2)
-    for name, module, mixin, recipe in swaps:
+    for _, module, mixin, recipe in swaps:
         swap(module, mixin, recipe)
-        report.patched[name] = f"{type(module).__name__} by {mixin.__name__}"
-        report.modules.append(module)
+    for name, module, mixin, _ in swaps:
+        reason = _why_not_asked(module)
+        if reason is not None:
+            swap_back(module)
+            report.skipped[name] = reason
+        else:
+            report.patched[name] = f"{type(module).__name__} by {mixin.__name__}"
+            report.modules.append(module)
     return report
 
 
@@ -225,6 +231,15 @@ def _recipe(recognise: Callable[..., Any], module: nn.Module, **options: Any) ->
         return recognise(module, **options)
     except AttributeError as error:
         return _of_release(type(module), str(error))
+
+
+def _why_not_asked(module: Any) -> str | None:
+    """Why a patched module cannot say whether it would run fast, or None."""
+    try:
+        module.why_not()
+    except AttributeError as error:
+        return _of_release(type(module), str(error))
+    return None
 
 
 def _of_release(kind: type, reason: str) -> str:

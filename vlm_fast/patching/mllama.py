@@ -154,16 +154,17 @@ class FusedMllamaLayer(GivenSets):
         self, q: Tensor, k: Tensor, v: Tensor, sets: MediaSets | None, mask: Tensor | None,
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """What is seen of the images, and the rows that the MLP is added to (None: all)."""
+        """What is seen of the images, and which rows the MLP is added to, or how much of it.
+
+        Rows are bool, or the numbers that somebody gave; None stands for all.
+        """
         attn = self.cross_attn
         if mask is not None and sets is None:  # of text by image tokens, from who made one
             q = rms_norm(q, attn.q_norm)
             attended = ops.cross_attention(
                 q, k, v, bias=mask[..., : k.shape[2]], scale=scale_of(attn)
             )
-            rows = None if rows is None else rows[:, 0, :, 0]
-            # The model makes them of 0 and 1; only somebody else wants their gradients.
-            return attended, rows if rows is None or rows.requires_grad else rows != 0
+            return attended, None if rows is None else rows[:, 0, :, 0]
         row_mask = None if sets is None else sets.bits != 0
         if sets is None:  # one token, which sees all
             sets = MediaSets(q.new_zeros((q.shape[0], q.shape[2])).long(), 1)
