@@ -103,7 +103,7 @@ QFORMERS = {
 }
 RAGGED = {
     "llava_next": "LlavaNext", "llava_next_video": "LlavaNextVideo",
-    "llava_onevision": "LlavaOnevision", "granite4_vision": "Granite4Vision",
+    "llava_onevision": "LlavaOnevision",
 }  # fmt: skip
 CASES = {
     **{
@@ -129,6 +129,9 @@ CASES = {
         "Kosmos2_5ForConditionalGeneration", lambda: kosmos("kosmos2_5"), tiny_resamplers.of_sdpa
     ),
     "perception_lm": Case("PerceptionLMForConditionalGeneration", perception_lm),
+    "granite4_vision": Case(
+        "Granite4VisionForConditionalGeneration", lambda: tiny_anyres.ragged("granite4_vision")
+    ),
     **{
         f"{name} ragged": Case(
             f"{kind}ForConditionalGeneration", functools.partial(tiny_anyres.ragged, name)
