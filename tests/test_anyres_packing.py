@@ -6,19 +6,17 @@ import inspect
 
 import pytest
 import torch
-import transformers
 
 import vlm_fast
 from tests.cases import assert_right
 from tests.test_supported_models import step, tensors
-from tests.tiny_models import IMAGE, SIGLIP, TEXT, build
+from tests.tiny_anyres import PINPOINTS, SIDE, TILE, ragged
+from tests.tiny_models import build
 from vlm_fast import anyres, ops, parity
 from vlm_fast.modules import AnyResPacker
 from vlm_fast.modules.anyres_packer import joined
 from vlm_fast.patching import anyres as patching
 
-TILE, SIDE = 16, 4  # of the tiny towers
-PINPOINTS = [[TILE * i, TILE * j] for i in range(1, 10) for j in range(1, 10) if i * j <= 9]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Wide, high and square, of one to nine tiles, and rounding edges.
 SIZES = [
@@ -255,39 +253,6 @@ def test_cat_of_all_images_is_what_was_packed():
 
 
 # ---- patched models ----
-
-
-def granite():
-    torch.manual_seed(0)
-    qformer = transformers.Blip2QFormerConfig(
-        hidden_size=24, encoder_hidden_size=24, num_attention_heads=2, intermediate_size=32,
-        num_hidden_layers=1, cross_attention_frequency=1,
-    )  # fmt: skip
-    config = transformers.Granite4VisionConfig(
-        vision_config=SIGLIP, text_config=dict(TEXT, model_type="granite4_vision_text"),
-        qformer_config=qformer, downsample_rate="1/2", deepstack_layer_map=[[-1, 0]],
-        spatial_target_layers=[1, 1, 1, 1], image_grid_pinpoints=PINPOINTS,
-        image_token_index=IMAGE, vision_feature_select_strategy="full",
-    )  # fmt: skip
-    model = transformers.Granite4VisionForConditionalGeneration(config).eval()
-    return model, SIDE // 2
-
-
-def ragged(name):
-    """A tiny model whose two images are cut into different grids, and its inputs."""
-    if name == "granite4_vision":
-        model, side = granite()
-    else:
-        (model, _), side = build(name), SIDE
-        model.config.image_grid_pinpoints = PINPOINTS
-    sizes = torch.tensor([[33, 47], [16, 55]])
-    tiling = anyres.Tiling(PINPOINTS, TILE, side)
-    tiles = [anyres.tile_count(tuple(size), tiling) for size in sizes.tolist()]
-    ids = torch.randint(3, 90, (2, 140))
-    for row, size in zip(ids, sizes.tolist(), strict=True):
-        row[4 : 4 + anyres.token_count(size, tiling)] = IMAGE
-    pixels = torch.randn(2, max(tiles), 3, TILE, TILE)
-    return model, {"input_ids": ids, "pixel_values": pixels, "image_sizes": sizes}
 
 
 MIXINS = {
