@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from fractions import Fraction
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +23,7 @@ from vlm_fast.modules.anyres_packer import joined, pack_tiles
 from vlm_fast.patching import image_token_merge
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.patching.image_token_merge import FusedMerge
+from vlm_fast.patching.placeholder_forms import Form
 from vlm_fast.policy import fell_back
 
 CLASSES = (
@@ -55,12 +58,31 @@ class PackedImage(Tensor):
                     return whole
             return func(*args, **(kwargs or {}))
 
+    def unmark(self) -> None:
+        """Make this very object a plain tensor, wherever it is kept."""
+        del self.whole, self.place
+        self.__class__ = Tensor  # type: ignore[assignment]
+
+
+# The images that are packed while a model merges what it packs.
+_merging: ContextVar[list[PackedImage] | None] = ContextVar("merging", default=None)
+
 
 class FusedAnyRes(Patched):
     """A model whose tiles are packed in one movement."""
 
     restates: ClassVar[tuple[str, ...]] = ("pack_image_features",)
-    merging = False  # whether what is packed goes to this model's own merge
+    gives_counts: ClassVar[bool]  # whether the base returns how many rows each image has, too
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "patch" in vars(cls):  # a class that was made for a model
+            cls.gives_counts = _gives_counts(cls.patch.base.pack_image_features)
+
+    @classmethod
+    def left_out(cls, module: nn.Module) -> str | None:
+        found = image_token_merge.recognise(module)
+        return found if isinstance(found, str) else None
 
     def get_image_features(
         self, pixel_values: Tensor, image_sizes: Any, *args: Any, **kwargs: Any
@@ -88,7 +110,12 @@ class FusedAnyRes(Patched):
             return original(image_features, image_sizes, *args, **kwargs)
         pack = torch.compiler.disable(_pack) if torch.compiler.is_compiling() else _pack
         whole, counts = pack(image_features, image_sizes, newline, tiling)
-        images = _images(whole, counts) if self.merging else list(whole.split(counts))
+        marked = _merging.get() if not torch.compiler.is_compiling() else None
+        images = list(whole.split(counts)) if marked is None else _images(whole, counts)
+        if marked is not None:
+            marked += images
+        if not self.gives_counts:
+            return images
         return images, torch.tensor(counts, dtype=torch.long, device=whole.device)
 
 
@@ -107,27 +134,57 @@ class FusedAnyResMerge(FusedAnyRes, FusedMerge):
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return base.forward(self, *args, **kwargs)
-            self.merging = True
+            images: list[PackedImage] = []
+            before = _merging.set(images)
             try:
                 return base.forward(self, *args, **kwargs)
             finally:
-                self.__dict__.pop("merging", None)  # another thread may have been here
+                _merging.reset(before)
+                for image in images:  # outputs may hold them
+                    image.unmark()
 
         cls.forward = forward  # type: ignore[attr-defined]
 
 
-def recognise(module: nn.Module) -> tuple[()] | None:
-    """Empty recipe for a model that packs tiles and merges them itself, or None."""
-    return () if packs(module) and image_token_merge.recognise(module) == () else None
+def recognise(module: nn.Module) -> Form | str | None:
+    """A recipe for a model that packs tiles and merges them itself, a reason against, or None."""
+    found = image_token_merge.recognise(module) if packs(module) else None
+    return why_not_packed(module) or found if isinstance(found, Form) else None
 
 
-def recognise_packing(module: nn.Module) -> tuple[()] | None:
-    """Empty recipe for a model that packs tiles and does not merge them, or None."""
-    return () if packs(module) and image_token_merge.recognise(module) != () else None
+def recognise_packing(module: nn.Module) -> tuple[()] | str | None:
+    """The same for a model that packs tiles and whose merge is not served."""
+    return why_not_packed(module) or () if packs(module) and recognise(module) is None else None
 
 
 def packs(module: nn.Module) -> bool:
     return any(is_class(module, family, name) for family, name in CLASSES)
+
+
+def why_not_packed(module: nn.Module) -> str | None:
+    """Why what a model's own packing returns is not known, or None."""
+    try:
+        _gives_counts(type(module).pack_image_features)  # type: ignore[attr-defined]
+    except Exception as error:  # of code that nobody here has read
+        return f"pack_image_features cannot be asked: {type(error).__name__}: {error}"
+    return None
+
+
+def _gives_counts(method: Any) -> bool:
+    """Whether a ``pack_image_features`` returns images and their rows, or images alone.
+
+    It is asked about one tile of one row, which is packed without a grid.
+    """
+    image = torch.zeros(1, 1, 1, device="cpu")
+    given = {"vision_feature_select_strategy": "full"}
+    named = {name: given[name] for name in inspect.signature(method).parameters if name in given}
+    answer = method(SimpleNamespace(), [image], [[1, 1]], **named)
+    images, *counts = answer if isinstance(answer, tuple) else (answer,)
+    if type(images) is not list or not all(torch.equal(rows, image[0]) for rows in images):
+        raise ValueError("it returns no list of images")
+    if [count.tolist() for count in counts] not in ([], [[1]]):
+        raise ValueError("it returns more than images and how many rows they have")
+    return bool(counts)
 
 
 def _tiling(model: Any, newline: bool, options: dict[str, Any]) -> Tiling | str:
@@ -177,8 +234,8 @@ def _pack(
     return pack_tiles(whole, newline, made), list(made.counts)
 
 
-def _images(whole: Tensor, counts: Sequence[int]) -> list[Tensor]:
-    images: list[Tensor] = []
+def _images(whole: Tensor, counts: Sequence[int]) -> list[PackedImage]:
+    images: list[PackedImage] = []
     for i, start in enumerate(accumulate(counts[:-1], initial=0)):
         image = whole.narrow(0, start, counts[i]).as_subclass(PackedImage)
         image.whole, image.place = whole, (i, len(counts))

@@ -55,6 +55,11 @@ class Patched(Swapped):
     # Methods of the base whose code is taken for granted: patched only while they are original.
     restates: ClassVar[tuple[str, ...]] = ("forward",)
 
+    @classmethod
+    def left_out(cls, module: nn.Module) -> str | None:
+        """Why a part of what a module does is not served, although the rest is, or None."""
+        return None
+
     def why_not(self) -> str | None:
         """Why the next call would run as plain PyTorch, or None."""
         return None
