@@ -152,7 +152,8 @@ def patch(
             if recipe is not None and not isinstance(recipe, str):
                 recipe = _why_not_read(module, mixin) or recipe
             if isinstance(recipe, str):
-                report.skipped[name] = recipe
+                before = report.skipped.get(name, recipe)
+                report.skipped[name] = recipe if before == recipe else f"{before}; {recipe}"
             elif recipe is not None:
                 _refuse_if_sharded(name, module)
                 swaps.append((name, module, mixin, recipe))

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from fractions import Fraction
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,18 @@ class PackedImage(Tensor):
         self.__class__ = Tensor  # type: ignore[assignment]
 
 
+class Answer(NamedTuple):
+    """What a ``pack_image_features`` returns, beside its images.
+
+    Attributes:
+        counts: whether it also returns how many rows each image has.
+        flat: whether an image of a single tile has one dimension.
+    """
+
+    counts: bool
+    flat: bool
+
+
 # The images that are packed while a model merges what it packs.
 _merging: ContextVar[list[PackedImage] | None] = ContextVar("merging", default=None)
 
@@ -72,12 +84,12 @@ class FusedAnyRes(Patched):
     """A model whose tiles are packed in one movement."""
 
     restates: ClassVar[tuple[str, ...]] = ("pack_image_features",)
-    gives_counts: ClassVar[bool]  # whether the base returns how many rows each image has, too
+    answer: ClassVar[Answer]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "patch" in vars(cls):  # a class that was made for a model
-            cls.gives_counts = _gives_counts(cls.patch.base.pack_image_features)
+            cls.answer = _answer(cls.patch.base.pack_image_features)
 
     @classmethod
     def left_out(cls, module: nn.Module) -> str | None:
@@ -105,6 +117,8 @@ class FusedAnyRes(Patched):
         newline = named.arguments["image_newline"]
         tiling = _tiling(self, newline is not None, named.arguments)
         reason = tiling if isinstance(tiling, str) else _mismatch(image_features, tiling)
+        if self.answer.flat and any(len(tiles) == 1 for tiles in image_features):
+            reason = "an image of a single tile has one dimension in this release"
         if isinstance(tiling, str) or reason is not None:
             fell_back(NAME, str(reason))
             return original(image_features, image_sizes, *args, **kwargs)
@@ -114,7 +128,7 @@ class FusedAnyRes(Patched):
         images = list(whole.split(counts)) if marked is None else _images(whole, counts)
         if marked is not None:
             marked += images
-        if not self.gives_counts:
+        if not self.answer.counts:
             return images
         return images, torch.tensor(counts, dtype=torch.long, device=whole.device)
 
@@ -164,27 +178,29 @@ def packs(module: nn.Module) -> bool:
 def why_not_packed(module: nn.Module) -> str | None:
     """Why what a model's own packing returns is not known, or None."""
     try:
-        _gives_counts(type(module).pack_image_features)  # type: ignore[attr-defined]
+        _answer(type(module).pack_image_features)  # type: ignore[attr-defined]
     except Exception as error:  # of code that nobody here has read
         return f"pack_image_features cannot be asked: {type(error).__name__}: {error}"
     return None
 
 
-def _gives_counts(method: Any) -> bool:
-    """Whether a ``pack_image_features`` returns images and their rows, or images alone.
+def _answer(method: Any) -> Answer:
+    """What a ``pack_image_features`` returns. It is asked about one tile of one row.
 
-    It is asked about one tile of one row, which is packed without a grid.
+    Raises:
+        ValueError: it returns something else.
+        Exception: whatever the method raises.
     """
-    image = torch.zeros(1, 1, 1, device="cpu")
-    given = {"vision_feature_select_strategy": "full"}
-    named = {name: given[name] for name in inspect.signature(method).parameters if name in given}
-    answer = method(SimpleNamespace(), [image], [[1, 1]], **named)
-    images, *counts = answer if isinstance(answer, tuple) else (answer,)
-    if type(images) is not list or not all(torch.equal(rows, image[0]) for rows in images):
-        raise ValueError("it returns no list of images")
-    if [count.tolist() for count in counts] not in ([], [[1]]):
-        raise ValueError("it returns more than images and how many rows they have")
-    return bool(counts)
+    tile = torch.arange(2.0, device="cpu")
+    known = {"vision_feature_select_strategy": "full"}
+    named = {name: known[name] for name in inspect.signature(method).parameters if name in known}
+    found = method(SimpleNamespace(), [tile.view(1, 1, 2)], [[1, 1]], **named)
+    images, *counts = found if isinstance(found, tuple) else (found,)
+    for flat, image in ((False, tile[None]), (True, tile)):
+        if type(images) is list and len(images) == 1 and torch.equal(images[0], image):
+            if [count.tolist() for count in counts] in ([], [[len(image)]]):
+                return Answer(bool(counts), flat)
+    raise ValueError("it returns neither a list of images nor their rows with it")
 
 
 def _tiling(model: Any, newline: bool, options: dict[str, Any]) -> Tiling | str:

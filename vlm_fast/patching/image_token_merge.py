@@ -40,7 +40,9 @@ class PlaceholderMask(Tensor):
             if func is Tensor.masked_scatter and not kwargs and isinstance(args[1], cls):
                 return _masked_scatter(*args)
             if func is Tensor.to and isinstance(args[0], cls):
-                return _marked(func(*args, **kwargs), args[0].rows)
+                moved = func(*args, **kwargs)
+                if moved.dtype == torch.bool:
+                    return _marked(moved, args[0].rows)
             if not torch.compiler.is_compiling() and func.__name__ != "__get__":  # as a shape
                 for mask in tree_leaves((args, kwargs)):
                     if isinstance(mask, cls):
@@ -58,7 +60,7 @@ def _marked(mask: Tensor, rows: int | None) -> Tensor:
 def _count(mask: PlaceholderMask) -> None:
     rows, mask.rows = mask.rows, None
     if rows is not None:
-        check_count("get_placeholder_mask", "the features", rows, mask[..., 0].sum())
+        check_count("get_placeholder_mask", "features", rows, mask[..., 0].sum())
 
 
 # Functions that see every merge's embeds, mask and features; `vlm_fast.verify` looks through one.
@@ -196,4 +198,4 @@ _MERGES = (
 def _release(kind: type) -> str:
     if not kind.__module__.startswith("transformers."):
         return ""
-    return f" of transformers {getattr(sys.modules['transformers'], '__version__', '')}"
+    return f" (transformers {getattr(sys.modules['transformers'], '__version__', '')})"
