@@ -117,7 +117,7 @@ class _Reader:
                 return self.values.get(name, name)
             case ast.Compare(ast.Name("input_ids"), [ast.Eq()], [number]):
                 name = ast.unparse(number)
-                if name in self.tokens or name.startswith("self.") and name.endswith("token_id"):
+                if name in self.tokens or (name.startswith("self.") and name.endswith("token_id")):
                     return Mask(name.removeprefix("self."), "two")
             case ast.BinOp(left, ast.Mult(), right):
                 if ast.unparse(right) == "inputs_embeds.shape[-1]":
@@ -160,9 +160,9 @@ def follow_masks(forward):
                 if waiting:
                     raise Unknown(f"{waiting} not merged")
                 waiting = {n.id for n in ast.walk(target) if isinstance(n, ast.Name)} - {"_"}
-            case ast.Assign(
-                [ast.Name(name)], ast.Call(ast.Attribute(ast.Name(same), "to"))
-            ) if name == same and name in waiting:
+            case ast.Assign([ast.Name(name)], ast.Call(ast.Attribute(ast.Name(same), "to"))) if (
+                name == same and name in waiting
+            ):
                 pass
             case ast.Assign(_, ast.Call(ast.Attribute(_, "masked_scatter"), [ast.Name(name), _])):
                 merged += name in waiting

@@ -10,9 +10,7 @@ import torch
 from torch import nn
 
 import vlm_fast
-from tests.tiny_llava import llava, prompt
 from vlm_fast.patching import image_token_merge
-from vlm_fast.patching.placeholder_forms import Form
 
 IMAGE, VIDEO, HIDDEN = 95, 96, 4
 IDS = torch.tensor([[5, IMAGE, IMAGE, 7, VIDEO], [IMAGE, 94, VIDEO, VIDEO, 96 + 1]])
@@ -30,18 +28,20 @@ class Model(nn.Module):
         return self.embed
 
     def get_placeholder_mask(self, input_ids, inputs_embeds, image_features):
-        mask = input_ids == self.config.image_token_id
+        if input_ids is None:
+            number = torch.tensor(self.config.image_token_id, dtype=torch.long)
+            mask = (inputs_embeds == self.get_input_embeddings()(number)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
         tokens = mask.sum()
         mask = mask.unsqueeze(-1).to(inputs_embeds.device)
         if tokens * inputs_embeds.shape[-1] != image_features.numel():
             raise ValueError(f"Image features and image tokens do not match, tokens: {tokens}")
         return mask
 
-    def forward(self, input_ids, features):
-        embeds = self.embed(input_ids)
-        mask = self.get_placeholder_mask(
-            input_ids, inputs_embeds=embeds, image_features=features
-        )
+    def forward(self, input_ids, features, embeds=None):
+        embeds = self.embed(input_ids) if embeds is None else embeds
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=features)
         return embeds.masked_scatter(mask, features)
 
 
@@ -333,7 +333,7 @@ def test_served_or_equal_or_skipped(kind):
 @pytest.mark.parametrize("rows", [2, 4])
 @pytest.mark.parametrize("kind", [*SERVED, *EQUAL], ids=lambda kind: kind.__name__)
 def test_a_wrong_count_raises_wherever_the_mask_goes(kind, rows, monkeypatch):
-    """On the host in the words of the model; on CUDA on the device, by whoever sees the mask first."""
+    """On the host in the model's words; on CUDA on the device, by whoever sees the mask first."""
     model = kind()
     with pytest.raises(ValueError, match="do not match"):
         run(model, rows)
@@ -379,20 +379,41 @@ def test_everything_but_the_merge_sees_a_plain_tensor():
 
 
 def test_found_by_their_embeddings_and_merged():
-    model, inputs = llava(), prompt()
-    before = model(**inputs).logits
+    model, features = Model(), torch.randn(3, HIDDEN)
+    before = model(IDS, features)
     vlm_fast.patch(model)
-    ids = inputs.pop("input_ids")
-    inputs["inputs_embeds"] = model.get_input_embeddings()(ids)
-    vlm_fast.stats(reset=True)
-    torch.testing.assert_close(model(**inputs).logits, before, rtol=1e-4, atol=2e-6)
+    assert torch.equal(model(None, features, model.embed(IDS)), before)
     assert vlm_fast.stats()["merge_image_tokens"]["fast"] == 1
+    with pytest.raises(ValueError, match="do not match"):
+        model(None, features[1:], model.embed(IDS))
+
+
+SWITCH = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+
+
+def torch_compilable_check(condition, message):
+    if os.getenv(SWITCH, "0") != "1" and not condition:
+        raise ValueError(message)
+
+
+class Checks(Model):
+    def get_placeholder_mask(self, input_ids, inputs_embeds, image_features):
+        mask = (input_ids == self.config.image_token_id).unsqueeze(-1)
+        fits = mask.sum() * inputs_embeds.shape[-1] == image_features.numel()
+        torch_compilable_check(fits, "do not match")
+        return mask
 
 
 def test_a_class_is_read_with_its_checks_on(monkeypatch):
-    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
-    monkeypatch.setenv(name, "1")
-    model = llava()
-    found = image_token_merge.recognise(model.model)
-    assert isinstance(found, Form) and found.counted == (("image_features", 0),)
-    assert os.environ[name] == "1"
+    """Where they are turned off, the host does not check either; the device does all the same."""
+    monkeypatch.setenv(SWITCH, "1")
+    model = Checks()
+    unchecked = run(model, 5)
+    assert vlm_fast.patch(model).patched and os.environ[SWITCH] == "1"
+    for ours, theirs in zip(run(model, 5), unchecked, strict=True):
+        assert torch.equal(ours, theirs)
+    monkeypatch.setattr(image_token_merge, "_would_wait", lambda tensor: True)
+    with pytest.raises(ValueError, match="image_features has 5 rows, expected 3"):
+        run(model, 5)
+    monkeypatch.delenv(SWITCH)
+    assert vlm_fast.patch(Checks()).patched and SWITCH not in os.environ

@@ -2,7 +2,6 @@
 
 import inspect
 
-import pytest
 import torch
 import transformers
 
@@ -30,23 +29,28 @@ def by_source(method):
         return str(reason)
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_source_and_answers_agree(name):
-    asked = by_asking(CLASSES[name].get_placeholder_mask)
-    read = by_source(CLASSES[name].get_placeholder_mask)
-    if isinstance(asked, str):
-        # It refuses whatever has names that it does not know, if harmless too.
-        assert isinstance(read, str) or asked.startswith(("uses ", "has functions")), (asked, read)
-    else:
-        assert asked == read
+def test_source_and_answers_agree():
+    apart = {}
+    for name, kind in CLASSES.items():
+        asked = by_asking(kind.get_placeholder_mask)
+        read = by_source(kind.get_placeholder_mask)
+        both_refuse = isinstance(asked, str) and isinstance(read, str)
+        # What is asked must have no names that are unknown, be they harmless.
+        unknown = isinstance(asked, str) and asked.startswith(("uses ", "has functions"))
+        if not (asked == read or both_refuse or unknown):
+            apart[name] = asked, read
+    assert apart == {}
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_masks_go_straight_to_the_merge(name):
-    kind = CLASSES[name]
-    found = image_token_merge.recognise(torch.nn.Module.__new__(kind))
-    if isinstance(found, Form):
-        assert placeholder_sources.follow_masks(kind.forward) >= 1
+def test_masks_go_straight_to_the_merge():
+    astray = {}
+    for name, kind in CLASSES.items():
+        if isinstance(image_token_merge.recognise(torch.nn.Module.__new__(kind)), Form):
+            try:
+                assert placeholder_sources.follow_masks(kind.forward) >= 1, name
+            except placeholder_sources.Unknown as reason:
+                astray[name] = str(reason)
+    assert astray == {}
 
 
 def test_most_classes_are_served():

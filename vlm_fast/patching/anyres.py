@@ -196,11 +196,12 @@ def _answer(method: Any) -> Answer:
     named = {name: known[name] for name in inspect.signature(method).parameters if name in known}
     found = method(SimpleNamespace(), [tile.view(1, 1, 2)], [[1, 1]], **named)
     images, *counts = found if isinstance(found, tuple) else (found,)
+    listed = type(images) is list and len(images) == 1
     for flat, image in ((False, tile[None]), (True, tile)):
-        if type(images) is list and len(images) == 1 and torch.equal(images[0], image):
-            if [count.tolist() for count in counts] in ([], [[len(image)]]):
-                return Answer(bool(counts), flat)
-    raise ValueError("it returns neither a list of images nor their rows with it")
+        counted = [count.tolist() for count in counts] in ([], [[len(image)]])
+        if listed and counted and torch.equal(images[0], image):
+            return Answer(bool(counts), flat)
+    raise ValueError("it returns neither a list of images nor that and their rows")
 
 
 def _tiling(model: Any, newline: bool, options: dict[str, Any]) -> Tiling | str:

@@ -69,7 +69,7 @@ OBSERVERS: list[Callable[[Tensor, Tensor, Tensor], None]] = []
 
 def _masked_scatter(embeds: Tensor, mask: PlaceholderMask, source: Tensor) -> Tensor:
     hidden = embeds.shape[-1] if embeds.ndim == 3 else 0
-    fits = hidden and mask.shape[:2] == embeds.shape[:2] and mask.dtype == torch.bool
+    fits = hidden and mask.ndim == 3 and mask.shape[:2] == embeds.shape[:2]
     if not fits or source.dtype != embeds.dtype or source.numel() % hidden:
         if not torch.compiler.is_compiling():
             _count(mask)
@@ -86,9 +86,7 @@ def _masked_scatter(embeds: Tensor, mask: PlaceholderMask, source: Tensor) -> Te
 
 
 def _would_wait(tensor: Tensor) -> bool:
-    """Whether a number would be read from a device at a cost."""
-    if torch.compiler.is_compiling():
-        return True  # a graph break, and a synchronisation at every run of the graph
+    """Whether a number that is read from this tensor's device is waited for."""
     return tensor.is_cuda and not policy.strict
 
 
@@ -116,18 +114,29 @@ class FusedMerge(Patched):
         else:
             masks = form.masks(self, input_ids, inputs_embeds, given)
         for name, index in form.counted:
-            if given.get(name) is None:
+            features = given.get(name)
+            if features is None:
                 continue
-            rows = None
-            if input_ids is not None:
-                rows, rest = divmod(given[name].numel(), inputs_embeds.shape[-1])
-                if not _would_wait(inputs_embeds):
-                    if rest or int(masks[index][..., 0].sum()) != rows:
-                        # It says so.
-                        return original(input_ids, inputs_embeds, *args, **kwargs)
-                    rows = None
+            rows = None  # left to count
+            if input_ids is not None and not torch.compiler.is_compiling():
+                rows = _rows_to_count(masks[index], features, inputs_embeds)
+                if rows == WRONG:  # which it says
+                    return original(input_ids, inputs_embeds, *args, **kwargs)
             masks[index] = _marked(masks[index], rows)
         return tuple(masks) if len(masks) > 1 else masks[0]
+
+
+WRONG = -1
+
+
+def _rows_to_count(mask: Tensor, features: Tensor, embeds: Tensor) -> int | None:
+    """How many places the mask must turn out to have; None if it has them, `WRONG` if not."""
+    rows, rest = divmod(features.numel(), embeds.shape[-1])
+    if rest:
+        return WRONG
+    if _would_wait(embeds):
+        return rows
+    return None if int(mask[..., 0].sum()) == rows else WRONG
 
 
 def _hooks_first(cls: Any, name: str) -> Callable[..., Any]:

@@ -59,11 +59,12 @@ class NotRead(Exception):
 
 
 # What these name moves nothing along a sequence: an answer about two rows of ids holds for all.
-_NAMES = set(
-    "config vocabulary_mapping image_token_id video_token_id audio_token_id get_input_embeddings"
-    " torch full tensor long dtype device all sum unsqueeze to shape size numel flatten expand_as"
-    " torch_compilable_check ValueError".split()
-)
+_NAMES = {
+    "config", "vocabulary_mapping", "image_token_id", "video_token_id", "audio_token_id",
+    "get_input_embeddings", "torch", "full", "tensor", "long", "dtype", "device", "all", "sum",
+    "unsqueeze", "expand_as", "to", "shape", "size", "numel", "flatten", "torch_compilable_check",
+    "ValueError",
+}  # fmt: skip
 
 
 def read(method: Any) -> Form:
