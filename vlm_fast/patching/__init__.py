@@ -84,7 +84,8 @@ class Report:
 
     Attributes:
         patched: module name to the names of its class and of what serves it now.
-        skipped: module name to the reason why a candidate was left as it is.
+        skipped: module name to the reason why a candidate was left as it is, or its merge was, if
+            the rest of it is patched.
     """
 
     patched: dict[str, str] = field(default_factory=dict)
@@ -158,11 +159,15 @@ def patch(
             if recipe is not None and not isinstance(recipe, str):
                 recipe = _why_not_restated(module, mixin) or recipe
             if isinstance(recipe, str):
-                report.skipped[name] = recipe
+                before = report.skipped.get(name, recipe)
+                report.skipped[name] = recipe if before == recipe else f"{before}; {recipe}"
             elif recipe is not None:
                 _refuse_if_sharded(name, module)
                 swaps.append((name, module, mixin, recipe))
                 report.skipped.pop(name, None)
+                left_out = mixin.left_out(module)
+                if left_out is not None:
+                    report.skipped[name] = left_out
                 break
     if not swaps and not already:
         message = f"no connector of {type(model).__name__} was patched\n{report}"

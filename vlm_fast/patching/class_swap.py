@@ -65,6 +65,11 @@ class Patched(Swapped):
     # Of the overrides with named parameters, how the base calls those.
     names: ClassVar[dict[str, Names]] = {}
 
+    @classmethod
+    def left_out(cls, module: nn.Module) -> str | None:
+        """Why a part of what a module does is not served, although the rest is, or None."""
+        return None
+
     def why_not(self) -> str | None:
         """Why the next call would run as plain PyTorch, or None."""
         return None
