@@ -127,7 +127,9 @@ def with_hooks(model: Any, inputs: Inputs) -> Results:
     try:
         if not hooks:
             raise NotImplementedError("no connector has a linear")
-        return step(model, inputs) | {"generated " + k: v for k, v in generated(model, inputs).items()}
+        return step(model, inputs) | {
+            "generated " + k: v for k, v in generated(model, inputs).items()
+        }
     finally:
         for hook in hooks:
             hook.remove()
@@ -200,7 +202,9 @@ def converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     }
 
 
-def why_different(ours: Results, theirs: Results, way: Any, model: Any, inputs: Inputs) -> str | None:
+def why_different(
+    ours: Results, theirs: Results, way: Any, model: Any, inputs: Inputs
+) -> str | None:
     """What is not the same, or None. Where it is little, by the rule of `parity.judge`."""
     if ours.keys() != theirs.keys():
         return f"only on one side: {', '.join(sorted(ours.keys() ^ theirs.keys())[:4])}"
@@ -271,9 +275,7 @@ def examined(name: str, quick: bool = False) -> dict[str, Any]:
         return _examined(name, plain, base, inputs, quick)
 
 
-def _examined(
-    name: str, plain: Any, base: Any, inputs: Inputs, quick: bool
-) -> dict[str, Any]:
+def _examined(name: str, plain: Any, base: Any, inputs: Inputs, quick: bool) -> dict[str, Any]:
     fast = copy.deepcopy(base)
     report = vlm_fast.patch(fast)
     kinds = sorted({what.split(" by ")[1] for what in report.patched.values()})

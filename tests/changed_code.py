@@ -45,7 +45,9 @@ class Code:
 
     def renamed(self, parameter: str) -> list[Edit]:
         """The parameter with another name, in the signature and wherever it is read."""
-        inside = {n for f in ast.walk(self.node) if isinstance(f, ast.JoinedStr) for n in ast.walk(f)}
+        inside = {
+            n for f in ast.walk(self.node) if isinstance(f, ast.JoinedStr) for n in ast.walk(f)
+        }
         edits = []
         for node in ast.walk(self.node):
             found = isinstance(node, ast.arg) and node.arg == parameter
@@ -82,7 +84,12 @@ class Code:
             raw = lines[line - 1].encode()
             lines[line - 1] = (raw[:start] + text.encode() + raw[end:]).decode()
         linecache.getlines(self.path)
-        entry = (sum(map(len, lines)), None, lines, self.path)  # without a time it is not read again
+        entry = (
+            sum(map(len, lines)),
+            None,
+            lines,
+            self.path,
+        )  # without a time it is not read again
         with (
             mock.patch.dict(linecache.cache, {self.path: entry}),
             mock.patch.object(self.kind, self.name, self._compiled("".join(lines))),
@@ -95,7 +102,7 @@ class Code:
         holder.bases, holder.keywords, holder.decorator_list = [], [], []
         holder.body, tree.body = [function], [holder]
         made: dict[str, Any] = {}
-        exec(compile(tree, self.path, "exec"), vars(self.module), made)  # noqa: S102
+        exec(compile(tree, self.path, "exec"), vars(self.module), made)
         method = vars(made[self.kind.__name__])[self.name]
         plain = inspect.unwrap(method)
         for name, cell in zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=True):

@@ -138,9 +138,7 @@ CASES = {
         )
         for name, kind in RAGGED.items()
     },
-    "llava_onevision several": Case(
-        "LlavaOnevisionForConditionalGeneration", tiny_anyres.several
-    ),
+    "llava_onevision several": Case("LlavaOnevisionForConditionalGeneration", tiny_anyres.several),
 }
 
 

@@ -104,7 +104,9 @@ def examine(release: str) -> dict[str, Cell]:
         command = [sys.executable, "-m", "tests.across_releases", "--out", str(out)]
         ran = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         if not out.exists():
-            raise RuntimeError(f"the suite under {release} ended with {ran.returncode}: {ran.stderr}")
+            raise RuntimeError(
+                f"the suite under {release} ended with {ran.returncode}: {ran.stderr}"
+            )
         found = json.loads(out.read_text())
     if found["release"] != release:
         raise RuntimeError(f"{found['release']} ran in the place of {release}")

@@ -5,14 +5,12 @@ instances lack attributes. What raises then raises unpatched as well, and nothin
 """
 
 import copy
-import warnings
 
 import pytest
-import torch
 import transformers
 
 import vlm_fast
-from tests.across_releases import forward, generated, labels, said, tensors, why_different
+from tests.across_releases import forward, generated, labels, said, why_different
 from tests.changed_code import Code
 from tests.families import build
 from tests.releases import served
@@ -153,7 +151,7 @@ def attributes(model):
     root = model.model.get_submodule(model.names[0])
     for place, module in root.named_modules():
         whole = isinstance(module, transformers.PreTrainedModel) or place.count(".") > 3
-        if place and whole or not type(module).__module__.startswith("transformers."):
+        if (place and whole) or not type(module).__module__.startswith("transformers."):
             continue
         for attribute in vars(module):
             if not attribute.startswith("_") and attribute != "training":
