@@ -20,6 +20,8 @@ from vlm_fast.policy import fell_back
 class FusedKosmosProjection(Patched):
     """The projection and its one attention, without a concatenation; no attention maps."""
 
+    alone = True
+
     dense: Any
     latent_query: Any
     x_attn: Any
@@ -51,6 +53,14 @@ class FusedKosmosProjection(Patched):
             keys(latents), heads(attn.v_proj(latents)), scale=attn.scaling,
         )  # fmt: skip
         return attn.out_proj(attended.transpose(1, 2).flatten(2)), None
+
+    def unpatched(self) -> nn.Module:
+        """A copy that computes what this mirrors, eager attention, without its maps."""
+        plain: Any = super().unpatched()
+        if self.why_not() is None:
+            plain.x_attn.config._attn_implementation = "eager"
+            plain.register_forward_hook(lambda module, args, found: (found[0], None))
+        return plain
 
     def why_not(self) -> str | None:
         attn = self.x_attn
