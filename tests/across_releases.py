@@ -2,8 +2,7 @@
 
 `examined(name)` says what a patch serves in the installed release of transformers, and raises
 `Wrong` with all that is not as it is unpatched. ``python -m tests.across_releases [cases]`` does so
-for all cases, prints what is wrong, and writes one JSON object with ``--out``; ``--quick`` leaves
-out the ways in `THOROUGH`.
+for all cases, prints what is wrong, and writes one JSON object with ``--out``.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import inspect
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +126,8 @@ def with_hooks(model: Any, inputs: Inputs) -> Results:
     try:
         if not hooks:
             raise NotImplementedError("no connector has a linear")
-        return step(model, inputs) | {"generated " + k: v for k, v in generated(model, inputs).items()}
+        tokens = generated(model, inputs)
+        return step(model, inputs) | {f"generated {name}": t for name, t in tokens.items()}
     finally:
         for hook in hooks:
             hook.remove()
@@ -158,7 +158,14 @@ WAYS: dict[str, Callable[[Any, Inputs], Results]] = {
     "disabled generation": disabled_generation,
     "hooks": with_hooks,
 }
-THOROUGH = {"sampling", "reentrant checkpointing", "bfloat16", "disabled generation"}
+AFTER = ("verify", "a copy, unpatched", "reverted", "patched after its first call")
+ALL = frozenset([*WAYS, *AFTER])
+# What `make test` runs of each family, and of one that is served as an earlier one is.
+QUICK = ALL - {"sampling", "reentrant checkpointing", "bfloat16", "disabled generation"}
+FEW = frozenset(
+    ["training step", "greedy generation", "generation from another layer", "hooks", "verify",
+     "reverted"]
+)  # fmt: skip
 HOOKED: dict[int, list[str]] = {}  # of the models at hand, by identity
 
 
@@ -200,7 +207,9 @@ def converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     }
 
 
-def why_different(ours: Results, theirs: Results, way: Any, model: Any, inputs: Inputs) -> str | None:
+def why_different(
+    ours: Results, theirs: Results, way: Any, model: Any, inputs: Inputs
+) -> str | None:
     """What is not the same, or None. Where it is little, by the rule of `parity.judge`."""
     if ours.keys() != theirs.keys():
         return f"only on one side: {', '.join(sorted(ours.keys() ^ theirs.keys())[:4])}"
@@ -209,8 +218,9 @@ def why_different(ours: Results, theirs: Results, way: Any, model: Any, inputs: 
         actual = ours[name]
         if type(actual) is not type(expected):
             return f"{name} is a {type(actual).__name__}, not a {type(expected).__name__}"
-        if actual.shape != expected.shape or actual.dtype != expected.dtype:
-            return f"{name} is {actual.dtype} {tuple(actual.shape)}, not {expected.dtype} {tuple(expected.shape)}"
+        kinds = [f"{t.dtype} {tuple(t.shape)}" for t in (actual, expected)]
+        if kinds[0] != kinds[1]:
+            return f"{name} is {kinds[0]}, not {kinds[1]}"
         if not expected.is_floating_point():
             if not torch.equal(actual, expected):
                 return f"{name} is not equal"
@@ -251,7 +261,7 @@ def why_wrong(off: dict[str, Tensor], way: Any, model: Any, inputs: Inputs) -> s
 # ---- a whole case ----
 
 
-def examined(name: str, quick: bool = False) -> dict[str, Any]:
+def examined(name: str, ways: Collection[str] = ALL) -> dict[str, Any]:
     """What is served of a case, as `tests/served.json` has it.
 
     Raises:
@@ -268,11 +278,11 @@ def examined(name: str, quick: bool = False) -> dict[str, Any]:
             full_step(plain, inputs)
         except Exception as error:
             return {"outcome": "n/a", "why": said(error)}
-        return _examined(name, plain, base, inputs, quick)
+        return _examined(name, plain, base, inputs, ways)
 
 
 def _examined(
-    name: str, plain: Any, base: Any, inputs: Inputs, quick: bool
+    name: str, plain: Any, base: Any, inputs: Inputs, ways: Collection[str]
 ) -> dict[str, Any]:
     fast = copy.deepcopy(base)
     report = vlm_fast.patch(fast)
@@ -305,21 +315,23 @@ def _examined(
             wrong.append(f"{what}: {reason}")
 
     for what, way in WAYS.items():
-        if not (quick and what in THOROUGH) and (kinds or what == "training step"):
+        if what in ways and (kinds or what == "training step"):
             # Where the model falls back, it is what it was altered to.
             compare(what, way, base if way is with_hooks else plain)
-    if kinds:
+    if kinds and "verify" in ways:
         before, after = (full_step(m, inputs) for m in (plain, base))
         if why_different(after, before, full_step, plain, inputs) is None:  # or it is wrong itself
             verify(fast, base, inputs, wrong)
-        for what, reverted in reverts(fast, report):
+    for what, reverted in reverts(fast, report) if kinds else ():
+        if what in ways:
             compare(what, full_step, base, reverted)
             if [type(m) for m in reverted.modules()] != [type(m) for m in base.modules()]:
                 wrong.append(f"{what}: classes are not those of before")
+    if kinds and AFTER[-1] in ways:
         again = vlm_fast.patch(base)  # which has been called before
         if again.patched != report.patched or again.skipped != report.skipped:
-            wrong.append(f"patched after its first call: {again}, and before it: {report}")
-        compare("patched after its first call", full_step, plain, base)
+            wrong.append(f"{AFTER[-1]}: {again}; and before it: {report}")
+        compare(AFTER[-1], full_step, plain, base)
     if wrong:
         raise Wrong(f"{name}, served by {', '.join(kinds)}:\n  " + "\n  ".join(wrong))
     found: dict[str, Any] = {"outcome": "equal" if kinds else "skipped", "served": kinds}
@@ -364,7 +376,6 @@ def said(error: BaseException) -> str:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.across_releases")
-    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("cases", nargs="*", default=list(CASES))
     options = parser.parse_args(arguments)
@@ -373,7 +384,7 @@ def main(arguments: list[str]) -> int:
     found = {}
     for name in options.cases:
         try:
-            found[name] = examined(name, options.quick)
+            found[name] = examined(name)
         except Wrong as error:
             found[name] = {"outcome": "wrong", "why": str(error)}
             print(error, file=sys.stderr, flush=True)

@@ -67,9 +67,8 @@ class File:
             n for f in ast.walk(method) if isinstance(f, ast.JoinedStr) for n in ast.walk(f)
         }
         for node in ast.walk(method):
-            if isinstance(node, ast.arg) and node.arg == name:
-                yield _renaming(node, name)
-            elif isinstance(node, ast.Name) and node.id == name and node not in formatted:
+            given = node.arg if isinstance(node, ast.arg) else getattr(node, "id", None)
+            if given == name and node not in formatted:
                 yield _renaming(node, name)
 
     def _is_imported(self, callee: ast.expr) -> bool:
@@ -90,7 +89,7 @@ class File:
             lines[line - 1] = (raw[:start] + text.encode() + raw[end:]).decode()
         touched = {line for line, *_ in edits}
         linecache.getlines(self.path)
-        entry = (sum(map(len, lines)), None, lines, self.path)  # without a time it is not read again
+        entry = (sum(map(len, lines)), None, lines, self.path)  # with no time: it stays
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.dict(linecache.cache, {self.path: entry}))
             for kind, method, function in self._compiled("".join(lines), touched):
@@ -139,9 +138,10 @@ def _methods(tree: ast.Module) -> Iterator[tuple[tuple[str, str], ast.FunctionDe
     """Methods by their class and name, without those that are called without an instance."""
     for kind in tree.body:
         for node in kind.body if isinstance(kind, ast.ClassDef) else []:
-            if isinstance(node, ast.FunctionDef) and node.args.args[:1]:
-                if node.args.args[0].arg == "self" and not node.name.startswith("__"):
-                    yield (kind.name, node.name), node
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("__"):
+                continue
+            if [a.arg for a in node.args.args[:1]] == ["self"]:
+                yield (kind.name, node.name), node
 
 
 def _renaming(node: Any, name: str) -> Edit:

@@ -3,9 +3,9 @@
     python -m tests.releases [releases]             # the whole suite under each; by default, all
     python -m tests.releases --install [releases]   # their folders alone
 
-The suite of a release runs in a process of its own. What it found is written to `tests/served.json`,
-which is reviewed as a lock file is, and from there to the tables in docs and README. What is wrong
-in a release is printed and not written.
+The suite of a release runs in a process of its own. What it finds is written to
+`tests/served.json`, which is reviewed as a lock file is, and from there to the tables in docs and
+README. What is wrong in a release is printed and not written.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def examine(release: str) -> dict[str, Cell]:
         command = [sys.executable, "-m", "tests.across_releases", "--out", str(out)]
         ran = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         if not out.exists():
-            raise RuntimeError(f"the suite under {release} ended with {ran.returncode}: {ran.stderr}")
+            raise RuntimeError(f"{release}: the suite ended with {ran.returncode}: {ran.stderr}")
         found = json.loads(out.read_text())
     if found["release"] != release:
         raise RuntimeError(f"{found['release']} ran in the place of {release}")

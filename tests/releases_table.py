@@ -94,14 +94,17 @@ def summary(cells: Cells) -> str:
     for case, found in cells.items():
         if " " not in case:  # another form of the same
             rows.setdefault(tuple(spans(found)), []).append(case)
-    table = [f"| {', '.join(names)} | {'; '.join(said) or 'nothing'} |" for said, names in rows.items()]
+    table = [
+        f"| {', '.join(names)} | {'; '.join(said) or 'nothing'} |" for said, names in rows.items()
+    ]
     return "\n".join(["| family | served, in which releases |", "|---|---|", *table])
 
 
 def spans(found: dict[str, Cell]) -> Iterator[str]:
     """``merge, projector from 5.12; projector 4.49 to 5.8``, the newest first."""
     present = [r for r in RELEASES if found.get(r, {}).get("outcome") in ("equal", "skipped")]
-    for what, group in reversed([(w, list(g)) for w, g in groupby(present, lambda r: words(found[r]))]):
+    groups = [(w, list(g)) for w, g in groupby(present, lambda release: words(found[release]))]
+    for what, group in reversed(groups):
         if what:
             first, last = (release.rpartition(".")[0] for release in (group[0], group[-1]))
             until = f"from {first} on" if group[-1] == RELEASES[-1] else f"{first} to {last}"

@@ -1,7 +1,7 @@
 """Code of transformers that changes under a patch: a reason not to patch, or the same results.
 
-As in a release that nobody has read yet: parameters have other names, methods return something else,
-instances lack attributes. What raises then raises unpatched as well, and nothing is wrong.
+As in a release that nobody has read yet: parameters have other names, methods return something
+else, instances lack attributes. What raises then raises unpatched as well, and nothing is wrong.
 """
 
 import contextlib
