@@ -115,7 +115,12 @@ def examine(release: str) -> dict[str, Any]:
     if found["release"] != release:
         raise RuntimeError(f"{found['release']} ran in the place of {release}")
     wrong = [cell["why"] for cell in found["cases"].values() if cell["outcome"] == "wrong"]
-    print(f"{release} ({time.monotonic() - start:.0f} s): {len(wrong)} wrong", *wrong, sep="\n")
+    print(
+        f"{release} ({time.monotonic() - start:.0f} s): {len(wrong)} wrong",
+        *wrong,
+        sep="\n",
+        flush=True,
+    )
     return found
 
 
