@@ -14,10 +14,11 @@ import pytest
 import transformers
 
 import vlm_fast
-from tests.across_releases import forward, generated, labels, said, why_different
+from tests.across_releases import said, why_different
 from tests.changed_code import File
 from tests.families import build
 from tests.releases import served
+from tests.ways import forward, generated, labels
 from vlm_fast.patching import FAMILIES, class_swap
 from vlm_fast.patching.class_swap import Patched, _overridden
 
