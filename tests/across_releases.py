@@ -2,8 +2,7 @@
 
 `examined(name)` says what a patch serves in the installed release of transformers, and raises
 `Wrong` with all that is not as it is unpatched. ``python -m tests.across_releases [cases]`` does so
-for all cases, prints what is wrong, and writes one JSON object with ``--out``; ``--quick`` leaves
-out the ways in `THOROUGH`.
+for all cases, prints what is wrong, and writes one JSON object with ``--out``.
 """
 
 from __future__ import annotations
@@ -11,28 +10,41 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import inspect
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 import vlm_fast
 from tests.families import CASES, build
+from tests.ways import (
+    WAYS,
+    Inputs,
+    Results,
+    converted,
+    forward,
+    full_step,
+    hookable,
+    in_bfloat16,
+    labels,
+    step,
+    with_hooks,
+)
 from vlm_fast import parity
-from vlm_fast.patching.class_swap import Patched
 
-Inputs = dict[str, Any]
-Results = dict[str, Any]
-GREEDY = dict(
-    max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True,
-    output_logits=True,
+AFTER = ("verify", "a copy, unpatched", "reverted", "patched after its first call")
+ALL = frozenset([*WAYS, "hooks", *AFTER])
+# What `make test` runs of each family, and of one that is served as an earlier one is.
+QUICK = ALL - {"sampling", "reentrant checkpointing", "bfloat16", "disabled generation"}
+FEW = frozenset(
+    ["training step", "greedy generation", "generation from another layer", "hooks", "verify",
+     "reverted"]
 )  # fmt: skip
 
 
@@ -40,166 +52,7 @@ class Wrong(AssertionError):
     """A patched model that raised where the unpatched one did not, or gave something else."""
 
 
-# ---- ways to run a model: each gives named results ----
-
-
-def labels(model: Any, inputs: Inputs) -> Inputs:
-    if "labels" not in inspect.signature(model.forward).parameters:
-        return {}
-    ids = inputs["input_ids"]
-    return {"labels": ids.masked_fill(ids > 90, -100)}  # placeholders, and what encloses them
-
-
-def step(model: Any, inputs: Inputs, **options: Any) -> Results:
-    """All that a training step computes: loss, logits, hidden states, gradients."""
-    model.zero_grad(set_to_none=True)
-    output = model(**inputs, **labels(model, inputs), **options)
-    loss = output.get("loss")
-    if loss is None:
-        score = next(t for _, t in tensors(dict(output)) if t.requires_grad)
-        loss = (score * parity.random_upstream(score)).sum()
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return dict(tensors(dict(output))) | gradients
-
-
-def full_step(model: Any, inputs: Inputs) -> Results:
-    return step(model, inputs, output_hidden_states=True)
-
-
-def forward(model: Any, inputs: Inputs, **options: Any) -> Results:
-    with torch.no_grad():
-        output = model(**inputs, **options)
-    return dict(tensors(output if isinstance(output, tuple) else dict(output)))
-
-
-def without_a_cache(model: Any, inputs: Inputs) -> Results:
-    return forward(model, inputs, use_cache=False)
-
-
-def as_a_tuple_with_maps(model: Any, inputs: Inputs) -> Results:
-    return forward(model, inputs, return_dict=False, output_attentions=True)
-
-
-def generated(model: Any, inputs: Inputs, **options: Any) -> Results:
-    torch.manual_seed(3)
-    found = model.generate(**inputs, **GREEDY | options)
-    return dict(tensors(found if isinstance(found, Tensor) else dict(found)))
-
-
-def beams(model: Any, inputs: Inputs) -> Results:
-    return generated(model, inputs, num_beams=3, num_return_sequences=2)
-
-
-def sampled(model: Any, inputs: Inputs) -> Results:
-    return generated(model, inputs, do_sample=True, top_k=20)
-
-
-def generated_from_another_layer(model: Any, inputs: Inputs) -> Results:
-    method = getattr(model, "get_image_features", None)
-    if method is None or "vision_feature_layer" not in inspect.signature(method).parameters:
-        raise NotImplementedError("it has no such option")
-    return generated(model, inputs, vision_feature_layer=-1)
-
-
-def checkpointed(model: Any, inputs: Inputs, reentrant: bool = False) -> Results:
-    model = copy.deepcopy(model).train()
-    model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
-    if reentrant:
-        model.enable_input_require_grads()
-    return step(model, inputs)
-
-
-def checkpointed_reentrant(model: Any, inputs: Inputs) -> Results:
-    return checkpointed(model, inputs, reentrant=True)
-
-
-def in_bfloat16(model: Any, inputs: Inputs) -> Results:
-    return step(copy.deepcopy(model).bfloat16(), converted(inputs, torch.bfloat16))
-
-
-def with_hooks(model: Any, inputs: Inputs) -> Results:
-    """A child of a connector of each class is hooked, so that it has to be called."""
-    hooks = [
-        model.get_submodule(name).register_forward_hook(lambda module, args, output: output * 1.5)
-        for name in HOOKED.get(id(model), [])
-    ]
-    try:
-        if not hooks:
-            raise NotImplementedError("no connector has a linear")
-        return step(model, inputs) | {
-            "generated " + k: v for k, v in generated(model, inputs).items()
-        }
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def disabled(model: Any, inputs: Inputs) -> Results:
-    with vlm_fast.disabled():
-        return full_step(model, inputs)
-
-
-def disabled_generation(model: Any, inputs: Inputs) -> Results:
-    with vlm_fast.disabled():
-        return generated(model, inputs)
-
-
-WAYS: dict[str, Callable[[Any, Inputs], Results]] = {
-    "training step": full_step,
-    "without a cache": without_a_cache,
-    "a tuple, with attention maps": as_a_tuple_with_maps,
-    "greedy generation": generated,
-    "beams": beams,
-    "sampling": sampled,
-    "generation from another layer": generated_from_another_layer,
-    "gradient checkpointing": checkpointed,
-    "reentrant checkpointing": checkpointed_reentrant,
-    "bfloat16": in_bfloat16,
-    "disabled": disabled,
-    "disabled generation": disabled_generation,
-    "hooks": with_hooks,
-}
-THOROUGH = {"sampling", "reentrant checkpointing", "bfloat16", "disabled generation"}
-HOOKED: dict[int, list[str]] = {}  # of the models at hand, by identity
-
-
-def hookable(model: nn.Module) -> list[str]:
-    """The first linear in the first innermost connector of each class."""
-    found = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, Patched) or isinstance(module, transformers.PreTrainedModel):
-            continue
-        if any(isinstance(m, Patched) for m in list(module.modules())[1:]):
-            continue
-        linears = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
-        if linears:
-            found.setdefault(type(module).__name__, f"{name}.{linears[0]}".lstrip("."))
-    return list(found.values())
-
-
 # ---- comparing ----
-
-
-def tensors(value: Any, path: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested containers and caches, with the way to it."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from tensors(item, f"{path}[{i}]")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from tensors(item, f"{path}.{key}")
-    elif type(value).__module__.startswith("transformers.cache_utils"):
-        yield from tensors(vars(value), path)
-
-
-def converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    return {
-        k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
-        for k, v in inputs.items()
-    }
 
 
 def why_different(
@@ -213,8 +66,9 @@ def why_different(
         actual = ours[name]
         if type(actual) is not type(expected):
             return f"{name} is a {type(actual).__name__}, not a {type(expected).__name__}"
-        if actual.shape != expected.shape or actual.dtype != expected.dtype:
-            return f"{name} is {actual.dtype} {tuple(actual.shape)}, not {expected.dtype} {tuple(expected.shape)}"
+        kinds = [f"{t.dtype} {tuple(t.shape)}" for t in (actual, expected)]
+        if kinds[0] != kinds[1]:
+            return f"{name} is {kinds[0]}, not {kinds[1]}"
         if not expected.is_floating_point():
             if not torch.equal(actual, expected):
                 return f"{name} is not equal"
@@ -237,7 +91,6 @@ def why_wrong(off: dict[str, Tensor], way: Any, model: Any, inputs: Inputs) -> s
     wide, dtype, exact_way = copy.deepcopy(model), torch.float64, way
     if way is in_bfloat16:  # float32 is exact enough, and experts know no more
         wide, dtype, exact_way = wide.bfloat16(), torch.float32, step
-    HOOKED[id(wide)] = HOOKED.get(id(model), [])
     with contextlib.suppress(Exception):
         wide.set_attn_implementation("sdpa")  # eager's softmax would be in float32
     try:
@@ -255,7 +108,7 @@ def why_wrong(off: dict[str, Tensor], way: Any, model: Any, inputs: Inputs) -> s
 # ---- a whole case ----
 
 
-def examined(name: str, quick: bool = False) -> dict[str, Any]:
+def examined(name: str, ways: Collection[str] = ALL) -> dict[str, Any]:
     """What is served of a case, as `tests/served.json` has it.
 
     Raises:
@@ -272,23 +125,25 @@ def examined(name: str, quick: bool = False) -> dict[str, Any]:
             full_step(plain, inputs)
         except Exception as error:
             return {"outcome": "n/a", "why": said(error)}
-        return _examined(name, plain, base, inputs, quick)
+        return _examined(name, plain, base, inputs, ways)
 
 
-def _examined(name: str, plain: Any, base: Any, inputs: Inputs, quick: bool) -> dict[str, Any]:
+def _examined(
+    name: str, plain: Any, base: Any, inputs: Inputs, ways: Collection[str]
+) -> dict[str, Any]:
     fast = copy.deepcopy(base)
     report = vlm_fast.patch(fast)
     kinds = sorted({what.split(" by ")[1] for what in report.patched.values()})
     reasons = sorted(set(report.skipped.values()))
     if not kinds and not reasons:
         raise Wrong(f"{name}: nothing is patched, and no reason is given")
-    HOOKED.clear()
-    HOOKED.update((id(m), hookable(fast)) for m in (fast, base))
-    wrong, left_out, falls_back = [], [], []
+    wrong, left_out, falls_back, ops = [], [], [], {}
 
     def compare(what: str, way: Any, reference: Any, ours: Any = None) -> None:
         try:
             theirs = way(reference, inputs)
+        except NotImplementedError:  # of the way itself: there is nothing to run
+            return
         except Exception:
             left_out.append(what)
             return
@@ -301,30 +156,36 @@ def _examined(name: str, plain: Any, base: Any, inputs: Inputs, quick: bool) -> 
         except Exception as error:
             reason = f"raises {said(error)}"
         if what == "training step":
-            counts = vlm_fast.stats().items()
-            falls_back.extend(f"{op}: {why}" for op, c in counts for why in c["fallback"])
+            for op, counts in vlm_fast.stats().items():
+                falls_back.extend(f"{op}: {why}" for why in counts["fallback"])
+                ops.update({op: counts["fast"]} if counts["fast"] else {})
         if reason is not None:
             wrong.append(f"{what}: {reason}")
 
-    for what, way in WAYS.items():
-        if not (quick and what in THOROUGH) and (kinds or what == "training step"):
+    ways_here = WAYS | {"hooks": with_hooks(hookable(fast))}
+    for what, way in ways_here.items():
+        if what in ways and (kinds or what == "training step"):
             # Where the model falls back, it is what it was altered to.
-            compare(what, way, base if way is with_hooks else plain)
-    if kinds:
+            compare(what, way, base if what == "hooks" else plain)
+    if kinds and "verify" in ways:
         before, after = (full_step(m, inputs) for m in (plain, base))
         if why_different(after, before, full_step, plain, inputs) is None:  # or it is wrong itself
             verify(fast, base, inputs, wrong)
-        for what, reverted in reverts(fast, report):
+    for what, reverted in reverts(fast, report) if kinds else ():
+        if what in ways:
             compare(what, full_step, base, reverted)
             if [type(m) for m in reverted.modules()] != [type(m) for m in base.modules()]:
                 wrong.append(f"{what}: classes are not those of before")
+    if kinds and AFTER[-1] in ways:
         again = vlm_fast.patch(base)  # which has been called before
         if again.patched != report.patched or again.skipped != report.skipped:
-            wrong.append(f"patched after its first call: {again}, and before it: {report}")
-        compare("patched after its first call", full_step, plain, base)
+            wrong.append(f"{AFTER[-1]}: {again}; and before it: {report}")
+        compare(AFTER[-1], full_step, plain, base)
     if wrong:
-        raise Wrong(f"{name}, served by {', '.join(kinds)}:\n  " + "\n  ".join(wrong))
+        raise Wrong(f"{name}, served by {', '.join(kinds)}:\n  " + "\n  ".join(grouped(wrong)))
     found: dict[str, Any] = {"outcome": "equal" if kinds else "skipped", "served": kinds}
+    if ops:
+        found["ops"] = dict(sorted(ops.items()))
     for key, values in (("skipped", reasons), ("falls back", falls_back), ("not run", left_out)):
         if values:
             found[key] = sorted(values)
@@ -359,6 +220,15 @@ def reverts(fast: Any, report: Any) -> Iterator[tuple[str, Any]]:
     yield "reverted", fast
 
 
+def grouped(wrong: list[str]) -> Iterator[str]:
+    """Ways with the same reason in one line."""
+    reasons: dict[str, list[str]] = {}
+    for line in wrong:
+        way, _, reason = line.partition(": ")
+        reasons.setdefault(reason, []).append(way)
+    return (f"{', '.join(ways)}: {reason}" for reason, ways in reasons.items())
+
+
 def said(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
@@ -366,7 +236,6 @@ def said(error: BaseException) -> str:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.across_releases")
-    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("cases", nargs="*", default=list(CASES))
     options = parser.parse_args(arguments)
@@ -375,7 +244,7 @@ def main(arguments: list[str]) -> int:
     found = {}
     for name in options.cases:
         try:
-            found[name] = examined(name, options.quick)
+            found[name] = examined(name)
         except Wrong as error:
             found[name] = {"outcome": "wrong", "why": str(error)}
             print(error, file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
 """Classes of transformers as a release that does not exist yet may have them.
 
-`Code` edits one method of a class in the text of its file, compiles it from there, and puts it in
-the place of the original. Module, names, file and lines are those of the original, also for
-``inspect.getsource``: it looks like transformers' own.
+`File` edits methods in the text of a modeling file, compiles them from there, and puts them in the
+place of the originals. Module, names, file and lines are those of the originals, also for
+``inspect.getsource``: they look like transformers' own.
 """
 
 from __future__ import annotations
@@ -11,101 +11,146 @@ import ast
 import contextlib
 import inspect
 import linecache
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import transformers
+from transformers.utils.deprecation import deprecate_kwarg
+
 Edit = tuple[int, int, int, str]  # line, its first and last byte, and what stands there instead
+LATER = "_of_later"
 
 
-class Code:
-    """One method of a class, as its file has it."""
+class File:
+    """A module of transformers and its text."""
 
-    def __init__(self, kind: type, name: str) -> None:
-        self.kind = next(base for base in kind.__mro__ if name in vars(base))
-        self.name, self.module = name, sys.modules[self.kind.__module__]
-        self.path = str(self.module.__file__)
+    def __init__(self, module: ModuleType) -> None:
+        self.module, self.path = module, str(module.__file__)
         self.lines = Path(self.path).read_text(encoding="utf8").splitlines(keepends=True)
-        self.node = self._function(ast.parse("".join(self.lines)))
+        self.methods = dict(_methods(ast.parse("".join(self.lines))))
 
-    def _class(self, tree: ast.Module) -> ast.ClassDef:
-        named = (n for n in tree.body if isinstance(n, ast.ClassDef))
-        return next(n for n in named if n.name == self.kind.__name__)
-
-    def _function(self, tree: ast.Module) -> ast.FunctionDef:
-        named = (n for n in self._class(tree).body if isinstance(n, ast.FunctionDef))
-        return next(n for n in named if n.name == self.name)
-
-    @property
-    def parameters(self) -> list[str]:
-        given = self.node.args
+    def parameters(self, kind: str, name: str) -> list[str]:
+        given = self.methods[kind, name].args
         return [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)][1:]
 
-    def renamed(self, parameter: str) -> list[Edit]:
-        """The parameter with another name, in the signature and wherever it is read."""
-        inside = {
-            n for f in ast.walk(self.node) if isinstance(f, ast.JoinedStr) for n in ast.walk(f)
-        }
+    def renamed(self, parameter: str, kind: str, name: str) -> list[Edit]:
+        """The parameter of one method with another name, in its signature and where it is read."""
+        return list(self._names(self.methods[kind, name], parameter))
+
+    def renamed_everywhere(self, parameter: str) -> list[Edit]:
+        """The same in all methods of the file, and where they call each other."""
         edits = []
-        for node in ast.walk(self.node):
-            found = isinstance(node, ast.arg) and node.arg == parameter
-            found |= isinstance(node, ast.Name) and node.id == parameter and node not in inside
-            if found:
-                start = node.col_offset
-                edits.append((node.lineno, start, start + len(parameter), f"{parameter}_of_later"))
+        for method in self.methods.values():
+            edits += self._names(method, parameter)
+            for call in ast.walk(method):
+                if isinstance(call, ast.Call) and not self._is_imported(call.func):
+                    for keyword in call.keywords:
+                        if keyword.arg == parameter:
+                            edits.append(_renaming(keyword, parameter))
         return edits
 
-    def other_returns(self) -> list[Edit]:
+    def other_returns(self, kind: str, name: str) -> list[Edit]:
         """A tuple of one where there was none, and the first where there was a tuple."""
-        edits = []
-        for node in self._returns(self.node):
-            value = node.value
-            if value is None:
-                continue
+        edits: list[Edit] = []
+        for value in _returned(self.methods[kind, name]):
             before, after = ("(", ")[0]") if isinstance(value, ast.Tuple) else ("(", ",)")
             edits.append((value.lineno, value.col_offset, value.col_offset, before))
             edits.append((value.end_lineno, value.end_col_offset, value.end_col_offset, after))
         return edits
 
-    def _returns(self, node: ast.AST) -> Iterator[Any]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.Return):
-                yield child
-            elif not isinstance(child, (ast.FunctionDef, ast.Lambda)):
-                yield from self._returns(child)
+    def _names(self, method: ast.FunctionDef, name: str) -> Iterator[Edit]:
+        # Until Python 3.12 names inside of f-strings have other places.
+        formatted = {
+            n for f in ast.walk(method) if isinstance(f, ast.JoinedStr) for n in ast.walk(f)
+        }
+        for node in ast.walk(method):
+            given = node.arg if isinstance(node, ast.arg) else getattr(node, "id", None)
+            if given == name and node not in formatted:
+                yield _renaming(node, name)
+
+    def _is_imported(self, callee: ast.expr) -> bool:
+        found = vars(self.module).get(callee.id) if isinstance(callee, ast.Name) else None
+        return found is not None and getattr(found, "__module__", None) != self.module.__name__
 
     @contextlib.contextmanager
-    def changed(self, edits: list[Edit]) -> Iterator[None]:
-        """Within it the class has the method with these edits."""
+    def changed(self, edits: Iterable[Edit], renamed: str | None = None) -> Iterator[None]:
+        """Within it the methods that these edits touch are changed.
+
+        Whole models still take a parameter that was ``renamed`` under its old name too, for they
+        are called from other files.
+        """
         lines = list(self.lines)
+        edits = set(edits)
         for line, start, end, text in sorted(edits, reverse=True):
             raw = lines[line - 1].encode()
             lines[line - 1] = (raw[:start] + text.encode() + raw[end:]).decode()
+        touched = {line for line, *_ in edits}
         linecache.getlines(self.path)
-        entry = (
-            sum(map(len, lines)),
-            None,
-            lines,
-            self.path,
-        )  # without a time it is not read again
-        with (
-            mock.patch.dict(linecache.cache, {self.path: entry}),
-            mock.patch.object(self.kind, self.name, self._compiled("".join(lines))),
-        ):
+        entry = (sum(map(len, lines)), None, lines, self.path)  # with no time: it stays
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.dict(linecache.cache, {self.path: entry}))
+            for kind, method, function in self._compiled("".join(lines), touched):
+                if renamed is not None and issubclass(kind, transformers.PreTrainedModel):
+                    new = renamed + LATER
+                    if new in inspect.signature(function).parameters:
+                        function = deprecate_kwarg(renamed, version="99.0", new_name=new)(function)
+                stack.enter_context(mock.patch.object(kind, method, function))
             yield
 
-    def _compiled(self, text: str) -> Any:
-        tree = ast.parse(text)
-        holder, function = self._class(tree), self._function(tree)
-        holder.bases, holder.keywords, holder.decorator_list = [], [], []
-        holder.body, tree.body = [function], [holder]
+    def _compiled(self, text: str, touched: set[int]) -> Iterator[tuple[type, str, Any]]:
+        """Methods with a touched line as the text has them, made in classes with nothing else."""
+        tree, holders = ast.parse(text), []
+        for holder in tree.body:
+            if isinstance(holder, ast.ClassDef):
+                one = ast.Module([holder], [])
+                own = [node for _, node in _methods(one)]
+                holder.body = [node for node in own if not touched.isdisjoint(_lines(node))]
+                holder.bases, holder.keywords, holder.decorator_list = [], [], []
+                holders += [holder] if holder.body else []
+        for holder in holders:
+            for method in holder.body:
+                method.decorator_list = [
+                    d for d in method.decorator_list if "docstring" not in ast.unparse(d)
+                ]
+        tree.body = holders
         made: dict[str, Any] = {}
         exec(compile(tree, self.path, "exec"), vars(self.module), made)
-        method = vars(made[self.kind.__name__])[self.name]
-        plain = inspect.unwrap(method)
-        for name, cell in zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=True):
-            if name == "__class__":  # which super() asks
-                cell.cell_contents = self.kind
-        return method
+        for holder in holders:
+            kind = vars(self.module)[holder.name]
+            for node in holder.body:
+                function = vars(made[holder.name])[node.name]
+                plain = inspect.unwrap(function)
+                cells = zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=True)
+                for name, cell in cells:
+                    if name == "__class__":  # which super() asks
+                        cell.cell_contents = kind
+                yield kind, node.name, function
+
+
+def _lines(node: Any) -> range:
+    return range(node.lineno, node.end_lineno + 1)
+
+
+def _methods(tree: ast.Module) -> Iterator[tuple[tuple[str, str], ast.FunctionDef]]:
+    """Methods by their class and name, without those that are called without an instance."""
+    for kind in tree.body:
+        for node in kind.body if isinstance(kind, ast.ClassDef) else []:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("__"):
+                continue
+            if [a.arg for a in node.args.args[:1]] == ["self"]:
+                yield (kind.name, node.name), node
+
+
+def _renaming(node: Any, name: str) -> Edit:
+    return node.lineno, node.col_offset, node.col_offset + len(name), name + LATER
+
+
+def _returned(node: ast.AST) -> Iterator[Any]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Return):
+            yield from [] if child.value is None else [child.value]
+        elif not isinstance(child, (ast.FunctionDef, ast.Lambda)):
+            yield from _returned(child)

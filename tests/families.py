@@ -1,6 +1,6 @@
 """Every family that can be patched, as a small model that any release of transformers builds.
 
-`CASES` maps a name to the class that a release must have, and to what builds a model and its inputs.
+`CASES` maps a name to the class that a release must have, and to what builds a model with inputs.
 """
 
 import functools

@@ -1,7 +1,6 @@
 """Configs as older releases of transformers spell them, out of those of the newest."""
 
 import copy
-import inspect
 
 import transformers
 
@@ -11,8 +10,8 @@ RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 def spelled(config, kind=None):
     """The same config in the words of the installed release, at any depth.
 
-    ``kind`` is the class that will read it, if known: some of 4.49 have the text's own options
-    beside those of the tower.
+    ``kind`` is the class that will read it, if known: some of before 4.52 have the text's own
+    options beside the config of the tower.
     """
     if not isinstance(config, dict):
         return copy.deepcopy(config)
@@ -23,7 +22,6 @@ def spelled(config, kind=None):
         if "partial_rotary_factor" in rope:
             config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
         config["rope_scaling"] = rope
-    if kind is not None and "text_config" not in inspect.signature(kind.__init__).parameters:
-        if RELEASE < (5, 0):
-            config |= config.pop("text_config", {})
+    if RELEASE < (4, 52) and kind is not None and "text_config" not in kind.sub_configs:
+        config |= config.pop("text_config", {})
     return config

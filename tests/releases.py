@@ -3,9 +3,9 @@
     python -m tests.releases [releases]             # the whole suite under each; by default, all
     python -m tests.releases --install [releases]   # their folders alone
 
-The suite of a release runs in a process of its own. What it found is written to `tests/served.json`,
-which is reviewed as a lock file is, and from there to the tables in docs and README. What is wrong
-in a release is printed and not written.
+The suite of a release runs in a process of its own. What it finds is written to
+`tests/served.json`, which is reviewed as a lock file is, and from there to the tables in docs and
+README. What is wrong in a release is printed and not written.
 """
 
 from __future__ import annotations
@@ -53,8 +53,14 @@ def install(release: str, pip: Callable[..., None] | None = None) -> None:
         return
     shutil.rmtree(path, ignore_errors=True)
     pip(path, f"transformers=={release}")
+    before: list[str] = []
     while wanted := sorted(set(missing(path, "transformers", set()))):
+        if wanted == before:
+            raise RuntimeError(
+                f"{path.name} still lacks {', '.join(wanted)} after their installation"
+            )
         pip(path, *wanted)
+        before = wanted
     (path / "installed").touch()
 
 
@@ -91,8 +97,8 @@ def distribution(path: Path, name: str) -> importlib.metadata.Distribution:
 # ---- the suite under a release ----
 
 
-def examine(release: str) -> dict[str, Cell]:
-    """What `tests.across_releases` finds there, by the name of the case."""
+def examine(release: str) -> dict[str, Any]:
+    """What `tests.across_releases` finds there: ``cases`` by their names, and the ``release``."""
     paths = [str(ROOT)]
     if release != importlib.metadata.version("transformers"):
         install(release)
@@ -104,15 +110,18 @@ def examine(release: str) -> dict[str, Cell]:
         command = [sys.executable, "-m", "tests.across_releases", "--out", str(out)]
         ran = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         if not out.exists():
-            raise RuntimeError(
-                f"the suite under {release} ended with {ran.returncode}: {ran.stderr}"
-            )
+            raise RuntimeError(f"{release}: the suite ended with {ran.returncode}: {ran.stderr}")
         found = json.loads(out.read_text())
     if found["release"] != release:
         raise RuntimeError(f"{found['release']} ran in the place of {release}")
     wrong = [cell["why"] for cell in found["cases"].values() if cell["outcome"] == "wrong"]
-    print(f"{release} ({time.monotonic() - start:.0f} s): {len(wrong)} wrong", *wrong, sep="\n")
-    return found["cases"]
+    print(
+        f"{release} ({time.monotonic() - start:.0f} s): {len(wrong)} wrong",
+        *wrong,
+        sep="\n",
+        flush=True,
+    )
+    return found
 
 
 def served() -> dict[str, dict[str, Cell]]:
@@ -144,20 +153,24 @@ def main(arguments: list[str]) -> int:
     unknown = set(options.releases) - set(RELEASES)
     if unknown:
         parser.error(f"no table holds {', '.join(sorted(unknown))}, only {', '.join(RELEASES)}")
+    wrong = 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = dict(zip(options.releases, pool.map(examine, options.releases), strict=True))
-    before, wrong = served(), 0
-    after: dict[str, dict[str, Cell]] = {}
-    for case in next(iter(found.values())):
-        after[case] = {r: c for r, c in before.get(case, {}).items() if r not in found}
-        for release, cells in found.items():
-            if cells[case]["outcome"] == "wrong":
-                wrong += 1
-            else:
-                after[case][release] = cells[case]
-    SERVED.write_text(written(after))
-    releases_table.write(after)
+        for found in pool.map(examine, options.releases):
+            cells = merged(served(), found)
+            SERVED.write_text(written(cells))
+            releases_table.write(cells)
+            wrong += sum(cell["outcome"] == "wrong" for cell in found["cases"].values())
     return int(wrong > 0)
+
+
+def merged(cells: dict[str, dict[str, Cell]], found: dict[str, Any]) -> dict[str, dict[str, Cell]]:
+    """The cells with those of one release in their places, but what is wrong."""
+    after = {}
+    for case, cell in found["cases"].items():
+        after[case] = {r: c for r, c in cells.get(case, {}).items() if r != found["release"]}
+        if cell["outcome"] != "wrong":
+            after[case][found["release"]] = cell
+    return after
 
 
 if __name__ == "__main__":

@@ -103,9 +103,8 @@ def summary(cells: Cells) -> str:
 def spans(found: dict[str, Cell]) -> Iterator[str]:
     """``merge, projector from 5.12; projector 4.49 to 5.8``, the newest first."""
     present = [r for r in RELEASES if found.get(r, {}).get("outcome") in ("equal", "skipped")]
-    for what, group in reversed(
-        [(w, list(g)) for w, g in groupby(present, lambda r: words(found[r]))]
-    ):
+    groups = [(w, list(g)) for w, g in groupby(present, lambda release: words(found[release]))]
+    for what, group in reversed(groups):
         if what:
             first, last = (release.rpartition(".")[0] for release in (group[0], group[-1]))
             until = f"from {first} on" if group[-1] == RELEASES[-1] else f"{first} to {last}"

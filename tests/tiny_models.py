@@ -418,9 +418,8 @@ def build(name):
     model_class, config, placeholders = MODELS[name]
     model_class = getattr(transformers, model_class)
     torch.manual_seed(0)
-    config = model_class.config_class(
-        **spelled(config, model_class.config_class), attn_implementation="eager"
-    )
+    config_class = model_class.config_class
+    config = config_class(**spelled(config, config_class), attn_implementation="eager")
     model = model_class(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # zeros and ones would hide mistakes
@@ -443,7 +442,6 @@ def prompt(model, placeholders):
     accepted = inspect.signature(getattr(model, "model", model).forward).parameters
     names = {"mm_token_type_ids", "token_type_ids"} & accepted.keys()
     if "image_patches_indices" in accepted:  # of Fuyu, once
-        inputs["image_patches_indices"] = ((ids == IMAGE).cumsum(1) - 1).masked_fill(
-            ids != IMAGE, -1
-        )
+        places = (ids == IMAGE).cumsum(1) - 1
+        inputs["image_patches_indices"] = places.masked_fill(ids != IMAGE, -1)
     return inputs | dict.fromkeys(names, types)
