@@ -9,29 +9,50 @@ TORCH ?= $(shell [ "$$(uname)" != Linux ] || nvidia-smi -L >/dev/null 2>&1 && ec
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 CPU_TORCH = torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
 
-.PHONY: test machines interpreted compiled ahead bench check gpu hopper lint clean torch-cpu
+# Releases of transformers beside the pinned one, under which every family is run.
+TRANSFORMERS := 4.57.6 5.8.1 5.24.0
+
+.PHONY: test machines interpreted compiled ahead released versions released-pinned \
+  $(TRANSFORMERS:%=released-%) bench check gpu hopper lint clean torch-cpu
 
 # The budgets of kernels are of one compiler, the oldest that is served; it lies beside .venv.
 BUDGETS_TRITON := $(shell sed -n 's/^BUDGETS_TRITON = "\([^"]*\)".*/\1/p' vlm_fast/ahead_of_time.py)
 OVERLAY := .venv-triton-$(BUDGETS_TRITON)
 
 # Triton is either interpreted or compiled for the life of a process, so the suite takes two at once,
-# and a third, after the shorter of them, for what only compiles and what runs for long.
+# and a third, after the shorter of them, for what only compiles and what runs for long. Then come
+# the families, a process for each release.
 LAST := $(addprefix tests/test_,ahead_of_time.py benchmarks.py checkpoints.py mixed_dtypes.py \
   qformer.py replaced_code.py wheel.py)
+FAMILIES := tests/test_released_families.py
 
 test: $(INSTALLED)
-	@$(MAKE) --jobs=2 --output-sync=target interpreted compiled ahead
-	@echo "make test: all three processes passed"
+	@$(MAKE) --jobs=2 --output-sync=target interpreted compiled ahead released
+	@echo "make test: all processes passed"
 
 interpreted: $(INSTALLED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
 
 compiled: $(INSTALLED)
-	$(BIN)/python -m pytest tests --ignore=tests/interpreted $(LAST:%=--ignore=%)
+	$(BIN)/python -m pytest tests --ignore=tests/interpreted $(patsubst %,--ignore=%,$(LAST) $(FAMILIES))
 
 ahead: $(INSTALLED) $(OVERLAY)/installed
 	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest $(LAST)
+
+released: $(TRANSFORMERS:%=released-%) released-pinned
+
+released-pinned: $(INSTALLED)
+	$(BIN)/python -m pytest $(FAMILIES)
+
+$(TRANSFORMERS:%=released-%): released-%: .venv-transformers-%/installed
+	PYTHONPATH=$(CURDIR)/$(<D):$(CURDIR) $(BIN)/python -m pytest $(FAMILIES)
+
+# Every family under every release, in all ways: what is served goes to tests/served.json and into
+# the tables of docs/releases.md and README.md. make versions RELEASES="4.57.6 5.24.0": some of them.
+RELEASES ?=
+
+versions: $(INSTALLED)
+	$(BIN)/python -m tests.releases $(RELEASES)
 
 # What follows from the processor: the suite with less of this one, other threads, and as a job in the
 # background, a line of counts each. A few files: make machines TESTS=tests/test_qformer.py; kernels
@@ -65,7 +86,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-triton-* build dist *.egg-info vlm_fast/_C*.so vlm_fast/_hopper.so
+	rm -rf .venv .venv-triton-* .venv-transformers-* build dist *.egg-info vlm_fast/_C*.so vlm_fast/_hopper.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
@@ -83,6 +104,10 @@ $(OVERLAY)/installed: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) \
 	  triton==$(BUDGETS_TRITON)
 	@touch $@
+
+$(TRANSFORMERS:%=.venv-transformers-%/installed): .venv-transformers-%/installed: $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/python -m tests.releases --install $*
 
 # The exact version: nothing can put the large build in its place.
 torch-cpu:

@@ -3,6 +3,8 @@
 import torch
 import transformers
 
+from tests.older_configs import spelled
+
 
 def _scattered(model):
     """No parameter at a value that hides what it does: gates at 0, norms at 1."""
@@ -63,7 +65,7 @@ def mllama(attention="eager", **changes):
         supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
     )  # fmt: skip
     config = transformers.MllamaConfig(
-        vision_config=vision, text_config=text, attn_implementation=attention
+        vision_config=vision, text_config=spelled(text), attn_implementation=attention
     )
     return _scattered(transformers.MllamaForConditionalGeneration(config))
 

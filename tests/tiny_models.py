@@ -4,12 +4,13 @@
 image (or video, or sound) each; `build` gives the model and its inputs.
 """
 
-import copy
 import inspect
 from typing import NamedTuple
 
 import torch
 import transformers
+
+from tests.older_configs import spelled
 
 START, END, IMAGE, VIDEO, AUDIO = 91, 92, 95, 96, 97
 
@@ -305,7 +306,8 @@ MODELS = {
     ),
     "got_ocr2": vision("GotOcr2", SAM, TEXT, 1, **INDEX),
     "llama4": vision(
-        "Llama4", LLAMA4, QWEN | dict(intermediate_size_mlp=48, num_local_experts=2), 4, **INDEX
+        "Llama4", LLAMA4, QWEN | dict(intermediate_size_mlp=48, num_local_experts=2), 4,
+        pad_token_id=0, **INDEX,
     ),
     "glm4v": vision("Glm4v", GLM_VISION, MROPE, FLAT[:1], **GLM),
     "glm4v_moe": vision(
@@ -416,7 +418,8 @@ def build(name):
     model_class, config, placeholders = MODELS[name]
     model_class = getattr(transformers, model_class)
     torch.manual_seed(0)
-    config = model_class.config_class(**copy.deepcopy(config), attn_implementation="eager")
+    config_class = model_class.config_class
+    config = config_class(**spelled(config, config_class), attn_implementation="eager")
     model = model_class(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # zeros and ones would hide mistakes
@@ -438,4 +441,7 @@ def prompt(model, placeholders):
     types = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
     accepted = inspect.signature(getattr(model, "model", model).forward).parameters
     names = {"mm_token_type_ids", "token_type_ids"} & accepted.keys()
+    if "image_patches_indices" in accepted:  # of Fuyu, once
+        places = (ids == IMAGE).cumsum(1) - 1
+        inputs["image_patches_indices"] = places.masked_fill(ids != IMAGE, -1)
     return inputs | dict.fromkeys(names, types)

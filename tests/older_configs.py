@@ -1,0 +1,27 @@
+"""Configs as older releases of transformers spell them, out of those of the newest."""
+
+import copy
+
+import transformers
+
+RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
+def spelled(config, kind=None):
+    """The same config in the words of the installed release, at any depth.
+
+    ``kind`` is the class that will read it, if known: some of before 4.52 have the text's own
+    options beside the config of the tower.
+    """
+    if not isinstance(config, dict):
+        return copy.deepcopy(config)
+    config = {name: spelled(value) for name, value in config.items()}
+    if RELEASE < (5, 0) and "rope_parameters" in config:
+        rope = config.pop("rope_parameters")
+        config["rope_theta"] = rope.pop("rope_theta")
+        if "partial_rotary_factor" in rope:
+            config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+        config["rope_scaling"] = rope
+    if RELEASE < (4, 52) and kind is not None and "text_config" not in kind.sub_configs:
+        config |= config.pop("text_config", {})
+    return config
