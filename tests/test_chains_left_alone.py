@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import vlm_fast
-from tests.chain_structures import WIDTH, NamedMlp, QuickGELU, SimpleResBlock, TimmMlp, mlp
+from tests.chain_structures import HIDDEN, WIDTH, NamedMlp, QuickGELU, SimpleResBlock, TimmMlp, mlp
 from tests.stirred_modules import gradients, stirred
 from vlm_fast.modules import SequentialProjector
 from vlm_fast.modules.activation import activation_of
@@ -191,6 +191,23 @@ def test_towers_are_left_alone_and_not_listed(layers):
 def test_a_block_of_a_short_tower_is_left_alone_too():
     model = VisionLanguage(1)
     assert vlm_fast.patch(model).patched.keys() == {"mm_projector", "language.0"}
+
+
+class FlatBlock(nn.Module):
+    """As Whisper's: the linears of its MLP are its own children."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.fc1, self.fc2 = Attention(), nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+def test_what_is_no_block():
+    """A projector with residual blocks in a list; a whole model in a list."""
+    res = nn.Sequential(*mlp(2), SimpleResBlock(HIDDEN))
+    whole = nn.Module()
+    whole.tower, whole.mm_projector = nn.ModuleList([FlatBlock()]), mlp(2)
+    report = vlm_fast.patch(nn.ModuleList([res, whole]))
+    assert report.patched.keys() == {"0", "0.3.proj", "1.mm_projector"} and not report.skipped
 
 
 def test_towers_are_patched_on_request():

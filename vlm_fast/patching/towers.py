@@ -39,8 +39,10 @@ def _made_as(module: nn.Module) -> Any:
 
 
 def _is_block(member: nn.Module) -> bool:
-    """Whether two parts have two linears or more each; a whole model is no block."""
+    """Whether a part has two linears or more, and the others together; a whole model is no block."""
+    if isinstance(member, nn.Sequential):
+        return False
     if any(isinstance(m, nn.ModuleList) for m in member.modules() if m is not member):
         return False
-    counts = sorted(sum(map(is_linear, child.modules())) for child in member.children())
-    return len(counts) > 1 and counts[-2] > 1
+    counts = [sum(map(is_linear, child.modules())) for child in member.children()]
+    return max(counts) > 1 and sum(counts) - max(counts) > 1
