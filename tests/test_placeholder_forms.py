@@ -1,12 +1,17 @@
 """Two independent readers of every class of the installed transformers that has placeholders."""
 
 import inspect
+from types import SimpleNamespace
 
+import pytest
 import torch
 import transformers
 
+import vlm_fast
 from tests import placeholder_sources
 from vlm_fast.patching import image_token_merge, placeholder_forms
+from vlm_fast.patching.class_swap import swap
+from vlm_fast.patching.image_token_merge import FusedMerge
 from vlm_fast.patching.placeholder_forms import Form, NotRead
 
 CLASSES = {kind.__name__: kind for kind in placeholder_sources.classes()}
@@ -51,6 +56,48 @@ def test_masks_go_straight_to_the_merge():
             except placeholder_sources.Unknown as reason:
                 astray[name] = str(reason)
     assert astray == {}
+
+
+def test_every_served_class_gives_its_own_masks_and_merges():
+    """Its method by itself, unpatched and patched, on other ids than those it was asked about."""
+    torch.manual_seed(0)
+    ids, embeds = torch.randint(0, 6, (3, 40)), torch.randn(3, 40, 5)
+    for name, kind in CLASSES.items():
+        form = image_token_merge.recognise(torch.nn.Module.__new__(kind))
+        if not isinstance(form, Form):
+            continue
+        model = torch.nn.Module.__new__(kind)
+        torch.nn.Module.__init__(model)
+        given = dict.fromkeys(form.arguments)
+        for number, path in enumerate(dict.fromkeys(form.ids)):
+            if path[0] in given:
+                given[path[0]] = number
+                continue
+            if not hasattr(model, path[0]):
+                setattr(model, path[0], SimpleNamespace())
+            setattr(getattr(model, path[0]), path[1], number)
+        numbers = [list(dict.fromkeys(form.ids)).index(path) for path in form.ids]
+        rows = {name: int((ids == numbers[index]).sum()) for name, index in form.counted}
+        given |= {name: torch.randn(1, count, 5) for name, count in rows.items()}
+        expected = listed(model.get_placeholder_mask(ids, inputs_embeds=embeds, **given))
+        swap(model, FusedMerge, form)
+        masks = listed(model.get_placeholder_mask(ids, inputs_embeds=embeds, **given))
+        assert len(masks) == len(expected), name
+        for ours, theirs in zip(masks, expected, strict=True):
+            assert ours.shape == theirs.shape and torch.equal(ours[:], theirs), name
+        vlm_fast.stats(reset=True)
+        for argument, index in form.counted:
+            source = given[argument]
+            merged = embeds.masked_scatter(masks[index], source)
+            assert torch.equal(merged, embeds.masked_scatter(expected[index], source)), name
+            with pytest.raises(ValueError, match="do not match"):
+                wrong = {argument: source[:, 1:]}
+                model.get_placeholder_mask(ids, inputs_embeds=embeds, **given | wrong)
+        assert vlm_fast.stats()["merge_image_tokens"]["fast"] == len(form.counted), name
+
+
+def listed(answer):
+    return list(answer) if isinstance(answer, tuple) else [answer]
 
 
 def test_most_classes_are_served():

@@ -90,7 +90,8 @@ class FusedAnyRes(Patched):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "patch" in vars(cls):  # a class that was made for a model
-            cls.answer = _answer(cls.patch.base.pack_image_features)
+            base: Any = cls.patch.base
+            cls.answer = _answer(base.pack_image_features)
 
     @classmethod
     def left_out(cls, module: nn.Module) -> str | None:

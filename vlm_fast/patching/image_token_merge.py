@@ -96,6 +96,7 @@ class FusedMerge(Patched):
     covers = False
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         for name in ("get_image_features", "get_video_features"):
             if "patch" in vars(cls) and hasattr(cls, name):  # a class that was made for a model
                 setattr(cls, name, _hooks_first(cls, name))
@@ -107,7 +108,7 @@ class FusedMerge(Patched):
         original = super().get_placeholder_mask  # type: ignore[misc]
         given = {**dict(zip(form.arguments, args, strict=False)), **kwargs}
         plain = type(inputs_embeds) is Tensor and type(input_ids) in (Tensor, type(None))
-        # A FakeTensor or DTensor cannot change its type.
+        # A FakeTensor or DTensor cannot change its type. What is given twice is an error.
         if not plain or len(given) != len(args) + len(kwargs):
             return original(input_ids, inputs_embeds, *args, **kwargs)
         if input_ids is None:  # found by their embeddings
@@ -177,6 +178,16 @@ def _install_output_hooks(model: Any) -> None:
 def recognise(module: nn.Module) -> Form | str | None:
     """The form of its masks, the reason why a candidate is none, or None for no candidate."""
     kind = type(module)
+    try:
+        return _recognise(kind)
+    except NotRead as reason:
+        return f"get_placeholder_mask{_release(kind)} {reason}"
+    except Exception as error:  # of code that nobody here has read
+        why = f"{type(error).__name__}: {error}"
+        return f"get_placeholder_mask{_release(kind)} cannot be asked: {why}"
+
+
+def _recognise(kind: type[nn.Module]) -> Form | str | None:
     method = getattr(kind, "get_placeholder_mask", None)
     forward = getattr(inspect.unwrap(kind.forward), "__code__", None)
     names = set() if forward is None else set(forward.co_names)
@@ -190,13 +201,7 @@ def recognise(module: nn.Module) -> Form | str | None:
         return f"its forward{_release(kind)} makes its own mask, not by get_placeholder_mask"
     if "expand_as" in names:
         return f"its forward{_release(kind)} expands the mask"
-    try:
-        return read(inspect.unwrap(method))
-    except NotRead as reason:
-        return f"get_placeholder_mask{_release(kind)} {reason}"
-    except Exception as error:  # of code that nobody here has read
-        why = f"{type(error).__name__}: {error}"
-        return f"get_placeholder_mask{_release(kind)} cannot be asked: {why}"
+    return read(inspect.unwrap(method))
 
 
 # What forwards call in which features are merged.
