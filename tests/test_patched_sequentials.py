@@ -48,10 +48,9 @@ def test_steps_of_training_and_loading(make):
             module(X).square().mean().backward()
             optimizer.step()
     assert_alike(fast, plain, fused=True)
-    other = {name: torch.randn_like(value) * 0.1 for name, value in plain.state_dict().items()}
+    weight = torch.randn_like(plain[0].weight) * 0.1
     for module in (plain, fast):
-        module.load_state_dict({"0.weight": other.pop("0.weight")} | other, strict=True)
-        other = module.state_dict()
+        module.load_state_dict({"0.weight": weight}, strict=False)
     assert_alike(fast, plain, fused=True)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 import vlm_fast
 from tests import plain_flamingo, tiny_flamingos, tiny_qformers
+from tests.chain_structures import mlp
 from tests.tiny_llava import llava
 from tests.wrappings import HOOKS, WRAPPINGS
 from vlm_fast.modules import (
@@ -23,6 +24,7 @@ from vlm_fast.modules import (
     MLPProjector,
     PerceiverResampler,
     QFormer,
+    SequentialProjector,
 )
 
 # The first call of a (module, reason) warns; every one is counted.
@@ -90,6 +92,13 @@ FORMS = {
     ),
     "MLPProjector": Form(
         projector, lambda: MLPProjector(48, 64), "linear_1", lambda: (torch.randn(3, 5, 48),)
+    ),
+    "patched nn.Sequential": Form(
+        lambda: mlp(3, 48, 64), None, "2", lambda: (torch.randn(3, 5, 48),)
+    ),
+    "SequentialProjector": Form(
+        lambda: mlp(3, 48, 64), lambda: SequentialProjector(48, 64, depth=3), "4",
+        lambda: (torch.randn(3, 5, 48),)
     ),
     "patched BLIP-2 Q-Former": Form(_qformer, None, KEY, _qformer_inputs),
     "QFormer": Form(_qformer, lambda: QFormer(**SMALL).eval(), KEY, _qformer_inputs),

@@ -39,7 +39,7 @@ def _made_as(module: nn.Module) -> Any:
 
 
 def _is_block(member: nn.Module) -> bool:
-    """Whether a part has two linears or more, and the others together; a whole model is no block."""
+    """Whether a part has two linears, and the others two together; a whole model is no block."""
     if isinstance(member, nn.Sequential):
         return False
     if any(isinstance(m, nn.ModuleList) for m in member.modules() if m is not member):
