@@ -1,6 +1,7 @@
 """Modules of linears that are no chains, or not alone: left as they are, with a reason; towers."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -121,12 +122,35 @@ class Optional(TimmMlp):
         return self.fc2(x if isinstance(self.norm, nn.Identity) else self.norm(x))
 
 
+class WithoutGradients(NamedMlp):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+class WithoutAutocast(NamedMlp):
+    def forward(self, x):
+        x = self.activation_fn(self.fc1(x))
+        with torch.autocast("cpu", enabled=False):
+            return self.fc2(x)
+
+
+class WithAutocast(NamedMlp):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+MODES = "its forward switches gradients or autocast"
 NO_CHAIN = "its forward is not a chain of its children"
 LEFT = {
     "attention": (Attention, NO_CHAIN),
     "gate": (Gate, NO_CHAIN),
     "residual": (lambda: Residual(nn.GELU()), NO_CHAIN),
     "arguments": (lambda: Wide(nn.GELU()), "its forward takes more than one argument"),
+    "no gradients": (lambda: WithoutGradients(nn.GELU()), MODES),
+    "no autocast": (lambda: WithoutAutocast(nn.GELU()), MODES),
+    "autocast": (lambda: WithAutocast(nn.GELU()), MODES),
     "an unused child": (Optional, "its forward leaves out drop1"),
     "unknown activation": (
         lambda: mlp(2, act=nn.Softplus), "its activation Softplus is not one the kernels know"
@@ -145,6 +169,44 @@ def test_candidates_that_are_left_are_named(name):
     with pytest.warns(UserWarning, match="no connector of"):
         report = vlm_fast.patch(module)
     assert report.skipped == {"": why} and str(report) == f"skipped (the model): {why}"
+
+
+def test_a_wrapped_forward_of_a_class_of_linears(monkeypatch):
+    """What it does with tensors it may not do with what stands for them in a symbolic run."""
+    forward = NamedMlp.forward
+
+    @functools.wraps(forward)
+    def mine(self, hidden_states):
+        y = forward(self, hidden_states)
+        return 2 * y if isinstance(y, torch.Tensor) else y
+
+    monkeypatch.setattr(NamedMlp, "forward", mine)
+    with pytest.warns(UserWarning, match=r"NamedMlp\.forward has been replaced"):
+        vlm_fast.patch(NamedMlp(nn.GELU()))
+
+
+def test_what_is_no_tensor_is_left_to_the_class():
+    class Mlp(NamedMlp):
+        def forward(self, x):
+            if isinstance(x, tuple):
+                x = x[0]
+            return self.fc2(self.activation_fn(self.fc1(x)))
+
+    plain, x = Mlp(nn.GELU()), torch.randn(3, WIDTH)
+    fast = copy.deepcopy(plain)
+    vlm_fast.patch(fast)
+    with pytest.warns(vlm_fast.VlmFastFallbackWarning, match="its input is a tuple"):
+        torch.testing.assert_close(fast((x,)), plain(x))
+    with vlm_fast.strict():
+        torch.testing.assert_close(fast(x), plain(x))
+
+
+def test_modes_are_as_before():
+    with torch.no_grad(), torch.autocast("cpu"):
+        vlm_fast.patch(NamedMlp(nn.GELU()))
+        assert torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def test_what_holds_fewer_than_two_linears_or_calls_none_is_no_candidate():

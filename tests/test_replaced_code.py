@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import vlm_fast
 from tests import plain_flamingo, tiny_flamingos, tiny_models, tiny_qformers
+from tests.chain_structures import TimmMlp, mlp
+from tests.stirred_modules import stirred
 from vlm_fast import modules
 from vlm_fast.patching import patched_modules
 
@@ -66,9 +68,13 @@ MODELS = {
     "instructblip": qformer_with_text,
     "idefics": lambda: (tiny_flamingos.idefics(), tiny_flamingos.idefics_inputs()),
     "mllama": lambda: (tiny_flamingos.mllama(), tiny_flamingos.mllama_inputs()),
+    "LLaVA's own projector": lambda: (
+        stirred(nn.Sequential(nn.LayerNorm(16), *mlp(3))), dict(input=torch.randn(2, 5, 16))
+    ),
+    "timm's MLP": lambda: (stirred(TimmMlp()), dict(x=torch.randn(2, 5, 16))),
     "flamingo block": flamingo,
     "flamingo resampler": resampler,
-}
+}  # fmt: skip
 
 
 @functools.cache

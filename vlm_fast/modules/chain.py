@@ -5,6 +5,8 @@ An nn.Sequential is one. Of other classes it is told by a symbolic run of the mo
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
@@ -13,9 +15,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from vlm_fast.modules.activation import GELUS, FunctionalActivation, activation_of
-from vlm_fast.modules.original_code import why_not_original
+from vlm_fast.modules.original_code import why_not_original, why_not_written
 from vlm_fast.modules.runs import FunctionalDropout, Step, is_linear, why_no_run
 
+DEVICES = ("cpu", "cuda")
 NO_CHAIN = "its forward is not a chain of its children"
 Call = str | FunctionalActivation | FunctionalDropout
 
@@ -112,12 +115,16 @@ def _is_between(child: nn.Module) -> bool:
 
 def _traced(module: nn.Module) -> Chain | str:
     """The chain of a module of another class, or why it is none."""
+    reason = why_not_written(type(module), "forward")
+    if reason is not None:  # a wrapper may take tensors otherwise than what stands for them
+        return reason
     before = module.training
     modes = []
     try:
         for training in (True, False):
             module.training = training
-            found = _calls(module)
+            with _all_modes(training):
+                found = _calls(module)
             if isinstance(found, str):
                 return found
             modes.append(found)
@@ -145,6 +152,8 @@ def _calls(module: nn.Module) -> tuple[str, list[Call]] | str:
     """The name of the input, and what a call would call in the mode that the module is in."""
     try:
         graph = _CallTracer().trace(module)
+    except _ModesChanged:
+        return "its forward switches gradients or autocast"
     except Exception as error:  # any forward may run here, so anything may be raised
         return f"its forward cannot be traced ({type(error).__name__})"
     arguments = [node for node in graph.nodes if node.op == "placeholder"]
@@ -204,5 +213,39 @@ def _read(module: nn.Module) -> tuple[tuple[str, Any], ...]:
 class _CallTracer(fx.Tracer):
     """Records which children a forward calls, without looking into them."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes = _modes()
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return True
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise _ModesChanged
+        return super().create_node(*args, **kwargs)
+
+
+class _ModesChanged(Exception):
+    """A forward calls its children in another mode than it is called in."""
+
+
+def _modes() -> tuple[bool, ...]:
+    return torch.is_grad_enabled(), *map(torch.is_autocast_enabled, DEVICES)
+
+
+@contextlib.contextmanager
+def _all_modes(on: bool) -> Iterator[None]:
+    """Gradients and autocast on, or all of them off, so that who switches one is seen."""
+    before = _modes()
+    try:
+        _switch(on, *[on] * len(DEVICES))
+        yield
+    finally:
+        _switch(*before)
+
+
+def _switch(gradients: bool, *autocasts: bool) -> None:
+    torch.set_grad_enabled(gradients)
+    for device, enabled in zip(DEVICES, autocasts, strict=True):
+        torch.set_autocast_enabled(device, enabled)

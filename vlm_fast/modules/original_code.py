@@ -33,15 +33,24 @@ def why_not_original(kind: type, *methods: str) -> str | None:
     for name in methods or ("forward", "__call__"):
         function = getattr(kind, name, None)
         if function is not None and _ORIGINAL.get((kind, name)) is not function:
-            definer = next(base for base in kind.__mro__ if name in vars(base))
-            if not _is_original(definer, name, function):
-                return f"{kind.__name__}.{name} has been replaced"
-            reason = why_not_read(definer, name, function)
+            reason = why_not_written(kind, name)
+            reason = reason or why_not_read(_definer(kind, name), name, function)
             if reason is not None:
                 return reason
             if kind.__module__.startswith(("torch.", "transformers.", "vlm_fast.")):
                 _ORIGINAL[kind, name] = function
     return None
+
+
+def why_not_written(kind: type, name: str) -> str | None:
+    """None if a method is the one that its module defines, whether it was read or not."""
+    if _is_original(_definer(kind, name), name, getattr(kind, name)):
+        return None
+    return f"{kind.__name__}.{name} has been replaced"
+
+
+def _definer(kind: type, name: str) -> type:
+    return next(base for base in kind.__mro__ if name in vars(base))
 
 
 @constant_while_compiling

@@ -31,6 +31,8 @@ class FusedMLP(Patched):
             x = kwargs[chain.argument]
         else:
             reason = "called with arguments the patch does not know"
+        if reason is None and not isinstance(x, Tensor):
+            reason = f"its input is a {type(x).__name__}"
         if reason is not None:
             fell_back(type(self).__name__, reason)
             return super().forward(*args, **kwargs)  # type: ignore[misc]
