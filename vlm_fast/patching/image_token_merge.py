@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,8 @@ def _would_wait(tensor: Tensor) -> bool:
 
 class FusedMerge(Patched):
     """A model whose placeholder masks lead to the fused merge. Its recipe is a `Form`."""
+
+    restates: ClassVar[tuple[str, ...]] = ()  # its method was asked what it does
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
