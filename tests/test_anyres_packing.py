@@ -2,15 +2,13 @@
 
 import copy
 import functools
-import inspect
 
 import pytest
 import torch
 
 import vlm_fast
 from tests.cases import assert_right
-from tests.test_supported_models import step, tensors
-from tests.tiny_anyres import PINPOINTS, SIDE, TILE, ragged
+from tests.tiny_anyres import PINPOINTS, SIDE, TILE
 from tests.tiny_models import build
 from vlm_fast import anyres, ops, parity
 from vlm_fast.modules import AnyResPacker
@@ -250,64 +248,6 @@ def test_cat_of_all_images_is_what_was_packed():
     assert torch.cat(images[:1], dim=1).shape == (2, 4)
     assert type(images[0] + 1) is torch.Tensor
     assert torch.equal(images[1], whole[2:5])
-
-
-# ---- patched models ----
-
-
-MIXINS = {
-    "llava_next": "FusedAnyResMerge",
-    "llava_onevision": "FusedPooledFrames",  # which packs tiles too
-    "granite4_vision": "FusedAnyRes",
-}
-
-
-@pytest.mark.parametrize("name", MIXINS)
-def test_ragged_images_in_patched_models(name):
-    model, inputs = ragged(name)
-    generate = dict(inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    before, text = step(model, inputs), model.generate(**generate)
-    report = vlm_fast.patch(model)
-    assert report.patched["model"].endswith(f"by {MIXINS[name]}")
-    with vlm_fast.strict():
-        after = step(model, inputs)
-        assert torch.equal(model.generate(**generate), text)
-    assert vlm_fast.stats()["anyres_pack"]["fast"]
-    verification = vlm_fast.verify(model, **inputs)
-    assert verification.ok and "model (anyres_pack" in str(verification), verification
-    assert after.keys() == before.keys()
-    for where, value in after.items():
-        assert type(value) is type(before[where]), where
-        torch.testing.assert_close(value, before[where], rtol=1e-4, atol=2e-5)
-    report.revert()
-    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
-
-
-def test_compiled_patched_model():
-    """Sizes are no part of a graph: it breaks where they are asked for, as it does unpatched."""
-    model, inputs = ragged("llava_next")
-    with torch.no_grad():
-        before = model.model(**inputs)[0]
-        vlm_fast.patch(model)
-        torch._dynamo.reset()
-        after = torch.compile(model.model, backend="eager")(**inputs)[0]
-    assert vlm_fast.stats()["anyres_pack"]["fast"]
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=2e-6)
-
-
-def test_marked_images_do_not_leave_the_model():
-    model, inputs = ragged("llava_next")
-    signature = inspect.signature(model.model.forward)
-    vlm_fast.patch(model)
-    assert inspect.signature(model.model.forward) == signature
-    features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
-    assert all(type(t) is torch.Tensor for _, t in tensors(features.pooler_output))
-    output = model(**inputs)
-    assert all(type(t) is torch.Tensor for _, t in tensors(dict(output)))
-    assert not model.model.merging
-    with pytest.raises(ValueError, match="positive"):
-        model(**inputs | {"image_sizes": inputs["image_sizes"] * 0})
-    assert not model.model.merging
 
 
 def test_mistakes_and_what_falls_back():

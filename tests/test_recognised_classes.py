@@ -1,9 +1,11 @@
 """Exactly which classes of transformers are recognised as connectors, and why the others are not.
 
-The lists are those of the release below: another may have more classes, or other forwards.
+The lists are those of the release below: another may have more classes, or other forwards. What
+holds in every release is asked of the one that is installed.
 """
 
 import importlib
+import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,53 +13,54 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from vlm_fast.modules.chain import Chain, chain_of
 from vlm_fast.patching import anyres, image_token_merge
+from vlm_fast.patching.placeholder_forms import Form
 
 RELEASE = "5.17"
-pytestmark = pytest.mark.skipif(
+of_release = pytest.mark.skipif(
     transformers.__version__.rsplit(".", 1)[0] != RELEASE,
     reason=f"transformers {transformers.__version__}, the lists are of {RELEASE}",
 )
 
 MERGE = {
-    "AriaModel", "AyaVisionModel", "ChameleonModel", "Cohere2VisionModel", "CohereCompassModel",
-    "Cosmos3EdgeModel", "Cosmos3OmniModel", "DeepseekOcr2Model", "DeepseekVLModel", "Emu3Model",
-    "Ernie4_5_VLMoeModel", "Exaone4_5_Model", "FastVlmModel", "Florence2Model", "FuyuModel",
-    "Gemma3Model", "Gemma3nModel", "Glm46VModel", "Glm4vModel", "Glm4vMoeModel", "Glm5NextModel",
-    "GlmOcrModel", "GotOcr2Model", "InternVLModel", "JanusModel", "Kimi_K25Model", "Lfm2VlModel",
-    "LightOnOcrModel", "Llama4ForConditionalGeneration", "LlavaModel", "LlavaNextModel",
-    "LlavaNextVideoModel", "LlavaOnevisionModel", "Mistral3Model", "MuseGlimmerModel",
-    "Ovis2Model", "PaddleOCRVLModel", "PaliGemmaModel", "PerceptionLMModel", "QianfanOCRModel",
-    "Qwen2_5OmniThinkerForConditionalGeneration", "Qwen2_5_VLModel", "Qwen2VLModel",
-    "Qwen3_5Model", "Qwen3_5MoeModel", "Qwen3OmniMoeThinkerForConditionalGeneration",
-    "Qwen3VLModel", "Qwen3VLMoeModel", "Qwen4ExpModel", "Step3p7Model", "VideoLlama3Model",
-    "VideoLlavaModel", "VipLlavaModel",
+    "AriaModel", "AudioFlamingo3Model", "AyaVisionModel", "ChameleonModel", "Cohere2VisionModel",
+    "CohereCompassModel", "Cosmos3EdgeModel", "Cosmos3OmniModel", "DeepseekOcr2Model",
+    "DeepseekVLModel", "Emu3Model", "Ernie4_5_VLMoeModel", "Exaone4_5_Model", "FastVlmModel",
+    "Florence2Model", "FunAsrNanoModel", "FuyuModel", "Gemma3Model", "Gemma3nModel", "Glm46VModel",
+    "Glm4vModel", "Glm4vMoeModel", "GlmAsrModel", "GlmOcrModel", "GotOcr2Model", "HunYuanVLModel",
+    "InternVLModel", "JanusModel", "Kimi_K25Model", "Lfm2VlModel", "LightOnOcrModel",
+    "Llama4ForConditionalGeneration", "LlavaModel", "LlavaNextModel", "LlavaNextVideoModel",
+    "LlavaOnevisionModel", "MiniCPMV4_6Model", "MiniMaxM3VLModel", "Mistral3Model",
+    "MuseGlimmerModel", "MusicFlamingoModel", "Ovis2Model", "PaddleOCRVLModel", "PaliGemmaModel",
+    "PerceptionLMModel", "QianfanOCRModel", "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen2_5_VLModel", "Qwen2VLModel", "Qwen3ASRModel", "Qwen3_5Model", "Qwen3_5MoeModel",
+    "Qwen3OmniMoeThinkerForConditionalGeneration", "Qwen3VLModel", "Qwen3VLMoeModel",
+    "Qwen4ExpModel", "Step3p7Model", "VibeVoiceModel", "VideoLlama3Model", "VideoLlavaModel",
+    "VipLlavaModel", "VoxtralModel",
 }  # fmt: skip
-TAKES = "get_placeholder_mask takes input_ids, inputs_embeds"
+METHOD = f"get_placeholder_mask (transformers {transformers.__version__})"
+FORWARD = f"its forward (transformers {transformers.__version__})"
 NO_MERGE = {
-    **dict.fromkeys(
-        ["AudioFlamingo3Model", "FunAsrNanoModel", "GlmAsrModel", "MusicFlamingoModel",
-         "Qwen3ASRModel", "VibeVoiceModel", "VoxtralModel"],
-        TAKES + ", audio_features",
-    ),
-    **dict.fromkeys(
+    **dict.fromkeys(  # nothing is counted, so the merge may not count it either
         ["Blip2Model", "Blip2ForConditionalGeneration", "InstructBlipModel",
-         "InstructBlipForConditionalGeneration", "InstructBlipVideoForConditionalGeneration",
-         "DiffusionGemmaEncoderModel", "Gemma4Model", "Gemma4UnifiedModel"],
-        TAKES,
+         "InstructBlipForConditionalGeneration", "InstructBlipVideoForConditionalGeneration"],
+        f"{METHOD} takes input_ids, inputs_embeds",
     ),
-    **dict.fromkeys(["InklingModel", "MiniCPMV4_6Model"], TAKES + ", features, token_id"),
-    "HiggsAudioV2Model": TAKES + ", audio_input_ids_mask",
-    "GlmImageModel": "get_placeholder_mask takes input_ids, image_ids",
-    "NeoMMEModel": "get_placeholder_mask takes input_ids, image_features",
+    "Glm5NextModel": f"{METHOD} uses cumsum, video_end_token_id, video_start_token_id",
+    "GlmImageModel": f"{METHOD} uses item",
+    "HiggsAudioV2Model": f"{METHOD} uses audio_delay_token_id, embed_tokens",
+    "InklingModel": f"{METHOD} uses embed_norm, language_model",
+    "NeoMMEModel": f"{METHOD} uses F, document_token_id, expand, pad, pad_token_id",
     **dict.fromkeys(
         ["DeepseekVLHybridModel", "InstructBlipVideoModel"],
-        "its forward makes its own mask, not by get_placeholder_mask",
+        f"{FORWARD} makes its own mask, not by get_placeholder_mask",
     ),
     **dict.fromkeys(
-        ["HunYuanVLModel", "MiniMaxM3VLModel"], "its mask is expanded to the hidden size"
+        ["DiffusionGemmaEncoderModel", "Gemma4Model", "Gemma4UnifiedModel"],
+        f"{FORWARD} expands the mask",
     ),
     # They hand the question to another model, or to a method that merges.
     **dict.fromkeys(
@@ -131,14 +134,6 @@ MADE_FROM = {
 }
 
 
-def classes(*written):
-    """Classes of transformers in whose source all of these are written, with their model type."""
-    for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
-        for source in re.split(r"^class ", path.read_text(encoding="utf8"), flags=re.M)[1:]:
-            if path.stem == f"modeling_{path.parent.name}" and all(w in source for w in written):
-                yield re.match(r"\w+", source)[0], path.parent.name
-
-
 def written(*texts):
     """Classes in whose source all of these are written, with their model type."""
     for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
@@ -150,6 +145,7 @@ def written(*texts):
 
 
 ASKING = dict(written("def get_placeholder_mask", ".masked_scatter("))
+MERGING = {**dict(written(".masked_scatter(")), **dict(written("def inputs_merger"))}
 PACKING = dict(written("def pack_image_features"))
 CANDIDATES = dict(written("self.linear_1 =", "self.linear_2 ="))
 OTHER_NAMES = {
@@ -165,27 +161,43 @@ def of_transformers(name, model_type):
     )
 
 
+@of_release
 def test_no_class_is_missing():
     assert ASKING.keys() == MERGE | NO_MERGE.keys()
     assert {**CANDIDATES, **OTHER_NAMES}.keys() == PROJECTORS.keys()
+    assert PACKING.keys() == PACK | NO_PACK
 
 
-@pytest.mark.parametrize("name", ASKING)
+@of_release
+@pytest.mark.parametrize("name", sorted(MERGE | NO_MERGE.keys()))
 def test_merges(name):
-    module = torch.nn.Module.__new__(of_transformers(name, ASKING[name]))
-    assert image_token_merge.recognise(module) == (() if name in MERGE else NO_MERGE[name])
+    found = image_token_merge.recognise(nn.Module.__new__(of_transformers(name, ASKING[name])))
+    assert isinstance(found, Form) if name in MERGE else found == NO_MERGE[name]
+
+
+@pytest.mark.parametrize("name", sorted(MERGING.keys() - ASKING.keys()))
+def test_a_model_that_merges_by_itself_is_named(name):
+    kind = of_transformers(name, MERGING[name])
+    forward = inspect.getsource(inspect.unwrap(kind.forward))
+    merges = ".masked_scatter(" in forward or "self.inputs_merger(" in forward
+    found = image_token_merge.recognise(nn.Module.__new__(kind))
+    if merges and issubclass(kind, transformers.PreTrainedModel):
+        assert found == f"{FORWARD} merges by itself, without get_placeholder_mask"
+    else:
+        assert found is None
 
 
 @pytest.mark.parametrize("name", PACKING)
 def test_packs_of_tiles(name):
-    assert PACKING.keys() == PACK | NO_PACK
-    module = torch.nn.Module.__new__(of_transformers(name, PACKING[name]))
+    module = nn.Module.__new__(of_transformers(name, PACKING[name]))
     assert anyres.packs(module) == (name in PACK)
-    merges = name in PACK & MERGE
-    assert anyres.recognise(module) == (() if merges else None)
-    assert anyres.recognise_packing(module) == (() if name in PACK - MERGE else None)
+    merge = image_token_merge.recognise(module)
+    merges = name in PACK and isinstance(merge, Form)
+    assert anyres.recognise(module) == (merge if merges else None)
+    assert anyres.recognise_packing(module) == (() if name in PACK and not merges else None)
 
 
+@of_release
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_projectors(name):
     model_type = CANDIDATES.get(name) or OTHER_NAMES[name]

@@ -11,7 +11,8 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 import vlm_fast
 from tests.test_anyres import NEXT, ONEVISION, PUBLISHED, each_tiling, theirs
-from tests.test_anyres_packing import MIXINS, PINPOINTS, SIDE, TILE, granite, model_of, packed
+from tests.test_anyres_models import MIXINS, granite
+from tests.test_anyres_packing import PINPOINTS, SIDE, TILE, model_of, packed
 from tests.test_supported_models import step
 from tests.tiny_models import IMAGE, build
 from vlm_fast import anyres, parity

@@ -38,7 +38,8 @@ def gated_residuals(
     """``h = x + tanh(attention_gate) attended``, then ``h + tanh(mlp_gate) mlp(norm(h))``.
 
     x, attended: ``(batch, tokens, features)``; norm: an RMSNorm; mlp: of ``gate_proj``, ``up_proj``
-    and ``down_proj``. The rows, bool ``(batch, tokens)``, say where a branch is added at all.
+    and ``down_proj``. The rows, bool ``(batch, tokens)``, say where a branch is added at all;
+    those of the MLP may be numbers that it is multiplied by, to which gradients flow.
     """
     x, normed = ops.gated_add_norm(
         x, attended.to(x.dtype), attention_gate, norm.weight, None, attention_rows,
@@ -48,4 +49,6 @@ def gated_residuals(
         normed, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight,
         activation=activation_of(mlp.act_fn) or "",
     )  # fmt: skip
+    if mlp_rows is not None and mlp_rows.is_floating_point():
+        expanded, mlp_rows = mlp_rows.unsqueeze(-1) * expanded, None
     return ops.gated_add(x, expanded.to(x.dtype), mlp_gate, mlp_rows)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from vlm_fast.modules.read_code import why_not_read
 from vlm_fast.registration import constant_while_compiling
 
 # Functions of a class that were found to be original. Only of classes that live as long as the
@@ -25,7 +26,8 @@ _ORIGINAL: dict[tuple[type, str], Any] = {}
 def why_not_original(kind: type, *methods: str) -> str | None:
     """None if these methods of a class are those of its module; by default what a call runs.
 
-    A function counts as replaced if its code comes from another file or another class, also behind
+    Code of transformers' models is that of a release that was read, by `read_code`. A function counts
+    as replaced if its code comes from another file or another class, also behind
     ``functools.wraps``. Decorators of transformers and of torch may stand around it.
     """
     for name in methods or ("forward", "__call__"):
@@ -34,6 +36,9 @@ def why_not_original(kind: type, *methods: str) -> str | None:
             definer = next(base for base in kind.__mro__ if name in vars(base))
             if not _is_original(definer, name, function):
                 return f"{kind.__name__}.{name} has been replaced"
+            reason = why_not_read(definer, name, function)
+            if reason is not None:
+                return reason
             if kind.__module__.startswith(("torch.", "transformers.", "vlm_fast.")):
                 _ORIGINAL[kind, name] = function
     return None
@@ -51,7 +56,7 @@ def own_methods(kind: type) -> Iterator[tuple[str, Any]]:
         if base is nn.Module or base.__module__ == "transformers.modeling_utils":
             return
         for name, value in vars(base).items():
-            if name.startswith("__") and name != "__call__":
+            if (name.startswith("__") and name != "__call__") or name == "extra_repr":
                 continue
             if isinstance(value, FunctionType) and getattr(kind, name, None) is value:
                 yield name, value
@@ -109,5 +114,7 @@ def _folders_of_decorators() -> tuple[str, ...]:
     folders = [str(gradient_modes.__file__)]
     transformers = sys.modules.get("transformers")
     if transformers is not None and transformers.__file__ is not None:
-        folders.append(f"{Path(transformers.__file__).parent}/utils/")
+        home_of_all = Path(transformers.__file__).parent
+        # Since 5.24 a layer's base class wraps checkpointing around the forward of each subclass.
+        folders += [f"{home_of_all}/utils/", f"{home_of_all}/modeling_layers.py"]
     return tuple(folders)

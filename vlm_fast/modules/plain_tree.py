@@ -191,7 +191,7 @@ def rms_eps(norm: nn.Module) -> float | None:
 
 
 _RMS_NORMS = (
-    "IdeficsRMSNorm", "Idefics2RMSNorm", "MllamaTextRMSNorm", "Qwen2_5_VLRMSNorm",
+    "IdeficsRMSNorm", "Idefics2RMSNorm", "MllamaTextRMSNorm", "Qwen2RMSNorm", "Qwen2_5_VLRMSNorm",
     "Qwen2_5OmniRMSNorm", "Exaone4_5_RMSNorm", "Mistral3RMSNorm", "LightOnOcrRMSNorm",
 )  # fmt: skip
 

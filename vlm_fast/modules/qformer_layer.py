@@ -120,13 +120,13 @@ def self_attention_block(
     """``LayerNorm(dense(attention(hidden)) + hidden)``, and the keys and values if kept."""
     attention = block.attention
     heads: int = attention.num_attention_heads
-    dropout = _attention_dropout(attention)
+    dropout = dropout_of_attention(attention)
     seed = inputs.seed(SELF) if dropout > 0 else None
     linears = (attention.query, attention.key, attention.value)
     if inputs.plain and past_k is None and not inputs.keep:
         attended = ops.self_attention(
             hidden, parameters_of(linears), inputs.bias, inputs.key_mask, seed,
-            heads=heads, scale=attention.scaling, dropout=dropout,
+            heads=heads, scale=scale_of(attention), dropout=dropout,
         )  # fmt: skip
         return (_add_and_norm(block.output, attended, hidden, inputs, SELF_OUTPUT),)
     if inputs.plain:
@@ -136,7 +136,7 @@ def self_attention_block(
         q, k, v = (_by_head(linear(hidden), heads) for linear in linears)
     attended = ops.cross_attention(
         q, k, v, past_k, past_v, inputs.bias, inputs.key_mask, seed,
-        scale=attention.scaling, dropout=dropout,
+        scale=scale_of(attention), dropout=dropout,
     )  # fmt: skip
     found = _add_and_norm(block.output, _joined(attended), hidden, inputs, SELF_OUTPUT)
     return found, k, v
@@ -153,7 +153,7 @@ def cross_attention_block(
             "features for the cross-attention layers"
         )
     heads: int = attention.num_attention_heads
-    dropout = _attention_dropout(attention)
+    dropout = dropout_of_attention(attention)
     seed = inputs.seed(CROSS) if dropout > 0 else None
     q = (
         F.linear(queries, attention.query.weight, attention.query.bias)
@@ -175,7 +175,7 @@ def cross_attention_block(
     ):
         attended = ops.absorbed_cross_attention(
             q, image, key.weight, key.bias, value.weight, value.bias, mask, seed,
-            heads=heads, scale=attention.scaling, dropout=dropout,
+            heads=heads, scale=scale_of(attention), dropout=dropout,
         )  # fmt: skip
     else:
         if inputs.projected:
@@ -194,7 +194,7 @@ def cross_attention_block(
                 inputs.image_bias,
                 mask,
                 seed,
-                scale=attention.scaling,
+                scale=scale_of(attention),
                 dropout=dropout,
             )
         )
@@ -256,14 +256,27 @@ def dropout_of(layer: Any) -> float:
     parts = [part for part in (getattr(layer, name, None) for name in names) if part is not None]
     outputs = [getattr(part, "output", part) for part in parts]
     return max(
-        *(_attention_dropout(part.attention) for part in parts if hasattr(part, "attention")),
+        *(dropout_of_attention(part.attention) for part in parts if hasattr(part, "attention")),
         *(float(getattr(o.dropout, "p", 0)) for o in outputs if o.dropout.training),
         0.0,
     )
 
 
-def _attention_dropout(attention: Any) -> float:
+def dropout_of_attention(attention: Any) -> float:
+    """The probability of a dropout of attention weights, which is a child in some releases."""
+    dropout = getattr(attention, "dropout", None)
+    if isinstance(dropout, nn.Module):
+        return float(dropout.p) if dropout.training else 0.0  # type: ignore[arg-type]
     return float(attention.attention_dropout) if attention.training else 0.0
+
+
+def scale_of(attention: Any) -> float:
+    """What scores are multiplied by."""
+    scaling = getattr(attention, "scaling", None)
+    if scaling is not None:
+        return float(scaling)
+    d = getattr(attention, "head_dim", None)
+    return float((attention.attention_head_size if d is None else d) ** -0.5)
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

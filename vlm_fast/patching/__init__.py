@@ -14,6 +14,7 @@ from torch import nn
 
 from vlm_fast.modules.chain import chain_of
 from vlm_fast.modules.original_code import why_not_original
+from vlm_fast.modules.plain_linear import has_own_forward
 from vlm_fast.op import FLOATS
 from vlm_fast.ops.mlp import SAVED
 from vlm_fast.patching import (
@@ -33,7 +34,13 @@ from vlm_fast.patching import (
     pooling,
     qformer,
 )
-from vlm_fast.patching.class_swap import Patched, swap, swap_back, why_not_swapped_back
+from vlm_fast.patching.class_swap import (
+    Patched,
+    swap,
+    swap_back,
+    why_not_read,
+    why_not_swapped_back,
+)
 
 # Families: a mixin, and the recogniser that returns its recipe, a reason against it, or None. Of
 # several that serve a module the first is taken.
@@ -77,7 +84,8 @@ class Report:
 
     Attributes:
         patched: module name to the names of its class and of what serves it now.
-        skipped: module name to the reason why a candidate was left as it is.
+        skipped: module name to the reason why a candidate was left as it is, or its merge was, if
+            the rest of it is patched.
     """
 
     patched: dict[str, str] = field(default_factory=dict)
@@ -149,23 +157,33 @@ def patch(
         for mixin, recognise in FAMILIES:
             recipe = _recipe(recognise, module, saved=saved, compute_dtype=compute_dtype)
             if recipe is not None and not isinstance(recipe, str):
-                recipe = _why_not_read(module, mixin) or recipe
+                recipe = _why_not_restated(module, mixin) or recipe
             if isinstance(recipe, str):
-                report.skipped[name] = recipe
+                before = report.skipped.get(name, recipe)
+                report.skipped[name] = recipe if before == recipe else f"{before}; {recipe}"
             elif recipe is not None:
                 _refuse_if_sharded(name, module)
                 swaps.append((name, module, mixin, recipe))
                 report.skipped.pop(name, None)
+                left_out = mixin.left_out(module)
+                if left_out is not None:
+                    report.skipped[name] = left_out
                 break
     if not swaps and not already:
         message = f"no connector of {type(model).__name__} was patched\n{report}"
         if strict:
             raise ValueError(message)
         warnings.warn(message, stacklevel=2)
-    for name, module, mixin, recipe in swaps:
+    for _, module, mixin, recipe in swaps:
         swap(module, mixin, recipe)
-        report.patched[name] = f"{type(module).__name__} by {mixin.__name__}"
-        report.modules.append(module)
+    for name, module, mixin, _ in swaps:
+        reason = _why_not_asked(module)
+        if reason is not None:
+            swap_back(module)
+            report.skipped[name] = reason
+        else:
+            report.patched[name] = f"{type(module).__name__} by {mixin.__name__}"
+            report.modules.append(module)
     return report
 
 
@@ -202,11 +220,14 @@ def explain(model: nn.Module) -> dict[str, str | None]:
     return {name: module.why_not() for name, module in patched_modules(model)}
 
 
-def _why_not_read(module: nn.Module, mixin: type[Patched]) -> str | None:
+def _why_not_restated(module: nn.Module, mixin: type[Patched]) -> str | None:
     """Why the code of a module is not the code that the mixin stands for, or None."""
-    if hasattr(mixin, "forward") and "forward" in vars(module):
+    kind = type(module)
+    if hasattr(mixin, "forward") and has_own_forward(module):
         return "its forward has been replaced (accelerate or another wrapper)"
-    return why_not_original(type(module), *mixin.restates) if mixin.restates else None
+    reason = why_not_original(kind, *mixin.restates) if mixin.restates else None
+    other = why_not_read(module, mixin)
+    return reason if other is None else _of_release(kind, other)
 
 
 def _recipe(recognise: Callable[..., Any], module: nn.Module, **options: Any) -> Any:
@@ -214,11 +235,24 @@ def _recipe(recognise: Callable[..., Any], module: nn.Module, **options: Any) ->
     try:
         return recognise(module, **options)
     except AttributeError as error:
-        kind = type(module)
-        if not kind.__module__.startswith("transformers."):
-            raise
-        release = getattr(sys.modules["transformers"], "__version__", "")
-        return f"{kind.__name__} of transformers {release} is not the one that was read: {error}"
+        return _of_release(type(module), str(error))
+
+
+def _why_not_asked(module: Any) -> str | None:
+    """Why a patched module cannot say whether it would run fast, or None."""
+    try:
+        module.why_not()
+    except AttributeError as error:
+        return _of_release(type(module), str(error))
+    return None
+
+
+def _of_release(kind: type, reason: str) -> str:
+    """What is missing of a class, or unknown, and in which release of transformers."""
+    if not kind.__module__.startswith("transformers."):
+        return f"{kind.__name__} is not the one that was read: {reason}"
+    release = getattr(sys.modules["transformers"], "__version__", "")
+    return f"{kind.__name__} of transformers {release} is not the one that was read: {reason}"
 
 
 def _refuse_if_sharded(name: str, module: nn.Module) -> None:

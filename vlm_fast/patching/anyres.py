@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from fractions import Fraction
 from itertools import accumulate
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from vlm_fast.modules.anyres_packer import joined, pack_tiles
 from vlm_fast.patching import image_token_merge
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.patching.image_token_merge import FusedMerge
+from vlm_fast.patching.placeholder_forms import Form
 from vlm_fast.policy import fell_back
 
 CLASSES = (
@@ -55,12 +58,44 @@ class PackedImage(Tensor):
                     return whole
             return func(*args, **(kwargs or {}))
 
+    def unmark(self) -> None:
+        """Make this very object a plain tensor, wherever it is kept."""
+        del self.whole, self.place
+        self.__class__ = Tensor  # type: ignore[assignment]
+
+
+class Answer(NamedTuple):
+    """What a ``pack_image_features`` returns, beside its images.
+
+    Attributes:
+        counts: whether it also returns how many rows each image has.
+        flat: whether an image of a single tile has one dimension.
+    """
+
+    counts: bool
+    flat: bool
+
+
+# The images that are packed while a model merges what it packs.
+_merging: ContextVar[list[PackedImage] | None] = ContextVar("merging", default=None)
+
 
 class FusedAnyRes(Patched):
     """A model whose tiles are packed in one movement."""
 
     restates: ClassVar[tuple[str, ...]] = ("pack_image_features",)
-    merging = False  # whether what is packed goes to this model's own merge
+    answer: ClassVar[Answer]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "patch" in vars(cls):  # a class that was made for a model
+            base: Any = cls.patch.base
+            cls.answer = _answer(base.pack_image_features)
+
+    @classmethod
+    def left_out(cls, module: nn.Module) -> str | None:
+        found = image_token_merge.recognise(module)
+        return found if isinstance(found, str) else None
 
     def get_image_features(
         self, pixel_values: Tensor, image_sizes: Any, *args: Any, **kwargs: Any
@@ -83,12 +118,19 @@ class FusedAnyRes(Patched):
         newline = named.arguments["image_newline"]
         tiling = _tiling(self, newline is not None, named.arguments)
         reason = tiling if isinstance(tiling, str) else _mismatch(image_features, tiling)
+        if self.answer.flat and any(len(tiles) == 1 for tiles in image_features):
+            reason = "an image of a single tile has one dimension in this release"
         if isinstance(tiling, str) or reason is not None:
             fell_back(NAME, str(reason))
             return original(image_features, image_sizes, *args, **kwargs)
         pack = torch.compiler.disable(_pack) if torch.compiler.is_compiling() else _pack
         whole, counts = pack(image_features, image_sizes, newline, tiling)
-        images = _images(whole, counts) if self.merging else list(whole.split(counts))
+        marked = _merging.get() if not torch.compiler.is_compiling() else None
+        images = list(whole.split(counts)) if marked is None else _images(whole, counts)
+        if marked is not None:
+            marked += images
+        if not self.answer.counts:
+            return images
         return images, torch.tensor(counts, dtype=torch.long, device=whole.device)
 
 
@@ -107,27 +149,60 @@ class FusedAnyResMerge(FusedAnyRes, FusedMerge):
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return base.forward(self, *args, **kwargs)
-            self.merging = True
+            images: list[PackedImage] = []
+            before = _merging.set(images)
             try:
                 return base.forward(self, *args, **kwargs)
             finally:
-                self.__dict__.pop("merging", None)  # another thread may have been here
+                _merging.reset(before)
+                for image in images:  # outputs may hold them
+                    image.unmark()
 
         cls.forward = forward  # type: ignore[attr-defined]
 
 
-def recognise(module: nn.Module) -> tuple[()] | None:
-    """Empty recipe for a model that packs tiles and merges them itself, or None."""
-    return () if packs(module) and image_token_merge.recognise(module) == () else None
+def recognise(module: nn.Module) -> Form | str | None:
+    """A recipe for a model that packs tiles and merges them itself, a reason against, or None."""
+    found = image_token_merge.recognise(module) if packs(module) else None
+    return why_not_packed(module) or found if isinstance(found, Form) else None
 
 
-def recognise_packing(module: nn.Module) -> tuple[()] | None:
-    """Empty recipe for a model that packs tiles and does not merge them, or None."""
-    return () if packs(module) and image_token_merge.recognise(module) != () else None
+def recognise_packing(module: nn.Module) -> tuple[()] | str | None:
+    """The same for a model that packs tiles and whose merge is not served."""
+    return why_not_packed(module) or () if packs(module) and recognise(module) is None else None
 
 
 def packs(module: nn.Module) -> bool:
     return any(is_class(module, family, name) for family, name in CLASSES)
+
+
+def why_not_packed(module: nn.Module) -> str | None:
+    """Why what a model's own packing returns is not known, or None."""
+    try:
+        _answer(type(module).pack_image_features)  # type: ignore[attr-defined]
+    except Exception as error:  # of code that nobody here has read
+        return f"pack_image_features cannot be asked: {type(error).__name__}: {error}"
+    return None
+
+
+def _answer(method: Any) -> Answer:
+    """What a ``pack_image_features`` returns. It is asked about one tile of one row.
+
+    Raises:
+        ValueError: it returns something else.
+        Exception: whatever the method raises.
+    """
+    tile = torch.arange(2.0, device="cpu")
+    known = {"vision_feature_select_strategy": "full"}
+    named = {name: known[name] for name in inspect.signature(method).parameters if name in known}
+    found = method(SimpleNamespace(), [tile.view(1, 1, 2)], [[1, 1]], **named)
+    images, *counts = found if isinstance(found, tuple) else (found,)
+    listed = type(images) is list and len(images) == 1
+    for flat, image in ((False, tile[None]), (True, tile)):
+        counted = [count.tolist() for count in counts] in ([], [[len(image)]])
+        if listed and counted and torch.equal(images[0], image):
+            return Answer(bool(counts), flat)
+    raise ValueError("it returns neither a list of images nor that and their rows")
 
 
 def _tiling(model: Any, newline: bool, options: dict[str, Any]) -> Tiling | str:
@@ -177,8 +252,8 @@ def _pack(
     return pack_tiles(whole, newline, made), list(made.counts)
 
 
-def _images(whole: Tensor, counts: Sequence[int]) -> list[Tensor]:
-    images: list[Tensor] = []
+def _images(whole: Tensor, counts: Sequence[int]) -> list[PackedImage]:
+    images: list[PackedImage] = []
     for i, start in enumerate(accumulate(counts[:-1], initial=0)):
         image = whole.narrow(0, start, counts[i]).as_subclass(PackedImage)
         image.whole, image.place = whole, (i, len(counts))

@@ -8,7 +8,7 @@ are composed into one for the call.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,14 @@ class FusedAriaProjector(Patched):
     feed_forward: Any
     patch_to_query_dict: dict[int, int]
     training: bool
+    reads: ClassVar[tuple[str, ...]] = (
+        *(f"cross_attn.{name}" for name in (
+            "num_heads", "q_proj", "k_proj", "v_proj", "linear", "dropout", "layer_norm",
+            "layer_norm_kv", "multihead_attn.in_proj_weight", "multihead_attn.in_proj_bias",
+            "multihead_attn.bias_k", "multihead_attn.dropout", "multihead_attn.out_proj",
+        )),
+        *(f"feed_forward.{name}" for name in ("linear_in", "act", "linear_out")),
+    )  # fmt: skip
 
     def forward(self, key_value_states: Tensor, attn_mask: Tensor | None = None) -> Any:
         reason = self.why_not()

@@ -15,7 +15,9 @@ from weakref import WeakValueDictionary
 from torch import nn
 from torch.fx import Proxy
 
+from vlm_fast.modules.plain_linear import has_own_forward
 from vlm_fast.modules.plain_tree import unwrapped, why_not_own_arguments
+from vlm_fast.patching.parameters import Names, names_of
 from vlm_fast.policy import fell_back
 
 
@@ -49,11 +51,24 @@ class Patched(Swapped):
 
     Where a method that a mixin overrides is no longer the one that its base had when the class was
     made, the base's is called instead; so it is where a program is traced symbolically.
+
+    An override with named parameters is called by those names, whatever position or name the base
+    has for them (`parameters`), and calls the base by `call_base`. Attributes that a mixin
+    annotates, and those of ``reads``, must be there at the patch.
     """
 
     alone: ClassVar[bool] = False  # whether its base's forward takes what its own is given
     # Methods of the base whose code is taken for granted: patched only while they are original.
     restates: ClassVar[tuple[str, ...]] = ("forward",)
+    # Attributes of children that are read, as paths.
+    reads: ClassVar[tuple[str, ...]] = ()
+    # Of the overrides with named parameters, how the base calls those.
+    names: ClassVar[dict[str, Names]] = {}
+
+    @classmethod
+    def left_out(cls, module: nn.Module) -> str | None:
+        """Why a part of what a module does is not served, although the rest is, or None."""
+        return None
 
     def why_not(self) -> str | None:
         """Why the next call would run as plain PyTorch, or None."""
@@ -62,6 +77,10 @@ class Patched(Swapped):
     def why_replaced(self) -> str | None:
         """Which method of the base somebody replaced since the patch, or None."""
         return None
+
+    def call_base(self, method: str, /, **given: Any) -> Any:
+        """The base's own method, with arguments by the names of the override of this mixin."""
+        return getattr(self.patch.base, method)(self, **self.names[method].back(given))
 
     def unpatched(self) -> nn.Module | None:
         """A copy that computes as its base does on what this is given; None if none can, alone."""
@@ -97,7 +116,12 @@ def _make(patch: Patch) -> type[nn.Module]:
     own: dict[str, Any] = {**names, "__doc__": base.__doc__, "patch": patch}
     if issubclass(mixin, Patched):
         served = {name: getattr(base, name) for name in _overridden(base, mixin)}
-        own |= {name: _guarded(base, mixin, name, read) for name, read in served.items()}
+        names = {name: names_of(read, getattr(mixin, name)) for name, read in served.items()}
+        own["names"] = {name: found for name, found in names.items() if isinstance(found, Names)}
+        own |= {
+            name: _guarded(base, mixin, name, read, own["names"].get(name))
+            for name, read in served.items()
+        }
         own["why_replaced"] = _asking(base, served)
         own["why_not"] = _guarded_why_not(mixin)
     return type(base.__name__, (mixin, base), own)
@@ -113,7 +137,34 @@ def _overridden(base: type, mixin: type[Patched]) -> list[str]:
     ]
 
 
-def _guarded(base: Any, mixin: Any, name: str, read: Any) -> Any:
+def why_not_read(module: nn.Module, mixin: type[Patched]) -> str | None:
+    """Why a module has not the parameters and attributes that a mixin knows, or None."""
+    kind = type(module)
+    for name in _overridden(kind, mixin):
+        found = names_of(getattr(kind, name), getattr(mixin, name))
+        if isinstance(found, str):
+            return found
+    for path in (*_annotated(mixin), *mixin.reads):
+        value: Any = module
+        for part in path.split("."):
+            if not hasattr(value, part):
+                return f"{path} is missing"
+            value = getattr(value, part)
+    return None
+
+
+def _annotated(mixin: type[Patched]) -> list[str]:
+    """Attributes that a mixin says it reads of its base."""
+    return [
+        name
+        for kind in mixin.__mro__
+        if kind not in (Patched, Swapped, object)
+        for name, what in vars(kind).get("__annotations__", {}).items()
+        if not str(what).startswith("ClassVar")
+    ]
+
+
+def _guarded(base: Any, mixin: Any, name: str, read: Any, names: Names | None) -> Any:
     """The mixin's method, as long as the base's is the one that was there before."""
 
     @functools.wraps(read)  # callers ask for its signature
@@ -125,7 +176,12 @@ def _guarded(base: Any, mixin: Any, name: str, read: Any) -> Any:
         for value in (*args, *kwargs.values()):
             if isinstance(value, Proxy):  # torch.fx.symbolic_trace
                 return current(self, *args, **kwargs)
-        return getattr(mixin, name)(self, *args, **kwargs)
+        if names is None:
+            return getattr(mixin, name)(self, *args, **kwargs)
+        given = names.given(args, kwargs)
+        if given is None:  # of which the base says what is wrong
+            return current(self, *args, **kwargs)
+        return getattr(mixin, name)(self, **given)
 
     return method
 
@@ -172,6 +228,7 @@ def is_class(module: nn.Module, family: str, *names: str) -> bool:
 
 
 def swap(module: nn.Module, mixin: type[Swapped], recipe: Any) -> None:
+    drop_own_forward(module)
     module.__class__ = patched_class(type(module), mixin, recipe)
     module.prepare()  # type: ignore[operator]
 
@@ -196,8 +253,19 @@ def swap_back(module: Any) -> None:
     reason = why_not_swapped_back(module)
     if reason is not None:
         raise ValueError(f"vlm_fast: {type(module).patch.base.__name__} stays patched: {reason}")
+    drop_own_forward(module)
     module.__class__ = type(module).patch.base
     module.__dict__.pop("_plain_tree", None)
+
+
+def drop_own_forward(module: nn.Module) -> None:
+    """Take away the attribute ``forward`` of a module, if it is the forward of its class.
+
+    Collecting hidden states leaves one on each layer in transformers 4.54 to 5.1, and accelerate
+    leaves one where it takes its hooks away. It would keep the forward of a class that was left.
+    """
+    if "forward" in module.__dict__ and not has_own_forward(module):
+        del module.__dict__["forward"]
 
 
 def _rebuild(base: type[nn.Module], mixin: type[Swapped], recipe: Any) -> nn.Module:

@@ -8,7 +8,7 @@ for every generated token in every layer; here that is kept beside the cache of 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
 from vlm_fast.modules.gated_layer import gated_residuals, rms_norm, why_not_gated
 from vlm_fast.modules.plain_tree import why_not_dtypes_of_tree, why_not_plain_tree
+from vlm_fast.modules.qformer_layer import scale_of
 from vlm_fast.patching.class_swap import is_class, why_not_handed
 from vlm_fast.patching.image_keys import ImageKeys
 from vlm_fast.patching.media_sets import GivenSets, GivesSets, MediaSets, why_not_sets
@@ -26,26 +27,34 @@ from vlm_fast.refusal import wrong_value
 class FusedIdeficsModel(GivesSets):
     """A model that tells its gated layers the images each token sees."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(self.patch.base.forward).bind(self, *args, **kwargs)
-        given = bound.arguments
-        mask: Any = given.get("image_attention_mask")
-        if self.why_not_sets(mask) is not None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        given["image_attention_mask"] = mask[:, :1]
-        text: Any = given.get("input_ids")
-        text = given.get("inputs_embeds") if text is None else text
-        rows = mask.shape[:2] if text is None else text.shape[:2]
-        tokens = 0 if text is None else text.shape[1]
-        options = given.pop("kwargs", {})
-        options["media_sets"] = tuple(MediaSets.of(mask.bool(), rows))
-        options["image_keys"] = ImageKeys.of_cache(self, given.get("past_key_values"), tokens)
-        del given["self"]
-        return super().forward(**given, **options)  # type: ignore[misc]
+    gated_cross_attn_layers: Any
+
+    def forward(
+        self,
+        *,
+        input_ids: Any = None,
+        inputs_embeds: Any = None,
+        image_attention_mask: Any = None,
+        cache: Any = None,
+        **passed_on: Any,
+    ) -> Any:
+        mask, options = image_attention_mask, passed_on
+        if self.why_not_sets(mask) is None:
+            text = inputs_embeds if input_ids is None else input_ids
+            rows = mask.shape[:2] if text is None else text.shape[:2]
+            tokens = 0 if text is None else text.shape[1]
+            options |= dict(
+                media_sets=tuple(MediaSets.of(mask.bool(), rows)),
+                image_keys=ImageKeys.of_cache(self, cache, tokens),
+            )
+            mask = mask[:, :1]
+        return self.call_base(
+            "forward", input_ids=input_ids, inputs_embeds=inputs_embeds, image_attention_mask=mask,
+            cache=cache, **options,
+        )  # fmt: skip
 
     def why_not_sets(self, mask: Any) -> str | None:
-        layers: Any = self.gated_cross_attn_layers  # type: ignore[attr-defined]
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(self.gated_cross_attn_layers):
             reason = why_not_handed(layer, FusedIdeficsLayer)
             if reason is not None:
                 return f"gated layer {i}: {reason}"
@@ -64,6 +73,15 @@ class FusedIdeficsLayer(GivenSets):
     alpha_cross_attn: Any
     alpha_dense: Any
 
+    reads: ClassVar[tuple[str, ...]] = (
+        *(f"cross_attn.{name}" for name in (
+            "num_heads", "head_dim", "dropout", "qk_layer_norms", "q_proj", "k_proj", "v_proj",
+            "o_proj",
+        )),
+        "input_layernorm.variance_epsilon", "post_attention_layernorm.variance_epsilon",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn",
+    )  # fmt: skip
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -71,7 +89,9 @@ class FusedIdeficsLayer(GivenSets):
         image_hidden_states: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
         cross_attention_gate: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
+        output_attentions: bool | None = False,
+        use_cache: bool | None = False,
         *,
         media_sets: tuple[Tensor, int] | None = None,
         image_keys: ImageKeys | None = None,
@@ -82,18 +102,22 @@ class FusedIdeficsLayer(GivenSets):
         if images is not None and sets is not None:
             _check(sets, x, images, image_attention_mask)
         reason = self.why_not() or why_not_dtypes_of_tree(self, x, images)  # type: ignore[arg-type]
-        if images is None or cross_attention_gate is None or past_key_values is not None:
+        if images is None or cross_attention_gate is None or cache is not None:
             reason = "an argument is not as the model gives it"
-        elif kwargs.get("output_attentions"):
+        elif output_attentions:
             reason = "attention maps were asked for, which no kernel forms"
+        elif sets is None and image_attention_mask is None and x.shape[1] > 1:
+            reason = "without a mask its attention may be causal"
         if reason is not None:
             fell_back(type(self).__name__, reason)
             if images is not None and sets is not None:
                 image_attention_mask = sets.dense_mask(images.shape[1], images.dtype)
                 cross_attention_gate = (sets.bits != 0).to(images.dtype)
-            return super().forward(  # type: ignore[misc]
-                x, attention_mask, images, image_attention_mask, cross_attention_gate,
-                past_key_values, **kwargs,
+            return self.call_base(
+                "forward", hidden_states=x, attention_mask=attention_mask,
+                image_hidden_states=images, image_attention_mask=image_attention_mask,
+                cross_attention_gate=cross_attention_gate, cache=cache,
+                output_attentions=output_attentions, use_cache=use_cache, **kwargs,
             )  # fmt: skip
         assert images is not None and cross_attention_gate is not None
         attn = self.cross_attn
@@ -103,10 +127,13 @@ class FusedIdeficsLayer(GivenSets):
             image_keys,
         )  # fmt: skip
         attended = attn.o_proj(attended.transpose(1, 2).flatten(2))
-        return gated_residuals(
+        x = gated_residuals(
             x, attended, self.alpha_cross_attn, self.post_attention_layernorm, self.mlp,
             self.alpha_dense, attention_rows=row_mask,
         )  # fmt: skip
+        if "output_attentions" not in self.names["forward"].known:
+            return x
+        return (x, None) if use_cache else (x,)  # it has no keys and values of its own to give
 
     def _attend(
         self, q: Tensor, images: Tensor, mask: Tensor | None, gate: Tensor,
@@ -121,12 +148,12 @@ class FusedIdeficsLayer(GivenSets):
         norm = attn.q_layer_norm if attn.qk_layer_norms else None
         if sets is None:  # a layer on its own, given a mask of text by image tokens
             q = q if norm is None else rms_norm(q, norm)
-            return ops.cross_attention(q, k, v, bias=mask, scale=attn.scaling), gate != 0
+            return ops.cross_attention(q, k, v, bias=mask, scale=scale_of(attn)), gate != 0
         # A token that sees no image gets zeros already.
         return ops.media_cross_attention(
             q, k, v, sets.bits, None if norm is None else norm.weight,
             attend="listed", tokens_per_media=k.shape[2] // sets.media,
-            scale=attn.scaling, eps=1e-6 if norm is None else norm.variance_epsilon,
+            scale=scale_of(attn), eps=1e-6 if norm is None else norm.variance_epsilon,
         ), None  # fmt: skip
 
     def _key_values(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +186,12 @@ def _check(sets: MediaSets, x: Tensor, images: Tensor, mask: Tensor | None) -> N
 
 def recognise_model(module: nn.Module, **options: Any) -> tuple[()] | str | None:
     """A recipe, a reason against, or None for another class."""
-    return () if is_class(module, "idefics", "IdeficsModel") else None
+    if not is_class(module, "idefics", "IdeficsModel"):
+        return None
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return "its forward hands its layers nothing that it does not know itself"
+    return ()
 
 
 def recognise_layer(module: nn.Module, **options: Any) -> tuple[()] | str | None:
@@ -169,4 +201,5 @@ def recognise_layer(module: nn.Module, **options: Any) -> tuple[()] | str | None
     layer: Any = module
     if activation_of(layer.mlp.act_fn) is None:
         return f"{type(layer.mlp.act_fn).__name__} is not an activation the kernels know"
+    scale_of(layer.cross_attn)
     return ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from vlm_fast.modules.activation import activation_of, why_not_activation
 from vlm_fast.modules.perceiver_resampler import Layer, resample
 from vlm_fast.modules.plain_linear import why_not_plain
 from vlm_fast.modules.plain_tree import wants_attentions, why_not_dtypes_of_tree, why_not_plain_tree
+from vlm_fast.modules.qformer_layer import scale_of
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.policy import fell_back
 from vlm_fast.refusal import wrong_value
@@ -57,6 +58,15 @@ class FusedIdefics2Perceiver(Patched):
     latents: Any
     norm: Any
     training: bool
+    reads: ClassVar[tuple[str, ...]] = (
+        *(f"layers.0.{name}" for name in (
+            "input_context_norm.variance_epsilon", "input_latents_norm.variance_epsilon",
+            "post_attention_layernorm.variance_epsilon", "mlp",
+        )),
+        *(f"layers.0.self_attn.{name}" for name in (
+            "num_heads", "num_key_value_heads", "head_dim", "q_proj", "k_proj", "v_proj", "o_proj",
+        )),
+    )  # fmt: skip
 
     def forward(self, context: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
         reason = self.why_not()
@@ -67,7 +77,9 @@ class FusedIdefics2Perceiver(Patched):
             reason = "the mask is not one of patches, (images, patches)"
         if reason is not None:
             fell_back(type(self).__name__, reason)
-            return super().forward(context, attention_mask, **kwargs)  # type: ignore[misc]
+            return self.call_base(
+                "forward", context=context, attention_mask=attention_mask, **kwargs
+            )
         if attention_mask.shape != context.shape[:2]:
             wanted = f"{tuple(context.shape[:2])}, one for each patch of context"
             raise wrong_value("patch(Idefics2)", "attention_mask", attention_mask, wanted)
@@ -78,7 +90,8 @@ class FusedIdefics2Perceiver(Patched):
         return self.norm(resample(context, self.latents, layers, seen))
 
     def why_not(self) -> str | None:
-        if self.training and any(layer.self_attn.attention_dropout > 0 for layer in self.layers):
+        attentions = [layer.self_attn for layer in self.layers]
+        if self.training and any(getattr(a, "attention_dropout", 0) > 0 for a in attentions):
             return "attention has dropout"
         return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
 
@@ -88,7 +101,7 @@ def _layer(layer: Any) -> Layer:
     return Layer(
         layer.input_context_norm, layer.input_latents_norm, attention.q_proj,
         (attention.k_proj, attention.v_proj), attention.o_proj, attention.num_heads,
-        attention.num_key_value_heads, attention.scaling,
+        attention.num_key_value_heads, scale_of(attention),
         lambda x: layer.mlp(layer.post_attention_layernorm(x)),
     )  # fmt: skip
 
@@ -105,4 +118,9 @@ def recognise_mlp(module: nn.Module, **options: Any) -> tuple[()] | str | None:
 
 def recognise_resampler(module: nn.Module, **options: Any) -> tuple[()] | str | None:
     """The same for the resampler."""
-    return () if is_class(module, "idefics2", "Idefics2PerceiverResampler") else None
+    if not is_class(module, "idefics2", "Idefics2PerceiverResampler"):
+        return None
+    resampler: Any = module
+    for layer in resampler.layers:
+        scale_of(layer.self_attn)
+    return ()

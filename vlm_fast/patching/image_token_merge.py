@@ -1,9 +1,8 @@
 """The merge of image features into ``inputs_embeds``, in models that ask `get_placeholder_mask`.
 
-The model's own `get_placeholder_mask` runs, on ids of a tensor type that remembers what it is:
-whatever mask comes out, ``inputs_embeds.masked_scatter(mask, features)`` is then served by
-`vlm_fast.ops.merge_image_tokens`, and the count check in between does not wait for the device
-(the merge checks the same count there). No model's forward is restated.
+The mask is made directly, as the class's own method makes it (`placeholder_forms`). Its tensor type
+leads ``inputs_embeds.masked_scatter(mask, features)`` to `vlm_fast.ops.merge_image_tokens`, which
+counts on the device what the method counts on the host. No model's forward is restated.
 """
 
 from __future__ import annotations
@@ -12,75 +11,90 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from vlm_fast import ops
+from vlm_fast.ops.image_tokens import check_count
 from vlm_fast.patching.class_swap import Patched
+from vlm_fast.patching.placeholder_forms import Form, NotRead, read
 from vlm_fast.policy import policy
 from vlm_fast.registration import constant_while_compiling
 
-UNREAD = "(not read from the device)"
-
 
 class PlaceholderMask(Tensor):
-    """Ids, the mask made of them, and counts of that mask: what a merge is decided by.
+    """A mask of whole rows that leads to the fused merge. To everything else it is a plain tensor.
 
-    Only the few operations that lead from ids to mask and count keep the type; everything else
-    sees and returns plain tensors.
+    Whoever looks at it before the merge has it counted first: it may never come there.
     """
+
+    rows: int | None = None  # of features, while nobody has counted the mask
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func is Tensor.masked_scatter and not kwargs:
+            if func is Tensor.masked_scatter and not kwargs and isinstance(args[1], cls):
                 return _masked_scatter(*args)
-            if func is Tensor.__format__ and _would_wait(args[0]):  # the message of the count check
-                return UNREAD
-            if func is Tensor.__format__:  # of a number; of a subclass it would be its repr
-                return format(args[0].as_subclass(Tensor), *args[1:])
-            if func is Tensor.item and args[0].dtype == torch.bool and _would_wait(args[0]):
-                return True  # its verdict
-            result = func(*args, **kwargs)
-            return result.as_subclass(PlaceholderMask) if func in _LEADING_TO_MASK else result
+            if func is Tensor.to and isinstance(args[0], cls):
+                moved = func(*args, **kwargs)
+                if moved.dtype == torch.bool:
+                    return _marked(moved, args[0].rows)
+            if not torch.compiler.is_compiling() and func.__name__ != "__get__":  # as a shape
+                for mask in tree_leaves((args, kwargs)):
+                    if isinstance(mask, cls):
+                        _count(mask)
+            return func(*args, **kwargs)
 
 
-_LEADING_TO_MASK = {
-    Tensor.__eq__, Tensor.eq, Tensor.all, Tensor.__and__, Tensor.__or__, Tensor.unsqueeze,
-    Tensor.to, Tensor.sum, Tensor.mul, Tensor.__mul__, Tensor._is_all_true,
-}  # fmt: skip
+def _marked(mask: Tensor, rows: int | None) -> Tensor:
+    mask = mask.as_subclass(PlaceholderMask)
+    if not torch.compiler.is_compiling():
+        mask.rows = rows
+    return mask
 
 
-def _would_wait(count: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return True  # a graph break, and a synchronisation at every run of the graph
-    return count.is_cuda and not policy.strict
+def _count(mask: PlaceholderMask) -> None:
+    rows, mask.rows = mask.rows, None
+    if rows is not None:
+        check_count("get_placeholder_mask", "features", rows, mask[..., 0].sum())
 
 
 # Functions that see every merge's embeds, mask and features; `vlm_fast.verify` looks through one.
 OBSERVERS: list[Callable[[Tensor, Tensor, Tensor], None]] = []
 
 
-def _masked_scatter(embeds: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-    if embeds.ndim != 3 or mask.shape != (*embeds.shape[:2], 1) or mask.dtype != torch.bool:
+def _masked_scatter(embeds: Tensor, mask: PlaceholderMask, source: Tensor) -> Tensor:
+    hidden = embeds.shape[-1] if embeds.ndim == 3 else 0
+    fits = hidden and mask.ndim == 3 and mask.shape[:2] == embeds.shape[:2]
+    if not fits or source.dtype != embeds.dtype or source.numel() % hidden:
+        if not torch.compiler.is_compiling():
+            _count(mask)
         return embeds.masked_scatter(mask, source)
-    if source.dtype != embeds.dtype or source.ndim < 2 or source.shape[-1] != embeds.shape[-1]:
-        return embeds.masked_scatter(mask, source)
-    mask = mask.squeeze(-1)
+    if source.ndim < 2 or source.shape[-1] != hidden:
+        source = source.reshape(-1, hidden)
+    rows = mask[..., 0]
     for observe in OBSERVERS:
-        observe(embeds, mask, source)
-    return ops.merge_image_tokens(embeds, source, mask)
+        observe(embeds, rows, source)
+    merged = ops.merge_image_tokens(embeds, source, rows)
+    if not torch.compiler.is_compiling():
+        mask.rows = None
+    return merged
+
+
+def _would_wait(tensor: Tensor) -> bool:
+    """Whether a number that is read from this tensor's device is waited for."""
+    return tensor.is_cuda and not policy.strict
 
 
 class FusedMerge(Patched):
-    """A model whose placeholder masks lead to the fused merge."""
-
-    restates: ClassVar[tuple[str, ...]] = ()
+    """A model whose placeholder masks lead to the fused merge. Its recipe is a `Form`."""
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         for name in ("get_image_features", "get_video_features"):
             if "patch" in vars(cls) and hasattr(cls, name):  # a class that was made for a model
                 setattr(cls, name, _hooks_first(cls, name))
@@ -88,17 +102,42 @@ class FusedMerge(Patched):
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        compared = inputs_embeds.detach() if input_ids is None else input_ids
-        # Without features nothing is counted; a FakeTensor or DTensor cannot change its type.
-        if any(f is not None for f in (*args, *kwargs.values())) and type(compared) is Tensor:
-            compared = compared.as_subclass(PlaceholderMask)
-            if input_ids is None:
-                inputs_embeds = compared
-            else:
-                input_ids = compared
-        return super().get_placeholder_mask(  # type: ignore[misc]
-            input_ids, inputs_embeds, *args, **kwargs
-        )
+        form: Form = self.patch.recipe
+        original = super().get_placeholder_mask  # type: ignore[misc]
+        given = {**dict(zip(form.arguments, args, strict=False)), **kwargs}
+        plain = type(inputs_embeds) is Tensor and type(input_ids) in (Tensor, type(None))
+        # A FakeTensor or DTensor cannot change its type. What is given twice is an error.
+        if not plain or len(given) != len(args) + len(kwargs):
+            return original(input_ids, inputs_embeds, *args, **kwargs)
+        if input_ids is None:  # found by their embeddings
+            answer = original(input_ids, inputs_embeds, *args, **kwargs)
+            masks = list(answer) if isinstance(answer, tuple) else [answer]
+        else:
+            masks = form.masks(self, input_ids, inputs_embeds, given)
+        for name, index in form.counted:
+            features = given.get(name)
+            if features is None:
+                continue
+            rows = None  # left to count
+            if input_ids is not None and not torch.compiler.is_compiling():
+                rows = _rows_to_count(masks[index], features, inputs_embeds)
+                if rows == WRONG:  # which it says
+                    return original(input_ids, inputs_embeds, *args, **kwargs)
+            masks[index] = _marked(masks[index], rows)
+        return tuple(masks) if len(masks) > 1 else masks[0]
+
+
+WRONG = -1
+
+
+def _rows_to_count(mask: Tensor, features: Tensor, embeds: Tensor) -> int | None:
+    """How many places the mask must turn out to have; None if it has them, `WRONG` if not."""
+    rows, rest = divmod(features.numel(), embeds.shape[-1])
+    if rest:
+        return WRONG
+    if _would_wait(embeds):
+        return rows
+    return None if int(mask[..., 0].sum()) == rows else WRONG
 
 
 def _hooks_first(cls: Any, name: str) -> Callable[..., Any]:
@@ -134,25 +173,43 @@ def _install_output_hooks(model: Any) -> None:
             capturing.maybe_install_capturing_hooks(child)
 
 
-def recognise(module: nn.Module) -> tuple[()] | str | None:
-    """Empty recipe, the reason why a candidate is none, or None for no candidate."""
-    method = getattr(type(module), "get_placeholder_mask", None)
+def recognise(module: nn.Module) -> Form | str | None:
+    """The form of its masks, the reason why a candidate is none, or None for no candidate."""
+    kind = type(module)
+    try:
+        return _recognise(kind)
+    except NotRead as reason:
+        return f"get_placeholder_mask{_release(kind)} {reason}"
+    except Exception as error:  # of code that nobody here has read
+        why = f"{type(error).__name__}: {error}"
+        return f"get_placeholder_mask{_release(kind)} cannot be asked: {why}"
+
+
+def _recognise(kind: type[nn.Module]) -> Form | str | None:
+    method = getattr(kind, "get_placeholder_mask", None)
+    forward = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    names = set() if forward is None else set(forward.co_names)
     if method is None:
-        return None
-    forward = _names(type(module).forward)
-    if "masked_scatter" not in forward:
+        if not hasattr(kind, "get_input_embeddings") or names.isdisjoint(_MERGES):
+            return None
+        return f"its forward{_release(kind)} merges by itself, without get_placeholder_mask"
+    if "masked_scatter" not in names:
         return None  # a wrapper that hands the question on to the model inside
-    if "get_placeholder_mask" not in forward:
-        return "its forward makes its own mask, not by get_placeholder_mask"
-    parameters = list(inspect.signature(method).parameters)
-    if parameters[1:4] != ["input_ids", "inputs_embeds", "image_features"]:
-        return f"get_placeholder_mask takes {', '.join(parameters[1:])}"
-    if "expand_as" in _names(method):
-        return "its mask is expanded to the hidden size"
-    if "torch_compilable_check" not in _names(method):
-        return "its feature count is not checked, so the merge may not check it either"
-    return ()
+    if "get_placeholder_mask" not in names:
+        return f"its forward{_release(kind)} makes its own mask, not by get_placeholder_mask"
+    if "expand_as" in names:
+        return f"its forward{_release(kind)} expands the mask"
+    return read(inspect.unwrap(method))
 
 
-def _names(function: Any) -> tuple[str, ...]:
-    return inspect.unwrap(function).__code__.co_names
+# What forwards call in which features are merged.
+_MERGES = (
+    "masked_scatter", "inputs_merger", "gather_continuous_embeddings",
+    "_merge_input_ids_with_audio_features", "_merge_input_ids_with_image_features",
+)  # fmt: skip
+
+
+def _release(kind: type) -> str:
+    if not kind.__module__.startswith("transformers."):
+        return ""
+    return f" (transformers {getattr(sys.modules['transformers'], '__version__', '')})"

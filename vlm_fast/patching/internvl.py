@@ -22,6 +22,7 @@ from vlm_fast.patching import image_token_merge
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.image_token_merge import FusedMerge
 from vlm_fast.patching.linear_act_linear import FusedMLP
+from vlm_fast.patching.placeholder_forms import Form
 
 FACTOR = 2
 
@@ -104,7 +105,7 @@ class FusedNormedMLP(FusedMLP):
         return why_not_normed(self.layer_norm, self.linear_1) or super().why_not()
 
 
-def recognise_model(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+def recognise_model(module: nn.Module, **options: Any) -> Form | str | None:
     """A recipe, a reason against, or None for another class."""
     if not (
         is_class(module, "internvl", "InternVLModel")

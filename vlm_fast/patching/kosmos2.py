@@ -6,7 +6,7 @@ latents, by mistake; its eager attention is right, and is what this gives.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,10 +20,17 @@ from vlm_fast.policy import fell_back
 class FusedKosmosProjection(Patched):
     """The projection and its one attention, without a concatenation; no attention maps."""
 
+    alone = True
+
     dense: Any
     latent_query: Any
     x_attn: Any
     training: bool
+    reads: ClassVar[tuple[str, ...]] = (
+        *(f"x_attn.{name}" for name in (
+            "num_heads", "scaling", "dropout", "q_proj", "k_proj", "v_proj", "out_proj",
+        )),
+    )  # fmt: skip
 
     def forward(self, features: Tensor) -> Any:
         reason = self.why_not() or why_not_dtypes_of_tree(self, features)  # type: ignore[arg-type]
@@ -47,6 +54,14 @@ class FusedKosmosProjection(Patched):
         )  # fmt: skip
         return attn.out_proj(attended.transpose(1, 2).flatten(2)), None
 
+    def unpatched(self) -> nn.Module:
+        """A copy that computes what this mirrors, eager attention, without its maps."""
+        plain: Any = super().unpatched()
+        if self.why_not() is None:
+            plain.x_attn.config._attn_implementation = "eager"
+            plain.register_forward_hook(lambda module, args, found: (found[0], None))
+        return plain
+
     def why_not(self) -> str | None:
         attn = self.x_attn
         if attn.config._attn_implementation == "eager":
@@ -63,4 +78,9 @@ def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
     known = is_class(module, "kosmos2", "Kosmos2ImageToTextProjection") or is_class(
         module, "kosmos2_5", "Kosmos2_5ImageToTextProjection"
     )
-    return () if known else None
+    if not known:
+        return None
+    projection: Any = module
+    if not hasattr(projection.x_attn, "config"):  # before transformers 4.52
+        return "its attention is always the eager one, whose maps no kernel forms"
+    return ()

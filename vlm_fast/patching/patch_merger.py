@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -85,6 +85,9 @@ class FusedUnfoldingMerger(Patched):
     linear_1: nn.Module
     act: nn.Module
     linear_2: nn.Module
+    reads: ClassVar[tuple[str, ...]] = tuple(
+        f"patch_merger.{name}" for name in ("patch_size", "spatial_merge_size", "merging_layer")
+    )
 
     def forward(self, image_features: Tensor, image_sizes: Any) -> Tensor:
         reason = self._why_not_called()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -37,6 +37,13 @@ class FusedIdeficsPerceiver(Patched):
     blocks: Any
     latents: Any
     layer_norm: Any
+    reads: ClassVar[tuple[str, ...]] = (
+        *(f"blocks.0.0.{name}" for name in (
+            "context_layer_norm", "latents_layer_norm", "q_proj", "k_proj", "v_proj",
+            "output_proj", "n_heads", "qk_layer_norms", "qk_scale",
+        )),
+        *(f"blocks.0.1.{name}" for name in ("ln", "fc", "act", "c_proj")),
+    )  # fmt: skip
 
     def forward(self, context: Tensor) -> Tensor:
         reason = self.why_not() or why_not_dtypes_of_tree(self, context)  # type: ignore[arg-type]

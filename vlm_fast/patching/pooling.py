@@ -15,10 +15,11 @@ from vlm_fast.modules.plain_norm import why_not_normed
 from vlm_fast.modules.plain_tree import why_not_own_arguments
 from vlm_fast.modules.pooled_projector import pooled_mlp, pooled_norm, times_matrix
 from vlm_fast.modules.square_grid import side_of_square
-from vlm_fast.patching import image_token_merge
+from vlm_fast.patching import anyres
 from vlm_fast.patching.anyres import FusedAnyResMerge
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.patching.linear_act_linear import FusedMLP
+from vlm_fast.patching.placeholder_forms import Form
 from vlm_fast.policy import fell_back
 
 WINDOWS: dict[type[nn.Module], str] = {nn.AvgPool2d: "avg", nn.MaxPool2d: "max"}
@@ -139,6 +140,10 @@ class FusedPooledFrames(FusedAnyResMerge):
 
     config: Any
     multi_modal_projector: Any
+    reads: ClassVar[tuple[str, ...]] = (
+        "config.vision_config.image_size", "config.vision_config.patch_size",
+        "multi_modal_projector.linear_2",
+    )  # fmt: skip
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
         projector = self.multi_modal_projector
@@ -211,11 +216,10 @@ def recognise_next_video(module: nn.Module, **options: Any) -> tuple[()] | str |
     return () if type(pooler.pool) in WINDOWS else "it pools by a convolution"
 
 
-def recognise_onevision(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+def recognise_onevision(module: nn.Module, **options: Any) -> Form | str | None:
     """The same for LLaVA-OneVision, whose merge is served too."""
-    if not is_class(module, "llava_onevision", "LlavaOnevisionModel"):
-        return None
-    return image_token_merge.recognise(module)
+    known = is_class(module, "llava_onevision", "LlavaOnevisionModel")
+    return anyres.recognise(module) if known else None
 
 
 def recognise_frame_projector(module: nn.Module, *, saved: str, **options: Any) -> Chain | None:
