@@ -136,6 +136,16 @@ def test_a_method_returns_something_else(mixin):
 
 
 @every_mixin
+def test_a_forward_returns_a_tuple_that_its_callers_open(mixin):
+    model = Model(mixin)
+    for file, kind, name in methods(model):
+        if name == "forward":
+            with file.changed(file.opened(kind)):
+                model.judge(f"{kind}.{name}")
+    assert not model.wrong, "\n".join(model.wrong)
+
+
+@every_mixin
 def test_attributes_are_gone(mixin):
     """All that the class itself does not read."""
     model = Model(mixin)
