@@ -201,7 +201,9 @@ def test_counts_are_checked(name):
     model, inputs = build(name)
     inputs["input_ids"][0, (inputs["input_ids"][0] == IMAGE).nonzero()[0]] = 9
     patch(name, model)
-    with pytest.raises(ValueError, match="Image features and image tokens do not match[,:] tokens: "):
+    with pytest.raises(
+        ValueError, match=r"Image features and image tokens do not match[,:] tokens: "
+    ):
         model(**inputs)
 
 
