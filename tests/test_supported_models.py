@@ -201,13 +201,9 @@ def test_counts_are_checked(name):
     model, inputs = build(name)
     inputs["input_ids"][0, (inputs["input_ids"][0] == IMAGE).nonzero()[0]] = 9
     patch(name, model)
-<<<<<<< HEAD
-    with pytest.raises(ValueError, match=r"features and image tokens do not match[,:] tokens: "):
-=======
     with pytest.raises(
         ValueError, match=r"Image features and image tokens do not match[,:] tokens: "
     ):
->>>>>>> merge
         model(**inputs)
 
 
