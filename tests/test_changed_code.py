@@ -55,6 +55,7 @@ class Model:
         vlm_fast.patch(fast)
         self.served = {n: served_by(m) for n, m in fast.named_modules() if served_by(m)}
         self.names = [name for name, kind in self.served.items() if kind is self.mixin]
+        assert self.names, f"nothing in {case} is served by {mixin}"
         self.kind = type(self.model.get_submodule(self.names[0]))
         self.generates = hasattr(self.model, "generate")
         self.ran, self.wrong = 0, []
