@@ -25,6 +25,7 @@ OVERLAY := .venv-triton-$(BUDGETS_TRITON)
 LAST := $(addprefix tests/test_,ahead_of_time.py benchmarks.py checkpoints.py mixed_dtypes.py \
   qformer.py replaced_code.py wheel.py)
 FAMILIES := tests/test_released_families.py
+CHANGED := tests/test_changed_code.py
 
 test: $(INSTALLED)
 	@$(MAKE) --jobs=2 --output-sync=target interpreted compiled ahead released
@@ -34,7 +35,8 @@ interpreted: $(INSTALLED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
 
 compiled: $(INSTALLED)
-	$(BIN)/python -m pytest tests --ignore=tests/interpreted $(patsubst %,--ignore=%,$(LAST) $(FAMILIES))
+	$(BIN)/python -m pytest tests --ignore=tests/interpreted \
+	  $(patsubst %,--ignore=%,$(LAST) $(FAMILIES) $(CHANGED))
 
 ahead: $(INSTALLED) $(OVERLAY)/installed
 	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest $(LAST)
@@ -42,7 +44,7 @@ ahead: $(INSTALLED) $(OVERLAY)/installed
 released: $(TRANSFORMERS:%=released-%) released-pinned
 
 released-pinned: $(INSTALLED)
-	$(BIN)/python -m pytest $(FAMILIES)
+	$(BIN)/python -m pytest $(FAMILIES) $(CHANGED)
 
 $(TRANSFORMERS:%=released-%): released-%: .venv-transformers-%/installed
 	PYTHONPATH=$(CURDIR)/$(<D):$(CURDIR) $(BIN)/python -m pytest $(FAMILIES)

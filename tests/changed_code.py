@@ -61,6 +61,23 @@ class File:
             edits.append((value.end_lineno, value.end_col_offset, value.end_col_offset, after))
         return edits
 
+    def opened(self, kind: str) -> list[Edit]:
+        """A forward that gives a tuple of one, and takes the first of it wherever it is called."""
+        edits = self.other_returns(kind, "forward")
+        first = (
+            f"(lambda m: (lambda *a, **k: m(*a, **k)[0]) if type(m).__name__ == {kind!r} else m)("
+        )
+        for method in self.methods.values():
+            for call in ast.walk(method):
+                plain = isinstance(call, ast.Call) and not any(
+                    isinstance(n, ast.Call) for n in ast.walk(call.func)
+                )
+                if plain and not self._is_imported(call.func):
+                    f = call.func
+                    edits.append((f.lineno, f.col_offset, f.col_offset, first))
+                    edits.append((f.end_lineno, f.end_col_offset, f.end_col_offset, ")"))
+        return edits
+
     def _names(self, method: ast.FunctionDef, name: str) -> Iterator[Edit]:
         # Until Python 3.12 names inside of f-strings have other places.
         formatted = {

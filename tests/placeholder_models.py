@@ -79,6 +79,20 @@ class Renamed(Model):
         return embeds.masked_scatter(mask, features)
 
 
+class TokenMayBeLeft(TokenIsGiven):
+    def get_placeholder_mask(self, input_ids, inputs_embeds, features, token_id=IMAGE):
+        mask = (input_ids == token_id).unsqueeze(-1)
+        if mask.sum() * inputs_embeds.shape[-1] != features.numel():
+            raise ValueError("do not match")
+        return mask
+
+    def forward(self, input_ids, features):
+        embeds = self.embed(input_ids)
+        return embeds.masked_scatter(
+            self.get_placeholder_mask(input_ids, embeds, features), features
+        )
+
+
 class OneMoreArgument(Model):
     def get_placeholder_mask(self, input_ids, inputs_embeds, image_features, where=None):
         return (input_ids == self.config.image_token_id).unsqueeze(-1)
@@ -279,6 +293,7 @@ SERVED = {Model, Expanded, TokenIsGiven, Moves, Flat}
 EQUAL = {Expands, Selects}  # merged plainly, and counted
 SKIPPED = {
     Renamed: "takes ids, embeds, image_features",
+    TokenMayBeLeft: "need not be given token_id",
     OneMoreArgument: "takes input_ids, inputs_embeds, image_features, where",
     AnyArguments: "takes input_ids, inputs_embeds, image_features and more",
     OtherId: "uses image_placeholder",

@@ -46,10 +46,11 @@ def folder(release: str) -> Path:
 def install(release: str, pip: Callable[..., None] | None = None) -> None:
     """A release, and those of its requirements that the environment does not satisfy.
 
-    A folder whose installation did not come to its end is made anew.
+    A folder whose installation did not come to its end is made anew, and so is one that was made
+    for another environment.
     """
     path, pip = folder(release), pip or run_pip
-    if (path / "installed").exists():
+    if (path / "installed").exists() and not any(missing(path, "transformers", set())):
         return
     shutil.rmtree(path, ignore_errors=True)
     pip(path, f"transformers=={release}")

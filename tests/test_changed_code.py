@@ -55,6 +55,7 @@ class Model:
         vlm_fast.patch(fast)
         self.served = {n: served_by(m) for n, m in fast.named_modules() if served_by(m)}
         self.names = [name for name, kind in self.served.items() if kind is self.mixin]
+        assert self.names, f"nothing in {case} is served by {mixin}"
         self.kind = type(self.model.get_submodule(self.names[0]))
         self.generates = hasattr(self.model, "generate")
         self.ran, self.wrong = 0, []
@@ -132,6 +133,16 @@ def test_a_method_returns_something_else(mixin):
     for file, kind, name in methods(model):
         with file.changed(file.other_returns(kind, name)):
             model.judge(f"{kind}.{name}")
+    assert not model.wrong, "\n".join(model.wrong)
+
+
+@every_mixin
+def test_a_forward_returns_a_tuple_that_its_callers_open(mixin):
+    model = Model(mixin)
+    for file, kind, name in methods(model):
+        if name == "forward":
+            with file.changed(file.opened(kind)):
+                model.judge(f"{kind}.{name}")
     assert not model.wrong, "\n".join(model.wrong)
 
 

@@ -297,7 +297,7 @@ def test_the_merge_waits_for_nothing_and_leaks_no_type(monkeypatch):
             call(inputs["input_ids"], inputs_embeds=embeds, image_features=features[None])
         return len(reads)
 
-    assert ask(lambda *a, **k: method(model.model, *a, **k)) >= 2
+    assert ask(lambda *a, **k: method(model.model, *a, **k)) > 0
     vlm_fast.patch(model)
     monkeypatch.setattr(image_token_merge, "_would_wait", lambda count: True)
     assert ask(model.model.get_placeholder_mask) == 0

@@ -1,6 +1,7 @@
 """The folders of releases, and the tables of what is served in them."""
 
 import importlib.metadata
+import shutil
 
 import pytest
 
@@ -117,6 +118,14 @@ def test_only_what_is_missing_is_installed(root):
     assert pip.asked == [("transformers==4.49.0",), ("absent-one==2.0",), ("ruff==0.1",)]
     releases.install("4.49.0", pip)
     assert len(pip.asked) == 3
+
+
+def test_a_folder_of_another_environment_is_made_anew(root):
+    pip = Pip({"transformers": ["absent-one==2.0"]})
+    releases.install("4.49.0", pip)
+    shutil.rmtree(releases.folder("4.49.0") / "absent_one-2.0.dist-info")  # as if it was outside
+    releases.install("4.49.0", pip)
+    assert pip.asked == 2 * [("transformers==4.49.0",), ("absent-one==2.0",)]
 
 
 def test_what_pip_does_not_bring_is_named(root):

@@ -170,7 +170,7 @@ def test_merge_neither_waits_nor_leaks_its_type(name, monkeypatch):
     model, inputs = build(name)
     asking = [m for m in model.modules() if isinstance(image_token_merge.recognise(m), Form)]
     logits, waits = logits_and_waits(model, inputs, asking)
-    assert len(waits) >= 2
+    assert waits
 
     leaks = []
 
@@ -204,7 +204,9 @@ def test_counts_are_checked(name):
     model, inputs = build(name)
     inputs["input_ids"][0, (inputs["input_ids"][0] == IMAGE).nonzero()[0]] = 9
     patch(name, model)
-    with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: "):
+    with pytest.raises(
+        ValueError, match=r"Image features and image tokens do not match[,:] tokens: "
+    ):
         model(**inputs)
 
 

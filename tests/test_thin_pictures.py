@@ -11,9 +11,10 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 import vlm_fast
 from tests.test_anyres import NEXT, ONEVISION, PUBLISHED, each_tiling, theirs
-from tests.test_anyres_models import MIXINS, granite
-from tests.test_anyres_packing import PINPOINTS, SIDE, TILE, model_of, packed
+from tests.test_anyres_models import MIXINS
+from tests.test_anyres_packing import model_of, packed
 from tests.test_supported_models import step
+from tests.tiny_anyres import PINPOINTS, SIDE, TILE, granite
 from tests.tiny_models import IMAGE, build
 from vlm_fast import anyres, parity
 
@@ -63,7 +64,7 @@ def test_tiles_are_those_of_the_image_processors(size):
 
 def with_grid(name, tiling):
     """A tiny model whose config speaks of a published grid, to pack features that are given."""
-    model = granite()[0].model if name == "granite4_vision" else model_of(name)
+    model = granite().model if name == "granite4_vision" else model_of(name)
     config, granites = model.config, name == "granite4_vision"
     config.image_grid_pinpoints = list(map(list, tiling.pinpoints))
     config.vision_config.image_size = tiling.tile
@@ -117,7 +118,7 @@ def results(run, model, *tensors):
 def test_whole_models(name):
     """A batch of a thin picture and another one, and of thin ones alone."""
     if name == "granite4_vision":
-        model, side = granite()
+        model, side = granite(), SIDE // 2
     else:
         (model, _), side = build(name), SIDE
         model.config.image_grid_pinpoints = PINPOINTS

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from vlm_fast.kernels.mlp import activate
-from vlm_fast.modules.original_code import why_not_original
+from vlm_fast.modules.original_code import why_not_as_read
 from vlm_fast.modules.plain_linear import why_not_called_plainly
 from vlm_fast.registration import constant_while_compiling
 
@@ -87,7 +87,7 @@ def _is_quick_gelu(kind: type[nn.Module]) -> bool:
 
 
 def _writes_quick_gelu(kind: type[nn.Module]) -> bool:
-    if why_not_original(kind) is not None or kind.__call__ is not nn.Module.__call__:
+    if why_not_as_read(kind) is not None or kind.__call__ is not nn.Module.__call__:
         return False
     bare = kind.__new__(kind)  # without attributes, which another instance may have otherwise
     nn.Module.__init__(bare)

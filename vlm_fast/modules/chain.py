@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from vlm_fast.modules.activation import GELUS, FunctionalActivation, activation_of
-from vlm_fast.modules.original_code import why_not_original, why_not_written
+from vlm_fast.modules.original_code import why_not_as_read, why_not_written
 from vlm_fast.modules.runs import FunctionalDropout, Step, is_linear, why_no_run
 
 DEVICES = ("cpu", "cuda")
@@ -82,7 +82,7 @@ def chain_of(module: nn.Module, saved: str = "preactivation") -> Chain | str | N
     elif getattr(kind, "__iter__", None) is not nn.Sequential.__iter__:
         found = NO_CHAIN
     else:
-        found = why_not_original(kind) or Chain(None, "input")
+        found = why_not_as_read(kind) or Chain(None, "input")
     if isinstance(found, str):
         return found
     reason = why_no_run(found.steps(module), saved)

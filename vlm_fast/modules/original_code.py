@@ -17,28 +17,29 @@ from torch import nn
 from vlm_fast.modules.read_code import why_not_read
 from vlm_fast.registration import constant_while_compiling
 
-# Functions of a class that were found to be original. Only of classes that live as long as the
+# Functions of a class that were found to be as read. Only of classes that live as long as the
 # process.
-_ORIGINAL: dict[tuple[type, str], Any] = {}
+_AS_READ: dict[tuple[type, str], Any] = {}
 
 
 @constant_while_compiling  # Dynamo cannot look into code objects
-def why_not_original(kind: type, *methods: str) -> str | None:
-    """None if these methods of a class are those of its module; by default what a call runs.
+def why_not_as_read(kind: type, *methods: str) -> str | None:
+    """None if these methods have the code that is restated; by default what a call runs.
 
-    Code of transformers' models is that of a release that was read, by `read_code`. A function counts
-    as replaced if its code comes from another file or another class, also behind
-    ``functools.wraps``. Decorators of transformers and of torch may stand around it.
+    A function counts as replaced if its code comes from another file or another class, also behind
+    ``functools.wraps``; decorators of transformers and of torch may stand around it. A function of
+    transformers must be that of a release that was read, see `read_code`.
     """
     for name in methods or ("forward", "__call__"):
         function = getattr(kind, name, None)
-        if function is not None and _ORIGINAL.get((kind, name)) is not function:
-            reason = why_not_written(kind, name)
-            reason = reason or why_not_read(_definer(kind, name), name, function)
-            if reason is not None:
-                return reason
-            if kind.__module__.startswith(("torch.", "transformers.", "vlm_fast.")):
-                _ORIGINAL[kind, name] = function
+        if function is None or _AS_READ.get((kind, name)) is function:
+            continue
+        reason = why_not_written(kind, name)
+        reason = reason or why_not_read(_definer(kind, name), name, function)
+        if reason is not None:
+            return reason
+        if kind.__module__.startswith(("torch.", "transformers.", "vlm_fast.")):
+            _AS_READ[kind, name] = function
     return None
 
 
@@ -56,7 +57,7 @@ def _definer(kind: type, name: str) -> type:
 @constant_while_compiling
 def why_not_own_code(kind: type) -> str | None:
     """The same of every method that a class has beyond those of every module."""
-    return why_not_original(kind, "__call__", *(name for name, _ in own_methods(kind)))
+    return why_not_as_read(kind, "__call__", *(name for name, _ in own_methods(kind)))
 
 
 def own_methods(kind: type) -> Iterator[tuple[str, Any]]:

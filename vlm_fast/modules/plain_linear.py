@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from vlm_fast.modules.original_code import why_not_original, written_class
+from vlm_fast.modules.original_code import why_not_as_read, written_class
 from vlm_fast.policy import Switch
 
 # The second is what nn.MultiheadAttention calls its output projection; its forward is the first's.
@@ -105,7 +105,7 @@ def has_own_forward(module: nn.Module) -> bool:
 def why_not_called_plainly(module: nn.Module, *, but_forward_hooks: bool = False) -> str | None:
     """Why calling ``module`` does more than the forward written in its class, or None."""
     own = module.__dict__
-    reason = why_not_original(written_class(module))
+    reason = why_not_as_read(written_class(module))
     if reason is not None:
         return reason
     if has_own_forward(module):

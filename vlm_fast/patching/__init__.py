@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_fast.modules.original_code import why_not_original
+from vlm_fast.modules.original_code import why_not_as_read
 from vlm_fast.modules.plain_linear import has_own_forward
 from vlm_fast.op import FLOATS
 from vlm_fast.ops.mlp import SAVED
@@ -236,7 +236,7 @@ def _why_not_restated(module: nn.Module, mixin: type[Patched]) -> str | None:
     kind = type(module)
     if hasattr(mixin, "forward") and has_own_forward(module):
         return "its forward has been replaced (accelerate or another wrapper)"
-    reason = why_not_original(kind, *mixin.restates) if mixin.restates else None
+    reason = why_not_as_read(kind, *mixin.restates) if mixin.restates else None
     other = why_not_read(module, mixin)
     return reason if other is None else _of_release(kind, other)
 

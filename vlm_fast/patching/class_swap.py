@@ -117,8 +117,8 @@ def _make(patch: Patch) -> type[nn.Module]:
     own: dict[str, Any] = {**names, "__doc__": base.__doc__, "patch": patch}
     if issubclass(mixin, Patched):
         served = {name: getattr(base, name) for name in _overridden(base, mixin)}
-        names = {name: names_of(read, getattr(mixin, name)) for name, read in served.items()}
-        own["names"] = {name: found for name, found in names.items() if isinstance(found, Names)}
+        found = {name: names_of(read, getattr(mixin, name)) for name, read in served.items()}
+        own["names"] = {name: names for name, names in found.items() if isinstance(names, Names)}
         own |= {
             name: _guarded(base, mixin, name, read, own["names"].get(name))
             for name, read in served.items()

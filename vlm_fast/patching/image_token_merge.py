@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,7 @@ class FusedMerge(Patched):
     """A model whose placeholder masks lead to the fused merge. Its recipe is a `Form`."""
 
     covers = False
+    restates: ClassVar[tuple[str, ...]] = ()  # its method was asked what it does
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -75,6 +75,8 @@ def read(method: Any) -> Form:
         Exception: whatever the method raises that is asked.
     """
     features, tokens = _arguments(method.__code__)
+    if tokens and method.__defaults__:
+        raise NotRead(f"need not be given {tokens[0]}")
     numbers = _Numbers()
     token = {name: getattr(numbers, name) for name in tokens}
     ids, embeds = _sample()
@@ -92,24 +94,25 @@ def read(method: Any) -> Form:
     with _checks_turned_on():
         counts = {name: _counted(name, ask) for name in features}
         answers = [ask(**{name: count}) for name, count in counts.items()] + [ask(**counts)]
+    masks = answers[-1]
+    if masks is None:
+        raise NotRead("takes features only alone")
     if len(numbers.found) > _MOST:
         raise NotRead(f"asks for more than {_MOST} ids")
     paths = {number: path for path, number in numbers.found.items()}
-    found = [_number(mask, ids, paths) for mask in answers[-1] or ()]
+    found = [_number(mask, ids, paths) for mask in masks]
     counted = []
     for place, (name, count) in enumerate(counts.items()):
         places = [i for i, number in enumerate(found) if int((ids[0] == number).sum()) == count]
         if not places:
             raise NotRead(f"gives no mask for {name}")
         counted.append((name, place if place in places else places[0]))
-    expanded = bool(found) and answers[-1][0].shape[-1] == embeds.shape[-1]  # type: ignore[index]
+    expanded = masks[0].shape[-1] == embeds.shape[-1]
     form = Form((*features, *tokens), tuple(paths[n] for n in found), tuple(counted), expanded)
     expected = form.masks(numbers, ids, embeds, token)
     for answer in answers:
-        if answer is None or len(answer) != len(expected):
-            raise NotRead("takes features only alone")
-        if not all(map(_same, answer, expected)):
-            raise NotRead("gives other masks")
+        if answer is None or len(answer) != len(expected) or not all(map(_same, answer, expected)):
+            raise NotRead("gives other masks for other features")
     return form
 
 
