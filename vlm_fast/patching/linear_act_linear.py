@@ -26,7 +26,7 @@ class FusedMLP(Patched):
         chain: Chain = self.patch.recipe
         reason = chain.why_changed(self)  # type: ignore[arg-type]
         if len(args) == 1 and not kwargs:
-            x: Tensor = args[0]
+            x: Any = args[0]
         elif not args and kwargs.keys() == {chain.argument}:
             x = kwargs[chain.argument]
         else:
