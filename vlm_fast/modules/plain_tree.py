@@ -82,9 +82,10 @@ class PlainTree:
         parents = [root.__dict__, *self.owns]
         self.slots = [(own["_modules"], name) for own in parents for name in own["_modules"]]
         self.children = [children[name] for children, name in self.slots]
-        pairs = [(own["_parameters"], name) for own in self.owns for name in own["_parameters"]]
-        self.parameter_slots = pairs
-        self.parameters = [parameters[name] for parameters, name in pairs]
+        self.parameter_slots = [
+            (own, own["_parameters"], name) for own in self.owns for name in own["_parameters"]
+        ]
+        self.parameters = [parameters[name] for _, parameters, name in self.parameter_slots]
 
     def unchanged(self) -> bool:
         """Whether what was found on the first look still stands."""
@@ -103,8 +104,10 @@ class PlainTree:
         for children, (slots, name) in zip(self.children, self.slots, strict=True):
             if slots.get(name) is not children:
                 return False
-        for parameter, (slots, name) in zip(self.parameters, self.parameter_slots, strict=True):
-            if slots.get(name) is not parameter:
+        for parameter, (own, slots, name) in zip(
+            self.parameters, self.parameter_slots, strict=True
+        ):
+            if slots.get(name) is not parameter or name in own:  # which hides it
                 return False
         for own, module in zip(self.owns, self.modules, strict=True):
             if "forward" in own and has_own_forward(module):

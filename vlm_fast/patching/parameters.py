@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 
 # An override whose ``**`` parameter has this name hands on what it does not know.
 PASSED_ON = "passed_on"
-# Other names that releases have had for a parameter.
-ALSO_CALLED = {"cache": ("past_key_values", "past_key_value")}
+# Other names that releases and models have for a parameter.
+ALSO_CALLED = {
+    "cache": ("past_key_values", "past_key_value"),
+    "x": ("hidden",),  # of Qwen3-Omni's merger
+}
 
 
 class Names(NamedTuple):
