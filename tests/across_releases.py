@@ -207,6 +207,8 @@ def verify(fast: Any, base: Any, inputs: Inputs, wrong: list[str]) -> None:
     except Exception as error:
         wrong.append(f"verify: raises {said(error)}")
         return
+    if not verification.connectors and called.isdisjoint(verification.unreached):
+        return  # only what these inputs do not reach is patched
     if not verification.ok or called & set(verification.unreached):
         bad = [line for line in str(verification).splitlines() if not line.startswith("ok")]
         wrong.append(f"verify: {'; '.join(bad)}")
