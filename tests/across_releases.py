@@ -193,11 +193,15 @@ def _examined(
 
 
 def verify(fast: Any, base: Any, inputs: Inputs, wrong: list[str]) -> None:
-    """Every patched module that the inputs reach has to be judged, and right."""
+    """Every patched module that the inputs reach has to be judged, and right.
+
+    A model reaches its merge or not: how often, is told by the calls of the op.
+    """
     called: set[str] = set()
     hooks = [
         module.register_forward_hook(lambda *_, name=name: called.add(name))
         for name, module in base.named_modules()
+        if not isinstance(module, transformers.PreTrainedModel)
     ]
     forward(base, inputs)
     for hook in hooks:
