@@ -13,6 +13,14 @@ PINNED = "5.17.0"  # its coverage is the measure of the others
 # From which release on all that the pinned one serves is served.
 FULL = RELEASES[RELEASES.index("4.57.6") :]
 
+# What an older release does not serve, although the pinned one does.
+SOUNDS = "its older forwards merge sounds by themselves"
+EXCEPTIONS = {
+    "ovis2": "up to 5.8 its forward expands other masks too, and is not followed",
+    "emu3": "up to 5.12 its forward hands on no pictures, so nothing is merged",
+    **dict.fromkeys(["voxtral", "audioflamingo3", "musicflamingo", "glmasr"], SOUNDS),
+}
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_data_holds_every_case_and_release(case):
@@ -26,9 +34,9 @@ def test_no_release_is_short_of_the_pinned_one_without_a_reason(case):
     for release, cell in cells.items():
         if cell["outcome"] in ("equal", "skipped"):
             short = full - set(releases_table.words(cell))
-            assert not short or cell.get("skipped"), (release, short)
-            assert not short or release not in FULL, (release, short, cell)
-            if release in FULL:
+            assert not short or cell.get("skipped") or case in EXCEPTIONS, (release, short)
+            assert not short or release not in FULL or case in EXCEPTIONS, (release, short, cell)
+            if release in FULL and case not in EXCEPTIONS:
                 for op, count in cells[PINNED].get("ops", {}).items():
                     assert cell["ops"].get(op, 0) >= count, (release, op, cell)
 

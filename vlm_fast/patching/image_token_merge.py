@@ -135,7 +135,8 @@ WRONG = -1
 
 def _rows_to_count(mask: Tensor, features: Tensor, embeds: Tensor) -> int | None:
     """How many places the mask must turn out to have; None if it has them, `WRONG` if not."""
-    rows, rest = divmod(features.numel(), embeds.shape[-1])
+    # While torch.jit traces, sizes are tensors.
+    rows, rest = divmod(int(features.numel()), int(embeds.shape[-1]))
     if rest:
         return WRONG
     if _would_wait(embeds):
