@@ -34,7 +34,12 @@ from torch.utils import _pytree
 
 from vlm_fast.kernels._triton import AVAILABLE
 from vlm_fast.policy import DISABLED, fell_back, policy
-from vlm_fast.registration import CallPath, in_functorch, refuse_forward_mode
+from vlm_fast.registration import (
+    CallPath,
+    constant_while_compiling,
+    in_functorch,
+    refuse_forward_mode,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -250,6 +255,11 @@ def _autocast_device(first: Any) -> str:
     return "cuda" if getattr(first, "is_cuda", False) else "cpu"
 
 
+@constant_while_compiling  # Dynamo of torch 2.11 does not trace what it asks
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def _without_autocast(reference: Callable[P, R]) -> Callable[P, R]:
     """The reference as it is outside autocast, which would cast what it multiplies."""
 
@@ -257,7 +267,7 @@ def _without_autocast(reference: Callable[P, R]) -> Callable[P, R]:
     def plain(*args: P.args, **options: P.kwargs) -> R:
         first: Any = args[0] if args else next(iter(options.values()))
         device = first.device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        if not (_has_autocast(device) and torch.is_autocast_enabled(device)):
             return reference(*args, **options)
         with torch.autocast(device, enabled=False):
             return reference(*args, **options)
