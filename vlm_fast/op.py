@@ -125,7 +125,7 @@ class Op(Generic[P, R]):
                 return "Triton is not installed"
         elif not (first.is_cpu or first.is_meta):
             return f"device {first.device.type!r} has no kernels here"
-        if torch.compiler.is_exporting():
+        if _is_exporting():
             return "an exported program holds plain PyTorch"
         if torch.jit.is_tracing():
             return "a program that torch.jit.trace records holds plain PyTorch"
@@ -248,6 +248,11 @@ class Op(Generic[P, R]):
             self.make_inputs, self.test_shapes, self.bench_shapes = make, list(test), dict(bench)
 
         return attach
+
+
+@constant_while_compiling  # Dynamo of torch 2.11 takes every compilation for an export
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 def _autocast_device(first: Any) -> str:
