@@ -8,8 +8,9 @@ import torch
 
 import vlm_fast
 from tests.test_anyres_packing import model_of
-from tests.test_supported_models import step, tensors
+from tests.test_supported_models import step
 from tests.tiny_anyres import ragged
+from tests.ways import tensors
 from vlm_fast.patching import anyres as patching
 from vlm_fast.patching import image_token_merge
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vlm_fast
 from tests.ranks import start
 from tests.tiny_models import AUDIO, IMAGE, MODELS, build
+from tests.ways import tensors
 from vlm_fast.ops import image_tokens
 from vlm_fast.patching import image_token_merge
 from vlm_fast.patching.placeholder_forms import Form
@@ -82,20 +83,6 @@ def step(model, inputs):
 def labels(inputs):
     ids = inputs["input_ids"]
     return ids.masked_fill(ids > 90, -100)  # the placeholders, and what encloses them
-
-
-def tensors(value, path="output"):
-    """Every tensor in nested containers and caches, with the way to it."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from tensors(item, f"{path}[{i}]")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from tensors(item, f"{path}.{key}")
-    elif isinstance(value, transformers.Cache):
-        yield from tensors([vars(layer) for layer in value.layers], path)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -14,8 +14,8 @@ from tests.test_anyres import NEXT, ONEVISION, PUBLISHED, each_tiling, theirs
 from tests.test_anyres_models import MIXINS
 from tests.test_anyres_packing import model_of, packed
 from tests.test_supported_models import step
-from tests.tiny_anyres import PINPOINTS, SIDE, TILE, granite
-from tests.tiny_models import IMAGE, build
+from tests.tiny_anyres import PINPOINTS, TILE, granite, tiling_model
+from tests.tiny_models import IMAGE
 from vlm_fast import anyres, parity
 
 REPORTED = {(1, 2305): 576, (2760, 1): 600, (3, 2000): 576}  # tokens of LLaVA-NeXT
@@ -117,11 +117,7 @@ def results(run, model, *tensors):
 @pytest.mark.parametrize("name", MIXINS)
 def test_whole_models(name):
     """A batch of a thin picture and another one, and of thin ones alone."""
-    if name == "granite4_vision":
-        model, side = granite(), SIDE // 2
-    else:
-        (model, _), side = build(name), SIDE
-        model.config.image_grid_pinpoints = PINPOINTS
+    model, side = tiling_model(name)
     fast = copy.deepcopy(model)
     vlm_fast.patch(fast)
     tiling = anyres.Tiling(PINPOINTS, TILE, side, 9 if "onevision" in name else None)

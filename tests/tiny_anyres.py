@@ -28,13 +28,18 @@ def granite():
     return transformers.Granite4VisionForConditionalGeneration(config).eval()
 
 
+def tiling_model(name):
+    """A tiny model whose images come in tiles, and the side of a tile in tokens."""
+    if name == "granite4_vision":
+        return granite(), SIDE // 2
+    model, _ = build(name)
+    model.config.image_grid_pinpoints = PINPOINTS
+    return model, SIDE
+
+
 def ragged(name):
     """A tiny model whose two images are cut into different grids, and its inputs."""
-    if name == "granite4_vision":
-        model, side = granite(), SIDE // 2
-    else:
-        (model, _), side = build(name), SIDE
-        model.config.image_grid_pinpoints = PINPOINTS
+    model, side = tiling_model(name)
     ids = torch.randint(3, 90, (2, 140))
     for row, size in zip(ids, SIZES, strict=True):
         row[4 : 4 + counted(size, side)] = IMAGE

@@ -6,6 +6,7 @@ somebody replaced at class level is a reason to call the class instead.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,12 @@ def own_methods(kind: type) -> Iterator[tuple[str, Any]]:
                 continue
             if isinstance(value, FunctionType) and getattr(kind, name, None) is value:
                 yield name, value
+
+
+def names_in(function: Any) -> frozenset[str]:
+    """The globals and attributes that a function names, also behind its decorators."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return frozenset() if code is None else frozenset(code.co_names)
 
 
 def written_class(module: nn.Module) -> type[nn.Module]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
+from vlm_fast.modules.attention_settings import dropout_of_attention, scale_of
 from vlm_fast.ops.absorbed_cross_attention import absorbs
 
 KeysValues = tuple[Tensor, Tensor]
@@ -260,23 +261,6 @@ def dropout_of(layer: Any) -> float:
         *(float(getattr(o.dropout, "p", 0)) for o in outputs if o.dropout.training),
         0.0,
     )
-
-
-def dropout_of_attention(attention: Any) -> float:
-    """The probability of a dropout of attention weights, which is a child in some releases."""
-    dropout = getattr(attention, "dropout", None)
-    if isinstance(dropout, nn.Module):
-        return float(dropout.p) if dropout.training else 0.0  # type: ignore[arg-type]
-    return float(attention.attention_dropout) if attention.training else 0.0
-
-
-def scale_of(attention: Any) -> float:
-    """What scores are multiplied by."""
-    scaling = getattr(attention, "scaling", None)
-    if scaling is not None:
-        return float(scaling)
-    d = getattr(attention, "head_dim", None)
-    return float((attention.attention_head_size if d is None else d) ** -0.5)
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
+from vlm_fast.modules.attention_settings import scale_of
 from vlm_fast.modules.gated_layer import gated_residuals, rms_norm, why_not_gated
 from vlm_fast.modules.plain_tree import why_not_dtypes_of_tree, why_not_plain_tree
-from vlm_fast.modules.qformer_layer import scale_of
 from vlm_fast.patching.class_swap import is_class, why_not_handed
 from vlm_fast.patching.image_keys import ImageKeys
 from vlm_fast.patching.media_sets import GivenSets, GivesSets, MediaSets, why_not_sets

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of, why_not_activation
+from vlm_fast.modules.attention_settings import scale_of
 from vlm_fast.modules.perceiver_resampler import Layer, resample
 from vlm_fast.modules.plain_linear import why_not_plain
 from vlm_fast.modules.plain_tree import wants_attentions, why_not_dtypes_of_tree, why_not_plain_tree
-from vlm_fast.modules.qformer_layer import scale_of
 from vlm_fast.patching.class_swap import Patched, is_class
 from vlm_fast.policy import fell_back
 from vlm_fast.refusal import wrong_value

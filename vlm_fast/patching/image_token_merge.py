@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vlm_fast import ops
+from vlm_fast.modules.original_code import names_in
 from vlm_fast.ops.image_tokens import check_count
 from vlm_fast.patching.class_swap import Patched
 from vlm_fast.patching.placeholder_forms import Form, NotRead, read
@@ -191,8 +192,7 @@ def recognise(module: nn.Module) -> Form | str | None:
 
 def _recognise(kind: type[nn.Module]) -> Form | str | None:
     method = getattr(kind, "get_placeholder_mask", None)
-    forward = getattr(inspect.unwrap(kind.forward), "__code__", None)
-    names = set() if forward is None else set(forward.co_names)
+    names = names_in(kind.forward)
     if method is None:
         if not hasattr(kind, "get_input_embeddings") or names.isdisjoint(_MERGES):
             return None

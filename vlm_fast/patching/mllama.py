@@ -8,7 +8,6 @@ it expects.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.activation import activation_of
+from vlm_fast.modules.attention_settings import scale_of
 from vlm_fast.modules.gated_layer import gated_residuals, rms_norm, why_not_gated
+from vlm_fast.modules.original_code import names_in
 from vlm_fast.modules.plain_tree import wants_attentions, why_not_dtypes_of_tree, why_not_plain_tree
-from vlm_fast.modules.qformer_layer import scale_of
 from vlm_fast.patching.class_swap import is_class, why_not_handed
 from vlm_fast.patching.media_sets import GivenSets, GivesSets, MediaSets, why_not_sets
 from vlm_fast.policy import fell_back
@@ -239,7 +239,7 @@ def recognise_model(module: nn.Module, **options: Any) -> tuple[()] | str | None
     if not is_class(module, "mllama", "MllamaModel"):
         return None
     model: Any = module
-    if "_gradient_checkpointing_func" in _names(type(model.language_model).forward):
+    if "_gradient_checkpointing_func" in names_in(type(model.language_model).forward):
         return "its text model hands layers that are checkpointed only what it knows itself"
     return ()
 
@@ -253,11 +253,7 @@ def recognise_layer(module: nn.Module, **options: Any) -> tuple[str] | str | Non
         return f"{type(layer.mlp.act_fn).__name__} is not an activation the kernels know"
     scale_of(layer.cross_attn)
     kind = type(layer.cross_attn)
-    if "repeat_kv" not in _names(kind.forward):
+    if "repeat_kv" not in names_in(kind.forward):
         return ("as they are read",)
     sdpa = kind.__name__ == "MllamaTextCrossSdpaAttention"
     return ("before the norm",) if sdpa else ("for each head",)
-
-
-def _names(function: Any) -> tuple[str, ...]:
-    return inspect.unwrap(function).__code__.co_names

@@ -8,7 +8,6 @@ child that is not plain (LoRA, quantisation, hooks) runs its own forward.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast.modules.activation import activation_of
+from vlm_fast.modules.attention_settings import dropout_of_attention, scale_of
+from vlm_fast.modules.original_code import names_in
 from vlm_fast.modules.plain_tree import (
     parameters_of_tree,
     unwrapped,
@@ -24,12 +25,7 @@ from vlm_fast.modules.plain_tree import (
     why_not_dtypes_of_tree,
     why_not_plain_tree,
 )
-from vlm_fast.modules.qformer_layer import (
-    LayerInputs,
-    dropout_of_attention,
-    qformer_layer,
-    scale_of,
-)
+from vlm_fast.modules.qformer_layer import LayerInputs, qformer_layer
 from vlm_fast.modules.qformer_shared import (
     check_image,
     dropout_seeds,
@@ -383,7 +379,7 @@ def recognise_model(module: nn.Module, **options: Any) -> Recipe | str | None:
     found = recognise_encoder(encoder, **options)
     if not isinstance(found, Recipe):
         return found
-    names = inspect.unwrap(type(module).forward).__code__.co_names
+    names = names_in(type(module).forward)
     return found._replace(additive="get_extended_attention_mask" in names)
 
 
