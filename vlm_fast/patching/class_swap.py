@@ -35,7 +35,7 @@ class Swapped:
     patch: ClassVar[Patch]
 
     def prepare(self) -> None:
-        """What becoming this class brings with it; values, names and objects must stay."""
+        """What an instance does as it becomes one of this class, also as a copy without a state."""
 
     def _get_name(self) -> str:
         return f"{self.patch.base.__name__}[vlm_fast]"
@@ -270,5 +270,7 @@ def drop_own_forward(module: nn.Module) -> None:
 
 
 def _rebuild(base: type[nn.Module], mixin: type[Swapped], recipe: Any) -> nn.Module:
-    cls = patched_class(base, mixin, recipe)
-    return cls.__new__(cls)
+    cls: Any = patched_class(base, mixin, recipe)
+    module = cls.__new__(cls)
+    module.prepare()
+    return module

@@ -12,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +98,9 @@ class FusedMerge(Patched):
     covers = False
     restates: ClassVar[tuple[str, ...]] = ()  # its method was asked what it does
 
+    def prepare(self: Any) -> None:
+        _MODELS[id(self)] = self
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         for name in ("get_image_features", "get_video_features"):
@@ -151,20 +155,25 @@ def _hooks_first(cls: Any, name: str) -> Callable[..., Any]:
     @functools.wraps(getattr(cls, name))
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            _install_output_hooks(self)
+            _install_output_hooks(id(self))
         return (own or getattr(base, name))(self, *args, **kwargs)
 
     return call
 
 
+# By identity: a function that runs while a graph is made takes no module, in torch 2.11.
+_MODELS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+
+
 @constant_while_compiling
-def _install_output_hooks(model: Any) -> None:
+def _install_output_hooks(model_id: int) -> None:
     """What transformers does at the first call of a tower that is asked for its layers' outputs.
 
     It holds a lock meanwhile, which no graph can: so this runs while the graph is made.
     """
     capturing = sys.modules.get("transformers.utils.output_capturing")
-    if capturing is None:
+    model = _MODELS.get(model_id)
+    if capturing is None or model is None:
         return
     models = sys.modules["transformers.modeling_utils"].PreTrainedModel
     for child in model.children():

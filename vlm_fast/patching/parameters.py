@@ -36,7 +36,7 @@ class Names(NamedTuple):
     of_override: Mapping[str, str]
     of_base: Mapping[str, str]
     known: frozenset[str]
-    needed: frozenset[str]
+    needed: tuple[str, ...]
     unsaid: Mapping[str, Any]
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -49,7 +49,10 @@ class Names(NamedTuple):
             if name in given:
                 return None
             given[name] = value
-        return given if self.needed <= given.keys() else None
+        for name in self.needed:  # Dynamo of torch 2.11 compares no sets
+            if name not in given:
+                return None
+        return given
 
     def back(self, given: dict[str, Any]) -> dict[str, Any]:
         """Arguments by the names of the base, without those that nobody gave."""
@@ -72,7 +75,7 @@ def names_of(base: Callable[..., Any], override: Callable[..., Any]) -> Names | 
         return None
     hands_on = PASSED_ON in declared
     also = {other: name for name in declared for other in ALSO_CALLED.get(name, ())}
-    positional, of_base, known, needed = [], {}, set(), set()
+    positional, of_base, known, needed = [], {}, set(), []
     for name, parameter in _parameters(base).items():
         if parameter.kind is parameter.VAR_KEYWORD:
             continue
@@ -83,7 +86,7 @@ def names_of(base: Callable[..., Any], override: Callable[..., Any]) -> Names | 
             positional.append(own)
         known.add(own)
         if parameter.default is parameter.empty:
-            needed.add(own)
+            needed.append(own)
         if own != name:
             of_base[own] = name
     for name, parameter in declared.items():
@@ -92,7 +95,7 @@ def names_of(base: Callable[..., Any], override: Callable[..., Any]) -> Names | 
         if name not in known:
             return f"{base.__qualname__} does not take {name}"
     unsaid = {name: p.default for name, p in declared.items() if name not in known}
-    return Names(tuple(positional), also, of_base, frozenset(known), frozenset(needed), unsaid)
+    return Names(tuple(positional), also, of_base, frozenset(known), tuple(needed), unsaid)
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
