@@ -16,16 +16,17 @@ TRANSFORMERS := 4.57.6 5.8.1 5.24.0
   $(TRANSFORMERS:%=released-%) bench check gpu hopper lint clean torch-cpu
 
 # The budgets of kernels are of one compiler, the oldest that is served; it lies beside .venv.
-BUDGETS_TRITON := $(shell sed -n 's/^BUDGETS_TRITON = "\([^"]*\)".*/\1/p' vlm_fast/ahead_of_time.py)
+BUDGETS_TRITON := $(shell sed -n 's/^BUDGETS_TRITON = "\([^"]*\)".*/\1/p' vlm_fast/devtools/ahead_of_time.py)
 OVERLAY := .venv-triton-$(BUDGETS_TRITON)
 
 # Triton is either interpreted or compiled for the life of a process, so the suite takes two at once,
 # and a third, after the shorter of them, for what only compiles and what runs for long. Then come
 # the families, a process for each release.
-LAST := $(addprefix tests/test_,ahead_of_time.py benchmarks.py checkpoints.py mixed_dtypes.py \
-  qformer.py replaced_code.py wheel.py)
-FAMILIES := tests/test_released_families.py
-CHANGED := tests/test_changed_code.py
+LAST := $(addprefix tests/,devtools/test_ahead_of_time.py benchmarks/test_benchmarks.py \
+  patching/test_checkpoints.py modules/test_mixed_dtypes.py modules/test_qformer.py \
+  patching/test_replaced_code.py cli/test_wheel.py)
+FAMILIES := tests/patching/test_released_families.py
+CHANGED := tests/patching/test_changed_code.py
 
 test: $(INSTALLED)
 	@$(MAKE) --jobs=2 --output-sync=target interpreted compiled ahead released
@@ -49,20 +50,20 @@ released-pinned: $(INSTALLED)
 $(TRANSFORMERS:%=released-%): released-%: .venv-transformers-%/installed
 	PYTHONPATH=$(CURDIR)/$(<D):$(CURDIR) $(BIN)/python -m pytest $(FAMILIES)
 
-# Every family under every release, in all ways: what is served goes to tests/served.json and into
+# Every family under every release, in all ways: what is served goes to tests/tools/served.json and into
 # the tables of docs/releases.md and README.md. make versions RELEASES="4.57.6 5.24.0": some of them.
 RELEASES ?=
 
 versions: $(INSTALLED)
-	$(BIN)/python -m tests.releases $(RELEASES)
+	$(BIN)/python -m tests.tools.releases $(RELEASES)
 
 # What follows from the processor: the suite with less of this one, other threads, and as a job in the
-# background, a line of counts each. A few files: make machines TESTS=tests/test_qformer.py; kernels
+# background, a line of counts each. A few files: make machines TESTS=tests/modules/test_qformer.py; kernels
 # in the interpreter: TRITON_INTERPRET=1 make machines TESTS=tests/interpreted
 TESTS ?= tests
 
 machines: $(INSTALLED)
-	$(BIN)/python -m tests.machines $(TESTS)
+	$(BIN)/python -m tests.tools.machines $(TESTS)
 
 # Peers that are missing are left out; for xformers and Liger: pip install -e '.[bench]'.
 bench: $(INSTALLED)
@@ -109,7 +110,7 @@ $(OVERLAY)/installed: $(INSTALLED)
 
 $(TRANSFORMERS:%=.venv-transformers-%/installed): .venv-transformers-%/installed: $(INSTALLED)
 	rm -rf $(@D)
-	$(BIN)/python -m tests.releases --install $*
+	$(BIN)/python -m tests.tools.releases --install $*
 
 # The exact version: nothing can put the large build in its place.
 torch-cpu:

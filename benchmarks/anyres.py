@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from vlm_fast import ops
-from vlm_fast.anyres import Plan, Tiling, plan, tile_count
 from vlm_fast.benchmarks.before_and_after import Part, measure, without_gradients
 from vlm_fast.modules.anyres_packer import joined, pack_tiles
+from vlm_fast.ops.anyres_plan import Plan, plan
+from vlm_fast.ops.anyres_tiling import Tiling, tile_count
 
 TEXT = 128  # tokens a prompt has beside its image's
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlm_fast import tables
+from vlm_fast import terminal
 from vlm_fast.benchmarks import machine
-from vlm_fast.measure import memory, timing
-from vlm_fast.measure.launches import launches
-from vlm_fast.measure.operations import operations
+from vlm_fast.devtools import memory, timing
+from vlm_fast.devtools.launches import launches
+from vlm_fast.devtools.operations import operations
 
 Calls = dict[str, Callable[[], Any]]  # "before", "after" and others
 Row = dict[str, Any]
@@ -127,7 +127,9 @@ def show(title: str, rows: Sequence[Row], device: str) -> None:
         "transient MB", "waits", "operations" if device == "cpu" else "launches",
     )  # fmt: skip
     threads = ", one thread" if device == "cpu" else ""
-    tables.show(f"{title}, on {machine.name(device)}{threads}", columns, [_cells(r) for r in rows])
+    terminal.show(
+        f"{title}, on {machine.name(device)}{threads}", columns, [_cells(r) for r in rows]
+    )
 
 
 def _cells(row: Row) -> tuple[object, ...]:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 import typer
 
-from vlm_fast import evidence, tables
+from vlm_fast import terminal
 from vlm_fast.benchmarks import compare, machine, ops, providers, suite
-from vlm_fast.command import Exit
-from vlm_fast.measure.passes import MODES
-from vlm_fast.op import FLOATS, OPS
+from vlm_fast.cli.options import Exit
+from vlm_fast.devtools.passes import MODES
+from vlm_fast.ops.declaration import FLOATS, OPS
+from vlm_fast.verification import results_files
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
@@ -33,7 +34,7 @@ def main(
     against: Path | None,
     allowed: float,
 ) -> int:
-    """Measure, print, write; the exit code. Options are those of `vlm_fast.cli.bench`.
+    """Measure, print, write; the exit code. Options are those of `vlm_fast.cli.main.bench`.
 
     Raises:
         typer.BadParameter: an option names what is not there, before anything is measured.
@@ -47,11 +48,11 @@ def main(
     known("--shape", shape, tuple(dict.fromkeys(s for o in named for s in o.bench_shapes)))
     if quick and save:
         raise typer.BadParameter("quick results are not worth keeping", param_hint="--save")
-    if save and not evidence.IN_CLONE:
+    if save and not results_files.IN_CLONE:
         reason = "results are kept in a clone of the repository; write a file with --json"
         raise typer.BadParameter(reason, param_hint="--save")
     for hint, path in (("--json", json_file), ("--csv", csv_file)):
-        if path is not None and (reason := tables.why_not_writable(path)):
+        if path is not None and (reason := terminal.why_not_writable(path)):
             raise typer.BadParameter(reason, param_hint=hint)
     old: dict[str, Any] = {}
     if against is not None:
@@ -77,7 +78,7 @@ def main(
         machine.write(json_file, results)
     rows = results.get("ops", [])
     if csv_file is not None:
-        tables.write_csv(csv_file, rows)
+        terminal.write_csv(csv_file, rows)
     for line in results["failures"]:
         print(line)
     if not results["finished"]:

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_fast import evidence, tables
+from vlm_fast import terminal
 from vlm_fast.benchmarks.providers import EAGER, OURS
+from vlm_fast.verification import results_files
 
 Row = Mapping[str, Any]
 Key = tuple[str, ...]
@@ -35,9 +36,9 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError:
         raise ValueError(f"{path} is not JSON; write one with vlm-fast bench --json") from None
     schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != evidence.SCHEMA:
+    if schema != results_files.SCHEMA:
         raise ValueError(
-            f"{path} has schema {schema!r} where {evidence.SCHEMA} is read: "
+            f"{path} has schema {schema!r} where {results_files.SCHEMA} is read: "
             "measure it again with vlm-fast bench --json"
         )
     return dict(content)
@@ -89,5 +90,5 @@ def show(old: Mapping[str, Any], new: Sequence[Row], allowed: float) -> list[str
     found = sorted(regressions(old["ops"], new, allowed))
     shared = len(by_provider(old["ops"]).keys() & by_provider(new).keys())
     title = f"against commit {old.get('commit')}, {old['date']}: {shared} rows in both"
-    tables.show(title, ("slower or larger",), [(line,) for line in found or ["none"]])
+    terminal.show(title, ("slower or larger",), [(line,) for line in found or ["none"]])
     return found

@@ -17,7 +17,7 @@ from torch import Tensor
 import vlm_fast
 from vlm_fast import ops
 from vlm_fast.benchmarks.before_and_after import Part, measure, without_gradients
-from vlm_fast.patching.media_sets import MediaSets
+from vlm_fast.patching.media_masks import MediaSets
 
 
 def dense_attention(

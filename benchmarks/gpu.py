@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from vlm_fast import evidence
 from vlm_fast.benchmarks import machine
 from vlm_fast.benchmarks.gpu_stages import STAGES, Results, Stage
+from vlm_fast.devtools.telemetry import Telemetry
 from vlm_fast.kernels import _configs, _triton, _user_table
-from vlm_fast.measure.telemetry import Telemetry
+from vlm_fast.verification import results_files
 
 TOTAL_SECONDS = 510.0
 GRACE = 10.0
@@ -117,7 +117,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 3
-    if not evidence.IN_CLONE:
+    if not results_files.IN_CLONE:
         print("vlm_fast.benchmarks.gpu writes results and tables into a clone", file=sys.stderr)
         return 3
     os.environ[_user_table.SWITCH] = "0"  # what is measured is what is shipped

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_fast import selftest, tuning
-from vlm_fast.measure.passes import step, with_upstream
-from vlm_fast.op import FLOATS, OPS, Op
-from vlm_fast.parity import convert, differentiable
+from vlm_fast.devtools import tuning
+from vlm_fast.devtools.passes import step, with_upstream
+from vlm_fast.ops.declaration import FLOATS, OPS, Op
+from vlm_fast.verification import self_test
+from vlm_fast.verification.tolerance import convert, differentiable
 
 Failures = list[str]
 BATCH = 5  # of the large shapes; no other size equals it
@@ -80,9 +81,9 @@ def cases(
 ) -> Iterator[tuple[str, Op[..., Any], tuple[Any, ...], dict[str, Any]]]:
     """Every op at its first named shape in every dtype: a sample, or a small one on a CPU."""
     for op in (OPS[name] for name in names or OPS):
-        shape = selftest.one_sample(next(iter(op.bench_shapes.values())))
+        shape = self_test.one_sample(next(iter(op.bench_shapes.values())))
         if device == "cpu":
-            shape = selftest.shrink(shape)
+            shape = self_test.shrink(shape)
         for dtype in FLOATS:
             torch.manual_seed(0)
             args, options = op.sample(shape, dtype, device)

@@ -2,7 +2,7 @@
 
 One by one, as they are first launched, the kernels of all shapes would take longer than the whole
 run has. The workers see no GPU: what is launched is recorded on tensors without data, as for
-`vlm_fast.ahead_of_time`.
+`vlm_fast.devtools.ahead_of_time`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from unittest import mock
 
 import torch
 
-from vlm_fast import ahead_of_time, selftest
-from vlm_fast.op import FLOATS, OPS, Op
+from vlm_fast.devtools import ahead_of_time
+from vlm_fast.ops.declaration import FLOATS, OPS, Op
+from vlm_fast.verification import self_test
 
 Wanted = tuple[Mapping[str, Any], torch.dtype, bool]
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -31,9 +32,9 @@ def wanted(op: Op[..., Any]) -> Iterator[Wanted]:
     Parity takes the table's config or the first, tuning all of them: at the shapes where it proves
     them, and at the bench shapes where it times them.
     """
-    for _, shape in selftest.shapes(op, full=True):
+    for _, shape in self_test.shapes(op, full=True):
         yield from ((shape, dtype, False) for dtype in FLOATS)
-    small = list(selftest.shapes(op, full=False))
+    small = list(self_test.shapes(op, full=False))
     for _, shape in (small[1], small[2], small[-1]):
         yield shape, torch.bfloat16, True
     for shape in op.bench_shapes.values():

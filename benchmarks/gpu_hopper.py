@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm_fast import selftest, tuning
 from vlm_fast.benchmarks.gpu_checks import captured, equal
+from vlm_fast.devtools import tuning
+from vlm_fast.devtools.passes import step, with_upstream
 from vlm_fast.kernels import _hopper
 from vlm_fast.kernels._hopper import Gemm
 from vlm_fast.kernels.mlp import mlp_activation_backward
-from vlm_fast.measure.passes import step, with_upstream
-from vlm_fast.op import OPS, Op
-from vlm_fast.parity import judge
+from vlm_fast.ops.declaration import OPS, Op
+from vlm_fast.verification import self_test
+from vlm_fast.verification.tolerance import judge
 
 Row = dict[str, Any]
 Failures = list[str]
@@ -73,10 +74,10 @@ def _as_ops(device: str, deadline: float) -> Failures:
         with _forced(config):
             for name in OPS_WITH_GEMMS:
                 op = OPS[name]
-                for label, shape in selftest.shapes(op, full=device != "cpu"):
+                for label, shape in self_test.shapes(op, full=device != "cpu"):
                     if time.monotonic() > deadline:
                         return [*failures, f"{name} : out of time at config {config}"]
-                    case = selftest.check(op, label, shape, torch.bfloat16, device)
+                    case = self_test.check(op, label, shape, torch.bfloat16, device)
                     failures += [f"{line}, with config {config}" for line in case.failures()]
                 if device != "cpu":
                     failures += [f"{name} {line}, with config {config}" for line in _graph(op)]
@@ -94,7 +95,7 @@ def _forced(config: int) -> Iterator[None]:
 
 def _graph(op: Op[..., Any]) -> Failures:
     """Capture fails on whatever waits for the device."""
-    shape = selftest.one_sample(next(iter(op.bench_shapes.values())))
+    shape = self_test.one_sample(next(iter(op.bench_shapes.values())))
     args, options = op.sample(shape, torch.bfloat16, "cuda")
     inputs = with_upstream(op, args, options)
     expected = step(op.fast, inputs, options)

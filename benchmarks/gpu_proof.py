@@ -22,9 +22,9 @@ from unittest import mock
 
 import torch
 
-from vlm_fast import evidence, selftest
 from vlm_fast.benchmarks import gpu_checks
-from vlm_fast.op import OPS
+from vlm_fast.ops.declaration import OPS
+from vlm_fast.verification import results_files, self_test
 
 T = TypeVar("T")
 CHECKS = {
@@ -54,11 +54,11 @@ def prove(name: str, device: str, deadline: float) -> Proof:
     """Parity in three dtypes at all shapes, the checks, and every config of its kernels in bf16."""
     torch.set_num_threads(1)  # there are as many processes as cores
     cases, late = [], False
-    for case in selftest.run([name], device=device):
+    for case in self_test.run([name], device=device):
         cases.append(case)
         if late := time.monotonic() > deadline:
             break
-    parity = selftest.summarise(cases)[name]
+    parity = self_test.summarise(cases)[name]
     parity["failures"] += [f"{name}: out of time"] if late else []
     found = Proof(parity)
     for check, function in CHECKS.items():
@@ -104,8 +104,8 @@ def memcheck(
 
 def memcheck_cases(name: str) -> None:
     """What compute-sanitizer watches."""
-    for label, shape in itertools.islice(selftest.shapes(OPS[name], full=False), 1, 3):
-        case = selftest.check(OPS[name], label, shape, torch.bfloat16, "cuda")
+    for label, shape in itertools.islice(self_test.shapes(OPS[name], full=False), 1, 3):
+        case = self_test.check(OPS[name], label, shape, torch.bfloat16, "cuda")
         if not case.ok:
             raise SystemExit("\n".join(case.failures()))
 
@@ -116,8 +116,8 @@ def _memcheck(tool: str, name: str, deadline: float) -> list[str]:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
-            [*watched, name], cwd=evidence.PACKAGE.parent, env=environment, capture_output=True,
-            text=True, timeout=max(deadline - time.monotonic(), 1),
+            [*watched, name], cwd=results_files.PACKAGE.parent, env=environment,
+            capture_output=True, text=True, timeout=max(deadline - time.monotonic(), 1),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return [f"{name}: memcheck: out of time"]

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from vlm_fast import evidence, tuning
 from vlm_fast.benchmarks import (
     anyres,
     flamingo,
@@ -30,7 +29,9 @@ from vlm_fast.benchmarks import (
     qformer,
     tokens,
 )
+from vlm_fast.devtools import tuning
 from vlm_fast.kernels import _configs
+from vlm_fast.verification import results_files
 
 Results = dict[str, Any]
 
@@ -132,7 +133,7 @@ def _process(arguments: list[str], deadline: float, results: Results, name: str)
     command = [sys.executable, *arguments]
     try:
         done = subprocess.run(
-            command, cwd=evidence.PACKAGE.parent, capture_output=True, text=True,
+            command, cwd=results_files.PACKAGE.parent, capture_output=True, text=True,
             timeout=max(deadline - time.monotonic(), 1),
         )  # fmt: skip
     except subprocess.TimeoutExpired:

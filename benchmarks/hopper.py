@@ -12,7 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vlm_fast import machine_code, tables
+from vlm_fast import terminal
+from vlm_fast.devtools import sass
 from vlm_fast.kernels import _hopper
 from vlm_fast.kernels._triton import AVAILABLE, triton
 
@@ -61,14 +62,16 @@ def main() -> int:
     if len(code) != len(names):
         print(f"{_hopper.LIBRARY.name} holds {len(code)} kernels, not {len(names)}")
         return 1
-    found = machine_code.inspect([{"cubin": cubin} for cubin in code], ARCH)
+    found = sass.inspect([{"cubin": cubin} for cubin in code], ARCH)
     rows, wrong = [], []
     for (name, config, tile), counts in zip(names, found, strict=True):
         symbol = f"{name}_{config}"
         described = f"{tile.rows} x {tile.cols}, {tile.schedule}"
         rows.append([symbol, described, *(counts[column] for column in COLUMNS[2:])])
         wrong += violations(symbol, counts)
-    tables.show(f"{_hopper.LIBRARY.name} ({_hopper.LIBRARY.stat().st_size:,} bytes)", COLUMNS, rows)
+    terminal.show(
+        f"{_hopper.LIBRARY.name} ({_hopper.LIBRARY.stat().st_size:,} bytes)", COLUMNS, rows
+    )
     for line in wrong:
         print(line)
     return 1 if wrong else 0

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from vlm_fast import __version__, environment, evidence
+from vlm_fast import __version__
+from vlm_fast.devtools import environment
 from vlm_fast.kernels import _native
-from vlm_fast.op import OPS
+from vlm_fast.ops.declaration import OPS
+from vlm_fast.verification import results_files
 
 VERSIONS = ("torch", "triton", "transformers")
 
@@ -24,19 +26,19 @@ def name(device: str) -> str:
 
 
 def description(device: str) -> dict[str, Any]:
-    """What every results file begins with: see `vlm_fast.evidence` for what reads it."""
+    """The head of a results file, which `vlm_fast.verification.results_files` reads."""
     described = {
-        "schema": evidence.SCHEMA,
+        "schema": results_files.SCHEMA,
         "device": device,
         "machine": name(device),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": evidence.commit(),
+        "commit": results_files.commit(),
         "versions": {
             "vlm_fast": __version__,
             **{package: environment.version_of(package) for package in VERSIONS},
         },
         "compiled_extension": _native.native is not None,
-        "sources": {op.name: evidence.sources(op) for op in OPS.values()},
+        "sources": {op.name: results_files.sources(op) for op in OPS.values()},
     }
     if device == "cpu":
         return {**described, "threads": 1}  # see timing.one_thread
@@ -45,7 +47,7 @@ def description(device: str) -> dict[str, Any]:
 
 
 def results_file(machine: str) -> Path:
-    return evidence.RESULTS / f"{re.sub(r'[^0-9A-Za-z]+', '_', machine).strip('_')}.json"
+    return results_files.RESULTS / f"{re.sub(r'[^0-9A-Za-z]+', '_', machine).strip('_')}.json"
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_fast import tables
+from vlm_fast import terminal
 from vlm_fast.benchmarks import machine, providers
 from vlm_fast.benchmarks.providers import COMPILED, OURS, Unavailable
-from vlm_fast.measure import memory, timing
-from vlm_fast.measure.launches import launches
-from vlm_fast.measure.passes import CALLS, MODES, with_upstream
-from vlm_fast.measure.telemetry import Telemetry
-from vlm_fast.measure.timing import Ceilings, Times
-from vlm_fast.op import OPS, Op
-from vlm_fast.selftest import one_sample, shrink
+from vlm_fast.devtools import memory, timing
+from vlm_fast.devtools.launches import launches
+from vlm_fast.devtools.passes import CALLS, MODES, with_upstream
+from vlm_fast.devtools.telemetry import Telemetry
+from vlm_fast.devtools.timing import Ceilings, Times
+from vlm_fast.ops.declaration import OPS, Op
+from vlm_fast.verification.self_test import one_sample, shrink
 
 Row = dict[str, Any]
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -325,7 +325,7 @@ def main(
     selection = selection or Selection()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[Row] = []
-    with timing.one_thread(), tables.counter("timing") as count:
+    with timing.one_thread(), terminal.counter("timing") as count:
         for row, _ in measure(selection, quick=quick, device=device, deadline=deadline, **options):
             rows.append(row)
             add(row)
@@ -356,13 +356,13 @@ def show(rows: Sequence[Row], device: str) -> None:
     ]  # fmt: skip
     threads = ", one thread" if device == "cpu" else ""
     words = sorted({row["dtype"] for row in rows} | {row["scale"] for row in rows})
-    tables.show(f"ops on {machine.name(device)}{threads}, {', '.join(words)}", columns, cells)
+    terminal.show(f"ops on {machine.name(device)}{threads}, {', '.join(words)}", columns, cells)
     lacks: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["status"] != "measured":
             of = lacks.setdefault((row["provider"], row["reason"]), [])
             of += [row["op"]] if row["op"] not in of else []
-    tables.show(
+    terminal.show(
         "not available",
         ("", "of", "why"),
         [(name, ", ".join(of), why) for (name, why), of in lacks.items()],

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm_fast import ops, tables
-from vlm_fast.measure import timing
-from vlm_fast.parity import convert, differentiable
+from vlm_fast import ops, terminal
+from vlm_fast.devtools import timing
+from vlm_fast.verification.tolerance import convert, differentiable
 
 Row = dict[str, Any]
 CALLS = 300  # a run; process time ticks too slowly for one call
@@ -37,7 +37,7 @@ def main(*, quick: bool = False, device: str = "cpu") -> list[Row]:
         for row in rows
     ]
     title = "overhead in microseconds of CPU time a call, best of interleaved runs"
-    tables.show(title, ("op", "", "ours", "plain ATen", "extra"), cells)
+    terminal.show(title, ("op", "", "ours", "plain ATen", "extra"), cells)
     return rows
 
 

@@ -32,9 +32,7 @@ def model(width: int, text: int, **changes: int) -> nn.Module:
     """The Q-Former of its default config but for the changes, with random weights."""
     if text:
         from transformers import InstructBlipQFormerConfig
-        from transformers.models.instructblip.modeling_instructblip import (
-            InstructBlipQFormerModel,
-        )
+        from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerModel
 
         return InstructBlipQFormerModel(
             InstructBlipQFormerConfig(encoder_hidden_size=width, **changes)

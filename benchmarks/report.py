@@ -8,21 +8,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_fast import evidence
 from vlm_fast.benchmarks import picture
 from vlm_fast.benchmarks.models import proof
 from vlm_fast.benchmarks.picture import FAMILIES, megabytes, pairs, seconds
 from vlm_fast.benchmarks.providers import EAGER, OURS
+from vlm_fast.verification import results_files
 
 Row = dict[str, Any]
-ROOT = evidence.PACKAGE.parent
-README, MEASURED, CHARTS = ROOT / "README.md", ROOT / "docs" / "measured.md", evidence.RESULTS
+ROOT = results_files.PACKAGE.parent
+README, MEASURED, CHARTS = ROOT / "README.md", ROOT / "docs" / "measured.md", results_files.RESULTS
 MORE_BYTES = 1.02  # above this share of what it was, memory is a loss
 FEW_BYTES = 100_000  # what is no more than that, is none
 
 
 def main(readme: Path = README, measured: Path = MEASURED, charts: Path = CHARTS) -> None:
-    results = [r for r in evidence.read_results() if not r.get("quick") and r.get("models")]
+    results = [r for r in results_files.read_results() if not r.get("quick") and r.get("models")]
     # A GPU before the CPUs: that is what the kernels are for.
     results.sort(key=lambda r: (r["device"] == "cpu", r["machine"]))
     text = readme.read_text()

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vlm_fast import selftest
 from vlm_fast.benchmarks import (
     anyres,
     flamingo,
@@ -27,8 +26,9 @@ from vlm_fast.benchmarks import (
     tokens,
 )
 from vlm_fast.benchmarks.ops import Selection
-from vlm_fast.measure.telemetry import Telemetry
+from vlm_fast.devtools.telemetry import Telemetry
 from vlm_fast.signals import handled
+from vlm_fast.verification import self_test
 
 Results = dict[str, Any]
 QUICK_SECONDS = 150.0  # of the ops; what else is quick takes less than half a minute
@@ -58,7 +58,7 @@ class Run:
 def parity(run: Run) -> None:
     """Every op against its reference: what a wrong kernel takes is of no interest."""
     wanted = run.selection.ops
-    run.results["parity"] = summary = selftest.summarise(selftest.run(wanted, device=run.device))
+    run.results["parity"] = summary = self_test.summarise(self_test.run(wanted, device=run.device))
     failures = [line for entry in summary.values() for line in entry["failures"]]
     if failures:
         raise AssertionError("\n".join(failures))

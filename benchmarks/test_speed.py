@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from vlm_fast.benchmarks import ops, providers
-from vlm_fast.measure import timing
-from vlm_fast.measure.passes import MODES
-from vlm_fast.op import OPS
+from vlm_fast.devtools import timing
+from vlm_fast.devtools.passes import MODES
+from vlm_fast.ops.declaration import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = DEVICE == "cpu"

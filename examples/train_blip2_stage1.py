@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from vlm_fast.objectives import LanguageModelHead, freeze, stage1_loss
+from vlm_fast.training.losses import LanguageModelHead, freeze, stage1_loss
 
 
 class Stage1(torch.nn.Module):

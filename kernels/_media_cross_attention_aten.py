@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._cross_attention_aten import by_tokens, softmax_gradient
-from ._media_sight import media_seen
+from ._media_mask import media_seen
 
 Where = slice | Tensor  # positions along an axis
 

@@ -25,7 +25,7 @@ from ._attention_tiles import (
     strides,
 )
 from ._launcher import Config, kernel, precision
-from ._media_sight import first_of_tile, load_index, medium_is_seen, sight, tiles_of
+from ._media_mask import first_of_tile, load_index, medium_is_seen, sight, tiles_of
 from ._triton import tl, triton
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._blocks import Blocks, Norm
 from ._launcher import is_traced
 from ._native import native
+from ._patch_blocks import Blocks, Norm
 
 KINDS = ("layer", "rms", "gemma")  # as numbered in csrc
 Normed = tuple[Tensor, Tensor | None, Tensor | None]  # and means, and 1 / deviations

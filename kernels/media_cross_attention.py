@@ -24,7 +24,7 @@ from ._attention_tiles import (
 from ._cross_attention_aten import by_tokens
 from ._launcher import Config, dense, is_traced, kernel, precision, runs_triton
 from ._media_cross_attention_backward import launch_backward
-from ._media_sight import first_of_tile, medium_is_seen, sight, tiles_of
+from ._media_mask import first_of_tile, medium_is_seen, sight, tiles_of
 from ._triton import tl, triton
 from .cross_attention import combine_splits_kernel, key_splits
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._blocks import Blocks, Norm
 from ._launcher import Config, dense, is_traced, kernel, runs_triton
+from ._patch_blocks import Blocks, Norm
 from ._pixel_shuffle_norm_cpu import norm_backward, norm_forward, shuffled, unshuffled
 from ._triton import tl, triton
 

@@ -10,12 +10,12 @@ import torch
 import torch._functorch.config
 
 pytest.register_assert_rewrite(
-    "tests.add_layer_norm_properties",
-    "tests.captioned_training",
-    "tests.dropout_properties",
-    "tests.guard_bands",
-    "tests.kernel_properties",
-    "tests.tile_properties",
+    "tests.support.add_layer_norm_properties",
+    "tests.support.captioned_training",
+    "tests.support.dropout_properties",
+    "tests.support.guard_bands",
+    "tests.support.kernel_properties",
+    "tests.support.tile_properties",
 )
 
 # Inductor's cache does not see what a custom op became: that of an earlier version is no use.
@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config, items):
 
 def runs_twice(item):
     """Whether it is without the compiled code of an op that has none: the same test again."""
-    from tests.cases import has_compiled_code
+    from tests.support.cases import has_compiled_code
     from vlm_fast.kernels._native import native
 
     chosen = item.callspec.params if hasattr(item, "callspec") else {}
@@ -74,12 +74,12 @@ def inherited_sigint(request):
 @pytest.fixture(autouse=True)
 def fresh_state(monkeypatch):
     """The same random numbers for every test; no counts, warnings or switches from another."""
-    from vlm_fast import policy
+    from vlm_fast import fallback
 
     torch.manual_seed(0)
     for switch in ("strict_switch", "disabled_switch"):
-        monkeypatch.setattr(policy.policy, switch, policy.Switch())
+        monkeypatch.setattr(fallback.policy, switch, fallback.Switch())
     for record in ("_fast", "_fallbacks", "_warned"):
-        empty = copy.copy(getattr(policy, record))
+        empty = copy.copy(getattr(fallback, record))
         empty.clear()
-        monkeypatch.setattr(policy, record, empty)
+        monkeypatch.setattr(fallback, record, empty)

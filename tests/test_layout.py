@@ -9,16 +9,20 @@ from pathlib import Path
 
 import pytest
 
-import vlm_fast
-from tests.cases import OPS
+import vlm_fast.training
+from tests.support.cases import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vlm_fast"
-# A folder may import those after it, and the single files of the package may import ops.
-ORDER = ("recipes", "data", "patching", "objectives", "modules", "ops", "kernels")
+# A room may import those after it, itself, and the loose files of the package.
+ORDER = (
+    "cli", "advisor", "training", "devtools", "verification", "patching", "modules", "ops",
+    "kernels",
+)  # fmt: skip
+LOOSE = {"__init__.py", "fallback.py", "py.typed", "signals.py", "terminal.py"}
 LINKED = ("benchmarks", "csrc", "kernels")  # top-level folders that are installed under the package
 LONGEST = 400
-TABLES = {"tests/tiny_models.py": 450}  # a table of models is longer, and read by the row
+TABLES = {"tests/support/tiny_models.py": 450}  # a table of models is longer, and read by the row
 SOURCES = sorted(
     path
     for folder in ("vlm_fast", *LINKED, "tests", "examples")
@@ -40,13 +44,26 @@ def imports(path):
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("folder", ORDER[:-1])
-def test_imports_point_one_way(folder):
-    before = tuple(f"vlm_fast.{name}" for name in ORDER[: ORDER.index(folder)])
-    files = sorted((PACKAGE / folder).glob("*.py"))
+@pytest.mark.parametrize("room", ORDER)
+def test_imports_point_one_way(room):
+    before = {f"vlm_fast.{name}" for name in ORDER[: ORDER.index(room)]}
+    before |= {"vlm_fast.benchmarks"} if room != "cli" else set()
+    files = sorted((PACKAGE / room).rglob("*.py"))
     assert files
     for path in files:
-        assert not [name for name in imports(path) if name.startswith(before)], path
+        upward = [n for n in imports(path) if ".".join(n.split(".")[:2]) in before]
+        assert not upward, path
+
+
+def test_loose_files_import_no_room():
+    rooms = {f"vlm_fast.{name}" for name in ORDER}
+    for name in LOOSE - {"__init__.py", "py.typed"}:
+        assert not rooms & {".".join(n.split(".")[:2]) for n in imports(PACKAGE / name)}, name
+
+
+def test_loose_files():
+    found = {p.name for p in PACKAGE.iterdir() if p.is_file() and p.suffix != ".so"}
+    assert found == LOOSE and len(found) <= 6
 
 
 def test_kernels_import_only_torch_triton_and_each_other():
@@ -97,8 +114,8 @@ def test_every_op_has_a_file_of_kernels_or_needs_none():
 
 def public_names():
     for module in (
-        vlm_fast, vlm_fast.data, vlm_fast.objectives, vlm_fast.modules, vlm_fast.ops,
-        vlm_fast.recipes,
+        vlm_fast, vlm_fast.training.data, vlm_fast.training.losses, vlm_fast.modules, vlm_fast.ops,
+        vlm_fast.training.recipes,
     ):  # fmt: skip
         for name, value in vars(module).items():
             if not name.startswith("_") and not inspect.ismodule(value) and callable(value):
@@ -125,7 +142,7 @@ def run(code, **environment):
 
 EVERYTHING = """
 import importlib, pkgutil, sys
-import vlm_fast
+import vlm_fast.training
 for module in pkgutil.walk_packages(vlm_fast.__path__, "vlm_fast."):
     if not module.name.endswith(("._C", "._hopper")):  # libraries; the second is no module
         importlib.import_module(module.name)
@@ -155,9 +172,9 @@ sys.meta_path.insert(0, Blocked())
 
 WORKS = """
 import torch
-import vlm_fast
-from vlm_fast import parity
-from vlm_fast.op import OPS
+import vlm_fast.training
+from vlm_fast.verification import tolerance
+from vlm_fast.ops.declaration import OPS
 from vlm_fast.kernels import _native, _triton
 for op in OPS.values():
     for shape in op.test_shapes:
@@ -165,7 +182,7 @@ for op in OPS.values():
         args, options = op.sample(shape)
         with vlm_fast.strict():
             op(*args, **options)
-        assert all(v.ok for v in parity.check(op, args, options))
+        assert all(v.ok for v in tolerance.check(op, args, options))
         with vlm_fast.disabled():
             op(*args, **options)
 print(len(OPS), _triton.AVAILABLE, _native.native is not None)

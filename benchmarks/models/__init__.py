@@ -20,7 +20,7 @@ from vlm_fast.benchmarks.models.blip2 import BLIP2
 from vlm_fast.benchmarks.models.idefics import IDEFICS
 from vlm_fast.benchmarks.models.llava import LLAVA
 from vlm_fast.benchmarks.models.mllama import MLLAMA
-from vlm_fast.measure import timing
+from vlm_fast.devtools import timing
 
 MODELS = {"llava": LLAVA, "blip2": BLIP2, "idefics": IDEFICS, "mllama": MLLAMA}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import vlm_fast
 from vlm_fast.benchmarks.models.architecture import Inputs
 from vlm_fast.benchmarks.models.parts import prompt
-from vlm_fast.parity import judge_all
+from vlm_fast.verification.tolerance import judge_all
 
 NEW_TOKENS = 8
 

@@ -15,7 +15,7 @@ import torch
 
 from vlm_fast.benchmarks.providers import attention, norms, projectors, tokens
 from vlm_fast.benchmarks.providers.peer import Peer, Unavailable
-from vlm_fast.op import Op
+from vlm_fast.ops.declaration import Op
 
 OURS, EAGER = "vlm_fast", "eager"
 COMPILED = {"torch.compile": None, "torch.compile (max-autotune)": "max-autotune-no-cudagraphs"}

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from vlm_fast.benchmarks.providers.peer import Peer, Unavailable
-from vlm_fast.kernels._media_sight import media_seen
+from vlm_fast.kernels._media_mask import media_seen
 
 Function = Callable[..., Any]
 BACKENDS = {

@@ -2,28 +2,29 @@
 
 import torch
 
-from tests.add_layer_norm_properties import *  # noqa: F403
-from tests.cases import any_case, each
-from tests.dropout_properties import *  # noqa: F403
-from tests.kernel_properties import *  # noqa: F403
-from tests.tile_properties import *  # noqa: F403
-from tests.token_merging_properties import *  # noqa: F403
-from vlm_fast import parity
+from tests.support.add_layer_norm_properties import *  # noqa: F403
+from tests.support.cases import any_case, each
+from tests.support.dropout_properties import *  # noqa: F403
+from tests.support.kernel_properties import *  # noqa: F403
+from tests.support.tile_properties import *  # noqa: F403
+from tests.support.token_merging_properties import *  # noqa: F403
+from vlm_fast.verification import tolerance
 
 
 def prepared(op, shape, device):
     """A call of forward and backward, warmed up, that does nothing but the op's own work."""
     args, options = op.sample(shape, torch.bfloat16, device)
-    args = parity.convert(args, lambda t: t.detach().requires_grad_())
-    inputs = parity.differentiable(args)
+    args = tolerance.convert(args, lambda t: t.detach().requires_grad_())
+    inputs = tolerance.differentiable(args)
     floating = lambda r: r.is_floating_point()  # noqa: E731
     upstream = [
-        parity.random_upstream(r) if floating(r) else None for r in each(op.fast(*args, **options))
+        tolerance.random_upstream(r) if floating(r) else None
+        for r in each(op.fast(*args, **options))
     ]
 
     def step():
         results = each(op.fast(*args, **options))
-        found = parity.gradients(results, inputs, upstream)
+        found = tolerance.gradients(results, inputs, upstream)
         return [*(r.detach() for r in results), *(g for g in found if g is not None)]
 
     # Capture wants the warm-up on a stream of its own.

@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("skimage", reason="the photographs come with scikit-image")
 pytest.importorskip("transformers")
 
-from tests.captioned_models import FAMILIES
-from tests.captioned_training import fused_training_is_unfused_training
+from tests.support.captioned_models import FAMILIES
+from tests.support.captioned_training import fused_training_is_unfused_training
 
 
 @pytest.mark.parametrize("family", FAMILIES)

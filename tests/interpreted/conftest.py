@@ -10,8 +10,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         "TRITON_INTERPRET=1 python -m pytest tests/interpreted"
     )
 
-from tests import interpreter_fixes
 from tests.interpreted import bounds
+from tests.support import interpreter_fixes
 
 interpreter_fixes.apply()
 bounds.enforce()

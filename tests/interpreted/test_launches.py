@@ -4,10 +4,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlm_fast
-from tests.tiny_qformers import blip2
+from tests.support.tiny_qformers import blip2
 from vlm_fast.kernels import _launcher
 from vlm_fast.kernels._launcher import recording
-from vlm_fast.op import OPS
+from vlm_fast.ops.declaration import OPS
 
 FREE = {"_unsafe_view", "detach", "lift_fresh"}
 

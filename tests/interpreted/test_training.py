@@ -5,7 +5,7 @@ import copy
 import torch
 
 import vlm_fast
-from tests.convergence import adamw, distance
+from tests.support.convergence import adamw, distance
 from vlm_fast.modules import MLPProjector
 
 STEPS = 5

@@ -4,10 +4,9 @@ import time
 
 import torch
 
-from vlm_fast import tuning
+from vlm_fast.devtools import timing, tuning
 from vlm_fast.kernels._launcher import KERNELS, Config
-from vlm_fast.measure import timing
-from vlm_fast.op import OPS
+from vlm_fast.ops.declaration import OPS
 
 NAME = "spatial_pool_kernel"
 

@@ -16,9 +16,9 @@ from vlm_fast.modules.perceiver_resampler import PerceiverAttention as Perceiver
 from vlm_fast.modules.perceiver_resampler import PerceiverResampler as PerceiverResampler
 from vlm_fast.modules.pooled_projector import PooledMLPProjector as PooledMLPProjector
 from vlm_fast.modules.pooled_projector import PooledNormProjector as PooledNormProjector
-from vlm_fast.modules.qformer import QFormer as QFormer
-from vlm_fast.modules.qformer import QFormerOutput as QFormerOutput
-from vlm_fast.modules.qformer_shared import ImageKeyValues as ImageKeyValues
+from vlm_fast.modules.qformer.model import QFormer as QFormer
+from vlm_fast.modules.qformer.model import QFormerOutput as QFormerOutput
+from vlm_fast.modules.qformer.shared_inputs import ImageKeyValues as ImageKeyValues
 from vlm_fast.modules.sequential_projector import SequentialProjector as SequentialProjector
 from vlm_fast.modules.shuffled_projector import PixelShuffleConnector as PixelShuffleConnector
 from vlm_fast.modules.shuffled_projector import PixelShuffleMLP as PixelShuffleMLP

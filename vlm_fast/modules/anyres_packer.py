@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.anyres import Plan, Tiling, plan, sizes_of
-from vlm_fast.refusal import not_a_tensor
+from vlm_fast.ops.anyres_plan import Plan, plan
+from vlm_fast.ops.anyres_tiling import Tiling, sizes_of
+from vlm_fast.ops.argument_errors import not_a_tensor
 
 SPLITS = ("SplitBackward0", "SplitWithSizesBackward0")
 
@@ -53,7 +54,7 @@ class AnyResPacker(nn.Module):
         tiles: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> Plan:
-        """See `vlm_fast.anyres.plan`; sizes as `vlm_fast.anyres.sizes_of` takes them.
+        """See `anyres_plan.plan`; sizes as `anyres_tiling.sizes_of` takes them.
 
         Make it before a CUDA graph or ``torch.compile``; `forward` and `merge` take it inside. A
         graph reads its tables at every replay: keep the plan as long.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.activation import activation_of
-from vlm_fast.modules.plain_tree import why_not_plain_tree
-from vlm_fast.policy import fell_back
-from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.fallback import fell_back
+from vlm_fast.modules.parameter_access.activation import activation_of
+from vlm_fast.modules.parameter_access.module_tree import why_not_plain_tree
+from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
 
 OP = "GatedCrossAttentionBlock"
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.activation import activation_module, activation_of
-from vlm_fast.modules.chain import chain_of
-from vlm_fast.modules.runs import fused_mlp, why_not_fused
+from vlm_fast.modules.fused_sequence import fused_mlp, why_not_fused
+from vlm_fast.modules.parameter_access.activation import activation_module, activation_of
+from vlm_fast.modules.parameter_access.chain import chain_of
 from vlm_fast.ops.mlp import SAVED
 
 

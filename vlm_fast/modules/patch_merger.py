@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_fast.modules.activation import activation_module
-from vlm_fast.modules.plain_norm import RMSNorm, merged
-from vlm_fast.modules.runs import fused_mlp
+from vlm_fast.modules.fused_sequence import fused_mlp
+from vlm_fast.modules.parameter_access.activation import activation_module
+from vlm_fast.modules.parameter_access.norm import RMSNorm, merged
 from vlm_fast.modules.square_grid import grid_of
-from vlm_fast.refusal import check_tensor, wrong_value
+from vlm_fast.ops.argument_errors import check_tensor, wrong_value
 
 NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
 

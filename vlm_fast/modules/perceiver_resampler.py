@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.plain_tree import why_not_plain_tree
-from vlm_fast.modules.runs import fused_mlp
-from vlm_fast.policy import fell_back
-from vlm_fast.refusal import check_tensor, not_a_tensor, wrong_value
+from vlm_fast.fallback import fell_back
+from vlm_fast.modules.fused_sequence import fused_mlp
+from vlm_fast.modules.parameter_access.module_tree import why_not_plain_tree
+from vlm_fast.ops.argument_errors import check_tensor, not_a_tensor, wrong_value
 
 OP = "PerceiverResampler"
 KeysValues = tuple[Tensor, Tensor]

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.mlp_projector import MLPProjector
-from vlm_fast.modules.plain_norm import GemmaRMSNorm, merged
+from vlm_fast.modules.parameter_access.norm import GemmaRMSNorm, merged
 from vlm_fast.modules.square_grid import grid_of
-from vlm_fast.refusal import wrong_value
+from vlm_fast.ops.argument_errors import wrong_value
 
 COMMUTING = ("avg", "bilinear")
 

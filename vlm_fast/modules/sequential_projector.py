@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_fast.modules.activation import activation_module
-from vlm_fast.modules.runs import Step, run_steps
+from vlm_fast.modules.fused_sequence import Step, run_steps
+from vlm_fast.modules.parameter_access.activation import activation_module
+from vlm_fast.ops.argument_errors import wrong_value
 from vlm_fast.ops.mlp import SAVED
-from vlm_fast.refusal import wrong_value
 
 
 class SequentialProjector(nn.Sequential):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.activation import activation_module
-from vlm_fast.modules.plain_norm import RMSNorm, merged
-from vlm_fast.modules.runs import fused_mlp
+from vlm_fast.modules.fused_sequence import fused_mlp
+from vlm_fast.modules.parameter_access.activation import activation_module
+from vlm_fast.modules.parameter_access.norm import RMSNorm, merged
 from vlm_fast.modules.square_grid import grid_of
+from vlm_fast.ops.argument_errors import check_tensor, wrong_value
 from vlm_fast.ops.pixel_shuffle_norm import rows_of_blocks
-from vlm_fast.refusal import check_tensor, wrong_value
 
 
 class PixelShuffleConnector(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_fast.refusal import check_tensor, wrong_value
+from vlm_fast.ops.argument_errors import check_tensor, wrong_value
 
 MERGED = "_vlm_fast_merged"  # on tokens that were merged and are no grid any more
 

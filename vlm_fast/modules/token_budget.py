@@ -12,8 +12,8 @@ from vlm_fast import ops
 from vlm_fast.modules.perceiver_resampler import PerceiverResampler
 from vlm_fast.modules.square_grid import grid_of
 from vlm_fast.modules.token_merger import TokenMerger
+from vlm_fast.ops.argument_errors import not_a_tensor, wrong_value
 from vlm_fast.ops.spatial_pool import MAX_STRIDE
-from vlm_fast.refusal import not_a_tensor, wrong_value
 
 OP = "TokenBudget"
 METHODS = ("pool", "merge", "resample")

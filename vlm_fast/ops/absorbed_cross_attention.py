@@ -14,9 +14,9 @@ from vlm_fast.kernels.absorbed_cross_attention import (
     after_dropout,
     value_weights,
 )
-from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
+from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
 from vlm_fast.ops.cross_attention import cross_attention, score_scale
-from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.declaration import FLOATS, Cost, linear_op, nbytes
 
 MAX_KEYS = 4096  # of one row of scores, which a program holds whole: with more, it spills
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vlm_fast.kernels._activation import ACTIVATIONS
 from vlm_fast.kernels.mlp import activate, mlp_activation_backward
-from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
-from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.declaration import FLOATS, Cost, linear_op, nbytes
 
 
 @linear_op

@@ -11,8 +11,8 @@ from torch import Tensor
 from vlm_fast.kernels import add_layer_norm as kernels
 from vlm_fast.kernels._dropout import keep_mask
 from vlm_fast.kernels._launcher import in_rows
-from vlm_fast.op import FLOATS, Cost, nbytes, op
-from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.declaration import FLOATS, Cost, nbytes, op
 
 MAX_FEATURES = 8192
 

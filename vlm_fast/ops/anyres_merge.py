@@ -7,10 +7,10 @@ from torch import Tensor
 
 from vlm_fast.kernels import anyres_pack as kernels
 from vlm_fast.kernels.image_tokens import clear_image_tokens, image_token_slots
-from vlm_fast.op import Cost, nbytes, op
 from vlm_fast.ops.anyres_pack import anyres_pack, check_rows, check_table, nothing, sample_plan
+from vlm_fast.ops.argument_errors import wrong_value
+from vlm_fast.ops.declaration import Cost, nbytes, op
 from vlm_fast.ops.image_tokens import check_count, check_sequence, likeness, no_rows, row_count
-from vlm_fast.refusal import wrong_value
 
 
 @op

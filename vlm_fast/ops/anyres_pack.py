@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlm_fast.anyres import MAX_ROWS, ONE, Tiling, lone_taps, plan, tile_count
 from vlm_fast.kernels import anyres_pack as kernels
-from vlm_fast.op import Cost, nbytes, op
+from vlm_fast.ops.anyres_plan import MAX_ROWS, ONE, lone_taps, plan
+from vlm_fast.ops.anyres_tiling import Tiling, tile_count
+from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.declaration import Cost, nbytes, op
 from vlm_fast.ops.image_tokens import likeness, row_count
-from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
 
 
 @op
@@ -20,7 +21,7 @@ def anyres_pack(
 
     Mirrors ``pack_image_features`` of transformers' ``LlavaNextModel`` (unpadding, row order across
     tiles, a newline a row, the base tile first) and the ``cat`` over images after it: call it as
-    ``anyres_pack(features, image_newline, *plan.tables)`` with a `vlm_fast.anyres.plan`.
+    ``anyres_pack(features, image_newline, *plan.tables)`` with a `vlm_fast.ops.anyres_plan.plan`.
 
     Args:
         features: ``(..., hidden)``, floating: the rows of all tiles of all images, in order.
@@ -250,7 +251,7 @@ def check_table(name, argument, table, features, length=None, width=()):
     if not isinstance(table, Tensor):
         raise not_a_tensor(name, argument, table)
     if table.dtype != torch.int32:
-        raise wrong_type(name, argument, table, "torch.int32, as vlm_fast.anyres.plan makes it")
+        raise wrong_type(name, argument, table, "torch.int32, as anyres_plan.plan makes it")
     if table.ndim != 1 + len(width) or table.shape[1:] != width:
         raise wrong_value(name, argument, table, f"{('rows', *width)}")
     if length is not None and table.shape[0] != length:

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_fast.kernels import bipartite_match as kernels
-from vlm_fast.op import FLOATS, Cost, discrete_op, nbytes
-from vlm_fast.parity import ULPS, Verdict
-from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.declaration import FLOATS, Cost, discrete_op, nbytes
+from vlm_fast.ops.verdict import ULPS, Verdict
 
 MAX_TOKENS = 2**30 - 1  # numbers of tokens are int32, and a token's is below twice that of its pair
 

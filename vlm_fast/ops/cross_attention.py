@@ -8,8 +8,8 @@ from torch import Tensor
 from vlm_fast.kernels._cross_attention_aten import bias_gradient
 from vlm_fast.kernels._dropout import keep_mask
 from vlm_fast.kernels.cross_attention import attention_backward, attention_forward
-from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
-from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.declaration import FLOATS, Cost, linear_op, nbytes
 
 MAX_HEAD_SIZE = 128
 

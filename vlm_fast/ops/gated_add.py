@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_fast.kernels import gated_add as kernels
-from vlm_fast.op import FLOATS, Cost, nbytes, op
-from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.declaration import FLOATS, Cost, nbytes, op
 
 MAX_FEATURES = 8192
 NORMS = ("layer", "rms")

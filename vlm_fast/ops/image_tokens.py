@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vlm_fast.fallback import policy
 from vlm_fast.kernels import image_tokens as kernels
-from vlm_fast.op import Cost, nbytes, op
-from vlm_fast.policy import policy
-from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.declaration import Cost, nbytes, op
 
 MAX_ROWS = 2**31 - 1  # slots are int32
 

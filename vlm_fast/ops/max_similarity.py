@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_fast.kernels._launcher import is_traced
-from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
-from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.declaration import FLOATS, Cost, linear_op, nbytes
 
 # Elements of a tile of (images, queries, texts): on a CPU it stays in the second-level cache, on a
 # GPU in the second-level cache too, but is large enough to fill the tensor cores.

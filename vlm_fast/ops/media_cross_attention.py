@@ -5,16 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlm_fast.fallback import policy
 from vlm_fast.kernels._launcher import is_traced
-from vlm_fast.kernels._media_sight import media_seen
-from vlm_fast.kernels.media_cross_attention import (
-    media_attention_backward,
-    media_attention_forward,
-)
-from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
+from vlm_fast.kernels._media_mask import media_seen
+from vlm_fast.kernels.media_cross_attention import media_attention_backward, media_attention_forward
+from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
 from vlm_fast.ops.cross_attention import MAX_HEAD_SIZE, safe_softmax, score_scale
-from vlm_fast.policy import policy
-from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.declaration import FLOATS, Cost, linear_op, nbytes
 
 ATTEND = ("latest", "all_previous", "listed")
 UNATTENDED = ("zero", "uniform", "everything")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vlm_fast.kernels import merge_tokens as kernels
 from vlm_fast.kernels.bipartite_match import match_of_pairs
-from vlm_fast.op import FLOATS, Cost, nbytes, op
-from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.declaration import FLOATS, Cost, nbytes, op
 
 PARTS = ("destination", "order", "start")
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vlm_fast.kernels import _hopper
 from vlm_fast.kernels import image_tokens as kernels
-from vlm_fast.op import Cost, linear_op, nbytes
+from vlm_fast.ops.argument_errors import wrong_value
+from vlm_fast.ops.declaration import Cost, linear_op, nbytes
 from vlm_fast.ops.image_tokens import (
     check_count,
     check_sequence,
@@ -21,7 +22,6 @@ from vlm_fast.ops.image_tokens import (
     row_count,
 )
 from vlm_fast.ops.mlp import activated, check, gradients, mlp, unsupported
-from vlm_fast.refusal import wrong_value
 
 
 @linear_op

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlm_fast.fallback import policy
 from vlm_fast.kernels import pixel_shuffle_norm as kernels
-from vlm_fast.kernels._blocks import Blocks, Norm
 from vlm_fast.kernels._launcher import is_traced
-from vlm_fast.op import FLOATS, Cost, nbytes, op
-from vlm_fast.policy import policy
-from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.kernels._patch_blocks import Blocks, Norm
+from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.declaration import FLOATS, Cost, nbytes, op
 
 NAME = "pixel_shuffle_norm"
 NORMS = ("none", "layer", "rms", "gemma")

@@ -11,8 +11,8 @@ from torch import Tensor
 from vlm_fast.kernels import spatial_pool as kernels
 from vlm_fast.kernels._launcher import dense
 from vlm_fast.kernels.spatial_pool import Pooling
-from vlm_fast.op import FLOATS, Cost, nbytes, op
-from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.declaration import FLOATS, Cost, nbytes, op
 
 NAME = "spatial_pool"
 MODES = ("avg", "max", "bilinear")

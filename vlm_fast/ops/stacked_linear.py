@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm_fast.kernels._stacking import input_gradient, linears, parameter_gradients
-from vlm_fast.op import FLOATS, Cost, linear_op, nbytes
-from vlm_fast.refusal import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.kernels._packed_weights import input_gradient, linears, parameter_gradients
+from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
+from vlm_fast.ops.declaration import FLOATS, Cost, linear_op, nbytes
 
 
 @linear_op

@@ -12,33 +12,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_fast.modules.original_code import why_not_as_read
-from vlm_fast.modules.plain_linear import has_own_forward
-from vlm_fast.op import FLOATS
+from vlm_fast.modules.parameter_access.linear import has_own_forward
+from vlm_fast.modules.parameter_access.original_code import why_not_as_read
+from vlm_fast.ops.declaration import FLOATS
 from vlm_fast.ops.mlp import SAVED
-from vlm_fast.patching import (
-    anyres,
-    aria,
-    flamingo,
-    idefics,
-    idefics2,
-    image_token_merge,
-    internvl,
-    kosmos2,
-    linear_act_linear,
-    mllama,
-    patch_merger,
-    perceiver,
-    pixel_shuffle,
-    pooling,
-    qformer,
-)
 from vlm_fast.patching.class_swap import (
     Patched,
     swap,
     swap_back,
     why_not_read,
     why_not_swapped_back,
+)
+from vlm_fast.patching.models import (
+    anyres,
+    aria,
+    idefics,
+    idefics2,
+    image_token_merge,
+    internvl,
+    kosmos2,
+    mllama,
+    mlp,
+    openflamingo,
+    patch_merger,
+    perceiver,
+    pixel_shuffle,
+    pooling,
+    qformer,
 )
 from vlm_fast.patching.towers import in_towers
 
@@ -57,14 +57,14 @@ FAMILIES: list[tuple[type[Patched], Callable[..., Any]]] = [
     (pooling.FusedPooler, pooling.recognise_next_video),
     (pooling.FusedPooledFrames, pooling.recognise_onevision),
     (pooling.FusedFrameProjector, pooling.recognise_frame_projector),
-    (linear_act_linear.FusedMLP, linear_act_linear.recognise),
+    (mlp.FusedMLP, mlp.recognise),
     (anyres.FusedAnyResMerge, lambda module, **_: anyres.recognise(module)),
     (anyres.FusedAnyRes, lambda module, **_: anyres.recognise_packing(module)),
     (image_token_merge.FusedMerge, lambda module, **_: image_token_merge.recognise(module)),
     (qformer.FusedQFormerModel, qformer.recognise_model),
     (qformer.FusedQFormerEncoder, qformer.recognise_encoder),
     (qformer.FusedQFormerLayer, qformer.recognise_layer),
-    (flamingo.FusedGatedBlock, flamingo.recognise),
+    (openflamingo.FusedGatedBlock, openflamingo.recognise),
     (perceiver.FusedPerceiver, perceiver.recognise),
     (perceiver.FusedIdeficsPerceiver, perceiver.recognise_idefics),
     (aria.FusedAriaProjector, aria.recognise),

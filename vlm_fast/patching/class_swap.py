@@ -15,10 +15,10 @@ from weakref import WeakValueDictionary
 from torch import nn
 from torch.fx import Proxy
 
-from vlm_fast.modules.plain_linear import has_own_forward
-from vlm_fast.modules.plain_tree import unwrapped, why_not_own_arguments
+from vlm_fast.fallback import fell_back
+from vlm_fast.modules.parameter_access.linear import has_own_forward
+from vlm_fast.modules.parameter_access.module_tree import unwrapped, why_not_own_arguments
 from vlm_fast.patching.parameters import Names, names_of
-from vlm_fast.policy import fell_back
 
 
 class Patch(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from vlm_fast.modules.original_code import written_class
-from vlm_fast.modules.runs import is_linear
+from vlm_fast.modules.fused_sequence import is_linear
+from vlm_fast.modules.parameter_access.original_code import written_class
 
 MANY = 3
 

@@ -1,0 +1,389 @@
+"""The benchmark and the GPU run, as far as they go on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlm_fast.benchmarks import (
+    gpu,
+    gpu_checks,
+    gpu_compile,
+    machine,
+    models,
+    picture,
+    report,
+    suite,
+)
+from vlm_fast.benchmarks.gpu_stages import STAGES, Stage
+from vlm_fast.benchmarks.models import pictures
+from vlm_fast.devtools import ahead_of_time, memory, timing, tuning
+from vlm_fast.kernels import _configs
+from vlm_fast.kernels._triton import AVAILABLE
+from vlm_fast.ops.declaration import OPS
+from vlm_fast.verification import results_files
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(*arguments):
+    # On a busy machine threads mostly wait for each other.
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    path = tmp_path_factory.mktemp("quick") / "results.json"
+    # Parity and torch.compile of every op have tests of their own: here they would take minutes.
+    sections = [f"--section={name}" for name in suite.SECTIONS if name != "parity"]
+    few = ("--provider=vlm_fast", "--provider=eager", "--json", str(path))
+    found = python("vlm_fast.cli.main", "bench", "--quick", *sections, *few)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout, json.loads(path.read_text())
+
+
+def test_quick_run_measures_every_op_and_proves_the_patched_model(quick):
+    _, results = quick
+    assert {row["op"] for row in results["ops"]} == set(OPS)
+    assert all(row["median"] > 0 and row["rounds"] >= 3 for row in results["ops"])
+
+
+def test_patched_models_are_the_same(quick):
+    _, results = quick
+    assert results["models"].keys() == models.MODELS.keys()
+    for found in results["models"].values():
+        proof = found["proof"]
+        assert proof["verified"] and proof["same_tokens"] and proof["repeats_bitwise"]
+        assert proof["judged"]["passed"] == proof["judged"]["tensors"] > 1, proof["judged"]
+        assert found["finished"]
+
+
+def test_rows_are_of_one_shape(quick):
+    """A part's "before" comes first, then what it is compared with."""
+    _, results = quick
+    families = ["merge", "qformer", "flamingo", "anyres", "mergers", "tokens"]
+    every = [*results["models"].values(), *(results[family] for family in families)]
+    for found in every:
+        assert all(row.keys() == every[0]["rows"][0].keys() for row in found["rows"])
+        states = {row["part"]: [] for row in found["rows"]}
+        for row in found["rows"]:
+            states[row["part"]].append(row)
+        for before, *others in states.values():
+            assert before["state"] == "before" and before["ratio"] == 1 and others
+            assert all(row["operations"] > 0 and row["first_seconds"] > 0 for row in others)
+            assert all(0 <= row["transient_bytes"] <= row["peak_bytes"] for row in others)
+
+
+def rows_of(found, part):
+    return [row for row in found["rows"] if row["part"] == part]
+
+
+def test_what_the_patch_is_for_shows(quick):
+    _, results = quick
+    models = results["models"]
+    before, after = rows_of(models["llava"], "merge, forward+backward")
+    assert after["synchronisations"] == 0 < before["synchronisations"]
+    connectors = {
+        "llava": "projector", "blip2": "Q-Former", "idefics": "gated layer",
+        "mllama": "cross-attention layer",
+    }  # fmt: skip
+    for name, words in connectors.items():
+        before, after = rows_of(models[name], f"{words}, forward+backward")
+        assert after["saved_bytes"] < before["saved_bytes"]
+        assert after["operations"] < before["operations"]
+        assert bool(rows_of(models[name], "a generated token")) == (name in ("idefics", "mllama"))
+
+
+def test_output_is_plain_when_piped(quick):
+    text, _ = quick
+    assert text.isascii() and "\x1b" not in text
+    assert "verify passed" in text
+
+
+def test_results_name_no_path_of_this_machine(quick):
+    _, results = quick
+    assert str(ROOT) not in json.dumps(results)
+    assert str(Path.home()) + "/" not in json.dumps(results)
+
+
+def test_gpu_run_says_what_it_lacks():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    found = python("vlm_fast.benchmarks.gpu")
+    assert found.returncode == 3
+    assert found.stderr.startswith("vlm_fast.benchmarks.gpu needs a CUDA GPU: ")
+
+
+# ---- the GPU run, on a CPU ----
+
+
+def test_stages_write_results_as_they_go(tmp_path):
+    def broken(results, device, deadline):
+        written = json.loads(path.read_text())
+        assert written["stages"]["first"]["status"] == "ok"
+        raise RuntimeError("broken")
+
+    def slow(results, device, deadline):
+        time.sleep(60)
+
+    path = tmp_path / "results.json"
+    stages = (
+        Stage("first", 9, lambda results, *_: results.update(found=1) or [], needs_cuda=False),
+        Stage("breaks", 9, broken, needs_cuda=False),
+        Stage("hangs", 0.1, slow, needs_cuda=False),
+        Stage("cuda only", 9, slow),
+    )
+    gpu.run("cpu", path, stages=stages, grace=0.1)
+    written = json.loads(path.read_text())
+    status = {name: stage["status"] for name, stage in written["stages"].items()}
+    assert status == {
+        "first": "ok", "breaks": "FAILED", "hangs": "FAILED", "cuda only": "needs a GPU",
+    }  # fmt: skip
+    assert written["stages"]["breaks"]["failures"] == ["RuntimeError: broken"]
+    assert written["stages"]["hangs"]["failures"] == ["TimeoutError: out of time"]
+    assert written["found"] == 1 and written["schema"] == results_files.SCHEMA
+
+
+def test_no_stage_can_start_after_the_end(tmp_path):
+    stages = (Stage("late", 9, lambda *_: [], needs_cuda=False),)
+    results = gpu.run("cpu", tmp_path / "results.json", stages=stages, total=-1)
+    assert results["stages"]["late"]["status"] == "out of time"
+
+
+def test_all_stages_have_names_of_their_own():
+    assert len({stage.name for stage in STAGES}) == len(STAGES)
+
+
+def test_all_stages_have_time():
+    assert sum(stage.seconds for stage in STAGES if stage.name != "suites") <= gpu.TOTAL_SECONDS
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
+def test_what_is_launched_is_found_compiled(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    name, forever = "gather_image_tokens", float("inf")
+    count, failures = gpu_compile.compile_all("sm_90", forever, [name], workers=1)
+    assert count > 0 and failures == []
+    with gpu.compilations() as late:
+        for launch in ahead_of_time.launches_at(OPS[name], OPS[name].test_shapes[0], torch.float16):
+            ahead_of_time.build_of(launch, "sm_90").compile()
+        assert late == []
+        for launch in ahead_of_time.launches_at(OPS[name], OPS[name].test_shapes[0], torch.float16):
+            ahead_of_time.build_of(launch, "sm_80").compile()
+        assert "gather_image_tokens_kernel" in late
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
+def test_what_time_did_not_reach_is_said():
+    count, failures = gpu_compile.compile_all("sm_90", 0.0, ["gated_add"], workers=1)
+    assert count == 0 and failures == ["out of time: 3 of 3 not compiled"]
+
+
+def test_repeats_are_bitwise_equal():
+    assert gpu_checks.repeats("cpu") == []
+
+
+def test_large_shapes_are_beyond_32_bits_and_named_for_every_op(monkeypatch):
+    assert gpu_checks.LARGE.keys() == OPS.keys()
+    for name, op in OPS.items():
+        torch.set_default_device("meta")
+        try:
+            args, options = op.sample(gpu_checks.LARGE[name], torch.bfloat16, "meta")
+        finally:
+            torch.set_default_device("cpu")
+        cost = op.cost_of(*args, **options)
+        assert max(cost.forward_bytes, cost.backward_bytes) > 2**32
+    small = {"batch": 5, "sequence": 107, "hidden": 40, "images": 1, "tokens": 57}
+    shapes = {
+        "merge_image_tokens": small,
+        "gather_image_tokens": {**small, "count": 5 * 57},
+        "mlp": {"shape": (5, 107, 64), "hidden": 96, "out": 64},
+        "act_linear": {"shape": (5, 107, 64), "out": 48},
+        "mlp_merge": {**small, "inner": 24, "middle": 16},
+        "cross_attention": {"batch": 5, "heads": 2, "shape": (4, 17), "d": 16},
+        "absorbed_cross_attention": {
+            "batch": 5,
+            "queries": 4,
+            "keys": 17,
+            "width": 24,
+            "features": 32,
+            "heads": 2,
+        },
+        "anyres_pack": {"batch": 5, "side": 3, "hidden": 40, "sizes": ((6, 5),)},
+        "anyres_pack_resized": {
+            "batch": 5,
+            "side": 3,
+            "hidden": 40,
+            "sizes": ((6, 5),),
+            "most": 1,
+        },
+        "anyres_merge": {"batch": 5, "side": 3, "hidden": 40, "sizes": ((6, 5),), "text": 7},
+        "add_layer_norm": {"shape": (5, 17, 24)},
+        "gated_add": {"shape": (5, 17, 24)},
+        "gated_add_norm": {"shape": (5, 17, 24)},
+        "gated_mlp": {"shape": (5, 107, 64), "hidden": 96, "out": 64},
+        "media_cross_attention": {
+            "batch": 5,
+            "heads": 2,
+            "queries": 17,
+            "media": 2,
+            "keys": 14,
+            "tokens_per_media": 7,
+            "d": 16,
+        },
+        "self_attention": {"batch": 5, "tokens": 7, "width": 24, "features": 32, "heads": 2},
+        "stacked_linear": {"shape": (5, 17, 24), "outs": (16, 8)},
+        "pixel_shuffle_norm": {
+            "batch": 5,
+            "height": 4,
+            "width": 6,
+            "features": 24,
+            "norm": "layer",
+        },
+        "spatial_pool": {"batch": 5, "height": 4, "width": 6, "features": 24},
+        "max_similarity": {"shape": (5, 7, 16), "texts": 9},
+        "bipartite_match": {"batch": 5, "tokens": 17, "features": 24, "r": 7},
+        "merge_tokens": {"batch": 5, "tokens": 17, "features": 24, "r": 7, "sized": True},
+        "unmerge_tokens": {"batch": 5, "tokens": 17, "features": 24, "r": 7},
+    }
+    monkeypatch.setattr(gpu_checks, "LARGE", shapes)
+    assert gpu_checks.large("cpu") == []
+    monkeypatch.setattr(OPS["mlp"], "fast", lambda x, *rest, **options: x * x[0, 0, 0])
+    assert any(line.startswith("mlp: ") for line in gpu_checks.large("cpu"))
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
+def test_launches_are_collected_with_size_and_grid():
+    for op in OPS.values():
+        found = ahead_of_time.launches(op, (torch.bfloat16,))
+        assert bool(found) == (op.name not in {"max_similarity", "stacked_linear"}), op.name
+        for launch in found:
+            for index in range(len(launch.kernel.configs)):
+                assert all(isinstance(n, int) for n in launch.programs(index))
+            assert launch.size > 0 and isinstance(launch.dtype, torch.dtype)
+
+
+def row(config, median, size=1024, spread=0.01):
+    times = {"median": median, "lower": median * (1 - spread), "upper": median * (1 + spread)}
+    return {"kernel": "k", "dtype": "bfloat16", "size": size, "config": config, **times}
+
+
+def test_only_a_clear_winner_enters_the_table(tmp_path):
+    rows = [row(0, 1.0), row(1, 0.8), row(2, 0.9)]  # clear
+    rows += [row(0, 1.0, size=2048), row(1, 0.99, size=2048)]  # within 2%
+    rows += [row(0, 1.0, size=4096, spread=0.3), row(1, 0.8, size=4096, spread=0.3)]  # overlapping
+    table = {"schema": _configs.SCHEMA, "kernels": tuning.selection(rows)}
+    path = tmp_path / "table.json"
+    machine.write(path, table)
+    assert _configs.read(path) == {"k": {"bfloat16": {"1024": 1, "2048": 0, "4096": 0}}}
+
+
+# ---- measuring ----
+
+
+def test_times_are_quartiles_and_overlap_claims_nothing():
+    times = timing.Times.of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (times.lower, times.median, times.upper, times.rounds) == (2.0, 3.0, 4.0, 5)
+    fast = timing.Times.of([0.5, 0.6])
+    assert timing.verdict(fast, times) == "faster"
+    assert timing.verdict(times, fast) == "slower"
+    assert timing.verdict(times, timing.Times.of([2.5, 3.5])) == "same"
+
+
+def test_calls_take_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    found = timing.interleaved(calls, [()], device="cpu", seconds=0.0, rounds=(4, 9))
+    assert order[2:] == list("abbaabba")  # after the warm-up
+    assert found["a"].rounds == 4
+
+
+def test_bytes_and_waits_are_those_of_a_known_call():
+    x = torch.randn(1000, requires_grad=True)
+    assert memory.saved_bytes(lambda: x.exp().sin(), [x]) == 4000  # exp's result, for both
+    assert memory.saved_bytes(lambda: x.exp(), [x]) == 0  # its own result
+    y = torch.randn(100_000)
+    assert memory.peak_bytes(lambda: y + 1, "cpu") == pytest.approx(400_000, rel=1e-3)
+    assert memory.peak_bytes(lambda: (y + 1) * 2, "cpu") == pytest.approx(800_000, rel=1e-3)
+    assert memory.synchronisations(lambda: (y.sum().item(), y.nonzero(), y + 1), "cpu") == 2
+    assert memory.synchronisations(lambda: (y[y > 0], y[torch.tensor([1])]), "cpu") == 1
+
+
+def test_photograph_becomes_what_the_tower_takes():
+    found, source = pictures.prepared("blip", "BlipImageProcessorPil")
+    assert found["pixel_values"].std() > 0.1 and "astronaut" in source
+    assert pictures.by_torch(28).shape == (1, 3, 28, 28)
+
+
+# ---- README and docs ----
+
+
+def test_pages_show_what_results_hold_and_nothing_else(quick, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    _, results = quick
+    readme, page = tmp_path / "README.md", tmp_path / "measured.md"
+    markers = "<!-- {0}:begin -->\nold\n<!-- {0}:end -->\n"
+    readme.write_text("top\n" + markers.format("charts") + markers.format("results") + "end\n")
+    page.write_text(markers.format("measured"))
+
+    def written(result):
+        monkeypatch.setattr(results_files, "read_results", lambda: [result])
+        report.main(readme, page, tmp_path)
+        return readme.read_text(), page.read_text()
+
+    text, measured = written({**results, "quick": False})
+    assert "old" not in text and text.startswith("top\n") and text.endswith("end\n")
+    assert "(speed.svg)" in text and "(memory.svg)" in text
+    assert "No GPU has run this yet" in text
+    for name in OPS:
+        assert f"| {name} |" in measured
+    for words in picture.FAMILIES.values():
+        assert f"### {words[0].upper()}{words[1:]}" in measured
+    charts = [(tmp_path / f"{name}.svg").read_bytes() for name in picture.CHARTS]
+    assert (text, measured) == written({**results, "quick": False})
+    assert charts == [(tmp_path / f"{name}.svg").read_bytes() for name in picture.CHARTS]
+    text, measured = written(results)  # quick: worth nothing
+    assert "| " not in text.partition("results:begin")[2] and "| " not in measured
+
+
+def test_losses_are_published():
+    before = {
+        "part": "x",
+        "state": "before",
+        "median": 1.0,
+        "peak_bytes": 10**6,
+        "saved_bytes": 640,
+    }
+    after = {
+        **before,
+        "state": "after",
+        "median": 1.5,
+        "peak_bytes": 13 * 10**5,
+        "ours_is": "slower",
+    }
+    after["saved_bytes"] = 2940  # four times nothing is nothing
+    rows = [before, after, {**before, "part": "y"}, {**before, "part": "y", "state": "after"}]
+    rows[3]["ours_is"] = "same"
+    op = {
+        "op": "mlp", "shape": "s", "mode": "forward", "provider": "eager", "status": "measured",
+        "ours_is": "slower", "times_faster": 0.8,
+    }  # fmt: skip
+    lines = report.losses({"merge": {"rows": rows}, "ops": [op]}).splitlines()[2:]
+    assert lines == [
+        "| merge | x | takes 1.50 times as long |",
+        "| merge | x | 1.30 of the peak memory |",
+        "| mlp | s, forward | takes 1.25 times as long as eager |",
+    ]
+
+
+def test_markers_must_stand_once():
+    with pytest.raises(ValueError, match="once, found 0 times"):
+        report.between("nothing here", "results", "x")

@@ -1,0 +1,155 @@
+"""The command line: what it prints, as text and as JSON, and its exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from vlm_fast.cli.main import main
+from vlm_fast.kernels import _triton
+from vlm_fast.ops.declaration import OPS
+from vlm_fast.verification import results_files, self_test
+from vlm_fast.verification.tolerance import Verdict
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def call(*arguments):
+    return CliRunner().invoke(main.app, list(arguments))
+
+
+def test_it_runs_as_a_module_and_is_plain_when_piped():
+    found = subprocess.run(
+        [sys.executable, "-m", "vlm_fast.cli.main", "ops"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.isascii() and "\x1b" not in found.stdout
+    assert not found.stderr
+
+
+def test_env_names_cause_and_remedy_of_every_lack(monkeypatch):
+    monkeypatch.setattr(_triton, "AVAILABLE", False)
+    facts = {fact["name"]: fact for fact in json.loads(call("env", "--json").stdout)}
+    assert facts["triton"]["value"] == "not importable"
+    assert {
+        "torch",
+        "compiled extension",
+        "Hopper GEMMs",
+        "c compiler",
+        "VLM_FAST_STRICT",
+    } <= facts.keys()
+    assert all(fact["remedy"] for fact in facts.values() if fact["cause"])
+    text = call("env").stdout
+    assert "triton: " in text and "remedy: " in text
+
+
+def test_ops_tell_current_proof_from_older_and_from_none(monkeypatch):
+    def result(machine, sources):
+        entry = {"cases": 3, "failures": [], "dtypes": ["bfloat16"]}
+        return {
+            "device": "cuda", "machine": machine, "sources": {"mlp": sources},
+            "parity": {"mlp": entry},
+        }  # fmt: skip
+
+    now = results_files.sources(OPS["mlp"])
+    results = [result("Old", {**now, "ops/mlp.py": "0"}), result("New", now)]
+    monkeypatch.setattr(results_files, "read_results", lambda: results)
+    rows = {row["op"]: row for row in json.loads(call("ops", "--json").stdout)}
+    assert rows["mlp"]["gpu"] == ["proven on New", "proven on Old, at an older source"]
+    assert rows["merge_image_tokens"]["gpu"] == ["never run on a GPU"]
+    assert "bfloat16" in rows["mlp"]["dtypes"] and "float64" not in rows["mlp"]["dtypes"]
+
+
+def test_sources_of_an_op_are_its_files_and_what_they_share():
+    assert results_files.sources(OPS["mlp"]).keys() == {
+        "ops/mlp.py", "kernels/mlp.py", "kernels/_activation.py", "kernels/_hopper.py",
+        *(f"csrc/{path.name}" for path in results_files.CSRC.glob("hopper_*")),
+    }  # fmt: skip
+    assert "csrc/hopper_gelu.h" in results_files.sources(OPS["mlp"])
+    of_both = {"ops/mlp_merge.py", "ops/image_tokens.py", "kernels/image_tokens.py"}
+    of_both |= (
+        results_files.sources(OPS["mlp"]).keys()
+        | results_files.sources(OPS["merge_image_tokens"]).keys()
+    )
+    assert results_files.sources(OPS["mlp_merge"]).keys() == of_both
+
+
+def test_broken_results_files_prove_nothing(tmp_path):
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "other.json").write_text('{"schema": 0}')
+    (tmp_path / "list.json").write_text("[]")
+    assert results_files.read_results(tmp_path) == []
+
+
+def test_check_passes_here():
+    found = call("check", "gather_image_tokens", "--json")
+    assert found.exit_code == 0, found.stdout
+    summary = json.loads(found.stdout)["ops"]["gather_image_tokens"]
+    assert summary["cases"] > 0 and len(summary["dtypes"]) == 3 and not summary["failures"]
+
+
+def test_check_prints_what_failed_and_by_how_much(monkeypatch):
+    wrong = Verdict("gradient 1", 0.5, 0.25, "error 0.5 above 0.25")
+    monkeypatch.setattr(self_test.parity, "check", lambda *_, **__: [wrong])
+    found = call("check", "mlp")
+    assert found.exit_code == main.Exit.FAILURE
+    line = next(line for line in found.stdout.splitlines() if "gradient 1" in line)
+    assert line.startswith("mlp [shape=") and "float32" in line
+    assert "(error 0.5, budget 0.25)" in line
+
+
+def test_a_call_without_gradients_is_judged_too(monkeypatch):
+    right = OPS["mlp"].fast
+    halved = lambda *a, **o: right(*a, **o) * (1.0 if torch.is_grad_enabled() else 0.5)  # noqa: E731
+    monkeypatch.setattr(OPS["mlp"], "fast", halved)
+    (line,) = next(self_test.run(["mlp"], device="cpu")).failures()
+    assert "output 0 without gradients" in line
+
+
+def test_a_case_that_raises_is_a_failure(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(self_test.parity, "check", broken)
+    case = next(self_test.run(["mlp"], device="cpu"))
+    assert not case.ok
+    assert case.failures()[0].endswith("raised RuntimeError: no such luck")
+
+
+def test_named_shapes_are_small_on_a_cpu_and_whole_on_a_gpu():
+    for op in OPS.values():
+        for full in (False, True):
+            for _, shape in self_test.shapes(op, full=full):
+                args, _ = op.sample(shape, device="meta")
+                assert all(a.numel() for a in args if isinstance(a, torch.Tensor) and a.ndim == 2)
+
+
+@pytest.mark.parametrize("command", [("check",), ("bench", "--op"), ("compile", "--op")])
+def test_an_unknown_op_is_a_usage_error_that_names_the_known(command):
+    found = call(*command, "nope")
+    assert found.exit_code == main.Exit.USAGE
+    assert "no op is called 'nope'" in found.output
+    assert "gather_image_tokens" in found.output.replace("\n", "")
+
+
+def test_compile_without_triton_is_an_environment_error(monkeypatch):
+    monkeypatch.setattr(_triton, "AVAILABLE", False)
+    found = call("compile")
+    assert found.exit_code == main.Exit.ENVIRONMENT
+    assert "Triton is not installed" in found.output
+
+
+def test_compile_lists_a_row_a_build(monkeypatch):
+    if not _triton.AVAILABLE:
+        pytest.skip("Triton is not installed")
+    found = call("compile", "--arch", "nonsense")
+    assert found.exit_code == main.Exit.USAGE and "nonsense" in found.output
+    builds = call("compile", "--arch", "sm_90", "--op", "gather_image_tokens", "--json")
+    assert builds.exit_code == 0, builds.output
+    kernels = {row["kernel"] for row in json.loads(builds.stdout)["kernels"]}
+    assert "gather_image_tokens_kernel" in kernels

@@ -1,0 +1,230 @@
+"""Every kernel with every config, compiled for three generations of GPU that are not here."""
+
+import ast
+import dataclasses
+import importlib
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import vlm_fast.kernels
+from tests.support.address_arithmetic import overflowing_products
+from vlm_fast.devtools import ahead_of_time, sass
+from vlm_fast.devtools.ahead_of_time import ARCHS, BUDGETS, BUDGETS_TRITON, Resources, violations
+from vlm_fast.kernels._launcher import KERNELS
+
+for path in vlm_fast.kernels.__path__:
+    for file in Path(path).glob("[!_]*.py"):
+        importlib.import_module(f"vlm_fast.kernels.{file.stem}")
+
+
+@pytest.fixture(scope="module")
+def fresh_cache(tmp_path_factory):
+    """Else a binary could be served that other code, or an interpreting process, left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def resources(fresh_cache):
+    return ahead_of_time.compile_all(thorough=False)
+
+
+@pytest.fixture(scope="module")
+def builds(resources):
+    found = ahead_of_time.builds(["sm_90"], thorough=False)
+    return [b for b in found if "fp32, k fp32" not in b.signature]  # of attention bf16 is enough
+
+
+def test_every_declared_kernel_is_launched_by_a_bench_shape(resources):
+    compiled = {(r.kernel, r.config, r.arch) for r in resources}
+    assert compiled == {
+        (name, config, arch)
+        for name, kernel in KERNELS.items()
+        for config in range(len(kernel.configs))
+        for arch in ARCHS
+    }
+
+
+def test_kernels_keep_to_their_budgets(resources):
+    assert triton.__version__ == BUDGETS_TRITON, "make ahead runs this with the budgets' Triton"
+    assert violations(resources) == []
+
+
+def test_budgets_are_of_kernels_and_counts_that_exist():
+    counts = {field.name for field in dataclasses.fields(Resources)}
+    budgets = json.loads(BUDGETS.read_text())
+    assert budgets.keys() == KERNELS.keys()
+    for archs in budgets.values():
+        assert archs.keys() == set(ARCHS)
+        assert all(bounds.keys() <= counts for bounds in archs.values())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_addresses_do_not_overflow(builds, kernel):
+    own = [build.ttir() for build in builds if build.kernel.name == kernel]
+    assert own and all("tt.addptr" in ttir for ttir in own)
+    assert [line for ttir in own for line in overflowing_products(ttir)] == []
+
+
+# ---- that these tests can fail ----
+
+WITHIN = Resources("k", "x bf16", 1, "sm_90", 64, 0, 0, 1024, 0, 0, 4, 4, 9, 9, 0, 0, 0.1)
+BUDGET = {"k": {"sm_90": {"registers": 64, "shared_bytes": 1024, "wide_loads": 4}}}
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(stack_bytes=8), "spills"),
+        (dict(spills=1), "spills"),
+        (dict(registers=65), "at most 64"),
+        (dict(shared_bytes=1025), "at most 1024"),
+        (dict(shared_bytes=48 * 1024 + 1, config=0), f"at most {48 * 1024}"),
+        (dict(shared_bytes=227 * 1024 + 1), f"at most {227 * 1024}"),
+        (dict(wide_loads=3), "at least 4"),
+        (dict(wide_loads=3, signature="x fp16, y fp32"), "at least 4"),
+        (dict(arch="sm_80"), "no budget on sm_80"),
+        (dict(kernel="j"), "no budget"),
+    ],
+)
+def test_a_violation_is_told(change, said):
+    assert said in " ".join(violations([dataclasses.replace(WITHIN, **change)], BUDGET))
+
+
+def test_what_is_within_its_budget_is_not_told():
+    narrow = dataclasses.replace(WITHIN, signature="x fp32", wide_loads=3)
+    assert violations([WITHIN, narrow], BUDGET) == []
+
+
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+
+
+@triton.jit
+def clear_rows_kernel(x_ptr, cols, CASE: tl.constexpr, BLOCK: tl.constexpr):
+    row, lane = tl.program_id(0), tl.arange(0, BLOCK)
+    if CASE == "wide":
+        tl.store(x_ptr + row.to(tl.int64) * cols + lane, 0.0)
+    elif CASE == "narrow":
+        tl.store(x_ptr + row * cols + lane, 0.0)
+    elif CASE == "widened too late":
+        tl.store(x_ptr + (row * cols + lane).to(tl.int64), 0.0)
+    elif CASE == "narrow, carried by a loop":
+        first = row * cols
+        for _ in range(0, cols, BLOCK):
+            tl.store(x_ptr + first + lane, 0.0)
+            first += BLOCK
+    elif CASE == "narrow in a branch":
+        first = lane
+        if cols > 1:
+            first = row * cols + lane
+        tl.store(x_ptr + first, 0.0)
+    elif CASE == "blocks of columns":
+        tl.store(x_ptr + tl.program_id(1) * BLOCK + lane, 0.0)
+    elif CASE == "blocks along x":
+        tl.store(x_ptr + row * BLOCK + lane, 0.0)
+    else:
+        tl.static_assert(CASE == "blocks of a loop")
+        for block in range(tl.cdiv(cols, BLOCK)):
+            tl.store(x_ptr + block * BLOCK + lane, 0.0)
+
+
+@pytest.mark.parametrize(
+    "case, faults",
+    [
+        ("wide", 0),
+        ("narrow", 1),
+        ("widened too late", 1),
+        ("narrow, carried by a loop", 1),
+        ("narrow in a branch", 1),
+        ("blocks of columns", 0),
+        ("blocks along x", 1),
+        ("blocks of a loop", 0),
+    ],
+)
+def test_the_address_check_sees_narrow_products(fresh_cache, case, faults):
+    signature = dict(x_ptr="*fp32", cols="i32", CASE="constexpr", BLOCK="constexpr")
+    source = ASTSource(clear_rows_kernel, signature, dict(CASE=case, BLOCK=128))
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS)
+    assert len(overflowing_products(compiled.asm["ttir"])) == faults
+
+
+@triton.jit
+def square_matmul_kernel(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
+    row, col = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    product = tl.dot(tl.load(a_ptr + row * SIZE + col), tl.load(b_ptr + row * SIZE + col))
+    tl.store(c_ptr + row * SIZE + col, product)
+
+
+@triton.jit
+def copy_tile_kernel(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
+    source = tl.make_tensor_descriptor(a_ptr, [SIZE, SIZE], [SIZE, 1], [SIZE, SIZE])
+    target = tl.make_tensor_descriptor(b_ptr, [SIZE, SIZE], [SIZE, 1], [SIZE, SIZE])
+    target.store([0, 0], source.load([0, 0]))
+
+
+def counted(kernel, arch, **options):
+    signature = dict(a_ptr="*bf16", b_ptr="*bf16", c_ptr="*fp32", SIZE="constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
+    source = ASTSource(kernel, signature, dict(SIZE=128), aligned)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options=OPTIONS | options)
+    return sass.inspect([compiled.asm], arch)[0]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tensor_cores_and_wide_accesses_are_counted(fresh_cache, arch):
+    found = counted(square_matmul_kernel, arch)
+    assert found["tensor_core"] and found["wide_loads"] and found["wide_stores"]
+    assert 64 < found["registers"] < 255 and not found["stack_bytes"] and not found["spills"]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])  # sm_90's tensor cores refuse to be cramped
+def test_spills_are_counted(fresh_cache, arch):
+    found = counted(square_matmul_kernel, arch, maxnreg=64)
+    assert found["stack_bytes"] and found["spills"] and found["registers"] <= 64
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_bulk_copies_are_counted(fresh_cache, arch):
+    assert counted(copy_tile_kernel, arch)["tma"] >= 2
+
+
+def test_amd_is_compiled_on_request(fresh_cache):
+    found = ahead_of_time.compile_all(["gfx942"], ops=["gather_image_tokens"])
+    assert found and all(r.registers and not r.stack_bytes and not r.spills for r in found)
+    assert any(r.wide_loads and r.wide_stores for r in found)
+
+
+@pytest.mark.parametrize("archs, ops", [(["sm90"], None), (["sm_90"], ["no_such_op"])])
+def test_unknown_names_are_refused(archs, ops):
+    with pytest.raises(ValueError, match=r"'sm90'|'no_such_op'"):
+        ahead_of_time.compile_all(archs, ops=ops)
+
+
+def test_two_threads_do_not_parse_at_once(tmp_path, monkeypatch):
+    """Before Python 3.12 that may end in a SystemError."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nothing was compiled before
+    parse, inside, most = ast.parse, [], []
+
+    def noted(*args, **options):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        tree = parse(*args, **options)
+        inside.pop()
+        return tree
+
+    monkeypatch.setattr(ast, "parse", noted)
+    todo = list(ahead_of_time.builds(ARCHS[:1], ops=["gated_add"], thorough=False))
+    ahead_of_time.count(todo[:4])
+    assert len(most) >= 4 and max(most) == 1

@@ -1,0 +1,97 @@
+"""The GELU of the Hopper epilogues: its C++ source, compiled for the host, against float64."""
+
+import ctypes
+import math
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+HEADER = Path(__file__).resolve().parents[2] / "csrc" / "hopper_gelu.h"
+LOOP = """
+#include "HEADER"
+extern "C" void pass(const float* z, float* h, float* slope, long count) {
+  for (long i = 0; i < count; ++i) {
+    const float cdf = vlm_fast::normal_cdf(z[i]);
+    h[i] = vlm_fast::gelu(z[i], cdf);
+    slope[i] = vlm_fast::gelu_slope(z[i], cdf);
+  }
+}
+"""
+ULP = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(scope="module")
+def evaluate(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gelu")
+    source, library = folder / "gelu.cpp", folder / "gelu.so"
+    source.write_text(LOOP.replace("HEADER", str(HEADER)))
+    subprocess.run(
+        ["g++", "-O1", "-std=c++17", "-fPIC", "-shared", source, "-o", library], check=True
+    )
+    function = ctypes.CDLL(str(library))["pass"]
+
+    def evaluate(z):
+        h, slope = torch.empty_like(z), torch.empty_like(z)
+        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (z, h, slope))
+        function(*pointers, ctypes.c_long(z.numel()))
+        return h, slope
+
+    return evaluate
+
+
+def exact(z):
+    z = z.double().requires_grad_()
+    h = torch.nn.functional.gelu(z)
+    return h.detach(), torch.autograd.grad(h.sum(), z)[0]
+
+
+def every_bf16(most):
+    """All values of bf16 in [-most, most]."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    values = bits.view(torch.bfloat16)
+    return values[values.abs() <= most].float()
+
+
+def test_gelu_and_slope_are_exact_to_an_ulp_of_the_larger_of_one_and_z(evaluate):
+    # erf is 1 - tiny or tiny - 1 at both ends, so its rounding is absolute: of 1, and of z in h.
+    torch.manual_seed(0)
+    for z in (every_bf16(10), torch.rand(1_000_000) * 20 - 10):
+        h, slope = evaluate(z)
+        true_h, true_slope = exact(z)
+        scale = z.double().abs().clamp(min=1)
+        assert ((h - true_h).abs() <= ULP * scale).all()
+        assert ((slope - true_slope).abs() <= 2 * ULP).all()
+        # Near nought the result is as small as z is, and so must the error be.
+        small = z.abs() < 0.5
+        assert ((h - true_h)[small].abs() <= 2 * ULP * z[small].abs() + 1e-45).all()
+
+
+def test_results_in_bf16_are_within_an_ulp_where_they_are_not_all_but_nought(evaluate):
+    z = every_bf16(10)
+    z = z[(z > -4) & (z.abs() > 1e-30)]  # below -4 |gelu| < 1.3e-4 and falls like exp(-z^2 / 2)
+    h, slope = (t.bfloat16().double() for t in evaluate(z))
+    true_h, true_slope = exact(z)
+    ulp = torch.finfo(torch.bfloat16).eps
+    assert ((h - true_h).abs() <= ulp * true_h.abs()).all()
+    assert ((slope - true_slope).abs() <= ulp * true_slope.abs().clamp(min=2**-10)).all()
+
+
+def test_the_slope_is_erfs_and_not_that_of_tanh(evaluate):
+    z = every_bf16(10)
+    _, slope = evaluate(z)
+    wide = z.double().requires_grad_()
+    tanh = torch.nn.functional.gelu(wide, approximate="tanh")
+    (other,) = torch.autograd.grad(tanh.sum(), wide)
+    assert (slope - other).abs().max() > 1e-4
+
+
+def test_infinities_and_nan_go_where_the_formula_has_them(evaluate):
+    """ATen is no yardstick: at +Inf its code for vectors gives NaN, and its code for one Inf."""
+    z = torch.tensor([math.inf, -math.inf, math.nan, 1e30, -1e30, 0.0, -0.0])
+    wide = z.double()
+    cdf, density = torch.special.ndtr(wide), (-wide.square() / 2).exp() / math.sqrt(2 * math.pi)
+    h, slope = evaluate(z)
+    for found, expected in ((h, wide * cdf), (slope, cdf + wide * density)):
+        torch.testing.assert_close(found, expected.float(), equal_nan=True, rtol=0, atol=0)

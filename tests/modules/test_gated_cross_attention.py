@@ -1,0 +1,211 @@
+"""Flamingo's gated block: parity with the published formulas, its cache, its mistakes."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vlm_fast
+from tests.support import reference_flamingo
+from tests.support.cases import assert_right
+from vlm_fast.modules import GatedCrossAttentionBlock
+from vlm_fast.verification import tolerance
+
+SIZES = dict(dim=40, dim_visual=24, dim_head=16, heads=3)
+LOCATIONS = {
+    "interleaved": [1, 0, 0, 1, 0, 0, 0, 1, 0],
+    "two in a row": [1, 1, 0, 0, 0, 1, 0, 0, 0],
+    "text first": [0, 0, 1, 0, 0, 1, 0, 1, 0],
+    "none named": [0] * 9,
+}
+
+
+def plain(immediate=True, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    block = reference_flamingo.GatedCrossAttentionBlock(
+        **SIZES, only_attend_immediate_media=immediate
+    )
+    with torch.no_grad():
+        block.attn_gate.fill_(0.7)
+        block.ff_gate.fill_(-0.4)
+        for norm in (block.attn.norm, block.ff[0]):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.1)
+    return block.to(dtype)
+
+
+def ours(block):
+    immediate = block.attn.only_attend_immediate_media
+    module = GatedCrossAttentionBlock(**SIZES, only_attend_immediate_media=immediate)
+    module.load_state_dict(block.state_dict(), strict=True)
+    return module.to(next(block.parameters()).dtype)
+
+
+def given(locations, dtype=torch.float32, media=3):
+    torch.manual_seed(1)
+    x, images = torch.randn(2, 9, 40, dtype=dtype), torch.randn(2, media, 5, 24, dtype=dtype)
+    if locations is not None:
+        locations = torch.tensor([locations, locations[::-1]], dtype=torch.bool)
+    return x, images, locations
+
+
+def everything(block, x, media, *others):
+    """The result and every gradient."""
+    x, media = x.detach().requires_grad_(), media.detach().requires_grad_()
+    parameters = dict(block.named_parameters())
+    y = block(x, media, *others)
+    upstream = tolerance.random_upstream(y)
+    found = torch.autograd.grad(y, [x, media, *parameters.values()], upstream)
+    return dict(zip(["y", "x", "media", *parameters], [y.detach(), *found], strict=True))
+
+
+def same(module, block, *arguments):
+    x, media, *others = arguments
+    exact = everything(copy.deepcopy(block).double(), x.double(), media.double(), *others)
+    assert_right(everything(module, *arguments), lambda: everything(block, *arguments), exact, "y")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("immediate", [True, False])
+@pytest.mark.parametrize("locations", LOCATIONS)
+def test_parity_with_the_published_formulas(locations, immediate, dtype):
+    block = plain(immediate, dtype)
+    with vlm_fast.strict():
+        same(ours(block), block, *given(LOCATIONS[locations], dtype))
+
+
+@pytest.mark.parametrize("immediate", [True, False])
+def test_without_locations_every_token_sees_all_media(immediate):
+    block = plain(immediate)
+    same(ours(block), block, *given(None))
+
+
+@pytest.mark.parametrize("immediate", [True, False])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_cached_media(immediate, tokens):
+    block = plain(immediate)
+    x, media, locations = given(LOCATIONS["interleaved"])
+    same(ours(block), block, x[:, :tokens], media, locations, True)
+
+
+def test_media_that_were_written_to_are_read_anew():
+    """One buffer for every picture, as in serving; also where writes leave no trace."""
+    block = plain().eval()
+    module, (x, media, locations) = ours(block).eval(), given(LOCATIONS["interleaved"])
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            buffer = media.clone()
+            for picture in (media, torch.randn_like(media), media * 3):
+                for write in (buffer.copy_, buffer.data.copy_):
+                    write(picture)
+                    torch.testing.assert_close(
+                        module(x, buffer, locations), block(x, picture, locations)
+                    )
+
+
+def test_key_values_in_place_of_media():
+    module, (x, media, locations) = ours(plain()), given(LOCATIONS["text first"])
+    found = module(x, module.key_values(media), locations)
+    assert torch.equal(found, module(x, media, locations))
+
+
+def test_zero_media_and_zero_samples():
+    block = plain()
+    module = ours(block)
+    x, media, _ = given(None)
+    none = torch.zeros(2, 9, dtype=torch.bool)
+    torch.testing.assert_close(
+        module(x, media[:, :0], none), x + (block.ff(x) * block.ff_gate.tanh())
+    )
+    empty = module(x[:0], media[:0], none[:0])
+    assert empty.shape == (0, 9, 40)
+    empty.sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_patched_blocks_are_told_by_structure():
+    block, arguments = plain(), given(LOCATIONS["text first"])
+    model = torch.nn.ModuleDict({"a": copy.deepcopy(block)})
+    with vlm_fast.patch(model) as report, vlm_fast.strict():
+        assert list(report.patched) == ["a"]
+        same(model["a"], block, *arguments)
+        assert vlm_fast.explain(model) == {"a": None}
+    assert type(model["a"]) is reference_flamingo.GatedCrossAttentionBlock
+    model["a"].ff = torch.nn.Sequential(*block.ff, torch.nn.Dropout())
+    report = vlm_fast.patch(model)
+    assert list(report.patched) == ["a.ff"]  # a chain like any other
+    assert "feed-forward" in report.skipped["a"]
+
+
+def test_an_adapter_is_not_passed_by():
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    block, arguments = plain(), given(LOCATIONS["interleaved"])
+    adapted = Adapted(40, 48, bias=False)
+    adapted.load_state_dict(block.attn.to_q.state_dict())
+    block.attn.to_q = adapted
+    model = torch.nn.ModuleList([copy.deepcopy(block)])
+    vlm_fast.patch(model)
+    with pytest.warns(vlm_fast.VlmFastFallbackWarning, match="to_q"):
+        torch.testing.assert_close(model[0](*arguments), block(*arguments))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(x=torch.randn(2, 9, 41)), "x is .*40"),
+        (dict(media=torch.randn(2, 3, 5, 25)), "media is .*24"),
+        (dict(media=torch.randn(3, 3, 5, 24)), "2 samples, as x has"),
+        (dict(media=None), "media is a NoneType"),
+        (dict(locations=torch.ones(2, 8, dtype=torch.bool)), r"media_locations .*\(2, 9\)"),
+        (dict(locations=torch.ones(2, 9)), "media_locations .*torch.bool"),
+        (dict(locations=torch.ones(2, 9, dtype=torch.bool)), "expected 0 to 3 media"),
+        (dict(locations=torch.ones(3, 9, dtype=torch.bool), cached=True), "media_locations"),
+    ],
+)
+def test_mistakes_are_named(change, said):
+    x, media, locations = given(LOCATIONS["interleaved"])
+    arguments = dict(x=x, media=media, locations=locations, cached=False) | change
+    with pytest.raises((TypeError, ValueError), match=said):
+        ours(plain())(*arguments.values())
+
+
+def test_nothing_of_text_by_latents_is_allocated():
+    """No tensor as large as text by images by latents, forward or backward."""
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, torch.Tensor):
+                    largest.append(t.numel())
+            return out
+
+    text, images, latents, heads = 512, 8, 64, 2
+    q = torch.randn(1, heads, text, 16)
+    k, v = (torch.randn(1, heads, images * latents, 16) for _ in range(2))
+    index = torch.arange(text)[None] // (text // images) + 1
+    op = vlm_fast.ops.media_cross_attention
+    settings = dict(op.defaults, tokens_per_media=latents)
+    needs = op.Needs(True, True, True, False, False)
+    with Watch():
+        o, kept = op._path.forward(needs, q, k, v, index, None, **settings)
+        op._path.backward(needs, kept, torch.ones_like(o), **settings)
+    assert max(largest) <= heads * text * latents < text * images * latents
+
+
+@pytest.mark.parametrize("attend", ["latest", "listed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_tokens_that_see_the_same_need_not_follow_one_another(dtype, attend):
+    """A user who goes back to an earlier image; what they see is 1, 2, 1 and so on."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, 16, dtype=dtype, requires_grad=True) for n in (7, 6, 6))
+    index = torch.tensor([[1, 2, 1, 2, 0, 1, 0], [2, 2, 0, 1, 2, 2, 1]])
+    op = vlm_fast.ops.media_cross_attention
+    settings = dict(tokens_per_media=3, attend=attend)
+    with vlm_fast.strict():
+        assert all(v.ok for v in tolerance.check(op, (q, k, v, index, None), settings))

@@ -1,0 +1,354 @@
+"""Mergers and poolings as modules and patched: transformers' classes, and when they are called."""
+
+import copy
+import types
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import vlm_fast
+from tests.support.randomised_modules import assert_close, gradients, stirred
+from tests.support.tiny_models import build
+from vlm_fast.modules import (
+    PatchMerger,
+    PixelShuffleProjector,
+    PooledMLPProjector,
+    PooledNormProjector,
+    SpatialPool,
+)
+from vlm_fast.modules.parameter_access.norm import GemmaRMSNorm, RMSNorm
+from vlm_fast.patching.models.internvl import Unshuffled
+
+
+def qwen(family, name, after=False):
+    module = getattr(transformers.models, family)
+    kind = getattr(getattr(module, f"modeling_{family}"), name)
+    if family in ("qwen2_vl", "qwen2_5_vl"):
+        return kind(dim=16, context_dim=12)
+    config = types.SimpleNamespace(hidden_size=12, spatial_merge_size=2, out_hidden_size=16)
+    return kind(config, use_postshuffle_norm=after)
+
+
+QWENS = [
+    (("qwen2_vl", "PatchMerger"), dict(keys="qwen2")),
+    (("qwen2_5_vl", "Qwen2_5_VLPatchMerger"), dict(keys="qwen2", norm="rms")),
+    (("qwen3_vl", "Qwen3VLVisionPatchMerger"), {}),
+    (("qwen3_vl", "Qwen3VLVisionPatchMerger", True), dict(norm_after=True)),
+]
+
+
+@pytest.mark.parametrize("theirs, options", QWENS, ids=lambda value: str(value))
+def test_patch_merger_is_qwens(theirs, options):
+    theirs, ours = stirred(qwen(*theirs)), PatchMerger(12, 16, **options)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(24, 12)
+    with vlm_fast.strict():
+        assert_close(gradients(ours, x), gradients(theirs, x))
+
+
+def test_windows_are_put_back_as_they_are_read():
+    merger, x = stirred(PatchMerger(12, 16, keys="qwen2", norm="rms")), torch.randn(24, 12)
+    order = torch.tensor([3, 0, 5, 1, 2, 4])
+    expected = merger(x)[torch.argsort(order)]
+    torch.testing.assert_close(merger(x, order), expected)
+
+
+@pytest.mark.parametrize("options", [options for _, options in QWENS], ids=str)
+def test_no_patches_still_reach_every_parameter(options):
+    y, *grads = gradients(PatchMerger(12, 16, **options), torch.randn(0, 12))
+    assert y.shape == (0, 16)
+    assert all(g is not None and not g.any() for g in grads)
+
+
+@pytest.mark.parametrize("option", ["norm", "keys"])
+def test_unknown_options_of_a_merger(option):
+    with pytest.raises(ValueError, match=f"PatchMerger: {option} is 'else', expected"):
+        PatchMerger(12, 16, **{option: "else"})
+
+
+def internvl_projector():
+    from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
+
+    sizes = dict(
+        vision_config=types.SimpleNamespace(hidden_size=12),
+        text_config=types.SimpleNamespace(hidden_size=16),
+    )
+    return stirred(
+        InternVLMultiModalProjector(
+            types.SimpleNamespace(**sizes, downsample_ratio=0.5, projector_hidden_act="gelu")
+        )
+    )
+
+
+def test_pixel_shuffle_projector_is_internvls():
+    from transformers.models.internvl.modeling_internvl import InternVLModel
+
+    class Theirs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.projector = internvl_projector()
+
+        def forward(self, x):
+            shuffled = InternVLModel.pixel_shuffle(None, x.view(2, 4, 4, 12), 0.5)
+            return self.projector(shuffled.reshape(2, 4, 48))
+
+    theirs, ours = Theirs(), PixelShuffleProjector(12, 16)
+    ours.load_state_dict(theirs.projector.state_dict())
+    x = torch.randn(2, 16, 12)
+    with vlm_fast.strict():
+        assert_close(gradients(ours, x), gradients(theirs, x))
+        assert ours(torch.randn(1, 8, 12), height=2, width=4).shape == (1, 2, 16)
+
+
+def test_spatial_pool_module():
+    x = torch.randn(2, 16, 3)
+    expected = nn.functional.avg_pool2d(x.view(2, 4, 4, 3).permute(0, 3, 1, 2), 2)
+    torch.testing.assert_close(SpatialPool()(x), expected.flatten(2).transpose(1, 2))
+    assert SpatialPool(3, "bilinear")(x, height=2, width=8).shape == (2, 3, 3)
+    assert "mode='max'" in repr(SpatialPool(mode="max"))
+
+
+def test_pooled_mlp_is_perception_lms():
+    theirs, x = perception_lm()
+    ours = PooledMLPProjector(6, 8)
+    ours.load_state_dict(stirred(theirs).state_dict())
+    with vlm_fast.strict():
+        assert_close(gradients(ours, x), gradients(theirs, x))
+    with pytest.raises(ValueError, match="mode is 'max', expected one of"):
+        PooledMLPProjector(6, 8, mode="max")
+
+
+def test_pooled_norm_is_gemmas():
+    theirs, x = t5gemma2()
+    ours = PooledNormProjector(6, 8, stride=4)
+    ours.load_state_dict(stirred(theirs).state_dict())
+    with vlm_fast.strict():
+        assert_close(gradients(ours, x), gradients(theirs, x))
+        assert ours(torch.randn(1, 32, 6), height=4, width=8).shape == (1, 2, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_own_norms_are_transformers(dtype):
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.mistral3.modeling_mistral3 import Mistral3RMSNorm
+
+    for ours, theirs in ((RMSNorm(24), Mistral3RMSNorm(24)), (GemmaRMSNorm(24), Gemma3RMSNorm(24))):
+        theirs = stirred(theirs).to(dtype)
+        ours.load_state_dict(theirs.state_dict())
+        x = torch.randn(2, 5, 24, dtype=dtype)
+        ulp = torch.finfo(dtype).eps
+        torch.testing.assert_close(ours.to(dtype)(x), theirs(x), rtol=2 * ulp, atol=1e-6)
+
+
+# ---- patched ----
+
+
+def modernvbert():
+    from transformers.models.modernvbert.modeling_modernvbert import ModernVBertConnector
+
+    vision, text = types.SimpleNamespace(hidden_size=6), types.SimpleNamespace(hidden_size=8)
+    config = types.SimpleNamespace(pixel_shuffle_factor=2, vision_config=vision, text_config=text)
+    return ModernVBertConnector(config), torch.randn(2, 16, 6)
+
+
+def t5gemma2():
+    from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2MultiModalProjector
+
+    vision = types.SimpleNamespace(
+        hidden_size=6, layer_norm_eps=1e-6, image_size=16, patch_size=2
+    )  # fmt: skip
+    text = types.SimpleNamespace(hidden_size=8)
+    config = types.SimpleNamespace(vision_config=vision, text_config=text, mm_tokens_per_image=4)
+    return T5Gemma2MultiModalProjector(config), torch.randn(2, 64, 6)
+
+
+def perception_lm():
+    from transformers.models.perception_lm.modeling_perception_lm import (
+        PerceptionLMMultiModalProjector,
+    )
+
+    vision = types.SimpleNamespace(model_args={"embed_dim": 6})
+    text = types.SimpleNamespace(hidden_size=8)
+    config = types.SimpleNamespace(
+        vision_config=vision, text_config=text, projector_pooling_ratio=2
+    )  # fmt: skip
+    return PerceptionLMMultiModalProjector(config), torch.randn(2, 16, 6)
+
+
+ALONE = {
+    "FusedConnector": modernvbert,
+    "FusedPooledNorm": t5gemma2,
+    "FusedPooledMLP": perception_lm,
+}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_classes_alone(kind):
+    module, x = ALONE[kind]()
+    stirred(module)
+    expected = gradients(module, x)
+    report = vlm_fast.patch(module)
+    assert report.patched[""].endswith(f"by {kind}")
+    with vlm_fast.strict():
+        assert_close(gradients(module, x), expected)
+    assert vlm_fast.explain(module) == {"": None}
+
+
+def qwen25():
+    return qwen("qwen2_5_vl", "Qwen2_5_VLPatchMerger"), torch.randn(24, 12)
+
+
+@pytest.mark.parametrize("make", [*ALONE.values(), qwen25])
+def test_compiled_whole(make):
+    module, x = make()
+    expected = gradients(stirred(module), x)
+    vlm_fast.patch(module)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with vlm_fast.strict():
+        assert_close(gradients(compiled, x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
+def test_other_grids_are_left_to_the_class_itself():
+    module, _ = perception_lm()
+    x = torch.randn(2, 25, 6)
+    expected = gradients(module, x)
+    vlm_fast.patch(module)
+    assert_close(gradients(module, x), expected)
+    with vlm_fast.strict(), pytest.raises(RuntimeError, match="not a square that the ratio"):
+        module(x)
+
+
+@pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
+@pytest.mark.parametrize("child", ["ln_q", "mlp", "mlp.0"])
+def test_hooked_children_are_called(child):
+    merger, x, seen = stirred(qwen("qwen2_vl", "PatchMerger")), torch.randn(24, 12), []
+    expected = gradients(merger, x)
+    vlm_fast.patch(merger)
+    merger.get_submodule(child).register_forward_hook(lambda *_: seen.append(child))
+    assert_close(gradients(merger, x), expected)
+    assert seen == [child]
+    assert "it has hooks" in vlm_fast.explain(merger)[""]
+
+
+@pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
+def test_a_wrapped_linear_is_called():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    merger, x = stirred(qwen("qwen2_5_vl", "Qwen2_5_VLPatchMerger")), torch.randn(24, 12)
+    merger.mlp[2] = Scaled(48, 16)
+    expected = gradients(merger, x)
+    vlm_fast.patch(merger)
+    assert_close(gradients(merger, x), expected)
+
+
+def test_frames_are_pooled_before_the_second_linear():
+    model, inputs = build("llava_onevision")
+    rows, linear_2 = [], model.model.multi_modal_projector.linear_2
+    weight = linear_2.weight
+    videos = {"pixel_values": inputs["pixel_values_videos"]}
+    with torch.no_grad():
+        before = model.model.get_video_features(**videos, return_dict=True).pooler_output
+        vlm_fast.patch(model)
+        with vlm_fast.strict(), Rows(weight, rows):
+            after = model.model.get_video_features(**videos, return_dict=True).pooler_output
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=2e-6)
+        assert rows == [4 * 4]  # of 4 frames, 2 x 2 of the 4 x 4 tokens each
+        # A hook on the projector has a right to its result.
+        seen = []
+        model.model.multi_modal_projector.register_forward_hook(lambda *args: seen.append(args[2]))
+        after = model.model.get_video_features(**videos, return_dict=True).pooler_output
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=2e-6)
+    assert seen[0].shape == (4, 16, 32)
+
+
+class Rows(torch.overrides.TorchFunctionMode):
+    """Notes with how many rows a weight is multiplied."""
+
+    def __init__(self, weight, rows):
+        super().__init__()
+        self.weight, self.rows = weight, rows
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear and args[1] is self.weight:
+            self.rows.append(args[0].shape[:-1].numel())
+        return function(*args, **(kwargs or {}))
+
+
+# ---- InternVL's shuffle that waits ----
+
+
+def waiting():
+    x = torch.randn(2, 4, 4, 3)
+    from transformers.models.internvl.modeling_internvl import InternVLModel
+
+    return x.reshape(2, 2, 2, 12).as_subclass(Unshuffled), InternVLModel.pixel_shuffle(None, x)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: x + 1,
+        lambda x: 2 * x,
+        lambda x: x.detach(),
+        lambda x: x[0],
+        lambda x: x.reshape(-1),
+        lambda x: x.reshape(2, -1, 12) + 0,
+        lambda x: torch.cat([x, x]),
+        lambda x: nn.functional.linear(x, torch.ones(3, 12)),
+        copy.deepcopy,
+    ],
+)
+def test_who_looks_sees_it_shuffled(look):
+    unshuffled, shuffled = waiting()
+    found = look(unshuffled)
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(found, look(shuffled))
+
+
+def test_asking_for_its_shape_does_not_shuffle_it():
+    unshuffled, _ = waiting()
+    assert unshuffled.shape == (2, 2, 2, 12) and unshuffled.size(3) == 12 and unshuffled.ndim == 4
+    assert type(unshuffled.reshape(2, -1, 12)) is Unshuffled
+    assert vlm_fast.stats().get("pixel_shuffle_norm", {"fast": 0})["fast"] == 0
+
+
+@pytest.mark.parametrize("name", ["internvl", "qianfan_ocr"])
+def test_internvl_shuffles_and_norms_at_once(name):
+    model, inputs = build(name)
+    vlm_fast.patch(model)
+    with vlm_fast.strict(), torch.no_grad():
+        model(**inputs)
+    assert vlm_fast.stats()["pixel_shuffle_norm"]["fast"] == 1
+
+
+def test_a_hook_on_the_projector_sees_shuffled_tokens():
+    model, inputs = build("internvl")
+    seen = []
+    model.model.multi_modal_projector.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].clone())
+    )
+    with torch.no_grad():
+        before = model(**inputs).logits
+        vlm_fast.patch(model)
+        after = model(**inputs).logits
+    torch.testing.assert_close(*seen)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=2e-6)
+
+
+def test_internvl_compiles_as_one_graph():
+    model, inputs = build("internvl")
+    with torch.no_grad():
+        expected = model.model(**inputs)[0]
+        vlm_fast.patch(model)
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        actual = torch.compile(model.model, backend=counter)(**inputs)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-6)
+    assert counter.frame_count == 1

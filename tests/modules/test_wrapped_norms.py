@@ -1,0 +1,56 @@
+"""A norm inside a connector that a wrapper holds is called, and its copy is what trains."""
+
+import copy
+
+import peft
+import pytest
+import torch
+
+import vlm_fast
+from tests.patching.test_supported_models import labels
+from tests.support.tiny_models import build
+from tests.support.whole_models import assert_close, step
+
+# A norm of each kind, and its name inside.
+NORMS = {
+    "qwen2_vl": "merger.ln_q", "qwen2_5_vl": "merger.ln_q", "qwen3_vl": "merger.norm",
+    "internvl": "multi_modal_projector.layer_norm", "mistral3": "multi_modal_projector.norm",
+    "gemma3": "multi_modal_projector.mm_soft_emb_norm", "aria": "multi_modal_projector.layer_norm",
+}  # fmt: skip
+
+
+def adapted(model, name):
+    """LoRA on the language model, and one norm that trains as it is."""
+    config = peft.LoraConfig(
+        target_modules=r".*language_model.*\.q_proj", modules_to_save=[NORMS[name]],
+        init_lora_weights=False,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("patched_first", [True, False])
+@pytest.mark.parametrize("name", NORMS)
+def test_modules_to_save_on_a_single_norm(name, patched_first):
+    model, given = build(name)
+    fast = copy.deepcopy(model)
+    if patched_first:
+        vlm_fast.patch(fast)
+    plain, fast = adapted(model, name), adapted(fast, name)
+    if not patched_first:
+        vlm_fast.patch(fast)
+    with torch.no_grad():
+        for one in (plain, fast):
+            saved = [(n, p) for n, p in one.named_parameters() if "modules_to_save" in n]
+            assert saved and all(NORMS[name] in n for n, _ in saved)
+            for n, parameter in saved:
+                parameter.add_(0.1 if n.endswith("bias") else 0.2)  # another than the original
+    given = given | {"labels": labels(given)}
+    found = step(fast, given)
+    assert_close(found, step(plain, given))
+    assert any("modules_to_save" in n and g.any() for n, g in found.items() if g is not None)
+    reasons = [why for why in vlm_fast.explain(fast).values() if why is not None]
+    assert reasons and all("ModulesToSaveWrapper" in why for why in reasons), reasons
+    merged = {m: one.merge_and_unload() for m, one in (("plain", plain), ("fast", fast))}
+    assert_close(step(merged["fast"], given), step(merged["plain"], given))
+    assert not any(vlm_fast.explain(merged["fast"]).values())

@@ -1,0 +1,90 @@
+"""Sizes of 0, each in turn: what the reference gives, forward and backward."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.support.cases import OPS, any_op, each
+from vlm_fast.verification import tolerance
+
+
+class Nought(int):
+    """A size of 0, by whose inverse root random weights can be scaled."""
+
+    def __pow__(self, exponent, modulo=None):
+        return 1.0 if exponent < 0 else 0
+
+
+def emptied(shape):
+    """The test shape with each of its sizes 0 in turn."""
+    for name, value in shape.items():
+        if type(value) is int:
+            yield {**shape, name: Nought()}
+        elif isinstance(value, tuple):
+            for i, size in enumerate(value):
+                if type(size) is int:
+                    yield {**shape, name: (*value[:i], Nought(), *value[i + 1 :])}
+
+
+def attempted(call, args, options):
+    args = tolerance.convert(args, lambda t: t.detach().requires_grad_())
+    results = each(call(*args, **options))
+    connected = [r for r in results if r.requires_grad]
+    if not connected:
+        return results
+    inputs = tolerance.differentiable(args)
+    found = torch.autograd.grad(
+        connected, inputs, list(map(tolerance.random_upstream, connected)), allow_unused=True
+    )
+    zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
+    return results + zeros
+
+
+@pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
+@any_op
+def test_sizes_of_0_are_those_of_the_reference(op):
+    compared = 0
+    for shape in itertools.chain.from_iterable(map(emptied, op.test_shapes)):
+        try:
+            args, options = op.sample(shape)
+            expected = attempted(op.reference, args, options)
+        except (ValueError, RuntimeError, IndexError, ZeroDivisionError):
+            continue  # there is no such input, or plain PyTorch refuses it
+        try:
+            found = attempted(op, args, options)
+        except (TypeError, ValueError) as refusal:
+            assert f"vlm_fast.{op.name}:" in str(refusal)
+            continue
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=str(shape))
+        compared += 1
+    assert compared
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (3, 0, 4), (3, 2, 0), (0, 0, 4)])
+@pytest.mark.parametrize("bias", [None, "full", "one"])
+def test_cross_attention_without_queries_or_keys_of_a_source(sizes, bias):
+    keys, keys2, queries = sizes
+
+    def drawn(tokens):
+        return torch.randn(2, 2, tokens, 5)
+
+    given = [drawn(queries), drawn(keys), drawn(keys), drawn(keys2), drawn(keys2)]
+    if bias is not None:
+        shape = (2, 2, queries, keys + keys2) if bias == "full" else (1, 1, 1, 1)
+        given.append(torch.randn(shape))
+    op = OPS["cross_attention"]
+    found, expected = (attempted(f, given, {}) for f in (op, op.reference))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
+def test_features_of_width_0_are_attended_to_as_their_biases():
+    op = OPS["absorbed_cross_attention"]
+    args, options = op.sample(dict(batch=2, queries=3, keys=5, width=Nought(), features=8, heads=2))
+    assert args[5].any()
+    out = op(*args, **options)
+    torch.testing.assert_close(out, args[5].expand_as(out))
+    assert "width 0" in op.why_not(*args, **options)

@@ -1,0 +1,269 @@
+"""What needs an op torch knows: compilation, export, stand-ins without data, tensor subclasses."""
+
+import io
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.library import opcheck
+
+from tests.support.cases import (
+    OPS,
+    any_case,
+    any_op,
+    each,
+    enlarged,
+    every_case,
+    every_op,
+    usual_shape,
+)
+from tests.support.recording_mode import Onlooker
+from vlm_fast.ops import registration
+from vlm_fast.verification import tolerance
+
+# All but AOTAutograd at fixed sizes, which test_compiled_is_eager_bit_for_bit goes through.
+OPCHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_yet():
+    torch._dynamo.reset()
+
+
+def registered_call(op, shape):
+    """The path of an op, and positional and keyword arguments of its registered forward."""
+    args, options = op.sample(shape)
+    args = tolerance.convert(args, lambda t: t.detach().requires_grad_())
+    settings = {**op.defaults, **options}
+    values = op._accepts(*args, **settings)
+    needs = [v is not None and v.requires_grad for v in op._path.flatten(values)]
+    return op._path, values, {**settings, "needs": needs}
+
+
+@pytest.mark.parametrize("check", OPCHECKS)
+@any_case
+def test_opcheck_of_forward(op, shape, check):
+    path, values, keywords = registered_call(op, shape)
+    opcheck(path.registered, values, keywords, test_utils=check)
+
+
+@pytest.mark.parametrize("check", OPCHECKS)
+@every_case
+def test_opcheck_of_backward(op, shape, check):
+    path, values, keywords = registered_call(op, shape)
+    needs = keywords.pop("needs")
+    with torch.no_grad():
+        result, kept = path.forward(
+            path.needs_of(tuple(needs), path.count(values)), *values, **keywords
+        )
+    grads = [
+        tolerance.random_upstream(r) for r in (result if isinstance(result, tuple) else [result])
+    ]
+    keywords |= {"list_length": path.count(values), "needs": needs}
+    backward = getattr(torch.ops.vlm_fast, f"{op.name}_backward").default
+    kept = [t if t is None else t.detach() for t in kept]
+    opcheck(backward, (grads, kept), keywords, test_utils=check)
+
+
+def holds_op(graph_module, op):
+    return any(node.target is op._path.registered for node in graph_module.graph.nodes)
+
+
+def assert_same(ours, theirs):
+    for one, other in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
+        if one is None or other is None:  # the gradient of what an op chooses by
+            assert one is other
+        else:
+            assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@any_case
+def test_compiled_is_eager_bit_for_bit(op, shape):
+    args, options = op.sample(shape)
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *a: op(*a, **options), fullgraph=True, backend=graphs)
+    assert_same(
+        tolerance.outputs_and_gradients(compiled, args, {}),
+        tolerance.outputs_and_gradients(op.fast, args, options),
+    )
+    assert holds_op(graphs.graphs[0], op)
+
+
+@any_op
+def test_compiled_by_inductor(op):
+    args, options = op.sample(usual_shape(op))
+    graphs = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(lambda *a: 2 * op(*a, **options), fullgraph=True, backend=graphs)
+    assert_same(
+        tolerance.outputs_and_gradients(compiled, args, {}),
+        tolerance.outputs_and_gradients(lambda *a: 2 * op.fast(*a, **options), args, {}),
+    )
+    assert holds_op(graphs.graphs[0], op)
+
+
+@every_op
+def test_compiled_under_autocast(op):
+    args, options = op.sample(usual_shape(op))
+
+    def call(*values):
+        with torch.autocast("cpu", torch.bfloat16):
+            return op(*values, **options)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_same(
+        tolerance.outputs_and_gradients(compiled, args, {}),
+        tolerance.outputs_and_gradients(call, args, {}),
+    )
+
+
+@any_op
+def test_other_sizes_compile_at_most_once_more(op):
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(op, fullgraph=True, backend=graphs)
+    for factor in (2, 3, 4, 5):
+        args, options = op.sample(enlarged(usual_shape(op), factor))
+        assert_same(
+            tolerance.outputs_and_gradients(compiled, args, options),
+            tolerance.outputs_and_gradients(op.fast, args, options),
+        )
+    assert graphs.frame_count <= 2
+
+
+@any_op
+def test_exported_program_is_plain_pytorch(op):
+    args, options = op.sample(usual_shape(op))
+
+    class Model(torch.nn.Module):
+        def forward(self, *args):
+            return op(*args, **options)
+
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(Model(), args), file)
+    file.seek(0)
+    program = torch.export.load(file)
+    assert not any("vlm_fast" in str(node.target) for node in program.graph.nodes)
+    found, expected = program.module()(*args), op.reference(*args, **options)
+    for ours, theirs in zip(each(found), each(expected), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def metadata(tensors):
+    return [t if t is None else (t.shape, t.dtype, t.stride()) for t in tensors]
+
+
+@any_case
+def test_meta_tensors_give_metadata(op, shape):
+    real_args, options = op.sample(shape)
+    real = tolerance.outputs_and_gradients(op.fast, real_args, options)
+    args, options = op.sample(shape, device="meta")
+    meta = tolerance.outputs_and_gradients(op, args, options, upstream=torch.empty_like)
+    assert all(t is None or t.is_meta for part in meta for t in part)
+    assert [metadata(part) for part in meta] == [metadata(part) for part in real]
+
+
+@any_case
+def test_fake_tensors_give_metadata(op, shape):
+    args, options = op.sample(shape)
+    real = tolerance.outputs_and_gradients(op.fast, args, options)
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        args, options = op.sample(shape)
+        fake = tolerance.outputs_and_gradients(op, args, options, upstream=torch.empty_like)
+    assert [metadata(part) for part in fake] == [metadata(part) for part in real]
+
+
+@every_case
+def test_dispatch_modes_see_the_op(op, shape):
+    args, options = op.sample(shape)
+    with Onlooker() as mode:
+        watched = tolerance.outputs_and_gradients(op, args, options)
+    assert_same(watched, tolerance.outputs_and_gradients(op.fast, args, options))
+    backward = getattr(torch.ops.vlm_fast, f"{op.name}_backward").default
+    assert {op._path.registered, backward} <= mode.seen
+
+
+@pytest.fixture
+def mesh():
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    destroy_process_group()
+
+
+@pytest.mark.parametrize("everything", [True, False], ids=["every argument", "the first"])
+@any_op
+def test_dtensors_are_refused(op, mesh, everything):
+    from torch.distributed.tensor import DTensor, Replicate
+
+    args, options = op.sample(usual_shape(op))
+
+    def distributed(value):
+        if value is None:
+            return None
+        if isinstance(value, list):
+            return [distributed(v) for v in value]
+        return DTensor.from_local(value, mesh, [Replicate()], run_check=False)
+
+    args = [distributed(a) if everything or i == 0 else a for i, a in enumerate(args)]
+    for call in (op, op.fast):
+        with pytest.raises((RuntimeError, NotImplementedError, TypeError, ValueError)) as error:
+            call(*args, **options)
+        assert op.name in str(error.value)
+
+
+def test_private_torch_names_mean_what_they_did():
+    level, modes = registration._functorch_level, registration._dispatch_modes
+    assert level() is None and modes() == 0 and forward_ad._current_level < 0
+    inside = []
+    torch.func.vmap(lambda x: (inside.append(level()), x)[1])(torch.ones(2))
+    assert inside[0] is not None
+    with Onlooker():
+        assert modes() == 1
+    with forward_ad.dual_level():
+        assert forward_ad._current_level >= 0
+
+
+def test_every_op_is_registered():
+    assert {op._path.registered.namespace for op in OPS.values()} == {"vlm_fast"}
+
+
+@pytest.mark.parametrize(
+    "name, option, values",
+    [
+        ("add_layer_norm", "dropout", [0.1 + i / 100 for i in range(5)]),
+        ("add_layer_norm", "eps", [10.0**-i for i in range(2, 7)]),
+        ("cross_attention", "scale", [0.1 + i / 100 for i in range(5)]),
+    ],
+)
+def test_a_schedule_of_an_option_leaves_nothing_behind(name, option, values):
+    """What was kept is remembered for every kind of call, not for every value."""
+    op = OPS[name]
+    shape = next(s for s in op.test_shapes if option != "dropout" or s.get("dropout"))
+    args, options = op.sample(shape)
+    counts = []
+    for value in values:
+        options[option] = value
+        expected = tolerance.outputs_and_gradients(op.fast, args, options)
+        with Onlooker():
+            assert_same(tolerance.outputs_and_gradients(op, args, options), expected)
+        counts.append((len(op._path.recipes), len(op._path.backward_recipes)))
+    assert set(counts) == {counts[0]}
+
+
+def test_a_dropout_of_0_is_another_kind_of_call():
+    op = OPS["cross_attention"]
+    args, options = op.sample(op.test_shapes[1])
+    for dropout in (0.25, 0.0, 0.5, 0.0, 0.25):
+        options["dropout"] = dropout
+        with Onlooker():
+            found = tolerance.outputs_and_gradients(op, args, options)
+        assert_same(found, tolerance.outputs_and_gradients(op.fast, args, options))

@@ -1,0 +1,125 @@
+"""What an op keeps for backward, in bytes, and what it needs beside its result while it runs."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from tests.support.cases import OPS, each, every_case
+from tests.support.recording_mode import Onlooker
+from vlm_fast.verification import tolerance
+
+MLP, MERGE, GATHER = (OPS[n] for n in ("mlp", "merge_image_tokens", "gather_image_tokens"))
+LLAVA = dict(shape=(1, 577, 1024), drop_first=1, hidden=4096, out=4096)
+
+
+def saved_bytes(call, args, options, *, parameters=()):
+    """Bytes of the storages that the graph of one call holds, those of ``parameters`` excluded."""
+    args = tolerance.convert(args, lambda t: t.detach().requires_grad_())
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call(*args, **options)
+    assert any(r.requires_grad for r in each(result))
+    for i in parameters:
+        storages.pop(args[i].untyped_storage()._cdata, None)
+    return sum(storages.values())
+
+
+def mlp_ratio(saved, shape):
+    args, options = MLP.sample(shape)
+    eager = saved_bytes(MLP.reference, args, options, parameters=(1, 2, 3, 4))
+    return saved_bytes(MLP, args, {**options, "saved": saved}, parameters=(1, 2, 3, 4)) / eager
+
+
+@pytest.mark.parametrize(
+    "saved, most", [("all", 1.0), ("preactivation", 0.56), ("input", 0.12)], ids=str
+)
+@pytest.mark.parametrize("cls_row", ["without a CLS row", "CLS row dropped"])
+def test_mlp_keeps_less_than_eager(saved, most, cls_row):
+    shape = LLAVA if cls_row == "CLS row dropped" else {**LLAVA, "shape": (576, 1024)}
+    shape = {**shape, "drop_first": shape["drop_first"] * (cls_row == "CLS row dropped")}
+    assert mlp_ratio(saved, shape) <= most
+
+
+@pytest.mark.parametrize("saved, most", [("preactivation", 0.56), ("input", 0.12)], ids=str)
+def test_mlp_keeps_less_than_eager_for_several_images(saved, most):
+    """The GEMM over gaps between images keeps their few rows too."""
+    assert mlp_ratio(saved, {**LLAVA, "shape": (4, 577, 256), "hidden": 1024, "out": 64}) <= most
+
+
+@pytest.mark.parametrize("as_list", [False, True], ids=["tensor", "list"])
+def test_merge_keeps_the_mask_and_four_bytes_a_row(as_list):
+    batch, sequence, images, tokens = 3, 37, 2, 5
+    shape = dict(batch=batch, sequence=sequence, hidden=64, images=images, tokens=tokens)
+    args, options = MERGE.sample({**shape, "as_list": as_list})
+    assert saved_bytes(MERGE, args, options) == batch * sequence + 4 * batch * images * tokens
+
+
+def test_gather_keeps_the_mask_and_four_bytes_a_row():
+    shape = dict(batch=3, sequence=37, hidden=64, images=2, tokens=5, count=30)
+    assert saved_bytes(GATHER, *GATHER.sample(shape)) == 3 * 37 + 4 * 30
+
+
+@every_case
+def test_the_registered_op_keeps_the_same(op, shape):
+    args, options = op.sample(shape)
+    direct = saved_bytes(op, args, options)
+    with Onlooker():
+        assert saved_bytes(op, args, options) == direct
+
+
+def peak_bytes(call):
+    """The most memory, in bytes, that torch had allocated above the start of the call, and its
+    result."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:  # fmt: skip
+        result = call()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    assert changes
+    held = most = 0
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return most, result
+
+
+def test_merge_needs_nothing_of_the_hidden_size_beside_its_result():
+    """LLaVA's prefill of 8 prompts; ``masked_scatter`` needs about 9 bytes an element."""
+    shape = MERGE.bench_shapes["LLaVA-1.5-7B, 8 x 2944"]
+    args, options = MERGE.sample(shape, torch.bfloat16)
+    most, result = peak_bytes(lambda: MERGE.fast(*args, **options))
+    size = result.numel() * result.element_size()
+    assert size <= most <= 1.02 * size
+
+
+@pytest.mark.parametrize("name", ["mlp", "gated_mlp"])
+def test_what_backward_is_done_with_is_freed_before_it_ends(name):
+    """Where gradients of weights are most of it; with the graph retained it cannot be."""
+    op = OPS[name]
+    args, options = op.sample(dict(shape=(65, 48), hidden=256, out=256))
+    args = tolerance.convert(args, lambda t: t.detach().requires_grad_())
+    peaks = {}
+    for call in (op, op.reference):
+        for retain in (False, True):
+
+            def step(call=call, retain=retain):
+                result = call(*args, **options)
+                upstream = torch.ones_like(result)
+                return torch.autograd.grad(result, args, upstream, retain_graph=retain)
+
+            step()
+            peaks[call, retain] = peak_bytes(step)[0]
+    assert peaks[op, False] <= peaks[op.reference, False]
+    assert peaks[op, False] < peaks[op, True]
+
+
+def test_peaks_are_seen():
+    """The measurement itself: a temporary of the size of the result doubles the peak."""
+    x = torch.randn(1000, 1000)
+    most, _ = peak_bytes(lambda: (x + 1) * 2)
+    assert most >= 2 * 4 * x.numel()

@@ -1,0 +1,82 @@
+"""Pooled grids: transformers' own poolings, what bilinear weights sum to, callers' mistakes."""
+
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.ops.test_wrong_arguments import assert_refused
+from vlm_fast.ops.declaration import OPS
+
+OP = OPS["spatial_pool"]
+
+
+def test_bilinear_is_onevisions():
+    from transformers import LlavaOnevisionModel
+
+    vision = types.SimpleNamespace(image_size=378, patch_size=14)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(vision_config=vision))
+    x = torch.randn(2, 27 * 27, 5)
+    ours = OP.fast(x, height=27, width=27, mode="bilinear")
+    assert ours.shape == (2, 14 * 14, 5)
+    theirs = LlavaOnevisionModel.apply_pooling(model, x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["avg", "max"])
+def test_windows_are_next_videos(mode):
+    from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoPooler
+
+    vision = types.SimpleNamespace(image_size=24, patch_size=1, hidden_size=5)
+    mode_there = {"avg": "average"}.get(mode, mode)
+    config = types.SimpleNamespace(
+        vision_config=vision, spatial_pool_mode=mode_there, spatial_pool_stride=2
+    )
+    x = torch.randn(2, 24 * 24, 5)
+    ours = OP.fast(x, height=24, width=24, mode=mode)
+    torch.testing.assert_close(ours, LlavaNextVideoPooler(config)(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["avg", "bilinear"])
+@pytest.mark.parametrize("height, width, stride", [(8, 12, 4), (7, 5, 2), (3, 11, 3)])
+def test_a_constant_stays_what_it_is(mode, height, width, stride):
+    x = torch.full((1, height * width, 3), 0.7)
+    pooled = OP.fast(x, height=height, width=width, mode=mode, stride=stride)
+    torch.testing.assert_close(pooled, torch.full_like(pooled, 0.7))
+
+
+def test_pooling_commutes_with_a_linear_layer():
+    x, weight, bias = torch.randn(2, 35, 6), torch.randn(4, 6), torch.randn(4)
+    for mode in ("avg", "bilinear"):
+        options = dict(height=5, width=7, mode=mode)
+        before = F.linear(OP.fast(x, **options), weight, bias)
+        after = OP.fast(F.linear(x, weight, bias), **options)
+        torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
+
+
+def test_of_equal_maxima_the_first_has_the_gradient():
+    x = torch.zeros(1, 4, 1, requires_grad=True)
+    OP.fast(x, height=2, width=2, mode="max").sum().backward()
+    assert x.grad.flatten().tolist() == [1, 0, 0, 0]
+
+
+MISTAKES = {
+    "height": (dict(height=0), "height", "0"),
+    "width": (dict(width=1), "width", "1", "2 or more"),
+    "another grid": (dict(height=6), "x", "6 x 7"),
+    "mode": (dict(mode="sum"), "mode", "'sum'", "one of"),
+    "no stride": (dict(stride=0), "stride", "1 to 8"),
+    "too long a stride": (dict(stride=9), "stride", "1 to 8"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake):
+    changes, *words = MISTAKES[mistake]
+    options = dict(height=5, width=7, mode="avg", stride=2) | changes
+    assert_refused(OP, (torch.randn(2, 35, 4),), options, ValueError, *words)
+
+
+def test_tokens_without_a_batch():
+    assert_refused(OP, (torch.randn(35, 4),), dict(height=5, width=7), ValueError, "x")

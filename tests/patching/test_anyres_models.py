@@ -1,0 +1,154 @@
+"""Whole models that pack tiles, patched against unpatched, and what their releases return."""
+
+import inspect
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import vlm_fast
+from tests.ops.test_anyres_packing import model_of
+from tests.patching.test_supported_models import step
+from tests.support.tiny_anyres import ragged
+from tests.support.ways_to_run import tensors
+from vlm_fast.patching.models import anyres as patching
+from vlm_fast.patching.models import image_token_merge
+
+MIXINS = {
+    "llava_next": "FusedAnyResMerge",
+    "llava_onevision": "FusedPooledFrames",  # which packs tiles too
+    "granite4_vision": "FusedAnyRes",
+}
+
+
+@pytest.mark.parametrize("name", MIXINS)
+def test_ragged_images_in_patched_models(name):
+    model, inputs = ragged(name)
+    generate = dict(inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    before, text = step(model, inputs), model.generate(**generate)
+    report = vlm_fast.patch(model)
+    assert report.patched["model"].endswith(f"by {MIXINS[name]}")
+    with vlm_fast.strict():
+        after = step(model, inputs)
+        assert torch.equal(model.generate(**generate), text)
+    assert vlm_fast.stats()["anyres_pack"]["fast"]
+    verification = vlm_fast.verify(model, **inputs)
+    assert verification.ok and "model (anyres_pack" in str(verification), verification
+    assert after.keys() == before.keys()
+    for where, value in after.items():
+        assert type(value) is type(before[where]), where
+        torch.testing.assert_close(value, before[where], rtol=1e-4, atol=2e-5)
+    report.revert()
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+def test_compiled_patched_model():
+    """Sizes are no part of a graph: it breaks where they are asked for, as it does unpatched."""
+    model, inputs = ragged("llava_next")
+    with torch.no_grad():
+        before = model.model(**inputs)[0]
+        vlm_fast.patch(model)
+        torch._dynamo.reset()
+        after = torch.compile(model.model, backend="eager")(**inputs)[0]
+    assert vlm_fast.stats()["anyres_pack"]["fast"]
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=2e-6)
+
+
+def test_marked_images_do_not_leave_the_model():
+    model, inputs = ragged("llava_next")
+    vlm_fast.patch(model)
+    features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+    assert all(type(t) is torch.Tensor for _, t in tensors(features.pooler_output))
+    inside, packed, get = [], [], model.model.get_image_features
+
+    def keep(*args, **kwargs):  # as the outputs of some releases keep them
+        output = get(*args, **kwargs)
+        inside.extend(type(image) for image in output.pooler_output)
+        packed.extend(output.pooler_output)
+        return output
+
+    model.model.get_image_features = keep
+    output = model(**inputs)
+    assert inside == [patching.PackedImage] * 2
+    assert [type(image) for image in packed] == [torch.Tensor] * 2
+    assert all(type(t) is torch.Tensor for _, t in tensors(dict(output)))
+    for image, rows in zip(packed, features.pooler_output, strict=True):
+        assert torch.equal(image, rows) and torch.equal(torch.cat([image, rows])[len(rows) :], rows)
+        assert not {"whole", "place"} & vars(image).keys()
+    assert patching._merging.get() is None
+    with pytest.raises(ValueError, match="positive"):
+        model(**inputs | {"image_sizes": inputs["image_sizes"] * 0})
+    assert patching._merging.get() is None
+
+
+@pytest.mark.parametrize("name", MIXINS)
+def test_signatures_are_those_of_the_base(name):
+    """Generation hands over only the arguments that it finds in them."""
+    model, _ = ragged(name)
+    names = ("forward", "get_image_features", "get_video_features", "pack_image_features")
+    names = [name for name in names if hasattr(model.model, name)]
+    before = [inspect.signature(getattr(model.model, name)) for name in names]
+    vlm_fast.patch(model)
+    assert [inspect.signature(getattr(model.model, name)) for name in names] == before
+
+
+def test_options_of_the_tower_reach_it_in_generation():
+    model, inputs = ragged("llava_onevision")
+    inputs |= dict(max_new_tokens=2, do_sample=False, output_logits=True)
+    inputs |= dict(return_dict_in_generate=True, vision_feature_layer=-2)
+    before = model.generate(**inputs).logits
+    usual = model.generate(**inputs | {"vision_feature_layer": -1}).logits
+    assert not torch.allclose(before[0], usual[0], rtol=1e-3, atol=1e-5)
+    vlm_fast.patch(model)
+    for ours, theirs in zip(model.generate(**inputs).logits, before, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "returned, answer",
+    [
+        (lambda rows: ([rows], torch.tensor([len(rows)])), patching.Answer(True, False)),
+        (lambda rows: [rows], patching.Answer(False, False)),
+        (lambda rows: ([rows[0]], torch.tensor([2])), patching.Answer(True, True)),
+        (lambda rows: torch.stack([rows]), "ValueError: it returns neither"),
+        (lambda rows: ([rows], [len(rows)]), "AttributeError"),
+        (lambda rows: ([rows], torch.tensor([9])), "ValueError: it returns neither"),
+        (lambda rows: ([rows], torch.tensor([1]), 1.0), "AttributeError"),
+        (lambda rows: [-rows], "ValueError: it returns neither"),
+    ],
+)
+def test_what_the_base_returns_is_asked(returned, answer):
+    class Packs(torch.nn.Module):
+        def pack_image_features(self, image_features, image_sizes, image_newline=None):
+            return returned(image_features[0][0])
+
+    if isinstance(answer, str):
+        why = patching.why_not_packed(Packs())
+        assert why.startswith("pack_image_features cannot be asked: " + answer)
+    else:
+        assert patching._answer(Packs.pack_image_features) == answer
+        assert patching.why_not_packed(Packs()) is None
+
+
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("flat", [True, False])
+def test_it_returns_what_the_base_returns(counts, flat, monkeypatch):
+    """As in releases where counts are left out, or an image of one tile is flat."""
+    model = model_of("llava_next")
+    vlm_fast.patch(model)
+    monkeypatch.setattr(type(model), "answer", patching.Answer(counts, flat))
+    options = dict(image_newline=torch.randn(24), vision_feature_select_strategy="full")
+    found = model.pack_image_features([torch.randn(5, 16, 24)], [[32, 32]], **options)
+    assert isinstance(found, tuple if counts else list)
+    with pytest.warns(UserWarning, match="a single tile") if flat else nullcontext():
+        model.pack_image_features([torch.randn(1, 16, 24)], [[32, 32]], **options)
+
+
+def test_a_merge_that_is_not_served_is_named(monkeypatch):
+    model, inputs = ragged("llava_next")
+    before = model(**inputs).logits
+    monkeypatch.setattr(image_token_merge, "recognise", lambda module: "no such merge")
+    report = vlm_fast.patch(model.model)
+    assert report.patched[""].endswith("by FusedAnyRes")
+    assert report.skipped[""] == "no such merge"
+    torch.testing.assert_close(model(**inputs).logits, before, rtol=1e-4, atol=2e-6)

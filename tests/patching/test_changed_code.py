@@ -1,0 +1,216 @@
+"""Code of transformers that changes under a patch: a reason not to patch, or the same results.
+
+As in a release that nobody has read yet: parameters have other names, methods return something
+else, instances lack attributes. What raises then raises unpatched as well, and nothing is wrong.
+"""
+
+import contextlib
+import copy
+import inspect
+import sys
+from unittest import mock
+
+import pytest
+import transformers
+
+import vlm_fast
+from tests.support.across_releases import said, why_different
+from tests.support.changed_code import File
+from tests.support.families import build
+from tests.support.ways_to_run import forward, generated, labels
+from tests.tools.releases import served
+from vlm_fast.patching import FAMILIES, class_swap
+from vlm_fast.patching.class_swap import Patched, _overridden
+
+RELEASE = "5.17.0"
+pytestmark = [
+    pytest.mark.skipif(transformers.__version__ != RELEASE, reason=f"the cases are of {RELEASE}"),
+    pytest.mark.filterwarnings("ignore"),
+]
+ELSEWHERE = {"FusedGatedBlock", "FusedPerceiver"}  # of OpenFlamingo, no class of transformers
+
+
+def case_of(mixin):
+    """The first model in which a mixin serves something."""
+    cells = ((case, found.get(RELEASE, {})) for case, found in served().items())
+    return next((case for case, cell in cells if mixin in cell.get("served", ())), None)
+
+
+CASES = {mixin.__name__: (mixin, case_of(mixin.__name__)) for mixin, _ in FAMILIES}
+CASES = {name: found for name, found in CASES.items() if name not in ELSEWHERE}
+every_mixin = pytest.mark.parametrize("mixin", CASES)
+
+
+def test_every_mixin_has_a_model():
+    assert CASES and all(case is not None for _, case in CASES.values())
+
+
+class Model:
+    """The model of a mixin, what it computes unpatched, and the modules that the mixin serves."""
+
+    def __init__(self, mixin):
+        self.mixin, case = CASES[mixin]
+        self.model, self.inputs = build(case)
+        fast = copy.deepcopy(self.model)
+        vlm_fast.patch(fast)
+        self.served = {n: served_by(m) for n, m in fast.named_modules() if served_by(m)}
+        self.names = [name for name, kind in self.served.items() if kind is self.mixin]
+        assert self.names, f"nothing in {case} is served by {mixin}"
+        self.kind = type(self.model.get_submodule(self.names[0]))
+        self.generates = hasattr(self.model, "generate")
+        self.ran, self.wrong = 0, []
+
+    def run(self, model):
+        """Outputs and generated tokens, or the exception."""
+        try:
+            found = forward(model, self.inputs | labels(model, self.inputs))
+            if self.generates:
+                few = generated(model, self.inputs, max_new_tokens=2, min_new_tokens=2)
+                found |= {f"generated {name}": value for name, value in few.items()}
+            return found
+        except Exception as error:
+            return error
+
+    def judge(self, what, change=lambda model: None):
+        """Whether it runs unpatched as its classes are now; patched it must be the same then."""
+        plain, fast = copy.deepcopy(self.model), copy.deepcopy(self.model)
+        change(plain)
+        theirs = self.run(plain)
+        if isinstance(theirs, Exception):
+            return False
+        change(fast)
+        self.ran += 1
+        reason = self.why_wrong(fast, plain, theirs)
+        if reason is not None:
+            self.wrong.append(f"{what}: {reason}")
+        return True
+
+    def why_wrong(self, fast, plain, theirs):
+        class_swap._made.clear()  # as in a process that has not patched these classes before
+        try:
+            report = vlm_fast.patch(fast)
+        except Exception as error:
+            return f"patch raises {said(error)}"
+        ours = self.run(fast)
+        if isinstance(ours, Exception):
+            return f"raises {said(ours)}"
+        left = [name for name in self.names if not served_by(fast.get_submodule(name))]
+        if not set(left) <= report.skipped.keys():
+            return f"{', '.join(left)} left unpatched without a reason"
+        again = lambda model, inputs: self.run(model)  # noqa: E731
+        return why_different(ours, theirs, again, plain, self.inputs)
+
+
+def served_by(module):
+    return type(module).patch.mixin if isinstance(module, Patched) else None
+
+
+def methods(model):
+    """File, class and name of every method that the mixin replaces or restates."""
+    for name in dict.fromkeys([*_overridden(model.kind, model.mixin), *model.mixin.restates]):
+        if hasattr(model.kind, name):
+            definer = next(base for base in model.kind.__mro__ if name in vars(base))
+            yield File(sys.modules[definer.__module__]), definer.__name__, name
+
+
+@every_mixin
+def test_a_parameter_has_another_name(mixin):
+    model = Model(mixin)
+    for file, kind, name in methods(model):
+        for parameter in file.parameters(kind, name):
+            what = f"{kind}.{name}, {parameter}"
+            with file.changed(file.renamed_everywhere(parameter), parameter):
+                ran = model.judge(f"{what}, in the whole file")
+            if not ran:  # what calls it is in another file
+                with file.changed(file.renamed(parameter, kind, name)):
+                    model.judge(what)
+    assert model.ran and not model.wrong, "\n".join(model.wrong)
+
+
+@every_mixin
+def test_a_method_returns_something_else(mixin):
+    model = Model(mixin)
+    for file, kind, name in methods(model):
+        with file.changed(file.other_returns(kind, name)):
+            model.judge(f"{kind}.{name}")
+    assert not model.wrong, "\n".join(model.wrong)
+
+
+@every_mixin
+def test_a_forward_returns_a_tuple_that_its_callers_open(mixin):
+    model = Model(mixin)
+    for file, kind, name in methods(model):
+        if name == "forward":
+            with file.changed(file.opened(kind)):
+                model.judge(f"{kind}.{name}")
+    assert not model.wrong, "\n".join(model.wrong)
+
+
+@every_mixin
+def test_attributes_are_gone(mixin):
+    """All that the class itself does not read."""
+    model = Model(mixin)
+    gone = unread(model)
+
+    def change(changed):
+        for name in model.names:
+            for module in changed.get_submodule(name).modules():
+                for attribute in gone.get(type(module), ()):
+                    vars(module).pop(attribute, None)
+
+    shown = {kind.__name__: sorted(names) for kind, names in gone.items()}
+    assert model.judge(f"without {shown}", change), shown
+    assert not model.wrong, "\n".join(model.wrong)
+
+
+def unread(model):
+    """Plain attributes of the module and of what belongs to it that nothing reads unpatched."""
+    found = {type(m): set(own_attributes(m)) for m in belonging(model)}
+
+    def watching(kind):
+        def read(self, name):
+            found[kind].discard(name)
+            return object.__getattribute__(self, name)
+
+        return mock.patch.object(kind, "__getattribute__", read)
+
+    with contextlib.ExitStack() as stack:
+        for kind in found:
+            stack.enter_context(watching(kind))
+        assert not isinstance(model.run(copy.deepcopy(model.model)), Exception)
+    return found
+
+
+def belonging(model):
+    """The modules of a mixin, and those inside them that transformers wrote for them alone."""
+
+    def within(name, module):
+        yield module
+        for child_name, child in module.named_children():
+            inside = f"{name}.{child_name}".lstrip(".")
+            if inside not in model.served and not isinstance(child, transformers.PreTrainedModel):
+                yield from within(inside, child)
+
+    for name in model.names:
+        for module in within(name, model.model.get_submodule(name)):
+            if type(module).__module__.startswith("transformers."):
+                yield module
+
+
+def own_attributes(module):
+    return (n for n in vars(module) if not n.startswith("_") and n != "training")
+
+
+def test_changed_code_is_what_runs():
+    model = Model("FusedMllamaLayer")
+    file, kind, name = next(methods(model))
+    before = inspect.getsource(model.kind.forward)
+    with file.changed(file.other_returns(kind, name)):
+        assert isinstance(model.run(model.model), Exception)
+        assert ",)" in inspect.getsource(model.kind.forward)
+    with file.changed(file.renamed("past_key_values", kind, name)):
+        assert isinstance(model.run(model.model), Exception)  # it is called by that name
+    with file.changed(file.renamed_everywhere("past_key_values"), "past_key_values"):
+        assert "past_key_values_of_later" in inspect.signature(model.kind.forward).parameters
+        assert not isinstance(model.run(model.model), Exception)
+    assert inspect.getsource(model.kind.forward) == before

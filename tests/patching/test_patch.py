@@ -1,0 +1,330 @@
+"""The life of a patch: found by structure, survives copies and files, refuses to break things."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import vlm_fast
+from tests.support import tiny_flamingos
+from tests.support.tiny_llava import llava, prompt
+from vlm_fast.modules import LinearProjector, MLPProjector
+from vlm_fast.modules.parameter_access.chain import chain_of
+from vlm_fast.patching.models import image_token_merge
+
+
+class Projector(nn.Module):
+    """The structure, in a class of nobody's."""
+
+    def __init__(self, act=None):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(12, 20), nn.Linear(20, 8)
+        self.gelu = act or nn.GELU()
+
+    def forward(self, x):
+        return self.linear_2(self.gelu(self.linear_1(x)))
+
+
+class Residual(Projector):
+    def forward(self, x):
+        return x[..., :8] + super().forward(x)
+
+
+class Normed(Projector):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(12)
+
+    def forward(self, x, scale=None):
+        y = super().forward(self.norm(x))
+        return y if scale is None else y * scale
+
+
+def test_found_by_structure_not_by_name():
+    model = nn.ModuleDict({"a": Projector(), "b": Residual(), "c": Projector(nn.Softplus())})
+    report = vlm_fast.patch(model)
+    assert report.patched == {"a": "Projector by FusedMLP"}
+    assert report.skipped == {
+        "b": "its forward is not a chain of its children",
+        "c": "its activation Softplus is not one the kernels know",
+    }
+    assert "skipped b: its forward" in str(report)
+
+
+@pytest.mark.parametrize("family", ["idefics", "mllama"])
+def test_what_moved_in_another_release_is_named_with_its_version(family):
+    """An attribute that a family reads is elsewhere; the others are patched still."""
+    import transformers
+
+    model = getattr(tiny_flamingos, family)()
+    layers = [m for m in model.modules() if hasattr(m, "cross_attn")]
+    layers[0].mlp.activation = layers[0].mlp.act_fn
+    del layers[0].mlp.act_fn
+    report = vlm_fast.patch(model)
+    (why,) = report.skipped.values()
+    assert f"{type(layers[0]).__name__} of transformers {transformers.__version__}" in why
+    assert "no attribute 'act_fn'" in why and len(report.patched) >= 2
+    with pytest.raises(ValueError, match=rf"(?s)no connector.*{transformers.__version__}"):
+        vlm_fast.patch(layers[0], strict=True)
+
+
+def test_norm_first_and_unknown_arguments():
+    # A second argument makes it no chain: it may do anything.
+    assert chain_of(Normed()) == ("its forward takes more than one argument")
+
+    class OneArgument(Normed):
+        def forward(self, x):
+            return Projector.forward(self, self.norm(x))
+
+    module = OneArgument()
+    x = torch.randn(5, 12)
+    expected = module(x)
+    vlm_fast.patch(module)
+    with vlm_fast.strict():
+        torch.testing.assert_close(module(x), expected)
+        torch.testing.assert_close(module(x=x), expected)
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        module(x, scale=2)
+
+
+@pytest.mark.parametrize(
+    "act", [nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.ReLU()], ids=repr
+)
+def test_activations(act):
+    module, x = Projector(act), torch.randn(5, 12)
+    expected = module(x)
+    vlm_fast.patch(module)
+    with vlm_fast.strict():
+        torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize(
+    "key", ["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "silu", "relu"]
+)
+def test_activations_of_transformers(key):
+    from transformers.activations import ACT2FN
+
+    module, x = Projector(ACT2FN[key]), torch.randn(5, 12)
+    expected = module(x)
+    vlm_fast.patch(module)
+    with vlm_fast.strict():
+        torch.testing.assert_close(module(x), expected)
+
+
+def test_same_parameters_names_and_keys():
+    model = llava()
+    before = list(model.state_dict())
+    parameters = dict(model.named_parameters())
+    projector = type(model.model.multi_modal_projector)
+    vlm_fast.patch(model)
+    now = type(model.model.multi_modal_projector)
+    assert list(model.state_dict()) == before
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert issubclass(now, projector)
+    assert (now.__name__, now.__module__, now.__qualname__) == (
+        projector.__name__, projector.__module__, projector.__qualname__,
+    )  # fmt: skip
+    assert "LlavaMultiModalProjector[vlm_fast]" in repr(model)
+
+
+def test_patching_twice_changes_nothing():
+    model = llava()
+    vlm_fast.patch(model)
+    classes = [type(module) for module in model.modules()]
+    again = vlm_fast.patch(model, strict=True)
+    assert not again.patched and [type(module) for module in model.modules()] == classes
+    assert vlm_fast.unpatch(model) == 2
+    assert vlm_fast.unpatch(model) == 0
+
+
+def test_two_models_do_not_share_a_patch():
+    first, second = llava(), llava()
+    report = vlm_fast.patch(first)
+    vlm_fast.patch(second, saved="input")
+    assert second.model.multi_modal_projector.patch.recipe.saved == "input"
+    assert first.model.multi_modal_projector.patch.recipe.saved == "preactivation"
+    report.revert()
+    assert vlm_fast.explain(first) == {} and len(vlm_fast.explain(second)) == 2
+
+
+def _pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def _saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, _pickled, _saved])
+def test_copies_are_patched(clone):
+    model = Projector()
+    vlm_fast.patch(model)
+    twin = clone(model)
+    assert type(twin) is type(model) and vlm_fast.explain(twin) == {"": None}
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(twin(x), model(x))
+    if clone is not copy.copy:
+        with torch.no_grad():
+            twin.linear_1.weight.zero_()
+        assert not torch.allclose(twin(x), model(x))  # it runs on its own weights
+    assert vlm_fast.unpatch(twin) == 1 and type(twin) is Projector
+
+
+def test_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    patched, plain = Projector(), Projector()
+    vlm_fast.patch(patched)
+    safetensors.save_model(patched, tmp_path / "projector.safetensors")
+    safetensors.load_model(plain, tmp_path / "projector.safetensors", strict=True)
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(plain(x), patched(x))
+
+
+def test_save_pretrained(tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    model, inputs = llava(), prompt()
+    vlm_fast.patch(model)
+    model.save_pretrained(tmp_path)
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert vlm_fast.explain(loaded) == {}
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_inside_a_peft_model():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llava(), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    inputs = prompt()
+    expected = model(**inputs).logits
+    report = vlm_fast.patch(model)
+    assert len(report.patched) == 2
+    with vlm_fast.strict():
+        torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+def test_modes_and_hooks_of_the_connector_itself():
+    module, fired = Projector(), []
+    module.register_forward_hook(lambda m, args, y: fired.append(m))
+    vlm_fast.patch(module)
+    module.train().eval()
+    with vlm_fast.strict():
+        module(torch.randn(2, 12))
+    assert fired == [module] and not module.linear_1.training
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    module = Projector()
+    x = torch.randn(3, 12, requires_grad=True)
+    expected = torch.autograd.grad(module(x).square().sum(), [*module.parameters()])
+    vlm_fast.patch(module)
+    y = checkpoint(module, x, use_reentrant=reentrant)
+    y.square().sum().backward()
+    for parameter, gradient in zip(module.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_mistakes_change_nothing():
+    model = llava()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'save'"):
+        vlm_fast.patch(model, save="input")
+    with pytest.raises(ValueError, match="saved is 'some', expected one of"):
+        vlm_fast.patch(model, saved="some")
+    with pytest.raises(TypeError, match=r"model is a type, expected a torch\.nn\.Module"):
+        vlm_fast.patch(type(model))
+    assert vlm_fast.explain(model) == {}
+
+
+def test_nothing_to_patch():
+    with pytest.warns(UserWarning, match="no connector of Linear was patched"):
+        vlm_fast.patch(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="no connector of Linear"):
+        vlm_fast.patch(nn.Linear(2, 2), strict=True)
+
+
+def test_zero3_is_refused_and_nothing_changed():
+    model = llava()
+    model.model.multi_modal_projector.linear_2.weight.ds_id = 4
+    with pytest.raises(
+        ValueError, match=r"linear_2\.weight partitioned by ZeRO-3.*patch the model"
+    ):
+        vlm_fast.patch(model)
+    assert vlm_fast.explain(model) == {}
+
+
+def test_no_images_still_reach_every_parameter():
+    module = Projector()
+    vlm_fast.patch(module)
+    with vlm_fast.strict():
+        y = module(torch.randn(0, 16, 12))
+    assert y.shape == (0, 16, 8)
+    for gradient in torch.autograd.grad(y.sum(), [*module.parameters()]):
+        assert gradient is not None and not gradient.any()
+
+
+def test_the_merge_waits_for_nothing_and_leaks_no_type(monkeypatch):
+    """As on CUDA: neither the count check nor its message reads a number."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    reads = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "local_scalar_dense" in str(function) or "nonzero" in str(function):
+                reads.append(function)
+            return function(*args, **(kwargs or {}))
+
+    model, inputs = llava(), prompt()
+    seen = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(type(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    method = type(model.model).get_placeholder_mask
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    features = torch.randn(32, 64)
+
+    def ask(call):
+        reads.clear()
+        with Reads():
+            call(inputs["input_ids"], inputs_embeds=embeds, image_features=features[None])
+        return len(reads)
+
+    assert ask(lambda *a, **k: method(model.model, *a, **k)) > 0
+    vlm_fast.patch(model)
+    monkeypatch.setattr(image_token_merge, "_would_wait", lambda count: True)
+    assert ask(model.model.get_placeholder_mask) == 0
+    model(**inputs)
+    assert seen == [torch.Tensor]
+
+
+def test_from_module_shares_parameters():
+    source = llava().model.multi_modal_projector
+    projector = MLPProjector.from_module(source, saved="input")
+    assert projector.linear_1 is source.linear_1
+    x = torch.randn(2, 3, 48)
+    with vlm_fast.strict():
+        torch.testing.assert_close(projector(x), source(x))
+    with pytest.raises(ValueError, match="module is a Residual: its forward is not a chain"):
+        MLPProjector.from_module(Residual())
+    with pytest.raises(ValueError, match="activation is 'softplus'"):
+        MLPProjector(8, 8, activation="softplus")
+
+
+def test_projector_keys_are_llavas():
+    source = llava().model.multi_modal_projector
+    assert list(MLPProjector(48, 64).state_dict()) == list(source.state_dict())
+    assert list(LinearProjector(48, 64).state_dict()) == ["weight", "bias"]
+
+
+def test_chains_carry_their_names():
+    chain = chain_of(llava().model.multi_modal_projector)
+    calls = ("linear_1", "act", "linear_2")
+    assert chain[:3] == (calls, "image_features", "preactivation")

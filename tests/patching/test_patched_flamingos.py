@@ -1,0 +1,326 @@
+"""IDEFICS and Llama 3.2 Vision, patched: parity, generation, caches, what falls back."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import vlm_fast
+from tests.support import tiny_flamingos
+from tests.support.cases import assert_right
+from vlm_fast.patching import image_kv_cache
+from vlm_fast.verification import tolerance
+
+FAMILIES = {
+    "idefics": (tiny_flamingos.idefics, tiny_flamingos.idefics_inputs),
+    "mllama": (tiny_flamingos.mllama, tiny_flamingos.mllama_inputs),
+}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def pair(family, dtype=torch.float32, **changes):
+    """A model, and the same one patched."""
+    build, inputs = FAMILIES[family]
+    model = build(**changes).to(dtype)
+    fast = copy.deepcopy(model)
+    vlm_fast.patch(fast)
+    given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs().items()}
+    return model, fast, given
+
+
+def everything(model, given):
+    """Logits, and gradients of pixels and of every parameter that has one."""
+    pixels = given["pixel_values"].detach().requires_grad_()
+    logits = model(**{**given, "pixel_values": pixels}).logits
+    named = dict(model.named_parameters())
+    found = torch.autograd.grad(
+        logits, [pixels, *named.values()], tolerance.random_upstream(logits), allow_unused=True
+    )
+    return {"logits": logits.detach(), **dict(zip(["pixels", *named], found, strict=True))}
+
+
+def same(model, fast, given):
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+    true = copy.deepcopy(model).double()
+    true.set_attn_implementation("sdpa")  # eager's softmax would be in fp32
+    exact = everything(true, wide)
+    assert_right(everything(fast, given), lambda: everything(model, given), exact, "logits")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_family
+def test_parity(family, dtype):
+    model, fast, given = pair(family, dtype)
+    with vlm_fast.strict():
+        same(model, fast, given)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(alpha_type="vector"), dict(qk_layer_norms=False)], ids=str
+)
+def test_parity_of_other_idefics(changes):
+    same(*pair("idefics", **changes))
+
+
+@every_family
+def test_generated_tokens_are_the_same(family):
+    model, fast, given = pair(family)
+    options = dict(max_new_tokens=8, do_sample=False, output_logits=True)
+    for several in (dict(), dict(num_beams=3, num_return_sequences=2)):
+        with vlm_fast.strict(), torch.no_grad():
+            found = fast.generate(**given, **options, **several, return_dict_in_generate=True)
+        expected = model.generate(**given, **options, **several, return_dict_in_generate=True)
+        assert torch.equal(found.sequences, expected.sequences)
+        for ours, theirs in zip(found.logits, expected.logits, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def projections(model):
+    """A list that grows by one whenever a layer of IDEFICS projects its images."""
+    made = []
+    for layer in model.model.gated_cross_attn_layers:
+        project = layer._key_values
+        layer._key_values = lambda images, p=project: made.append(1) or p(images)
+    return made
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_images_are_projected_once_in_a_generation(mode):
+    _, fast, given = pair("idefics")
+    made = projections(fast)
+    with mode():
+        for count in (1, 2):
+            fast.generate(**given, max_new_tokens=5, do_sample=False)
+            assert len(made) == count * len(fast.model.gated_cross_attn_layers)
+
+
+def test_nothing_is_kept_of_a_generation_that_ended():
+    _, fast, given = pair("idefics")
+    with torch.inference_mode():
+        found = fast.generate(**given, max_new_tokens=3, return_dict_in_generate=True)
+    assert len(image_kv_cache._kept) == 1
+    del found
+    gc.collect()
+    assert not image_kv_cache._kept
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("write", ["copy_", "data"])
+def test_one_buffer_for_every_picture(mode, write):
+    """The cache object, too, may serve one request after the other."""
+    model, fast, given = pair("idefics")
+    given.pop("pixel_values")
+    batch, width = given["input_ids"].shape[0], model.config.vision_config.embed_dim
+    images = given["image_attention_mask"].shape[2]
+    buffer = torch.zeros(batch, images, model.config.perceiver_config.resampler_n_latents, width)
+    caches = {m: DynamicCache(config=m.config) for m in (model, fast)}
+    with mode():
+        buffer = buffer.clone()
+        for _ in range(3):
+            picture = torch.randn_like(buffer)
+            buffer.data.copy_(picture) if write == "data" else buffer.copy_(picture)
+            logits = []
+            for m in (model, fast):
+                cache = caches[m]
+                cache.crop(0)
+                out = m(**given, perceiver_embeddings=buffer, past_key_values=cache)
+                step = {
+                    "input_ids": given["input_ids"][:, :1],
+                    "image_attention_mask": given["image_attention_mask"][:, -1:],
+                }
+                later = m(**step, perceiver_embeddings=buffer, past_key_values=cache)
+                logits.append((out.logits, later.logits))
+            for one, other in zip(*logits, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_mask_of_the_whole_context_is_not_prepared(monkeypatch):
+    model, fast, given = pair("mllama")
+    prepared = []
+    module = "transformers.models.mllama.modeling_mllama._prepare_cross_attention_mask"
+    monkeypatch.setattr(module, lambda *a, **k: prepared.append(1))
+    with torch.no_grad():
+        fast(**given)
+    assert not prepared
+    with pytest.raises(TypeError), torch.no_grad():
+        model(**given)
+    assert prepared
+
+
+@every_family
+def test_what_falls_back_gives_the_same(family):
+    """A layer with an adapter or a hook, between layers that are fused."""
+    model, fast, given = pair(family)
+    name = "cross_attn.q_proj"
+    layers = {
+        "idefics": lambda m: m.model.gated_cross_attn_layers[0],
+        "mllama": lambda m: m.model.language_model.layers[1],
+    }[family]
+    for m in (model, fast):
+        layers(m).get_submodule(name).register_forward_hook(lambda module, x, y: y * 1.5)
+    with pytest.warns(vlm_fast.VlmFastFallbackWarning, match=f"{name}: it has hooks"):
+        same(model, fast, given)
+    assert "hooks" in str(vlm_fast.explain(fast))
+    options = dict(max_new_tokens=4, do_sample=False)
+    assert torch.equal(fast.generate(**given, **options), model.generate(**given, **options))
+
+
+@every_family
+def test_a_bias_of_the_mlp_is_not_left_out(family):
+    model, fast, given = pair(family)
+    bias = torch.nn.Parameter(torch.randn(64))
+    for m in (model, fast):
+        for name, module in m.named_modules():
+            if name.endswith("mlp.down_proj") and "vision" not in name:
+                module.bias = bias
+    with pytest.warns(vlm_fast.VlmFastFallbackWarning, match="it has a bias"), torch.no_grad():
+        torch.testing.assert_close(
+            fast(**given).logits, model(**given).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_attention_maps_of_mllama_are_those_of_its_own_forward():
+    model, fast, given = pair("mllama")
+    with torch.no_grad():
+        found = fast(**given, output_attentions=True).attentions
+        expected = model(**given, output_attentions=True).attentions
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_mllama_without_a_mask_sees_every_tile():
+    model, fast, given = pair("mllama")  # eager: the default implementation crops, and is wrong
+    del given["cross_attention_mask"]
+    same(model, fast, given)
+
+
+@pytest.mark.parametrize(
+    "family, mask, part",
+    [
+        ("idefics", "image_attention_mask", (slice(None), slice(1))),
+        ("idefics", "image_attention_mask", (slice(1),)),
+        ("idefics", "image_attention_mask", (slice(1), slice(1))),
+        ("mllama", "cross_attention_mask", (slice(1),)),
+    ],
+    ids=str,
+)
+def test_a_mask_of_one_token_or_sample_stands_for_all(family, mask, part):
+    model, fast, given = pair(family)
+    given[mask] = given[mask][part]
+    with vlm_fast.strict():
+        same(model, fast, given)
+
+
+def taken_apart(value):
+    """The same, made anew as tools do that cast or move what a module is given."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(taken_apart(one) for one in value)
+    if isinstance(value, dict):
+        return {key: taken_apart(one) for key, one in value.items()}
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def test_what_a_model_inside_is_given_can_be_taken_apart():
+    model, fast, given = pair("mllama")
+    fast.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: (taken_apart(args), taken_apart(kwargs)), with_kwargs=True
+    )
+    with vlm_fast.strict():
+        same(model, fast, given)
+
+
+def test_what_a_model_inside_is_given_exports():
+    _, fast, given = pair("mllama")
+    seen = {}
+    inner = fast.model.language_model
+    hook = inner.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    with torch.no_grad():
+        fast(**given, use_cache=False)
+        hook.remove()
+        exported = torch.export.export(inner, (), seen).module()
+        torch.testing.assert_close(
+            exported(**seen).last_hidden_state, inner(**seen).last_hidden_state
+        )
+
+
+def test_an_idefics_layer_on_its_own():
+    model, fast, _ = pair("idefics")
+    torch.manual_seed(5)
+    x, images = torch.randn(2, 7, 64), torch.randn(2, 12, 40)
+    hidden = torch.rand(2, 1, 7, 12) < 0.4
+    hidden[:, :, 2] = True
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    given = dict(
+        image_hidden_states=images, image_attention_mask=mask,
+        cross_attention_gate=(~hidden).any(-1).float().squeeze(1),
+    )  # fmt: skip
+    with torch.no_grad(), vlm_fast.strict():
+        found = fast.model.gated_cross_attn_layers[1](x, **given)
+        expected = model.model.gated_cross_attn_layers[1](x, **given)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@every_family
+def test_gradient_checkpointing(family):
+    model, fast, given = pair(family)
+    fast.gradient_checkpointing_enable()
+    fast.train()
+    same(model, fast, given)
+
+
+@every_family
+def test_revert(family):
+    model, fast, given = pair(family)
+    assert vlm_fast.unpatch(fast) > 2
+    assert [type(m) for m in fast.modules()] == [type(m) for m in model.modules()]
+    with torch.no_grad():
+        assert torch.equal(fast(**given).logits, model(**given).logits)
+
+
+def test_more_images_than_a_set_holds_go_the_old_way():
+    model, fast, given = pair("idefics")
+    mask = given["image_attention_mask"]
+    given["image_attention_mask"] = mask.repeat_interleave(22, 2)  # 66
+    given["pixel_values"] = given["pixel_values"].repeat_interleave(22, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fast(**given).logits, model(**given).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    "family, change, said",
+    [
+        ("idefics", dict(image_attention_mask=torch.ones(2, 11, 2).long()), "image_attention_mask"),
+        ("idefics", dict(image_attention_mask=torch.ones(2, 9, 3).long()), "a row for each token"),
+        ("mllama", dict(cross_attention_mask=torch.ones(2, 9, 2, 2).long()), "11 or more"),
+        ("mllama", dict(cross_attention_mask=torch.ones(2, 11, 3, 2).long()), "6 tiles"),
+    ],
+)
+def test_mistakes_are_named(family, change, said):
+    _, fast, given = pair(family)
+    with pytest.raises(ValueError, match=said), torch.no_grad():
+        fast(**(given | change))
+
+
+@every_family
+def test_verify_judges_the_gated_layers(family, monkeypatch):
+    """Each against its base, which takes masks where the patched layer is given sets."""
+    _, fast, given = pair(family)
+    right = vlm_fast.verify(fast, **given)
+    layers = [c.name for c in right.connectors if c.what.endswith("Layer")]
+    assert right.ok and not right.unreached and len(layers) == 2
+    forward = vlm_fast.ops.gated_add._path.forward
+
+    def wrong(*args, **options):
+        y, kept = forward(*args, **options)
+        return y * 1.001, kept
+
+    monkeypatch.setattr(vlm_fast.ops.gated_add._path, "forward", wrong)
+    failed = [c.name for c in vlm_fast.verify(fast, **given).connectors if not c.ok]
+    assert failed == layers

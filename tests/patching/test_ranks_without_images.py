@@ -1,0 +1,143 @@
+"""A rank without images waits for nobody, nobody waits for it, and gradients are those of one
+process."""
+
+import copy
+import warnings
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import vlm_fast
+from tests.support import tiny_llava
+from tests.support.distributed_helpers import on_ranks
+from tests.support.sharding_strategies import SPREADS, by_layer, by_leaf, of_row, same, whole
+from tests.support.small_connectors import CONNECTORS, Headed
+from tests.support.whole_models import FAMILIES, pair, with_labels
+from vlm_fast.modules import MLPProjector
+from vlm_fast.training.recipes import RECIPES
+
+
+def connector_is_that_of_one_process(rank, world, kind, spread, counts):
+    """Output, and gradients averaged over the ranks; ``counts``: images on each."""
+    make, given = CONNECTORS[kind]
+    torch.manual_seed(0)
+    single = Headed(make())
+    single(*given(2))  # its head learns the width
+    model = copy.deepcopy(single)
+    batches = [given(count) for count in counts]
+    spreaded = SPREADS[spread][0](model, None)
+    name = type(single.connector).__name__
+    with warnings.catch_warnings(), vlm_fast.strict():
+        warnings.filterwarnings("error", message=rf"FSDP2.* \(FSDP{name}\) returned a view")
+        ours = spreaded(*batches[rank])
+    ours.square().sum().backward()
+    theirs = [single(*batch) for batch in batches]
+    (sum(y.square().sum() for y in theirs) / world).backward()
+    torch.testing.assert_close(ours, theirs[rank])
+    assert all(p.grad is not None for p in model.connector.parameters() if p.requires_grad)
+    ours, expected = (
+        {n: whole(p.grad) for n, p in m.named_parameters() if p.grad is not None}
+        for m in (model, single)
+    )
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def text_alone_trains_on_with_the_others(rank, world, family, sharded):
+    """One rank has no image: no rank waits, and gradients are those of one process."""
+    plain, fast, given = pair(family)
+    for model in (plain, fast):
+        model.get_submodule(TOWERS[family]).requires_grad_(False)
+    batches = [of_row(given, row) for row in range(world)]
+    text = batches[-1]
+    for name in FAMILIES[family].images:
+        del text[name]
+    text["input_ids"] = text["input_ids"].masked_fill(
+        text["input_ids"] == tiny_llava.IMAGE_TOKEN, 9
+    )
+    batches[-1] = with_labels(text)
+    unseen = [m for name, m in fast.named_modules() if name in skipped(family)]
+    spreaded = by_layer(fast, family) if sharded else nn.parallel.DistributedDataParallel(fast)
+    zero = torch.zeros(())
+    if rank == world - 1 and sharded:  # where the others run what this rank skips
+        fast.get_input_embeddings().register_forward_hook(
+            lambda module, args, embeds: embeds + vlm_fast.touch_parameters(*unseen)
+        )
+    elif rank == world - 1:
+        zero = vlm_fast.touch_parameters(*unseen)
+    for _ in range(2):  # DistributedDataParallel complains at the next forward
+        fast.zero_grad()
+        (spreaded(**batches[rank]).loss + zero).backward()
+        zero = vlm_fast.touch_parameters(*unseen) if rank == world - 1 and not sharded else zero
+    (sum(plain(**batch).loss for batch in batches) / world).backward()
+    same(fast, plain, lambda p: p.grad)
+
+
+TOWERS = {"llava": "model.vision_tower", "mllama": "model.vision_model"}
+
+
+def skipped(family):
+    """What trains, and is not run by a batch of text."""
+    layers = FAMILIES[family].connectors if family == "mllama" else ()
+    return {"model.multi_modal_projector", *layers}
+
+
+def a_zero_touches_what_trains(rank, world):
+    module = nn.Sequential(nn.Linear(3, 4), MLPProjector(4, 5))
+    module[0].bias.requires_grad_(False)
+    module[0].weight.data.fill_(torch.nan)
+    zero = vlm_fast.touch_parameters(module[0], module[1])
+    assert zero.item() == 0 and vlm_fast.touch_parameters().item() == 0
+    zero.backward()
+    assert module[0].bias.grad is None
+    assert all(not p.grad.any() for p in module.parameters() if p.requires_grad)
+    sharded = by_leaf(copy.deepcopy(module), None)  # units within a unit: each gathers its own
+    sharded.zero_grad()
+    vlm_fast.touch_parameters(sharded).backward()
+    found = [whole(p.grad) for p in sharded.parameters() if p.requires_grad]
+    assert len(found) == 5 and not any(gradient.any() for gradient in found)
+    assert "forward" not in vars(sharded)
+
+
+def recipes_touch_behind_a_tower_of_units(rank, world):
+    """Every layer a unit, those of the frozen tower too, whose gathers both ranks must ask for."""
+    models = [tiny_llava.llava() for _ in range(2)]
+    for one in models:
+        vlm_fast.patch(one)
+        RECIPES["llava-stage1"].prepare(one)
+    model, single = (one.model for one in models)
+    layers = [*model.vision_tower.encoder.layers, *model.language_model.layers]
+    for unit in (model.multi_modal_projector, *layers, models[0]):
+        fully_shard(unit)
+    inputs = with_labels(tiny_llava.prompt())
+    models[1](**inputs).loss.backward()
+    if rank == 1:
+        del inputs["pixel_values"]
+        inputs["input_ids"] = inputs["input_ids"].clamp(min=8)
+    models[0](**inputs).loss.backward()
+    pairs = zip(
+        model.multi_modal_projector.parameters(), single.multi_modal_projector.parameters(),
+        strict=True,
+    )  # fmt: skip
+    for ours, alone in pairs:
+        torch.testing.assert_close(whole(ours.grad), alone.grad / world)
+
+
+CHECKS = [
+    (connector_is_that_of_one_process, kind, spread, counts)
+    for kind in CONNECTORS
+    for spread in ("FSDP2, connectors", "DDP")
+    for counts in ((3, 2), (3, 0))
+] + [
+    (a_zero_touches_what_trains,),
+    (recipes_touch_behind_a_tower_of_units,),
+    (text_alone_trains_on_with_the_others, "llava", False),
+    (text_alone_trains_on_with_the_others, "llava", True),
+    (text_alone_trains_on_with_the_others, "mllama", False),
+]
+
+
+def test_on_two_ranks(tmp_path):
+    on_ranks(tmp_path, CHECKS)

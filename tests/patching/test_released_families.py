@@ -1,0 +1,36 @@
+"""Every family under the installed release of transformers: equal to unpatched, or left alone.
+
+`make test` runs this under several releases; docs/releases.md says what is served in which.
+"""
+
+import pytest
+import transformers
+
+from tests.support.across_releases import FEW, QUICK, examined
+from tests.support.families import CASES
+from tests.tools.releases import RELEASES, served
+from tests.tools.releases_table import words
+
+RELEASE = transformers.__version__
+pytestmark = pytest.mark.skipif(
+    RELEASE not in RELEASES, reason=f"no table holds transformers {RELEASE}"
+)
+
+
+def ways(name):
+    """Fewer of a family that is served as one before it is."""
+    served_as = [cells.get(RELEASE, {}).get("served") for cells in served().values()]
+    place = list(served()).index(name)
+    return FEW if served_as[place] in served_as[:place] else QUICK
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_patched_as_unpatched(name):
+    expected, found = served()[name].get(RELEASE), examined(name, ways(name))
+    assert expected is not None, "make versions has not written what is served"
+    assert (found["outcome"] in ("-", "n/a")) == (expected["outcome"] in ("-", "n/a")), found
+    assert set(words(found)) >= set(words(expected)), found
+    for op, count in expected.get("ops", {}).items():
+        assert found.get("ops", {}).get(op, 0) >= count, (op, found)
+    for what in ("falls back", "not run"):
+        assert set(found.get(what, [])) <= set(expected.get(what, [])), found

@@ -1,0 +1,180 @@
+"""Patched nn.Sequential where code is replaced, compiled, exported, traced, spread over ranks."""
+
+import copy
+from enum import Enum
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import vlm_fast
+from tests.support.chain_structures import HIDDEN, WIDTH, SimpleResBlock, TimmMlp, mlp
+from tests.support.distributed_helpers import on_ranks
+from tests.support.randomised_modules import gradients, stirred
+from tests.support.sequential_pairs import X, both, own, pair
+from tests.support.sharding_strategies import whole
+
+# The first call of a (module, reason) warns; every one is counted.
+pytestmark = pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
+
+
+# ---- code that somebody replaced ----
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", [nn.Sequential, nn.Linear, nn.GELU])
+def test_a_forward_replaced_in_its_class_runs(kind, when, monkeypatch):
+    plain = stirred(mlp(3, WIDTH, HIDDEN))
+    fast, forward = copy.deepcopy(plain), kind.forward
+    if when == "after":
+        vlm_fast.patch(fast)
+    monkeypatch.setattr(kind, "forward", lambda self, x: 1.5 * forward(self, x))
+    if when == "before":
+        report = vlm_fast.patch(nn.ModuleList([fast]))
+        if kind is nn.Sequential:
+            assert report.skipped == {"0": "Sequential.forward has been replaced"}
+    torch.testing.assert_close(fast(X), plain(X))
+    why = vlm_fast.explain(fast)
+    assert not why or f"{kind.__name__}.forward has been replaced" in why[""]
+
+
+def test_a_forward_or_an_iteration_of_its_own():
+    class Twice(nn.Sequential):
+        def __iter__(self):
+            return iter([*super().__iter__()] * 2)
+
+    module = Twice(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match="its forward is not a chain of its children"):
+        vlm_fast.patch(module)
+    module = mlp(2)
+    module.forward = lambda x: x
+    with pytest.warns(UserWarning, match="its forward has been replaced"):
+        vlm_fast.patch(module)
+
+
+def test_revert_gives_every_class_back():
+    model = nn.Sequential(*mlp(2, WIDTH, HIDDEN), SimpleResBlock(HIDDEN))
+    report = vlm_fast.patch(model)
+    assert report.patched.keys() == {"", "3.proj"}
+    report.revert()
+    assert type(model) is type(model[3].proj) is nn.Sequential
+    vlm_fast.patch(model)
+    assert vlm_fast.unpatch(model) == 2 and vlm_fast.unpatch(model) == 0
+
+
+# ---- compiled, exported, traced ----
+
+
+@both
+@pytest.mark.parametrize("depth", [2, 3])
+def test_compiled_whole(make, depth):
+    plain, fast = make(depth)
+    expected = gradients(plain, X)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    with vlm_fast.strict():
+        for one, other in zip(gradients(compiled, X), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["timm Mlp", "functional", "QuickGELU", "VILA mlp_downsample"])
+def test_other_structures_compiled_whole(name):
+    from tests.support.chain_structures import STRUCTURES
+
+    make, shape, *_ = STRUCTURES[name]
+    module, x = stirred(make()), torch.randn(shape)
+    expected = gradients(module, x)
+    vlm_fast.patch(module)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for one, other in zip(gradients(compiled, x), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_with_a_child_that_is_called():
+    plain, fast = (TimmMlp(0.5).train() for _ in range(2))
+    fast.load_state_dict(plain.state_dict())
+    vlm_fast.patch(fast)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    assert compiled(X).shape == plain(X).shape
+    for module in (plain, fast):
+        module.eval()
+    torch.testing.assert_close(compiled(X), plain(X))
+
+
+def test_exported_as_plain_pytorch():
+    plain, fast = pair(3)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(fast, (X,), dynamic_shapes=({0: batch},))
+    assert not any("vlm_fast" in str(node.target) for node in program.graph.nodes)
+    assert program.state_dict.keys() == plain.state_dict().keys()
+    x = torch.randn(7, 5, WIDTH)
+    torch.testing.assert_close(program.module()(x), plain(x))
+
+
+def test_traced_as_plain_pytorch():
+    plain, fast = pair(3)
+    for module in (fast, nn.Sequential(fast, nn.Tanh())):
+        expected = plain(X) if module is fast else plain(X).tanh()
+        assert torch.equal(torch.fx.symbolic_trace(module)(X), expected)
+        assert torch.equal(torch.jit.script(module)(X), expected)
+        traced = torch.jit.trace(module, (X,), check_trace=False)
+        assert "vlm_fast::" not in str(traced.inlined_graph)
+        torch.testing.assert_close(traced(X), expected)
+    with vlm_fast.strict():
+        torch.testing.assert_close(fast(X), plain(X))
+
+
+# ---- spread ----
+
+Status = Enum("Status", ["NOT_AVAILABLE", "AVAILABLE"])
+
+
+@both
+def test_only_parameters_that_zero3_gathered_are_read(make):
+    _, fast = make(3)
+    for status in (Status.AVAILABLE, Status.NOT_AVAILABLE):
+        for i, parameter in enumerate(fast.parameters()):
+            parameter.ds_id, parameter.ds_status = i, status
+        with vlm_fast.strict():
+            if status is Status.AVAILABLE:
+                fast(X)
+                continue
+            with pytest.raises(vlm_fast.VlmFastFallbackError, match="ZeRO-3"):
+                fast(X)
+
+
+def test_it_is_a_connector():
+    model = nn.ModuleDict({"mm_projector": mlp(2), "other": mlp(1)})
+    model["res"] = nn.Sequential(*mlp(2), SimpleResBlock(HIDDEN))
+    vlm_fast.patch(model)
+    names = [name for name, _ in vlm_fast.connectors(model)]
+    assert names == ["mm_projector", "res"]
+
+
+def a_unit_of_fsdp2(rank, world, make, inside):
+    """The whole, or a unit ``inside`` of a model: gradients as in one process."""
+    torch.manual_seed(0)
+    single, sharded = make(3)
+    if inside:
+        single, sharded = (nn.Sequential(m, nn.LayerNorm(HIDDEN)) for m in (single, sharded))
+        fully_shard(sharded[0])
+    fully_shard(sharded)
+    vlm_fast.stats(reset=True)
+    ours = sharded(X[rank : rank + 1])
+    counts = vlm_fast.stats(reset=True)
+    assert counts["act_linear"]["fast"] == 1 and not any(c["fallback"] for c in counts.values())
+    ours.square().sum().backward()
+    theirs = single(X)
+    theirs.square().sum().div(world).backward()
+    torch.testing.assert_close(ours, theirs[rank : rank + 1], rtol=1e-4, atol=1e-5)
+    for one, other in zip(sharded.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(whole(one.grad), other.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_on_two_ranks(tmp_path):
+    on_ranks(
+        tmp_path, [(a_unit_of_fsdp2, make, inside) for make in (pair, own) for inside in (0, 1)]
+    )

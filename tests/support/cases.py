@@ -1,0 +1,82 @@
+"""What the suites loop over: every declared op at every one of its test shapes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+
+from vlm_fast import ops as ops
+from vlm_fast.ops.declaration import OPS, Op
+from vlm_fast.verification import tolerance
+from vlm_fast.verification.tolerance import Results
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def shape_id(shape: dict[str, Any]) -> str:
+    def text(value: Any) -> str:
+        return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    return "-".join(f"{name}{text(value)}" for name, value in shape.items())
+
+
+DIFFERENTIABLE = {name: op for name, op in OPS.items() if not op.discrete}
+
+
+def _cases(declared: Iterable[Op[..., Any]]) -> Any:
+    return pytest.mark.parametrize(
+        "op, shape",
+        [
+            pytest.param(op, shape, id=f"{op.name}-{shape_id(shape)}")
+            for op in declared
+            for shape in op.test_shapes
+        ],
+    )
+
+
+# What asks for gradients loops over the differentiable ops, all else over any.
+every_op = pytest.mark.parametrize("op", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys())
+every_case = _cases(DIFFERENTIABLE.values())
+any_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
+any_case = _cases(OPS.values())
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+
+
+def each(result: Any) -> list[torch.Tensor]:
+    """All results of an op, one or a tuple, nested or not."""
+    return [r for part in result for r in each(part)] if isinstance(result, tuple) else [result]
+
+
+def assert_right(
+    ours: Results, plain: Callable[[], Results], exact: Results, *outputs: str
+) -> None:
+    """All of ``ours`` meet the tolerance rule; the names that are no ``outputs`` are gradients."""
+    verdicts = tolerance.judge_all(ours, plain, exact, outputs=outputs)
+    assert verdicts and all(v.ok for v in verdicts), [v for v in verdicts if not v.ok]
+
+
+def has_compiled_code(op: Op[..., Any]) -> bool:
+    """Whether a kernel that the op's file imports is in C++ too."""
+    imported = vars(sys.modules[op.__module__]).values()
+    homes = {getattr(v, "__module__", None) or getattr(v, "__name__", None) for v in imported}
+    return any(hasattr(sys.modules.get(home), "native") for home in homes if home)
+
+
+def usual_shape(op: Op[..., Any]) -> dict[str, Any]:
+    """A test shape beyond the degenerate first: odd, and larger than one of anything."""
+    return op.test_shapes[1]
+
+
+def enlarged(shape: dict[str, Any], factor: int) -> dict[str, Any]:
+    """The shape with ``factor`` times the rows or images; with 0, none of them."""
+    new = dict(shape)
+    for name in {"batch", "count"} & shape.keys():
+        new[name] = factor * shape[name]
+    if "shape" in shape:
+        new["shape"] = (factor * shape["shape"][0], *shape["shape"][1:])
+    assert factor == 1 or new != shape, f"which of {list(shape)} is the number of images or rows?"
+    return new

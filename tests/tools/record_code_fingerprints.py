@@ -1,0 +1,141 @@
+"""Record fingerprints of the transformers code that patches restate: ``code_fingerprints.json``.
+
+    python -m tests.tools.record_code_fingerprints [releases]  # by default all
+
+Under each release every family is patched and run, and each method is noted whose code is asked
+for. Then the fingerprints of those methods are taken from the sources of every release. Whoever
+runs this says that the code was read, and that ``make versions`` found the families equal under it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.tools import releases
+from vlm_fast.modules.parameter_access import (
+    activation,
+    code_fingerprints,
+    module_tree,
+    norm,
+    original_code,
+)
+from vlm_fast.patching.models import patch_merger, pixel_shuffle
+
+# Classes that are told by their names, wherever they are defined.
+NAMED = (
+    *module_tree._RMS_NORMS, *norm._GEMMA, *patch_merger.MERGERS.values(),
+    *patch_merger.UNFOLDING.values(), *patch_merger.UNFOLDERS.values(),
+    *pixel_shuffle.GATED.values(),
+)  # fmt: skip
+
+
+def source(release: str) -> Path:
+    """Where a release of transformers lies."""
+    folder = releases.folder(release)
+    if folder.exists():
+        return folder / "transformers"
+    found = importlib.util.find_spec("transformers")
+    assert found is not None and found.origin is not None
+    return Path(found.origin).parent
+
+
+def asked() -> set[str]:
+    """Methods whose code is asked for, in the installed release."""
+    from tests.support.families import CASES, build
+
+    names: set[str] = set()
+
+    def note(definer: type, method: str, function: object) -> None:
+        name = code_fingerprints.name_of(definer, method)
+        if name is not None:
+            names.add(name)
+
+    import vlm_fast
+
+    original_code.why_not_read = note
+    warnings.simplefilter("ignore")
+    for case in CASES:
+        try:
+            model, inputs = build(case)
+            model = CASES[case].altered(model)
+            vlm_fast.patch(model)
+            model(**inputs)
+            model.train()(**inputs)
+        except Exception as error:  # tests.support.across_releases says whether that is a fault
+            print(f"{case}: {type(error).__name__}", file=sys.stderr)
+    return names
+
+
+def asked_under(release: str) -> set[str]:
+    """The same, in a process of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch, "names.json")
+        paths = [str(releases.ROOT)]
+        if releases.folder(release).exists():
+            paths.insert(0, str(releases.folder(release)))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        command = [
+            sys.executable,
+            "-m",
+            "tests.tools.record_code_fingerprints",
+            "--asked",
+            str(out),
+        ]
+        subprocess.run(command, cwd=releases.ROOT, env=environment, check=True)
+        return set(json.loads(out.read_text()))
+
+
+def told_by_name(root: Path) -> Iterator[str]:
+    """The forward of each class in a release that is told by its name, and of each activation."""
+    for path in root.glob("models/*/*.py"):
+        for kind in re.findall(r"^class (\w+)", path.read_text(encoding="utf8"), flags=re.M):
+            if kind in NAMED:
+                yield ".".join((*path.relative_to(root).with_suffix("").parts, kind, "forward"))
+    for kind in activation._TRANSFORMERS:
+        yield f"activations.{kind}.forward"
+
+
+def fingerprints(names: set[str], roots: list[Path]) -> dict[str, list[str]]:
+    """Of each method, in the releases that have it."""
+    found: dict[str, set[str]] = {}
+    trees: dict[Path, ast.Module] = {}
+    for name in sorted(names):
+        home, kind, method = name.rsplit(".", 2)
+        for root in roots:
+            path = root / f"{home.replace('.', '/')}.py"
+            if not path.exists():
+                continue
+            if path not in trees:
+                trees[path] = ast.parse(path.read_text(encoding="utf8"))
+            definition = code_fingerprints.definition_of(trees[path], kind, method)
+            if definition is not None:
+                found.setdefault(name, set()).add(
+                    code_fingerprints.fingerprint_of_source(definition)
+                )
+    return {name: sorted(of_name) for name, of_name in found.items()}
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--asked"]:
+        Path(arguments[1]).write_text(json.dumps(sorted(asked())))
+        return
+    names = {name for release in arguments or releases.RELEASES for name in asked_under(release)}
+    roots = [source(release) for release in releases.RELEASES]
+    for root in roots:
+        names |= set(told_by_name(root))
+    names |= code_fingerprints.KNOWN.keys()
+    code_fingerprints.PATH.write_text(json.dumps(fingerprints(names, roots), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,241 @@
+"""Conversations as a processor's inputs: which tokens are learned, and where images are."""
+
+import copy
+import json
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from typer.testing import CliRunner
+
+from tests.support import photographs, tiny_llava, tiny_processors
+from vlm_fast.cli.main import main
+from vlm_fast.training.data import BadRecord, Collator, Conversations, Example, Turn
+
+PICTURE = Image.new("RGB", (40, 30), "orange")
+
+
+def example(*texts, image=PICTURE):
+    turns = [Turn(("human", "gpt")[number % 2], text) for number, text in enumerate(texts)]
+    return Example("an id", image, tuple(turns))
+
+
+PICTURED = example("What is\n<image>", "a cat", "Of what colour?", "red")
+TEXT_ONLY = example("Who is it?", "an astronaut", image=None)
+
+
+def tokens(processor, batch, row=0):
+    """Each attended token of a row but those of an image, and whether it is learned."""
+    ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+    learned = batch["labels"][row, : len(ids)] != -100
+    assert torch.equal(batch["labels"][row, : len(ids)][learned], ids[learned])
+    assert (batch["labels"][row, len(ids) :] == -100).all()
+    words = processor.tokenizer.convert_ids_to_tokens(ids.tolist())
+    return [(w, bool(x)) for w, x in zip(words, learned, strict=True) if w != "<image>"]
+
+
+def learned_text(processor, batch, row=0):
+    return "".join(word.replace("▁", " ") for word, on in tokens(processor, batch, row) if on)
+
+
+def test_v1_is_vicunas_conversation_with_the_image_first():
+    processor = tiny_processors.llava()
+    batch = Collator(processor)([PICTURED])
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    assert text.startswith("<s>A chat between a curious user")
+    assert text.endswith(
+        f"questions. USER: {'<image>' * 16}\nWhat is ASSISTANT: a cat</s>"
+        "USER: Of what colour? ASSISTANT: red</s>"
+    )
+    # The space before "a" is in its token; that before "red" is a token of its own.
+    assert learned_text(processor, batch) == " a cat</s>red</s>"
+
+
+def test_plain_is_the_image_and_its_caption():
+    processor = tiny_processors.llava()
+    batch = Collator(processor, format="plain")([PICTURED])
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    assert text == f"<s>{'<image>' * 16}a cat\n"
+    assert learned_text(processor, batch) == "a cat\n"
+    with pytest.raises(ValueError, match="plain format is of images"):
+        Collator(processor, format="plain")([TEXT_ONLY])
+
+
+@pytest.mark.parametrize("template", [tiny_processors.CHAT, tiny_processors.UNMARKED])
+def test_a_chat_template_with_and_without_marks(template):
+    processor = tiny_processors.llava(chat_template=template)
+    collator = Collator(processor)
+    assert collator.format == "chat"
+    batch = collator([PICTURED])
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    assert text == (
+        f"<s>USER: {'<image>' * 16}\nWhat is ASSISTANT: a cat</s> "
+        "USER: Of what colour? ASSISTANT: red</s> "
+    )
+    learned = learned_text(processor, batch)
+    assert learned.replace(" ", "") == "acat</s>red</s>"
+
+
+def test_a_template_that_rewrites_earlier_turns_needs_marks():
+    rewriting = "{{ messages | length }}" + tiny_processors.UNMARKED
+    collator = Collator(tiny_processors.llava(chat_template=rewriting))
+    with pytest.raises(ValueError, match=r"mark the answers.*generation"):
+        collator([PICTURED])
+    silent = tiny_processors.CHAT.replace("'assistant'", "'nobody'")
+    with pytest.raises(ValueError, match="has no answer in"):
+        Collator(tiny_processors.llava(chat_template=silent))([PICTURED])
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics"])
+def test_an_image_between_answers(family):
+    processor = getattr(tiny_processors, family)()
+    batch = Collator(processor)([example("Who?", "a cat", "And here? <image>", "red")])
+    assert learned_text(processor, batch) == " a cat</s>red</s>"
+
+
+@pytest.mark.parametrize("vocabulary", [300, 500])
+@pytest.mark.parametrize("template", [None, tiny_processors.CHAT, tiny_processors.UNMARKED])
+def test_labels_are_exact_where_tokens_reach_over_the_ends_of_answers(vocabulary, template):
+    """Against the characters: each learned token has a part of an answer, all others none."""
+    words = tiny_processors.tokenizer(vocabulary, merging=True)
+    processor = tiny_processors.llava(words, chat_template=template)
+    across = 0
+    for image, start in ((PICTURE, "<image>\n"), (None, "")):
+        given = example(
+            f"{start}Who is it?", "an astronaut", "What colour is the suit?", "orange", image=image
+        )
+        found = tokens(processor, Collator(processor)([given]))
+        whole = "".join(word for word, _ in found)
+        within = {
+            whole.index(answer) + place
+            for answer in ("an astronaut</s>", "orange</s>")
+            for place in range(len(answer))
+        }
+        spaces = {place for place, letter in enumerate(whole) if letter == " "}
+        at = 0
+        for word, learned in found:
+            covered = {*range(at, at + len(word))}
+            if covered - spaces:
+                assert learned == bool(covered & within - spaces), (word, at)
+                across += learned and not covered <= within
+            at += len(word)
+    assert across, "no token reaches over an end: the test shows nothing"
+
+
+def test_mixed_and_text_only_batches():
+    for processor in (tiny_processors.llava(), tiny_processors.llava_next()):
+        collator = Collator(processor)
+        mixed = collator([TEXT_ONLY, PICTURED, TEXT_ONLY, PICTURED])
+        assert mixed["pixel_values"].shape[0] == 2
+        alone = [collator([one]) for one in (TEXT_ONLY, PICTURED)]
+        assert "pixel_values" not in alone[0]
+        for row in range(4):
+            length = alone[row % 2]["input_ids"].shape[1]
+            for name in ("input_ids", "labels"):
+                assert torch.equal(mixed[name][row, :length], alone[row % 2][name][0])
+            assert not mixed["attention_mask"][row, length:].any()
+
+
+@pytest.mark.parametrize("family", ["blip2", "idefics", "mllama"])
+def test_other_families_processors(family):
+    processor = getattr(tiny_processors, family)()
+    batch = Collator(processor, format="v1")([PICTURED, PICTURED])
+    assert "pixel_values" in batch
+    assert learned_text(processor, batch, row=1).replace(" ", "") == "acat</s>red</s>"
+    cut = Collator(processor, format="v1", max_length=batch["input_ids"].shape[1] - 3)([PICTURED])
+    by_token = [v for k, v in cut.items() if k.endswith(("ids", "mask", "labels")) and v.ndim > 1
+                and "aspect" not in k]  # fmt: skip
+    assert {v.shape[1] for v in by_token} == {cut["labels"].shape[1]}
+
+
+def test_blip2_would_put_an_image_into_a_row_that_has_none():
+    with pytest.raises(TypeError, match="makes other tokens of the text"):
+        Collator(tiny_processors.blip2(), format="v1")([PICTURED, TEXT_ONLY])
+
+
+def test_what_is_too_long_is_cut_at_the_end_but_not_in_the_image():
+    processor = tiny_processors.llava(chat_template=tiny_processors.CHAT)
+    whole = Collator(processor)([PICTURED])
+    first = int((whole["labels"][0] != -100).nonzero()[0])
+    image_end = int((whole["input_ids"][0] == processor.image_token_id).nonzero()[-1]) + 1
+    cut = Collator(processor, max_length=first + 1)([PICTURED, TEXT_ONLY])
+    assert cut["labels"].shape == cut["input_ids"].shape == cut["attention_mask"].shape
+    assert torch.equal(cut["labels"][0], whole["labels"][0, : first + 1])
+    for length, words in ((first, "an answer that begins"), (image_end - 1, "an image that ends")):
+        with pytest.raises(BadRecord, match=f"record 'an id', conversations: too long: .*{words}"):
+            Collator(processor, max_length=length)([PICTURED])
+
+
+def test_a_processors_own_image_token_in_the_text_is_refused():
+    given = example("<image>\nRead <|image|> aloud", "no")
+    with pytest.raises(BadRecord, match=r"<\|image\|> 1 times in the text, came 2"):
+        Collator(tiny_processors.mllama(), format="v1")([given])
+
+
+def test_wrong_arguments_are_named():
+    processor = tiny_processors.llava()
+    with pytest.raises(TypeError, match=r"processor is a .*, expected one with"):
+        Collator(copy.copy(processor.tokenizer))
+    with pytest.raises(ValueError, match="format is 'v0', expected one of plain, v1, chat"):
+        Collator(processor, format="v0")
+    with pytest.raises(ValueError, match="no chat template"):
+        Collator(processor, format="chat")
+    with pytest.raises(ValueError, match="max_length is 0"):
+        Collator(processor, max_length=0)
+    with pytest.raises(ValueError, match="examples is empty"):
+        Collator(processor)([])
+    for token, words in (("pad", "no pad_token"), ("eos", "no eos_token")):
+        lacking = copy.deepcopy(processor)
+        setattr(lacking.tokenizer, f"{token}_token", None)
+        with pytest.raises(ValueError, match=words):
+            Collator(lacking)
+
+
+def test_a_model_trains_on_batches_from_workers(tmp_path):
+    records, images = photographs.write(tmp_path, longest=32, views=("whole",))
+    data = Conversations(records, images)
+    collator = Collator(tiny_processors.llava(), format="plain")
+    here = [collator([data[n] for n in (k, k + 1)]) for k in range(0, 12, 2)]
+    # What spawn sends to its workers.
+    sent, collate = pickle.loads(ForkingPickler.dumps((data, collator)))
+    for loader in (
+        DataLoader(data, batch_size=2, collate_fn=collator, num_workers=2),
+        DataLoader(sent, batch_size=2, collate_fn=collate),
+    ):
+        for one, other in zip(here, loader, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one)
+    model = tiny_llava.llava().train()
+    loss = model(**here[0]).loss
+    loss.backward()
+    assert loss.isfinite() and model.model.multi_modal_projector.linear_1.weight.grad.norm() > 0
+
+
+def test_the_check_finds_what_is_too_long_for_a_processor(tmp_path):
+    records, images = photographs.write(tmp_path, longest=32, views=("whole",))
+    tiny_processors.llava().save_pretrained(tmp_path / "model")
+    names = [one.id for one in Conversations(records, images)]
+    command = ["data", "check", "--data", records, "--images", images, "--format", "plain"]
+    command += ["--json", "--processor", tmp_path / "model"]
+
+    def call(*more):
+        return CliRunner().invoke(main.app, [str(word) for word in (*command, *more)])
+
+    assert call("--max-length", 18).exit_code == 0
+    found = call("--max-length", 17)  # one for the beginning, 16 for the image: no answer
+    assert found.exit_code == main.Exit.FAILURE
+    content = json.loads(found.stdout)
+    assert content["counts"] == {"too long": len(names)} and content["good"] == 0
+    assert [fault["id"] for fault in content["faults"]] == names
+    for arguments, words in (
+        (("--processor", tmp_path / "no"), "--processor: there is no folder"),
+        (("--processor", images), "--processor: "),
+        (("--format", "v0"), "--processor: format is 'v0'"),
+    ):
+        found = call(*arguments)
+        assert found.exit_code == main.Exit.USAGE and words in found.stderr, found.output
+    command = [*command[:6], "--max-length", 9]
+    assert "--format and --max-length need --processor" in call().stderr

@@ -1,0 +1,61 @@
+"""The fused models train as the unfused do on a CPU, and would be seen if they did not."""
+
+import pytest
+import torch
+
+from tests.support.captioned_models import FAMILIES
+from tests.support.captioned_training import (
+    ALLOWED,
+    fused_training_is_unfused_training,
+    prepared,
+    train,
+    yardstick,
+)
+from tests.support.convergence import distance
+from vlm_fast.ops.declaration import OPS
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@every_family
+def test_fused_training_is_unfused_training(family):
+    """Nearer to each other than fp32 to fp64: most ops of a CPU are ATen's in another order."""
+    fused_training_is_unfused_training(family, torch.float32, "cpu", allowed=1)
+
+
+def test_fused_training_under_autocast():
+    fused_training_is_unfused_training("mllama", torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize(
+    "family, op, argument, factor",
+    [
+        ("llava", "mlp", "bias_1", 0),
+        ("blip2", "add_layer_norm", "x", 1.01),
+        ("idefics", "gated_add_norm", "gate", 0),
+        ("mllama", "gated_mlp", "x", 1.01),
+    ],
+)
+def test_a_wrong_gradient_is_seen(family, op, argument, factor, monkeypatch):
+    """One gradient of one op is dropped, or 1 % too large, and all else is right."""
+    op = OPS[op]
+    wrong, right = op.tensors.index(argument), op._path.backward
+
+    def backward(*args, **options):
+        gradients = list(right(*args, **options))
+        gradients[wrong] = gradients[wrong] * factor
+        return tuple(gradients)
+
+    monkeypatch.setattr(op._path, "backward", backward)
+    plain, apart = yardstick(family, torch.float32, "cpu")
+    broken = train(family, torch.float32, "cpu", fused=True)
+    assert distance(broken, plain).over(apart) > 5 * ALLOWED
+
+
+@every_family
+def test_what_is_said_hangs_on_the_photograph(family):
+    model, inputs = prepared(family)
+    others = inputs | {"pixel_values": inputs["pixel_values"].roll(1, 0)}
+    with torch.no_grad():
+        logits, of_others = (model(**given).logits for given in (inputs, others))
+    assert (logits - of_others).norm() > 0.05 * logits.norm()

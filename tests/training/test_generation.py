@@ -1,0 +1,263 @@
+"""The parts of making instruction data: annotations, answers, the journal, the pace."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from tests.support.coco_annotations import BOXES, CAPTIONS
+from vlm_fast.training.data import BadRecord
+from vlm_fast.training.data.generation import Box, Scene, TokenBucket, read_scenes
+from vlm_fast.training.data.generation.answers import BadAnswer, record
+from vlm_fast.training.data.generation.prompts import EXAMPLE, messages
+from vlm_fast.training.data.generation.resume_log import Journal
+
+
+def written(folder, boxes=BOXES):
+    paths = folder / "captions.json", folder / "instances.json"
+    for path, content in zip(paths, (CAPTIONS, boxes), strict=True):
+        path.write_text(json.dumps(content))
+    return paths
+
+
+def test_scenes_have_boxes_as_shares_of_the_picture(tmp_path):
+    assert read_scenes(*written(tmp_path)) == [
+        Scene(
+            7, "7.png", ("A dog on a chair.", "A chair."),
+            (Box("dog", 0.25, 0.25, 0.75, 0.755), Box("chair", 0.0, 0.0, 1.0, 0.99)),
+        ),
+        Scene(8, "8.png", ("A cat.",), ()),
+    ]  # fmt: skip
+
+
+ANNOTATIONS = {
+    "not JSON": ("{", "captions.json: not JSON"),
+    "a list": ([], "captions.json: images: annotation: expected a list, came a list of 0"),
+    "no images": ({"annotations": []}, "images: annotation: expected a list, came null"),
+    "an image": ({"images": [3]}, r"images\[0\]: annotation: expected an object, came 3"),
+    "no name": ({"images": [{"id": 7}]}, r"images\[0\].file_name: .* a file's name"),
+    "upwards": (
+        {"images": [{**CAPTIONS["images"][0], "file_name": "../7.png"}]}, "which leads upwards",
+    ),
+    "no width": (
+        {"images": [{**CAPTIONS["images"][0], "width": 0}]}, r"images\[0\].width: .* a positive",
+    ),
+    "another image": (
+        {**CAPTIONS, "annotations": [{"image_id": 3, "caption": "x"}]},
+        r"annotations\[0\].image_id: annotation: expected the id of one of the images, came 3",
+    ),
+    "no caption": (
+        {**CAPTIONS, "annotations": [{"image_id": 7, "caption": " "}]}, r"annotations\[0\].caption",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ANNOTATIONS)
+def test_annotations_of_another_shape_are_named(tmp_path, name):
+    content, words = ANNOTATIONS[name]
+    paths = written(tmp_path)
+    paths[0].write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(BadRecord, match=words):
+        read_scenes(*paths)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [({"category_id": 5}, r"annotations\[0\].category_id: .* one of the categories, came 5"),
+     ({"bbox": [1, 2, 3]}, r"annotations\[0\].bbox: .* width, height, came '\[1, 2, 3\]'"),
+     ({"bbox": [1, 2, 3, "4"]}, r"annotations\[0\].bbox: "),
+     ({"image_id": "7"}, r"annotations\[0\].image_id: .* a whole number, came '7'")],
+)  # fmt: skip
+def test_boxes_of_another_shape_are_named(tmp_path, change, words):
+    one = {**BOXES["annotations"][0], **change}
+    with pytest.raises(BadRecord, match=rf"^the file, instances.json: {words}"):
+        read_scenes(*written(tmp_path, {**BOXES, "annotations": [one]}))
+
+
+BAD = {
+    "no JSON": ("I would rather not", "expected JSON, came 'I would rather not'"),
+    "no list": ('{"question": "x", "answer": "y"}', "expected a list of 1, came an object of 2"),
+    "two": (json.dumps([{"question": "x", "answer": "y"}] * 2), "expected a list of 1"),
+    "no answer": ('[{"question": "x"}]', "[0].answer: expected text, came null"),
+    "an empty one": ('[{"question": "x", "answer": " "}]', "[0].answer: expected text, came ' '"),
+    "text in it": ('["x"]', "[0]: expected an object, came 'x'"),
+    "a placeholder": ('[{"question": "x", "answer": "<image>"}]', "expected no <image> in"),
+    "half a letter": ('[{"question": "x", "answer": "\\ud800"}]', "text that UTF-8 can hold"),
+    "nested": ("[" * 100_000, "expected JSON, came '[[["),
+    "nothing": (" ", "expected text, came nothing"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_an_answer_is_not_what_was_asked_for(name):
+    text, words = BAD[name]
+    with pytest.raises(BadAnswer, match=re.escape(words)):
+        record(EXAMPLE, "reasoning", text)
+    for few in ("[]", '[{"question": "x", "answer": "y"}]'):
+        with pytest.raises(BadAnswer, match="expected a list of 2 to 10"):
+            record(EXAMPLE, "conversation", few)
+
+
+def test_answers_are_records():
+    for text in (
+        '[{"question": "x", "answer": "y"}]',
+        '```json\n[{"question": "x ", "answer": "y"}]\n```',
+    ):
+        said = record(EXAMPLE, "reasoning", text)["conversations"]
+        assert said[0]["value"] in ("x\n<image>", "<image>\nx") and said[1]["value"] == "y"
+    scenes = [replace(EXAMPLE, id=number) for number in range(50)]
+    first = [record(scene, "detail", "A dog.")["conversations"][0]["value"] for scene in scenes]
+    assert first == [record(s, "detail", "A cat.")["conversations"][0]["value"] for s in scenes]
+    assert len(set(first)) > 10  # all questions, the image before and after
+
+
+def test_a_journal_of_something_else_is_not_written_on(tmp_path):
+    path, subject = tmp_path / "out.json.journal", {"model": "m"}
+    with Journal(path, subject) as ours:
+        ours.add("7-detail", failed="no")
+        with pytest.raises(ValueError, match="another process is writing"):
+            Journal(path, subject)
+    content = path.read_bytes()
+    head, entry = content.splitlines()
+    broken = b"\n".join([head, b"{", entry, b""])
+    for wrong, model, words in (
+        (content, "other", "is a journal of model 'm', expected one of model 'other'"),
+        (b"hello\n", "m", "is no journal in line 1"),
+        (b"hello", "m", "is no journal"),
+        (b'{"a": 1}\n', "m", "is no journal, expected one of model 'm'"),
+        (broken, "m", "is no journal in line 2"),
+    ):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=re.escape(words)):
+            Journal(path, {"model": model})
+        assert path.read_bytes() == wrong
+    # A first line that was torn is that of a run that had asked nothing.
+    path.write_bytes(head[:10])
+    with Journal(path, subject) as again:
+        assert not again.entries
+    # Wherever its last line is torn, the others are there and the next one is whole.
+    for length in range(len(head) + 1, len(content)):
+        path.write_bytes(content[:length])
+        with Journal(path, subject) as torn:
+            assert not torn.entries
+            torn.add("8-detail", failed="no")
+        with Journal(path, subject) as read:
+            assert list(read.entries) == ["8-detail"]
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        assert seconds > 0
+        self.now += seconds
+
+
+@pytest.mark.parametrize("rate, burst", [(60, 1), (7, 1), (120, 5), (0.5, 1)])
+def test_no_minute_has_more_than_the_rate(rate, burst):
+    clock = Clock()
+    bucket = TokenBucket(rate, burst, clock=clock, sleep=clock.sleep)
+    times = []
+    for number in range(300):
+        clock.now += 13.7 if number % 50 == 49 else 0.01  # work, and a long pause
+        bucket.take()
+        times.append(clock.now)
+    for start in times:
+        assert sum(start <= at < start + 60 for at in times) <= rate + burst
+    # And it is not slower than it must be.
+    assert times[-1] - times[0] <= 300 * 60 / rate + 300 * 0.01 + 6 * 13.7
+
+
+def test_it_waits_as_long_as_it_must():
+    clock = Clock()
+    bucket = TokenBucket(6, clock=clock, sleep=clock.sleep)
+    bucket.take()
+    assert clock.now == 100.0
+    bucket.take()
+    assert clock.now == pytest.approx(110.0)
+    for wrong in (dict(rate=0), dict(rate=-1), dict(rate=float("nan")), dict(rate=1, burst=0.5)):
+        with pytest.raises(ValueError, match="expected above 0 and at least 1"):
+            TokenBucket(**wrong)
+
+
+def as_it_is(folder, *, box=None, captions=CAPTIONS, **change):
+    """Scenes and faults where the first annotation of boxes is so."""
+    one = {**BOXES["annotations"][0], **change} | ({} if box is None else {"bbox": box})
+    boxes = {**BOXES, "annotations": [one, *BOXES["annotations"][1:]]}
+    paths = written(folder, boxes)
+    paths[0].write_text(json.dumps(captions))
+    faults = []
+    return read_scenes(*paths, faults=faults), faults
+
+
+NO_BOXES = {
+    "no height": [50, 25, 100, 0], "no width": [50, 25, 0, 9], "negative width": [50, 25, -10, 9],
+    "NaN": [float("nan"), 25, 10, 9], "endless": [0, 0, float("inf"), 9],
+    "huge": [10**400, 0, 9, 9], "to the right": [300, 10, 20, 20], "above": [10, -30, 20, 20],
+    "at the edge": [200, 0, 10, 10], "thinner than its digits": [10, 10, 0.01, 50],
+    "nothing": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_BOXES)
+def test_what_is_no_box_in_its_picture_is_left_out_and_named(tmp_path, name):
+    scenes, faults = as_it_is(tmp_path, box=NO_BOXES[name])
+    assert [box.name for box in scenes[0].boxes] == ["chair"] and scenes[1].id == 8
+    assert [(fault.kind, fault.id) for fault in faults] == [("no box", "7")]
+    assert faults[0].field == "instances.json: annotations[0].bbox"
+
+
+def test_a_missing_box_stops_nothing(tmp_path):
+    for place, count in ((0, 1), (2, 0)):  # the last is of a picture that nobody described
+        boxes = json.loads(json.dumps(BOXES))
+        del boxes["annotations"][place]["bbox"]
+        faults = []
+        scenes = read_scenes(*written(tmp_path, boxes), faults=faults)
+        assert len(scenes[0].boxes) == 2 - count and len(faults) == count
+    scenes, faults = as_it_is(tmp_path, bbox=None)
+    assert len(scenes[0].boxes) == 1 and "came nothing" in str(faults[0])
+
+
+def test_a_box_that_reaches_out_of_its_picture_ends_at_the_edge(tmp_path):
+    scenes, faults = as_it_is(tmp_path, box=[150, 50, 500, 500])
+    assert scenes[0].boxes[0] == Box("dog", 0.75, 0.5, 1.0, 1.0) and not faults
+
+
+def test_a_crowd_is_told_as_a_group(tmp_path):
+    scenes, faults = as_it_is(tmp_path, iscrowd=1)
+    assert scenes[0].boxes[0].name == "group of dog"
+    assert [(fault.kind, fault.id) for fault in faults] == [("crowd", "7")]
+    assert as_it_is(tmp_path, iscrowd=0)[1] == []
+    assert "'group of'" in messages(scenes[0], "detail")[0]["content"]
+    assert "group of dog: [0.250, " in messages(scenes[0], "detail")[3]["content"]
+
+
+def test_two_pictures_with_one_id_are_both_left_out(tmp_path):
+    first = CAPTIONS["images"][0]
+    for change, left in (({"file_name": "z.png"}, [8]), ({"width": 99}, [8]), ({}, [7, 8])):
+        images = [*CAPTIONS["images"], {**first, **change}]
+        scenes, faults = as_it_is(tmp_path, captions={**CAPTIONS, "images": images})
+        assert [scene.id for scene in scenes] == left
+        kinds = [(fault.kind, fault.field, fault.came) for fault in faults]
+        wanted = ("duplicate id", "captions.json: images[3].id")
+        came = "7, that of images[0] too: neither is used"
+        assert kinds == ([(*wanted, came)] if change else [])
+
+
+def test_two_categories_with_one_id_are_both_left_out(tmp_path):
+    boxes = {**BOXES, "categories": [*BOXES["categories"], {"id": 1, "name": "cat"}]}
+    faults = []
+    scenes = read_scenes(*written(tmp_path, boxes), faults=faults)
+    assert [box.name for box in scenes[0].boxes] == ["chair"]
+    assert [fault.kind for fault in faults] == ["duplicate id", "no category"]
+
+
+def test_without_a_list_of_faults_a_warning_counts_them(tmp_path):
+    annotations = [{**one, "bbox": [0, 0, 0, 0]} for one in BOXES["annotations"]]
+    with pytest.warns(UserWarning, match=r"annotations\[0\]\.bbox: .*; in all 2 no box"):
+        read_scenes(*written(tmp_path, {**BOXES, "annotations": annotations}))

@@ -1,0 +1,134 @@
+"""Records that hold more than an image and a conversation: a fault, a warning, or metadata."""
+
+import json
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from vlm_fast.cli.main import main
+from vlm_fast.training.data import BadRecord, Captions, Conversations, UnusedKey, check
+
+QUESTION, ANSWER = {"from": "human", "value": "Who?"}, {"from": "gpt", "value": "me"}
+TEXT = {"id": "a", "conversations": [QUESTION, ANSWER]}
+PICTURED = {
+    "id": "b",
+    "image": "coco/0.png",
+    "conversations": [{"from": "human", "value": "<image>\nWho?"}, ANSWER],
+}
+CONTENT = {
+    "video": "a.mp4", "videos": ["a.mp4"], "video_path": "a", "videoUrl": "http://x/a",
+    "images": ["1.png", "2.png"], "image_2": "2.png", "image_list": ["1"], "frames": ["1", "2"],
+    "audio": "a.wav", "audios": ["a"], "sound": "a", "speech_file": "a", "Voice": {"bytes": "UklG"},
+    "point_cloud": "a", "depth_map": "a", "mask": [[0, 1]], "pdf": "a", "pixel_values": [[0.5]],
+    "system": "Be brief.", "system_prompt": "Be brief.", "SystemMessage": "Be brief.",
+    "tools": [{"name": "search"}], "weight": 0, "loss": False,
+    "clip_of": "a.MP4", "extra": {"files": ["a.flac"]}, "attachment": "data:image/png;base64,iVBO",
+}  # fmt: skip
+METADATA = {
+    "model": "gpt-4", "source": "coco", "task": "vqa", "dataset": "mix", "data_source": "llava",
+    "split": "train", "type": "detail", "category": "animals", "language": "en", "score": 0.5,
+    "license": "CC-BY", "width": 640, "height": 480, "question_id": "q7", "imageId": "7",
+    "timestamp": "2024-01-01", "metadata": {"round": 2}, "valid": True, "num_turns": 3,
+    "video": None, "images": [], "system": "", "audio": {}, "weight": 1, "frames": 16,
+}  # fmt: skip
+TOKENS = ("<video>", "<audio>", "<Video>", "<video_1>", "<|video_pad|>", "<|AUDIO|>", "<speech>",
+          "<image_1>", "<|image_2|>", "<|image_pad|>", "<IMG_CONTEXT>", "<image_soft_token>",
+          "<ImageHere>")  # fmt: skip
+
+
+@pytest.fixture
+def images(tmp_path):
+    (tmp_path / "images" / "coco").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "coco" / "0.png")
+    return tmp_path / "images"
+
+
+def written(folder, *records):
+    path = folder / "data.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.mark.parametrize("base", [TEXT, PICTURED], ids=["text", "pictured"])
+@pytest.mark.parametrize("key", CONTENT)
+def test_other_content_is_a_fault_that_names_its_key(tmp_path, images, base, key):
+    path = written(tmp_path, TEXT, {**base, "id": "bad", key: CONTENT[key]}, PICTURED)
+    words = rf"record 1 \(id 'bad'\), {key}: other content: expected nothing"
+    with pytest.raises(BadRecord, match=words):
+        Conversations(path, images)
+    data = Conversations(path, images, on_bad="skip")
+    assert [one.id for one in data] == ["a", "b"]
+    found = check(path, images)
+    assert [fault.field for fault in found.faults if not fault.is_warning] == [key]
+    assert (found.total, found.good) == (3, 2)
+
+
+@pytest.mark.parametrize("key", ["video", "image", "system", "loss_weight"])
+def test_other_content_of_a_turn(tmp_path, images, key):
+    value = 0.5 if key == "loss_weight" else "a"
+    bad = {**TEXT, "conversations": [QUESTION, {**ANSWER, key: value}]}
+    with pytest.raises(BadRecord, match=rf"conversations\[1\]\.{key}: other content"):
+        Conversations(written(tmp_path, bad), images)
+
+
+@pytest.mark.parametrize("token", TOKENS)
+def test_placeholders_of_other_media(tmp_path, images, token):
+    asked = {**TEXT, "conversations": [{**QUESTION, "value": f"{token}\nWho?"}, ANSWER]}
+    said = {**TEXT, "conversations": [QUESTION, {**ANSWER, "value": f"me {token}"}]}
+    for bad, number in ((asked, 0), (said, 1)):
+        path = written(tmp_path, PICTURED, bad)
+        with pytest.raises(BadRecord, match=rf"conversations\[{number}\]\.value: other content"):
+            Conversations(path, images)
+        assert [fault.came for fault in check(path, images).faults] == [repr(token)]
+
+
+def test_what_people_write_about_is_no_placeholder(tmp_path, images):
+    words = "Use <b>, <video controls>, </video>, <img>, a<b>c and <point x=1> here."
+    good = {**TEXT, "conversations": [{**QUESTION, "value": words}, ANSWER]}
+    assert check(written(tmp_path, good), images).faults == []
+
+
+@pytest.mark.parametrize("key", METADATA)
+def test_metadata_and_what_is_empty_are_passed_over(tmp_path, images, key):
+    path = written(tmp_path, *({**one, key: METADATA[key]} for one in (TEXT, PICTURED)))
+    assert check(path, images) == check(written(tmp_path, TEXT, PICTURED), images)
+    assert len(Conversations(written(tmp_path, {**TEXT, key: METADATA[key]}), images)) == 1
+
+
+def test_another_name_of_the_image_is_no_other_content(tmp_path, images):
+    same = {"image_url": "http://cocodataset.org/train/0.png", "url": "http://x/9.jpg",
+            "file_name": "0.png", "image_path": "/data/coco/0.png"}  # fmt: skip
+    assert check(written(tmp_path, {**PICTURED, **same}), images).faults == []
+    for key, value in same.items():  # but without an image it would be lost
+        with pytest.raises(BadRecord, match=rf"{key}: other content"):
+            Conversations(written(tmp_path, {**TEXT, key: value}), images)
+
+
+def test_an_unknown_key_is_told_once_and_the_record_used(tmp_path, images):
+    records = [{**TEXT, "id": str(n), "rationale": f"since {n}"} for n in range(1, 4)]
+    records[2]["conversations"] = [QUESTION, {**ANSWER, "thought": ["long"]}]
+    path = written(tmp_path, TEXT, *records)
+    with pytest.warns(UnusedKey, match=r"record 1 \(id '1'\), rationale: .*; 3 records have it"):
+        data = Conversations(path, images)
+    assert len(data) == 4
+    found = check(path, images)
+    assert found.good == 4 and all(fault.is_warning for fault in found.faults)
+    assert [(fault.kind, fault.field) for fault in found.faults] == [
+        ("unknown key", "rationale"), ("unknown key", "conversations[].thought"),
+    ]  # fmt: skip
+    with pytest.warns(UnusedKey, match="caption: unknown key"):
+        Captions(written(tmp_path, {**PICTURED, "caption": "a dog"}), images)
+
+
+def test_the_command_counts_them(tmp_path, images):
+    bad = [{**TEXT, "id": key, key: CONTENT[key]} for key in ("video", "system", "audio")]
+    path = written(tmp_path, TEXT, *bad, {**TEXT, "id": "x", "rationale": "since"})
+    arguments = ["data", "check", "--data", str(path), "--images", str(images), "--json"]
+    found = CliRunner().invoke(main.app, arguments)
+    content = json.loads(found.stdout)
+    assert found.exit_code == main.Exit.FAILURE
+    assert content["counts"] == {"other content": 3, "unknown key": 1} and content["good"] == 2
+    assert [fault["field"] for fault in content["faults"]] == [
+        "video", "system", "audio", "rationale",
+    ]  # fmt: skip

@@ -1,0 +1,290 @@
+"""What `vlm_fast.verify` says of a whole model, and what it leaves behind."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import vlm_fast
+from tests.support.tiny_llava import llava, prompt
+from tests.support.tiny_models import build
+from tests.support.tiny_qformers import SMALL, blip2, images
+from vlm_fast.patching.models.mlp import FusedMLP
+from vlm_fast.verification import model_runs
+
+
+def patched(dtype=torch.float32):
+    model, inputs = llava(dtype=dtype), prompt(dtype)
+    vlm_fast.patch(model)
+    return model, inputs
+
+
+def remembers(method):
+    """A stale method: without gradients it gives what it gave at first."""
+    answers = []
+
+    def stale(self, *args, **kwargs):
+        if torch.is_grad_enabled():
+            return method(self, *args, **kwargs)
+        if not answers:
+            answers.append(method(self, *args, **kwargs))
+        return answers[0]
+
+    return stale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stale_answer_is_no_ok(dtype, monkeypatch):
+    model, inputs = patched(dtype)
+    assert vlm_fast.verify(model, **inputs).ok
+    monkeypatch.setattr(FusedMLP, "forward", remembers(FusedMLP.forward))
+    with torch.no_grad():
+        model(**{**inputs, "pixel_values": torch.randn_like(inputs["pixel_values"])})
+    found = vlm_fast.verify(model, **inputs)
+    assert all(connector.ok for connector in found.connectors)  # each by itself is right
+    assert not found.ok and "FAIL output" in str(found)
+    wrong = [verdict.what for verdict in found.outputs if not verdict.ok]
+    assert wrong[0] == "logits" and len(found.outputs) > 1
+
+
+def test_a_derived_weight_that_outlives_its_source_is_no_ok(monkeypatch):
+    """Made once of a weight that is written to afterwards, beside the model's own run."""
+    model, inputs = patched()
+    projector = model.model.multi_modal_projector
+    kept = copy.deepcopy(projector.linear_2.weight)
+    right = FusedMLP.forward
+
+    def stale(self, *args, **kwargs):
+        if torch.is_grad_enabled() or self.linear_2.weight is kept:
+            return right(self, *args, **kwargs)
+        current, self.linear_2.weight = self.linear_2.weight, kept
+        try:
+            return right(self, *args, **kwargs)
+        finally:
+            self.linear_2.weight = current
+
+    monkeypatch.setattr(FusedMLP, "forward", stale)
+    assert vlm_fast.verify(model, **inputs).ok
+    projector.linear_2.weight.data.mul_(1.01)
+    assert not vlm_fast.verify(model, **inputs).ok
+
+
+def test_what_the_model_computes_is_run_without_hooks(monkeypatch):
+    """Hooks may make a layer fall back: then they would hide what it does without them."""
+    model, inputs = patched()
+    right = FusedMLP.forward
+
+    def wrong_when_fast(self, *args, **kwargs):
+        result = right(self, *args, **kwargs)
+        return result if self._forward_hooks or self._forward_pre_hooks else result * 1.01
+
+    monkeypatch.setattr(FusedMLP, "forward", wrong_when_fast)
+    found = vlm_fast.verify(model, **inputs)
+    assert [verdict.what for verdict in found.outputs if not verdict.ok][:1] == ["logits"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_is_ok(dtype, seed):
+    model, inputs = patched(dtype)
+    torch.manual_seed(seed)
+    inputs["pixel_values"] = torch.randn_like(inputs["pixel_values"])
+    found = vlm_fast.verify(model, **inputs, labels=inputs["input_ids"], output_hidden_states=True)
+    assert found.ok, found
+    assert {"loss", "logits"} <= {verdict.what for verdict in found.outputs}
+
+
+def test_a_rounding_error_that_the_model_amplifies_is_ok():
+    """What a model makes of the last bits of its connector is no fault of the connector."""
+
+    class Amplifies(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **inputs):
+            hidden = self.inner(**inputs).logits
+            return torch.sin(1e5 * hidden)
+
+    model, inputs = patched()
+    plain = llava()
+    with torch.no_grad():
+        moved = [torch.sin(1e5 * m(**inputs).logits) for m in (model, plain)]
+    found = vlm_fast.verify(Amplifies(model), **inputs)
+    assert found.ok, found
+    assert (moved[0] - moved[1]).abs().max() > 1e-3  # far more than the last bits of this
+
+
+# ---- dropout ----
+
+
+def with_dropout():
+    torch.manual_seed(0)
+    model = blip2(**SMALL, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1).train()
+    vlm_fast.patch(model)
+    query = torch.randn(1, 4, 48).expand(3, -1, -1)
+    return model, {"query_embeds": query, "encoder_hidden_states": images(3, 7, 40)}
+
+
+def test_other_masks_of_dropout_are_not_called_wrong(monkeypatch):
+    model, given = with_dropout()
+    found = vlm_fast.verify(model, **given)
+    assert found.ok and not found.outputs and "dropout" in found.incomparable, found
+    assert "not judged" in str(found)
+    assert [c.what for c in found.connectors] == ["FusedQFormerModel without dropout"]
+    assert all(module.training for module in model.modules())
+    # The connector is judged all the same.
+    right = vlm_fast.ops.mlp._path.forward
+
+    def wrong(*args, **options):
+        y, saved = right(*args, **options)
+        return y * 1.01, saved
+
+    monkeypatch.setattr(vlm_fast.ops.mlp._path, "forward", wrong)
+    assert not vlm_fast.verify(model, **given).ok
+
+
+def test_modes_of_parts_stay():
+    model, given = with_dropout()
+    model.encoder.layer[1].eval()
+    modes = [module.training for module in model.modules()]
+    before = torch.get_rng_state()
+    vlm_fast.verify(model, **given)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- buffers ----
+
+
+class Counts(nn.Module):
+    """Buffers of every kind, and what a forward may do to them; around a patched model."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("added_to", torch.zeros(2))
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("cached", torch.zeros(2), persistent=False)
+        self.register_buffer("by_data", torch.zeros(2))
+        self.register_buffer("unset", None)
+        self.fails = False
+
+    def forward(self, **inputs):
+        self.norm(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))
+        self.added_to += 1
+        self.replaced = self.replaced + 1
+        self.cached = torch.ones(7)
+        self.by_data.data = torch.ones(3)
+        self.unset = torch.ones(1)
+        self.register_buffer("late", torch.ones(1), persistent=False)
+        if self.fails:
+            raise KeyError("midway")
+        logits = self.inner(**inputs).logits
+        return logits + self.added_to.sum()  # so that every run has to begin with the same
+
+
+def state_of(model):
+    return {
+        name: (buffer, buffer.data_ptr(), buffer.clone())
+        for name, buffer in model.named_buffers()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_buffers_are_left_as_they_were(fails):
+    inner, inputs = patched()
+    model = Counts(inner).train()
+    model.fails = fails
+    before, keys = state_of(model), list(model.state_dict())
+    if fails:
+        with pytest.raises(KeyError):
+            vlm_fast.verify(model, **inputs)
+    else:
+        found = vlm_fast.verify(model, **inputs)
+        assert found.ok, found
+    after = state_of(model)
+    assert list(after) == list(before) and list(model.state_dict()) == keys
+    for name, (buffer, address, value) in before.items():
+        assert after[name][0] is buffer and after[name][1] == address, name
+        assert torch.equal(after[name][2], value), name
+    assert model.unset is None and "unset" in model._buffers
+
+
+def test_running_statistics_of_a_vision_tower_stay():
+    model, inputs = build("fast_vlm")
+    model.train()
+    vlm_fast.patch(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert any("running_mean" in name for name in before)
+    assert vlm_fast.verify(model, **inputs).ok
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_a_cache_that_is_given_stays():
+    """Each run starts with it, and none adds to it."""
+    model, inputs = patched()
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    length = cache.get_seq_length()
+    mask = torch.ones(len(inputs["input_ids"]), length + 2, dtype=torch.long)
+    ids = torch.full((len(mask), 2), 9)
+    found = vlm_fast.verify(model, input_ids=ids, attention_mask=mask, past_key_values=cache)
+    assert cache.get_seq_length() == length
+    assert all(verdict.ok for verdict in found.outputs), found
+
+
+def test_results_of_other_places_or_shapes_are_no_ok():
+    one = model_runs.Run({"a": torch.zeros(2)}, False)
+    other = model_runs.Run({"a": torch.zeros(2), "b": torch.zeros(2)}, False)
+    (verdict,) = model_runs.judge_outputs(one, other, lambda draw: other)
+    assert not verdict.ok and verdict.what == "b"
+    wide = model_runs.Run({"a": torch.zeros(3)}, False)
+    assert not model_runs.judge_outputs(one, wide, lambda draw: wide)[0].ok
+
+
+@dataclasses.dataclass
+class Returned:
+    pair: tuple
+    text: str
+
+
+class OfItsOwnKind(dict):
+    """A mapping that no registry of trees knows."""
+
+
+@pytest.mark.parametrize("kind", [tuple, list, Returned, OfItsOwnKind, torch.Tensor])
+def test_outputs_are_found_in_whatever_is_returned(kind, monkeypatch):
+    class Wraps(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **inputs):
+            logits = self.inner(**inputs).logits
+            if kind is torch.Tensor:
+                return logits
+            if kind is Returned:
+                return Returned((None, logits), "as it is")
+            return OfItsOwnKind(a=[logits]) if kind is OfItsOwnKind else kind([3, logits])
+
+    inner, inputs = patched()
+    model = Wraps(inner)
+    (verdict,) = vlm_fast.verify(model, **inputs).outputs
+    assert verdict.ok
+    monkeypatch.setattr(FusedMLP, "forward", remembers(FusedMLP.forward))
+    with torch.no_grad():
+        model(**{**inputs, "pixel_values": torch.randn_like(inputs["pixel_values"])})
+    assert not vlm_fast.verify(model, **inputs).ok
+
+
+def test_ok_asks_all_that_was_judged():
+    model, inputs = patched()
+    found = vlm_fast.verify(model, **inputs)
+    wrong = dataclasses.replace(found.outputs[0], failure="wrong")
+    assert not dataclasses.replace(found, outputs=[wrong]).ok
+    assert not dataclasses.replace(found, connectors=[]).ok

@@ -1,0 +1,209 @@
+"""Measure the points of a profile, as many as there is time for."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from vlm_fast.advisor.connector_modules import Piece
+from vlm_fast.advisor.connectors import CONNECTORS
+from vlm_fast.advisor.language_model import LanguageLayer
+from vlm_fast.advisor.pareto import front
+from vlm_fast.advisor.profile_points import Group, Layer, Row, timed_flops
+from vlm_fast.devtools import memory, timing
+from vlm_fast.devtools.timing import Times
+
+ROUNDS = (3, 60)
+RUNS = ROUNDS[0] + 2  # of each call: a warm-up, the rounds, one for its memory
+SLACK = 1.5  # times longer than at the rate of a large matrix product
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to measure.
+
+    Attributes:
+        device, dtype: of everything; flops_per_second: of a matrix product there, as measured.
+        deadline: of ``time.monotonic``; a group is begun if it seems to end before.
+        seconds: for each group, where that is more than the fewest rounds take.
+        traces: a folder for a trace of one step of each connector, or None.
+    """
+
+    device: str
+    dtype: torch.dtype
+    flops_per_second: float
+    deadline: float
+    seconds: float
+    traces: Path | None = None
+
+
+def sweep(groups: Sequence[Group | Layer], setting: Setting) -> Iterator[Group | Layer]:
+    """Measure groups in order, filling in their rows; each is yielded when it is done with.
+
+    What cannot be measured says why: out of time, or the error that it raised.
+    """
+    for group in groups:
+        left = setting.deadline - time.monotonic()
+        seconds = SLACK * RUNS * timed_flops(group) / setting.flops_per_second
+        why = None
+        if seconds > left:
+            why = f"out of time: about {seconds:.0f} s, {max(0.0, left):.0f} s left"
+        else:
+            try:
+                if isinstance(group, Layer):
+                    _measure_layer(group, setting)
+                else:
+                    _measure(group, setting)
+            except RuntimeError as error:  # out of memory among them
+                why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        if isinstance(group, Group):
+            for row in group.rows:
+                row.not_measured = None if row.times is not None else why
+        yield group
+
+
+def finish(groups: Sequence[Group | Layer], setting: Setting) -> None:
+    """Add up the shares of each row, and mark the Pareto points of each batch."""
+    rows = [row for group in groups if isinstance(group, Group) for row in group.rows]
+    timed = {}
+    for row in rows:
+        share = row.language
+        share.modelled_seconds = share.seconds = share.flops / setting.flops_per_second
+        if share.layer is not None and share.flops:
+            whole = row.point.model.language.layers * share.layer.median
+            timed[share.flops] = whole / share.flops
+    for row in rows:
+        share = row.language
+        if timed and share.flops:
+            nearest = min(timed, key=lambda flops: abs(math.log(flops / share.flops)))
+            share.seconds = share.flops * timed[nearest]
+            share.basis = "extrapolated" if share.layer is None else "measured"
+        if row.times is not None and row.peak_bytes is not None:
+            row.seconds = row.times.median + share.seconds
+            weights = row.parameters * setting.dtype.itemsize
+            row.memory_bytes = weights + row.peak_bytes + row.key_value_bytes
+    for batch in {row.point.prompts for row in rows}:
+        ready = [row for row in rows if row.point.prompts == batch]
+        aims = [
+            (row, (row.seconds, row.memory_bytes, -row.point.tokens))
+            for row in ready
+            if row.seconds is not None and row.memory_bytes is not None
+        ]
+        for i in front([aim for _, aim in aims]):
+            aims[i][0].on_front = True
+
+
+@dataclass
+class _Call:
+    """A piece that has been made; its step, and its forward alone."""
+
+    step: Callable[[], Any]
+    forward: Callable[[], Any]
+    known: list[Tensor]
+    times: int
+
+
+def _measure(group: Group, setting: Setting) -> None:
+    torch.manual_seed(0)
+    training = group.rows[0].mode == "training"
+    calls = {
+        (r, p): _call(piece, setting, training)
+        for r, row in enumerate(group.rows)
+        for p, piece in enumerate(CONNECTORS[row.point.connector].pieces(row.point))
+    }
+    found = _interleaved(calls, setting)
+    for r, row in enumerate(group.rows):
+        own = [(calls[name], times) for name, times in found.items() if name[0] == r]
+        _fill(row, own, setting.device)
+        if setting.traces is not None:
+            _trace(row, [call for call, _ in own], setting)
+
+
+def _measure_layer(group: Layer, setting: Setting) -> None:
+    row = group.rows[0]
+    training, language = row.mode == "training", row.point.model.language
+
+    def layer() -> nn.Module:
+        return LanguageLayer(language).requires_grad_(False)
+
+    def x() -> tuple[Tensor, ...]:
+        size = (row.point.prompts, row.language.tokens, language.hidden)
+        return (torch.randn(size, requires_grad=training),)
+
+    call = _call(Piece(layer, x), setting, training)
+    (times,) = _interleaved({"layer": call}, setting).values()
+    for row in group.rows:
+        row.language.layer = times
+
+
+def _interleaved(calls: dict[Any, _Call], setting: Setting) -> dict[Any, Times]:
+    return timing.interleaved(
+        {name: call.step for name, call in calls.items()}, [()], device=setting.device,
+        seconds=setting.seconds, rounds=ROUNDS, wall=True,
+    )  # fmt: skip
+
+
+def _call(piece: Piece, setting: Setting, training: bool) -> _Call:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(setting.dtype)
+    try:
+        with torch.device(setting.device):
+            module, args = piece.make(), piece.inputs()
+            with torch.no_grad():
+                upstream = torch.randn_like(module(*args)) if training else None
+    finally:
+        torch.set_default_dtype(before)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    wanted = [*parameters, *(a for a in args if a.requires_grad)]
+
+    def forward() -> Any:
+        return module(*args)
+
+    def training_step() -> Any:
+        return torch.autograd.grad(module(*args), wanted, upstream)
+
+    step = training_step if training else torch.no_grad()(forward)
+    return _Call(step, forward, [*module.parameters(), *args], piece.times)
+
+
+def _fill(row: Row, own: list[tuple[_Call, Times]], device: str) -> None:
+    """Times add up over the pieces; memory is the largest peak, over what all pieces keep."""
+    row.times = Times(
+        sum(call.times * t.median for call, t in own),
+        sum(call.times * t.lower for call, t in own),
+        sum(call.times * t.upper for call, t in own),
+        min(t.rounds for _, t in own),
+    )
+    peaks = [memory.peak_bytes(call.step, device) for call, _ in own]
+    saved = [0] * len(own)
+    if row.mode == "training":
+        saved = [memory.saved_bytes(call.forward, call.known) for call, _ in own]
+    kept = sum(call.times * s for (call, _), s in zip(own, saved, strict=True))
+    row.saved_bytes = kept
+    row.peak_bytes = kept + max(peak - s for peak, s in zip(peaks, saved, strict=True))
+    row.not_measured = None
+
+
+def _trace(row: Row, calls: list[_Call], setting: Setting) -> None:
+    """One step of each piece, for chrome://tracing or ui.perfetto.dev."""
+    assert setting.traces is not None
+    words = f"{row.point.connector} {row.title.partition(', ')[2]} batch {row.point.prompts}"
+    path = setting.traces / f"trace_{re.sub(r'[^0-9A-Za-z]+', '_', words)}.json"
+    activities = [ProfilerActivity.CPU]
+    if setting.device != "cpu":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as record:
+        for i, call in enumerate(calls):
+            with record_function(f"vlm_fast::{row.point.connector}[{i}]"):
+                call.step()
+        timing.wait(setting.device)
+    record.export_chrome_trace(str(path))

@@ -1,0 +1,122 @@
+"""``vlm-fast data check``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlm_fast import terminal
+from vlm_fast.cli.options import Exit, Json, print_json, stop
+from vlm_fast.training.data.collator import Collator
+from vlm_fast.training.data.datasets import Checked
+from vlm_fast.training.data.datasets import check as checked
+from vlm_fast.training.data.images import WHITE, Colour, checked_background
+from vlm_fast.training.data.record_errors import BadRecord, Fault, OnBad, counts
+
+SHOWN = 20  # faults of a kind that are printed as text
+Background = Annotated[
+    str, typer.Option(help="What shows where a picture is transparent: a name, or #rrggbb.")
+]
+
+
+def colour(name: str) -> Colour:
+    """The colour that an option names."""
+    try:
+        return WHITE if name == "white" else checked_background(name)
+    except ValueError as error:
+        raise typer.BadParameter(f"--background: {error}") from None
+    except ModuleNotFoundError as error:
+        stop(Exit.ENVIRONMENT, f"{error}: pictures need Pillow (pip install pillow)")
+
+
+def check(
+    data: Annotated[Path, typer.Option(help="LLaVA's conversation JSON, or JSONL.")],
+    images: Annotated[Path, typer.Option(help="The folder that images lie in.")],
+    on_bad: Annotated[
+        OnBad, typer.Option(help="Stop at the first bad record, or skip it and name all.")
+    ] = "skip",
+    processor: Annotated[
+        Path | None, typer.Option(help="Of a model: also make each record's inputs by it.")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="chat, v1 or plain; with --processor.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a record; with --processor.")
+    ] = None,
+    background: Background = "white",
+    as_json: Json = False,
+) -> None:
+    """Every record's shape, every picture decoded to its end; exit 1 if a record is bad.
+
+    With a processor also whether it takes them, and whether images and answers fit into
+    --max-length. Duplicate ids and unknown keys are warnings: such records can be used.
+    """
+    if not data.is_file():
+        raise typer.BadParameter(f"--data: there is no file {data}")
+    if not images.is_dir():
+        raise typer.BadParameter(f"--images: there is no folder {images}")
+    if processor is None and (format, max_length) != (None, None):
+        raise typer.BadParameter("--format and --max-length need --processor")
+    below = colour(background)
+    collate = None if processor is None else _collator(processor, format, max_length)
+    try:
+        with terminal.counter("checking") as count:
+            found = checked(
+                data, images, on_bad=on_bad, collate=collate, background=below, progress=count
+            )
+    except BadRecord as error:  # stopped
+        assert error.fault is not None
+        found = Checked(None, None, [error.fault])
+    except OSError as error:
+        raise typer.BadParameter(f"--data: {error}") from None
+    except ModuleNotFoundError as error:
+        stop(Exit.ENVIRONMENT, f"{error}: pictures need Pillow (pip install pillow)")
+    bad = [fault for fault in found.faults if not fault.is_warning]
+    if as_json:
+        print_json({**as_dict(found), "ok": not bad})
+    else:
+        _print(data, found)
+    if bad:
+        raise typer.Exit(Exit.FAILURE)
+
+
+def _collator(processor: Path, format: str | None, max_length: int | None) -> Collator:
+    if not processor.is_dir():  # whose name could be taken for that of a repository
+        raise typer.BadParameter(f"--processor: there is no folder {processor}")
+    try:
+        from transformers import AutoProcessor
+    except ModuleNotFoundError:
+        stop(Exit.ENVIRONMENT, "--processor needs transformers: pip install 'vlm_fast[hf]'")
+    try:
+        return Collator(
+            AutoProcessor.from_pretrained(processor), format=format, max_length=max_length
+        )
+    except (OSError, TypeError, ValueError) as error:
+        raise typer.BadParameter(f"--processor: {error}") from None
+
+
+def as_dict(found: Checked) -> dict[str, Any]:
+    return {
+        "total": found.total,
+        "good": found.good,
+        "counts": counts(found.faults),
+        "faults": [fault.as_dict() for fault in found.faults],
+    }
+
+
+def _print(data: Path, found: Checked) -> None:
+    by_kind: dict[str, list[Fault]] = {kind: [] for kind in counts(found.faults)}
+    for fault in found.faults:
+        by_kind[fault.kind].append(fault)
+    for kind, faults in by_kind.items():
+        for fault in faults[:SHOWN]:
+            print(f"{'warning: ' if fault.is_warning else ''}{fault}")
+        if len(faults) > SHOWN:
+            print(f"and {len(faults) - SHOWN} more of {kind}; --json has all")
+    rows: list[tuple[str, object]] = [(kind, len(faults)) for kind, faults in by_kind.items()]
+    if found.total is None:
+        rows.append(("stopped at the first bad record", ""))
+    else:
+        rows += [("good records", found.good), ("all records", found.total)]
+    terminal.show(f"{data}", ("", "records"), rows)

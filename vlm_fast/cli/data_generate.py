@@ -1,0 +1,169 @@
+"""``vlm-fast data generate``."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlm_fast import terminal
+from vlm_fast.cli.options import Exit, Json, print_json, stop
+from vlm_fast.signals import handled
+from vlm_fast.training.data.generation.coco import read_scenes
+from vlm_fast.training.data.generation.endpoint import Endpoint, Unavailable
+from vlm_fast.training.data.generation.prompts import KINDS
+from vlm_fast.training.data.generation.rate_limit import TokenBucket
+from vlm_fast.training.data.generation.resume_log import Journal
+from vlm_fast.training.data.generation.run import Run, Task, journal_of, subject, tasks
+from vlm_fast.training.data.images import picture
+from vlm_fast.training.data.record_errors import BadRecord, Fault, counts
+from vlm_fast.training.data.records import Record
+
+SHOWN = 20  # annotations that are told of one by one
+
+
+def generate(
+    captions: Annotated[Path, typer.Option(help="COCO's captions_*.json.")],
+    boxes: Annotated[Path, typer.Option(help="COCO's instances_*.json.")],
+    images: Annotated[Path, typer.Option(help="The folder that images lie in.")],
+    out: Annotated[Path, typer.Option(help="Conversation JSON; a journal is kept beside it.")],
+    model: Annotated[str, typer.Option(help="Its name at the endpoint.")],
+    base_url: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible endpoint; OpenAI's by default.")
+    ] = None,
+    key_variable: Annotated[
+        str, typer.Option(help="The environment variable that holds the key.")
+    ] = "OPENAI_API_KEY",
+    kinds: Annotated[str, typer.Option(help=f"Some of {','.join(KINDS)}.")] = ",".join(KINDS),
+    rate: Annotated[float, typer.Option(min=0.001, help="Requests a minute.")] = 60.0,
+    again: Annotated[
+        int, typer.Option(min=0, help="How often a bad answer is asked for again.")
+    ] = 2,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many questions.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the prompts and their number; ask nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Instruction data from captions and boxes: description, reasoning and conversation.
+
+    Every answer is checked, and kept in FILE.journal before the next question: run the same command
+    again to go on. Exit codes: 1 where questions were not answered well, or the endpoint gave up,
+    3 where there is no key or it is not accepted, 130 where it was interrupted.
+    """
+    for option, path in (("--captions", captions), ("--boxes", boxes)):
+        if not path.is_file():
+            raise typer.BadParameter(f"{option}: there is no file {path}")
+    if not images.is_dir():
+        raise typer.BadParameter(f"--images: there is no folder {images}")
+    for path in (out, journal_of(out)):
+        if (why := terminal.why_not_writable(path)) is not None:
+            raise typer.BadParameter(f"--out: {why}")
+    if out.exists() and not journal_of(out).exists():
+        raise typer.BadParameter(f"--out: {out} is there, and no journal of it: choose another")
+    chosen = [kind.strip() for kind in kinds.split(",")]
+    if unknown := [kind for kind in chosen if kind not in KINDS]:
+        raise typer.BadParameter(f"--kinds: {unknown[0]!r}, expected some of {', '.join(KINDS)}")
+    left_out: list[Fault] = []
+    try:
+        scenes = read_scenes(captions, boxes, faults=left_out)
+        todo = tasks(scenes, dict.fromkeys(chosen), limit)
+        _look_at(todo, images)
+    except BadRecord as bad:
+        stop(Exit.FAILURE, str(bad))
+    except OSError as error:
+        raise typer.BadParameter(str(error)) from None
+    _tell(left_out)
+    if dry_run:
+        _print_prompts(todo, limit, as_json, left_out)
+        return
+    try:
+        endpoint = Endpoint(model, key_variable=key_variable, base_url=base_url)
+    except ModuleNotFoundError as error:
+        if error.name != "openai":
+            raise
+        stop(Exit.ENVIRONMENT, "the openai client is missing: pip install 'vlm_fast[generate]'")
+    except ValueError as error:
+        stop(Exit.ENVIRONMENT, str(error))
+    try:
+        journal = Journal(journal_of(out), subject(model))
+    except ValueError as error:
+        raise typer.BadParameter(f"--out: {error}") from None
+    with journal:
+        run = Run(out, todo, endpoint, journal, pace=TokenBucket(rate), again=again)
+        _ask(run, as_json, left_out)
+
+
+def _tell(left_out: list[Fault]) -> None:
+    """Of annotations that are left out, or told as crowds: the first, and how many of each kind."""
+    for fault in left_out[:SHOWN]:
+        typer.echo(str(fault), err=True)
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts(left_out).items())
+        typer.echo(f"annotations left out, or told as groups: {kinds}", err=True)
+
+
+def _as_dict(left_out: list[Fault]) -> dict[str, Any]:
+    """For JSON; empty where nothing is left out."""
+    if not left_out:
+        return {}
+    return {"annotations": counts(left_out), "faults": [fault.as_dict() for fault in left_out]}
+
+
+def _ask(run: Run, as_json: bool, left_out: list[Fault]) -> None:
+    before, code, why = len(run.journal.entries), None, ""
+    try:
+        with handled(), terminal.counter("asking") as count:
+            run.go(count)
+    except KeyboardInterrupt:
+        code, why = Exit.INTERRUPTED, "interrupted"
+    except Unavailable as error:
+        code, why = Exit.ENVIRONMENT if error.refused else Exit.FAILURE, str(error)
+    failed = run.failed
+    if code is None and failed:
+        code = Exit.FAILURE
+    summary: dict[str, Any] = {
+        "questions": len(run.todo), "asked now": len(run.journal.entries) - before,
+        "good records": len(run.records), "not answered well": len(failed),
+    }  # fmt: skip
+    if as_json:
+        summary |= {"failed": failed, "why": why or None, "out": str(run.out)}
+        print_json({**summary, **_as_dict(left_out)})
+    else:
+        for task, reason in failed.items():
+            print(f"{task}: {reason}")
+        terminal.show(str(run.out), ("", ""), list(summary.items()))
+    if why:
+        stop(code or Exit.FAILURE, f"{why}; run the same command again to go on")
+    if code is not None:
+        raise typer.Exit(code)
+
+
+def _look_at(todo: list[Task], images: Path) -> None:
+    """Every picture, before anything is paid for."""
+    scenes = {task.scene.id: task.scene for task in todo}.values()
+    records = [Record(scene.id, scene.image, scene.image, ()) for scene in scenes]
+    with terminal.counter("looking at pictures") as count, ThreadPoolExecutor() as pool:
+        for done, _ in enumerate(pool.map(partial(picture, images=images), records), 1):
+            count(done, len(records))
+
+
+def _print_prompts(
+    todo: list[Task], limit: int | None, as_json: bool, left_out: list[Fault]
+) -> None:
+    """All where a limit was asked for, or else the first of each kind."""
+    shown = todo if limit is not None else list({t.kind: t for t in reversed(todo)}.values())[::-1]
+    if as_json:
+        prompts = [{"task": task.name, "messages": task.messages} for task in shown]
+        print_json({"questions": len(todo), "prompts": prompts, **_as_dict(left_out)})
+        return
+    for task in shown:
+        print(f"--- {task.name}")
+        for message in task.messages:
+            print(f"[{message['role']}]\n{message['content']}\n")
+    print(f"{len(todo)} questions; {len(shown)} of them shown")

@@ -1,1 +1,0 @@
-"""What a call takes: time in turns with its alternatives, memory, waits; on a GPU or a CPU."""

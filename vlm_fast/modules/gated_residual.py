@@ -1,0 +1,54 @@
+"""What the gated cross-attention layers of IDEFICS and of Llama 3.2 Vision share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlm_fast import ops
+from vlm_fast.modules.parameter_access.activation import activation_of
+
+
+def rms_norm(x: Tensor, norm: Any) -> Tensor:
+    """An RMSNorm of transformers over the last dimension."""
+    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+
+
+def why_not_gated(layer: Any) -> str | None:
+    """Why the MLP of a layer is not `vlm_fast.ops.gated_mlp`, which adds no biases, or None."""
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        if getattr(layer.mlp, name).bias is not None:
+            return f"mlp.{name}: it has a bias"
+    return None
+
+
+def gated_residuals(
+    x: Tensor,
+    attended: Tensor,
+    attention_gate: Tensor,
+    norm: Any,
+    mlp: Any,
+    mlp_gate: Tensor,
+    *,
+    attention_rows: Tensor | None = None,
+    mlp_rows: Tensor | None = None,
+) -> Tensor:
+    """``h = x + tanh(attention_gate) attended``, then ``h + tanh(mlp_gate) mlp(norm(h))``.
+
+    x, attended: ``(batch, tokens, features)``; norm: an RMSNorm; mlp: of ``gate_proj``, ``up_proj``
+    and ``down_proj``. The rows, bool ``(batch, tokens)``, say where a branch is added at all;
+    those of the MLP may be numbers that it is multiplied by, to which gradients flow.
+    """
+    x, normed = ops.gated_add_norm(
+        x, attended.to(x.dtype), attention_gate, norm.weight, None, attention_rows,
+        eps=norm.variance_epsilon, norm="rms",
+    )  # fmt: skip
+    expanded = ops.gated_mlp(
+        normed, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight,
+        activation=activation_of(mlp.act_fn) or "",
+    )  # fmt: skip
+    if mlp_rows is not None and mlp_rows.is_floating_point():
+        expanded, mlp_rows = mlp_rows.unsqueeze(-1) * expanded, None
+    return ops.gated_add(x, expanded.to(x.dtype), mlp_gate, mlp_rows)

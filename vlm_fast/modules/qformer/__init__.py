@@ -1,0 +1,1 @@
+"""BLIP-2's Querying Transformer (Q-Former), as a module."""

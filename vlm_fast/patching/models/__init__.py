@@ -1,0 +1,1 @@
+"""Patches for the connectors of each model family."""

@@ -1,0 +1,115 @@
+"""Aria's projector: learned queries that attend to patches, without a matrix of scores.
+
+transformers calls ``nn.MultiheadAttention`` asking for weights that it then drops: the scores of
+all heads are formed, normalised and averaged for nothing. Its projections follow those of the
+projector itself; where many patches are read without gradients, the two of keys, and of values,
+are composed into one for the call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlm_fast import ops
+from vlm_fast.fallback import fell_back
+from vlm_fast.modules.fused_sequence import fused_mlp
+from vlm_fast.modules.parameter_access.activation import activation_of
+from vlm_fast.modules.parameter_access.module_tree import why_not_dtypes_of_tree, why_not_plain_tree
+from vlm_fast.ops.argument_errors import wrong_type, wrong_value
+from vlm_fast.patching.class_swap import Patched, is_class
+
+
+class FusedAriaProjector(Patched):
+    """The projector; a query whose patches are all hidden gives zeros before the bias, not NaN."""
+
+    alone = True
+
+    query: Any
+    cross_attn: Any
+    layer_norm: Any
+    feed_forward: Any
+    patch_to_query_dict: dict[int, int]
+    training: bool
+    reads: ClassVar[tuple[str, ...]] = (
+        *(f"cross_attn.{name}" for name in (
+            "num_heads", "q_proj", "k_proj", "v_proj", "linear", "dropout", "layer_norm",
+            "layer_norm_kv", "multihead_attn.in_proj_weight", "multihead_attn.in_proj_bias",
+            "multihead_attn.bias_k", "multihead_attn.dropout", "multihead_attn.out_proj",
+        )),
+        *(f"feed_forward.{name}" for name in ("linear_in", "act", "linear_out")),
+    )  # fmt: skip
+
+    def forward(self, key_value_states: Tensor, attn_mask: Tensor | None = None) -> Any:
+        reason = self.why_not()
+        x = key_value_states
+        reason = reason or why_not_dtypes_of_tree(self, x)  # type: ignore[arg-type]
+        if x.shape[1] not in self.patch_to_query_dict:
+            reason = "its own forward names the numbers of patches it takes"
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            return super().forward(x, attn_mask)  # type: ignore[misc]
+        if attn_mask is not None:
+            _check(attn_mask, x)
+        attn, multihead = self.cross_attn, self.cross_attn.multihead_attn
+        queries = self.query[: self.patch_to_query_dict[x.shape[1]]].unsqueeze(0)
+        weights, biases = multihead.in_proj_weight.chunk(3), multihead.in_proj_bias.chunk(3)
+        q = F.linear(attn.q_proj(attn.layer_norm(queries)), weights[0], biases[0])
+        k, v = (
+            _projected(attn.layer_norm_kv(x), linear, weight, bias)
+            for linear, weight, bias in zip(
+                (attn.k_proj, attn.v_proj), weights[1:], biases[1:], strict=True
+            )
+        )
+        q, k, v = (t.unflatten(2, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        attended = ops.cross_attention(
+            q.expand(x.shape[0], -1, -1, -1), k, v,
+            key_mask=None if attn_mask is None else ~attn_mask,
+        )  # fmt: skip
+        found = attn.linear(multihead.out_proj(attended.transpose(1, 2).flatten(2)))
+        ff = self.feed_forward
+        return fused_mlp(
+            type(self).__name__, self.layer_norm(found), ff.linear_in, ff.act, ff.linear_out,
+            "preactivation",
+        )  # fmt: skip
+
+    def why_not(self) -> str | None:
+        attn, multihead = self.cross_attn, self.cross_attn.multihead_attn
+        if self.training and (attn.dropout.p > 0 or multihead.dropout > 0):
+            return "it has dropout"
+        if multihead.in_proj_weight is None or multihead.bias_k is not None:
+            return "its attention has other parameters than transformers gives it"
+        return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+
+
+def _projected(normed: Tensor, linear: Any, weight: Tensor, bias: Tensor) -> Tensor:
+    """``weight (linear normed) + bias``.
+
+    One product of many rows with composed weights takes the place of two. To compose them takes as
+    long as a product of as many rows as the weights have.
+    """
+    rows = normed.numel() // max(normed.shape[-1], 1)
+    if torch.is_grad_enabled() or linear.bias is not None or rows < 2 * weight.shape[0]:
+        return F.linear(linear(normed), weight, bias)
+    return F.linear(normed, weight @ linear.weight, bias)
+
+
+def _check(mask: Tensor, x: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise wrong_type("patch(Aria)", "attn_mask", mask, "torch.bool, True where hidden")
+    if mask.shape != x.shape[:2]:
+        wanted = f"{tuple(x.shape[:2])}, one for each patch"
+        raise wrong_value("patch(Aria)", "attn_mask", mask, wanted)
+
+
+def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """A recipe, a reason against, or None for another class."""
+    if not is_class(module, "aria", "AriaProjector"):
+        return None
+    projector: Any = module
+    if activation_of(projector.feed_forward.act) is None:
+        return f"{type(projector.feed_forward.act).__name__} is not known"
+    return ()

@@ -1,0 +1,86 @@
+"""Kosmos-2's and Kosmos-2.5's resampler: latents that attend to the image and to themselves.
+
+Under transformers' default attention that of Kosmos-2 is causal and crops its keys to the number of
+latents, by mistake; its eager attention is right, and is what this gives.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlm_fast import ops
+from vlm_fast.fallback import fell_back
+from vlm_fast.modules.parameter_access.module_tree import why_not_dtypes_of_tree, why_not_plain_tree
+from vlm_fast.patching.class_swap import Patched, is_class
+
+
+class FusedKosmosProjection(Patched):
+    """The projection and its one attention, without a concatenation; no attention maps."""
+
+    alone = True
+
+    dense: Any
+    latent_query: Any
+    x_attn: Any
+    training: bool
+    reads: ClassVar[tuple[str, ...]] = (
+        *(f"x_attn.{name}" for name in (
+            "num_heads", "scaling", "dropout", "q_proj", "k_proj", "v_proj", "out_proj",
+        )),
+    )  # fmt: skip
+
+    def forward(self, features: Tensor) -> Any:
+        reason = self.why_not() or why_not_dtypes_of_tree(self, features)  # type: ignore[arg-type]
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            return super().forward(features)  # type: ignore[misc]
+        attn, image = self.x_attn, self.dense(features)
+        latents = self.latent_query.unsqueeze(0)
+
+        def heads(x: Tensor) -> Tensor:
+            x = x.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+            return x.expand(image.shape[0], -1, -1, -1)
+
+        def keys(x: Tensor) -> Tensor:
+            # Their bias moves all scores of a query alike: of no effect, and of gradient 0.
+            return heads(F.linear(x, attn.k_proj.weight, attn.k_proj.bias * 0))
+
+        attended = ops.cross_attention(
+            heads(attn.q_proj(latents)), keys(image), heads(attn.v_proj(image)),
+            keys(latents), heads(attn.v_proj(latents)), scale=attn.scaling,
+        )  # fmt: skip
+        return attn.out_proj(attended.transpose(1, 2).flatten(2)), None
+
+    def unpatched(self) -> nn.Module:
+        """A copy that computes what this mirrors, eager attention, without its maps."""
+        plain: Any = super().unpatched()
+        if self.why_not() is None:
+            plain.x_attn.config._attn_implementation = "eager"
+            plain.register_forward_hook(lambda module, args, found: (found[0], None))
+        return plain
+
+    def why_not(self) -> str | None:
+        attn = self.x_attn
+        if attn.config._attn_implementation == "eager":
+            return "eager attention returns its maps, which no kernel forms"
+        if self.training and attn.dropout > 0:
+            return "attention has dropout"
+        if getattr(attn, "inner_attn_ln", None) is not None:
+            return "its attention has a norm inside"
+        return why_not_plain_tree(self)  # type: ignore[arg-type]
+
+
+def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """A recipe, a reason against, or None for another class."""
+    known = is_class(module, "kosmos2", "Kosmos2ImageToTextProjection") or is_class(
+        module, "kosmos2_5", "Kosmos2_5ImageToTextProjection"
+    )
+    if not known:
+        return None
+    projection: Any = module
+    if not hasattr(projection.x_attn, "config"):  # before transformers 4.52
+        return "its attention is always the eager one, whose maps no kernel forms"
+    return ()

@@ -1,0 +1,263 @@
+"""Llama 3.2 Vision: cross-attention layers over image tiles, and the mask prepared for them.
+
+The model's own ``forward`` runs, without its mask of text by image tokens, which it would make anew
+for the whole context at every generated token; the layers get a set of tiles for each new token. A
+layer with a child that is not plain (LoRA, quantisation, hooks) runs its own forward, with the mask
+it expects.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vlm_fast import ops
+from vlm_fast.fallback import fell_back
+from vlm_fast.modules.gated_residual import gated_residuals, rms_norm, why_not_gated
+from vlm_fast.modules.parameter_access.activation import activation_of
+from vlm_fast.modules.parameter_access.attention_settings import scale_of
+from vlm_fast.modules.parameter_access.module_tree import (
+    wants_attentions,
+    why_not_dtypes_of_tree,
+    why_not_plain_tree,
+)
+from vlm_fast.modules.parameter_access.original_code import names_in
+from vlm_fast.ops.argument_errors import wrong_value
+from vlm_fast.patching.class_swap import is_class, why_not_handed
+from vlm_fast.patching.media_masks import GivenSets, GivesSets, MediaSets, why_not_sets
+
+ATTENTIONS = "attention maps were asked for, which no kernel forms"
+
+
+class FusedMllamaModel(GivesSets):
+    """A model that tells its cross-attention layers the tiles each token sees."""
+
+    language_model: Any
+
+    def forward(
+        self,
+        *,
+        input_ids: Any = None,
+        inputs_embeds: Any = None,
+        cross_attention_mask: Any = None,
+        cache: Any = None,
+        cache_position: Any = None,
+        **passed_on: Any,
+    ) -> Any:
+        mask, options = cross_attention_mask, passed_on
+        text = inputs_embeds if input_ids is None else input_ids
+        if mask is not None and text is not None and self.why_not_sets(mask) is None:
+            mask = _of_tokens(mask, text, cache, cache_position)
+            sets = MediaSets.of(mask.flatten(2) == 1, text.shape[:2])
+            mask, options = None, options | dict(media_sets=tuple(sets))
+        return self.call_base(
+            "forward", input_ids=input_ids, inputs_embeds=inputs_embeds, cross_attention_mask=mask,
+            cache=cache, cache_position=cache_position, **options,
+        )  # fmt: skip
+
+    def why_not_sets(self, mask: Any) -> str | None:
+        for i, layer in enumerate(self.language_model.layers):
+            if hasattr(layer, "cross_attn"):
+                reason = why_not_handed(layer, FusedMllamaLayer)
+                if reason is not None:
+                    return f"layer {i}: {reason}"
+        return why_not_sets(mask, 4)
+
+
+def _of_tokens(mask: Tensor, text: Tensor, cache: Any, cache_position: Any) -> Tensor:
+    """The rows of a mask that are those of the tokens of this call."""
+    if cache_position is not None:
+        return mask[:, cache_position]
+    tokens = text.shape[1]
+    if mask.shape[1] == tokens:  # so `generate` hands it on from transformers 5.18
+        return mask
+    first = cache.get_seq_length() if cache is not None else 0
+    if not isinstance(first, int):
+        return mask[:, torch.arange(tokens, device=mask.device) + first]
+    if mask.shape[1] < first + tokens:
+        wanted = (
+            f"(batch, {first + tokens} or more, images, tiles): {first} tokens cached, then more"
+        )
+        raise wrong_value("patch(Mllama)", "cross_attention_mask", mask, wanted)
+    return mask[:, first : first + tokens]
+
+
+class FusedMllamaLayer(GivenSets):
+    """One gated cross-attention layer; ``media_sets`` comes from `FusedMllamaModel`."""
+
+    cross_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+    cross_attn_attn_gate: Any
+    cross_attn_mlp_gate: Any
+
+    reads: ClassVar[tuple[str, ...]] = (
+        *(f"cross_attn.{name}" for name in (
+            "num_heads", "num_key_value_heads", "head_dim", "layer_idx", "dropout", "q_proj",
+            "k_proj", "v_proj", "o_proj", "q_norm.variance_epsilon", "k_norm.variance_epsilon",
+        )),
+        "input_layernorm.variance_epsilon", "post_attention_layernorm.variance_epsilon",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn",
+    )  # fmt: skip
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cross_attention_states: Tensor | None = None,
+        cross_attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
+        full_text_row_masked_out_mask: Any = None,
+        position_ids: Any = None,
+        cache: Any = None,
+        use_cache: bool | None = False,
+        cache_position: Any = None,
+        position_embeddings: Any = None,
+        output_attentions: bool | None = False,
+        *,
+        media_sets: tuple[Tensor, int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        sets = None if media_sets is None else MediaSets(*media_sets)
+        x, states, mask = hidden_states, cross_attention_states, cross_attention_mask
+        rows = full_text_row_masked_out_mask
+        reason = ATTENTIONS if wants_attentions() or output_attentions else self.why_not()
+        this: Any = self
+        reason = reason or why_not_dtypes_of_tree(this, x, states)
+        if sets is None and mask is None and x.shape[1] > 1:
+            reason = "without a mask its attention may be causal"
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            if sets is not None:
+                mask, rows = _as_prepared(sets, self._keys(x, states, cache), x.dtype)
+            return self.call_base(
+                "forward", hidden_states=x, cross_attention_states=states,
+                cross_attention_mask=mask, attention_mask=attention_mask,
+                full_text_row_masked_out_mask=rows, position_ids=position_ids, cache=cache,
+                use_cache=use_cache, cache_position=cache_position,
+                position_embeddings=position_embeddings, output_attentions=output_attentions,
+                **kwargs,
+            )  # fmt: skip
+        attn = self.cross_attn
+        q = attn.q_proj(rms_norm(x, self.input_layernorm)).unflatten(2, (attn.num_heads, -1))
+        # After q, as in the layer itself: its backward takes most, before q has gradients.
+        k, v = self._key_values(x, states, cache, cache_position)
+        attended, row_mask = self._attend(q.transpose(1, 2), k, v, sets, mask, rows)
+        attended = attn.o_proj(attended.transpose(1, 2).flatten(2))
+        x = gated_residuals(
+            x, attended, self.cross_attn_attn_gate, self.post_attention_layernorm,
+            self.mlp, self.cross_attn_mlp_gate, mlp_rows=row_mask,
+        )  # fmt: skip
+        if "output_attentions" not in self.names["forward"].known:
+            return x
+        return (x, cache) if use_cache else (x,)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, sets: MediaSets | None, mask: Tensor | None,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """What is seen of the images, and which rows the MLP is added to, or how much of it.
+
+        Rows are bool, or the numbers that somebody gave; None stands for all.
+        """
+        attn = self.cross_attn
+        if mask is not None and sets is None:  # of text by image tokens, from who made one
+            q = rms_norm(q, attn.q_norm)
+            attended = ops.cross_attention(
+                q, k, v, bias=mask[..., : k.shape[2]], scale=scale_of(attn)
+            )
+            return attended, None if rows is None else rows[:, 0, :, 0]
+        row_mask = None if sets is None else sets.bits != 0
+        if sets is None:  # one token, which sees all
+            sets = MediaSets(q.new_zeros((q.shape[0], q.shape[2])).long(), 1)
+        if k.shape[2] % sets.media:
+            wanted = f"a multiple of the {sets.media} tiles of cross_attention_mask"
+            raise wrong_value("patch(Mllama)", "image tokens", k.shape[2], wanted)
+        attended = ops.media_cross_attention(
+            q, k, v, sets.bits, attn.q_norm.weight, eps=attn.q_norm.variance_epsilon,
+            attend="listed", unattended="everything", scale=scale_of(attn),
+            tokens_per_media=k.shape[2] // sets.media,
+        )  # fmt: skip
+        return attended, row_mask
+
+    def _key_values(
+        self, hidden: Tensor, states: Tensor | None, cache: Any, cache_position: Any
+    ) -> tuple[Tensor, Tensor]:
+        """``(batch, kv_heads, image tokens, d)``, from the states or the cache."""
+        attn, (cached,) = self.cross_attn, self.patch.recipe
+        if states is None:
+            if cache is None or cache.get_seq_length(attn.layer_idx) == 0:
+                raise ValueError(
+                    "vlm_fast.patch(Mllama): cross_attention_states is None and the cache has no "
+                    "keys of images, expected one of them"
+                )
+            k, v = _of_layer(cache, attn.layer_idx)
+            return (rms_norm(k, attn.k_norm) if cached == "before the norm" else k), v
+        k, v = (
+            linear(states).reshape(hidden.shape[0], -1, attn.num_key_value_heads, attn.head_dim)
+            for linear in (attn.k_proj, attn.v_proj)
+        )
+        if cached == "before the norm":
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        else:
+            k, v = rms_norm(k, attn.k_norm).transpose(1, 2), v.transpose(1, 2)
+        if cached == "for each head" and cache is not None:
+            groups = attn.num_heads // attn.num_key_value_heads
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        if cache is not None:
+            options = [] if cache_position is None else [{"cache_position": cache_position}]
+            k, v = cache.update(k, v, attn.layer_idx, *options)
+        return (rms_norm(k, attn.k_norm) if cached == "before the norm" else k), v
+
+    def _keys(self, hidden: Tensor, states: Tensor | None, cache: Any) -> int:
+        """How many image tokens there are, cached and new."""
+        cached = 0 if cache is None else cache.get_seq_length(self.cross_attn.layer_idx)
+        new = 0 if states is None else states.shape[:-1].numel() // hidden.shape[0]
+        return int(cached) + new
+
+    def why_not(self) -> str | None:
+        if self.cross_attn.training and self.cross_attn.dropout > 0:
+            return "attention has dropout"
+        reason = why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+        return reason or why_not_gated(self)
+
+
+def _of_layer(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values in a cache of transformers, before and since 4.54."""
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return cache.key_cache[layer], cache.value_cache[layer]
+    return layers[layer].keys, layers[layer].values
+
+
+def _as_prepared(sets: MediaSets, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The masks as the model would have prepared them; a token without tiles sees all."""
+    some = (sets.bits != 0)[:, None, :, None]
+    return sets.dense_mask(keys, dtype) * some, some.to(dtype)
+
+
+def recognise_model(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """A recipe, a reason against, or None for another class."""
+    if not is_class(module, "mllama", "MllamaModel"):
+        return None
+    model: Any = module
+    if "_gradient_checkpointing_func" in names_in(type(model.language_model).forward):
+        return "its text model hands layers that are checkpointed only what it knows itself"
+    return ()
+
+
+def recognise_layer(module: nn.Module, **options: Any) -> tuple[str] | str | None:
+    """The same for a cross-attention layer; what of its keys is cached."""
+    if not is_class(module, "mllama", "MllamaCrossAttentionDecoderLayer"):
+        return None
+    layer: Any = module
+    if activation_of(layer.mlp.act_fn) is None:
+        return f"{type(layer.mlp.act_fn).__name__} is not an activation the kernels know"
+    scale_of(layer.cross_attn)
+    kind = type(layer.cross_attn)
+    if "repeat_kv" not in names_in(kind.forward):
+        return ("as they are read",)
+    sdpa = kind.__name__ == "MllamaTextCrossSdpaAttention"
+    return ("before the norm",) if sdpa else ("for each head",)

@@ -1,0 +1,135 @@
+"""Qwen-VL's patch mergers and those made like them; Mistral 3's, of images of several sizes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from vlm_fast.fallback import fell_back
+from vlm_fast.modules.fused_sequence import fused_mlp, why_not_fused
+from vlm_fast.modules.parameter_access.linear import why_not_called_plainly
+from vlm_fast.modules.parameter_access.norm import merged, why_not_normed
+from vlm_fast.modules.patch_merger import children_of, merge_patches
+from vlm_fast.ops.pixel_shuffle_norm import rows_of_blocks
+from vlm_fast.patching.class_swap import Patched, is_class
+
+MERGERS = {
+    "qwen2_vl": "PatchMerger",
+    "qwen2_5_vl": "Qwen2_5_VLPatchMerger",
+    "qwen2_5_omni": "Qwen2_5OmniPatchMerger",
+    "exaone4_5": "Exaone4_5_PatchMerger",
+    "qwen3_vl": "Qwen3VLVisionPatchMerger",
+    "qwen3_vl_moe": "Qwen3VLMoeVisionPatchMerger",
+    "qwen3_5": "Qwen3_5VisionPatchMerger",
+    "qwen3_5_moe": "Qwen3_5MoeVisionPatchMerger",
+    "qwen3_omni_moe": "Qwen3OmniMoeVisionPatchMerger",
+    "qwen4_exp": "Qwen4ExpVisionPatchMerger",
+    "cohere_compass": "CohereCompassVisionPatchMerger",
+    "cosmos3_edge": "Cosmos3EdgePatchMerger",
+}
+UNFOLDING = {
+    "mistral3": "Mistral3MultiModalProjector",
+    "lighton_ocr": "LightOnOcrMultiModalProjector",
+}
+UNFOLDERS = {"mistral3": "Mistral3PatchMerger", "lighton_ocr": "LightOnOcrPatchMerger"}
+
+
+class FusedPatchMerger(Patched):
+    """A merger of patches in consecutive blocks: norm and merge in one pass, then an MLP."""
+
+    alone = True
+
+    hidden_size: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        reason = self._why_not_called()
+        factor = _factor(self.hidden_size, x.shape[-1])
+        if reason is None and x.numel() % self.hidden_size:
+            reason = "its patches make no whole blocks"
+        if reason is not None or factor is None:
+            fell_back(type(self).__name__, reason or "its blocks are not square")
+            return super().forward(x)  # type: ignore[misc]
+        after = getattr(self, "use_postshuffle_norm", False)
+        (saved,) = self.patch.recipe
+        return merge_patches(type(self).__name__, x, self, factor, after, saved=saved)
+
+    def _why_not_called(self) -> str | None:
+        mlp = getattr(self, "mlp", None)
+        if mlp is None:
+            return None
+        if type(mlp) not in (nn.Sequential, nn.ModuleList):
+            return f"mlp: {type(mlp).__name__} is not nn.Sequential or nn.ModuleList"
+        reason = why_not_called_plainly(mlp)
+        return None if reason is None else f"mlp: {reason}"
+
+    def why_not(self) -> str | None:
+        norm, linear_1, act, linear_2 = children_of(self)
+        normed = why_not_normed(norm, linear_1)
+        return self._why_not_called() or normed or why_not_fused(linear_1, act, linear_2)
+
+
+def _factor(merged_features: int, features: int) -> int | None:
+    # torch.jit.trace makes tensors of sizes, and these have an int() but no round().
+    factor = int((merged_features / max(features, 1)) ** 0.5 + 0.5)
+    return factor if factor**2 * features == merged_features else None
+
+
+class FusedUnfoldingMerger(Patched):
+    """Norm, merge of all images at once with channels slowest, linear, MLP."""
+
+    alone = True
+
+    norm: nn.Module
+    patch_merger: Any
+    linear_1: nn.Module
+    act: nn.Module
+    linear_2: nn.Module
+    reads: ClassVar[tuple[str, ...]] = tuple(
+        f"patch_merger.{name}" for name in ("patch_size", "spatial_merge_size", "merging_layer")
+    )
+
+    def forward(self, image_features: Tensor, image_sizes: Any) -> Tensor:
+        reason = self._why_not_called()
+        merger, x = self.patch_merger, image_features
+        sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
+        grids = [(int(h) // merger.patch_size, int(w) // merger.patch_size) for h, w in sizes]
+        if x.ndim != 2 or sum(h * w for h, w in grids) != x.shape[0]:
+            reason = "its tokens are not those of the sizes"
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            return super().forward(image_features, image_sizes)  # type: ignore[misc]
+        factor, name = merger.spatial_merge_size, type(self).__name__
+        x = merged(
+            name, x, self.norm, factor=factor, norm_after=False, layout="channel",
+            index=rows_of_blocks(grids, factor, x.device),
+        )  # fmt: skip
+        x = merger.merging_layer(x)
+        return fused_mlp(name, x, self.linear_1, self.act, self.linear_2, *self.patch.recipe)
+
+    def _why_not_called(self) -> str | None:
+        merger = self.patch_merger
+        if not any(is_class(merger, family, name) for family, name in UNFOLDERS.items()):
+            return f"patch_merger: {type(merger).__name__} is not a class whose code was read"
+        reason = why_not_called_plainly(merger)
+        return None if reason is None else f"patch_merger: {reason}"
+
+    def why_not(self) -> str | None:
+        normed = why_not_normed(self.norm, self.patch_merger.merging_layer)
+        fused = why_not_fused(self.linear_1, self.act, self.linear_2)
+        return self._why_not_called() or normed or fused
+
+
+def recognise(module: nn.Module, *, saved: str, **options: Any) -> tuple[str] | str | None:
+    """How the MLP is saved for backward, a reason against, or None for another class."""
+    if not any(is_class(module, family, name) for family, name in MERGERS.items()):
+        return None
+    if len(children_of(module)) != 4:
+        return "its MLP is not linear, activation, linear"
+    return (saved,)
+
+
+def recognise_unfolding(module: nn.Module, *, saved: str, **options: Any) -> tuple[str] | None:
+    """The same for mergers of images of several sizes."""
+    known = any(is_class(module, family, name) for family, name in UNFOLDING.items())
+    return (saved,) if known else None

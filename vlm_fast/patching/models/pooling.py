@@ -1,0 +1,232 @@
+"""Grids that are pooled: Gemma 3, PerceptionLM, LLaVA-NeXT-Video and OneVision."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vlm_fast import ops
+from vlm_fast.fallback import fell_back
+from vlm_fast.modules.parameter_access.chain import Chain, chain_of
+from vlm_fast.modules.parameter_access.linear import why_not_called_plainly, why_not_plain
+from vlm_fast.modules.parameter_access.module_tree import why_not_own_arguments
+from vlm_fast.modules.parameter_access.norm import why_not_normed
+from vlm_fast.modules.pooled_projector import pooled_mlp, pooled_norm, times_matrix
+from vlm_fast.modules.square_grid import side_of_square
+from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.patching.models import anyres
+from vlm_fast.patching.models.anyres import FusedAnyResMerge
+from vlm_fast.patching.models.mlp import FusedMLP
+from vlm_fast.patching.placeholder_masks import Form
+
+WINDOWS: dict[type[nn.Module], str] = {nn.AvgPool2d: "avg", nn.MaxPool2d: "max"}
+
+
+class FusedPooledNorm(Patched):
+    """Gemma 3's projector, token by token: no copy with channels first, one pass for the norm."""
+
+    alone = True
+
+    avg_pool: nn.AvgPool2d
+    patches_per_image: int
+    kernel_size: int
+    mm_soft_emb_norm: nn.Module
+    mm_input_projection_weight: Tensor
+
+    def forward(self, vision_outputs: Tensor) -> Tensor:
+        x, side, name = vision_outputs, self.patches_per_image, type(self).__name__
+        reason = self._why_not_pooled()
+        if x.ndim != 3 or x.shape[1] != side**2:
+            reason = "its tokens are no grid of the size that its config says"
+        if reason is not None:
+            fell_back(name, reason)
+            return super().forward(x)  # type: ignore[misc]
+        x = pooled_norm(name, x, self.mm_soft_emb_norm, side, side, self.kernel_size)
+        return times_matrix(x, self.mm_input_projection_weight).type_as(vision_outputs)
+
+    def _why_not_pooled(self) -> str | None:
+        return _why_not_window(self.avg_pool, self.kernel_size)
+
+    def why_not(self) -> str | None:
+        return self._why_not_pooled() or why_not_normed(self.mm_soft_emb_norm)
+
+
+class FusedPooledMLP(Patched):
+    """PerceptionLM's projector, pooled before ``linear_2``: averages commute with it and its bias.
+
+    At a ratio of 2 that linear has a quarter of its rows, and what is pooled is the activation.
+    """
+
+    alone = True
+
+    linear_1: nn.Module
+    gelu: nn.Module
+    linear_2: nn.Module
+    pooling: Any
+
+    def forward(self, features: Tensor) -> Any:
+        reason = self.why_not()
+        ratio = getattr(self.pooling, "pooling_ratio", 1)
+        side = side_of_square(features.shape[1]) if features.ndim == 3 else 0
+        if side < 1 or side**2 != features.shape[1] or side % ratio:
+            reason = "its grid is not a square that the ratio divides"
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            return super().forward(features)  # type: ignore[misc]
+        return pooled_mlp(
+            features, self.linear_1, self.gelu, self.linear_2,
+            height=side, width=side, stride=ratio,
+        )  # fmt: skip
+
+    def why_not(self) -> str | None:
+        # The pooling is not called, and linear_2 sees fewer rows, which only a linear map allows.
+        known = is_class(self.pooling, "perception_lm", "PerceptionLMAdaptiveAvgPooling")
+        if not known and type(self.pooling) is not nn.Identity:
+            return f"pooling: {type(self.pooling).__name__} is not a class whose code was read"
+        reason = why_not_called_plainly(self.pooling)
+        if reason is not None:
+            return f"pooling: {reason}"
+        reason = why_not_plain(self.linear_2)
+        return None if reason is None else f"linear_2: {reason}"
+
+
+class FusedPooler(Patched):
+    """LLaVA-NeXT-Video's pooling of frames, token by token."""
+
+    alone = True
+
+    pool: Any
+
+    def forward(self, image_features: Tensor) -> Any:
+        reason = self.why_not()
+        side = side_of_square(image_features.shape[1]) if image_features.ndim == 3 else 0
+        if side**2 != image_features.shape[-2]:
+            reason = "its tokens are no square grid"
+        if reason is not None:
+            fell_back(type(self).__name__, reason)
+            return super().forward(image_features)  # type: ignore[misc]
+        return ops.spatial_pool(
+            image_features, height=side, width=side, mode=WINDOWS[type(self.pool)],
+            stride=int(self.pool.kernel_size),
+        )  # fmt: skip
+
+    def why_not(self) -> str | None:
+        return _why_not_window(self.pool, self.pool.kernel_size)
+
+
+class FusedFrameProjector(FusedMLP):
+    """LLaVA-OneVision's projector, which leaves out ``linear_2`` where frames are pooled first."""
+
+    linear_1: nn.Module
+    act: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_pooled_first() and len(args) == 1 and not kwargs:
+            return self.act(self.linear_1(args[0]))
+        return super().forward(*args, **kwargs)
+
+
+class FusedPooledFrames(FusedAnyResMerge):
+    """LLaVA-OneVision: `FusedAnyResMerge`; frames resized token by token, and before ``linear_2``.
+
+    Bilinear weights sum to 1, so they commute with it and its bias: 196 rows instead of 729.
+    """
+
+    restates: ClassVar[tuple[str, ...]] = (
+        *FusedAnyResMerge.restates, "get_video_features", "apply_pooling",
+    )  # fmt: skip
+
+    config: Any
+    multi_modal_projector: Any
+    reads: ClassVar[tuple[str, ...]] = (
+        "config.vision_config.image_size", "config.vision_config.patch_size",
+        "multi_modal_projector.linear_2",
+    )  # fmt: skip
+
+    def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
+        projector = self.multi_modal_projector
+        served = isinstance(projector, FusedFrameProjector) and not torch.compiler.is_compiling()
+        if not served or self._why_not_pooled_first() is not None:
+            return super().get_video_features(*args, **kwargs)  # type: ignore[misc]
+        before = _pooled_first.set(True)
+        try:
+            return super().get_video_features(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _pooled_first.reset(before)
+
+    def _why_not_pooled_first(self) -> str | None:
+        """Why linear_2 and the projector must see all rows, or None."""
+        projector = self.multi_modal_projector
+        return (
+            why_not_plain(projector.linear_2)
+            or projector.why_not()
+            or why_not_own_arguments(projector)
+        )
+
+    def apply_pooling(self, image_features: Tensor) -> Any:
+        x, vision = image_features, self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        if x.ndim != 3 or x.shape[1] != side**2:
+            fell_back(type(self).__name__, "its tokens are no grid of the size its config says")
+            pooled = super().apply_pooling(x)  # type: ignore[misc]
+        else:
+            pooled = ops.spatial_pool(x, height=side, width=side, mode="bilinear")
+        return self.multi_modal_projector.linear_2(pooled) if _is_pooled_first() else pooled
+
+
+_pooled_first: ContextVar[bool] = ContextVar("pooled_first", default=False)
+
+
+def _is_pooled_first() -> bool:
+    return not torch.compiler.is_compiling() and _pooled_first.get()
+
+
+def _why_not_window(pool: Any, stride: Any) -> str | None:
+    """Why a pooling layer is more than windows of this stride, side by side."""
+    if type(pool) not in WINDOWS:
+        return f"{type(pool).__name__} is not one of {', '.join(w.__name__ for w in WINDOWS)}"
+    if not isinstance(stride, int) or not (pool.kernel_size == pool.stride == stride):
+        return "its windows overlap, or are not square"
+    if pool.padding or pool.ceil_mode or getattr(pool, "dilation", 1) != 1 or stride > 8:
+        return "its windows are not those of a plain stride"
+    return why_not_called_plainly(pool)
+
+
+def recognise_gemma3(module: nn.Module, **options: Any) -> tuple[()] | None:
+    """An empty recipe, or None for another class."""
+    known = is_class(module, "gemma3", "Gemma3MultiModalProjector")
+    return () if known or is_class(module, "t5gemma2", "T5Gemma2MultiModalProjector") else None
+
+
+def recognise_perception_lm(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """A recipe, a reason against, or None for another class."""
+    if not is_class(module, "perception_lm", "PerceptionLMMultiModalProjector"):
+        return None
+    ratio = getattr(module.pooling, "pooling_ratio", 1)
+    return () if 1 <= ratio <= 8 else f"it pools by {ratio}"
+
+
+def recognise_next_video(module: nn.Module, **options: Any) -> tuple[()] | str | None:
+    """The same for LLaVA-NeXT-Video's pooling, which may be a convolution."""
+    if not is_class(module, "llava_next_video", "LlavaNextVideoPooler"):
+        return None
+    pooler: Any = module
+    return () if type(pooler.pool) in WINDOWS else "it pools by a convolution"
+
+
+def recognise_onevision(module: nn.Module, **options: Any) -> Form | str | None:
+    """The same for LLaVA-OneVision, whose merge is served too."""
+    known = is_class(module, "llava_onevision", "LlavaOnevisionModel")
+    return anyres.recognise(module) if known else None
+
+
+def recognise_frame_projector(module: nn.Module, *, saved: str, **options: Any) -> Chain | None:
+    """The same for its projector; one that is no chain is left to others."""
+    if not is_class(module, "llava_onevision", "LlavaOnevisionMultiModalProjector"):
+        return None
+    chain = chain_of(module, saved)
+    calls = ("linear_1", "act", "linear_2")
+    return chain if isinstance(chain, Chain) and chain.calls == calls else None

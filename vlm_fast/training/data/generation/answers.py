@@ -1,0 +1,78 @@
+"""What a language model answered, as a conversation record, or why it cannot be one."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from vlm_fast.training.data.generation.coco import Scene
+from vlm_fast.training.data.generation.prompts import QUESTIONS, choice
+from vlm_fast.training.data.record_errors import BadRecord, shown
+from vlm_fast.training.data.records import IMAGE, parse
+
+FENCE = re.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", re.DOTALL)
+PAIRS = {"reasoning": (1, 1), "conversation": (2, 10)}
+
+
+class BadAnswer(ValueError):
+    """An answer that is not what was asked for. ``text`` is what came, where text came."""
+
+    def __init__(self, why: str, text: str = "") -> None:
+        super().__init__(why)
+        self.text = text
+
+
+def record(scene: Scene, kind: str, text: str) -> dict[str, Any]:
+    """LLaVA's JSON record of an answer; ``<image>`` stands before or after the first question.
+
+    Raises:
+        BadAnswer: if it is no text, or not the JSON that was asked for, or ``parse`` refuses it.
+    """
+    name = f"{scene.id}-{kind}"
+    if not text.strip():
+        raise BadAnswer("expected text, came nothing")
+    if kind == "detail":
+        pairs = [(QUESTIONS[choice(name, len(QUESTIONS))], text.strip())]
+    else:
+        pairs = _pairs(text, *PAIRS[kind])
+    if any(IMAGE in part for pair in pairs for part in pair):
+        raise BadAnswer(f"expected no {IMAGE} in questions and answers", text)
+    (first, answer), *rest = pairs
+    first = f"{IMAGE}\n{first}" if choice(f"{name} image", 2) else f"{first}\n{IMAGE}"
+    content = {
+        "id": name,
+        "image": scene.image,
+        "conversations": [
+            {"from": role, "value": value}
+            for pair in [(first, answer), *rest]
+            for role, value in zip(("human", "gpt"), pair, strict=True)
+        ],
+    }
+    try:
+        parse(content, 0)
+    except BadRecord as bad:
+        assert bad.fault is not None
+        raise BadAnswer(f"{bad.fault.field}: {bad.fault.what}", text) from None
+    return content
+
+
+def _pairs(text: str, least: int, most: int) -> list[tuple[str, str]]:
+    fenced = FENCE.match(text.strip())
+    try:
+        content = json.loads(fenced.group(1) if fenced else text)
+    except (ValueError, RecursionError) as error:
+        raise BadAnswer(f"expected JSON, came {shown(text)}: {error}", text) from None
+    if not isinstance(content, list) or not least <= len(content) <= most:
+        count = f"{least}" if least == most else f"{least} to {most}"
+        raise BadAnswer(f"expected a list of {count}, came {shown(content)}", text)
+    pairs = []
+    for number, pair in enumerate(content):
+        if not isinstance(pair, dict):
+            raise BadAnswer(f"[{number}]: expected an object, came {shown(pair)}", text)
+        for key in ("question", "answer"):
+            value = pair.get(key)
+            if not isinstance(value, str) or not value.strip():
+                raise BadAnswer(f"[{number}].{key}: expected text, came {shown(value)}", text)
+        pairs.append((pair["question"].strip(), pair["answer"].strip()))
+    return pairs

@@ -1,0 +1,113 @@
+"""An OpenAI-compatible endpoint, through the ``openai`` client."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+from vlm_fast.training.data.generation.answers import BadAnswer
+from vlm_fast.training.data.generation.prompts import Message
+from vlm_fast.training.data.record_errors import shown
+
+# Every question would meet them again.
+FATAL = (401, 403, 404)
+SECRET = 12  # letters: a shorter key, as "none", is a word that answers may have
+RETRIED = (408, 409, 429)  # and from 500 on, by the client
+
+
+class Unavailable(RuntimeError):
+    """The endpoint answers nothing, whatever is asked. What was answered so far is not lost.
+
+    ``refused``: it does answer, and does not accept the key, the address or the model.
+    """
+
+    def __init__(self, why: str, refused: bool = False) -> None:
+        super().__init__(why)
+        self.refused = refused
+
+
+class Refused(ValueError):
+    """The endpoint will not answer this question, however often it is asked."""
+
+
+class Endpoint:
+    """Asks a model. The key appears in no text that comes out of it, errors included.
+
+    Args:
+        model: its name at the endpoint.
+        key_variable: the environment variable that holds the key.
+        base_url: such as ``http://127.0.0.1:8000/v1``; by default the client's.
+        retries: of the client's own, after 408, 409, 429 and 5xx, as ``Retry-After`` says, and
+            after lost connections.
+        timeout: seconds for an answer.
+
+    Raises:
+        ModuleNotFoundError: without the ``openai`` package.
+        ValueError: if the variable is not set, or cannot be a key.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        key_variable: str = "OPENAI_API_KEY",
+        base_url: str | None = None,
+        retries: int = 5,
+        timeout: float = 120.0,
+    ) -> None:
+        openai: Any = importlib.import_module("openai")  # an optional dependency
+        self.model, self._errors, self._key = model, openai, _key(key_variable)
+        self._client = openai.OpenAI(
+            api_key=self._key, base_url=base_url, max_retries=retries, timeout=timeout
+        )
+
+    def ask(self, messages: list[Message]) -> str:
+        """The text of the answer.
+
+        Raises:
+            BadAnswer: if the response has no text, or not all of it: asking again may help.
+            Refused: if this question is refused.
+            Unavailable: if the key, the address or the model is not accepted, or there was no
+                response after the client's retries.
+        """
+        # Errors of the client hold the request, and those beneath them its headers: none of them
+        # leaves this method, nor hangs from one that does.
+        failure: Exception
+        try:
+            response = self._client.chat.completions.create(model=self.model, messages=messages)
+            choice = response.choices[0]
+            text, finished = choice.message.content, choice.finish_reason
+        except self._errors.APIStatusError as error:
+            code = error.status_code
+            what = f"HTTP {code}: {shown(self._without_key(error.response.text), 300)}"
+            every = code in FATAL or code in RETRIED or code >= 500
+            failure = Unavailable(what, code in FATAL) if every else Refused(what)
+        except self._errors.APIConnectionError as error:
+            cause = type(error.__cause__).__name__ if error.__cause__ else type(error).__name__
+            failure = Unavailable(f"no connection to the endpoint ({cause})")
+        except (self._errors.OpenAIError, AttributeError, TypeError, IndexError, ValueError) as e:
+            failure = BadAnswer(f"expected a chat completion, came {type(e).__name__}")
+        else:
+            if not isinstance(text, str):
+                failure = BadAnswer(f"expected text, came {type(text).__name__}")
+            elif finished == "length":
+                failure = BadAnswer("the answer was cut off", self._without_key(text))
+            else:
+                return self._without_key(text)
+        raise failure
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "[the key]") if len(self._key) >= SECRET else text
+
+
+def _key(variable: str) -> str:
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ValueError(
+            f"the environment variable {variable} is not set, expected the endpoint's key (any "
+            "word for an endpoint that asks for none)"
+        )
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError(f"the environment variable {variable} holds letters that no key has")
+    return key

@@ -1,0 +1,203 @@
+"""A picture's file as 8-bit RGB in viewing order, whatever Pillow opens; or why it is none."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_fast.training.data.record_errors import BadRecord, Fault, shown
+from vlm_fast.training.data.records import Record
+
+if TYPE_CHECKING:
+    from PIL.Image import Image, Transpose
+
+Colour = tuple[int, int, int]
+WHITE: Colour = (255, 255, 255)
+
+PNG = b"\x89PNG\r\n\x1a\n"
+# Chunks of a PNG that hold no pixels and are refused by Pillow where they are too long, but for
+# those that can say how the camera was held.
+LONG_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+ORIENTING = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+TOO_LONG = "MAX_TEXT"  # stands in Pillow's error about such a chunk
+# The largest grey of formats that define one. Pillow scales those of JPEG 2000 and of PNM itself.
+WHITE_OF_16_BITS = {"PNG": 65535, "JPEG2000": 65535, "PPM": 65535}
+DEEP_COLOUR = "RGB;16"  # how Pillow calls colours of 16 bits, of which it keeps the upper 8
+GREYS = ("I", "F")  # the modes of Pillow that have more than 8 bits, and those that begin so
+WHITE_IS_ZERO = 0
+BITS_A_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT, UNSIGNED = 258, 262, 339, (1,)  # tags of a TIFF
+
+
+class _UnknownRange(Exception):
+    """No one says which grey of this picture is white."""
+
+
+def checked_background(background: str | tuple[int, ...]) -> Colour:
+    """The red, green and blue of a colour, given as these or by a name that Pillow knows.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(background, str):
+        from PIL import ImageColor
+
+        try:
+            background = ImageColor.getrgb(background)
+        except ValueError:
+            background = ()
+    colour = tuple(background)
+    if len(colour) != 3 or not all(type(part) is int and 0 <= part < 256 for part in colour):
+        wanted = "three whole numbers from 0 to 255, or an opaque colour that PIL.ImageColor knows"
+        raise ValueError(f"background is no colour, expected {wanted}")
+    return colour
+
+
+def picture(record: Record, images: Path, background: Colour = WHITE) -> Image:
+    """The picture of a record that has one, decoded, in RGB and viewing order.
+
+    The first frame of an animated one. What is transparent shows the background. Grey of more than
+    8 bits is scaled by the range that its format defines.
+
+    Raises:
+        BadRecord: if there is no such file, or it cannot be decoded to its end, or has more pixels
+            than Pillow allows, or its range is not defined, or Pillow refuses its metadata.
+        ModuleNotFoundError: without Pillow.
+    """
+    from PIL.Image import DecompressionBombError, DecompressionBombWarning
+
+    assert record.image is not None
+    path = images / record.image
+
+    def bad(kind: str, expected: str, came: str) -> BadRecord:
+        return BadRecord(Fault(kind, record.index, record.id, "image", expected, came))
+
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no such file"
+        raise bad("missing image", f"a file in {images}", f"{shown(record.image)}, {what}")
+    try:
+        return _read(path, background)
+    except MemoryError:
+        raise
+    # Decoders raise whatever a broken file leads them to: SyntaxError, struct.error, IndexError.
+    except Exception as error:
+        kind, expected = "unreadable image", "a picture that decodes to its end"
+        if isinstance(error, _UnknownRange):
+            kind, expected = "unknown range", "grey of 8 bits, or of a format that defines white"
+        elif isinstance(error, (DecompressionBombError, DecompressionBombWarning)):
+            kind, expected = "too many pixels", "a picture within PIL.Image.MAX_IMAGE_PIXELS"
+        elif TOO_LONG in str(error):
+            kind, expected = "metadata", "text and profiles within Pillow's limits"
+        words = "" if kind == "unknown range" else f"{type(error).__name__}: "
+        raise bad(kind, expected, f"{shown(record.image)}: {words}{shown(str(error))}") from error
+
+
+def _read(path: Path, background: Colour) -> Image:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            return as_rgb(file, background)
+    except ValueError as error:
+        content = path.read_bytes() if TOO_LONG in str(error) else b""
+        if not content.startswith(PNG):
+            raise
+    with Image.open(io.BytesIO(_without_long_chunks(content))) as file:
+        return as_rgb(file, background)
+
+
+def as_rgb(image: Image, background: Colour = WHITE) -> Image:
+    """A picture of any mode in RGB and viewing order, on the background where it is transparent.
+
+    Raises:
+        Exception: whatever Pillow raises for a file that it cannot decode.
+    """
+    from PIL import Image, ImageChops
+
+    deep = any(DEEP_COLOUR in str(tile) for tile in getattr(image, "tile", ()))
+    image.load()
+    turn = _turn(image)
+    if deep and isinstance(clear := image.info.get("transparency"), tuple):
+        image.info["transparency"] = tuple(part >> 8 for part in clear)  # as Pillow cut the pixels
+    if image.mode.startswith(GREYS):
+        image = _scaled(image)
+    elif image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
+        image = ImageChops.invert(image)  # Pillow takes each for one of Adobe's, which are negative
+    if image.has_transparency_data:
+        if image.mode == "La":  # which Pillow converts to this alone
+            image = image.convert("LA")
+        below = Image.new("RGBA", image.size, (*background, 255))
+        image = Image.alpha_composite(below, image.convert("RGBA"))
+    image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image) -> Transpose | None:
+    """What brings it into viewing order, by its EXIF or XMP.
+
+    Read after the pixels, since Pillow turns a TIFF as it decodes it. Not done by
+    ``PIL.ImageOps.exif_transpose``, which also writes the metadata anew and fails where another
+    part of it is broken.
+    """
+    from PIL.ExifTags import Base
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }  # fmt: skip
+    try:
+        return turns.get(image.getexif().get(Base.Orientation, 1))
+    except Exception:  # broken metadata says nothing of the pixels; viewers pass it over too
+        return None
+
+
+def _scaled(image: Image) -> Image:
+    """Grey of more than 8 bits as ``L``, or as ``LA`` where one of its values is transparent."""
+    from PIL import ImageMath
+
+    white = _white_of(image)
+    turned = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
+
+    def grey(names: dict[str, Any]) -> Any:
+        value = (names["image"] * 255 + white // 2) / white
+        return names["convert"](255 - value if turned else value, "L")
+
+    wide = image.convert("I")
+    scaled: Image = ImageMath.lambda_eval(grey, image=wide)
+    if (clear := image.info.get("transparency")) is not None:
+        opaque: Image = ImageMath.lambda_eval(
+            lambda names: names["convert"]((names["image"] != clear) * 255, "L"), image=wide
+        )
+        scaled.putalpha(opaque)
+    return scaled
+
+
+def _white_of(image: Image) -> int:
+    """The value that is white.
+
+    Raises:
+        _UnknownRange: the format does not say, as of floats and of signed or 32-bit numbers.
+    """
+    if image.mode != "F":
+        if image.format in WHITE_OF_16_BITS:
+            return WHITE_OF_16_BITS[image.format]
+        if image.format == "TIFF":
+            tags: Any = image.tag_v2  # type: ignore[attr-defined]
+            (bits,), form = tags.get(BITS_A_SAMPLE, (1,)), tags.get(SAMPLE_FORMAT, UNSIGNED)
+            if form == UNSIGNED and bits <= 16:
+                return 2**bits - 1
+    raise _UnknownRange(f"{image.format} of mode {image.mode}")
+
+
+def _without_long_chunks(content: bytes) -> bytes:
+    """A PNG without text and profiles, but for what can say how the camera was held."""
+    kept, at = [PNG], len(PNG)
+    while at + 8 <= len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        name, begin = content[at + 4 : at + 8], content[at + 8 : at + 40]
+        if name not in LONG_CHUNKS or begin.startswith(ORIENTING):
+            kept.append(content[at:end])
+        at = end
+    return b"".join(kept)

@@ -1,0 +1,300 @@
+"""LLaVA's conversation JSON, read once: the shape of every record is checked, its place kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any, Literal, NoReturn, cast
+
+import torch
+
+from vlm_fast.training.data.record_errors import BadRecord, Fault, OnBad, checked_on_bad, shown
+from vlm_fast.training.data.record_keys import UNKNOWN_KEY, refuse_other_content, unknown_keys
+
+IMAGE = "<image>"
+LINES = (".jsonl", ".ndjson")
+ROLES = ("human", "gpt")
+SPACE = " \t\n\r"
+Role = Literal["human", "gpt"]
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says. ``<image>`` stays in the text."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record whose shape is right; the picture has not been looked at.
+
+    ``index`` counts all records of the file, bad ones too. ``image`` is a path within the folder of
+    images, or None.
+    """
+
+    index: int
+    id: str
+    image: str | None
+    turns: tuple[Turn, ...]
+
+
+def parse(content: Any, index: int) -> Record:
+    """A record out of decoded JSON.
+
+    Raises:
+        BadRecord: naming the field, what was expected and what came.
+    """
+    name = _name(content)
+
+    def refuse(kind: str, field: str, expected: str, came: object) -> NoReturn:
+        words = came if isinstance(came, _Words) else shown(came)
+        raise BadRecord(Fault(kind, index, name, field, expected, words))
+
+    def of(owner: dict[str, Any], key: str, kinds: tuple[type, ...], words: str, at: str) -> Any:
+        if key not in owner:
+            there = ", ".join(shown(k) for k in owner)
+            refuse("missing key", at, words, _Words(f"keys {there}" if there else "no keys"))
+        if not isinstance(owner[key], kinds) or isinstance(owner[key], bool):
+            refuse("wrong type", at, words, owner[key])
+        if isinstance(owner[key], str) and not _is_unicode(owner[key]):
+            refuse("not Unicode", at, "text that UTF-8 can hold", owner[key])
+        return owner[key]
+
+    if not isinstance(content, dict):
+        refuse("wrong type", "record", "an object", content)
+    of(content, "id", (str, int), "a string or a whole number", "id")
+    image = None
+    if content.get("image") is not None:  # null is what exporters write where there is none
+        image = of(content, "image", (str,), "a path within the images folder", "image")
+        if (why := why_outside(image)) is not None:
+            refuse("path", "image", "a path within the images folder", _Words(why))
+    said = of(content, "conversations", (list,), "a list of turns", "conversations")
+    if not said:
+        refuse("empty conversation", "conversations", "at least a question and an answer", said)
+    turns = []
+    for number, turn in enumerate(said):
+        at = f"conversations[{number}]"
+        if not isinstance(turn, dict):
+            refuse("wrong type", at, "an object with from and value", turn)
+        role = of(turn, "from", (str,), "'human' or 'gpt'", f"{at}.from")
+        text = of(turn, "value", (str,), "a string", f"{at}.value")
+        if role not in ROLES:
+            refuse("unknown role", f"{at}.from", "'human' or 'gpt'", role)
+        if role != ROLES[number % 2]:
+            refuse("roles", f"{at}.from", f"{ROLES[number % 2]!r}: they alternate", role)
+        if not text.strip():
+            kind = "empty answer" if role == "gpt" else "empty question"
+            refuse(kind, f"{at}.value", "text", text)
+        if role == "gpt" and IMAGE in text:
+            refuse("image count", f"{at}.value", f"no {IMAGE} in an answer", text.count(IMAGE))
+        turns.append(Turn(cast(Role, role), text))
+    refuse_other_content(content, index, name)
+    if len(turns) % 2:
+        refuse("roles", "conversations", "an answer to the last question", _Words("none"))
+    count, wanted = sum(turn.text.count(IMAGE) for turn in turns), int(image is not None)
+    if count != wanted:
+        words = f"{wanted} {IMAGE}, with {'one image' if wanted else 'no image'}"
+        refuse("image count", "conversations", words, count)
+    return Record(index, str(content["id"]), image, tuple(turns))
+
+
+class _Words(str):
+    """What came, already in words."""
+
+
+def _name(content: Any) -> str | None:
+    name = content.get("id") if isinstance(content, dict) else None
+    return str(name) if isinstance(name, str | int) else None
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can hold half a surrogate pair, which no tokenizer and no file name can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def why_outside(path: str) -> str | None:
+    """Why a path could lead out of the folder of images, whatever the system; or None.
+
+    By its letters alone: links that lie in the folder itself were put there by its owner.
+    """
+    parts = PureWindowsPath(path)  # which also splits at "/"
+    if not path.strip() or "\0" in path:
+        return f"{shown(path)}, no name of a file"
+    if parts.anchor or parts.drive:
+        return f"{shown(path)}, which is absolute"
+    return f"{shown(path)}, which leads upwards" if ".." in parts.parts else None
+
+
+class Records:
+    """The good records of a file, decoded one by one as they are asked for.
+
+    The file is decoded once, here, to check the shape of every record; kept is where each good one
+    lies, 32 bytes a record, so that a ``DataLoader``'s workers share no Python objects and a
+    process started by spawn is sent next to nothing. A JSON file must fit into memory while it is
+    read; of JSONL a line must.
+
+    Args:
+        path: a JSON list of records, or, if it ends in ``.jsonl`` or ``.ndjson``, a record a line.
+        on_bad: ``"stop"`` raises at the first bad record, ``"skip"`` leaves it out.
+        progress: told how many bytes were read, of how many.
+
+    Attributes:
+        faults: of the records left out, and warnings; of an unknown key one, at its first record.
+        total: how many records there are, with the bad ones.
+
+    Raises:
+        BadRecord: for a bad record; and whatever ``on_bad`` is, where the file is not JSON or its
+            top level is not a list.
+        OSError: if the file cannot be read.
+    """
+
+    def __init__(
+        self, path: Path | str, *, on_bad: OnBad = "stop", progress: Progress | None = None
+    ) -> None:
+        self.path, self.on_bad = Path(path), checked_on_bad(on_bad)
+        self.faults: list[Fault] = []
+        self.total = 0
+        self._lines = self.path.suffix.lower() in LINES
+        self._signature = _signature(os.stat(self.path))
+        self._open()
+        places = []
+        first: dict[str, int] = {}
+        unknown: dict[str, tuple[Record, Any, int]] = {}
+        for content, start, end in self._lines_of() if self._lines else self._list_of():
+            if progress is not None and self.total % 256 == 0:
+                progress(end, self._signature[0])
+            try:
+                if isinstance(content, BadRecord):
+                    raise content
+                record = parse(content, self.total)
+                places.append((self.total, start, end, record.image is not None))
+                index = first.setdefault(record.id, self.total)
+                if index != self.total:
+                    wanted, came = "an id of its own", f"that of record {index}"
+                    fault = Fault("duplicate id", self.total, record.id, "id", wanted, came)
+                    self.faults.append(fault)
+                for key, value in unknown_keys(content):
+                    begun, held, count = unknown.get(key, (record, value, 0))
+                    unknown[key] = begun, held, count + 1
+            except BadRecord as bad:
+                if self.on_bad == "stop" or bad.fault is None:
+                    raise
+                self.faults.append(bad.fault)
+            self.total += 1
+        for key, (record, held, count) in unknown.items():
+            came = f"{shown(held)}, which is not used; {count} records have it"
+            expected = "a key that is used, or known as metadata"
+            fault = Fault(UNKNOWN_KEY, record.index, record.id, key, expected, came)
+            self.faults.append(fault)
+        self.faults.sort(key=lambda fault: -1 if fault.index is None else fault.index)
+        if progress is not None:
+            progress(self._signature[0], self._signature[0])
+        self._places = torch.tensor(places, dtype=torch.int64).reshape(-1, 4)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: int) -> Record:
+        """The good record of this number, counted from 0 without the bad ones.
+
+        Raises:
+            RuntimeError: if the file was changed in its place meanwhile. One that another took the
+                place of is read on, but in processes started later.
+        """
+        index, start, end, _ = self._places[number].tolist()
+        try:
+            return parse(json.loads(os.pread(self._file, end - start, start)), index)
+        except ValueError:  # which it was not before
+            raise self._changed() from None
+
+    @property
+    def pictured(self) -> torch.Tensor:
+        """Which of the good records have an image, ``(records,)`` bool."""
+        return self._places[:, 3].bool()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def _open(self) -> None:
+        """A descriptor that forked workers share, which no other process's seeking can disturb."""
+        self._file = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        if _signature(os.fstat(self._file)) != self._signature:
+            raise self._changed()
+
+    def _changed(self) -> RuntimeError:
+        return RuntimeError(f"{self.path} has changed since it was read: start again")
+
+    def _lines_of(self) -> Iterator[tuple[Any, int, int]]:
+        start = 0
+        with self.path.open("rb") as file:
+            for line in file:
+                end = start + len(line)
+                begin = start + 3 * (start == 0 and line.startswith(b"\xef\xbb\xbf"))
+                content = line[begin - start :].strip()
+                if content:
+                    try:
+                        yield json.loads(content), begin, end
+                    except (ValueError, RecursionError) as error:
+                        yield BadRecord(_not_json(error, self.total)), begin, end
+                start = end
+
+    def _list_of(self) -> Iterator[tuple[Any, int, int]]:
+        """Contents and places in bytes, of a JSON list, in one pass over its text."""
+        content = self.path.read_bytes()
+        bytes_before = 3 * content.startswith(b"\xef\xbb\xbf")
+        try:
+            text = content[bytes_before:].decode()
+            del content
+            decode, ascii_only = json.JSONDecoder().raw_decode, text.isascii()
+            at = _after_space(text, 0)
+            if text[at : at + 1] != "[":
+                came = shown(json.loads(text))
+                raise BadRecord(Fault("top level", None, None, "top level", "a list", came))
+            at = _after_space(text, at + 1)
+            closed = text[at : at + 1] == "]"
+            while not closed:
+                value, end = decode(text, at)
+                size = end - at if ascii_only else len(text[at:end].encode())
+                yield value, at + bytes_before, at + bytes_before + size
+                bytes_before += size - (end - at)
+                at = _after_space(text, end)
+                closed = text[at : at + 1] == "]"
+                if not closed:
+                    if text[at : at + 1] != ",":
+                        raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+                    at = _after_space(text, at + 1)
+            if (rest := _after_space(text, at + 1)) < len(text):
+                raise json.JSONDecodeError("Extra data", text, rest)
+        except BadRecord:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise BadRecord(_not_json(error, None)) from None
+
+
+def _not_json(error: Exception, index: int | None) -> Fault:
+    where = "line" if index is not None else "top level"
+    came = "lists or objects nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return Fault("not JSON", index, None, where, "JSON in UTF-8", came)
+
+
+def _after_space(text: str, at: int) -> int:
+    while text[at : at + 1] and text[at] in SPACE:
+        at += 1
+    return at
+
+
+def _signature(facts: os.stat_result) -> tuple[int, int]:
+    return facts.st_size, facts.st_mtime_ns

@@ -1,0 +1,281 @@
+"""A recipe: what trains, how fast, in which batches and by which schedule.
+
+It gives `transformers.Trainer` and accelerate what they ask for, and replaces neither.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_fast.training.recipes.blip2 import Objective, Stage1Objective, Stage2Objective
+from vlm_fast.training.recipes.freezing import freeze_rest, freeze_tower, skip_unused, thaw
+from vlm_fast.training.recipes.model_parts import CONNECTOR, TOWER, Parts, parts_of
+from vlm_fast.training.recipes.state_dict_names import understand_hub_names
+from vlm_fast.training.recipes.text_only_batches import touch_without_images
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One stage of training a model whose vision encoder is frozen.
+
+    Attributes:
+        name: as ``vlm-fast recipe`` takes it.
+        family: of models it is for, one of `parts.FAMILIES`.
+        trains: of "connector" and "language", those that learn.
+        what: the same in words.
+        lr: the highest learning rate; of ``batch`` examples, for ``epochs``.
+        source: the papers that these numbers are from, and which are not from them.
+        rates: learning rates of parts that have their own.
+        min_lr: where the cosine ends; None is a constant rate after the warmup.
+        warmup: steps of linear warmup, or below 1 their share of all.
+        weight_decay: of matrices; vectors (biases, norms, gates) have none.
+        undecayed: names whose modules are spared too.
+        betas: of AdamW.
+    """
+
+    name: str
+    family: str
+    trains: tuple[str, ...]
+    what: str
+    lr: float
+    batch: int
+    epochs: float
+    source: str
+    rates: Mapping[str, float] = field(default_factory=dict)
+    min_lr: float | None = 0.0
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    undecayed: tuple[str, ...] = ()
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def parts(self, model: nn.Module) -> Parts:
+        """The model's parts.
+
+        Raises:
+            TypeError: the model is of another family, or its language model has an encoder.
+        """
+        parts = parts_of(_inner(model))
+        if parts.family != self.family:
+            raise TypeError(
+                f"vlm_fast.training.recipes: {self.name} is given a {type(_inner(model)).__name__}"
+                f", of the family {parts.family}, expected one of {self.family}"
+            )
+        language: Any = getattr(parts.inner, "language_model", None)
+        if self.family == "blip2" and language.config.is_encoder_decoder:
+            raise TypeError(
+                f"vlm_fast.training.recipes: {self.name} is given a {type(language).__name__} with "
+                "an encoder, expected a decoder alone"
+            )
+        return parts
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Freeze what does not learn, in place; returns the module to train.
+
+        That is ``model`` itself, or around a BLIP-2 the module whose forward is the stage's loss.
+        Frozen parts are in eval mode for good; the tower keeps no graph and its unused layers are
+        not run (`frozen.thaw` undoes both); a batch without an image gives the connector gradients
+        of zero. Parameters and keys stay as they are. `vlm_fast.patch` before or after; LoRA,
+        sharding and DDP after. A model prepared for one stage can be prepared for the next.
+
+        Raises:
+            TypeError: the model is of another family.
+        """
+        parts = self.parts(model)
+        thaw(model)
+        for _, parameter, part in parts.of_parameters(model):
+            parameter.requires_grad_(part in self.trains)
+        config: Any = getattr(model, "config", None)
+        if TOWER not in self.trains:
+            if self.family == "llava":
+                skip_unused(parts.tower, getattr(config, "vision_feature_layer", None))
+            freeze_tower(parts.tower)
+        freeze_rest(model)
+        understand_hub_names(model)
+        model.train()
+        if self.family in ("llava", "flamingo"):
+            touch_without_images(model)
+            return model
+        return (Stage1Objective if self.family == "blip2-retrieval" else Stage2Objective)(model)
+
+    def parameter_groups(self, model: nn.Module, lr: float | None = None) -> list[dict[str, Any]]:
+        """Groups for an optimizer: each part's parameters, with and without weight decay.
+
+        Args:
+            model: what `prepare` returned, also with adapters of peft in it.
+            lr: in place of the recipe's; parts with rates of their own keep their ratio to it.
+
+        Returns:
+            Dictionaries of ``params``, ``lr``, ``weight_decay`` and ``part``; none is empty.
+        """
+        scale = 1.0 if lr is None else lr / self.lr
+        parts = self.parts(model)
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, parameter, part in parts.of_parameters(_inner(model)):
+            if parameter.requires_grad:
+                decays = sum(size > 1 for size in parameter.shape) > 1
+                decays = decays and not any(own in name for own in self.undecayed)
+                groups.setdefault((part, decays), []).append(parameter)
+        own = {id(p) for group in groups.values() for p in group}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+        for parameter in rest:  # a temperature, or the head of a stage
+            groups.setdefault((CONNECTOR, parameter.ndim > 1), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": scale * self.rates.get(part, self.lr),
+                "weight_decay": self.weight_decay if decays else 0.0,
+                "part": part,
+            }
+            for (part, decays), parameters in groups.items()
+        ]
+
+    def optimizer(self, model: nn.Module, lr: float | None = None) -> torch.optim.AdamW:
+        """AdamW over `parameter_groups`."""
+        groups = self.parameter_groups(model, lr)
+        return torch.optim.AdamW(groups, lr=self.lr if lr is None else lr, betas=self.betas)
+
+    def warmup_steps(self, steps: int) -> int:
+        """Of ``steps`` in all: a tenth of them at most, since few data need no 2,000."""
+        wanted = self.warmup if self.warmup >= 1 else math.ceil(self.warmup * steps)
+        return min(int(wanted), steps // 10)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+        """The learning rate over ``steps``, to be stepped after each of the optimizer's."""
+        from transformers import get_scheduler
+
+        kind, options = self._schedule()
+        return get_scheduler(
+            kind, optimizer, self.warmup_steps(steps), steps, scheduler_specific_kwargs=options
+        )
+
+    def _schedule(self) -> tuple[str, dict[str, float]]:
+        if self.min_lr is None:
+            return "constant_with_warmup", {}
+        if self.min_lr == 0:
+            return "cosine", {}
+        return "cosine_with_min_lr", {"min_lr_rate": self.min_lr / self.lr}
+
+    def accumulation(
+        self, device_batch: int, processes: int | None = None, batch: int | None = None
+    ) -> int:
+        """Micro-batches a step, so that the batch stays what it is on any number of processes.
+
+        Raises:
+            ValueError: the batch is not a multiple of ``device_batch * processes``.
+        """
+        processes = processes or int(os.environ.get("WORLD_SIZE", 1))
+        batch = batch or self.batch
+        if device_batch < 1 or batch % (device_batch * processes):
+            raise ValueError(
+                f"vlm_fast.training.recipes: a batch of {batch} is no multiple of {device_batch} "
+                f"examples on each of {processes} processes ({device_batch * processes} at once)"
+            )
+        return batch // (device_batch * processes)
+
+    def steps(
+        self,
+        examples: int,
+        *,
+        device_batch: int,
+        processes: int | None = None,
+        batch: int | None = None,
+        epochs: float | None = None,
+        whole: bool = False,
+    ) -> int:
+        """Steps of the optimizer, as Trainer counts them; ``whole`` leaves out a last part."""
+        at_once = device_batch * (processes or int(os.environ.get("WORLD_SIZE", 1)))
+        batches = examples // at_once if whole else math.ceil(examples / at_once)
+        an_epoch = math.ceil(batches / self.accumulation(device_batch, processes, batch))
+        return max(math.ceil((self.epochs if epochs is None else epochs) * an_epoch), 1)
+
+    def training_arguments(
+        self,
+        output: Path | str,
+        examples: int,
+        *,
+        device_batch: int,
+        batch: int | None = None,
+        epochs: float | None = None,
+        lr: float | None = None,
+        max_steps: int | None = None,
+        **others: Any,
+    ) -> Any:
+        """`transformers.TrainingArguments` of this recipe, for `Trainer` or to read in a loop.
+
+        Give Trainer ``optimizers=(recipe.optimizer(model), None)`` beside it: its own optimizer
+        knows no rate for a part.
+
+        Args:
+            output: the folder that Trainer writes to.
+            examples: in the data set, for the length of the warmup.
+            device_batch: examples on one device at once.
+            batch, epochs, lr: in place of the recipe's.
+            max_steps: stop there; the schedule ends there too.
+            others: handed on, before the recipe's own.
+
+        Raises:
+            ValueError: see `accumulation`.
+        """
+        from transformers import TrainingArguments
+
+        accumulation = self.accumulation(device_batch, batch=batch)
+        whole = bool(others.get("dataloader_drop_last", self.family == "blip2-retrieval"))
+        steps = max_steps or self.steps(
+            examples, device_batch=device_batch, batch=batch, epochs=epochs, whole=whole
+        )
+        kind, options = self._schedule()
+        own: dict[str, Any] = {
+            "output_dir": str(output),
+            "per_device_train_batch_size": device_batch,
+            "gradient_accumulation_steps": accumulation,
+            "num_train_epochs": self.epochs if epochs is None else epochs,
+            "max_steps": max_steps or -1,
+            "learning_rate": self.lr if lr is None else lr,
+            "weight_decay": self.weight_decay,
+            "adam_beta1": self.betas[0],
+            "adam_beta2": self.betas[1],
+            "lr_scheduler_type": kind,
+            "lr_scheduler_kwargs": options,
+            "warmup_steps": self.warmup_steps(steps),
+            "max_grad_norm": 1.0,
+            "dataloader_drop_last": whole,  # contrast needs as many pairs on every rank
+            "remove_unused_columns": False,
+            "ddp_find_unused_parameters": False,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "report_to": "none",
+        }
+        arguments = TrainingArguments(**(own | others))
+        if arguments.device.type == "cpu":
+            # accelerate numbers the CPU of each process; on resuming torch.load knows no cpu:0.
+            arguments.__dict__["_setup_devices"] = torch.device("cpu")
+        # Without a launcher Trainer would give every GPU a batch: more of them than was asked for.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return arguments
+
+
+def sizes(recipe: Recipe, model: nn.Module) -> dict[str, tuple[int, int]]:
+    """For each part how many parameters it has, and how many of them learn."""
+    total: Counter[str] = Counter()
+    learning: Counter[str] = Counter()
+    for _, parameter, part in recipe.parts(model).of_parameters(_inner(model)):
+        total[part] += parameter.numel()
+        learning[part] += parameter.numel() if parameter.requires_grad else 0
+    return {part: (count, learning[part]) for part, count in total.items()}
+
+
+def _inner(model: Any) -> nn.Module:
+    """The transformers model in DDP, a PeftModel or the module of a stage."""
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    if type(model).__name__ == "DistributedDataParallel":
+        return _inner(model.module)
+    return model.model if isinstance(model, Objective) else model

@@ -1,0 +1,286 @@
+"""A recipe run to its end on a local model and data: load, patch, train by Trainer, save."""
+
+from __future__ import annotations
+
+import copy
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+import vlm_fast
+from vlm_fast import terminal
+from vlm_fast.training.data import Captions, Collator, Conversations
+from vlm_fast.training.data.images import WHITE, Colour
+from vlm_fast.training.data.record_errors import OnBad
+from vlm_fast.training.data.records import Records
+from vlm_fast.training.recipes import callbacks, checkpoints
+from vlm_fast.training.recipes.blip2 import Objective, Stage1Objective
+from vlm_fast.training.recipes.captions import CaptionCollator
+from vlm_fast.training.recipes.model_parts import LANGUAGE
+from vlm_fast.training.recipes.processes import say
+from vlm_fast.training.recipes.recipe import Recipe
+
+RUN = "run.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# LLaVA-1.5's with adapters: rate of the adapters, of the projector, dropout; alpha is 2 * rank.
+LORA_LR, LORA_CONNECTOR_LR, LORA_DROPOUT = 2e-4, 2e-5, 0.05
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was asked for; see ``vlm-fast recipe --help``."""
+
+    recipe: Recipe
+    model: Path
+    data: Path
+    images: Path
+    out: Path
+    epochs: float | None = None
+    lr: float | None = None
+    batch: int | None = None
+    device_batch: int = 4
+    max_steps: int | None = None
+    save_every: int = 500
+    seed: int = 42
+    dtype: str | None = None
+    checkpointing: bool = False
+    lora: int | None = None
+    on_bad: OnBad = "stop"
+    format: str | None = None
+    max_length: int | None = None
+    background: Colour = WHITE
+    patch: bool = True
+    workers: int = 2
+
+    @property
+    def adapted(self) -> Recipe:
+        """The recipe, with the rates of adapters where there are any."""
+        if self.lora is None:
+            return self.recipe
+        return replace(self.recipe, lr=LORA_LR, rates={"connector": LORA_CONNECTOR_LR})
+
+    def decides(self) -> dict[str, Any]:
+        """All that a run that is resumed must not change."""
+        recipe = self.adapted
+        names = ("seed", "dtype", "lora", "format", "max_length", "max_steps")
+        background = list(self.background)  # as JSON gives it back
+        paths = ("model", "data", "images")
+        return {
+            "recipe": recipe.name,
+            **{name: str(getattr(self, name).resolve()) for name in paths},
+            "epochs": self.epochs or recipe.epochs,
+            "lr": self.lr or recipe.lr,
+            "batch": self.batch or recipe.batch,
+            "background": background,
+            **{name: getattr(self, name) for name in names},
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run.
+
+    Attributes:
+        steps: of the optimizer, in all; of how many.
+        losses: of the first and the last step that was logged.
+        checkpoint: the last whole one.
+        interrupted: whether a signal ended it.
+        replaced: records in whose place another was taken.
+    """
+
+    steps: int
+    of: int
+    losses: tuple[float, float] | None
+    checkpoint: str | None
+    resumed_from: str | None
+    interrupted: bool
+    replaced: int
+
+
+def model_class(folder: Path) -> tuple[Any, Any]:
+    """The class of transformers that a local checkpoint is of, and its config.
+
+    Raises:
+        ValueError: there is no config, or it names no class of this transformers.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{folder} has no config that transformers reads: {first}") from None
+    named = (config.architectures or [""])[0]
+    found = getattr(transformers, named, None)
+    if found is None:
+        raise ValueError(
+            f"{folder / 'config.json'} names the class {named!r}, which transformers "
+            f"{transformers.__version__} does not have"
+        )
+    return found, config
+
+
+@dataclass(frozen=True)
+class Came:
+    """What of a model training changes and saving gives back."""
+
+    config: Any
+    dtypes: dict[str, torch.dtype]
+
+
+def load(run: Run) -> tuple[nn.Module, Came]:
+    """The model as it is on disk."""
+    found, _ = model_class(run.model)
+    model = found.from_pretrained(run.model, dtype="auto", local_files_only=True)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    return model, Came(copy.deepcopy(model.config), dtypes)
+
+
+def compute_dtype(run: Run, model: Any) -> torch.dtype:
+    return model.dtype if run.dtype is None else DTYPES[run.dtype]
+
+
+def prepare(run: Run, model: nn.Module) -> nn.Module:
+    """Patch, freeze, add adapters, and give weights their dtypes; what Trainer is to train."""
+    dtype = compute_dtype(run, model)
+    if run.patch:
+        report = vlm_fast.patch(model)
+        left = f"; left as they are: {len(report.skipped)}" if report.skipped else ""
+        say(f"{len(report.patched)} modules are patched{left}")
+    trained = run.recipe.prepare(model)
+    if run.lora is not None:
+        trained = with_adapters(run, model)
+    for parameter in trained.parameters():
+        if parameter.requires_grad or dtype == torch.float32:
+            parameter.data = parameter.data.float()  # what is frozen is never rounded
+    return trained
+
+
+def with_adapters(run: Run, model: nn.Module) -> nn.Module:
+    """LoRA on every linear of the language model's layers; the connector learns as it is."""
+    from peft import LoraConfig, get_peft_model
+
+    parts = run.recipe.parts(model)
+    of = {name.rpartition(".")[0]: part for name, _, part in parts.of_parameters(model)}
+    head: Any = getattr(model, "lm_head", None)
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and of.get(name) == LANGUAGE and module is not head
+    ]
+    connector = [
+        name.rpartition(".")[2] for name in parts.connector if not name.endswith("newline")
+    ]
+    rank: int = run.lora  # type: ignore[assignment]
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=rank, lora_alpha=2 * rank, lora_dropout=LORA_DROPOUT, target_modules=linears,
+            modules_to_save=connector,
+        ),
+    )  # fmt: skip
+
+
+def data_of(run: Run, processor: Any) -> tuple[Any, Any]:
+    """The data set and what makes its batches; records of the wrong shape are left out."""
+    records = Records(run.data, on_bad="skip")
+    options: Any = {"on_bad": run.on_bad, "background": run.background}
+    if run.recipe.family == "blip2-retrieval":
+        collator: Any = CaptionCollator(processor, even=True)
+        return Captions(records, run.images, **options), collator
+    if run.recipe.family == "blip2":
+        return Captions(records, run.images, **options), CaptionCollator(processor, end="\n")
+    plain = run.recipe.name == "llava-stage1" and bool(records.pictured.all())
+    collator = Collator(
+        processor, format=run.format or ("plain" if plain else None), max_length=run.max_length
+    )
+    return Conversations(records, run.images, **options), collator
+
+
+def without(dataset: Any, bad_records: list[int]) -> Any:
+    """The data set without records of these numbers of the file."""
+    if not bad_records:
+        return dataset
+    bad = set(bad_records)
+    return Subset(dataset, [n for n in range(len(dataset)) if dataset.record(n).index not in bad])
+
+
+def train(
+    run: Run, processor: Any, bad_records: list[int], resume: Path | None, main: bool
+) -> Outcome:
+    """Train, with checkpoints in ``run.out``, and save the model there.
+
+    Args:
+        processor: of the model.
+        bad_records: their numbers in the file; they are left out.
+        resume: the checkpoint to go on from.
+        main: whether this process is the one that writes and talks.
+
+    Raises:
+        BadRecord: a record cannot be used and ``on_bad`` is ``"stop"``; checkpoints stay.
+    """
+    from transformers import PrinterCallback, Trainer, set_seed
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading and saving: `tables.counter` has the one bar
+    set_seed(run.seed)  # heads and adapters begin at random
+    model, came = load(run)
+    dtype = compute_dtype(run, model)
+    trained = prepare(run, model)
+    if isinstance(trained, Stage1Objective):
+        trained.bos_token_id = processor.tokenizer.bos_token_id
+    read, collator = data_of(run, processor)
+    dataset = without(read, bad_records)
+    arguments = run.adapted.training_arguments(
+        run.out, len(dataset), device_batch=run.device_batch, batch=run.batch, epochs=run.epochs,
+        lr=run.lr, max_steps=run.max_steps, seed=run.seed, save_strategy="steps",
+        save_steps=run.save_every, logging_steps=1, logging_nan_inf_filter=False,
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
+        gradient_checkpointing=run.checkpointing, dataloader_num_workers=run.workers,
+        use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+    if main:
+        (run.out / RUN).write_text(json.dumps(run.decides(), indent=1))
+    told = terminal.counter("training") if main else nullcontext(lambda done, total: None)
+    with told as count, callbacks.interruptible() as interruption:
+        minded = callbacks.callback(run.out, interruption, count, trained)
+        trainer = Trainer(
+            trained,
+            arguments, train_dataset=dataset, data_collator=collator,
+            optimizers=(run.adapted.optimizer(trained, run.lr), None),
+            callbacks=[minded],
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    state = trainer.state
+    if main and not minded.interrupted:
+        save(run, trained, came, processor)
+    losses = [row["loss"] for row in state.log_history if "loss" in row]
+    last, _ = checkpoints.last_whole(run.out)
+    return Outcome(
+        state.global_step, state.max_steps, (losses[0], losses[-1]) if losses else None,
+        None if last is None else last.name, None if resume is None else resume.name,
+        minded.interrupted, read.replaced,
+    )  # fmt: skip
+
+
+def save(run: Run, trained: Any, came: Came, processor: Any) -> None:
+    """The model with plain keys and its own dtypes, the processor, and what the stage adds."""
+    if run.lora is not None:
+        trained.save_pretrained(run.out / "adapter")
+        trained = trained.merge_and_unload()
+    if isinstance(trained, Objective):
+        trained.save(run.out)
+    model: Any = trained.model if isinstance(trained, Objective) else trained
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensor.data = tensor.data.to(came.dtypes.get(name, tensor.dtype))
+    model.config = came.config  # Trainer switches its cache off
+    model.save_pretrained(run.out)
+    processor.save_pretrained(run.out)

@@ -1,0 +1,1 @@
+"""Numerical checks: tolerances, the self-test of every op, patched models, results files."""

@@ -1,0 +1,312 @@
+"""``vlm_fast.verify(model, **inputs)``: the patched model against itself without the patch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from vlm_fast import ops
+from vlm_fast.ops.anyres_plan import Plan
+from vlm_fast.patching import patched_modules
+from vlm_fast.patching.class_swap import Patched, swap_back
+from vlm_fast.patching.media_masks import GivesSets
+from vlm_fast.patching.models import anyres, image_token_merge
+from vlm_fast.verification import tolerance
+from vlm_fast.verification.model_runs import Run, is_float, judge_outputs, moved, run, seeded
+from vlm_fast.verification.tolerance import Verdict, judge_all
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Connector:
+    """One connector: the verdicts on its output and on every gradient."""
+
+    name: str
+    what: str
+    verdicts: Sequence[Verdict]
+
+    @property
+    def ok(self) -> bool:
+        return all(verdict.ok for verdict in self.verdicts)
+
+    def worst(self, kind: str) -> float:
+        """Largest error among the "output"s or the "gradient"s."""
+        return max((v.error for v in self.verdicts if v.what.startswith(kind)), default=0.0)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The connectors, and what the whole model returned with the patch and without.
+
+    Attributes:
+        connectors: those that the inputs reached.
+        unreached: names of patched connectors that they did not. A part of a connector that was
+            judged as a whole is not listed by itself.
+        outputs: the verdict on each floating tensor that the model returned.
+        incomparable: why there are no verdicts on outputs, or None.
+        output_error: largest difference between the first outputs with and without the patch.
+        output_scale: largest magnitude of the output without the patch.
+    """
+
+    connectors: Sequence[Connector]
+    unreached: Sequence[str]
+    outputs: Sequence[Verdict]
+    incomparable: str | None
+    output_error: float
+    output_scale: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether a connector was reached, and nothing that was judged is wrong."""
+        judged = [c.ok for c in self.connectors] + [v.ok for v in self.outputs]
+        return bool(self.connectors) and all(judged)
+
+    def __str__(self) -> str:
+        lines = []
+        for c in self.connectors:
+            why = "; ".join(f"{v.what}: {v.failure}" for v in c.verdicts if not v.ok)
+            lines.append(
+                f"{'ok  ' if c.ok else 'FAIL'} {c.name or '(the model)'} ({c.what}): largest error "
+                f"{c.worst('output'):.3g} in the output, {c.worst('gradient'):.3g} in gradients"
+                + (f"; {why}" if why else "")
+            )
+        lines += [f"not reached: {name}" for name in self.unreached]
+        lines += [f"FAIL output {v.what}: {v.failure}" for v in self.outputs if not v.ok]
+        if self.incomparable is not None:
+            lines.append(f"model output not judged: {self.incomparable}")
+        lines.append(
+            f"model output: largest difference {self.output_error:.3g} of {self.output_scale:.3g}"
+        )
+        return "\n".join(lines)
+
+
+RANDOM = "the model draws random numbers, others with the patch than without (dropout: call eval())"
+
+NOTHING = "the model returned no floating tensor"
+
+
+def verify(model: nn.Module, **inputs: Any) -> Verification:
+    """Run a patched model on ``inputs`` and judge it and each connector, as `parity.judge` does.
+
+    Each connector is run on what reached it: with the patch, without it, and without it in float64;
+    outputs and gradients (to its inputs and parameters) are compared. One with active dropout is
+    judged without it.
+
+    What the model returns with the patch may differ from what it returns without by what rounding
+    explains: as far as it moves, without the patch, where each connector's output is moved by the
+    error that it is allowed. Where dropout is active, outputs are not judged.
+
+    The model runs four times in forward under the same random seed, and more often only before an
+    output is called wrong. Its parameters, gradients, buffers and mode are left as they were, as is
+    the random state.
+
+    Raises:
+        ValueError: nothing in ``model`` is patched.
+    """
+    connectors = dict(patched_modules(model))
+    if not connectors:
+        raise ValueError(f"{type(model).__name__} has no patched connector; call patch() first")
+    ours = run(model, inputs)  # as it is: hooks, which observe, may make a module fall back
+    seen, merges, packs = _observed(model, connectors, inputs)
+    with _without_patch(connectors):
+        theirs = run(model, inputs)
+    found, whole, unreached = [], [], []
+    for name, module in connectors.items():
+        what, verdicts = [], []
+        plain = module.unpatched() if name in seen and isinstance(module, Patched) else None
+        if plain is not None:
+            judged, random = _verify_module(module, plain, seen[name])
+            dropout = " without dropout" if random else ""
+            what.append(type(module).patch.mixin.__name__ + dropout)
+            verdicts += judged
+            whole.append(name)
+        if isinstance(module, anyres.FusedAnyRes) and packs:
+            what.append("anyres_pack")
+            verdicts += [v for pack in packs for v in _verify_pack(*pack)]
+        if isinstance(module, image_token_merge.FusedMerge) and merges:
+            what.append("merge_image_tokens")
+            verdicts += [v for merge in merges for v in _verify_merge(*merge)]
+        if what:
+            found.append(Connector(name, ", ".join(what), verdicts))
+        elif not _within(name, whole) and not (isinstance(module, GivesSets) and name in seen):
+            unreached.append(name)
+    outputs: list[Verdict] = []
+    incomparable = NOTHING if not theirs.outputs else None
+    if ours.random or theirs.random:
+        incomparable = RANDOM
+    else:
+        budgets = {
+            c.name: [v.budget for v in c.verdicts if v.what.startswith("output")]
+            for c in found
+            if c.name in whole
+        }
+
+        def rounded(draw: int) -> Run:
+            with _without_patch(connectors), moved(connectors, budgets, draw):
+                return run(model, inputs)
+
+        outputs = judge_outputs(ours, theirs, rounded)
+    mine, plain_output = ours.first(), theirs.first()
+    same = mine.shape == plain_output.shape and mine.numel() > 0
+    difference = (mine.double() - plain_output.double()).abs().max().item() if same else 0.0
+    scale = plain_output.abs().max().item() if plain_output.numel() else 0.0
+    return Verification(found, unreached, outputs, incomparable, difference, scale)
+
+
+def _observed(
+    model: nn.Module, connectors: dict[str, nn.Module], inputs: dict[str, Any]
+) -> tuple[dict[str, Arguments], list[Any], list[Any]]:
+    """The last arguments of each connector, and those of every merge and every pack."""
+    seen: dict[str, Arguments] = {}
+    merges: list[tuple[Tensor, Tensor, Tensor]] = []
+    packs: list[tuple[Any, ...]] = []
+    hooks = [
+        module.register_forward_pre_hook(_keep(seen, name), with_kwargs=True)
+        for name, module in connectors.items()
+    ]
+    observer = lambda *tensors: merges.append(_detached(tensors))  # noqa: E731
+    pack_observer = lambda *arguments: packs.append(_detached(arguments))  # noqa: E731
+    image_token_merge.OBSERVERS.append(observer)
+    anyres.OBSERVERS.append(pack_observer)
+    try:
+        run(model, inputs)
+    finally:
+        image_token_merge.OBSERVERS.remove(observer)
+        anyres.OBSERVERS.remove(pack_observer)
+        for hook in hooks:
+            hook.remove()
+    return seen, merges, packs
+
+
+def _verify_module(
+    module: nn.Module, plain: nn.Module, arguments: Arguments
+) -> tuple[list[Verdict], bool]:
+    """The verdicts, and whether the module drew random numbers and was judged without any."""
+    (ours, drew), (_, plain_drew) = (_module_results(m, arguments) for m in (module, plain))
+    random = drew or plain_drew
+    with _evaluating(module, plain) if random else contextlib.nullcontext():
+        if random:
+            ours, _ = _module_results(module, arguments)
+        wide = copy.deepcopy(plain).double()
+        exact, _ = _module_results(wide, _floats(arguments, Tensor.double))
+        outputs = [name for name in ours if name.startswith("output")]
+        native = lambda: _module_results(plain, arguments)[0]  # noqa: E731
+        return judge_all(ours, native, exact, outputs=outputs), random
+
+
+@contextlib.contextmanager
+def _evaluating(*roots: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for root in roots for module in root.modules()]
+    try:
+        for root in roots:
+            root.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _module_results(
+    module: nn.Module, arguments: Arguments
+) -> tuple[dict[str, Tensor | None], bool]:
+    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    inputs: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        inputs.append(tensor.detach().requires_grad_())
+        return inputs[-1]
+
+    def run_both_ways() -> tuple[list[Tensor], Sequence[Tensor]]:
+        args, kwargs = _floats(arguments, leaf)
+        results = [r for r in tree_leaves(module(*args, **kwargs)) if is_float(r)]
+        upstream = [tolerance.random_upstream(result) for result in results]
+        wanted = [*inputs, *parameters.values()]
+        return results, torch.autograd.grad(results, wanted, upstream, materialize_grads=True)
+
+    with torch.enable_grad():
+        (results, grads), random = seeded(module, run_both_ways)
+    names = ["output" if i == 0 else f"output {i}" for i in range(len(results))]
+    names += [f"gradient of input {i}" for i in range(len(inputs))]
+    names += [f"gradient of {name}" for name in parameters]
+    tensors = [*(r.detach() for r in results), *grads]
+    return dict(zip(names, tensors, strict=True)), random
+
+
+def _floats(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
+    """The arguments with ``change`` applied to floating tensors; a cache, say, is copied.
+
+    Of rows that are one in memory, as queries expanded over a batch, the one is changed: what it
+    has as a gradient is their sum.
+    """
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return copy.deepcopy(value)
+        if not value.is_floating_point():
+            return value
+        once = value[tuple(slice(1 if stride == 0 else None) for stride in value.stride())]
+        changed = change(once)
+        return changed if once.shape == value.shape else changed.expand(value.shape)
+
+    return tree_map(one, arguments)
+
+
+def _verify_pack(features: Tensor, newline: Tensor | None, plan: Plan) -> list[Verdict]:
+    op: Any = ops.anyres_pack_resized if plan.is_resized else ops.anyres_pack
+    with torch.enable_grad():
+        return tolerance.check(op, (features, newline, *plan.tables), {}, fast=op)
+
+
+def _verify_merge(embeds: Tensor, mask: Tensor, features: Tensor) -> list[Verdict]:
+    # Rows are copied, so nothing less than equality is expected: native and exact are one.
+    theirs = lambda e, f: e.masked_scatter(mask.unsqueeze(-1), f)  # noqa: E731
+    ours = lambda e, f: ops.merge_image_tokens(e, f, mask)  # noqa: E731
+    with torch.enable_grad():
+        runs = [tolerance.outputs_and_gradients(f, (embeds, features), {}) for f in (ours, theirs)]
+    names = ("output", "gradient of inputs_embeds", "gradient of image_features")
+    pairs = zip(names, *((*outputs, *gradients) for outputs, gradients in runs), strict=True)
+    return [
+        Verdict(
+            name,
+            (a.double() - b.double()).abs().max().item() if a.numel() else 0.0,
+            0.0,
+            None if torch.equal(a, b) else "not equal",
+        )
+        for name, a, b in pairs
+    ]
+
+
+@contextlib.contextmanager
+def _without_patch(connectors: dict[str, nn.Module]) -> Iterator[None]:
+    classes = {name: type(module) for name, module in connectors.items()}
+    try:
+        for module in connectors.values():
+            assert isinstance(module, Patched)
+            swap_back(module)
+        yield
+    finally:
+        for name, module in connectors.items():
+            module.__class__ = classes[name]
+
+
+def _keep(seen: dict[str, Arguments], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[name] = _floats((args, kwargs), Tensor.detach)
+
+    return hook
+
+
+def _within(name: str, modules: Sequence[str]) -> bool:
+    return any(module == "" or name.startswith(f"{module}.") for module in modules)
+
+
+def _detached(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(v.detach() if isinstance(v, Tensor) else v for v in values)

@@ -1,0 +1,130 @@
+"""What results files prove of each op: on which machine, at this source or at an older one.
+
+A results file (``benchmarks/results/<machine>.json``) is written by the benchmark, shipped with the
+package, and described by the JSON schema beside this, ``results.schema.json``. This reads
+``schema``, ``device`` ("cuda" or "cpu"), ``machine``, ``sources`` ({op: {file: sha256}}) and
+``parity`` ({op: {"dtypes": [...], "cases": n, "failures": [...]}}).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_fast.ops.declaration import Op
+
+SCHEMA = 2
+PACKAGE = Path(__file__).resolve().parent.parent
+CSRC = PACKAGE / "csrc"
+# In a clone the folder is a link, and results belong beside what it points to.
+RESULTS = (PACKAGE / "benchmarks" / "results").resolve()
+IN_CLONE = PACKAGE not in RESULTS.parents
+
+# These decide how a kernel is launched, not what it computes.
+PLUMBING = {"_configs.py", "_launcher.py", "_native.py", "_triton.py", "_user_table.py"}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """That an op passed parity on a machine, and whether its source is still the same."""
+
+    device: str
+    machine: str
+    current: bool
+    passed: bool
+    dtypes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        verdict = "proven" if self.passed else "FAILED"
+        return f"{verdict} on {self.machine}" + ("" if self.current else ", at an older source")
+
+
+def sources(op: Op[..., Any]) -> dict[str, str]:
+    """The files that decide what an op computes, and the sha256 of each."""
+    declared = Path(inspect.getsourcefile(inspect.unwrap(op.reference)) or "")
+    found: dict[str, str] = {}
+    todo = [declared]
+    while todo:
+        path = todo.pop()
+        name = f"{path.parent.name}/{path.name}"
+        if name in found or not path.is_file() or path.name in PLUMBING:
+            continue
+        text = path.read_bytes()
+        found[name] = hashlib.sha256(text).hexdigest()
+        if path.name == "_hopper.py":
+            todo += CSRC.glob("hopper_*")
+        if path.suffix == ".py":
+            todo += (PACKAGE / f"{file}.py" for file in _imports(text))
+    return dict(sorted(found.items()))
+
+
+def _imports(text: bytes) -> Iterator[str]:
+    """Names of the kernel files and op files that a file of ``ops/`` or ``kernels/`` imports."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if module == "vlm_fast.kernels" or (node.level == 1 and not module):
+                yield from (f"kernels/{alias.name}" for alias in node.names)
+            elif module.startswith(("vlm_fast.kernels.", "vlm_fast.ops.")):
+                yield module.removeprefix("vlm_fast.").replace(".", "/")
+            elif node.level == 1:
+                yield f"kernels/{module}"
+
+
+def read_results(directory: Path = RESULTS) -> list[dict[str, Any]]:
+    """The results files of this schema; a broken one is no proof and is left out."""
+    found = []
+    for path in sorted(directory.glob("*.json")):
+        try:
+            content = json.loads(path.read_text())
+            if content["schema"] == SCHEMA:
+                found.append(content)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def proofs(op: Op[..., Any], results: list[dict[str, Any]]) -> list[Proof]:
+    """What the results say of one op, current proofs first."""
+    now, found = sources(op), []
+    for result in results:
+        parity = result.get("parity", {}).get(op.name)
+        if parity is not None:
+            current = result.get("sources", {}).get(op.name) == now
+            found.append(
+                Proof(
+                    result["device"],
+                    result["machine"],
+                    current,
+                    parity["cases"] > 0 and not parity["failures"],
+                    tuple(parity["dtypes"]),
+                )
+            )
+    return sorted(found, key=lambda proof: (not proof.current, proof.machine))
+
+
+def commit() -> str | None:
+    """The commit, with a plus sign if the tree differs from it; None where there is no clone.
+
+    The repository around an installed package is the user's.
+    """
+    if not IN_CLONE:
+        return None
+    git = ("git", "-C", str(PACKAGE.parent))
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        # Results files are what a measurement writes; they do not make it another tree.
+        changes = ("status", "--porcelain", "--", ":!benchmarks/results", ":!vlm_fast/configs")
+        status = subprocess.run([*git, *changes], capture_output=True, text=True)
+    except OSError:
+        return None
+    if head.returncode != 0:
+        return None
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
