@@ -204,7 +204,7 @@ def test_an_error_of_the_library_names_the_function():
 @pytest.mark.parametrize("saved", ["all", "preactivation", "input"])
 def test_stand_ins_without_data_get_the_shapes_and_no_call(saved):
     args, options = sample(SHAPES["images with gaps"], saved=saved)
-    needs = MLP.Needs(*[True] * 5)
+    needs = MLP.NeedsGrad(*[True] * 5)
     settings = {**MLP.defaults, **options}
     for config in (1, {**dict.fromkeys(_hopper.GEMMS, 0), "gelu_backward": 1}):
         with emulated(config) as library:

@@ -10,7 +10,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.support.cases import any_case, any_op, usual_shape
+from tests.support.cases import any_case, any_op
 from tests.support.kernel_properties import judged
 from vlm_fast.kernels import _launcher
 
@@ -25,7 +25,7 @@ def use(monkeypatch, config_of):
 @any_op
 def test_every_config(device, monkeypatch, op, index):
     use(monkeypatch, lambda kernel: kernel.configs[index % len(kernel.configs)])
-    judged(op, *op.sample(usual_shape(op), torch.bfloat16, device), layout="padded rows")
+    judged(op, *op.sample(op.usual_shape, torch.bfloat16, device), layout="padded rows")
 
 
 @any_case
