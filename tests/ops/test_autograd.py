@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
 import vlm_fast
 from tests.support.cases import OPS, each, every_case, every_op
 from tests.support.recording_mode import Onlooker
-from vlm_fast.ops.declaration import resized
+from vlm_fast.ops.declaration import with_batch
 from vlm_fast.verification import tolerance
 
 
@@ -248,7 +248,7 @@ def test_the_graph_is_all_that_keeps_inputs(op, shape):
 @every_op
 def test_no_rows_leave_a_graph_with_zero_gradients(op):
     """A rank without images: an empty result, and zeros, not None, for every parameter."""
-    args, options = leaves(op, resized(op.usual_shape, 0))
+    args, options = leaves(op, with_batch(op.usual_shape, 0))
     result = op(*args, **options)
     expected = op.reference(*args, **options)
     for ours, theirs in zip(each(result), each(expected), strict=True):

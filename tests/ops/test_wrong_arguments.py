@@ -189,7 +189,9 @@ MISTAKES = {
     ),
     "newline that broadcasts": (PACK, {"image_newline": lambda t: t[:1]}, ValueError, "(1,) (17,)"),
     "tiles of another plan": (PACK, {"features": lambda t: t[1:]}, ValueError, "target 32"),
-    "tables of another width": (PACK, {"source": lambda t: t[:, None]}, ValueError, "source (packed,)"),
+    "tables of another width": (
+        PACK, {"source": lambda t: t[:, None]}, ValueError, "source (packed,)",
+    ),
     "wide tables": (PACK, {"target": lambda t: t.long()}, TypeError, "target int64 int32"),
     "packed without rows": (
         PACK, {"features": lambda t: t[:0], "target": lambda t: t[:0]}, ValueError, "source no row",

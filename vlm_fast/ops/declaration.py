@@ -114,12 +114,10 @@ class Op(Generic[P, R]):
         self.verify: Callable[..., list[Any]] | None = None
         self.results_without_gradient: Callable[[Any], tuple[int, ...]] = lambda needs_grad: ()
         self._accepts = self.signature.accepts
-        self._canonical: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
         self._check: Callable[..., Exception | None] | None = None
-        self._fallback_reason: Callable[..., str | None] = lambda first, *rest, **options: (
-            no_kernel_for(first)
-        )
+        self._fallback_reason: Callable[..., str | None] | None = None
         self._canonical = _canonical_of(self.signature)
+        self._has_more_checks = self._canonical is not None
         OPS[self.name] = self
 
     def __call__(self, *args: P.args, **options: P.kwargs) -> R:
@@ -127,7 +125,8 @@ class Op(Generic[P, R]):
         try:
             if self.autocasts and torch.is_autocast_enabled(_autocast_device(values[0])):
                 return self._under_autocast(self, values, settings)
-            values = self.accepted(values, settings)
+            if self._has_more_checks or not self._accepts(*values, **settings):
+                values = self.accepted(values, settings)
         except (TypeError, ValueError) as error:
             return self._of_proxies(args, options, error)
         reason = self._why_not(values, settings)
@@ -190,6 +189,8 @@ class Op(Generic[P, R]):
         if in_functorch():
             refuse_forward_mode(self.name)  # jvp is refused; the other transforms are served
             return "inside a torch.func transform"
+        if self._fallback_reason is None:
+            return no_kernel_for(first)
         return self._fallback_reason(*values, **settings)
 
     def _bind(
@@ -260,6 +261,7 @@ class Op(Generic[P, R]):
     def check(self, check: Callable[..., Exception | None]) -> None:
         """Attach ``check(x, ..., *, option)``, which returns the error of a wrong call or None."""
         self._check = check
+        self._has_more_checks = True
 
     def fallback_reason(self, reason: Callable[..., str | None]) -> None:
         """Attach ``reason(x, ..., *, option)``: why the kernels cannot serve a call, or None."""
@@ -316,8 +318,7 @@ class Op(Generic[P, R]):
     ) -> Callable[[Callable[..., tuple[Any, ...]]], None]:
         """Declare the shapes of an op's arguments, over one function that makes the arguments.
 
-        The number of images or rows is the size named ``batch`` (and ``count``, which counts over
-        the whole batch), or the first size of ``shape``. `resized` changes it.
+        `with_batch` says which size is the number of images or rows.
 
         Args:
             smallest: A shape with as many sizes of 1 as possible.
@@ -333,7 +334,7 @@ class Op(Generic[P, R]):
             ValueError: No size is the number of images or rows.
         """
         for shape in (smallest, usual, *others, large, *bench.values()):
-            resized(shape, 1)
+            with_batch(shape, 1)
 
         def attach(make: Callable[..., tuple[Any, ...]]) -> None:
             self.make_inputs = make
@@ -345,18 +346,23 @@ class Op(Generic[P, R]):
         return attach
 
 
-def resized(shape: Mapping[str, Any], factor: int) -> dict[str, Any]:
-    """A shape with ``factor`` times the images or rows; with 0, none of them.
+def with_batch(shape: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """A shape with another number of images or rows; with 0, none of them.
+
+    That number is the size named ``batch`` (``count`` counts over the whole batch), or the first
+    size of ``shape``.
 
     Raises:
         ValueError: No size is the number of images or rows.
     """
     new = dict(shape)
-    for name in {"batch", "count"} & shape.keys():
-        new[name] = factor * shape[name]
-    if "shape" in shape and "batch" not in shape:
-        new["shape"] = (factor * shape["shape"][0], *shape["shape"][1:])
-    elif "batch" not in shape:
+    if "batch" in shape:
+        new["batch"] = batch
+        if "count" in shape:
+            new["count"] = shape["count"] // shape["batch"] * batch
+    elif "shape" in shape:
+        new["shape"] = (batch, *shape["shape"][1:])
+    else:
         raise ValueError(f"which of {list(shape)} is the number of images or rows?")
     return new
 
@@ -431,6 +437,7 @@ def index_op(
     def declare(reference: Callable[P, R]) -> Op[P, R]:
         declared_op = Op(_without_autocast(reference), declared, where or {})
         declared_op.returns_indices = True
+        declared_op._has_more_checks = True
         declared_op._canonical = lambda values: tuple(
             [v.detach() if isinstance(v, Tensor) else v for v in values]
         )
