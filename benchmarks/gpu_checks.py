@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_fast.devtools import tuning
 from vlm_fast.devtools.passes import step, with_upstream
 from vlm_fast.ops.declaration import FLOATS, OPS, Op
 from vlm_fast.verification import self_test
@@ -33,10 +32,6 @@ LARGE: dict[str, dict[str, Any]] = {
         "batch": BATCH, "side": 54, "hidden": 4100, "sizes": ((324, 324),), "text": 576,
     },
     "cross_attention": {"batch": BATCH, "heads": 16, "shape": (64, 107_000), "d": 64},
-    "absorbed_cross_attention": {
-        "batch": BATCH, "queries": 32, "keys": 4096, "width": 114_688, "features": 64,
-        "heads": 1,
-    },
     "add_layer_norm": {"shape": (BATCH, 107_000, 4096)},
     "self_attention": {
         "batch": BATCH, "tokens": 2176, "width": 64, "features": 70_016, "heads": 1094,
@@ -45,10 +40,6 @@ LARGE: dict[str, dict[str, Any]] = {
     "max_similarity": {"shape": (BATCH, 107_000, 4096), "texts": 64},
     "mlp": {"shape": (BATCH, 107_000, 64), "hidden": 4096, "out": 64},
     "act_linear": {"shape": (BATCH, 107_000, 4096), "out": 64},
-    "mlp_merge": {
-        "batch": BATCH, "sequence": 107_000, "images": 1, "tokens": 576, "inner": 64,
-        "middle": 64, "hidden": 4096,
-    },
     "gated_mlp": {"shape": (BATCH, 107_000, 64), "hidden": 4096, "out": 64},
     "gated_add": {"shape": (BATCH, 107_000, 4096)},
     "gated_add_norm": {"shape": (BATCH, 107_000, 4096)},
@@ -246,17 +237,3 @@ def _sample(value: Any, i: int) -> Any:
     if not batched:
         return value
     return value[i : i + 1].detach().requires_grad_(value.requires_grad)
-
-
-def every_config(
-    device: str, deadline: float, names: Iterable[str] | None = None
-) -> tuple[list[tuning.Candidate], Failures]:
-    """Every config of every kernel, in bf16: a table may name any of them."""
-    candidates, failures = [], []
-    for candidate in tuning.prove(names, device=device, deadline=deadline):
-        candidates.append(candidate)
-        failures += [
-            f"{line}, with config {candidate.config} of {candidate.kernel}"
-            for line in candidate.failures
-        ]
-    return candidates, failures

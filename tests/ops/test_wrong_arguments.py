@@ -24,7 +24,6 @@ NO_MISTAKES = [
     ("gated_mlp", "x", "one dimension more"),
     ("act_linear", "z", "one dimension more"),
     ("mlp", "x", "one dimension more"),
-    ("mlp_merge", "x", "one dimension more"),
     ("bipartite_match", "metric", "one feature more"),
     ("merge_tokens", "x", "one feature more"),
     ("unmerge_tokens", "merged", "one feature more"),
