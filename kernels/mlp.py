@@ -112,7 +112,7 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation
         return (triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(cols, blocks["BLOCK_COLS"]),)
 
     linear_activation_kernel(
-        rows, grid, x, x.stride(0), weight.contiguous(),
+        grid, x, x.stride(0), weight.contiguous(),
         bias if bias is None else bias.contiguous(), out,
         rows, inner, cols, activation, precision(),
     )  # fmt: skip
@@ -140,7 +140,6 @@ def mlp_activation_backward(
     chunks = triton.cdiv(rows, ROWS_PER_PROGRAM)
     dbias = dh.new_empty(chunks, cols, dtype=torch.float32) if want_dbias else None
     mlp_activation_backward_kernel(
-        rows,
         lambda blocks: (chunks, triton.cdiv(cols, blocks["BLOCK_COLS"])),
         z, dh, dh, h, dbias, rows, cols, tokens, period, activation, ROWS_PER_PROGRAM,
     )  # fmt: skip
