@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_fast.devtools import tuning
 from vlm_fast.devtools.passes import step, with_upstream
 from vlm_fast.ops.declaration import FLOATS, OPS, Op
 from vlm_fast.verification import self_test
@@ -186,17 +185,3 @@ def _sample(value: Any, i: int) -> Any:
     if not batched:
         return value
     return value[i : i + 1].detach().requires_grad_(value.requires_grad)
-
-
-def every_config(
-    device: str, deadline: float, names: Iterable[str] | None = None
-) -> tuple[list[tuning.Candidate], Failures]:
-    """Every config of every kernel, in bf16: a table may name any of them."""
-    candidates, failures = [], []
-    for candidate in tuning.prove(names, device=device, deadline=deadline):
-        candidates.append(candidate)
-        failures += [
-            f"{line}, with config {candidate.config} of {candidate.kernel}"
-            for line in candidate.failures
-        ]
-    return candidates, failures

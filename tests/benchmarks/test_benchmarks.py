@@ -14,7 +14,6 @@ from vlm_fast.benchmarks import (
     gpu,
     gpu_checks,
     gpu_compile,
-    machine,
     models,
     picture,
     report,
@@ -22,8 +21,7 @@ from vlm_fast.benchmarks import (
 )
 from vlm_fast.benchmarks.gpu_stages import STAGES, Stage
 from vlm_fast.benchmarks.models import pictures
-from vlm_fast.devtools import ahead_of_time, memory, timing, tuning
-from vlm_fast.kernels import _configs
+from vlm_fast.devtools import ahead_of_time, memory, timing
 from vlm_fast.kernels._triton import AVAILABLE
 from vlm_fast.ops.declaration import OPS, with_batch
 from vlm_fast.verification import results_files
@@ -207,6 +205,7 @@ def test_parts_of_a_large_call_equal_calls_of_the_parts(monkeypatch):
     monkeypatch.setattr(gpu_checks, "BATCH", batch)
     for op in OPS.values():
         small = with_batch(op.usual_shape, batch)
+        small.pop("dropout", None)  # its mask depends on the place in the batch
         if op.large_along == "features":
             small["hidden"] = 2 * batch
         monkeypatch.setattr(op, "large_shape", small)
@@ -216,29 +215,13 @@ def test_parts_of_a_large_call_equal_calls_of_the_parts(monkeypatch):
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
-def test_launches_are_collected_with_size_and_grid():
+def test_launches_are_collected_with_their_grid():
     for op in OPS.values():
         found = ahead_of_time.launches(op, (torch.bfloat16,))
         assert bool(found) == (op.name not in {"max_similarity", "stacked_linear"}), op.name
         for launch in found:
             for index in range(len(launch.kernel.configs)):
                 assert all(isinstance(n, int) for n in launch.programs(index))
-            assert launch.size > 0 and isinstance(launch.dtype, torch.dtype)
-
-
-def row(config, median, size=1024, spread=0.01):
-    times = {"median": median, "lower": median * (1 - spread), "upper": median * (1 + spread)}
-    return {"kernel": "k", "dtype": "bfloat16", "size": size, "config": config, **times}
-
-
-def test_only_a_clear_winner_enters_the_table(tmp_path):
-    rows = [row(0, 1.0), row(1, 0.8), row(2, 0.9)]  # clear
-    rows += [row(0, 1.0, size=2048), row(1, 0.99, size=2048)]  # within 2%
-    rows += [row(0, 1.0, size=4096, spread=0.3), row(1, 0.8, size=4096, spread=0.3)]  # overlapping
-    table = {"schema": _configs.SCHEMA, "kernels": tuning.selection(rows)}
-    path = tmp_path / "table.json"
-    machine.write(path, table)
-    assert _configs.read(path) == {"k": {"bfloat16": {"1024": 1, "2048": 0, "4096": 0}}}
 
 
 # ---- measuring ----

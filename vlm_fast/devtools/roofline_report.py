@@ -31,7 +31,6 @@ TARGETS = {
     "bipartite_match": (0.80, 0.80),
     "merge_tokens": (0.80, 0.88),
     "cross_attention": (0.85, 0.78),
-    "absorbed_cross_attention": (0.75, 0.70),
     "pixel_shuffle_norm": (0.93, 0.88),
     "add_layer_norm": (0.94, 0.90),
     "gated_add": (0.93, 0.90),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,11 +58,11 @@ def mlp(
 @mlp.forward
 def forward(needs_grad, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
     # z, if it is not saved, is freed before the second GEMM allocates.
-    h, saved_tensors = activated(needs_grad, x, weight_1, bias_1, weight_2, activation, saved)
+    h, saved_tensors = _activated(needs_grad, x, weight_1, bias_1, weight_2, activation, saved)
     return F.linear(h, weight_2, bias_2), saved_tensors
 
 
-def activated(
+def _activated(
     needs_grad: Any,
     x: Tensor,
     weight_1: Tensor,
@@ -72,7 +71,7 @@ def activated(
     activation: str,
     saved: str,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """What the second linear takes, and what `backward` needs_grad."""
+    """The input of the second linear, and the tensors that backward needs."""
     if not any(needs_grad) and x.dtype is not torch.float32 and runs_triton(x):
         rows = math.prod(x.shape[:-1])
         if 0 < rows <= FEW_ROWS and x.shape[-1] > 0:
@@ -98,17 +97,10 @@ def activated(
 
 @mlp.backward
 def backward(needs_grad, saved_tensors, dy, *, activation, saved):
-    return gradients(needs_grad, saved_tensors, dy, activation, saved)
-
-
-def gradients(
-    needs_grad: Any, saved_tensors: Sequence[Any], dy: Tensor, activation: str, saved: str
-) -> tuple[Tensor | None, ...]:
-    """The gradients of a projector's arguments, from the tensors that `activated` saved."""
     x, weight_1, bias_1, weight_2, z, h = saved_tensors
     leading, dy = dy.shape[:-1], _rows(dy)
     if saved == "input":
-        whole = _takes_whole_rows(x, weight_1, weight_2, activation)
+        whole = _takes_whole_rows(x, weight_2, activation)
         z = F.linear(x.contiguous() if whole else _gemm_input(x), weight_1, bias_1)
     want_h = needs_grad.weight_2 and h is None
     dx = dweight_1 = dbias_1 = dweight_2 = None
@@ -143,20 +135,13 @@ def _first_linear(
 ) -> tuple[Tensor | None, Tensor]:
     """``z``, if it is kept, and its activation."""
     leading, (hidden, inner) = x.shape[:-1], weight.shape
-
-    def plain() -> tuple[Tensor | None, Tensor]:
-        whole = backward and _takes_whole_rows(x, weight, weight_2, activation)
-        z = F.linear(x.contiguous() if whole else _gemm_input(x), weight, bias)
-        rows = z if z.ndim == x.ndim else _without_gaps(z, leading)
-        return z if keep_z else None, activate(rows, activation, overwrite=not keep_z)
-
-    def fused(config: int) -> tuple[Tensor | None, Tensor]:
-        z, h = _hopper.linear_gelu(config, _rows(x), weight, bias, keep_z=keep_z)
+    if activation == "gelu" and _hopper.takes_linear_gelu(x, math.prod(leading), inner, hidden):
+        z, h = _hopper.linear_gelu(_rows(x), weight, bias, keep_z=keep_z)
         return None if z is None else z.view(*leading, hidden), h.view(*leading, hidden)
-
-    if activation != "gelu":
-        return plain()
-    return _hopper.LINEAR_GELU(x, math.prod(leading), (inner, hidden), plain, fused)
+    whole = backward and _takes_whole_rows(x, weight_2, activation)
+    z = F.linear(x.contiguous() if whole else _gemm_input(x), weight, bias)
+    rows = z if z.ndim == x.ndim else _without_gaps(z, leading)
+    return z if keep_z else None, activate(rows, activation, overwrite=not keep_z)
 
 
 def _second_linear_backward(
@@ -170,28 +155,21 @@ def _second_linear_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``dz``, the activation and the gradient of the first bias; dy ``(rows, out)``."""
     tokens, period = _tokens_and_period(z, leading)
-    rows, (out, hidden) = dy.shape[0], weight.shape
-
-    def plain() -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return mlp_activation_backward(
-            z, torch.mm(dy, weight), tokens, period, activation,
-            want_h=want_h, want_dbias=want_dbias,
-        )  # fmt: skip
-
-    def fused(config: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rows, hidden = dy.shape[0], weight.shape[1]
+    if tokens == period and _takes_whole_rows(dy, weight, activation):
         return _hopper.gelu_backward(
-            config, z.view(rows, hidden), dy, weight, want_h=want_h, want_dbias=want_dbias
+            z.view(rows, hidden), dy, weight, want_h=want_h, want_dbias=want_dbias
         )
+    return mlp_activation_backward(
+        z, torch.mm(dy, weight), tokens, period, activation, want_h=want_h, want_dbias=want_dbias
+    )
 
-    if activation != "gelu" or tokens != period:
-        return plain()
-    return _hopper.GELU_BACKWARD(z, rows, (out, hidden), plain, fused)
 
-
-def _takes_whole_rows(x: Tensor, weight_1: Tensor, weight_2: Tensor, activation: str) -> bool:
+def _takes_whole_rows(rows: Tensor, weight_2: Tensor, activation: str) -> bool:
     """Whether backward's GEMM will take z, which then must have no gaps."""
-    rows = math.prod(x.shape[:-1])
-    return activation == "gelu" and bool(_hopper.GELU_BACKWARD.choose(x, rows, weight_2.shape))
+    out, hidden = weight_2.shape
+    count = math.prod(rows.shape[:-1])
+    return activation == "gelu" and _hopper.takes_gelu_backward(rows, count, hidden, out)
 
 
 def _rows(x: Tensor) -> Tensor:

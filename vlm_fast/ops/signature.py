@@ -271,7 +271,6 @@ class _Compiler:
             f"def accepts({arguments}):\n    try:\n{body}\n        return True\n"
             f"    except {ERRORS}:\n        return False\n"
         )
-        signature.source = source
         made: dict[str, Any] = {}
         exec(compile(source, f"<signature of {signature.op}>", "exec"), self.constants, made)
         accepts: Callable[..., bool] = made["accepts"]
