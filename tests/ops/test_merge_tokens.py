@@ -84,9 +84,9 @@ def test_options_that_do_not_fit(options, exception, words):
 @pytest.mark.parametrize(
     "change, exception, words",
     [
-        (lambda x, m, s: (x, m[:2], s), TypeError, "match"),
-        (lambda x, m, s: (x, m[0], s), TypeError, "match"),
-        (lambda x, m, s: (x[:, 1:], m, s), ValueError, "x is"),
+        (lambda x, m, s: (x, m[:2], s), ValueError, "match is 2"),
+        (lambda x, m, s: (x, m[0], s), ValueError, "match is 1"),
+        (lambda x, m, s: (x[:, 1:], m, s), ValueError, "destination"),
         (lambda x, m, s: (x, [m[0], m[1][:, 1:], m[2]], s), ValueError, "order"),
         (lambda x, m, s: (x, [m[0], m[1], m[2][:, :0]], s), ValueError, "start"),
         (lambda x, m, s: (x, [m[0], m[1], m[2].repeat(1, 2)], s), ValueError, "start"),
