@@ -10,8 +10,8 @@ from vlm_fast.ops.cross_attention import cross_attention as cross_attention
 from vlm_fast.ops.gated_add import gated_add as gated_add
 from vlm_fast.ops.gated_add import gated_add_norm as gated_add_norm
 from vlm_fast.ops.gated_mlp import gated_mlp as gated_mlp
-from vlm_fast.ops.image_tokens import gather_image_tokens as gather_image_tokens
-from vlm_fast.ops.image_tokens import merge_image_tokens as merge_image_tokens
+from vlm_fast.ops.merge_image_tokens import gather_image_tokens as gather_image_tokens
+from vlm_fast.ops.merge_image_tokens import merge_image_tokens as merge_image_tokens
 from vlm_fast.ops.max_similarity import max_similarity as max_similarity
 from vlm_fast.ops.media_cross_attention import media_cross_attention as media_cross_attention
 from vlm_fast.ops.merge_tokens import merge_tokens as merge_tokens

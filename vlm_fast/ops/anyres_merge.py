@@ -9,7 +9,7 @@ from vlm_fast.kernels import anyres_pack as kernels
 from vlm_fast.kernels.image_tokens import clear_image_tokens, image_token_slots
 from vlm_fast.ops.anyres_pack import anyres_pack, nothing, sample_plan
 from vlm_fast.ops.declaration import Cost, nbytes, op
-from vlm_fast.ops.image_tokens import check_count, likeness, no_rows, row_count
+from vlm_fast.ops.merge_image_tokens import check_count, likeness, no_rows, row_count
 
 
 @op(

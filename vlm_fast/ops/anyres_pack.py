@@ -9,7 +9,7 @@ from vlm_fast.kernels import anyres_pack as kernels
 from vlm_fast.ops.anyres_plan import MAX_ROWS, ONE, lone_taps, plan
 from vlm_fast.ops.anyres_tiling import Tiling, tile_count
 from vlm_fast.ops.declaration import Cost, nbytes, op
-from vlm_fast.ops.image_tokens import likeness, row_count
+from vlm_fast.ops.merge_image_tokens import likeness, row_count
 
 
 @op(
