@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +9,7 @@ from torch import Tensor
 from vlm_fast.kernels._activation import ACTIVATIONS
 from vlm_fast.kernels.mlp import activate, mlp_activation_backward
 from vlm_fast.ops.declaration import Cost, linear_op, nbytes
+from vlm_fast.ops.rows import as_matrix
 
 
 @linear_op(
@@ -42,25 +41,20 @@ def forward(needs_grad, z, weight, bias, *, activation):
 @act_linear.backward
 def backward(needs_grad, saved_tensors, dy, *, activation):
     z, weight = saved_tensors
-    leading, dy = dy.shape[:-1], _rows(dy)
+    leading, dy = dy.shape[:-1], as_matrix(dy)
     dz = h = dweight = None
     if needs_grad.z:
         rows = dy.shape[0]
         dz, h, _ = mlp_activation_backward(
-            _rows(z).contiguous(), torch.mm(dy, weight), rows, rows, activation,
+            as_matrix(z).contiguous(), torch.mm(dy, weight), rows, rows, activation,
             want_h=needs_grad.weight, want_dbias=False,
         )  # fmt: skip
         dz = dz.view(*leading, dz.shape[1])
     elif needs_grad.weight:
-        h = _rows(activate(z, activation))
+        h = as_matrix(activate(z, activation))
     if h is not None:
         dweight = torch.mm(dy.t(), h)
     return dz, dweight, dy.sum(0) if needs_grad.bias else None
-
-
-def _rows(x: Tensor) -> Tensor:
-    # Not -1: of no elements it could be any number.
-    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 @act_linear.cost

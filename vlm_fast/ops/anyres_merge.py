@@ -1,4 +1,4 @@
-"""Tiles of images of any resolution, packed and merged into the prompt in one movement."""
+"""Image tiles of any resolution packed and scattered into the prompt without a packed copy."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from torch import Tensor
 
 from vlm_fast.kernels import anyres_pack as kernels
 from vlm_fast.kernels.image_tokens import clear_image_tokens, image_token_slots
-from vlm_fast.ops.anyres_pack import anyres_pack, nothing, sample_plan
+from vlm_fast.ops.anyres_pack import anyres_pack
+from vlm_fast.ops.anyres_samples import sample_plan, why_not_packed
 from vlm_fast.ops.declaration import Cost, nbytes, op
-from vlm_fast.ops.merge_image_tokens import check_count, likeness, no_rows, row_count
+from vlm_fast.ops.image_token_rows import check_count, why_no_slots
+from vlm_fast.ops.rows import empty_like_rows, row_count
 
 
 @op(
@@ -62,7 +64,7 @@ def anyres_merge(
 
 @anyres_merge.fallback_reason
 def fallback_reason(inputs_embeds, features, image_newline, source, target, image_mask):
-    return no_rows(inputs_embeds) or nothing(features, source)
+    return why_no_slots(inputs_embeds) or why_not_packed(features, source)
 
 
 @anyres_merge.forward
@@ -78,7 +80,7 @@ def forward(needs_grad, inputs_embeds, features, image_newline, source, target, 
         slots if needs_grad.inputs_embeds or of_images else None,
         target if needs_grad.features else None,
         source if needs_grad.image_newline else None,
-        likeness(features) if of_images else None,
+        empty_like_rows(features) if of_images else None,
         image_newline.new_empty(0) if needs_grad.image_newline else None,
     )
 

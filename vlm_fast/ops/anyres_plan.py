@@ -154,7 +154,7 @@ def _resized_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Te
     """
     if grid is None or grid.resized == grid.kept:
         source, target = _plain_tables(grid, side, newline)
-        return *lone_taps(source), *lone_taps(target)
+        return *single_taps(source), *single_taps(target)
     if 0 in grid.resized:
         raise ValueError(f"anyres_plan: nothing is left of a grid of {grid.kept} when resized")
     rows = _stitched_rows(grid, side)
@@ -163,8 +163,9 @@ def _resized_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Te
     marks = taps.new_full((grid.resized[0], int(newline), 4), -1)
     taps = torch.cat([taps, marks], 1).view(-1, 4)
     weights = torch.cat([weights, torch.zeros_like(marks)], 1).view(-1, 4)
-    base, base_weights = lone_taps(torch.arange(side**2, device="cpu"))
-    targets, target_weights = lone_taps(base.new_full(((1 + math.prod(grid.tiles)) * side**2,), -1))
+    base, base_weights = single_taps(torch.arange(side**2, device="cpu"))
+    rows_of_tiles = (1 + math.prod(grid.tiles)) * side**2
+    targets, target_weights = single_taps(base.new_full((rows_of_tiles,), -1))
     targets[: side**2], target_weights[: side**2] = base, base_weights
     back, back_weights = _outer(_positions(grid.resized, side, newline), y_back, x_back)
     targets[rows.flatten()] = back.view(-1, 4).int()
@@ -175,7 +176,7 @@ def _resized_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Te
     )  # fmt: skip
 
 
-def lone_taps(rows: Tensor) -> tuple[Tensor, Tensor]:
+def single_taps(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Of rows that are copied: one tap of weight one, or none."""
     taps = rows.new_full((rows.shape[0], 4), -1, dtype=torch.int32)
     taps[:, 0] = rows

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +10,7 @@ from vlm_fast.kernels._activation import ACTIVATIONS
 from vlm_fast.kernels.gated_mlp import gated_activation, gated_activation_backward
 from vlm_fast.kernels.mlp import activate
 from vlm_fast.ops.declaration import Cost, linear_op, nbytes
+from vlm_fast.ops.rows import as_matrix
 
 
 @linear_op(
@@ -44,7 +43,7 @@ def gated_mlp(
 
 @gated_mlp.forward
 def forward(needs_grad, x, weight_gate, weight_up, weight_down, *, activation):
-    rows = _rows(x)
+    rows = as_matrix(x)
     gate, up = F.linear(rows, weight_gate), F.linear(rows, weight_up)
     h = gated_activation(gate, up, activation, overwrite=not any(needs_grad))
     shape = (*x.shape[:-1], weight_down.shape[0])
@@ -65,7 +64,7 @@ def forward(needs_grad, x, weight_gate, weight_up, weight_down, *, activation):
 @gated_mlp.backward
 def backward(needs_grad, saved_tensors, dy, *, activation):
     x, weight_gate, weight_up, weight_down, gate, up = saved_tensors
-    leading, dy = dy.shape[:-1], _rows(dy)
+    leading, dy = dy.shape[:-1], as_matrix(dy)
     dx = dweight_gate = dweight_up = dweight_down = None
     if weight_down is not None:
         dgate, dup, h = gated_activation_backward(
@@ -80,18 +79,14 @@ def backward(needs_grad, saved_tensors, dy, *, activation):
     if needs_grad.x:
         dx = torch.mm(dgate, weight_gate)
     if needs_grad.weight_gate:
-        dweight_gate = torch.mm(dgate.t(), _rows(x))
+        dweight_gate = torch.mm(dgate.t(), as_matrix(x))
     if weight_down is not None:
         del dgate
     if dx is not None:
         dx = dx.addmm_(dup, weight_up).view(*leading, dx.shape[1])
     if needs_grad.weight_up:
-        dweight_up = torch.mm(dup.t(), _rows(x))
+        dweight_up = torch.mm(dup.t(), as_matrix(x))
     return dx, dweight_gate, dweight_up, dweight_down
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 @gated_mlp.cost

@@ -14,6 +14,7 @@ from vlm_fast.kernels._activation import ACTIVATIONS
 from vlm_fast.kernels._launcher import runs_triton
 from vlm_fast.kernels.mlp import FEW_ROWS, activate, linear_activation, mlp_activation_backward
 from vlm_fast.ops.declaration import Cost, linear_op, nbytes
+from vlm_fast.ops.rows import as_matrix
 
 SAVED = ("all", "preactivation", "input")
 
@@ -98,7 +99,7 @@ def _activated(
 @mlp.backward
 def backward(needs_grad, saved_tensors, dy, *, activation, saved):
     x, weight_1, bias_1, weight_2, z, h = saved_tensors
-    leading, dy = dy.shape[:-1], _rows(dy)
+    leading, dy = dy.shape[:-1], as_matrix(dy)
     if saved == "input":
         whole = _takes_whole_rows(x, weight_2, activation)
         z = F.linear(x.contiguous() if whole else _gemm_input(x), weight_1, bias_1)
@@ -114,10 +115,10 @@ def backward(needs_grad, saved_tensors, dy, *, activation, saved):
         h = activate(_without_gaps(z, leading), activation)
     # Largest temporaries first out: h is gone before dz is used, dz before anything else.
     if needs_grad.weight_2:
-        dweight_2 = torch.mm(dy.t(), _rows(h))
+        dweight_2 = torch.mm(dy.t(), as_matrix(h))
     h = fresh_h = None
     if needs_grad.weight_1:
-        dweight_1 = torch.mm(dz.t(), _rows(x))
+        dweight_1 = torch.mm(dz.t(), as_matrix(x))
     if needs_grad.x:
         dx = torch.mm(dz, weight_1)
         dx = dx if len(leading) == 1 else dx.view(*leading, dx.shape[1])
@@ -136,7 +137,7 @@ def _first_linear(
     """``z``, if it is kept, and its activation."""
     leading, (hidden, inner) = x.shape[:-1], weight.shape
     if activation == "gelu" and _hopper.takes_linear_gelu(x, math.prod(leading), inner, hidden):
-        z, h = _hopper.linear_gelu(_rows(x), weight, bias, keep_z=keep_z)
+        z, h = _hopper.linear_gelu(as_matrix(x), weight, bias, keep_z=keep_z)
         return None if z is None else z.view(*leading, hidden), h.view(*leading, hidden)
     whole = backward and _takes_whole_rows(x, weight_2, activation)
     z = F.linear(x.contiguous() if whole else _gemm_input(x), weight, bias)
@@ -170,11 +171,6 @@ def _takes_whole_rows(rows: Tensor, weight_2: Tensor, activation: str) -> bool:
     out, hidden = weight_2.shape
     count = math.prod(rows.shape[:-1])
     return activation == "gelu" and _hopper.takes_gelu_backward(rows, count, hidden, out)
-
-
-def _rows(x: Tensor) -> Tensor:
-    # Not -1: of no elements it could be any number.
-    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _gemm_input(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from vlm_fast.kernels import pixel_shuffle_norm as kernels
 from vlm_fast.kernels._launcher import is_traced
 from vlm_fast.kernels._patch_blocks import Blocks, Norm
 from vlm_fast.ops.declaration import Cost, nbytes, no_kernel_for, op
+from vlm_fast.ops.rows import empty_like_rows
 
 NAME = "pixel_shuffle_norm"
 NORMS = ("none", "layer", "rms", "gemma")
@@ -163,10 +164,10 @@ def forward(
     shape = _merged_shape(x, index, factor)
     wanted = any(needs_grad)
     if x.numel() == 0 or math.prod(shape) == 0:
-        return x.new_zeros(shape), (_likeness(x), index, weight, None, None) if wanted else ()
+        return x.new_zeros(shape), (empty_like_rows(x), index, weight, None, None) if wanted else ()
     if norm == "none":
         y = kernels.pixel_shuffle(x, blocks).view(shape)
-        return y, (_likeness(x), index, None, None, None) if wanted else ()
+        return y, (empty_like_rows(x), index, None, None, None) if wanted else ()
     y, mean, rstd = kernels.pixel_shuffle_norm(
         x, weight.contiguous(), None if bias is None else bias.contiguous(),
         blocks, Norm(norm, norm_after, eps), wanted,
@@ -204,11 +205,6 @@ def _merged_shape(x, index, factor):
     if index is not None:
         return index.shape[0], features
     return *x.shape[:-2], x.shape[-2] // factor**2, features
-
-
-def _likeness(x: Tensor) -> Tensor:
-    """The rows and dtype of a tensor without its elements, for its gradient."""
-    return x.new_empty(*x.shape[:-1], 0)
 
 
 def _check_rows(index: Tensor, rows: int) -> None:

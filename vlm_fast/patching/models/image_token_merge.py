@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from vlm_fast import ops
 from vlm_fast.fallback import policy
 from vlm_fast.modules.parameter_access.original_code import names_in
-from vlm_fast.ops.merge_image_tokens import check_count
+from vlm_fast.ops.image_token_rows import check_count
 from vlm_fast.ops.transforms import constant_while_compiling
 from vlm_fast.patching.class_swap import Patched
 from vlm_fast.patching.placeholder_masks import Form, NotRead, read
