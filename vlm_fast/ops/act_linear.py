@@ -1,6 +1,8 @@
-"""Activation, linear: what follows the first two linears of a deeper projector."""
+"""An activation and a linear layer, for projectors with three or more linears."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from vlm_fast.ops.rows import as_matrix
 def act_linear(
     z: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str = "gelu"
 ) -> Tensor:
-    """An activation, then a linear: ``linear(act(z), weight, bias)``. Backward keeps z alone.
+    """Apply an activation, then a linear: ``linear(act(z), weight, bias)``. Backward keeps only z.
 
     Eager PyTorch keeps z and its activation. For linear, act, linear, act, linear it keeps five
     tensors; `mlp` followed by this op keeps three. Dtypes other than fp32, fp16 and bf16 fall back.
@@ -33,13 +35,17 @@ def act_linear(
 
 
 @act_linear.forward
-def forward(needs_grad, z, weight, bias, *, activation):
+def forward(
+    needs_grad: Any, z: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     y = F.linear(activate(z, activation), weight, bias)
     return y, (z if needs_grad.z or needs_grad.weight else None, weight if needs_grad.z else None)
 
 
 @act_linear.backward
-def backward(needs_grad, saved_tensors, dy, *, activation):
+def backward(
+    needs_grad: Any, saved_tensors: Any, dy: Tensor, *, activation: str
+) -> tuple[Tensor | None, ...]:
     z, weight = saved_tensors
     leading, dy = dy.shape[:-1], as_matrix(dy)
     dz = h = dweight = None
@@ -58,7 +64,7 @@ def backward(needs_grad, saved_tensors, dy, *, activation):
 
 
 @act_linear.cost
-def cost(z, weight, bias, *, activation):
+def cost(z: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str) -> Cost:
     rows = z.shape[:-1].numel()
     flops, y = 2 * rows * weight.numel(), rows * weight.shape[0] * z.element_size()
     moved = nbytes(z, weight, bias)
@@ -81,7 +87,9 @@ def cost(z, weight, bias, *, activation):
         "LLaVA mlp3x, 8 images": dict(shape=(8, 576, 4096), out=4096),
     },
 )
-def inputs(shape, out, *, drop_first=0, bias=True):
+def inputs(
+    shape: tuple[int, ...], out: int, *, drop_first: int = 0, bias: bool = True
+) -> tuple[Tensor | None, ...]:
     z = torch.randn(shape)[..., drop_first:, :] if drop_first else torch.randn(shape)
     inner = shape[-1]
     return (

@@ -1,6 +1,8 @@
-"""The gated MLP of language models and of resamplers since Llama: SwiGLU and its kin."""
+"""A gated MLP such as SwiGLU, as in Llama's decoder layers and many resamplers."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,7 @@ def gated_mlp(
     *,
     activation: str = "silu",
 ) -> Tensor:
-    """A gated MLP such as SwiGLU: ``linear(act(linear(x, w_gate)) * linear(x, w_up), w_down)``.
+    """Gate an MLP as SwiGLU does: ``linear(act(linear(x, w_gate)) * linear(x, w_up), w_down)``.
 
     GLU variants, arXiv 2002.05202. Mirrors transformers' ``MllamaTextMLP``, ``Idefics2MLP`` and the
     ``IdeficsMLP`` of the decoder. Backward keeps x and both products of the first two linears.
@@ -42,27 +44,32 @@ def gated_mlp(
 
 
 @gated_mlp.forward
-def forward(needs_grad, x, weight_gate, weight_up, weight_down, *, activation):
+def forward(
+    needs_grad: Any, x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor,
+    *, activation: str,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
     rows = as_matrix(x)
     gate, up = F.linear(rows, weight_gate), F.linear(rows, weight_up)
     h = gated_activation(gate, up, activation, overwrite=not any(needs_grad))
     shape = (*x.shape[:-1], weight_down.shape[0])
     if not any(needs_grad):
-        del gate, up  # before the third GEMM allocates
+        del gate, up  # freed before the third GEMM allocates its result
         return F.linear(h, weight_down).view(shape), ()
     y = F.linear(h, weight_down).view(shape)
-    inner = needs_grad.x or needs_grad.weight_gate or needs_grad.weight_up
+    before_down = needs_grad.x or needs_grad.weight_gate or needs_grad.weight_up
     return y, (
         x if needs_grad.weight_gate or needs_grad.weight_up else None,
         weight_gate if needs_grad.x else None,
         weight_up if needs_grad.x else None,
-        weight_down if inner else None,
+        weight_down if before_down else None,
         gate, up,
     )  # fmt: skip
 
 
 @gated_mlp.backward
-def backward(needs_grad, saved_tensors, dy, *, activation):
+def backward(
+    needs_grad: Any, saved_tensors: Any, dy: Tensor, *, activation: str
+) -> tuple[Tensor | None, ...]:
     x, weight_gate, weight_up, weight_down, gate, up = saved_tensors
     leading, dy = dy.shape[:-1], as_matrix(dy)
     dx = dweight_gate = dweight_up = dweight_down = None
@@ -75,7 +82,7 @@ def backward(needs_grad, saved_tensors, dy, *, activation):
         h = gated_activation(gate, up, activation)
     if h is not None:
         dweight_down = torch.mm(dy.t(), h)
-    del h  # the largest temporaries first out
+    del h  # the largest temporary is freed first
     if needs_grad.x:
         dx = torch.mm(dgate, weight_gate)
     if needs_grad.weight_gate:
@@ -90,7 +97,10 @@ def backward(needs_grad, saved_tensors, dy, *, activation):
 
 
 @gated_mlp.cost
-def cost(x, weight_gate, weight_up, weight_down, *, activation):
+def cost(
+    x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor,
+    *, activation: str,
+) -> Cost:  # fmt: skip
     rows, weights = x.shape[:-1].numel(), (weight_gate, weight_up, weight_down)
     flops = 2 * rows * sum(w.numel() for w in weights)
     element = x.element_size()
@@ -118,7 +128,9 @@ def cost(x, weight_gate, weight_up, weight_down, *, activation):
         "Idefics2 perceiver, 8 images": dict(shape=(8, 64, 4096), hidden=16384, out=4096),
     },
 )
-def inputs(shape, hidden, out, *, drop_first=0):
+def inputs(
+    shape: tuple[int, ...], hidden: int, out: int, *, drop_first: int = 0
+) -> tuple[Tensor, ...]:
     x = torch.randn(shape)[..., drop_first:, :] if drop_first else torch.randn(shape)
     inner = shape[-1]
     return (

@@ -11,7 +11,7 @@ from vlm_fast.modules.fused_sequence import fused_mlp, why_not_fused
 from vlm_fast.modules.parameter_access.linear import why_not_called_plainly
 from vlm_fast.modules.parameter_access.norm import merged, why_not_normed
 from vlm_fast.modules.patch_merger import children_of, merge_patches
-from vlm_fast.ops.pixel_shuffle_norm import rows_of_blocks
+from vlm_fast.ops.patch_blocks import rows_of_blocks
 from vlm_fast.patching.class_swap import Patched, is_class
 
 MERGERS = {
