@@ -151,7 +151,10 @@ for module in pkgutil.walk_packages(vlm_fast.__path__, "vlm_fast."):
 
 def test_import_brings_no_transformers_and_touches_no_device():
     found = run(
-        EVERYTHING + "import torch\n"
+        "import sys, vlm_fast\n"
+        "assert not any(name.startswith('vlm_fast.training') for name in sys.modules)\n"
+        + EVERYTHING
+        + "import torch\n"
         "assert not torch.cuda.is_initialized()\n"
         "heavy = {'transformers', 'peft', 'accelerate', 'deepspeed', 'matplotlib', 'openai'}\n"
         "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"

@@ -11,11 +11,10 @@ from typer.testing import CliRunner
 import vlm_fast
 from vlm_fast import advisor, ops
 from vlm_fast.advisor import connectors, cost_counter, language_model, published_results
-from vlm_fast.advisor.connector_modules import Point, gated_blocks
+from vlm_fast.advisor.connector_modules import DesignPoint, gated_blocks
 from vlm_fast.advisor.connectors import CONNECTORS
 from vlm_fast.advisor.model_shapes import MODELS
-from vlm_fast.cli import advisor_options
-from vlm_fast.cli.main import main
+from vlm_fast.cli import advisor_options, main
 from vlm_fast.modules import MLPProjector, PooledMLPProjector
 from vlm_fast.ops.declaration import OPS, Cost
 from vlm_fast.verification import results_files
@@ -42,7 +41,7 @@ def on_meta(*shape):
 
 @pytest.mark.parametrize("saved", ["all", "preactivation", "input"])
 def test_the_mlp_costs_what_its_op_says(saved):
-    work = connectors.work(Point(LLAVA, "mlp", 576, prompts=2, saved=saved))
+    work = connectors.work(DesignPoint(LLAVA, "mlp", 576, prompts=2, saved=saved))
     weights = [on_meta(4096, 1024), on_meta(4096), on_meta(4096, 4096), on_meta(4096)]
     assert work.cost == ops.mlp.cost_of(on_meta(2, 576, 1024), *weights, saved=saved)
     assert work.parameters == sum(w.numel() for w in weights)
@@ -60,7 +59,7 @@ def test_merging_costs_its_rounds_and_an_mlp_of_what_is_left():
         x, size = ops.merge_tokens(x, match, size)
     weights = [on_meta(4096, 1024), on_meta(4096), on_meta(4096, 4096), on_meta(4096)]
     parts.append(ops.mlp.cost_of(x, *weights))
-    found = connectors.work(Point(LLAVA, "merge", 144)).cost
+    found = connectors.work(DesignPoint(LLAVA, "merge", 144)).cost
     assert found == functools.reduce(cost_counter.added, parts)
 
 
@@ -114,7 +113,9 @@ def test_every_connector_of_every_model_can_be_counted(name):
     deep = {"qformer", "resampler", "gated"}  # those of LLaVA are counted elsewhere
     for connector in CONNECTORS.values():
         for tokens in [] if connector.name in deep else connector.counts(model)[:1]:
-            assert connectors.work(Point(model, connector.name, tokens, text=4)).parameters > 0
+            assert (
+                connectors.work(DesignPoint(model, connector.name, tokens, text=4)).parameters > 0
+            )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_numbers_of_tokens_that_can_be_had(name, connector, tokens, reason):
     assert found is None if reason is None else reason in found
     if reason is not None:
         with pytest.raises(ValueError, match=reason):
-            connectors.work(Point(MODELS[name], connector, tokens))
+            connectors.work(DesignPoint(MODELS[name], connector, tokens))
 
 
 def test_shapes_are_those_of_the_default_configs():
@@ -198,7 +199,7 @@ def test_text_tokens_left_of_the_context():
 
 def test_an_option_holds_what_the_cost_models_say():
     for option in options("dialogue").values():
-        point = Point(LLAVA, option.connector, option.seen_tokens, images=8, text=256)
+        point = DesignPoint(LLAVA, option.connector, option.seen_tokens, images=8, text=256)
         assert option.cost == connectors.work(point, BF16).cost
         sequence = 8 * option.visual_tokens + 256
         assert option.prefill_flops == language_model.prefill_flops(LLAVA.language, sequence)

@@ -25,11 +25,10 @@ from vlm_fast.advisor import (
     profile_points,
     report_data,
 )
-from vlm_fast.advisor.connector_modules import Point
+from vlm_fast.advisor.connector_modules import DesignPoint
 from vlm_fast.advisor.connectors import CONNECTORS
 from vlm_fast.advisor.model_shapes import MODELS
-from vlm_fast.cli import profile
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main, profile
 from vlm_fast.devtools.timing import Ceilings
 
 HOSTILE = "<script>alert('&')</script>"
@@ -79,7 +78,7 @@ def test_bytes_kept_for_backward_are_those_counted(training):
 
 def test_figures_are_those_of_the_cost_models(training):
     for row in training[1]["rows"]:
-        point = Point(TINY, row["connector"], row["tokens"], prompts=row["batch"], text=8,
+        point = DesignPoint(TINY, row["connector"], row["tokens"], prompts=row["batch"], text=8,
                       saved=row["saved"])  # fmt: skip
         work = connectors.work(point, torch.float32)
         assert row["forward_flops"] == work.cost.forward_flops
@@ -112,7 +111,7 @@ def test_sums_and_the_front(training):
             and (other["seconds"], other["memory_bytes"], other["tokens"])
             != (row["seconds"], row["memory_bytes"], row["tokens"])
         ]
-        assert row["on_front"] == (not better), row["title"]
+        assert row["on_pareto_front"] == (not better), row["title"]
 
 
 # ---- the files ----
@@ -162,7 +161,10 @@ def test_stdout_is_a_table_or_json_and_progress_is_beside_it(tmp_path):
     content = json.loads(found.stdout)
     assert content == json.loads((tmp_path / "profile.json").read_text())
     assert "profile: 1 of 4" in found.stderr
-    assert [r["batch"] for r in content["rows"] if r["on_front"]] == [2, 1]  # of each its own
+    assert [r["batch"] for r in content["rows"] if r["on_pareto_front"]] == [
+        2,
+        1,
+    ]  # of each its own
     html = (tmp_path / "profile.html").read_text()
     assert html.index("<h2>Batch 2</h2>") < html.index("<h2>Batch 1</h2>")
 
@@ -217,7 +219,7 @@ def test_page_is_whole_and_names_the_front(training):
         assert row["title"] in text
     for batch, rows in plots.batches_of(training[1]).items():
         listed = re.findall(r"<li><strong>(.*?)</strong>", html.split(f"<h2>Batch {batch}</h2>")[1])
-        fronts = [row["title"] for row in plots.front_of(rows)]
+        fronts = [row["title"] for row in plots.pareto_points(rows)]
         assert listed[: len(fronts)] == fronts and fronts
     for word in ("Tiny", "float32", training[1]["conditions"]["machine"], *report_data.NOTES):
         assert word.split("'")[0] in text
@@ -228,14 +230,14 @@ def test_pictures_mark_every_point_and_number_the_front(training):
         picture = ElementTree.fromstring(plots.trade_off(rows))
         name = "{http://www.w3.org/2000/svg}"
         marks = picture.findall(f"{name}circle")
-        on_front = [m for m in marks if m.get("class") == "front"]
+        on_pareto_front = [m for m in marks if m.get("class") == "front"]
         assert len(marks) == len(rows)
-        assert len(on_front) == sum(row["on_front"] for row in rows) > 0
+        assert len(on_pareto_front) == sum(row["on_pareto_front"] for row in rows) > 0
         for mark in marks:
             assert 0 <= float(mark.get("cx")) <= plots.WIDTH
             assert 0 <= float(mark.get("cy")) <= plots.HEIGHT
         numbers = [t.text for t in picture.findall(f"{name}text") if t.get("class") == "number"]
-        assert numbers == [str(i + 1) for i in range(len(on_front))]
+        assert numbers == [str(i + 1) for i in range(len(on_pareto_front))]
         bars = ElementTree.fromstring(plots.shares(rows)).findall(f"{name}rect")
         assert len(bars) == 2 * len(rows)
 
@@ -255,9 +257,9 @@ def test_every_string_on_the_page_is_escaped(training):
         return {k: hostile(v) for k, v in value.items()} if isinstance(value, dict) else value
 
     found = hostile(training[1])
-    found["conditions"]["device"], found["asked"]["mode"] = "cpu", "training"
+    found["conditions"]["device"], found["request"]["mode"] = "cpu", "training"
     found["unfinished"] = HOSTILE
-    html = html_report.page(found)
+    html = html_report.html_page(found)
     reader = read(html)
     assert "script" not in reader.tags and "<script" not in html
     assert HOSTILE in "".join(reader.text)
@@ -301,7 +303,7 @@ def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     assert content["unfinished"].startswith("interrupted after")
     measured = [r for r in content["rows"] if r["times"]]
     assert len(measured) == sum(len(group.rows) for group in done)
-    assert any(r["on_front"] for r in measured)
+    assert any(r["on_pareto_front"] for r in measured)
     assert {r["not_measured"] for r in content["rows"] if not r["times"]} == {"not begun"}
     html = (tmp_path / "profile.html").read_text()
     assert "Unfinished:" in html and ": not begun<" in html
@@ -310,13 +312,13 @@ def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
 
 def test_a_page_of_nothing(tmp_path):
     order = groups()
-    measure_points.finish(order, setting())
+    measure_points.complete_rows(order, setting())
     where = report_data.conditions("cpu", torch.float32, Ceilings(1.0, 1.0))
-    asked = dict(mode="forward", text=8, tokens=[36], batches=[1], levels=["all"],
+    request = dict(mode="forward", text=8, tokens=[36], batches=[1], levels=["all"],
                  connectors=["mlp"], budget=1.0)  # fmt: skip
-    found = report_data.document("tiny", TINY, order, asked, where, time.monotonic(), None)
+    found = report_data.document("tiny", TINY, order, request, where, time.monotonic(), None)
     jsonschema.validate(found, report_data.schema())
-    assert "No point was measured" in html_report.page(found)
+    assert "No point was measured" in html_report.html_page(found)
     assert plots.write_png(tmp_path / "x.png", found) == "nothing was measured"
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from vlm_fast.benchmarks import compare, machine, ops, providers, suite, test_speed
 from vlm_fast.benchmarks.providers.peer import Peer
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main
 from vlm_fast.devtools import launches, memory, telemetry, timing
 from vlm_fast.devtools.passes import CALLS, MODES
 from vlm_fast.ops.declaration import OPS

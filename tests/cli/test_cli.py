@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main
 from vlm_fast.kernels import _triton
 from vlm_fast.ops.declaration import OPS
 from vlm_fast.verification import results_files, self_test

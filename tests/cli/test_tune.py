@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from tests.support.user_tables import CHOICE, GPU, KERNEL, NAME, chosen
 from tests.support.user_tables import place as place  # a fixture
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main
 from vlm_fast.devtools import tuning
 from vlm_fast.kernels import _user_table
 from vlm_fast.ops.declaration import OPS

@@ -15,7 +15,7 @@ from tests.kernels.test_configs import BROKEN, OnGpu
 from tests.support import distributed_helpers
 from tests.support.user_tables import CHOICE, GPU, KERNEL, NAME, chosen
 from tests.support.user_tables import place as place  # a fixture
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main
 from vlm_fast.devtools import tuning
 from vlm_fast.kernels import _configs, _user_table
 from vlm_fast.kernels._launcher import KERNELS

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from tests.support.chat_server import completion, good, serving
 from tests.support.coco_annotations import BOXES, CAPTIONS
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main
 from vlm_fast.training.data import check
-from vlm_fast.training.data.generation import KINDS, Endpoint, TokenBucket, Unavailable
+from vlm_fast.training.data.generation import KINDS, Endpoint, RateLimit, Unavailable
 from vlm_fast.training.data.generation.answers import BadAnswer
 
 KEY = "sk-a-secret-that-nobody-may-see"
@@ -84,7 +84,7 @@ def test_every_question_is_asked_once_and_the_answers_are_good_records(server, c
         "why": None, "out": str(coco / "out.json"),
     }  # fmt: skip
     result = check(coco / "out.json", coco / "images")
-    assert (result.total, result.good, result.faults) == (6, 6, [])
+    assert (result.total, result.good, result.issues) == (6, 6, [])
     records = json.loads((coco / "out.json").read_text())
     assert [one["id"] for one in records] == [f"{n}-{kind}" for n in (7, 8) for kind in KINDS]
     assert [len(one["conversations"]) for one in records] == [2, 2, 8] * 2
@@ -148,15 +148,15 @@ def test_a_bad_answer_is_asked_for_again_then_recorded_and_named(server, coco):
     # The model sees what it said, if it said something, and what is wrong with it.
     assert asked[0] == asked[2] == asked[3] == []
     assert asked[1][0] == asked[4][0] == "no" and asked[5][0] == "{}"
-    assert all("expected JSON, came 'no'" in asked[n][1] for n in (1, 4))
-    assert "expected a list of 1, came an object of 0" in asked[5][1]
+    assert all("expected JSON, got 'no'" in asked[n][1] for n in (1, 4))
+    assert "expected a list of 1, got an object of 0" in asked[5][1]
     (coco / "out.json.journal").unlink()
     (coco / "out.json").unlink()
     server.replies = [good, *[completion("no")] * 3]
     for _ in range(2):  # what failed is not asked again
         found = generate(coco, *options, url=server.url)
         assert found.exit_code == main.Exit.FAILURE and len(server.requests) == 10
-        assert "8-reasoning: expected JSON, came 'no'" in found.stdout
+        assert "8-reasoning: expected JSON, got 'no'" in found.stdout
     assert [sorted(entry) for entry in journal(coco)[1:]] == [
         ["record", "task"], ["failed", "task"],
     ]  # fmt: skip
@@ -243,7 +243,7 @@ def test_control_c_leaves_a_journal_that_is_gone_on_with(server, coco):
 def test_requests_are_as_far_apart_as_the_rate_says(server, coco, monkeypatch):
     waited = []
     monkeypatch.setattr(
-        TokenBucket.__init__, "__kwdefaults__", dict(clock=lambda: sum(waited), sleep=waited.append)
+        RateLimit.__init__, "__kwdefaults__", dict(clock=lambda: sum(waited), sleep=waited.append)
     )
     assert generate(coco, "--limit", 3, url=server.url, rate=20).exit_code == 0
     assert waited == [pytest.approx(3.0)] * 2
@@ -334,4 +334,4 @@ def test_annotations_left_out_are_told_and_counted_before_anything_is_paid(serve
     for more in ("--dry-run", "--limit=1"):
         content = json.loads(generate(coco, more, "--json", url=server.url).stdout)
         assert content["annotations"] == {"no box": 1, "crowd": 1}
-        assert [fault["id"] for fault in content["faults"]] == ["7", "7"]
+        assert [issue["id"] for issue in content["faults"]] == ["7", "7"]

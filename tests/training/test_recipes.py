@@ -117,7 +117,7 @@ def test_layers_after_the_features_are_never_run():
     assert all(torch.equal(tensor, keys[name]) for name, tensor in model.state_dict().items())
     # Who asks for a layer that is not run sees that it was not.
     assert features(model, -1)[0].isnan().all()
-    recipes.thaw(model)
+    recipes.unfreeze(model)
     assert not any(isinstance(module, Frozen | Skipped) for module in model.modules())
     with torch.no_grad():
         assert torch.equal(model(**prompt()).logits, expected)
@@ -194,7 +194,7 @@ def test_a_batch_without_an_image_gives_zero_gradients(case):
     loss.backward()
     connector = [
         parameter
-        for _, parameter, part in RECIPES[name].parts(model).of_parameters(model)
+        for _, parameter, part in RECIPES[name].parts(model).label_parameters(model)
         if part == "connector"
     ]
     assert connector and all(p.grad is not None and not p.grad.any() for p in connector)
@@ -344,7 +344,7 @@ def test_a_model_goes_from_stage_to_stage():
         learning = {n for n, p in model.named_parameters() if p.requires_grad}
         assert learning == {n for n, _ in model.named_parameters() if LEARNS[name](n)}
     assert len(model.model._forward_pre_hooks) == len(model._load_state_dict_pre_hooks) == 1
-    recipes.thaw(model)
+    recipes.unfreeze(model)
     assert type(model.model.vision_tower) is type(llava().model.vision_tower)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vlm_fast.advisor.connector_modules import Point
+from vlm_fast.advisor.connector_modules import DesignPoint
 from vlm_fast.advisor.connectors import CONNECTORS, media_bytes, work
 from vlm_fast.advisor.language_model import (
     key_value_bytes,
@@ -17,67 +17,12 @@ from vlm_fast.advisor.language_model import (
     tower_parameters,
 )
 from vlm_fast.advisor.model_shapes import ModelShape, model_shape
+from vlm_fast.advisor.option import Option
 from vlm_fast.advisor.pros_and_cons import reasons
-from vlm_fast.advisor.published_results import Measurement, measurements
-from vlm_fast.ops.declaration import Cost
+from vlm_fast.advisor.published_results import measurements
 from vlm_fast.ops.mlp import SAVED
 
 MOST_WINDOWS = 2  # of the numbers of tokens that pooling can give, advice lists the largest
-
-
-@dataclass(frozen=True)
-class Option:
-    """One connector at one number of tokens, for one request unless said otherwise.
-
-    Attributes:
-        connector, title: its name, and in prose; own: whether the model was published with it.
-        visual_tokens: of an image, in the language model's sequence.
-        seen_tokens: of an image, that the language model sees, in its sequence or beside it.
-        patches: of an image, that the tower computes.
-        compression: patches to a seen token.
-        text_tokens_left: what the context leaves for text.
-        parameters: of the connector.
-        cost: of the connector's forward and backward: FLOPs and bytes.
-        saved_bytes: what its backward keeps, by the ``saved`` level where there are levels.
-        prefill_flops: of the language model for images and text; prefill_flops_of_images: the part
-            that would not be there without the images; prefill_bytes: its weights, and the keys and
-            values it writes.
-        key_value_bytes: of images and text, while the request lasts.
-        weight_bytes: of the whole model, once.
-        memory_bytes: the weights, and keys and values of all requests.
-        most_requests: how many fit into the memory; None where none was given.
-        infeasible: why it cannot be had, or None.
-        measured: what results files say of it.
-        reasons_for, reasons_against: to be read.
-    """
-
-    connector: str
-    title: str
-    own: bool
-    visual_tokens: int
-    seen_tokens: int
-    patches: int
-    compression: float
-    text_tokens_left: int
-    parameters: int
-    cost: Cost
-    saved_bytes: dict[str, int]
-    prefill_flops: int
-    prefill_flops_of_images: int
-    prefill_bytes: int
-    key_value_bytes: int
-    weight_bytes: int
-    memory_bytes: int
-    most_requests: int | None
-    infeasible: str | None
-    measured: tuple[Measurement, ...] = ()
-    reasons_for: tuple[str, ...] = ()
-    reasons_against: tuple[str, ...] = ()
-
-    @property
-    def flops(self) -> int:
-        """Of connector and prefill, forward."""
-        return self.cost.forward_flops + self.prefill_flops
 
 
 @dataclass(frozen=True)
@@ -102,7 +47,7 @@ SCENARIOS = {
         "documents and fine detail",
         "the most tokens seen of an image; of as many, what is not linear (LLaVA-1.5's MLP read "
         "better than LLaVA's linear: arXiv 2310.03744, section 3.2); then the fewest FLOPs",
-        lambda o: (-o.seen_tokens, not CONNECTORS[o.connector].bends, o.flops),
+        lambda o: (-o.seen_tokens, not CONNECTORS[o.connector].nonlinear, o.flops),
     ),
     "concurrency": Scenario(
         "many requests at once",
@@ -208,11 +153,13 @@ def advise(
         if value < lowest:
             raise ValueError(f"{name} is {value}, expected {lowest} or more")
     found = [
-        _option(Point(shape, name, tokens, images, text=text), context, memory, requests, dtype)
+        _option(
+            DesignPoint(shape, name, tokens, images, text=text), context, memory, requests, dtype
+        )
         for name in names
         for tokens in CONNECTORS[name].counts(shape)[:MOST_WINDOWS]
     ]
-    explained = [_explained(option, found, shape, context, scenario) for option in found]
+    explained = [_with_reasons(option, found, shape, context, scenario) for option in found]
     ordered = sorted(explained, key=lambda o: (o.infeasible is not None, *chosen.order(o)))
     return Advice(
         scenario, chosen.rule, shape.title, shape.source, context, memory, images, requests, text,
@@ -227,14 +174,14 @@ def _check_names(argument: str, names: Iterable[str], known: Iterable[str]) -> N
 
 
 def _option(
-    point: Point, context: int, memory: int | None, requests: int, dtype: torch.dtype
+    point: DesignPoint, context: int, memory: int | None, requests: int, dtype: torch.dtype
 ) -> Option:
     model, connector = point.model, CONNECTORS[point.connector]
     language = model.language
     in_sequence = point.tokens if connector.in_sequence else 0
     sequence = point.images * in_sequence + point.text
     done = work(point, dtype)
-    levels = SAVED if connector.saves else ("",)
+    levels = SAVED if connector.has_levels else ("",)
     saved = {level: work(replace(point, saved=level), dtype).saved_bytes for level in levels}
     held = sequence * key_value_bytes(language, dtype) + point.images * media_bytes(point, dtype)
     of_models = language_parameters(language) + tower_parameters(model.tower)
@@ -268,7 +215,7 @@ def _option(
 
 
 def _why_infeasible(
-    option: Option, point: Point, context: int, memory: int | None, requests: int
+    option: Option, point: DesignPoint, context: int, memory: int | None, requests: int
 ) -> str | None:
     if option.text_tokens_left < point.text:
         taken = context - option.text_tokens_left
@@ -287,7 +234,7 @@ def _why_infeasible(
     return None
 
 
-def _explained(
+def _with_reasons(
     option: Option, others: list[Option], model: ModelShape, context: int, scenario: str
 ) -> Option:
     good, bad = reasons(option, others, model, context, scenario)

@@ -33,7 +33,7 @@ ANYRES_TILES = 2  # tiles along a side, besides the base tile: 672 pixels of LLa
 
 
 @dataclass(frozen=True)
-class Point:
+class DesignPoint:
     """A connector at one number of tokens in one model.
 
     Attributes:
@@ -55,7 +55,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ConnectorModule:
     """A module of a connector, and its arguments; ``times``: how often it stands in the model."""
 
     make: Callable[[], nn.Module]
@@ -111,7 +111,7 @@ class AnyResConnector(nn.Module):
 # ---- the pieces of each kind, as it is called ----
 
 
-def _features(point: Point, *, grid: bool, tiles: int | None = None) -> Any:
+def _features(point: DesignPoint, *, grid: bool, tiles: int | None = None) -> Any:
     """A maker of what the tower hands over, of all tiles; it is trained too."""
     tower = point.model.tower
     rows = tower.side**2 if grid else tower.tokens
@@ -119,32 +119,32 @@ def _features(point: Point, *, grid: bool, tiles: int | None = None) -> Any:
     return lambda: (torch.randn(batch, rows, tower.width, requires_grad=True),)
 
 
-def _whole_image(point: Point) -> Any:
+def _whole_image(point: DesignPoint) -> Any:
     """Of all tiles of an image at once."""
     tower = point.model.tower
     shape = (point.prompts * point.images, tower.tiles * tower.tokens, tower.width)
     return lambda: (torch.randn(shape, requires_grad=True),)
 
 
-def linear(point: Point) -> list[Piece]:
+def linear(point: DesignPoint) -> list[ConnectorModule]:
     make = functools.partial(LinearProjector, point.model.tower.width, point.model.language.hidden)
-    return [Piece(make, _features(point, grid=True))]
+    return [ConnectorModule(make, _features(point, grid=True))]
 
 
-def mlp(point: Point) -> list[Piece]:
+def mlp(point: DesignPoint) -> list[ConnectorModule]:
     width, hidden = point.model.tower.width, point.model.language.hidden
     make = functools.partial(MLPProjector, width, hidden, saved=point.saved)
-    return [Piece(make, _features(point, grid=True))]
+    return [ConnectorModule(make, _features(point, grid=True))]
 
 
-def pool(point: Point) -> list[Piece]:
+def pool(point: DesignPoint) -> list[ConnectorModule]:
     width, hidden = point.model.tower.width, point.model.language.hidden
     stride = _stride(point)
     make = functools.partial(PooledMLPProjector, width, hidden, stride=stride)
-    return [Piece(make, _features(point, grid=True))]
+    return [ConnectorModule(make, _features(point, grid=True))]
 
 
-def merge(point: Point) -> list[Piece]:
+def merge(point: DesignPoint) -> list[ConnectorModule]:
     tower, hidden = point.model.tower, point.model.language.hidden
     keep = math.ceil(point.tokens / tower.tiles)
 
@@ -153,28 +153,28 @@ def merge(point: Point) -> list[Piece]:
             TokenMerger(keep=keep), MLPProjector(tower.width, hidden, saved=point.saved)
         )
 
-    return [Piece(make, _features(point, grid=True))]
+    return [ConnectorModule(make, _features(point, grid=True))]
 
 
-def shuffle(point: Point) -> list[Piece]:
+def shuffle(point: DesignPoint) -> list[ConnectorModule]:
     width, hidden = point.model.tower.width, point.model.language.hidden
     make = functools.partial(PixelShuffleProjector, width, hidden, factor=_stride(point))
-    return [Piece(make, _features(point, grid=True))]
+    return [ConnectorModule(make, _features(point, grid=True))]
 
 
-def qformer(point: Point) -> list[Piece]:
+def qformer(point: DesignPoint) -> list[ConnectorModule]:
     width, hidden = point.model.tower.width, point.model.language.hidden
     make = functools.partial(QFormerConnector, width, point.tokens, hidden)
-    return [Piece(make, _whole_image(point))]
+    return [ConnectorModule(make, _whole_image(point))]
 
 
-def resampler(point: Point) -> list[Piece]:
+def resampler(point: DesignPoint) -> list[ConnectorModule]:
     width, hidden = point.model.tower.width, point.model.language.hidden
     make = functools.partial(ResamplerConnector, width, point.tokens, hidden)
-    return [Piece(make, _whole_image(point))]
+    return [ConnectorModule(make, _whole_image(point))]
 
 
-def gated(point: Point) -> list[Piece]:
+def gated(point: DesignPoint) -> list[ConnectorModule]:
     width, language = point.model.tower.width, point.model.language
     resampler = functools.partial(ResamplerConnector, width, point.tokens, None)
     block = functools.partial(
@@ -191,15 +191,18 @@ def gated(point: Point) -> list[Piece]:
         named[:, : images * (text // images) : text // images] = True
         return x, media, named
 
-    return [Piece(resampler, _whole_image(point)), Piece(block, inputs, gated_blocks(point.model))]
+    return [
+        ConnectorModule(resampler, _whole_image(point)),
+        ConnectorModule(block, inputs, gated_blocks(point.model)),
+    ]
 
 
-def anyres(point: Point) -> list[Piece]:
+def anyres(point: DesignPoint) -> list[ConnectorModule]:
     tower, hidden = point.model.tower, point.model.language.hidden
     make = functools.partial(
         AnyResConnector, tower.width, tower.side, hidden, point.prompts * point.images, point.saved
     )
-    return [Piece(make, _features(point, grid=True, tiles=ANYRES_TILES**2 + 1))]
+    return [ConnectorModule(make, _features(point, grid=True, tiles=ANYRES_TILES**2 + 1))]
 
 
 # ---- how many tokens ----
@@ -223,7 +226,7 @@ def blocks(model: ModelShape) -> list[int]:
     return [tiles * (side // s) ** 2 for s in range(2, most + 1) if side % s == 0]
 
 
-def _stride(point: Point) -> int:
+def _stride(point: DesignPoint) -> int:
     tower = point.model.tower
     return tower.side // math.isqrt(point.tokens // tower.tiles)
 

@@ -22,8 +22,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from vlm_fast.advisor import connector_modules as modules
-from vlm_fast.advisor.connector_modules import ANYRES_TILES, Piece, Point, gated_blocks
-from vlm_fast.advisor.cost_counter import NOTHING, Work, count
+from vlm_fast.advisor.connector_modules import (
+    ANYRES_TILES,
+    ConnectorModule,
+    DesignPoint,
+    gated_blocks,
+)
+from vlm_fast.advisor.cost_counter import NO_COST, ModuleCost, count
 from vlm_fast.advisor.model_shapes import ModelShape
 
 
@@ -49,11 +54,11 @@ class Connector:
     title: str
     parts: tuple[str, ...]
     counts: Callable[[ModelShape], Sequence[int]]
-    pieces: Callable[[Point], Sequence[Piece]]
+    make_modules: Callable[[DesignPoint], Sequence[ConnectorModule]]
     free: bool = False
     in_sequence: bool = True
-    saves: bool = False
-    bends: bool = True
+    has_levels: bool = False
+    nonlinear: bool = True
     ops: tuple[str, ...] = ()
     results: tuple[tuple[str, str, int], ...] = ()
 
@@ -78,7 +83,9 @@ class Connector:
         return f"{self.title} gives {' or '.join(map(str, can))} tokens, not {tokens}"
 
 
-def work(point: Point, dtype: torch.dtype = torch.bfloat16, *, backward: bool = True) -> Work:
+def work(
+    point: DesignPoint, dtype: torch.dtype = torch.bfloat16, *, backward: bool = True
+) -> ModuleCost:
     """What the connector costs at a point, by the ops' own cost models; see `ledger.count`.
 
     Without ``backward`` its backward is not counted, which takes longest, and is given as 0.
@@ -86,12 +93,14 @@ def work(point: Point, dtype: torch.dtype = torch.bfloat16, *, backward: bool = 
     Raises:
         ValueError: it cannot give so many tokens.
     """
-    parts = works(point, dtype, backward=backward)
-    made_of = CONNECTORS[point.connector].pieces(point)
-    return sum((w * p.times for w, p in zip(parts, made_of, strict=True)), NOTHING)
+    parts = module_costs(point, dtype, backward=backward)
+    made_of = CONNECTORS[point.connector].make_modules(point)
+    return sum((w * p.times for w, p in zip(parts, made_of, strict=True)), NO_COST)
 
 
-def works(point: Point, dtype: torch.dtype, *, backward: bool = True) -> tuple[Work, ...]:
+def module_costs(
+    point: DesignPoint, dtype: torch.dtype, *, backward: bool = True
+) -> tuple[ModuleCost, ...]:
     """The work of each piece, once."""
     connector = CONNECTORS[point.connector]
     reason = connector.why_not(point.model, point.tokens)
@@ -99,22 +108,22 @@ def works(point: Point, dtype: torch.dtype, *, backward: bool = True) -> tuple[W
         raise ValueError(reason)
     # What makes no difference is not counted twice.
     text = 1 if connector.in_sequence else point.text
-    saved = point.saved if connector.saves else "preactivation"
+    saved = point.saved if connector.has_levels else "preactivation"
     return _works(replace(point, text=text, saved=saved), dtype, backward)
 
 
 @functools.lru_cache(maxsize=1024)
-def _works(point: Point, dtype: torch.dtype, backward: bool) -> tuple[Work, ...]:
+def _works(point: DesignPoint, dtype: torch.dtype, backward: bool) -> tuple[ModuleCost, ...]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        made_of = CONNECTORS[point.connector].pieces(point)
+        made_of = CONNECTORS[point.connector].make_modules(point)
         return tuple(count(p.make, p.inputs, backward=backward) for p in made_of)
     finally:
         torch.set_default_dtype(before)
 
 
-def media_bytes(point: Point, dtype: torch.dtype) -> int:
+def media_bytes(point: DesignPoint, dtype: torch.dtype) -> int:
     """Keys and values of one image in all gated blocks; 0 for the other connectors."""
     if CONNECTORS[point.connector].in_sequence:
         return 0
@@ -127,10 +136,10 @@ CONNECTORS = {
     connector.name: connector
     for connector in (
         Connector(
-            "linear", "Linear", ("linear",), modules.every_patch, modules.linear, bends=False,
+            "linear", "Linear", ("linear",), modules.every_patch, modules.linear, nonlinear=False,
         ),
         Connector(
-            "mlp", "MLP", ("MLP",), modules.every_patch, modules.mlp, saves=True, ops=("mlp",),
+            "mlp", "MLP", ("MLP",), modules.every_patch, modules.mlp, has_levels=True, ops=("mlp",),
             results=(("models.llava", "projector, ", 1024),),
         ),
         Connector(
@@ -139,7 +148,7 @@ CONNECTORS = {
         ),
         Connector(
             "merge", "Token merging and MLP", ("token merging", "MLP"), modules.quarter,
-            modules.merge, free=True, saves=True, ops=("bipartite_match", "merge_tokens", "mlp"),
+            modules.merge, free=True, has_levels=True, ops=("bipartite_match", "merge_tokens", "mlp"),
             results=(("tokens", "LLaVA's projector of", 1024),),
         ),
         Connector(
@@ -175,7 +184,7 @@ CONNECTORS = {
         ),
         Connector(
             "anyres", "AnyRes and MLP", ("tiling", "MLP", "packing"), modules.with_tiles,
-            modules.anyres, saves=True, ops=("mlp", "anyres_pack"),
+            modules.anyres, has_levels=True, ops=("mlp", "anyres_pack"),
             results=(("anyres", "LLaVA-NeXT", 1024),),
         ),
     )

@@ -18,12 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vlm_fast.devtools.memory import saved_bytes
-from vlm_fast.modules.parameter_access.linear import shapes_alone
 from vlm_fast.ops.declaration import OPS, Cost
 
 
 @dataclass(frozen=True)
-class Work:
+class ModuleCost:
     """What one call costs.
 
     Attributes:
@@ -36,26 +35,26 @@ class Work:
     parameters: int
     saved_bytes: int
 
-    def __add__(self, other: Work) -> Work:
-        return Work(
-            added(self.cost, other.cost),
+    def __add__(self, other: ModuleCost) -> ModuleCost:
+        return ModuleCost(
+            add_costs(self.cost, other.cost),
             self.parameters + other.parameters,
             self.saved_bytes + other.saved_bytes,
         )
 
-    def __mul__(self, times: int) -> Work:
+    def __mul__(self, times: int) -> ModuleCost:
         mine = self.cost
         cost = Cost(
             times * mine.forward_flops, times * mine.forward_bytes,
             times * mine.backward_flops, times * mine.backward_bytes,
         )  # fmt: skip
-        return Work(cost, times * self.parameters, times * self.saved_bytes)
+        return ModuleCost(cost, times * self.parameters, times * self.saved_bytes)
 
 
-NOTHING = Work(Cost(0, 0, 0, 0), 0, 0)
+NO_COST = ModuleCost(Cost(0, 0, 0, 0), 0, 0)
 
 
-def added(one: Cost, other: Cost) -> Cost:
+def add_costs(one: Cost, other: Cost) -> Cost:
     return Cost(
         one.forward_flops + other.forward_flops, one.forward_bytes + other.forward_bytes,
         one.backward_flops + other.backward_flops, one.backward_bytes + other.backward_bytes,
@@ -64,7 +63,7 @@ def added(one: Cost, other: Cost) -> Cost:
 
 def count(
     make: Callable[[], nn.Module], inputs: Callable[[], tuple[Any, ...]], *, backward: bool = True
-) -> Work:
+) -> ModuleCost:
     """The work of one forward and backward of a module.
 
     Args:
@@ -74,7 +73,7 @@ def count(
     Raises:
         whatever the module raises for these arguments.
     """
-    with torch.device("meta"), shapes_alone(), torch.enable_grad():
+    with torch.device("meta"), torch.enable_grad():
         module, args = make(), inputs()
         parameters = list(module.parameters())
         given = [t for t in args if isinstance(t, Tensor)]
@@ -84,17 +83,17 @@ def count(
             results.append(module(*args))
             return results[0]
 
-        with Ledger() as ledger:
+        with CostCounter() as ledger:
             kept = saved_bytes(run, [*parameters, *given])
             forward = ledger.cost
             ledger.backward = True
             if backward:
                 results[0].backward(torch.empty_like(results[0]))
     cost = ledger.cost if backward else replace(forward, backward_flops=0, backward_bytes=0)
-    return Work(cost, sum(p.numel() for p in parameters), kept)
+    return ModuleCost(cost, sum(p.numel() for p in parameters), kept)
 
 
-class Ledger(TorchDispatchMode):
+class CostCounter(TorchDispatchMode):
     """Adds up the cost of what runs inside it.
 
     Attributes:
@@ -104,7 +103,7 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cost = NOTHING.cost
+        self.cost = NO_COST.cost
         self.backward = False
 
     def __torch_dispatch__(
@@ -113,18 +112,18 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func.namespace == "vlm_fast":
-            self.cost = added(self.cost, _cost_of_op(func, args, kwargs))
+            self.cost = add_costs(self.cost, _cost_of_op(func, args, kwargs))
         else:
             flops, moved = _flops(func, args, kwargs, result), _moved(func, args, kwargs, result)
             of_aten = Cost(0, 0, flops, moved) if self.backward else Cost(flops, moved, 0, 0)
-            self.cost = added(self.cost, of_aten)
+            self.cost = add_costs(self.cost, of_aten)
         return result
 
 
 def _cost_of_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
     op = OPS.get(func.name().partition("::")[2].partition(".")[0])
     if op is None:  # its backward, which was counted with its forward
-        return NOTHING.cost
+        return NO_COST.cost
     options = {name: value for name, value in kwargs.items() if name in op.defaults}
     cost = op.cost_of(*args, **options)
     if any(kwargs["needs"]):

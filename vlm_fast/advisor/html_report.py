@@ -8,10 +8,18 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from vlm_fast.advisor.plots import batches_of, duration, front_of, machine, shares, size, trade_off
+from vlm_fast.advisor.plots import (
+    batches_of,
+    duration,
+    machine,
+    pareto_points,
+    shares,
+    size,
+    trade_off,
+)
 
 
-def page(profile: dict[str, Any]) -> str:
+def html_page(profile: dict[str, Any]) -> str:
     """The HTML of a profile (`report_data.document`); every string in it is escaped."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -21,7 +29,7 @@ def page(profile: dict[str, Any]) -> str:
     batches = [
         {
             "batch": batch,
-            "front": front_of(rows),
+            "front": pareto_points(rows),
             "measured": len(rows),
             # ElementTree has escaped what is in them.
             "trade_off": Markup(trade_off(rows)),

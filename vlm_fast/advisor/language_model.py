@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.advisor.cost_counter import Ledger
-from vlm_fast.advisor.model_shapes import LanguageModel, Tower
+from vlm_fast.advisor.cost_counter import CostCounter
+from vlm_fast.advisor.model_shapes import LanguageModel, VisionTower
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -79,7 +79,7 @@ def step_flops(language: LanguageModel, tokens: int, backward: bool) -> int:
     with torch.device("meta"), torch.set_grad_enabled(backward):
         layer = LanguageLayer(language, ops.cross_attention).requires_grad_(False)
         x = torch.empty(1, tokens, language.hidden, requires_grad=backward)
-        with Ledger() as ledger:
+        with CostCounter() as ledger:
             y = layer(x)
             ledger.backward = True
             if backward:
@@ -110,7 +110,7 @@ def language_parameters(language: LanguageModel) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def tower_parameters(tower: Tower) -> int:
+def tower_parameters(tower: VisionTower) -> int:
     """Parameters of the layers of a plain vision transformer of this shape."""
     with torch.device("meta"):
         layer = nn.TransformerEncoderLayer(tower.hidden, 1, tower.intermediate)

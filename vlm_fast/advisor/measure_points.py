@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from vlm_fast.advisor.connector_modules import Piece
+from vlm_fast.advisor.connector_modules import ConnectorModule
 from vlm_fast.advisor.connectors import CONNECTORS
 from vlm_fast.advisor.language_model import LanguageLayer
-from vlm_fast.advisor.pareto import front
-from vlm_fast.advisor.profile_points import Group, Layer, Row, timed_flops
+from vlm_fast.advisor.pareto import pareto_front
+from vlm_fast.advisor.profile_points import LayerGroup, PointGroup, ProfileRow, timed_flops
 from vlm_fast.devtools import memory, timing
 from vlm_fast.devtools.timing import Times
 
@@ -28,7 +28,7 @@ SLACK = 1.5  # times longer than at the rate of a large matrix product
 
 
 @dataclass(frozen=True)
-class Setting:
+class MeasureSettings:
     """How to measure.
 
     Attributes:
@@ -46,7 +46,9 @@ class Setting:
     traces: Path | None = None
 
 
-def sweep(groups: Sequence[Group | Layer], setting: Setting) -> Iterator[Group | Layer]:
+def measure_all(
+    groups: Sequence[PointGroup | LayerGroup], setting: MeasureSettings
+) -> Iterator[PointGroup | LayerGroup]:
     """Measure groups in order, filling in their rows; each is yielded when it is done with.
 
     What cannot be measured says why: out of time, or the error that it raised.
@@ -59,21 +61,21 @@ def sweep(groups: Sequence[Group | Layer], setting: Setting) -> Iterator[Group |
             why = f"out of time: about {seconds:.0f} s, {max(0.0, left):.0f} s left"
         else:
             try:
-                if isinstance(group, Layer):
+                if isinstance(group, LayerGroup):
                     _measure_layer(group, setting)
                 else:
                     _measure(group, setting)
             except RuntimeError as error:  # out of memory among them
                 why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        if isinstance(group, Group):
+        if isinstance(group, PointGroup):
             for row in group.rows:
                 row.not_measured = None if row.times is not None else why
         yield group
 
 
-def finish(groups: Sequence[Group | Layer], setting: Setting) -> None:
+def complete_rows(groups: Sequence[PointGroup | LayerGroup], setting: MeasureSettings) -> None:
     """Add up the shares of each row, and mark the Pareto points of each batch."""
-    rows = [row for group in groups if isinstance(group, Group) for row in group.rows]
+    rows = [row for group in groups if isinstance(group, PointGroup) for row in group.rows]
     timed = {}
     for row in rows:
         share = row.language
@@ -98,8 +100,8 @@ def finish(groups: Sequence[Group | Layer], setting: Setting) -> None:
             for row in ready
             if row.seconds is not None and row.memory_bytes is not None
         ]
-        for i in front([aim for _, aim in aims]):
-            aims[i][0].on_front = True
+        for i in pareto_front([aim for _, aim in aims]):
+            aims[i][0].on_pareto_front = True
 
 
 @dataclass
@@ -112,13 +114,13 @@ class _Call:
     times: int
 
 
-def _measure(group: Group, setting: Setting) -> None:
+def _measure(group: PointGroup, setting: MeasureSettings) -> None:
     torch.manual_seed(0)
     training = group.rows[0].mode == "training"
     calls = {
         (r, p): _call(piece, setting, training)
         for r, row in enumerate(group.rows)
-        for p, piece in enumerate(CONNECTORS[row.point.connector].pieces(row.point))
+        for p, piece in enumerate(CONNECTORS[row.point.connector].make_modules(row.point))
     }
     found = _interleaved(calls, setting)
     for r, row in enumerate(group.rows):
@@ -128,7 +130,7 @@ def _measure(group: Group, setting: Setting) -> None:
             _trace(row, [call for call, _ in own], setting)
 
 
-def _measure_layer(group: Layer, setting: Setting) -> None:
+def _measure_layer(group: LayerGroup, setting: MeasureSettings) -> None:
     row = group.rows[0]
     training, language = row.mode == "training", row.point.model.language
 
@@ -139,20 +141,20 @@ def _measure_layer(group: Layer, setting: Setting) -> None:
         size = (row.point.prompts, row.language.tokens, language.hidden)
         return (torch.randn(size, requires_grad=training),)
 
-    call = _call(Piece(layer, x), setting, training)
+    call = _call(ConnectorModule(layer, x), setting, training)
     (times,) = _interleaved({"layer": call}, setting).values()
     for row in group.rows:
         row.language.layer = times
 
 
-def _interleaved(calls: dict[Any, _Call], setting: Setting) -> dict[Any, Times]:
+def _interleaved(calls: dict[Any, _Call], setting: MeasureSettings) -> dict[Any, Times]:
     return timing.interleaved(
         {name: call.step for name, call in calls.items()}, [()], device=setting.device,
         seconds=setting.seconds, rounds=ROUNDS, wall=True,
     )  # fmt: skip
 
 
-def _call(piece: Piece, setting: Setting, training: bool) -> _Call:
+def _call(piece: ConnectorModule, setting: MeasureSettings, training: bool) -> _Call:
     before = torch.get_default_dtype()
     torch.set_default_dtype(setting.dtype)
     try:
@@ -175,7 +177,7 @@ def _call(piece: Piece, setting: Setting, training: bool) -> _Call:
     return _Call(step, forward, [*module.parameters(), *args], piece.times)
 
 
-def _fill(row: Row, own: list[tuple[_Call, Times]], device: str) -> None:
+def _fill(row: ProfileRow, own: list[tuple[_Call, Times]], device: str) -> None:
     """Times add up over the pieces; memory is the largest peak, over what all pieces keep."""
     row.times = Times(
         sum(call.times * t.median for call, t in own),
@@ -193,7 +195,7 @@ def _fill(row: Row, own: list[tuple[_Call, Times]], device: str) -> None:
     row.not_measured = None
 
 
-def _trace(row: Row, calls: list[_Call], setting: Setting) -> None:
+def _trace(row: ProfileRow, calls: list[_Call], setting: MeasureSettings) -> None:
     """One step of each piece, for chrome://tracing or ui.perfetto.dev."""
     assert setting.traces is not None
     words = f"{row.point.connector} {row.title.partition(', ')[2]} batch {row.point.prompts}"

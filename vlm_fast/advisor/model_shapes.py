@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Tower:
+class VisionTower:
     """A vision tower, as the connector sees it.
 
     Attributes:
@@ -70,14 +70,14 @@ class ModelShape:
     """
 
     title: str
-    tower: Tower
+    tower: VisionTower
     language: LanguageModel
     connector: str
     source: str
 
 
-CLIP_L = Tower(width=1024, side=24, tokens=576, hidden=1024, layers=24, intermediate=4096)
-EVA_G = Tower(width=1408, side=16, tokens=257, hidden=1408, layers=39, intermediate=6144)
+CLIP_L = VisionTower(width=1024, side=24, tokens=576, hidden=1024, layers=24, intermediate=4096)
+EVA_G = VisionTower(width=1408, side=16, tokens=257, hidden=1408, layers=39, intermediate=6144)
 VICUNA_7B = LanguageModel(
     hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, intermediate=11008,
     vocabulary=32064, context=4096,
@@ -104,7 +104,7 @@ MODELS = {
     ),
     "llava-onevision-7b": ModelShape(
         "LLaVA-OneVision-7B",
-        Tower(width=1152, side=27, tokens=729, hidden=1152, layers=26, intermediate=4304),
+        VisionTower(width=1152, side=27, tokens=729, hidden=1152, layers=26, intermediate=4304),
         QWEN2_7B, "anyres", "tower: LlavaOnevisionConfig; Qwen2-7B: card; arXiv 2408.03326",
     ),
     "blip2-opt-2.7b": ModelShape(
@@ -125,7 +125,7 @@ MODELS = {
     ),
     "idefics-9b": ModelShape(
         "IDEFICS-9B",
-        Tower(width=1280, side=16, tokens=257, hidden=1280, layers=32, intermediate=5120),
+        VisionTower(width=1280, side=16, tokens=257, hidden=1280, layers=32, intermediate=5120),
         LanguageModel(
             hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, intermediate=11008,
             vocabulary=32002, context=2048,
@@ -134,7 +134,7 @@ MODELS = {
     ),
     "llama-3.2-11b-vision": ModelShape(
         "Llama-3.2-11B-Vision",
-        Tower(
+        VisionTower(
             width=7680, side=40, tokens=1601, hidden=1280, layers=40, intermediate=5120, tiles=4
         ),
         LanguageModel(
@@ -145,7 +145,7 @@ MODELS = {
     ),
     "qwen2.5-vl-7b": ModelShape(
         "Qwen2.5-VL-7B at 448 pixels",
-        Tower(width=1280, side=32, tokens=1024, hidden=1280, layers=32, intermediate=3420),
+        VisionTower(width=1280, side=32, tokens=1024, hidden=1280, layers=32, intermediate=3420),
         LanguageModel(
             hidden=3584, layers=28, heads=28, kv_heads=4, head_dim=128, intermediate=18944,
             vocabulary=152064, context=128000,
@@ -154,7 +154,7 @@ MODELS = {
     ),
     "internvl3-8b": ModelShape(
         "InternVL3-8B, one tile",
-        Tower(width=1024, side=32, tokens=1024, hidden=1024, layers=24, intermediate=4096),
+        VisionTower(width=1024, side=32, tokens=1024, hidden=1024, layers=24, intermediate=4096),
         QWEN2_7B, "shuffle", "tower: InternVLConfig; Qwen2.5-7B: card",
     ),
 }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def front(points: Sequence[Sequence[float]]) -> list[int]:
+def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
     """The numbers of the Pareto points: of each, none is as small everywhere and smaller somewhere.
 
     Args:
@@ -15,10 +15,10 @@ def front(points: Sequence[Sequence[float]]) -> list[int]:
     return [
         i
         for i, point in enumerate(points)
-        if not any(_beats(other, point) for j, other in enumerate(points) if i != j)
+        if not any(_dominates(other, point) for j, other in enumerate(points) if i != j)
     ]
 
 
-def _beats(one: Sequence[float], other: Sequence[float]) -> bool:
+def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
     no_worse = all(a <= b for a, b in zip(one, other, strict=True))
     return no_worse and any(a < b for a, b in zip(one, other, strict=True))

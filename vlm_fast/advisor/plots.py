@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
-Row = dict[str, Any]
+ProfileRow = dict[str, Any]
 WIDTH, HEIGHT = 400, 320  # about a phone's width, so that letters stay as large as set
 MOST_TICKS = 5
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 44
@@ -35,7 +35,7 @@ def _digits(number: float) -> str:
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def trade_off(rows: Sequence[Row]) -> str:
+def trade_off(rows: Sequence[ProfileRow]) -> str:
     """Memory over time, both logarithmic; the points of the front are numbered in their order."""
     picture = _svg(WIDTH, HEIGHT, "Memory over time; points of the front are numbered")
     x = _Axis([r["seconds"] for r in rows], LEFT, WIDTH - RIGHT)
@@ -53,18 +53,18 @@ def trade_off(rows: Sequence[Row]) -> str:
         "time of connector and language model",
         "middle",
     )
-    on_front = front_of(rows)
+    on_pareto_front = pareto_points(rows)
     for row in rows:
-        if row not in on_front:
+        if row not in on_pareto_front:
             _mark(picture, row, x, y, r="4", kind="point")
-    for number, row in enumerate(on_front, 1):
+    for number, row in enumerate(on_pareto_front, 1):
         _mark(picture, row, x, y, r="8", kind="front")
         at = x(row["seconds"]), y(row["memory_bytes"]) + 3.5
         _text(picture, *at, str(number), anchor="middle", kind="number")
     return ElementTree.tostring(picture, encoding="unicode")
 
 
-def shares(rows: Sequence[Row]) -> str:
+def shares(rows: Sequence[ProfileRow]) -> str:
     """A bar a point, fastest first: the connector's time, then the language model's."""
     rows = sorted(rows, key=lambda row: row["seconds"])
     step, most = 34, max(row["seconds"] for row in rows)
@@ -80,9 +80,9 @@ def shares(rows: Sequence[Row]) -> str:
     return ElementTree.tostring(picture, encoding="unicode")
 
 
-def front_of(rows: Sequence[Row]) -> list[Row]:
+def pareto_points(rows: Sequence[ProfileRow]) -> list[ProfileRow]:
     """The points of the front, the fastest first: the number of each is its place."""
-    return sorted((r for r in rows if r["on_front"]), key=lambda row: row["seconds"])
+    return sorted((r for r in rows if r["on_pareto_front"]), key=lambda row: row["seconds"])
 
 
 class _Axis:
@@ -129,7 +129,7 @@ def _text(
     SubElement(picture, "text", where).text = words
 
 
-def _mark(picture: Element, row: Row, x: _Axis, y: _Axis, *, r: str, kind: str) -> None:
+def _mark(picture: Element, row: ProfileRow, x: _Axis, y: _Axis, *, r: str, kind: str) -> None:
     at = _numbers({"cx": x(row["seconds"]), "cy": y(row["memory_bytes"])})
     mark = SubElement(picture, "circle", {"class": kind, "r": r, **at})
     words = f"{row['title']}: {duration(row['seconds'])}, {size(row['memory_bytes'])}"
@@ -151,9 +151,9 @@ def write_png(path: Path, profile: dict[str, Any]) -> str | None:
     for axes, (batch, rows) in zip(
         figure.subplots(len(batches), squeeze=False).flat, batches.items(), strict=True
     ):
-        others = [row for row in rows if not row["on_front"]]
+        others = [row for row in rows if not row["on_pareto_front"]]
         axes.scatter(*_columns(others), color="0.7", s=25)
-        for number, row in enumerate(front_of(rows), 1):
+        for number, row in enumerate(pareto_points(rows), 1):
             # A dollar sign would begin a formula.
             words = row["title"].replace("$", r"\$")
             axes.scatter(*_columns([row]), s=60, label=f"{number}  {words}")
@@ -167,13 +167,13 @@ def write_png(path: Path, profile: dict[str, Any]) -> str | None:
     return None
 
 
-def _columns(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+def _columns(rows: Sequence[ProfileRow]) -> tuple[list[float], list[float]]:
     return [row["seconds"] for row in rows], [row["memory_bytes"] / 1e6 for row in rows]
 
 
-def batches_of(profile: dict[str, Any]) -> dict[int, list[Row]]:
+def batches_of(profile: dict[str, Any]) -> dict[int, list[ProfileRow]]:
     """The measured points of each batch."""
-    found: dict[int, list[Row]] = {}
+    found: dict[int, list[ProfileRow]] = {}
     for row in profile["rows"]:
         if row["times"] is not None:
             found.setdefault(row["batch"], []).append(row)

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from vlm_fast.advisor.connector_modules import Point
-from vlm_fast.advisor.connectors import CONNECTORS, media_bytes, work, works
+from vlm_fast.advisor.connector_modules import DesignPoint
+from vlm_fast.advisor.connectors import CONNECTORS, media_bytes, module_costs, work
 from vlm_fast.advisor.language_model import key_value_bytes, step_flops
 from vlm_fast.advisor.model_shapes import ModelShape
 from vlm_fast.devtools.timing import Times
@@ -20,7 +20,7 @@ MODES = ("forward", "training")
 
 
 @dataclass
-class Share:
+class LanguageShare:
     """The language model's part of a step: of images and text, all layers.
 
     Attributes:
@@ -42,7 +42,7 @@ class Share:
 
 
 @dataclass
-class Row:
+class ProfileRow:
     """A point of the profile.
 
     Attributes:
@@ -58,10 +58,10 @@ class Row:
         not_measured: why these are None.
         seconds: connector and language model; memory_bytes: the connector's weights and peak, and
             the images' keys and values.
-        on_front: whether no other point of this batch beats it in seconds, memory and tokens seen.
+        on_pareto_front: whether no other point of this batch beats it in seconds, memory and tokens seen.
     """
 
-    point: Point
+    point: DesignPoint
     mode: str
     visual_tokens: int
     patches: int
@@ -72,7 +72,7 @@ class Row:
     backward_bytes: int
     counted_saved_bytes: dict[str, int]
     key_value_bytes: int
-    language: Share
+    language: LanguageShare
     timed_flops: int
     times: Times | None = None
     peak_bytes: int | None = None
@@ -80,21 +80,21 @@ class Row:
     not_measured: str | None = "not begun"
     seconds: float | None = None
     memory_bytes: int | None = None
-    on_front: bool = False
+    on_pareto_front: bool = False
 
     @property
     def title(self) -> str:
         """Connector, tokens, and the level where there are several."""
         words = f"{CONNECTORS[self.point.connector].title}, {self.point.tokens}"
-        leveled = self.mode == "training" and CONNECTORS[self.point.connector].saves
+        leveled = self.mode == "training" and CONNECTORS[self.point.connector].has_levels
         return f"{words}, saved={self.point.saved}" if leveled else words
 
 
 @dataclass
-class Group:
+class PointGroup:
     """Points measured in turns: alternatives that give as many tokens, in one batch and level."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ProfileRow] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -103,10 +103,10 @@ class Group:
 
 
 @dataclass
-class Layer:
+class LayerGroup:
     """A layer of the language model at one length and batch, and the points whose share that is."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ProfileRow] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -123,7 +123,7 @@ def points(
     mode: str,
     text: int,
     dtype: torch.dtype,
-) -> list[Group | Layer]:
+) -> list[PointGroup | LayerGroup]:
     """All points there are of these, grouped, and the layers they need, those of most worth first.
 
     The first batch and level come before the next; of these, numbers of tokens that a connector has
@@ -133,7 +133,7 @@ def points(
         ValueError: no connector can give one of the numbers of tokens; the message says which do.
     """
     connectors = list(connectors)
-    groups: dict[tuple[int, bool, bool, int, int, int], Group | Layer] = {}
+    groups: dict[tuple[int, bool, bool, int, int, int], PointGroup | LayerGroup] = {}
     worth_of_layer: dict[tuple[int, int], tuple[int, bool, bool, int, int, int]] = {}
     for n in tokens:
         reasons = [CONNECTORS[name].why_not(model, n) for name in connectors]
@@ -143,18 +143,20 @@ def points(
             if reason is not None:
                 continue
             strange = n not in CONNECTORS[name].counts(model)
-            leveled = mode == "training" and CONNECTORS[name].saves
+            leveled = mode == "training" and CONNECTORS[name].has_levels
             for level, saved in enumerate(levels if leveled else levels[:1]):
                 for b, batch in enumerate(batches):
                     row = _row(
-                        Point(model, name, n, prompts=batch, text=text, saved=saved), mode, dtype
+                        DesignPoint(model, name, n, prompts=batch, text=text, saved=saved),
+                        mode,
+                        dtype,
                     )
                     key = (b + level, strange, False, n, b, level)
-                    groups.setdefault(key, Group()).rows.append(row)
+                    groups.setdefault(key, PointGroup()).rows.append(row)
                     of_layer = (row.language.tokens, batch)
                     key = (b + level, strange, True, *of_layer, 0)
                     first = min(key, worth_of_layer.get(of_layer, key))
-                    known = groups.pop(worth_of_layer.get(of_layer, key), Layer())
+                    known = groups.pop(worth_of_layer.get(of_layer, key), LayerGroup())
                     known.rows.append(row)
                     worth_of_layer[of_layer], groups[first] = first, known
 
@@ -164,31 +166,31 @@ def points(
     return [groups[key] for key in sorted(groups, key=worth)]
 
 
-def timed_flops(group: Group | Layer) -> float:
+def timed_flops(group: PointGroup | LayerGroup) -> float:
     """FLOPs of each point's pieces once, or of the layer: to compare groups by."""
-    if isinstance(group, Layer):
+    if isinstance(group, LayerGroup):
         return group.rows[0].language.flops / group.rows[0].point.model.language.layers
     return sum(row.timed_flops for row in group.rows)
 
 
-def _row(point: Point, mode: str, dtype: torch.dtype) -> Row:
+def _row(point: DesignPoint, mode: str, dtype: torch.dtype) -> ProfileRow:
     connector, language = CONNECTORS[point.connector], point.model.language
     backward = mode == "training"
     done = work(point, dtype, backward=backward)
     in_sequence = point.tokens if connector.in_sequence else 0
     cached = in_sequence * key_value_bytes(language, dtype) + media_bytes(point, dtype)
-    levels = SAVED if connector.saves else ("",)
+    levels = SAVED if connector.has_levels else ("",)
     counted = {
         level: work(replace(point, saved=level), dtype, backward=backward).saved_bytes
         for level in levels
     }
     sequence = in_sequence + point.text
     flops = point.prompts * step_flops(language, sequence, backward)
-    once = [w.cost for w in works(point, dtype, backward=backward)]
+    once = [w.cost for w in module_costs(point, dtype, backward=backward)]
     timed = sum(cost.forward_flops + cost.backward_flops for cost in once)
-    return Row(
+    return ProfileRow(
         point=point, mode=mode, visual_tokens=in_sequence, patches=connector.patches(point.model),
         parameters=done.parameters, **asdict(done.cost), counted_saved_bytes=counted,
-        key_value_bytes=point.prompts * cached, language=Share(sequence, flops),
+        key_value_bytes=point.prompts * cached, language=LanguageShare(sequence, flops),
         timed_flops=timed,
     )  # fmt: skip

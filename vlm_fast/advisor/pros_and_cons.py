@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from vlm_fast.advisor.connector_modules import GATED_EVERY, gated_blocks
 from vlm_fast.advisor.model_shapes import ModelShape
-
-if TYPE_CHECKING:
-    from vlm_fast.advisor.advice import Option
+from vlm_fast.advisor.option import Option
 
 Pair = tuple[tuple[str, ...], tuple[str, ...]]
 MUCH, LITTLE = 0.9, 0.5  # of the context

@@ -15,7 +15,7 @@ import torch
 
 from vlm_fast import terminal
 from vlm_fast.advisor.model_shapes import ModelShape
-from vlm_fast.advisor.profile_points import Group, Layer, Row
+from vlm_fast.advisor.profile_points import LayerGroup, PointGroup, ProfileRow
 from vlm_fast.devtools import environment
 from vlm_fast.devtools.timing import Ceilings
 from vlm_fast.kernels import _native
@@ -58,8 +58,8 @@ def conditions(device: str, dtype: torch.dtype, best: Ceilings) -> dict[str, Any
 def document(
     name: str,
     model: ModelShape,
-    groups: Sequence[Group | Layer],
-    asked: dict[str, Any],
+    groups: Sequence[PointGroup | LayerGroup],
+    request: dict[str, Any],
     where: dict[str, Any],
     started: float,
     unfinished: str | None,
@@ -68,7 +68,7 @@ def document(
 
     Args:
         name, model: of the shape.
-        asked: mode, text, tokens, batches, levels and connectors; where: of `conditions`.
+        request: mode, text, tokens, batches, levels and connectors; where: of `conditions`.
         started: ``time.monotonic`` at the beginning; unfinished: why points were left out, or None.
     """
     return {
@@ -76,14 +76,16 @@ def document(
         "version": VERSION,
         "unfinished": unfinished,
         "model": {"name": name, **asdict(model)},
-        "asked": asked,
+        "request": request,
         "conditions": {**where, "seconds": time.monotonic() - started},
         "notes": list(NOTES),
-        "rows": [_plain(row) for group in groups if isinstance(group, Group) for row in group.rows],
+        "rows": [
+            _plain(row) for group in groups if isinstance(group, PointGroup) for row in group.rows
+        ],
     }
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: ProfileRow) -> dict[str, Any]:
     point = row.point
     found = {k: v for k, v in asdict(row).items() if k not in ("point", "timed_flops")}
     return {

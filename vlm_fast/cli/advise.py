@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from vlm_fast import terminal
-from vlm_fast.advisor.advice import SCENARIOS, Option
+from vlm_fast.advisor.advice import SCENARIOS
 from vlm_fast.advisor.advice import advise as advice_for
+from vlm_fast.advisor.option import Option
 from vlm_fast.cli.advisor_options import (
     ConnectorsOption,
     ModelOption,

@@ -10,10 +10,10 @@ import typer
 from vlm_fast import terminal
 from vlm_fast.cli.options import Exit, Json, print_json, stop
 from vlm_fast.training.data.collator import Collator
-from vlm_fast.training.data.datasets import Checked
+from vlm_fast.training.data.datasets import CheckResult
 from vlm_fast.training.data.datasets import check as checked
-from vlm_fast.training.data.images import WHITE, Colour, checked_background
-from vlm_fast.training.data.record_errors import BadRecord, Fault, OnBad, counts
+from vlm_fast.training.data.images import WHITE, Colour, parse_background
+from vlm_fast.training.data.record_errors import BadRecord, OnBad, RecordIssue, count_by_kind
 
 SHOWN = 20  # faults of a kind that are printed as text
 Background = Annotated[
@@ -24,7 +24,7 @@ Background = Annotated[
 def colour(name: str) -> Colour:
     """The colour that an option names."""
     try:
-        return WHITE if name == "white" else checked_background(name)
+        return WHITE if name == "white" else parse_background(name)
     except ValueError as error:
         raise typer.BadParameter(f"--background: {error}") from None
     except ModuleNotFoundError as error:
@@ -66,13 +66,13 @@ def check(
                 data, images, on_bad=on_bad, collate=collate, background=below, progress=count
             )
     except BadRecord as error:  # stopped
-        assert error.fault is not None
-        found = Checked(None, None, [error.fault])
+        assert error.issue is not None
+        found = CheckResult(None, None, [error.issue])
     except OSError as error:
         raise typer.BadParameter(f"--data: {error}") from None
     except ModuleNotFoundError as error:
         stop(Exit.ENVIRONMENT, f"{error}: pictures need Pillow (pip install pillow)")
-    bad = [fault for fault in found.faults if not fault.is_warning]
+    bad = [issue for issue in found.issues if not issue.is_warning]
     if as_json:
         print_json({**as_dict(found), "ok": not bad})
     else:
@@ -96,25 +96,25 @@ def _collator(processor: Path, format: str | None, max_length: int | None) -> Co
         raise typer.BadParameter(f"--processor: {error}") from None
 
 
-def as_dict(found: Checked) -> dict[str, Any]:
+def as_dict(found: CheckResult) -> dict[str, Any]:
     return {
         "total": found.total,
         "good": found.good,
-        "counts": counts(found.faults),
-        "faults": [fault.as_dict() for fault in found.faults],
+        "counts": count_by_kind(found.issues),
+        "faults": [issue.as_dict() for issue in found.issues],
     }
 
 
-def _print(data: Path, found: Checked) -> None:
-    by_kind: dict[str, list[Fault]] = {kind: [] for kind in counts(found.faults)}
-    for fault in found.faults:
-        by_kind[fault.kind].append(fault)
-    for kind, faults in by_kind.items():
-        for fault in faults[:SHOWN]:
-            print(f"{'warning: ' if fault.is_warning else ''}{fault}")
-        if len(faults) > SHOWN:
-            print(f"and {len(faults) - SHOWN} more of {kind}; --json has all")
-    rows: list[tuple[str, object]] = [(kind, len(faults)) for kind, faults in by_kind.items()]
+def _print(data: Path, found: CheckResult) -> None:
+    by_kind: dict[str, list[RecordIssue]] = {kind: [] for kind in count_by_kind(found.issues)}
+    for issue in found.issues:
+        by_kind[issue.kind].append(issue)
+    for kind, issues in by_kind.items():
+        for issue in issues[:SHOWN]:
+            print(f"{'warning: ' if issue.is_warning else ''}{issue}")
+        if len(issues) > SHOWN:
+            print(f"and {len(issues) - SHOWN} more of {kind}; --json has all")
+    rows: list[tuple[str, object]] = [(kind, len(issues)) for kind, issues in by_kind.items()]
     if found.total is None:
         rows.append(("stopped at the first bad record", ""))
     else:

@@ -15,11 +15,17 @@ from vlm_fast.signals import handled
 from vlm_fast.training.data.generation.coco import read_scenes
 from vlm_fast.training.data.generation.endpoint import Endpoint, Unavailable
 from vlm_fast.training.data.generation.prompts import KINDS
-from vlm_fast.training.data.generation.rate_limit import TokenBucket
-from vlm_fast.training.data.generation.resume_log import Journal
-from vlm_fast.training.data.generation.run import Run, Task, journal_of, subject, tasks
+from vlm_fast.training.data.generation.rate_limit import RateLimit
+from vlm_fast.training.data.generation.resume_log import ResumeLog
+from vlm_fast.training.data.generation.run import (
+    GenerationRun,
+    Task,
+    log_header,
+    resume_log_path,
+    tasks,
+)
 from vlm_fast.training.data.images import picture
-from vlm_fast.training.data.record_errors import BadRecord, Fault, counts
+from vlm_fast.training.data.record_errors import BadRecord, RecordIssue, count_by_kind
 from vlm_fast.training.data.records import Record
 
 SHOWN = 20  # annotations that are told of one by one
@@ -61,17 +67,17 @@ def generate(
             raise typer.BadParameter(f"{option}: there is no file {path}")
     if not images.is_dir():
         raise typer.BadParameter(f"--images: there is no folder {images}")
-    for path in (out, journal_of(out)):
+    for path in (out, resume_log_path(out)):
         if (why := terminal.why_not_writable(path)) is not None:
             raise typer.BadParameter(f"--out: {why}")
-    if out.exists() and not journal_of(out).exists():
+    if out.exists() and not resume_log_path(out).exists():
         raise typer.BadParameter(f"--out: {out} is there, and no journal of it: choose another")
     chosen = [kind.strip() for kind in kinds.split(",")]
     if unknown := [kind for kind in chosen if kind not in KINDS]:
         raise typer.BadParameter(f"--kinds: {unknown[0]!r}, expected some of {', '.join(KINDS)}")
-    left_out: list[Fault] = []
+    left_out: list[RecordIssue] = []
     try:
-        scenes = read_scenes(captions, boxes, faults=left_out)
+        scenes = read_scenes(captions, boxes, issues=left_out)
         todo = tasks(scenes, dict.fromkeys(chosen), limit)
         _look_at(todo, images)
     except BadRecord as bad:
@@ -91,31 +97,34 @@ def generate(
     except ValueError as error:
         stop(Exit.ENVIRONMENT, str(error))
     try:
-        journal = Journal(journal_of(out), subject(model))
+        journal = ResumeLog(resume_log_path(out), log_header(model))
     except ValueError as error:
         raise typer.BadParameter(f"--out: {error}") from None
     with journal:
-        run = Run(out, todo, endpoint, journal, pace=TokenBucket(rate), again=again)
+        run = GenerationRun(out, todo, endpoint, journal, pace=RateLimit(rate), again=again)
         _ask(run, as_json, left_out)
 
 
-def _tell(left_out: list[Fault]) -> None:
+def _tell(left_out: list[RecordIssue]) -> None:
     """Of annotations that are left out, or told as crowds: the first, and how many of each kind."""
-    for fault in left_out[:SHOWN]:
-        typer.echo(str(fault), err=True)
+    for issue in left_out[:SHOWN]:
+        typer.echo(str(issue), err=True)
     if left_out:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in counts(left_out).items())
+        kinds = ", ".join(f"{count} {kind}" for kind, count in count_by_kind(left_out).items())
         typer.echo(f"annotations left out, or told as groups: {kinds}", err=True)
 
 
-def _as_dict(left_out: list[Fault]) -> dict[str, Any]:
+def _as_dict(left_out: list[RecordIssue]) -> dict[str, Any]:
     """For JSON; empty where nothing is left out."""
     if not left_out:
         return {}
-    return {"annotations": counts(left_out), "faults": [fault.as_dict() for fault in left_out]}
+    return {
+        "annotations": count_by_kind(left_out),
+        "faults": [issue.as_dict() for issue in left_out],
+    }
 
 
-def _ask(run: Run, as_json: bool, left_out: list[Fault]) -> None:
+def _ask(run: GenerationRun, as_json: bool, left_out: list[RecordIssue]) -> None:
     before, code, why = len(run.journal.entries), None, ""
     try:
         with handled(), terminal.counter("asking") as count:
@@ -154,7 +163,7 @@ def _look_at(todo: list[Task], images: Path) -> None:
 
 
 def _print_prompts(
-    todo: list[Task], limit: int | None, as_json: bool, left_out: list[Fault]
+    todo: list[Task], limit: int | None, as_json: bool, left_out: list[RecordIssue]
 ) -> None:
     """All where a limit was asked for, or else the first of each kind."""
     shown = todo if limit is not None else list({t.kind: t for t in reversed(todo)}.values())[::-1]

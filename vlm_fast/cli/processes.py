@@ -13,13 +13,13 @@ from vlm_fast.cli.options import Exit
 from vlm_fast.training.recipes.processes import is_main, processes
 
 
-def refuse(message: str, option: str | None = None) -> NoReturn:
+def usage_error(message: str, option: str | None = None) -> NoReturn:
     if not is_main():  # once is enough
         raise typer.Exit(Exit.USAGE)
     raise typer.BadParameter(message, param_hint=option)
 
 
-def agreed(decide: Callable[[], Any]) -> Any:
+def decided_by_main(decide: Callable[[], Any]) -> Any:
     """What the first process decides, on all of them: none goes on where that one stops."""
     if processes() == 1:
         return decide()
@@ -44,7 +44,7 @@ def agreed(decide: Callable[[], Any]) -> Any:
     return verdict[0]
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """The end of the process group, which NCCL wants to be told."""
     if processes() > 1:
         from accelerate import PartialState

@@ -16,11 +16,11 @@ import typer
 
 from vlm_fast import terminal
 from vlm_fast.advisor.connectors import CONNECTORS
-from vlm_fast.advisor.html_report import page
-from vlm_fast.advisor.measure_points import Setting, finish, sweep
+from vlm_fast.advisor.html_report import html_page
+from vlm_fast.advisor.measure_points import MeasureSettings, complete_rows, measure_all
 from vlm_fast.advisor.model_shapes import MODELS
 from vlm_fast.advisor.plots import duration, size, write_png
-from vlm_fast.advisor.profile_points import BATCHES, MODES, TOKENS, Group, Layer, points
+from vlm_fast.advisor.profile_points import BATCHES, MODES, TOKENS, LayerGroup, PointGroup, points
 from vlm_fast.advisor.report_data import conditions, document, write_csv, write_json
 from vlm_fast.cli.advisor_options import (
     ConnectorsOption,
@@ -102,18 +102,18 @@ def profile(
     # On a CPU threads wait for each other, and for whatever else runs.
     with timing.one_thread() if device == "cpu" else nullcontext():
         where = conditions(device, dtype, timing.ceilings(device, dtype))
-        setting = Setting(
+        setting = MeasureSettings(
             device, dtype, where["matmul_flops_per_second"], started + seconds,
             seconds / (4 * len(groups)), out if trace else None,
         )  # fmt: skip
         with _snapshot(out if memory_snapshot else None, device):
             unfinished = _measure(groups, setting)
-    finish(groups, setting)
-    asked = {
+    complete_rows(groups, setting)
+    request = {
         "mode": mode, "text": text, "tokens": wanted, "batches": batches, "levels": levels,
         "connectors": names, "budget": seconds,
     }  # fmt: skip
-    found = document(model, shape, groups, asked, where, started, unfinished)
+    found = document(model, shape, groups, request, where, started, unfinished)
     _write(out, found)
     if as_json:
         print_json(found)
@@ -142,12 +142,12 @@ def _writable(folder: Path) -> None:
         raise typer.BadParameter(f"{folder} cannot be written: {why}; name another") from None
 
 
-def _measure(groups: list[Group | Layer], setting: Setting) -> str | None:
+def _measure(groups: list[PointGroup | LayerGroup], setting: MeasureSettings) -> str | None:
     """Why it ended early, or None."""
     done = 0
     try:
         with handled(), terminal.counter("profiling") as count:
-            for group in sweep(groups, setting):
+            for group in measure_all(groups, setting):
                 done += 1
                 count(done, len(groups))
                 if not sys.stderr.isatty():
@@ -176,7 +176,7 @@ def _snapshot(folder: Path | None, device: str) -> Iterator[None]:
 def _write(folder: Path, found: dict[str, Any]) -> None:
     write_json(folder / "profile.json", found)
     write_csv(folder / "profile.csv", found["rows"])
-    (folder / "profile.html").write_text(page(found), encoding="utf-8")
+    (folder / "profile.html").write_text(html_page(found), encoding="utf-8")
     lack = write_png(folder / "profile.png", found)
     if lack is not None:
         print(f"profile: no profile.png: {lack}", file=sys.stderr)
@@ -186,7 +186,12 @@ def _write(folder: Path, found: dict[str, Any]) -> None:
 def _show(found: dict[str, Any]) -> None:
     rows = []
     for row in found["rows"]:
-        cells = ["*" if row["on_front"] else "", row["title"], row["batch"], row["visual_tokens"]]
+        cells = [
+            "*" if row["on_pareto_front"] else "",
+            row["title"],
+            row["batch"],
+            row["visual_tokens"],
+        ]
         if row["times"] is None:
             cells += ["", "", "", "", f"not measured: {row['not_measured']}"]
         else:
@@ -197,7 +202,7 @@ def _show(found: dict[str, Any]) -> None:
             ]  # fmt: skip
         rows.append(cells)
     where = found["conditions"]
-    title = f"{found['model']['title']}, {found['asked']['mode']}, {where['dtype']}, on "
+    title = f"{found['model']['title']}, {found['request']['mode']}, {where['dtype']}, on "
     columns = (
         "front", "point", "batch", "tokens in sequence", "connector", "language model", "in all",
         "memory", "",

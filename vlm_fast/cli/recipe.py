@@ -14,8 +14,13 @@ import typer
 from vlm_fast import terminal
 from vlm_fast.cli.data_check import Background, colour
 from vlm_fast.cli.options import Exit, Json, print_json, stop
-from vlm_fast.cli.processes import agreed, leave, refuse
-from vlm_fast.cli.recipe_preflight import check_arguments, check_data, check_model, start_of
+from vlm_fast.cli.processes import decided_by_main, destroy_process_group, usage_error
+from vlm_fast.cli.recipe_preflight import (
+    check_arguments,
+    check_data,
+    check_model,
+    starting_checkpoint,
+)
 from vlm_fast.training.data import BadRecord
 from vlm_fast.training.data.chat_formats import FORMATS
 from vlm_fast.training.data.record_errors import OnBad
@@ -23,14 +28,14 @@ from vlm_fast.training.recipes import checkpoints
 from vlm_fast.training.recipes.model_parts import LANGUAGE
 from vlm_fast.training.recipes.presets import RECIPES
 from vlm_fast.training.recipes.processes import is_main, processes, say
-from vlm_fast.training.recipes.recipe import sizes
-from vlm_fast.training.recipes.run import DTYPES, Run, model_class, train
+from vlm_fast.training.recipes.recipe import count_parameters
+from vlm_fast.training.recipes.run import DTYPES, RecipeRun, model_class, train
 
 
 def _known(what: str, names: Any) -> Callable[[str | None], str | None]:
     def callback(name: str | None) -> str | None:
         if name is not None and name not in names:
-            refuse(f"no {what} is called {name!r}; there are {', '.join(names)}")
+            usage_error(f"no {what} is called {name!r}; there are {', '.join(names)}")
         return name
 
     return callback
@@ -104,11 +109,11 @@ def recipe(
     needed = {"--model": model, "--data": data, "--images": images, "--out": out}
     for option, value in needed.items():
         if value is None:
-            refuse("is missing", option)
+            usage_error("is missing", option)
     for package in ("transformers", "accelerate", *(["peft"] if lora else [])):
         if importlib.util.find_spec(package) is None:
             stop(Exit.ENVIRONMENT, f"recipe needs {package}: pip install {package}")
-    run = Run(
+    run = RecipeRun(
         RECIPES[name], model, data, images, out,  # type: ignore[arg-type]
         epochs=epochs, lr=lr, batch=batch, device_batch=device_batch, max_steps=max_steps,
         save_every=save_every, seed=seed, dtype=dtype, checkpointing=checkpointing, lora=lora,
@@ -117,22 +122,22 @@ def recipe(
     )  # fmt: skip
     check_arguments(run, resume)
     processor = check_model(run)
-    checked, bad_records = agreed(lambda: check_data(run, processor))
+    checked, bad_records = decided_by_main(lambda: check_data(run, processor))
     if dry_run:
         _show_plan(run, checked["good"], as_json)
         return
-    start = agreed(lambda: start_of(run, resume))
+    start = decided_by_main(lambda: starting_checkpoint(run, resume))
     try:
         found = train(run, processor, bad_records, start, is_main())
     except BadRecord as bad:
-        _lost_nothing(run, str(bad))
+        _stop_at_bad_record(run, str(bad))
     if is_main():
         summary = {"recipe": name, "out": str(run.out), **asdict(found), **checked}
         if as_json:
             print_json(summary)
         else:
-            say(_told(run, summary))
-    leave()
+            say(_summary_text(run, summary))
+    destroy_process_group()
     if found.interrupted:
         raise typer.Exit(Exit.INTERRUPTED)
 
@@ -148,14 +153,14 @@ def _list(as_json: bool) -> None:
         terminal.show("recipes", columns, rows)
 
 
-def _lost_nothing(run: Run, why: str) -> None:
-    last, _ = checkpoints.last_whole(run.out)
+def _stop_at_bad_record(run: RecipeRun, why: str) -> None:
+    last, _ = checkpoints.last_complete(run.out)
     kept = "there was no checkpoint yet" if last is None else f"{last} is whole"
     stop(Exit.FAILURE, f"{why}\n{kept}; correct the record and go on with --resume")
 
 
-def _show_plan(run: Run, examples: int, as_json: bool) -> None:
-    chosen = run.adapted
+def _show_plan(run: RecipeRun, examples: int, as_json: bool) -> None:
+    chosen = run.effective_recipe
     found, config = model_class(run.model)
     with torch.device("meta"):
         empty = found(config)
@@ -164,7 +169,7 @@ def _show_plan(run: Run, examples: int, as_json: bool) -> None:
         examples, device_batch=run.device_batch, batch=run.batch, epochs=run.epochs,
         whole=chosen.family == "blip2-retrieval",
     )  # fmt: skip
-    counted = sizes(chosen, empty)
+    counted = count_parameters(chosen, empty)
     plan = {
         "recipe": chosen.name, "model": found.__name__,
         "parameters": {part: {"all": n, "learn": m} for part, (n, m) in counted.items()},
@@ -186,7 +191,7 @@ def _show_plan(run: Run, examples: int, as_json: bool) -> None:
     terminal.show("what would be done", ("", ""), rows)
 
 
-def _told(run: Run, summary: dict[str, Any]) -> str:
+def _summary_text(run: RecipeRun, summary: dict[str, Any]) -> str:
     losses = summary["losses"]
     fell = "" if losses is None else f", loss {losses[0]:.4g} to {losses[1]:.4g}"
     done = f"{summary['steps']} of {summary['of']} steps{fell}"

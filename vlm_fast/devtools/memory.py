@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-from vlm_fast.devtools.operations import operations
+from vlm_fast.devtools.operations import count_operations
 from vlm_fast.patching.models import image_token_merge
 
 # Each reads a value, or a size, from the device (the last by a masked_select inside).
@@ -82,7 +82,7 @@ def _waits(name: str, args: Any) -> bool:
     return by_mask or name in WAITING
 
 
-def synchronisations(call: Callable[[], Any], device: str) -> int:
+def host_syncs(call: Callable[[], Any], device: str) -> int:
     """How often a call makes the host wait for the device.
 
     Counted on CUDA. On a CPU these are the operations that would wait there: an op of this package
@@ -92,7 +92,7 @@ def synchronisations(call: Callable[[], Any], device: str) -> int:
     if device == "cpu":
         as_on_cuda = mock.patch.object(image_token_merge, "_would_wait", lambda count: True)
         with as_on_cuda:
-            return operations(call, _waits)
+            return count_operations(call, _waits)
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Counts = Callable[[str, Any], bool]
 
 
-class _Operations(TorchDispatchMode):
+class _OperationCounter(TorchDispatchMode):
     def __init__(self, counts: Counts) -> None:
         super().__init__()
         self.counts, self.count = counts, 0
@@ -22,11 +22,11 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations(call: Callable[[], Any], counts: Counts = lambda name, args: True) -> int:
+def count_operations(call: Callable[[], Any], counts: Counts = lambda name, args: True) -> int:
     """Operations that a call dispatches, views included; an op of this package counts as one.
 
     ``counts`` says of a name, such as "aten::item", and arguments whether they are counted.
     """
-    with _Operations(counts) as dispatched:
+    with _OperationCounter(counts) as dispatched:
         call()
     return dispatched.count

@@ -19,7 +19,7 @@ T = TypeVar("T")
 DRAWS = 8
 
 
-class Run(NamedTuple):
+class ModelRun(NamedTuple):
     """The floating tensors that a model returned, by their place, and whether it drew numbers."""
 
     outputs: dict[str, Tensor]
@@ -31,12 +31,12 @@ class Run(NamedTuple):
         return next((t for t in tensors if t.ndim > 0), tensors[0] if tensors else torch.zeros(0))
 
 
-def run(model: nn.Module, inputs: Mapping[str, Any]) -> Run:
+def run(model: nn.Module, inputs: Mapping[str, Any]) -> ModelRun:
     """``model(**inputs)`` without gradients. Buffers, random state and caches stay as they are."""
     given = tree_map(_copied, dict(inputs), is_leaf=_is_leaf)
     with torch.no_grad():
         output, random = seeded(model, lambda: model(**given))
-    return Run({path: tensor.clone() for path, tensor in _floating(output)}, random)
+    return ModelRun({path: tensor.clone() for path, tensor in _floating(output)}, random)
 
 
 def seeded(module: nn.Module, call: Callable[[], T]) -> tuple[T, bool]:
@@ -45,7 +45,7 @@ def seeded(module: nn.Module, call: Callable[[], T]) -> tuple[T, bool]:
     The random state and the buffers of ``module`` are afterwards what they were.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with buffers_kept(module), torch.random.fork_rng(devices=devices):
+    with buffers_restored(module), torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         states = [torch.get_rng_state, *(lambda d=d: torch.cuda.get_rng_state(d) for d in devices)]
         before = [state() for state in states]
@@ -55,7 +55,7 @@ def seeded(module: nn.Module, call: Callable[[], T]) -> tuple[T, bool]:
 
 
 @contextlib.contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
+def buffers_restored(module: nn.Module) -> Iterator[None]:
     """Buffers are afterwards the same tensors with the same values, also after an exception."""
     owners = [(m, dict(m._buffers), set(m._non_persistent_buffers_set)) for m in module.modules()]
     buffers = {id(b): b for _, own, _ in owners for b in own.values() if b is not None}
@@ -76,7 +76,7 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def moved(
+def perturbed(
     modules: Mapping[str, nn.Module], budgets: Mapping[str, Sequence[float]], draw: int
 ) -> Iterator[None]:
     """Within it the modules' results are off by rounding, which random numbers stand for.
@@ -121,7 +121,9 @@ def moved(
             handle.remove()
 
 
-def judge_outputs(ours: Run, theirs: Run, rounded: Callable[[int], Run]) -> list[Verdict]:
+def judge_outputs(
+    ours: ModelRun, theirs: ModelRun, rounded: Callable[[int], ModelRun]
+) -> list[Verdict]:
     """Judge what a model returned by how far rounding moves what it should have returned.
 
     The rule is that of `parity.judge`: ``theirs`` is exact, and the error that is native is the

@@ -19,7 +19,14 @@ from vlm_fast.patching.class_swap import Patched, swap_back
 from vlm_fast.patching.media_masks import GivesSets
 from vlm_fast.patching.models import anyres, image_token_merge
 from vlm_fast.verification import tolerance
-from vlm_fast.verification.model_runs import Run, is_float, judge_outputs, moved, run, seeded
+from vlm_fast.verification.model_runs import (
+    ModelRun,
+    is_float,
+    judge_outputs,
+    perturbed,
+    run,
+    seeded,
+)
 from vlm_fast.verification.tolerance import Verdict, judge_all
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -149,8 +156,8 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
             if c.name in whole
         }
 
-        def rounded(draw: int) -> Run:
-            with _without_patch(connectors), moved(connectors, budgets, draw):
+        def rounded(draw: int) -> ModelRun:
+            with _without_patch(connectors), perturbed(connectors, budgets, draw):
                 return run(model, inputs)
 
         outputs = judge_outputs(ours, theirs, rounded)

@@ -25,7 +25,7 @@ R = TypeVar("R")
 Order = Callable[[int], Tensor]
 
 
-class OtherOrders(Generic[R]):
+class ReorderedRuns(Generic[R]):
     """What ``run()`` gives with its sums in other orders, and what ``rounding`` functions give.
 
     ``rounding`` compute the same as ``run`` by formulas that round otherwise. They come first, and
@@ -47,12 +47,12 @@ class OtherOrders(Generic[R]):
         for run in runs[1:]:
             yield run()
         for seed, run in itertools.product(range(ORDERS), runs):
-            with OtherOrder(seed):
+            with RandomSumOrder(seed):
                 result = run()
             yield result
 
 
-class OtherOrder(TorchDispatchMode):
+class RandomSumOrder(TorchDispatchMode):
     """Every sum of what runs inside is taken in a random order that depends on ``seed`` alone.
 
     These are the sums within matrix products, reductions, norms and softmax, and in their backward.

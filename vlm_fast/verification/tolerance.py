@@ -17,7 +17,7 @@ from torch import Tensor
 from vlm_fast.ops.declaration import Op
 from vlm_fast.ops.verdict import ULPS as ULPS
 from vlm_fast.ops.verdict import Verdict as Verdict
-from vlm_fast.verification.summation_orders import OtherOrders
+from vlm_fast.verification.summation_orders import ReorderedRuns
 
 Results = dict[str, Tensor | None]
 
@@ -119,7 +119,7 @@ def judge_all(
     for all tensors together. None stands for a gradient that does not exist.
     """
     native = plain()
-    draws = OtherOrders(plain, *rounding)
+    draws = ReorderedRuns(plain, *rounding)
     verdicts = []
     for name, tensor in ours.items():
         theirs, true = native[name], exact[name]

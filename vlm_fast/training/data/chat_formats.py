@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlm_fast.training.data.processors import (
-    added,
-    brings_beginning,
+    adds_missing_bos,
     chat_template,
     image_token,
-    sets_apart,
-    trims,
+    removes_spaces_around_image,
+    text_added_by,
+    writes_space_after_image,
 )
-from vlm_fast.training.data.records import IMAGE
+from vlm_fast.training.data.records import IMAGE_PLACEHOLDER
 
 if TYPE_CHECKING:
     from vlm_fast.training.data.datasets import Example
@@ -26,45 +26,45 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
-SIDES = {"human": "user", "gpt": "assistant"}
+CHAT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
-class Written:
+class FormattedText:
     """``text``, with the characters from ``start`` to ``end`` of each answer to be learned."""
 
     text: str
     answers: tuple[tuple[int, int], ...]
 
-    def after(self, beginning: str) -> Written:
+    def with_prefix(self, beginning: str) -> FormattedText:
         """With ``beginning`` before it, unless that is there."""
-        return self if self.text.startswith(beginning) else self.having(beginning, 0)
+        return self if self.text.startswith(beginning) else self.with_insertion(beginning, 0)
 
-    def having(self, words: str, at: int) -> Written:
+    def with_insertion(self, words: str, at: int) -> FormattedText:
         """With these words put in at a place before all answers or after them."""
         longer = len(words)
         answers = tuple(
             (start + longer, end + longer) if start >= at else (start, end)
             for start, end in self.answers
         )
-        return Written(self.text[:at] + words + self.text[at:], answers)
+        return FormattedText(self.text[:at] + words + self.text[at:], answers)
 
-    def stripped(self) -> Written:
+    def stripped(self) -> FormattedText:
         """Without the spaces at both ends."""
         text = self.text.strip()
         shorter = self.text.index(text)
         answers = (
             (max(0, start - shorter), min(len(text), end - shorter)) for start, end in self.answers
         )
-        return Written(text, tuple(answers))
+        return FormattedText(text, tuple(answers))
 
-    def trimmed(self, token: str) -> Written:
+    def without_spaces_around(self, token: str) -> FormattedText:
         """Without the spaces around the first ``token``, if there is one."""
         found = re.search(f" *{re.escape(token)} *", self.text)
         if found is None:
             return self
         shorter = len(found.group()) - len(token)
-        return Written(
+        return FormattedText(
             self.text[: found.start()] + token + self.text[found.end() :],
             tuple(
                 (start - shorter, end - shorter) if start >= found.end() else (start, end)
@@ -73,10 +73,10 @@ class Written:
         )
 
 
-Format = Callable[["Example", Any], Written]
+Format = Callable[["Example", Any], FormattedText]
 
 
-def plain(example: Example, processor: Any) -> Written:
+def plain(example: Example, processor: Any) -> FormattedText:
     """LLaVA's first stage: the image, its caption and a newline; the question is dropped.
 
     Of a conversation of several turns the first answer is the caption.
@@ -85,10 +85,10 @@ def plain(example: Example, processor: Any) -> Written:
         raise ValueError("the plain format is of images with captions, expected an image")
     placeholder = image_token(processor)
     text = f"{placeholder}{example.turns[1].text}\n"
-    return Written(text, ((len(placeholder), len(text)),))
+    return FormattedText(text, ((len(placeholder), len(text)),))
 
 
-def v1(example: Example, processor: Any) -> Written:
+def v1(example: Example, processor: Any) -> FormattedText:
     """LLaVA v1's and v1.5's second stage: ``USER: ... ASSISTANT: ...</s>`` after Vicuna's prompt.
 
     The image stands at the beginning of its question, wherever the record has it. An answer goes
@@ -99,16 +99,16 @@ def v1(example: Example, processor: Any) -> Written:
     for turn in example.turns:
         if turn.role == "human":
             words = turn.text
-            if IMAGE in words:
-                words = f"{image_token(processor)}\n{without_image(words)}".strip()
+            if IMAGE_PLACEHOLDER in words:
+                words = f"{image_token(processor)}\n{without_placeholder(words)}".strip()
             text += f"{'' if text.endswith(end) else ' '}USER: {words} ASSISTANT: "
         else:
             answers.append((len(text), len(text) + len(turn.text) + len(end)))
             text += turn.text + end
-    return Written(text, tuple(answers))
+    return FormattedText(text, tuple(answers))
 
 
-def chat(example: Example, processor: Any) -> Written:
+def chat(example: Example, processor: Any) -> FormattedText:
     """The processor's chat template. The image stands at the beginning of its question.
 
     An answer is what the template puts between ``{% generation %}`` and ``{% endgeneration %}``. Of
@@ -119,10 +119,10 @@ def chat(example: Example, processor: Any) -> Written:
     """
     messages = []
     for turn in example.turns:
-        content = [{"type": "text", "text": without_image(turn.text)}]
-        if turn.role == "human" and IMAGE in turn.text:
+        content = [{"type": "text", "text": without_placeholder(turn.text)}]
+        if turn.role == "human" and IMAGE_PLACEHOLDER in turn.text:
             content.insert(0, {"type": "image"})
-        messages.append({"role": SIDES[turn.role], "content": content})
+        messages.append({"role": CHAT_ROLES[turn.role], "content": content})
     if GENERATION.search(template := chat_template(processor) or ""):
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -134,42 +134,46 @@ def chat(example: Example, processor: Any) -> Written:
             **processor.tokenizer.special_tokens_map,
         )
         texts, spans = rendered
-        return Written(texts[0], tuple(spans[0]))
+        return FormattedText(texts[0], tuple(spans[0]))
 
-    def written(count: int, prompt: bool = False) -> str:
+    def rendered_turns(count: int, prompt: bool = False) -> str:
         return processor.apply_chat_template(
             messages[:count], chat_template=template, add_generation_prompt=prompt
         )
 
-    text, answers = written(len(messages)), []
+    text, answers = rendered_turns(len(messages)), []
     for number in range(1, len(messages), 2):
-        before, after = written(number, prompt=True), written(number + 1)
+        before, after = rendered_turns(number, prompt=True), rendered_turns(number + 1)
         if not (text.startswith(after) and after.startswith(before)):
             raise ValueError(
                 "processor: its chat template writes a turn otherwise once others follow; mark the "
                 "answers in it by {% generation %} and {% endgeneration %}"
             )
         answers.append((len(before), len(after)))
-    return Written(text, tuple(answers))
+    return FormattedText(text, tuple(answers))
 
 
 FORMATS: dict[str, Format] = {"plain": plain, "v1": v1, "chat": chat}
 
 
-def write(example: Example, processor: Any, format: str) -> Written:
+def format_example(example: Example, processor: Any, format: str) -> FormattedText:
     """In one of ``FORMATS``, as the processor leaves it but for the tokens of an image."""
-    written = FORMATS[format](example, processor)
-    if trims(processor):
-        written = written.trimmed(image_token(processor))
-    if brings_beginning(processor) and processor.tokenizer.bos_token is not None:
-        written = written.after(processor.tokenizer.bos_token)
-    if example.image is not None and sets_apart(processor):
-        written = written.stripped().having(" ", 0)
-    words, token = added(processor), image_token(processor)
-    if words.after_image and token in written.text:
-        written = written.having(words.after_image, written.text.index(token) + len(token))
-    return written.having(words.end, len(written.text)).having(words.beginning, 0)
+    formatted = FORMATS[format](example, processor)
+    if removes_spaces_around_image(processor):
+        formatted = formatted.without_spaces_around(image_token(processor))
+    if adds_missing_bos(processor) and processor.tokenizer.bos_token is not None:
+        formatted = formatted.with_prefix(processor.tokenizer.bos_token)
+    if example.image is not None and writes_space_after_image(processor):
+        formatted = formatted.stripped().with_insertion(" ", 0)
+    words, token = text_added_by(processor), image_token(processor)
+    if words.after_image and token in formatted.text:
+        formatted = formatted.with_insertion(
+            words.after_image, formatted.text.index(token) + len(token)
+        )
+    return formatted.with_insertion(words.end, len(formatted.text)).with_insertion(
+        words.beginning, 0
+    )
 
 
-def without_image(text: str) -> str:
-    return text.replace(IMAGE, "").strip() if IMAGE in text else text
+def without_placeholder(text: str) -> str:
+    return text.replace(IMAGE_PLACEHOLDER, "").strip() if IMAGE_PLACEHOLDER in text else text

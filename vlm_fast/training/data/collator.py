@@ -8,19 +8,19 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from vlm_fast.training.data.chat_formats import FORMATS, Written, write
+from vlm_fast.training.data.chat_formats import FORMATS, FormattedText, format_example
 from vlm_fast.training.data.datasets import Example
 from vlm_fast.training.data.processors import (
-    begins_itself,
+    call_processor,
     chat_template,
     image_token,
-    process,
-    special_tokens,
-    types_answers,
-    why_no_rows,
+    marks_answers_by_type,
+    tokenizer_options,
+    why_unsupported,
+    writes_bos_before_image,
 )
-from vlm_fast.training.data.record_errors import BadRecord, Fault, shown
-from vlm_fast.training.data.replacement_items import batch_of
+from vlm_fast.training.data.record_errors import BadRecord, RecordIssue, describe
+from vlm_fast.training.data.replacement_items import collate_or_replace
 
 IGNORED = -100
 # What has a place for each token of a row, in the results of transformers' processors.
@@ -64,7 +64,7 @@ class Collator:
             )
         if tokenizer.pad_token is None:
             raise ValueError("processor: its tokenizer has no pad_token, expected one")
-        if (why := why_no_rows(processor)) is not None:
+        if (why := why_unsupported(processor)) is not None:
             raise TypeError(f"processor is a {type(processor).__name__}: {why}")
         template = chat_template(processor)
         format = format or ("chat" if template else "v1")
@@ -97,22 +97,22 @@ class Collator:
         """
         if not examples:
             raise ValueError("examples is empty, expected at least one")
-        return batch_of(examples, self._batch)
+        return collate_or_replace(examples, self._batch)
 
     def _batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        written = [self._written(example) for example in examples]
-        batch = process(
-            self.processor, [one.text for one in written], [one.image for one in examples],
+        formatted = [self._formatted(example) for example in examples]
+        batch = call_processor(
+            self.processor, [one.text for one in formatted], [one.image for one in examples],
             padding=True, padding_side="right", return_tensors="pt",
-            **self._options(written[0].text),
+            **self._options(formatted[0].text),
         )  # fmt: skip
         ids, attended = batch["input_ids"], batch["attention_mask"]
         labels = torch.full_like(ids, IGNORED)
-        for row, (example, one) in enumerate(zip(examples, written, strict=True)):
+        for row, (example, one) in enumerate(zip(examples, formatted, strict=True)):
             count = int(attended[row].sum())
             learned = self._learned(example, one, ids[row, :count].tolist())
             labels[row, learned] = ids[row, learned]
-            if types_answers(self.processor):
+            if marks_answers_by_type(self.processor):
                 batch["token_type_ids"][row, learned[0] : count] = 1
         longest = self.max_length
         if longest is not None and ids.shape[1] > longest:
@@ -120,26 +120,26 @@ class Collator:
             labels = labels[:, :longest]
         return {**batch, "labels": labels}
 
-    def _written(self, example: Example) -> Written:
-        written = write(example, self.processor, self.format)
+    def _formatted(self, example: Example) -> FormattedText:
+        formatted = format_example(example, self.processor, self.format)
         if token := image_token(self.processor):
-            count, expected = written.text.count(token), int(example.image is not None)
+            count, expected = formatted.text.count(token), int(example.image is not None)
             if count != expected:
                 self._refuse("image count", example, f"{token} {expected} times in the text", count)
-        return written
+        return formatted
 
     def _options(self, text: str) -> dict[str, Any]:
         """Templates and processors may bring the token of the beginning themselves."""
         begin = self.processor.tokenizer.bos_token
         brought = begin is not None and text.startswith(begin)
-        if brought or begins_itself(self.processor):
+        if brought or writes_bos_before_image(self.processor):
             return {"add_special_tokens": False}
         return {}
 
-    def _learned(self, example: Example, written: Written, ids: list[int]) -> list[int]:
+    def _learned(self, example: Example, formatted: FormattedText, ids: list[int]) -> list[int]:
         """Which of a row's tokens belong to answers, within ``max_length``."""
-        text = written.text
-        options = {**special_tokens(self.processor), **self._options(text)}
+        text = formatted.text
+        options = {**tokenizer_options(self.processor), **self._options(text)}
         own = self.processor.tokenizer(text, return_offsets_mapping=True, **options)
         before, after = self._around(example, text, own["offset_mapping"])
         # By how much the image is longer than what stands for it in the text.
@@ -151,15 +151,17 @@ class Collator:
         ):
             raise TypeError(
                 f"processor: {type(self.processor).__name__} makes other tokens of the text than "
-                f"its tokenizer does, beside those of the image: {shown(text)}"
+                f"its tokenizer does, beside those of the image: {describe(text)}"
             )
         learned = [
             place if place < before else place + grown
             for place, (start, end) in enumerate(own["offset_mapping"])
-            if any(_belongs(start, end, *answer, text) for answer in written.answers)
+            if any(_belongs(start, end, *answer, text) for answer in formatted.answers)
         ]
         if not learned:
-            raise ValueError(f"processor: the {self.format} format has no answer in {shown(text)}")
+            raise ValueError(
+                f"processor: the {self.format} format has no answer in {describe(text)}"
+            )
         if self.max_length is None or len(ids) <= self.max_length:
             return learned
         kept = [place for place in learned if place < self.max_length]
@@ -186,8 +188,10 @@ class Collator:
         ]
         return inside[0], inside[-1] + 1
 
-    def _refuse(self, kind: str, example: Example, wanted: str, came: int) -> NoReturn:
-        raise BadRecord(Fault(kind, example.index, example.id, "conversations", wanted, str(came)))
+    def _refuse(self, kind: str, example: Example, wanted: str, actual: int) -> NoReturn:
+        raise BadRecord(
+            RecordIssue(kind, example.index, example.id, "conversations", wanted, str(actual))
+        )
 
 
 def _belongs(start: int, end: int, first: int, last: int, text: str) -> bool:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch.utils.data import Dataset
 
-from vlm_fast.training.data.images import WHITE, Colour, checked_background, picture
-from vlm_fast.training.data.record_errors import BadRecord, Fault, OnBad
+from vlm_fast.training.data.images import WHITE, Colour, load_image, parse_background
+from vlm_fast.training.data.record_errors import BadRecord, OnBad, RecordIssue
 from vlm_fast.training.data.records import UNKNOWN_KEY, Progress, Record, Records, Turn
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ class Example(_Item):
     turns: tuple[Turn, ...]
     index: int | None = None
     file: str | None = None
-    instead: Callable[[Fault], Example] | None = field(default=None, repr=False, compare=False)
+    replacement: Callable[[RecordIssue], Example] | None = field(
+        default=None, repr=False, compare=False
+    )
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,20 @@ class Caption(_Item):
     text: str
     index: int | None = None
     file: str | None = None
-    instead: Callable[[Fault], Caption] | None = field(default=None, repr=False, compare=False)
+    replacement: Callable[[RecordIssue], Caption] | None = field(
+        default=None, repr=False, compare=False
+    )
 
 
-class UnreadablePicture(UserWarning):
+class ReplacedRecordWarning(UserWarning):
     """A record's picture could not be used in training, and the next good one stood in for it."""
 
 
-class UnusedKey(UserWarning):
+class UnusedKeyWarning(UserWarning):
     """Records have a key that is not known, and are used without what it holds."""
 
 
-class _Pictured(Dataset[Item], Generic[Item]):
+class _ImageDataset(Dataset[Item], Generic[Item]):
     """Records with their pictures. What is missing or unreadable is met as ``on_bad`` says."""
 
     def __init__(
@@ -81,16 +85,16 @@ class _Pictured(Dataset[Item], Generic[Item]):
         background: str | tuple[int, int, int] = WHITE,
         progress: Progress | None = None,
     ) -> None:
-        self.background = checked_background(background)
+        self.background = parse_background(background)
         if not isinstance(records, Records):
             records = Records(records, on_bad=on_bad, progress=progress)
         self.records, self.images, self.on_bad = records, Path(images), on_bad
         if not self.images.is_dir():
             raise ValueError(f"images is {str(images)!r}, expected a folder")
-        self.faults = list(records.faults)
-        for fault in self.faults:
-            if fault.kind == UNKNOWN_KEY:
-                warnings.warn(str(fault), UnusedKey, stacklevel=2)
+        self.issues = list(records.issues)
+        for issue in self.issues:
+            if issue.kind == UNKNOWN_KEY:
+                warnings.warn(str(issue), UnusedKeyWarning, stacklevel=2)
         self._kept = self._select()
         if not len(self._kept):
             raise ValueError(f"{records.path} has no good record among {records.total}")
@@ -115,9 +119,9 @@ class _Pictured(Dataset[Item], Generic[Item]):
         """
         if not -len(self) <= number < len(self):
             raise IndexError(f"item {number} of {len(self)}")
-        return self._first_good(number % len(self), len(self))
+        return self._first_readable(number % len(self), len(self))
 
-    def _first_good(self, place: int, count: int) -> Item:
+    def _first_readable(self, place: int, count: int) -> Item:
         """The first of so many items from this place on whose picture can be read."""
         for step in range(count):
             at = (place + step) % len(self)
@@ -127,28 +131,28 @@ class _Pictured(Dataset[Item], Generic[Item]):
                 if self.on_bad == "stop":
                     raise
                 last = bad
-                self._pass_over(at, bad)
+                self._mark_replaced(at, bad)
                 continue
             if self.on_bad == "stop":
                 return item
-            return replace(item, instead=partial(self._instead, at, count - step - 1))  # type: ignore[type-var]
+            return replace(item, replacement=partial(self._replacement_for, at, count - step - 1))  # type: ignore[type-var]
         raise last
 
-    def _instead(self, place: int, count: int, fault: Fault) -> Item:
+    def _replacement_for(self, place: int, count: int, issue: RecordIssue) -> Item:
         """The first good one after this place, of so many, for an item that was refused."""
-        self._pass_over(place, bad := BadRecord(fault))
+        self._mark_replaced(place, bad := BadRecord(issue))
         if not count:
             raise bad
-        return self._first_good(place + 1, count)
+        return self._first_readable(place + 1, count)
 
-    def _pass_over(self, place: int, bad: BadRecord) -> None:
+    def _mark_replaced(self, place: int, bad: BadRecord) -> None:
         self._replaced[place] = True
         if not self._warned:
             self._warned = True
             words = (
                 "the next good record stands in for it, and for others without a further warning"
             )
-            warnings.warn(f"{bad}; {words}", UnreadablePicture, stacklevel=4)
+            warnings.warn(f"{bad}; {words}", ReplacedRecordWarning, stacklevel=4)
 
     def record(self, number: int) -> Record:
         """The record that the item of this number is of."""
@@ -161,7 +165,7 @@ class _Pictured(Dataset[Item], Generic[Item]):
         raise NotImplementedError
 
 
-class Conversations(_Pictured[Example]):
+class Conversations(_ImageDataset[Example]):
     """LLaVA's training JSON as a map-style data set of ``Example``.
 
     The file is a list of objects, or such an object a line in ``.jsonl``: ``id``, optionally
@@ -194,7 +198,7 @@ class Conversations(_Pictured[Example]):
         return _example(record, self.images, self.background)
 
 
-class Captions(_Pictured[Caption]):
+class Captions(_ImageDataset[Caption]):
     """The same file as pictures with captions: the first answer of each record, and no question.
 
     What BLIP-2 learns from, in both stages. Records without an image are left out, as no fault.
@@ -202,25 +206,25 @@ class Captions(_Pictured[Caption]):
     """
 
     def _select(self) -> torch.Tensor:
-        return self.records.pictured.nonzero().flatten()
+        return self.records.has_image.nonzero().flatten()
 
     def _item(self, record: Record) -> Caption:
-        image, text = picture(record, self.images, self.background), record.turns[1].text.strip()
+        image, text = load_image(record, self.images, self.background), record.turns[1].text.strip()
         return Caption(record.id, image, text, record.index, record.image)
 
 
 def _example(record: Record, images: Path, background: Colour) -> Example:
-    image = None if record.image is None else picture(record, images, background)
+    image = None if record.image is None else load_image(record, images, background)
     return Example(record.id, image, record.turns, record.index, record.image)
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckResult:
     """What the check of a data set found; numbers of records are None where it was stopped."""
 
     total: int | None
     good: int | None
-    faults: list[Fault]
+    issues: list[RecordIssue]
 
 
 def check(
@@ -232,7 +236,7 @@ def check(
     collate: Callable[[Sequence[Example]], object] | None = None,
     background: str | tuple[int, int, int] = WHITE,
     progress: Progress | None = None,
-) -> Checked:
+) -> CheckResult:
     """Read every record and decode every picture, each file once.
 
     Args:
@@ -249,38 +253,38 @@ def check(
         BadRecord: as ``Records`` does.
         ValueError, OSError: if there is no such file or folder.
     """
-    colour = checked_background(background)
+    colour = parse_background(background)
     read, images = Records(records, on_bad=on_bad), Path(images)
     if not images.is_dir():
         raise ValueError(f"images is {str(images)!r}, expected a folder")
-    faults = list(read.faults)
+    issues = list(read.issues)
     good = len(read)
-    first: dict[str, Fault | None] = {}
+    first: dict[str, RecordIssue | None] = {}
     with ThreadPoolExecutor(threads) as pool:
-        for done, (record, fault) in enumerate(_looked_at(read, images, pool.map, first), 1):
-            if fault is None and collate is not None:
-                fault = _refusal(partial(_collated, collate, record, images, colour))
-            if fault is not None:
-                fault = replace(fault, index=record.index, id=record.id)
+        for done, (record, issue) in enumerate(_with_issues(read, images, pool.map, first), 1):
+            if issue is None and collate is not None:
+                issue = _issue_of(partial(_collated, collate, record, images, colour))
+            if issue is not None:
+                issue = replace(issue, index=record.index, id=record.id)
                 if on_bad == "stop":
-                    raise BadRecord(fault)
-                faults.append(fault)
+                    raise BadRecord(issue)
+                issues.append(issue)
                 good -= 1
             if progress is not None:
                 progress(done, len(read))
-    faults.sort(key=lambda fault: -1 if fault.index is None else fault.index)
-    return Checked(read.total, good, faults)
+    issues.sort(key=lambda issue: -1 if issue.index is None else issue.index)
+    return CheckResult(read.total, good, issues)
 
 
-def _looked_at(
-    read: Records, images: Path, map_: Callable[..., Any], first: dict[str, Fault | None]
-) -> Iterator[tuple[Record, Fault | None]]:
+def _with_issues(
+    read: Records, images: Path, map_: Callable[..., Any], first: dict[str, RecordIssue | None]
+) -> Iterator[tuple[Record, RecordIssue | None]]:
     """Each record, with the fault of its picture if that has one; ``first`` remembers by path."""
     numbers = iter(range(len(read)))
     while batch := [read[number] for number in islice(numbers, CHECKED_AT_ONCE)]:
         new = {r.image: r for r in batch if r.image is not None and r.image not in first}
-        tried = [partial(picture, record, images) for record in new.values()]
-        first.update(zip(new, map_(_refusal, tried), strict=True))
+        tried = [partial(load_image, record, images) for record in new.values()]
+        first.update(zip(new, map_(_issue_of, tried), strict=True))
         for record in batch:
             yield record, None if record.image is None else first[record.image]
 
@@ -291,9 +295,9 @@ def _collated(
     collate([_example(record, images, background)])
 
 
-def _refusal(attempt: Callable[[], object]) -> Fault | None:
+def _issue_of(attempt: Callable[[], object]) -> RecordIssue | None:
     try:
         attempt()
     except BadRecord as bad:
-        return bad.fault
+        return bad.issue
     return None

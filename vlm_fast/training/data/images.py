@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_fast.training.data.record_errors import BadRecord, Fault, shown
+from vlm_fast.training.data.record_errors import BadRecord, RecordIssue, describe
 from vlm_fast.training.data.records import Record
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ WHITE: Colour = (255, 255, 255)
 PNG = b"\x89PNG\r\n\x1a\n"
 # Chunks of a PNG that hold no pixels and are refused by Pillow where they are too long, but for
 # those that can say how the camera was held.
-LONG_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-ORIENTING = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+ORIENTATION_KEYWORDS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 TOO_LONG = "MAX_TEXT"  # stands in Pillow's error about such a chunk
 # The largest grey of formats that define one. Pillow scales those of JPEG 2000 and of PNM itself.
 WHITE_OF_16_BITS = {"PNG": 65535, "JPEG2000": 65535, "PPM": 65535}
@@ -29,11 +29,11 @@ WHITE_IS_ZERO = 0
 BITS_A_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT, UNSIGNED = 258, 262, 339, (1,)  # tags of a TIFF
 
 
-class _UnknownRange(Exception):
+class _UnknownWhiteLevel(Exception):
     """No one says which grey of this picture is white."""
 
 
-def checked_background(background: str | tuple[int, ...]) -> Colour:
+def parse_background(background: str | tuple[int, ...]) -> Colour:
     """The red, green and blue of a colour, given as these or by a name that Pillow knows.
 
     Raises:
@@ -53,7 +53,7 @@ def checked_background(background: str | tuple[int, ...]) -> Colour:
     return colour
 
 
-def picture(record: Record, images: Path, background: Colour = WHITE) -> Image:
+def load_image(record: Record, images: Path, background: Colour = WHITE) -> Image:
     """The picture of a record that has one, decoded, in RGB and viewing order.
 
     The first frame of an animated one. What is transparent shows the background. Grey of more than
@@ -69,12 +69,12 @@ def picture(record: Record, images: Path, background: Colour = WHITE) -> Image:
     assert record.image is not None
     path = images / record.image
 
-    def bad(kind: str, expected: str, came: str) -> BadRecord:
-        return BadRecord(Fault(kind, record.index, record.id, "image", expected, came))
+    def bad(kind: str, expected: str, actual: str) -> BadRecord:
+        return BadRecord(RecordIssue(kind, record.index, record.id, "image", expected, actual))
 
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
-        raise bad("missing image", f"a file in {images}", f"{shown(record.image)}, {what}")
+        raise bad("missing image", f"a file in {images}", f"{describe(record.image)}, {what}")
     try:
         return _read(path, background)
     except MemoryError:
@@ -82,14 +82,16 @@ def picture(record: Record, images: Path, background: Colour = WHITE) -> Image:
     # Decoders raise whatever a broken file leads them to: SyntaxError, struct.error, IndexError.
     except Exception as error:
         kind, expected = "unreadable image", "a picture that decodes to its end"
-        if isinstance(error, _UnknownRange):
+        if isinstance(error, _UnknownWhiteLevel):
             kind, expected = "unknown range", "grey of 8 bits, or of a format that defines white"
         elif isinstance(error, (DecompressionBombError, DecompressionBombWarning)):
             kind, expected = "too many pixels", "a picture within PIL.Image.MAX_IMAGE_PIXELS"
         elif TOO_LONG in str(error):
             kind, expected = "metadata", "text and profiles within Pillow's limits"
         words = "" if kind == "unknown range" else f"{type(error).__name__}: "
-        raise bad(kind, expected, f"{shown(record.image)}: {words}{shown(str(error))}") from error
+        raise bad(
+            kind, expected, f"{describe(record.image)}: {words}{describe(str(error))}"
+        ) from error
 
 
 def _read(path: Path, background: Colour) -> Image:
@@ -116,11 +118,11 @@ def as_rgb(image: Image, background: Colour = WHITE) -> Image:
 
     deep = any(DEEP_COLOUR in str(tile) for tile in getattr(image, "tile", ()))
     image.load()
-    turn = _turn(image)
+    turn = _orientation_transpose(image)
     if deep and isinstance(clear := image.info.get("transparency"), tuple):
         image.info["transparency"] = tuple(part >> 8 for part in clear)  # as Pillow cut the pixels
     if image.mode.startswith(GREYS):
-        image = _scaled(image)
+        image = _to_8_bit_grey(image)
     elif image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
         image = ImageChops.invert(image)  # Pillow takes each for one of Adobe's, which are negative
     if image.has_transparency_data:
@@ -132,7 +134,7 @@ def as_rgb(image: Image, background: Colour = WHITE) -> Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _turn(image: Image) -> Transpose | None:
+def _orientation_transpose(image: Image) -> Transpose | None:
     """What brings it into viewing order, by its EXIF or XMP.
 
     Read after the pixels, since Pillow turns a TIFF as it decodes it. Not done by
@@ -153,11 +155,11 @@ def _turn(image: Image) -> Transpose | None:
         return None
 
 
-def _scaled(image: Image) -> Image:
+def _to_8_bit_grey(image: Image) -> Image:
     """Grey of more than 8 bits as ``L``, or as ``LA`` where one of its values is transparent."""
     from PIL import ImageMath
 
-    white = _white_of(image)
+    white = _white_level(image)
     turned = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
 
     def grey(names: dict[str, Any]) -> Any:
@@ -174,7 +176,7 @@ def _scaled(image: Image) -> Image:
     return scaled
 
 
-def _white_of(image: Image) -> int:
+def _white_level(image: Image) -> int:
     """The value that is white.
 
     Raises:
@@ -188,7 +190,7 @@ def _white_of(image: Image) -> int:
             (bits,), form = tags.get(BITS_A_SAMPLE, (1,)), tags.get(SAMPLE_FORMAT, UNSIGNED)
             if form == UNSIGNED and bits <= 16:
                 return 2**bits - 1
-    raise _UnknownRange(f"{image.format} of mode {image.mode}")
+    raise _UnknownWhiteLevel(f"{image.format} of mode {image.mode}")
 
 
 def _without_long_chunks(content: bytes) -> bytes:
@@ -197,7 +199,7 @@ def _without_long_chunks(content: bytes) -> bytes:
     while at + 8 <= len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
         name, begin = content[at + 4 : at + 8], content[at + 8 : at + 40]
-        if name not in LONG_CHUNKS or begin.startswith(ORIENTING):
+        if name not in TEXT_CHUNKS or begin.startswith(ORIENTATION_KEYWORDS):
             kept.append(content[at:end])
         at = end
     return b"".join(kept)

@@ -14,7 +14,7 @@ LONGEST = 80  # characters of what came that are shown
 
 
 @dataclass(frozen=True)
-class Fault:
+class RecordIssue:
     """One thing that is wrong with a record, or with the whole file.
 
     Attributes:
@@ -30,17 +30,17 @@ class Fault:
     id: str | None
     field: str
     expected: str
-    came: str
+    actual: str
 
     @property
     def record(self) -> str:
         if self.index is None:
-            return "the file" if self.id is None else f"record {shown(self.id)}"
-        return f"record {self.index}" + ("" if self.id is None else f" (id {shown(self.id)})")
+            return "the file" if self.id is None else f"record {describe(self.id)}"
+        return f"record {self.index}" + ("" if self.id is None else f" (id {describe(self.id)})")
 
     @property
     def what(self) -> str:
-        return f"{self.kind}: expected {self.expected}, came {self.came}"
+        return f"{self.kind}: expected {self.expected}, got {self.actual}"
 
     @property
     def is_warning(self) -> bool:
@@ -60,17 +60,17 @@ class BadRecord(ValueError):
     message holds the same words, and ``fault`` is None.
     """
 
-    def __init__(self, fault: Fault | str) -> None:
-        super().__init__(fault)
-        self.fault = fault if isinstance(fault, Fault) else None
+    def __init__(self, issue: RecordIssue | str) -> None:
+        super().__init__(issue)
+        self.issue = issue if isinstance(issue, RecordIssue) else None
 
 
-def counts(faults: Iterable[Fault]) -> dict[str, int]:
+def count_by_kind(issues: Iterable[RecordIssue]) -> dict[str, int]:
     """How many of each kind, the most frequent first."""
-    return dict(Counter(fault.kind for fault in faults).most_common())
+    return dict(Counter(issue.kind for issue in issues).most_common())
 
 
-def shown(value: object, longest: int = LONGEST) -> str:
+def describe(value: object, longest: int = LONGEST) -> str:
     """As JSON types are called, or quoted and cut: nothing in it can steer a terminal."""
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
@@ -78,7 +78,7 @@ def shown(value: object, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
-def checked_on_bad(on_bad: str) -> OnBad:
+def check_on_bad(on_bad: str) -> OnBad:
     if on_bad not in get_args(OnBad):
         raise ValueError(f"on_bad is {on_bad!r}, expected 'stop' or 'skip'")
     return on_bad  # type: ignore[return-value]

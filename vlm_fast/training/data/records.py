@@ -12,10 +12,16 @@ from typing import Any, Literal, NoReturn, cast
 
 import torch
 
-from vlm_fast.training.data.record_errors import BadRecord, Fault, OnBad, checked_on_bad, shown
-from vlm_fast.training.data.record_keys import UNKNOWN_KEY, refuse_other_content, unknown_keys
+from vlm_fast.training.data.record_errors import (
+    BadRecord,
+    OnBad,
+    RecordIssue,
+    check_on_bad,
+    describe,
+)
+from vlm_fast.training.data.record_keys import UNKNOWN_KEY, check_unsupported_content, unknown_keys
 
-IMAGE = "<image>"
+IMAGE_PLACEHOLDER = "<image>"
 LINES = (".jsonl", ".ndjson")
 ROLES = ("human", "gpt")
 SPACE = " \t\n\r"
@@ -45,7 +51,7 @@ class Record:
     turns: tuple[Turn, ...]
 
 
-def parse(content: Any, index: int) -> Record:
+def parse_record(content: Any, index: int) -> Record:
     """A record out of decoded JSON.
 
     Raises:
@@ -53,14 +59,14 @@ def parse(content: Any, index: int) -> Record:
     """
     name = _name(content)
 
-    def refuse(kind: str, field: str, expected: str, came: object) -> NoReturn:
-        words = came if isinstance(came, _Words) else shown(came)
-        raise BadRecord(Fault(kind, index, name, field, expected, words))
+    def refuse(kind: str, field: str, expected: str, actual: object) -> NoReturn:
+        words = actual if isinstance(actual, _Description) else describe(actual)
+        raise BadRecord(RecordIssue(kind, index, name, field, expected, words))
 
     def of(owner: dict[str, Any], key: str, kinds: tuple[type, ...], words: str, at: str) -> Any:
         if key not in owner:
-            there = ", ".join(shown(k) for k in owner)
-            refuse("missing key", at, words, _Words(f"keys {there}" if there else "no keys"))
+            there = ", ".join(describe(k) for k in owner)
+            refuse("missing key", at, words, _Description(f"keys {there}" if there else "no keys"))
         if not isinstance(owner[key], kinds) or isinstance(owner[key], bool):
             refuse("wrong type", at, words, owner[key])
         if isinstance(owner[key], str) and not _is_unicode(owner[key]):
@@ -73,8 +79,8 @@ def parse(content: Any, index: int) -> Record:
     image = None
     if content.get("image") is not None:  # null is what exporters write where there is none
         image = of(content, "image", (str,), "a path within the images folder", "image")
-        if (why := why_outside(image)) is not None:
-            refuse("path", "image", "a path within the images folder", _Words(why))
+        if (why := why_unsafe_path(image)) is not None:
+            refuse("path", "image", "a path within the images folder", _Description(why))
     said = of(content, "conversations", (list,), "a list of turns", "conversations")
     if not said:
         refuse("empty conversation", "conversations", "at least a question and an answer", said)
@@ -92,20 +98,28 @@ def parse(content: Any, index: int) -> Record:
         if not text.strip():
             kind = "empty answer" if role == "gpt" else "empty question"
             refuse(kind, f"{at}.value", "text", text)
-        if role == "gpt" and IMAGE in text:
-            refuse("image count", f"{at}.value", f"no {IMAGE} in an answer", text.count(IMAGE))
+        if role == "gpt" and IMAGE_PLACEHOLDER in text:
+            refuse(
+                "image count",
+                f"{at}.value",
+                f"no {IMAGE_PLACEHOLDER} in an answer",
+                text.count(IMAGE_PLACEHOLDER),
+            )
         turns.append(Turn(cast(Role, role), text))
-    refuse_other_content(content, index, name)
+    check_unsupported_content(content, index, name)
     if len(turns) % 2:
-        refuse("roles", "conversations", "an answer to the last question", _Words("none"))
-    count, wanted = sum(turn.text.count(IMAGE) for turn in turns), int(image is not None)
+        refuse("roles", "conversations", "an answer to the last question", _Description("none"))
+    count, wanted = (
+        sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns),
+        int(image is not None),
+    )
     if count != wanted:
-        words = f"{wanted} {IMAGE}, with {'one image' if wanted else 'no image'}"
+        words = f"{wanted} {IMAGE_PLACEHOLDER}, with {'one image' if wanted else 'no image'}"
         refuse("image count", "conversations", words, count)
     return Record(index, str(content["id"]), image, tuple(turns))
 
 
-class _Words(str):
+class _Description(str):
     """What came, already in words."""
 
 
@@ -123,17 +137,17 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def why_outside(path: str) -> str | None:
+def why_unsafe_path(path: str) -> str | None:
     """Why a path could lead out of the folder of images, whatever the system; or None.
 
     By its letters alone: links that lie in the folder itself were put there by its owner.
     """
     parts = PureWindowsPath(path)  # which also splits at "/"
     if not path.strip() or "\0" in path:
-        return f"{shown(path)}, no name of a file"
+        return f"{describe(path)}, no name of a file"
     if parts.anchor or parts.drive:
-        return f"{shown(path)}, which is absolute"
-    return f"{shown(path)}, which leads upwards" if ".." in parts.parts else None
+        return f"{describe(path)}, which is absolute"
+    return f"{describe(path)}, which leads upwards" if ".." in parts.parts else None
 
 
 class Records:
@@ -162,8 +176,8 @@ class Records:
     def __init__(
         self, path: Path | str, *, on_bad: OnBad = "stop", progress: Progress | None = None
     ) -> None:
-        self.path, self.on_bad = Path(path), checked_on_bad(on_bad)
-        self.faults: list[Fault] = []
+        self.path, self.on_bad = Path(path), check_on_bad(on_bad)
+        self.issues: list[RecordIssue] = []
         self.total = 0
         self._lines = self.path.suffix.lower() in LINES
         self._signature = _signature(os.stat(self.path))
@@ -177,27 +191,27 @@ class Records:
             try:
                 if isinstance(content, BadRecord):
                     raise content
-                record = parse(content, self.total)
+                record = parse_record(content, self.total)
                 places.append((self.total, start, end, record.image is not None))
                 index = first.setdefault(record.id, self.total)
                 if index != self.total:
-                    wanted, came = "an id of its own", f"that of record {index}"
-                    fault = Fault("duplicate id", self.total, record.id, "id", wanted, came)
-                    self.faults.append(fault)
+                    wanted, actual = "an id of its own", f"that of record {index}"
+                    issue = RecordIssue("duplicate id", self.total, record.id, "id", wanted, actual)
+                    self.issues.append(issue)
                 for key, value in unknown_keys(content):
                     begun, held, count = unknown.get(key, (record, value, 0))
                     unknown[key] = begun, held, count + 1
             except BadRecord as bad:
-                if self.on_bad == "stop" or bad.fault is None:
+                if self.on_bad == "stop" or bad.issue is None:
                     raise
-                self.faults.append(bad.fault)
+                self.issues.append(bad.issue)
             self.total += 1
         for key, (record, held, count) in unknown.items():
-            came = f"{shown(held)}, which is not used; {count} records have it"
+            actual = f"{describe(held)}, which is not used; {count} records have it"
             expected = "a key that is used, or known as metadata"
-            fault = Fault(UNKNOWN_KEY, record.index, record.id, key, expected, came)
-            self.faults.append(fault)
-        self.faults.sort(key=lambda fault: -1 if fault.index is None else fault.index)
+            issue = RecordIssue(UNKNOWN_KEY, record.index, record.id, key, expected, actual)
+            self.issues.append(issue)
+        self.issues.sort(key=lambda issue: -1 if issue.index is None else issue.index)
         if progress is not None:
             progress(self._signature[0], self._signature[0])
         self._places = torch.tensor(places, dtype=torch.int64).reshape(-1, 4)
@@ -214,12 +228,12 @@ class Records:
         """
         index, start, end, _ = self._places[number].tolist()
         try:
-            return parse(json.loads(os.pread(self._file, end - start, start)), index)
+            return parse_record(json.loads(os.pread(self._file, end - start, start)), index)
         except ValueError:  # which it was not before
             raise self._changed() from None
 
     @property
-    def pictured(self) -> torch.Tensor:
+    def has_image(self) -> torch.Tensor:
         """Which of the good records have an image, ``(records,)`` bool."""
         return self._places[:, 3].bool()
 
@@ -261,8 +275,8 @@ class Records:
             decode, ascii_only = json.JSONDecoder().raw_decode, text.isascii()
             at = _after_space(text, 0)
             if text[at : at + 1] != "[":
-                came = shown(json.loads(text))
-                raise BadRecord(Fault("top level", None, None, "top level", "a list", came))
+                actual = describe(json.loads(text))
+                raise BadRecord(RecordIssue("top level", None, None, "top level", "a list", actual))
             at = _after_space(text, at + 1)
             closed = text[at : at + 1] == "]"
             while not closed:
@@ -284,10 +298,12 @@ class Records:
             raise BadRecord(_not_json(error, None)) from None
 
 
-def _not_json(error: Exception, index: int | None) -> Fault:
+def _not_json(error: Exception, index: int | None) -> RecordIssue:
     where = "line" if index is not None else "top level"
-    came = "lists or objects nested too deeply" if isinstance(error, RecursionError) else str(error)
-    return Fault("not JSON", index, None, where, "JSON in UTF-8", came)
+    actual = (
+        "lists or objects nested too deeply" if isinstance(error, RecursionError) else str(error)
+    )
+    return RecordIssue("not JSON", index, None, where, "JSON in UTF-8", actual)
 
 
 def _after_space(text: str, at: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from vlm_fast.training.data.record_errors import BadRecord, Fault, shown
+from vlm_fast.training.data.record_errors import BadRecord, RecordIssue, describe
 
 REFUSED = "refused by the processor"
 WORDS = 300  # characters of what the processor says
@@ -25,14 +25,14 @@ class Item(Protocol):
     @property
     def file(self) -> str | None: ...
     @property
-    def instead(self) -> Callable[[Fault], Any] | None: ...
+    def replacement(self) -> Callable[[RecordIssue], Any] | None: ...
 
 
 Some = TypeVar("Some", bound=Item)
 Batch = TypeVar("Batch")
 
 
-def batch_of(items: Sequence[Some], make: Callable[[Sequence[Some]], Batch]) -> Batch:
+def collate_or_replace(items: Sequence[Some], make: Callable[[Sequence[Some]], Batch]) -> Batch:
     """``make(items)``. Where it fails, each item is tried alone, and those refused are replaced.
 
     Raises:
@@ -44,13 +44,13 @@ def batch_of(items: Sequence[Some], make: Callable[[Sequence[Some]], Batch]) -> 
     except OUT_OF_MEMORY:
         raise
     except Exception:
-        taken = [_accepted(item, make) for item in items]
+        taken = [_accepted_or_replacement(item, make) for item in items]
         if all(now is before for now, before in zip(taken, items, strict=True)):
             raise
     return make(taken)
 
 
-def _accepted(item: Some, make: Callable[[Sequence[Some]], object]) -> Some:
+def _accepted_or_replacement(item: Some, make: Callable[[Sequence[Some]], object]) -> Some:
     """The item, or the first that stands in for it and is not refused."""
     while True:
         try:
@@ -59,18 +59,18 @@ def _accepted(item: Some, make: Callable[[Sequence[Some]], object]) -> Some:
         except OUT_OF_MEMORY:
             raise
         except BadRecord as bad:
-            if bad.fault is None:
+            if bad.issue is None:
                 raise
-            fault, cause = replace(bad.fault, index=item.index, id=item.id), bad.__cause__
+            issue, cause = replace(bad.issue, index=item.index, id=item.id), bad.__cause__
         except Exception as error:
-            fault, cause = _refusal(item, error), error
-        if item.instead is None:
-            raise BadRecord(fault) from cause
-        item = item.instead(fault)
+            issue, cause = _issue_of(item, error), error
+        if item.replacement is None:
+            raise BadRecord(issue) from cause
+        item = item.replacement(issue)
 
 
-def _refusal(item: Item, error: Exception) -> Fault:
-    words = f"{type(error).__name__}: {shown(str(error), WORDS)}"
+def _issue_of(item: Item, error: Exception) -> RecordIssue:
+    words = f"{type(error).__name__}: {describe(str(error), WORDS)}"
     field = "conversations" if item.file is None else "image"
-    came = words if item.file is None else f"{shown(item.file)}: {words}"
-    return Fault(REFUSED, item.index, item.id, field, "a record that it takes", came)
+    actual = words if item.file is None else f"{describe(item.file)}: {words}"
+    return RecordIssue(REFUSED, item.index, item.id, field, "a record that it takes", actual)

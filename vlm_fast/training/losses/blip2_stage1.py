@@ -13,10 +13,10 @@ from vlm_fast.modules.qformer.shared_inputs import ImageKeyValues
 from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
 from vlm_fast.training.losses.contrastive import hard_negatives, itc_loss
 from vlm_fast.training.losses.cross_entropy import itg_loss
-from vlm_fast.training.losses.rank_exchange import exchange_rows, refuse_uneven, world_of
+from vlm_fast.training.losses.rank_exchange import check_same_on_ranks, exchange_rows, get_world
 
 
-class Stage1(NamedTuple):
+class Stage1Output(NamedTuple):
     """The sum of the three losses of stage 1, and each of them."""
 
     loss: Tensor
@@ -76,7 +76,7 @@ def stage1_loss(
     generator: torch.Generator | None = None,
     group: Any = None,
     qformer: QFormer | None = None,
-) -> Stage1:
+) -> Stage1Output:
     """Contrast, matching and generation of BLIP-2 (section 3.2), with the work they share once.
 
     The image's keys and values are projected once, for contrast and for matching with the own and
@@ -120,7 +120,7 @@ def stage1_loss(
                 "temp of the model"
             )
     batch, patches, _ = image_embeds.shape
-    world = world_of(group)
+    world = get_world(group)
     if qformer is None:
         qformer = QFormer.of(model.qformer)
     mask = attention_mask.to(torch.int64)
@@ -135,7 +135,7 @@ def stage1_loss(
         F.normalize(_projected(model.text_projection, text.last_hidden_state[:, 0]), dim=-1),
     )
     if check_sizes:  # here, where the dtype of features is known, and nothing has been sent
-        refuse_uneven(
+        check_same_on_ranks(
             "stage1_loss",
             {
                 "batch": batch, "image patches": patches, "text tokens": input_ids.shape[1],
@@ -179,7 +179,7 @@ def stage1_loss(
         lm_head.decoder.bias,
         label_smoothing=label_smoothing,
     )
-    return Stage1(contrast.loss + itm + itg, contrast.loss, itm, itg)
+    return Stage1Output(contrast.loss + itm + itg, contrast.loss, itm, itg)
 
 
 def _projected(projection: Any, hidden: Tensor) -> Tensor:

@@ -12,15 +12,15 @@ from torch import Tensor
 from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
 from vlm_fast.ops.max_similarity import max_similarity
 from vlm_fast.training.losses.rank_exchange import (
-    Facts,
+    Sizes,
+    all_to_all_rows,
+    check_same_on_ranks,
     gather_rows,
-    refuse_uneven,
-    trade_rows,
-    world_of,
+    get_world,
 )
 
 
-class Contrast(NamedTuple):
+class ContrastiveOutput(NamedTuple):
     """The contrastive loss, and the logits of this rank's rows against all of the other kind."""
 
     loss: Tensor
@@ -37,7 +37,7 @@ def itc_loss(
     local_loss: bool = True,
     check_sizes: bool = True,
     group: Any = None,
-) -> Contrast:
+) -> ContrastiveOutput:
     """Image-text contrast of BLIP-2 (arXiv 2301.12597, section 3.2).
 
     A similarity is the largest over the queries of an image (`ops.max_similarity`), divided by
@@ -73,11 +73,11 @@ def itc_loss(
     """
     _check(image_features, text_features, temperature, label_smoothing)
     batch, queries, features = image_features.shape
-    world = world_of(group)
+    world = get_world(group)
     if check_sizes:
-        facts: Facts = {"batch": batch, "queries": queries, "features": features}
+        facts: Sizes = {"batch": batch, "queries": queries, "features": features}
         facts["dtype"] = image_features.dtype
-        refuse_uneven("itc_loss", facts, image_features.device, group)
+        check_same_on_ranks("itc_loss", facts, image_features.device, group)
     if batch == 0:
         wanted = "(batch, queries, features), one row at least"
         raise wrong_value("itc_loss", "image_features", image_features, wanted)
@@ -89,16 +89,16 @@ def itc_loss(
     if local_loss:
         # The texts' rows are columns that other ranks hold: a block from each.
         even = [batch] * world.size
-        blocks = trade_rows(similarity.t(), even, even, group)
+        blocks = all_to_all_rows(similarity.t(), even, even, group)
         i2t = similarity / temperature
         t2i = blocks.unflatten(0, (world.size, batch)).transpose(0, 1).flatten(1) / temperature
         target = torch.arange(own.start, own.stop, device=i2t.device)
         loss = _mean_cross_entropy(i2t, t2i, target, label_smoothing)
-        return Contrast(loss, i2t, t2i)
+        return ContrastiveOutput(loss, i2t, t2i)
     logits = gather_rows(similarity, group) / temperature
     target = torch.arange(len(logits), device=logits.device)
     loss = _mean_cross_entropy(logits, logits.t(), target, label_smoothing)
-    return Contrast(loss, logits[own], logits.t()[own])
+    return ContrastiveOutput(loss, logits[own], logits.t()[own])
 
 
 def hard_negatives(

@@ -15,7 +15,7 @@ from vlm_fast.ops.argument_errors import not_a_tensor, once, wrong_type, wrong_v
 
 LIGER = importlib.util.find_spec("liger_kernel") is not None
 # Logits in memory at a time: enough rows for a GEMM to be efficient at a vocabulary of 30,000.
-LOGITS = {"cpu": 2**22, "cuda": 2**25}
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**25}
 
 
 class LanguageModelHead(nn.Module):
@@ -100,7 +100,7 @@ def itg_loss(
                 rows, weight, targets, bias,
                 ignore_index=ignore_index, label_smoothing=label_smoothing,
             )  # fmt: skip
-            return _Once.apply(loss)
+            return _OnceDifferentiable.apply(loss)
         if device == "cpu":  # where it costs no wait, padding is not even multiplied
             counts = targets != ignore_index
             rows, targets = rows[counts], targets[counts]
@@ -114,7 +114,7 @@ def _liger_serves(rows: Tensor, weight: Tensor) -> bool:
     return LIGER and rows.is_cuda and wanted and rows.dtype != torch.float16
 
 
-class _Once(torch.autograd.Function):
+class _OnceDifferentiable(torch.autograd.Function):
     """The loss as it is: gradients found in forward are constants, so none is taken of them."""
 
     @staticmethod
@@ -149,7 +149,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = counted.sum()
         scale = 1 / count.clamp(min=1).to(wide)
         total = rows.new_zeros((), dtype=wide)
-        step = max(LOGITS["cuda" if rows.is_cuda else "cpu"] // max(len(weight), 1), 1)
+        step = max(LOGITS_AT_ONCE["cuda" if rows.is_cuda else "cpu"] // max(len(weight), 1), 1)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             keep = counted[part, None]
@@ -171,16 +171,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dbias is not None:
                 dbias += dlogits.sum(0)
             if drows is not None and undo_rows is not None:
-                fitting, undo_rows[part] = _fit(dlogits, rows.dtype, 1, weight)
+                fitting, undo_rows[part] = _scale_to_fit(dlogits, rows.dtype, 1, weight)
                 torch.mm(fitting, weight, out=drows[part])
             if dweight is not None and wide == rows.dtype:
                 dweight.addmm_(dlogits.t(), rows[part])
             elif dweight is not None:
-                fitting, undo = _fit(dlogits, rows.dtype, 0, rows[part])
+                fitting, undo = _scale_to_fit(dlogits, rows.dtype, 0, rows[part])
                 dweight.addcmul_(torch.mm(fitting.t(), rows[part]), undo)
         undo_weight = None
         if dweight is not None:
-            dweight, undo_weight = _fit(dweight.mul_(scale), weight.dtype)
+            dweight, undo_weight = _scale_to_fit(dweight.mul_(scale), weight.dtype)
         ctx.save_for_backward(
             drows, None if undo_rows is None else undo_rows.mul_(scale),
             dweight, undo_weight,
@@ -201,7 +201,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *found, None, None, None
 
 
-def _fit(
+def _scale_to_fit(
     tensor: Tensor, dtype: torch.dtype, dim: int | None = None, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """``tensor`` in ``dtype``, and the number that undoes the scale it was given.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlm_fast.ops.argument_errors import not_a_tensor, wrong_value
 
-Facts = dict[str, "int | torch.dtype"]
+Sizes = dict[str, "int | torch.dtype"]
 # A dtype travels as its number.
 DTYPES = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
 
@@ -29,7 +29,7 @@ class World(NamedTuple):
     rank: int
 
 
-def world_of(group: Any) -> World:
+def get_world(group: Any) -> World:
     """One rank, unless torch.distributed has been initialised."""
     if not (dist.is_available() and dist.is_initialized()):
         return World(1, 0)
@@ -39,17 +39,17 @@ def world_of(group: Any) -> World:
     return World(size, rank)
 
 
-def refuse_uneven(name: str, facts: Facts, device: torch.device, group: Any) -> None:
+def check_same_on_ranks(name: str, facts: Sizes, device: torch.device, group: Any) -> None:
     """Raise ValueError on every rank, if one of ``facts`` is not the same on all."""
-    refuse_different(name, facts_of_ranks(facts, device, group))
+    check_same(name, gather_sizes(facts, device, group))
 
 
-def facts_of_ranks(facts: Facts, device: torch.device, group: Any) -> dict[str, list[Any]]:
+def gather_sizes(facts: Sizes, device: torch.device, group: Any) -> dict[str, list[Any]]:
     """Each of ``facts``, a size or a dtype, on every rank, in the order of the ranks.
 
     One small all-gather, which the host reads: it waits for the device.
     """
-    world = world_of(group)
+    world = get_world(group)
     if world.size == 1:
         return {fact: [own] for fact, own in facts.items()}
     numbers = [DTYPES.index(f) if isinstance(f, torch.dtype) else f for f in facts.values()]
@@ -61,7 +61,7 @@ def facts_of_ranks(facts: Facts, device: torch.device, group: Any) -> dict[str, 
     }
 
 
-def refuse_different(name: str, facts: dict[str, list[Any]]) -> None:
+def check_same(name: str, facts: dict[str, list[Any]]) -> None:
     """Raise ValueError, if one of ``facts``, as `facts_of_ranks` gives them, is not even."""
     for fact, found in facts.items():
         if len(set(found)) > 1:
@@ -76,20 +76,20 @@ def gather_rows(tensor: Tensor, group: Any = None) -> Tensor:
 
     Backward adds up what every rank says of a row. Every rank brings as many rows.
     """
-    world = world_of(group)
+    world = get_world(group)
     return tensor if world.size == 1 else _Gather.apply(tensor, world, group)
 
 
-def trade_rows(
+def all_to_all_rows(
     tensor: Tensor, sent: Sequence[int], received: Sequence[int], group: Any = None
 ) -> Tensor:
     """``sent[r]`` rows to rank r in order, ``received[r]`` from it, concatenated; differentiable.
 
     Backward sends each row's gradient back to where the row came from.
     """
-    if world_of(group).size == 1:
+    if get_world(group).size == 1:
         return tensor
-    return _Trade.apply(tensor, list(sent), list(received), group)
+    return _AllToAll.apply(tensor, list(sent), list(received), group)
 
 
 def exchange_rows(tensor: Tensor, rows: Tensor, group: Any = None) -> Tensor:
@@ -121,7 +121,7 @@ def exchange_rows(tensor: Tensor, rows: Tensor, group: Any = None) -> Tensor:
         raise wrong_value(name, "tensor", tensor, "(batch, ...)")
     if rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != tensor.device:
         raise wrong_value(name, "rows", rows, f"(count,) torch.int64 on {tensor.device}")
-    world = world_of(group)
+    world = get_world(group)
     if world.size == 1:
         return tensor[rows]
     batch, count = len(tensor), len(rows)
@@ -133,7 +133,7 @@ def exchange_rows(tensor: Tensor, rows: Tensor, group: Any = None) -> Tensor:
     read = torch.cat([gathered[:, : len(facts)], (owner[:, :, None] == ranks).sum(1)], 1).tolist()
     batches, sizes, dtypes = (list(column) for column in zip(*(r[:3] for r in read), strict=True))
     even = {"rows of tensor": batches, "numbers in a row": sizes}
-    refuse_different(name, {**even, "dtype of tensor": [DTYPES[n] for n in dtypes]})
+    check_same(name, {**even, "dtype of tensor": [DTYPES[n] for n in dtypes]})
     # counts[r][s]: how many rows rank r wants of rank s.
     counts = [r[3:] for r in read]
     if any(sum(wanted) != count for wanted in counts):
@@ -153,11 +153,11 @@ def exchange_rows(tensor: Tensor, rows: Tensor, group: Any = None) -> Tensor:
     local = torch.cat([asked.flatten()[leaving], staying]) - here * batch
     # One gather of own rows: its backward adds up all that comes back to a row, in one order.
     chosen = tensor[local]
-    arrived = trade_rows(chosen[: sum(sent)], sent, received, group)
+    arrived = all_to_all_rows(chosen[: sum(sent)], sent, received, group)
     return torch.cat([arrived, chosen[sum(sent) :]])[order.argsort()]
 
 
-def visits(
+def ring_blocks(
     tensor: Tensor, batches: Sequence[int], world: World, group: Any
 ) -> Iterator[tuple[int, Tensor]]:
     """(rank, its rows) for every rank, the own first and then around the ring.
@@ -170,12 +170,12 @@ def visits(
         if after == world.rank:
             yield rank, tensor
         else:
-            arrive = pass_on(tensor, batches[after], world, group)
+            arrive = ring_shift(tensor, batches[after], world, group)
             yield rank, tensor
             tensor = arrive()
 
 
-def pass_on(tensor: Tensor, rows: int, world: World, group: Any) -> Callable[[], Tensor]:
+def ring_shift(tensor: Tensor, rows: int, world: World, group: Any) -> Callable[[], Tensor]:
     """Start to send ``tensor`` to the rank before, and to receive ``rows`` rows of the rank after.
 
     Call what it returns to wait for these rows. An all-to-all in which all others send nothing:
@@ -205,12 +205,12 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         size = ctx.world.size
         even = [len(grad) // size] * size
-        per_rank = trade_rows(grad, even, even, ctx.group).unflatten(0, (size, -1))
+        per_rank = all_to_all_rows(grad, even, even, ctx.group).unflatten(0, (size, -1))
         wide = torch.promote_types(grad.dtype, torch.float32)
         return per_rank.sum(0, dtype=wide).to(grad.dtype), None, None
 
 
-class _Trade(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, tensor: Tensor, sent: list[int], received: list[int], group: Any
@@ -220,7 +220,7 @@ class _Trade(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return trade_rows(grad, *ctx.back), None, None, None  # differentiable in its turn
+        return all_to_all_rows(grad, *ctx.back), None, None, None  # differentiable in its turn
 
 
 def _all_gather(tensor: Tensor, world: World, group: Any) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 from vlm_fast.ops.argument_errors import once, wrong_value
 from vlm_fast.training.losses import rank_exchange
 from vlm_fast.training.losses.contrastive import check_number, check_pairs
-from vlm_fast.training.losses.cross_entropy import LOGITS
-from vlm_fast.training.losses.rank_exchange import Facts, World, pass_on, visits
+from vlm_fast.training.losses.cross_entropy import LOGITS_AT_ONCE
+from vlm_fast.training.losses.rank_exchange import Sizes, World, ring_blocks, ring_shift
 
 
 def siglip_loss(
@@ -66,13 +66,13 @@ def siglip_loss(
     check_number(name, "scale", scale, above=0.0)
     check_number(name, "bias", bias, above=-math.inf)
     batch, features = image_features.shape
-    world = rank_exchange.world_of(group)
+    world = rank_exchange.get_world(group)
     batches = [batch] * world.size
     if check_sizes:
-        own: Facts = {"batch": batch, "features": features, "dtype": text_features.dtype}
-        facts = rank_exchange.facts_of_ranks(own, image_features.device, group)
+        own: Sizes = {"batch": batch, "features": features, "dtype": text_features.dtype}
+        facts = rank_exchange.gather_sizes(own, image_features.device, group)
         batches = facts.pop("batch")
-        rank_exchange.refuse_different(name, facts)
+        rank_exchange.check_same(name, facts)
     if sum(batches) == 0:
         wanted += ", one row at least"
         raise wrong_value(name, "image_features", image_features, wanted)
@@ -98,8 +98,8 @@ class _SigmoidLoss(torch.autograd.Function):
         ctx.save_for_backward(images, texts, scale, bias)
         ctx.ring = batches, world, group
         scaled, loss = images.to(scale.dtype) * scale, torch.zeros_like(scale)
-        for rank, visiting in visits(texts, *ctx.ring):
-            for _, opposed in _opposed(scaled, visiting, bias, own=rank == world.rank):
+        for rank, visiting in ring_blocks(texts, *ctx.ring):
+            for _, opposed in _negated_logits(scaled, visiting, bias, own=rank == world.rank):
                 loss -= F.logsigmoid(opposed.neg_()).sum()
         # So the mean over ranks is that over all images, however many each rank has.
         return loss * (world.size / sum(batches))
@@ -115,10 +115,10 @@ class _SigmoidLoss(torch.autograd.Function):
         dtexts, weighted = None, scaled * weight
         pull, dbias = torch.zeros_like(scaled), torch.zeros_like(bias)
         with torch.autocast(images.device.type, enabled=False):
-            for rank, visiting in visits(texts, *ctx.ring):
+            for rank, visiting in ring_blocks(texts, *ctx.ring):
                 visiting, own = visiting.to(scale.dtype), rank == world.rank
                 dvisiting = torch.zeros_like(visiting)
-                for part, opposed in _opposed(scaled, visiting, bias, own=own):
+                for part, opposed in _negated_logits(scaled, visiting, bias, own=own):
                     slope = opposed.sigmoid_()  # of the loss by the logit
                     if own:
                         slope.diagonal(part.start).neg_()
@@ -128,14 +128,14 @@ class _SigmoidLoss(torch.autograd.Function):
                 # What the ranks before have found of these texts has come after them.
                 if dtexts is not None:
                     dvisiting += dtexts()
-                dtexts = pass_on(dvisiting, batches[(rank + 1) % world.size], world, group)
+                dtexts = ring_shift(dvisiting, batches[(rank + 1) % world.size], world, group)
         assert dtexts is not None  # at home, after the last rank
         dscale = (pull * images).sum() * weight
         dimages = pull.mul_(scale * weight).to(images.dtype)
         return dimages, dtexts().to(texts.dtype), dscale, dbias * weight, None, None, None
 
 
-def _opposed(
+def _negated_logits(
     scaled: Tensor, texts: Tensor, bias: Tensor, *, own: bool
 ) -> Iterator[tuple[slice, Tensor]]:
     """Logits of some images at a time, with the sign against that of the label.
@@ -143,7 +143,7 @@ def _opposed(
     ``own``: the texts are those of the images, so that the diagonal has the label 1.
     """
     texts = texts.to(scaled.dtype)
-    step = max(LOGITS["cuda" if texts.is_cuda else "cpu"] // max(len(texts), 1), 1)
+    step = max(LOGITS_AT_ONCE["cuda" if texts.is_cuda else "cpu"] // max(len(texts), 1), 1)
     for start in range(0, len(scaled), step):
         part = slice(start, start + step)
         logits = (scaled[part] @ texts.t()).add_(bias)

@@ -20,7 +20,7 @@ from vlm_fast.training.recipes.blip2 import Objective
 LOSSES = "losses.jsonl"
 
 
-class Interruption:
+class StopSignal:
     """Whether a signal came; a launcher sends each more than once, so the first is what counts."""
 
     def __init__(self) -> None:
@@ -44,16 +44,16 @@ class Interruption:
 
 
 @contextmanager
-def interruptible() -> Iterator[Interruption]:
+def stop_on_signal() -> Iterator[StopSignal]:
     """SIGINT and SIGTERM end a run after its step, with a checkpoint."""
-    interruption = Interruption()
+    interruption = StopSignal()
     with handled(interruption):
         yield interruption
 
 
 def callback(
     output: Path,
-    interruption: Interruption,
+    interruption: StopSignal,
     count: Callable[[int, int | None], None],
     trained: torch.nn.Module,
 ) -> Any:
@@ -96,7 +96,7 @@ def callback(
             if dist.is_available() and dist.is_initialized():
                 dist.barrier()  # until every rank has written its own
             if state.is_world_process_zero:
-                checkpoints.finish(output / f"checkpoint-{state.global_step}")
+                checkpoints.mark_complete(output / f"checkpoint-{state.global_step}")
                 checkpoints.rotate(output)
 
     return Watch()

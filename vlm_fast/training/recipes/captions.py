@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vlm_fast.training.data import Caption
-from vlm_fast.training.data.replacement_items import batch_of
+from vlm_fast.training.data.replacement_items import collate_or_replace
 
 LENGTH = 32  # tokens of a caption; LAVIS' value in both stages
 
@@ -42,7 +42,7 @@ class CaptionCollator:
         Raises:
             BadRecord: for another that it refuses, in the processor's words.
         """
-        return batch_of(captions, self._batch)
+        return collate_or_replace(captions, self._batch)
 
     def _batch(self, captions: Sequence[Caption]) -> dict[str, Tensor]:
         images = self.processor.image_processor(

@@ -12,31 +12,31 @@ import re
 import shutil
 from pathlib import Path
 
-LIST = "files.json"
+FILE_LIST = "files.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 KEPT = 2
 
 
-def finish(folder: Path) -> None:
+def mark_complete(folder: Path) -> None:
     """Say that a checkpoint is whole: call it once every process has written its files."""
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != LIST
+        if path.is_file() and path.name != FILE_LIST
     }
-    part = folder / f"{LIST}.part"
+    part = folder / f"{FILE_LIST}.part"
     part.write_text(json.dumps(files, indent=1))
-    os.replace(part, folder / LIST)
+    os.replace(part, folder / FILE_LIST)
 
 
-def why_not_whole(folder: Path) -> str | None:
+def why_incomplete(folder: Path) -> str | None:
     """Why a checkpoint cannot be gone on from, or None."""
     try:
-        files = json.loads((folder / LIST).read_text())
+        files = json.loads((folder / FILE_LIST).read_text())
     except FileNotFoundError:
-        return f"it has no {LIST}, which is written last"
+        return f"it has no {FILE_LIST}, which is written last"
     except ValueError:
-        return f"its {LIST} is not JSON"
+        return f"its {FILE_LIST} is not JSON"
     for name, size in files.items():
         path = folder / name
         if not path.is_file():
@@ -50,10 +50,10 @@ def found(output: Path) -> list[tuple[int, Path, str | None]]:
     """Step, folder, and why it is not whole, of all checkpoints, the last first."""
     steps = [(NAME.fullmatch(path.name), path) for path in output.glob("checkpoint-*")]
     numbered = [(int(match.group(1)), path) for match, path in steps if match and path.is_dir()]
-    return [(step, path, why_not_whole(path)) for step, path in sorted(numbered, reverse=True)]
+    return [(step, path, why_incomplete(path)) for step, path in sorted(numbered, reverse=True)]
 
 
-def last_whole(output: Path) -> tuple[Path | None, list[str]]:
+def last_complete(output: Path) -> tuple[Path | None, list[str]]:
     """The last whole checkpoint, or None, and a line on each that was passed over for it."""
     passed: list[str] = []
     for _, path, why in found(output):

@@ -106,7 +106,7 @@ def skip_unused(tower: nn.Module, feature_layers: int | list[int] | None) -> lis
     return [name for name, _ in unused]
 
 
-def thaw(model: nn.Module) -> None:
+def unfreeze(model: nn.Module) -> None:
     """Give every frozen or skipped module its own class back; what wants gradients stays."""
     for module in model.modules():
         if isinstance(module, Frozen | Skipped):

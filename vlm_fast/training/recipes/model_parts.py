@@ -19,7 +19,7 @@ FAMILIES = {
 
 
 @dataclass
-class Parts:
+class ModelParts:
     """Which module, or parameter of its own, belongs to which part.
 
     Attributes:
@@ -34,7 +34,7 @@ class Parts:
     tower: nn.Module
     connector: list[str] = field(default_factory=list)
 
-    def of_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
+    def label_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
         """Name, parameter and part of each; what is neither tower nor connector is language."""
         in_tower = {id(p) for p in self.tower.parameters()}
         for name, parameter in model.named_parameters():
@@ -46,7 +46,7 @@ class Parts:
                 yield name, parameter, LANGUAGE
 
 
-def parts_of(model: nn.Module) -> Parts:
+def find_parts(model: nn.Module) -> ModelParts:
     """The parts of a transformers model, patched or not.
 
     Raises:
@@ -58,22 +58,22 @@ def parts_of(model: nn.Module) -> Parts:
     if {"vision_tower", "multi_modal_projector", "language_model"} <= children.keys():
         names = ["multi_modal_projector"]
         names += ["image_newline"] if "image_newline" in inner._parameters else []
-        return Parts("llava", inner, inner.vision_tower, [prefix + name for name in names])
+        return ModelParts("llava", inner, inner.vision_tower, [prefix + name for name in names])
     if {"vision_model", "qformer", "vision_projection", "itm_head"} <= children.keys():
         names = [name for name in children if name != "vision_model"] + list(inner._parameters)
-        return Parts("blip2-retrieval", inner, inner.vision_model, [prefix + n for n in names])
+        return ModelParts("blip2-retrieval", inner, inner.vision_model, [prefix + n for n in names])
     if {"vision_model", "qformer", "language_projection", "language_model"} <= children.keys():
         names = ["query_tokens", "qformer", "language_projection"]
-        return Parts("blip2", inner, inner.vision_model, [prefix + name for name in names])
+        return ModelParts("blip2", inner, inner.vision_model, [prefix + name for name in names])
     if {"vision_model", "gated_cross_attn_layers"} <= children.keys():
         names = [n for n in ("perceiver_resampler", "gated_cross_attn_layers") if n in children]
-        return Parts("flamingo", inner, inner.vision_model, [prefix + name for name in names])
+        return ModelParts("flamingo", inner, inner.vision_model, [prefix + name for name in names])
     language: Any = children.get("language_model")
     layers = getattr(language, "layers", ())
     crossing = [i for i, layer in enumerate(layers) if hasattr(layer, "cross_attn")]
     if "vision_model" in children and "multi_modal_projector" in children and crossing:
         names = ["multi_modal_projector", *(f"language_model.layers.{i}" for i in crossing)]
-        return Parts("flamingo", inner, inner.vision_model, [prefix + name for name in names])
+        return ModelParts("flamingo", inner, inner.vision_model, [prefix + name for name in names])
     known = "; ".join(f"{name}: {what}" for name, what in FAMILIES.items())
     raise TypeError(
         f"vlm_fast.training.recipes: model is a {type(model).__name__}, "

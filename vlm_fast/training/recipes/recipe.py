@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from vlm_fast.training.recipes.blip2 import Objective, Stage1Objective, Stage2Objective
-from vlm_fast.training.recipes.freezing import freeze_rest, freeze_tower, skip_unused, thaw
-from vlm_fast.training.recipes.model_parts import CONNECTOR, TOWER, Parts, parts_of
-from vlm_fast.training.recipes.state_dict_names import understand_hub_names
-from vlm_fast.training.recipes.text_only_batches import touch_without_images
+from vlm_fast.training.recipes.freezing import freeze_rest, freeze_tower, skip_unused, unfreeze
+from vlm_fast.training.recipes.model_parts import CONNECTOR, TOWER, ModelParts, find_parts
+from vlm_fast.training.recipes.state_dict_names import accept_hub_names
+from vlm_fast.training.recipes.text_only_batches import touch_connector_without_images
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Recipe:
     undecayed: tuple[str, ...] = ()
     betas: tuple[float, float] = (0.9, 0.999)
 
-    def parts(self, model: nn.Module) -> Parts:
+    def parts(self, model: nn.Module) -> ModelParts:
         """The model's parts.
 
         Raises:
             TypeError: the model is of another family, or its language model has an encoder.
         """
-        parts = parts_of(_inner(model))
+        parts = find_parts(_inner(model))
         if parts.family != self.family:
             raise TypeError(
                 f"vlm_fast.training.recipes: {self.name} is given a {type(_inner(model)).__name__}"
@@ -90,8 +90,8 @@ class Recipe:
             TypeError: the model is of another family.
         """
         parts = self.parts(model)
-        thaw(model)
-        for _, parameter, part in parts.of_parameters(model):
+        unfreeze(model)
+        for _, parameter, part in parts.label_parameters(model):
             parameter.requires_grad_(part in self.trains)
         config: Any = getattr(model, "config", None)
         if TOWER not in self.trains:
@@ -99,10 +99,10 @@ class Recipe:
                 skip_unused(parts.tower, getattr(config, "vision_feature_layer", None))
             freeze_tower(parts.tower)
         freeze_rest(model)
-        understand_hub_names(model)
+        accept_hub_names(model)
         model.train()
         if self.family in ("llava", "flamingo"):
-            touch_without_images(model)
+            touch_connector_without_images(model)
             return model
         return (Stage1Objective if self.family == "blip2-retrieval" else Stage2Objective)(model)
 
@@ -119,7 +119,7 @@ class Recipe:
         scale = 1.0 if lr is None else lr / self.lr
         parts = self.parts(model)
         groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-        for name, parameter, part in parts.of_parameters(_inner(model)):
+        for name, parameter, part in parts.label_parameters(_inner(model)):
             if parameter.requires_grad:
                 decays = sum(size > 1 for size in parameter.shape) > 1
                 decays = decays and not any(own in name for own in self.undecayed)
@@ -262,11 +262,11 @@ class Recipe:
         return arguments
 
 
-def sizes(recipe: Recipe, model: nn.Module) -> dict[str, tuple[int, int]]:
+def count_parameters(recipe: Recipe, model: nn.Module) -> dict[str, tuple[int, int]]:
     """For each part how many parameters it has, and how many of them learn."""
     total: Counter[str] = Counter()
     learning: Counter[str] = Counter()
-    for _, parameter, part in recipe.parts(model).of_parameters(_inner(model)):
+    for _, parameter, part in recipe.parts(model).label_parameters(_inner(model)):
         total[part] += parameter.numel()
         learning[part] += parameter.numel() if parameter.requires_grad else 0
     return {part: (count, learning[part]) for part, count in total.items()}

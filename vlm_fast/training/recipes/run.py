@@ -33,7 +33,7 @@ LORA_LR, LORA_CONNECTOR_LR, LORA_DROPOUT = 2e-4, 2e-5, 0.05
 
 
 @dataclass(frozen=True)
-class Run:
+class RecipeRun:
     """What was asked for; see ``vlm-fast recipe --help``."""
 
     recipe: Recipe
@@ -59,15 +59,15 @@ class Run:
     workers: int = 2
 
     @property
-    def adapted(self) -> Recipe:
+    def effective_recipe(self) -> Recipe:
         """The recipe, with the rates of adapters where there are any."""
         if self.lora is None:
             return self.recipe
         return replace(self.recipe, lr=LORA_LR, rates={"connector": LORA_CONNECTOR_LR})
 
-    def decides(self) -> dict[str, Any]:
+    def fixed_settings(self) -> dict[str, Any]:
         """All that a run that is resumed must not change."""
-        recipe = self.adapted
+        recipe = self.effective_recipe
         names = ("seed", "dtype", "lora", "format", "max_length", "max_steps")
         background = list(self.background)  # as JSON gives it back
         paths = ("model", "data", "images")
@@ -83,7 +83,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """What came of a run.
 
     Attributes:
@@ -127,26 +127,26 @@ def model_class(folder: Path) -> tuple[Any, Any]:
 
 
 @dataclass(frozen=True)
-class Came:
+class PretrainedState:
     """What of a model training changes and saving gives back."""
 
     config: Any
     dtypes: dict[str, torch.dtype]
 
 
-def load(run: Run) -> tuple[nn.Module, Came]:
+def load(run: RecipeRun) -> tuple[nn.Module, PretrainedState]:
     """The model as it is on disk."""
     found, _ = model_class(run.model)
     model = found.from_pretrained(run.model, dtype="auto", local_files_only=True)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    return model, Came(copy.deepcopy(model.config), dtypes)
+    return model, PretrainedState(copy.deepcopy(model.config), dtypes)
 
 
-def compute_dtype(run: Run, model: Any) -> torch.dtype:
+def compute_dtype(run: RecipeRun, model: Any) -> torch.dtype:
     return model.dtype if run.dtype is None else DTYPES[run.dtype]
 
 
-def prepare(run: Run, model: nn.Module) -> nn.Module:
+def prepare(run: RecipeRun, model: nn.Module) -> nn.Module:
     """Patch, freeze, add adapters, and give weights their dtypes; what Trainer is to train."""
     dtype = compute_dtype(run, model)
     if run.patch:
@@ -162,12 +162,12 @@ def prepare(run: Run, model: nn.Module) -> nn.Module:
     return trained
 
 
-def with_adapters(run: Run, model: nn.Module) -> nn.Module:
+def with_adapters(run: RecipeRun, model: nn.Module) -> nn.Module:
     """LoRA on every linear of the language model's layers; the connector learns as it is."""
     from peft import LoraConfig, get_peft_model
 
     parts = run.recipe.parts(model)
-    of = {name.rpartition(".")[0]: part for name, _, part in parts.of_parameters(model)}
+    of = {name.rpartition(".")[0]: part for name, _, part in parts.label_parameters(model)}
     head: Any = getattr(model, "lm_head", None)
     linears = [
         name
@@ -187,7 +187,7 @@ def with_adapters(run: Run, model: nn.Module) -> nn.Module:
     )  # fmt: skip
 
 
-def data_of(run: Run, processor: Any) -> tuple[Any, Any]:
+def dataset_and_collator(run: RecipeRun, processor: Any) -> tuple[Any, Any]:
     """The data set and what makes its batches; records of the wrong shape are left out."""
     records = Records(run.data, on_bad="skip")
     options: Any = {"on_bad": run.on_bad, "background": run.background}
@@ -196,14 +196,14 @@ def data_of(run: Run, processor: Any) -> tuple[Any, Any]:
         return Captions(records, run.images, **options), collator
     if run.recipe.family == "blip2":
         return Captions(records, run.images, **options), CaptionCollator(processor, end="\n")
-    plain = run.recipe.name == "llava-stage1" and bool(records.pictured.all())
+    plain = run.recipe.name == "llava-stage1" and bool(records.has_image.all())
     collator = Collator(
         processor, format=run.format or ("plain" if plain else None), max_length=run.max_length
     )
     return Conversations(records, run.images, **options), collator
 
 
-def without(dataset: Any, bad_records: list[int]) -> Any:
+def without_records(dataset: Any, bad_records: list[int]) -> Any:
     """The data set without records of these numbers of the file."""
     if not bad_records:
         return dataset
@@ -212,8 +212,8 @@ def without(dataset: Any, bad_records: list[int]) -> Any:
 
 
 def train(
-    run: Run, processor: Any, bad_records: list[int], resume: Path | None, main: bool
-) -> Outcome:
+    run: RecipeRun, processor: Any, bad_records: list[int], resume: Path | None, main: bool
+) -> RunResult:
     """Train, with checkpoints in ``run.out``, and save the model there.
 
     Args:
@@ -230,14 +230,14 @@ def train(
 
     disable_progress_bar()  # of loading and saving: `tables.counter` has the one bar
     set_seed(run.seed)  # heads and adapters begin at random
-    model, came = load(run)
+    model, pretrained = load(run)
     dtype = compute_dtype(run, model)
     trained = prepare(run, model)
     if isinstance(trained, Stage1Objective):
         trained.bos_token_id = processor.tokenizer.bos_token_id
-    read, collator = data_of(run, processor)
-    dataset = without(read, bad_records)
-    arguments = run.adapted.training_arguments(
+    read, collator = dataset_and_collator(run, processor)
+    dataset = without_records(read, bad_records)
+    arguments = run.effective_recipe.training_arguments(
         run.out, len(dataset), device_batch=run.device_batch, batch=run.batch, epochs=run.epochs,
         lr=run.lr, max_steps=run.max_steps, seed=run.seed, save_strategy="steps",
         save_steps=run.save_every, logging_steps=1, logging_nan_inf_filter=False,
@@ -247,31 +247,31 @@ def train(
         dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     if main:
-        (run.out / RUN).write_text(json.dumps(run.decides(), indent=1))
-    told = terminal.counter("training") if main else nullcontext(lambda done, total: None)
-    with told as count, callbacks.interruptible() as interruption:
-        minded = callbacks.callback(run.out, interruption, count, trained)
+        (run.out / RUN).write_text(json.dumps(run.fixed_settings(), indent=1))
+    progress = terminal.counter("training") if main else nullcontext(lambda done, total: None)
+    with progress as count, callbacks.stop_on_signal() as interruption:
+        callback = callbacks.callback(run.out, interruption, count, trained)
         trainer = Trainer(
             trained,
             arguments, train_dataset=dataset, data_collator=collator,
-            optimizers=(run.adapted.optimizer(trained, run.lr), None),
-            callbacks=[minded],
+            optimizers=(run.effective_recipe.optimizer(trained, run.lr), None),
+            callbacks=[callback],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     state = trainer.state
-    if main and not minded.interrupted:
-        save(run, trained, came, processor)
+    if main and not callback.interrupted:
+        save(run, trained, pretrained, processor)
     losses = [row["loss"] for row in state.log_history if "loss" in row]
-    last, _ = checkpoints.last_whole(run.out)
-    return Outcome(
+    last, _ = checkpoints.last_complete(run.out)
+    return RunResult(
         state.global_step, state.max_steps, (losses[0], losses[-1]) if losses else None,
         None if last is None else last.name, None if resume is None else resume.name,
-        minded.interrupted, read.replaced,
+        callback.interrupted, read.replaced,
     )  # fmt: skip
 
 
-def save(run: Run, trained: Any, came: Came, processor: Any) -> None:
+def save(run: RecipeRun, trained: Any, pretrained: PretrainedState, processor: Any) -> None:
     """The model with plain keys and its own dtypes, the processor, and what the stage adds."""
     if run.lora is not None:
         trained.save_pretrained(run.out / "adapter")
@@ -280,7 +280,7 @@ def save(run: Run, trained: Any, came: Came, processor: Any) -> None:
         trained.save(run.out)
     model: Any = trained.model if isinstance(trained, Objective) else trained
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        tensor.data = tensor.data.to(came.dtypes.get(name, tensor.dtype))
-    model.config = came.config  # Trainer switches its cache off
+        tensor.data = tensor.data.to(pretrained.dtypes.get(name, tensor.dtype))
+    model.config = pretrained.config  # Trainer switches its cache off
     model.save_pretrained(run.out)
     processor.save_pretrained(run.out)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 
-def understand_hub_names(model: nn.Module) -> None:
+def accept_hub_names(model: nn.Module) -> None:
     """Have ``load_state_dict`` of a transformers model take what ``save_pretrained`` writes."""
     there = [getattr(hook, "hook", None) for hook in model._load_state_dict_pre_hooks.values()]
     if hasattr(model, "save_pretrained") and _own not in there:

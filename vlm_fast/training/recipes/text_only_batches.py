@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast.patching.sharding import is_sharded, touch_parameters
-from vlm_fast.training.recipes.model_parts import Parts, parts_of
+from vlm_fast.training.recipes.model_parts import ModelParts, find_parts
 
 IMAGES = ("pixel_values", "pixel_values_videos", "image_encoder_embeddings", "perceiver_embeddings",
           "cross_attention_states")  # fmt: skip
 
 
-def touch(model: nn.Module, parts: Parts | None = None) -> Tensor:
+def touch_connector(model: nn.Module, parts: ModelParts | None = None) -> Tensor:
     """A zero scalar that depends on every parameter of the connector that learns.
 
     A projector by `touch_parameters`, after the tower if that is sharded by FSDP2. What is not so
@@ -31,10 +31,10 @@ def touch(model: nn.Module, parts: Parts | None = None) -> Tensor:
     Args:
         model: a transformers model of one of `parts.FAMILIES`.
     """
-    parts = parts or parts_of(model)
+    parts = parts or find_parts(model)
     learning = {
         id(parameter): parameter
-        for _, parameter, part in parts.of_parameters(model)
+        for _, parameter, part in parts.label_parameters(model)
         if part == "connector" and parameter.requires_grad
     }
     zero = torch.zeros((), device=next(model.parameters()).device)
@@ -49,13 +49,13 @@ def touch(model: nn.Module, parts: Parts | None = None) -> Tensor:
     return zero + sum(parameter.flatten()[:0].sum() for parameter in learning.values())
 
 
-def touch_without_images(model: nn.Module) -> None:
+def touch_connector_without_images(model: nn.Module) -> None:
     """Have batches without an image `touch` the connector.
 
     What is added to the embedded text is zero; a batch with images, evaluation and generation are
     left alone.
     """
-    inner = parts_of(model).inner
+    inner = find_parts(model).inner
     if _touching not in inner._forward_pre_hooks.values():
         inner.register_forward_pre_hook(_touching, with_kwargs=True)
 
@@ -68,7 +68,7 @@ def _touching(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     embeds = kwargs.get("inputs_embeds")
     if embeds is None:
         embeds = inner.get_input_embeddings()(args[0] if args else kwargs["input_ids"])
-    embeds = embeds + touch(inner).to(embeds.dtype)
+    embeds = embeds + touch_connector(inner).to(embeds.dtype)
     return (), kwargs | {"input_ids": None, "inputs_embeds": embeds}
 
 

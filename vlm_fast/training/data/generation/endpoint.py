@@ -8,7 +8,7 @@ from typing import Any
 
 from vlm_fast.training.data.generation.answers import BadAnswer
 from vlm_fast.training.data.generation.prompts import Message
-from vlm_fast.training.data.record_errors import shown
+from vlm_fast.training.data.record_errors import describe
 
 # Every question would meet them again.
 FATAL = (401, 403, 404)
@@ -80,17 +80,17 @@ class Endpoint:
             text, finished = choice.message.content, choice.finish_reason
         except self._errors.APIStatusError as error:
             code = error.status_code
-            what = f"HTTP {code}: {shown(self._without_key(error.response.text), 300)}"
+            what = f"HTTP {code}: {describe(self._without_key(error.response.text), 300)}"
             every = code in FATAL or code in RETRIED or code >= 500
             failure = Unavailable(what, code in FATAL) if every else Refused(what)
         except self._errors.APIConnectionError as error:
             cause = type(error.__cause__).__name__ if error.__cause__ else type(error).__name__
             failure = Unavailable(f"no connection to the endpoint ({cause})")
         except (self._errors.OpenAIError, AttributeError, TypeError, IndexError, ValueError) as e:
-            failure = BadAnswer(f"expected a chat completion, came {type(e).__name__}")
+            failure = BadAnswer(f"expected a chat completion, got {type(e).__name__}")
         else:
             if not isinstance(text, str):
-                failure = BadAnswer(f"expected text, came {type(text).__name__}")
+                failure = BadAnswer(f"expected text, got {type(text).__name__}")
             elif finished == "length":
                 failure = BadAnswer("the answer was cut off", self._without_key(text))
             else:

@@ -127,6 +127,6 @@ def messages(scene: Scene, kind: str) -> list[Message]:
     ]
 
 
-def choice(text: str, count: int) -> int:
+def stable_choice(text: str, count: int) -> int:
     """One of so many, by the text alone: the same on every run and machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % count

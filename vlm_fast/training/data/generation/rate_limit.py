@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-class TokenBucket:
+class RateLimit:
     """Lets ``rate`` through in a minute, and up to ``burst`` at once after a pause.
 
     Args:

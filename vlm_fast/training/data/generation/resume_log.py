@@ -14,7 +14,7 @@ VERSION = 1
 HEAD = "vlm_fast journal"
 
 
-class Journal:
+class ResumeLog:
     """A file that only grows: a line of JSON a task, on disk before the next is asked.
 
     The first line says what the others are of; a journal of something else is not written on. A
@@ -29,8 +29,8 @@ class Journal:
             last, or another process has it.
     """
 
-    def __init__(self, path: Path, subject: dict[str, Any]) -> None:
-        self.path, self.subject = path, subject
+    def __init__(self, path: Path, log_header: dict[str, Any]) -> None:
+        self.path, self.log_header = path, log_header
         self.entries: dict[str, dict[str, Any]] = {}
         self._lock = FileLock(f"{path}.lock")
         try:
@@ -58,7 +58,7 @@ class Journal:
         os.close(self._file)
         self._lock.release()
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> ResumeLog:
         return self
 
     def __exit__(
@@ -70,7 +70,7 @@ class Journal:
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.splitlines()
-        head = {HEAD: VERSION, **self.subject}
+        head = {HEAD: VERSION, **self.log_header}
         if not lines:
             if not json.dumps(head).encode().startswith(content):
                 raise ValueError(f"{self.path} is no journal")

@@ -14,13 +14,13 @@ from vlm_fast.training.data.generation.answers import BadAnswer, record
 from vlm_fast.training.data.generation.coco import Scene
 from vlm_fast.training.data.generation.endpoint import Refused
 from vlm_fast.training.data.generation.prompts import EXAMPLE, KINDS, Message, messages
-from vlm_fast.training.data.generation.rate_limit import TokenBucket
-from vlm_fast.training.data.generation.resume_log import Journal
-from vlm_fast.training.data.record_errors import shown
+from vlm_fast.training.data.generation.rate_limit import RateLimit
+from vlm_fast.training.data.generation.resume_log import ResumeLog
+from vlm_fast.training.data.record_errors import describe
 from vlm_fast.training.data.records import Progress
 
 
-class Asked(Protocol):
+class ChatEndpoint(Protocol):
     """What answers: an ``Endpoint``, or another that raises what it does."""
 
     def ask(self, messages: list[Message]) -> str: ...
@@ -46,21 +46,21 @@ def tasks(scenes: Iterable[Scene], kinds: Iterable[str], limit: int | None = Non
     """Each kind of each scene, scene by scene; the first ``limit`` of them."""
     chosen = tuple(kinds)
     if unknown := [kind for kind in chosen if kind not in KINDS]:
-        raise ValueError(f"kinds has {shown(unknown[0])}, expected some of {', '.join(KINDS)}")
+        raise ValueError(f"kinds has {describe(unknown[0])}, expected some of {', '.join(KINDS)}")
     return [Task(scene, kind) for scene in scenes for kind in chosen][:limit]
 
 
-def journal_of(out: Path) -> Path:
+def resume_log_path(out: Path) -> Path:
     return out.with_name(out.name + ".journal")
 
 
-def subject(model: str) -> dict[str, Any]:
+def log_header(model: str) -> dict[str, Any]:
     """What a journal is of: answers of another model, or to other prompts, do not belong in it."""
     prompts = json.dumps([messages(EXAMPLE, kind) for kind in KINDS])
     return {"model": model, "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16]}
 
 
-class Run:
+class GenerationRun:
     """Asks what the journal has no answer to, and writes all good records to ``out``.
 
     Args:
@@ -77,10 +77,10 @@ class Run:
         self,
         out: Path,
         todo: list[Task],
-        endpoint: Asked,
-        journal: Journal,
+        endpoint: ChatEndpoint,
+        journal: ResumeLog,
         *,
-        pace: TokenBucket | None = None,
+        pace: RateLimit | None = None,
         again: int = 2,
     ) -> None:
         self.out, self.todo, self.endpoint, self.pace, self.again = out, todo, endpoint, pace, again
