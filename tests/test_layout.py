@@ -19,7 +19,9 @@ ORDER = (
     "cli", "advisor", "training", "devtools", "verification", "patching", "modules", "ops",
     "kernels",
 )  # fmt: skip
-LOOSE = {"__init__.py", "fallback.py", "py.typed", "signals.py", "terminal.py"}
+LOOSE = {
+    "__init__.py", "atomic_write.py", "fallback.py", "py.typed", "signals.py", "terminal.py",
+}  # fmt: skip
 LINKED = ("benchmarks", "csrc", "kernels")  # top-level folders that are installed under the package
 LONGEST = 400
 TABLES = {"tests/support/tiny_models.py": 450}  # a table of models is longer, and read by the row

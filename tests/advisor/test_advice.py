@@ -281,10 +281,15 @@ def test_wrong_questions(given, message):
 # ---- the command ----
 
 
+TWO = ("--connector", "mlp", "--connector", "qformer")
+
+
 def test_command_prints_table_and_reasons_or_json():
-    text = call("--connectors", "mlp,qformer", "--context", "4096", "--memory", "24GB").stdout
+    text = call(
+        "--connector", "mlp", "--connector", "qformer", "--context", "4096", "--memory", "24GB"
+    ).stdout
     assert text.isascii() and "3520" in text and "4064" in text and "+ " in text
-    found = json.loads(call("--connectors", "mlp,qformer", "--context", "4096", "--json").stdout)
+    found = json.loads(call(*TWO, "--context", "4096", "--json").stdout)
     assert [o["connector"] for o in found["options"]] == ["mlp", "qformer"]
     option = options(context=4096)["mlp", 576]
     assert found["options"][0]["cost"] == dataclasses.asdict(option.cost)
@@ -293,9 +298,9 @@ def test_command_prints_table_and_reasons_or_json():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--scenario", "x"), "no scenario is called 'x'; there are documents"),
-        (("--model", "x"), "no model is called 'x'; there are llava-1.5-7b"),
-        (("--connectors", "mlp,x"), "no connector is called 'x'; there are linear"),
+        (("--scenario", "x"), "'x' is not one of 'documents'"),
+        (("--model", "x"), "'x' is not one of 'llava-1.5-7b'"),
+        (("--connector", "mlp", "--connector", "x"), "'x' is not one of 'linear'"),
         (("--memory", "24 parsec"), "write it like 24GB or 24GiB"),
         (("--images", "0"), "greater than or equal to 1"),
     ],

@@ -19,9 +19,13 @@ def test_a_front_is_what_nothing_beats():
 
 
 def test_own_numbers_of_tokens_and_small_work_come_first():
-    order = groups(tokens=(5, 9, 36), batches=(1, 2), names="mlp,pool,merge,gated")
-    rows = [[(r.point.prompts, r.point.tokens in CONNECTORS[r.point.connector].counts(TINY))
-             for r in g.rows] for g in order if isinstance(g, profile_points.PointGroup)]  # fmt: skip
+    order = groups(tokens=(5, 9, 36), batches=(1, 2), names=("mlp", "pool", "merge", "gated"))
+    points = [g for g in order if isinstance(g, profile_points.PointGroup)]
+    rows = [
+        [(r.point.prompts, r.point.tokens in CONNECTORS[r.point.connector].counts(TINY))
+         for r in group.rows]
+        for group in points
+    ]  # fmt: skip
     firsts = [row[0] for row in rows]
     assert firsts == sorted(firsts, key=lambda r: (r[0], not r[1]))
     layers = [g for g in order if isinstance(g, profile_points.LayerGroup)]
@@ -33,7 +37,7 @@ def test_own_numbers_of_tokens_and_small_work_come_first():
 def test_levels_make_a_difference_to_training_alone():
     levels = ("all", "input")
     count = {
-        mode: sum(len(g.rows) for g in groups(mode, (36,), levels=levels, names="mlp,linear")
+        mode: sum(len(g.rows) for g in groups(mode, (36,), levels=levels, names=("mlp", "linear"))
                   if isinstance(g, profile_points.PointGroup))
         for mode in ("forward", "training")
     }  # fmt: skip
@@ -54,7 +58,7 @@ def test_what_there_is_no_time_for_says_so():
 
 
 def test_lengths_that_were_not_timed_take_the_rate_of_the_nearest():
-    order = groups(tokens=(36,), names="mlp,gated")
+    order = groups(tokens=(36,), names=("mlp", "gated"))
     short = min((g for g in order if isinstance(g, profile_points.LayerGroup)),
                 key=lambda g: g.rows[0].language.tokens)  # fmt: skip
     for _ in measure_points.measure_all([short], setting()):
@@ -76,7 +80,7 @@ def test_an_error_of_one_group_leaves_the_others(monkeypatch):
     def broken(point):
         raise RuntimeError("no such luck\nmore")
 
-    order = groups(names="mlp,linear,pool")
+    order = groups(names=("mlp", "linear", "pool"))
     mlp = CONNECTORS["mlp"]
     monkeypatch.setitem(CONNECTORS, "mlp", type(mlp)(**{**vars(mlp), "pieces": broken}))
     for _ in measure_points.measure_all(order, setting()):

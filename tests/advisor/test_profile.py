@@ -1,6 +1,7 @@
 """The profile of connectors: what is measured and when, its files, its page, its errors."""
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -14,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.support.tiny_profile import NAMES, TINY, groups, make_tiny, setting
+from tests.support.tiny_profile import NAME, NAMES, TINY, groups, make_tiny, setting
 from tests.support.tiny_profile import tiny as tiny  # an autouse fixture
 from vlm_fast import advisor
 from vlm_fast.advisor import (
@@ -35,8 +36,16 @@ HOSTILE = "<script>alert('&')</script>"
 
 
 def call(folder, *arguments):
-    given = ["profile", "--model", "tiny", "--connectors", NAMES, "--out", str(folder)]
-    return CliRunner().invoke(main.app, [*given, "--text", "8", "--budget", "30", *arguments])
+    """`vlm-fast profile`; values by commas are given one by one, under the option's own name."""
+    given = ["--model", NAME, "--out", str(folder), "--text", "8", "--budget", "30", *arguments]
+    if "--connector" not in arguments:
+        given += ["--connector", ",".join(NAMES)]
+    words = []
+    for option, value in itertools.pairwise([*given, ""]):
+        if option.startswith("--"):
+            values = [None] if value.startswith("--") or not value else value.split(",")
+            words += [word for one in values for word in (option, one) if word is not None]
+    return CliRunner().invoke(main.app, ["profile", *words])
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +166,7 @@ def test_picture_is_written_or_missed(training, tmp_path, monkeypatch):
 
 
 def test_stdout_is_a_table_or_json_and_progress_is_beside_it(tmp_path):
-    found = call(tmp_path, "--tokens", "36", "--batch", "2,1", "--connectors", "mlp", "--json")
+    found = call(tmp_path, "--tokens", "36", "--batch", "2,1", "--connector", "mlp", "--json")
     content = json.loads(found.stdout)
     assert content == json.loads((tmp_path / "profile.json").read_text())
     assert "profile: 1 of 4" in found.stderr
@@ -316,7 +325,7 @@ def test_a_page_of_nothing(tmp_path):
     where = report_data.conditions("cpu", torch.float32, Ceilings(1.0, 1.0))
     request = dict(mode="forward", text=8, tokens=[36], batches=[1], levels=["all"],
                  connectors=["mlp"], budget=1.0)  # fmt: skip
-    found = report_data.document("tiny", TINY, order, request, where, time.monotonic(), None)
+    found = report_data.document(NAME, TINY, order, request, where, time.monotonic(), None)
     jsonschema.validate(found, report_data.schema())
     assert "No point was measured" in html_report.html_page(found)
     assert plots.write_png(tmp_path / "x.png", found) == "nothing was measured"
@@ -325,14 +334,13 @@ def test_a_page_of_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "x"), "no model is called 'x'; there are llava-1.5-7b"),
-        (("--connectors", "mlp,glue"), "no connector is called 'glue'; there are linear"),
-        (("--connectors", ","), "none is named; there are linear"),
+        (("--model", "x"), "'x' is not one of 'llava-1.5-7b'"),
+        (("--connector", "mlp,glue"), "'glue' is not one of 'linear'"),
         (("--tokens", "37"), "nothing gives 37 tokens: Linear gives 36 tokens, not 37;"),
-        (("--tokens", "12,x"), "expected whole numbers from 1"),
-        (("--batch", "0"), "'0': expected whole numbers from 1"),
-        (("--saved", "most"), "no level is called 'most'; there are all"),
-        (("--mode", "backward"), "no mode is called 'backward'; there are forward"),
+        (("--tokens", "12,x"), "should be a valid integer"),
+        (("--batch", "0"), "greater than or equal to 1"),
+        (("--saved", "most"), "'most' is not one of 'all'"),
+        (("--mode", "backward"), "'backward' is not one of 'forward'"),
         (("--budget", "0"), "greater than or equal to 1"),
     ],
 )
@@ -349,7 +357,7 @@ def test_wrong_arguments_are_usage_errors_before_anything_is_measured(
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(profile.timing, "ceilings", None)
     (tmp_path / "file").write_text("")
-    found = call(tmp_path / "file", "--connectors", "mlp", "--tokens", "36")
+    found = call(tmp_path / "file", "--connector", "mlp", "--tokens", "36")
     assert found.exit_code == main.Exit.USAGE
     assert "--out" in found.output and "cannot be written" in found.output
     assert "name another" in found.output

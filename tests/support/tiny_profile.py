@@ -16,11 +16,12 @@ TINY = ModelShape(
                   vocabulary=64, context=256),
     "mlp", "a test",
 )  # fmt: skip
-NAMES = "linear,mlp,pool,merge,gated,anyres"
+NAMES = ("linear", "mlp", "pool", "merge", "gated", "anyres")
+NAME = "llava-1.5-7b"  # whose place the tiny model takes
 
 
 def make_tiny(patch):
-    patch.setitem(MODELS, "tiny", TINY)
+    patch.setitem(MODELS, NAME, TINY)
     patch.setattr(profile.timing, "ceilings", lambda *_: Ceilings(1e10, 1e10))
     patch.setattr(measure_points, "ROUNDS", (3, 3))
 
@@ -31,9 +32,7 @@ def tiny(monkeypatch):
 
 
 def groups(mode="forward", tokens=(36, 9), batches=(1,), levels=("all",), names=NAMES):
-    return profile_points.points(
-        TINY, names.split(","), tokens, batches, levels, mode, 8, torch.float32
-    )
+    return profile_points.points(TINY, names, tokens, batches, levels, mode, 8, torch.float32)
 
 
 def setting(**changes):

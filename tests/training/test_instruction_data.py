@@ -101,7 +101,7 @@ def test_every_question_is_asked_once_and_the_answers_are_good_records(server, c
     (coco / "out.json").unlink()
     (coco / "out.json.journal").unlink()
     for limit, asked in ((1, 7), (2, 8)):
-        generate(coco, "--kinds", "reasoning", "--limit", limit, url=server.url)
+        generate(coco, "--kind", "reasoning", "--limit", limit, url=server.url)
         assert len(server.requests) == asked
     assert [entry.get("task") for entry in journal(coco)] == [None, "7-reasoning", "8-reasoning"]
 
@@ -141,7 +141,7 @@ def test_an_endpoint_that_gives_up_stops_the_run_and_loses_nothing(server, coco)
 
 def test_a_bad_answer_is_asked_for_again_then_recorded_and_named(server, coco):
     server.replies = [completion("no"), completion(None), good, completion("no"), completion("{}")]
-    options = ("--kinds", "reasoning", "--again", 2)
+    options = ("--kind", "reasoning", "--again", 2)
     found = generate(coco, *options, url=server.url)
     assert len(server.requests) == 6 and found.exit_code == 0  # the last was good
     asked = [[message["content"] for message in one["messages"][4:]] for one in server.requests]
@@ -199,7 +199,7 @@ def test_a_question_that_is_refused_is_recorded_and_the_others_are_asked(server,
 def test_an_answer_that_has_the_key_is_kept_without_it(server, coco, caplog):
     text = f"A dog. {KEY} A chair."
     server.replies = [completion(text), completion(text), completion(f"[{KEY}")]
-    found = generate(coco, "--kinds", "detail,reasoning", "--limit", 2, url=server.url)
+    found = generate(coco, "--kind", "detail", "--kind", "reasoning", "--limit", 2, url=server.url)
     assert journal(coco)[1]["record"]["conversations"][1]["value"] == "A dog. [the key] A chair."
     assert_no_key(coco, found, caplog)
 
@@ -245,8 +245,11 @@ def test_requests_are_as_far_apart_as_the_rate_says(server, coco, monkeypatch):
     monkeypatch.setattr(
         RateLimit.__init__, "__kwdefaults__", dict(clock=lambda: sum(waited), sleep=waited.append)
     )
+    # A retry of the client is a request too.
+    server.replies = [good, (503, SOON, b"busy")]
     assert generate(coco, "--limit", 3, url=server.url, rate=20).exit_code == 0
-    assert waited == [pytest.approx(3.0)] * 2
+    assert len(server.requests) == 4
+    assert waited == [pytest.approx(3.0)] * 3
 
 
 def test_a_dry_run_needs_no_key_and_asks_and_writes_nothing(server, coco, monkeypatch):
@@ -291,7 +294,7 @@ def test_wrong_arguments_are_named(server, coco):
         (("--images", coco / "no"), "--images: there is no folder"),
         (("--out", coco / "no" / "out.json"), "--out: there is no directory"),
         (("--out", coco / "old.json"), "and no journal of it: choose another"),
-        (("--kinds", "detail,poem"), "--kinds: 'poem', expected some of detail, reasoning"),
+        (("--kind", "poem"), "'poem' is not one of 'detail'"),
         (("--limit", "0"), "limit"),
         (("--rate", "0"), "rate"),
     ):

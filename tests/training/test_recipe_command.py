@@ -97,7 +97,7 @@ def test_the_recipes_are_listed_with_their_numbers():
 @pytest.mark.parametrize(
     "name, change, words",
     [
-        ("llava-stage3", {}, "no recipe is called 'llava-stage3'; there are llava-stage1"),
+        ("llava-stage3", {}, "'llava-stage3' is not one of 'llava-stage1'"),
         ("flamingo", {}, "given a LlavaForConditionalGeneration, of the family llava"),
         ("llava-stage1", {"--model": "nowhere"}, "nowhere has no config.json"),
         ("llava-stage1", {"--data": "nowhere"}, "there is no file nowhere"),
@@ -106,9 +106,9 @@ def test_the_recipes_are_listed_with_their_numbers():
         ("llava-stage1", {"--batch": "10"}, "a batch of 10 is no multiple of 4 examples"),
         ("llava-stage1", {"--lr": "0"}, "--lr: is 0, expected more"),
         ("llava-stage1", {"--lora": "4"}, "llava-stage1 trains no language model"),
-        ("llava-stage2", {"--dtype": "int8"}, "no dtype is called 'int8'"),
+        ("llava-stage2", {"--dtype": "int8"}, "'int8' is not one of"),
         ("llava-stage2", {"--dtype": "float16"}, "float16 is trained in on a GPU alone"),
-        ("llava-stage2", {"--format": "v7"}, "no format is called 'v7'"),
+        ("llava-stage2", {"--format": "v7"}, "'v7' is not one of"),
         ("blip2-stage1", {"--format": "v1"}, "learns captions, which have no format"),
         ("blip2-stage1", {"--device-batch": "1"}, "expected 2 pairs to contrast"),
     ],
@@ -190,14 +190,14 @@ def test_a_signal_saves_a_checkpoint_and_a_resumed_run_is_the_unbroken_one(
     assert "epochs is 1, was 2" in " ".join(found.output.replace("│", " ").split())
     monkeypatch.undo()
     found = call("llava-stage2", model, data, broken, *STAGE1, *rarely, "--resume", "--json")
-    assert "passed over: checkpoint-8 is not whole: it has no files.json" in found.stderr
+    assert "passed over: checkpoint-8 is incomplete: it has no files.json" in found.stderr
     summary = json.loads(found.stdout)
     assert summary["resumed_from"] == last.name and summary["steps"] == 6
     assert summary["losses"][1] < summary["losses"][0]
     ours, theirs = weights(broken), weights(whole)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
     assert (broken / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()
-    kept = [path.name for _, path, why in checkpoints.found(broken) if why is None]
+    kept = [path.name for _, path, why in checkpoints.list_checkpoints(broken) if why is None]
     assert kept == ["checkpoint-6", "checkpoint-4"]
 
 
@@ -236,7 +236,7 @@ def test_a_record_that_breaks_in_training_loses_no_checkpoint(tmp_path, data, mo
     found = call("llava-stage1", model, (records, own), out, *STAGE1, code=1)
     assert "unreadable image" in found.output and "correct the record" in found.output
     last, _ = checkpoints.last_complete(out)
-    assert last is not None and f"{last} is whole" in found.output.replace("\n", " ")
+    assert last is not None and f"{last} is complete" in found.output.replace("\n", " ")
     found = call("llava-stage1", model, (records, own), out, *STAGE1, "--resume", code=1)
     assert "12 unreadable image" in found.output and "nothing was trained" in found.output
 

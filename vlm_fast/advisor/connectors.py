@@ -148,7 +148,8 @@ CONNECTORS = {
         ),
         Connector(
             "merge", "Token merging and MLP", ("token merging", "MLP"), modules.quarter,
-            modules.merge, free=True, has_levels=True, ops=("bipartite_match", "merge_tokens", "mlp"),
+            modules.merge, free=True, has_levels=True,
+            ops=("bipartite_match", "merge_tokens", "mlp"),
             results=(("tokens", "LLaVA's projector of", 1024),),
         ),
         Connector(

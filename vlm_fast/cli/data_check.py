@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from vlm_fast import terminal
 from vlm_fast.cli.options import Exit, Json, print_json, stop
+from vlm_fast.training.data.chat_formats import FORMATS
 from vlm_fast.training.data.collator import Collator
 from vlm_fast.training.data.datasets import CheckResult
 from vlm_fast.training.data.datasets import check as checked
 from vlm_fast.training.data.images import WHITE, Colour, parse_background
 from vlm_fast.training.data.record_errors import BadRecord, OnBad, RecordIssue, count_by_kind
 
-SHOWN = 20  # faults of a kind that are printed as text
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[tuple(FORMATS)]
+
+SHOWN = 20  # issues of a kind that are printed as text
 Background = Annotated[
     str, typer.Option(help="What shows where a picture is transparent: a name, or #rrggbb.")
 ]
@@ -40,7 +46,7 @@ def check(
     processor: Annotated[
         Path | None, typer.Option(help="Of a model: also make each record's inputs by it.")
     ] = None,
-    format: Annotated[str | None, typer.Option(help="chat, v1 or plain; with --processor.")] = None,
+    format: Annotated[FormatName | None, typer.Option(help="With --processor.")] = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a record; with --processor.")
     ] = None,

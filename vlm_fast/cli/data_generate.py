@@ -5,12 +5,12 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vlm_fast import terminal
-from vlm_fast.cli.options import Exit, Json, print_json, stop
+from vlm_fast.cli.options import Exit, Json, enum_of, print_json, stop, values_of
 from vlm_fast.signals import handled
 from vlm_fast.training.data.generation.coco import read_scenes
 from vlm_fast.training.data.generation.endpoint import Endpoint, Unavailable
@@ -24,11 +24,16 @@ from vlm_fast.training.data.generation.run import (
     resume_log_path,
     tasks,
 )
-from vlm_fast.training.data.images import picture
+from vlm_fast.training.data.images import load_image
 from vlm_fast.training.data.record_errors import BadRecord, RecordIssue, count_by_kind
 from vlm_fast.training.data.records import Record
 
-SHOWN = 20  # annotations that are told of one by one
+if TYPE_CHECKING:
+    KindNames = list[str]
+else:
+    KindNames = list[enum_of(KINDS)]
+
+SHOWN = 20  # annotations that are named one by one
 
 
 def generate(
@@ -43,7 +48,9 @@ def generate(
     key_variable: Annotated[
         str, typer.Option(help="The environment variable that holds the key.")
     ] = "OPENAI_API_KEY",
-    kinds: Annotated[str, typer.Option(help=f"Some of {','.join(KINDS)}.")] = ",".join(KINDS),
+    kinds: Annotated[
+        KindNames | None, typer.Option("--kind", help="May be repeated; all by default.")
+    ] = None,
     rate: Annotated[float, typer.Option(min=0.001, help="Requests a minute.")] = 60.0,
     again: Annotated[
         int, typer.Option(min=0, help="How often a bad answer is asked for again.")
@@ -72,13 +79,10 @@ def generate(
             raise typer.BadParameter(f"--out: {why}")
     if out.exists() and not resume_log_path(out).exists():
         raise typer.BadParameter(f"--out: {out} is there, and no journal of it: choose another")
-    chosen = [kind.strip() for kind in kinds.split(",")]
-    if unknown := [kind for kind in chosen if kind not in KINDS]:
-        raise typer.BadParameter(f"--kinds: {unknown[0]!r}, expected some of {', '.join(KINDS)}")
     left_out: list[RecordIssue] = []
     try:
         scenes = read_scenes(captions, boxes, issues=left_out)
-        todo = tasks(scenes, dict.fromkeys(chosen), limit)
+        todo = tasks(scenes, values_of(kinds) or KINDS, limit)
         _look_at(todo, images)
     except BadRecord as bad:
         stop(Exit.FAILURE, str(bad))
@@ -89,7 +93,9 @@ def generate(
         _print_prompts(todo, limit, as_json, left_out)
         return
     try:
-        endpoint = Endpoint(model, key_variable=key_variable, base_url=base_url)
+        endpoint = Endpoint(
+            model, key_variable=key_variable, base_url=base_url, limit=RateLimit(rate)
+        )
     except ModuleNotFoundError as error:
         if error.name != "openai":
             raise
@@ -101,7 +107,7 @@ def generate(
     except ValueError as error:
         raise typer.BadParameter(f"--out: {error}") from None
     with journal:
-        run = GenerationRun(out, todo, endpoint, journal, pace=RateLimit(rate), again=again)
+        run = GenerationRun(out, todo, endpoint, journal, again=again)
         _ask(run, as_json, left_out)
 
 
@@ -158,7 +164,7 @@ def _look_at(todo: list[Task], images: Path) -> None:
     scenes = {task.scene.id: task.scene for task in todo}.values()
     records = [Record(scene.id, scene.image, scene.image, ()) for scene in scenes]
     with terminal.counter("looking at pictures") as count, ThreadPoolExecutor() as pool:
-        for done, _ in enumerate(pool.map(partial(picture, images=images), records), 1):
+        for done, _ in enumerate(pool.map(partial(load_image, images=images), records), 1):
             count(done, len(records))
 
 

@@ -16,7 +16,16 @@ import typer
 from vlm_fast import terminal
 from vlm_fast.cli.advise import advise
 from vlm_fast.cli.data import data
-from vlm_fast.cli.options import Exit, Json, OpArgument, OpOption, known_op, print_json, stop
+from vlm_fast.cli.options import (
+    Exit,
+    Json,
+    OpArgument,
+    OpOption,
+    OpsOption,
+    print_json,
+    stop,
+    values_of,
+)
 from vlm_fast.cli.profile import profile
 from vlm_fast.cli.recipe import recipe
 from vlm_fast.cli.tune import tune
@@ -112,7 +121,7 @@ def bench(
     section: Annotated[
         list[str] | None, typer.Option(help="parity, ops (the default), models, ..., or all.")
     ] = None,
-    op: Annotated[list[str] | None, typer.Option(help="Only these ops; may be repeated.")] = None,
+    op: OpsOption = None,
     shape: Annotated[list[str] | None, typer.Option(help="Only these named shapes.")] = None,
     mode: Annotated[
         list[str] | None, typer.Option(help="forward, backward, forward+backward.")
@@ -142,10 +151,8 @@ def bench(
     Exit codes: 1 also where something is slower than before, 130 where it was interrupted; what was
     measured by then is in the file.
     """
-    for name in op or []:
-        known_op(name)
     code = importlib.import_module("vlm_fast.benchmarks.cli").main(
-        sections=section or ["ops"], op=op or [], shape=shape or [], mode=mode or [],
+        sections=section or ["ops"], op=values_of(op), shape=shape or [], mode=mode or [],
         provider=provider or [], dtype=dtype, quick=quick, json_file=json_file, csv_file=csv_file,
         save=save, against=against, allowed=allowed,
     )  # fmt: skip

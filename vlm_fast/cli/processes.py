@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -10,7 +12,23 @@ import torch
 import typer
 
 from vlm_fast.cli.options import Exit
-from vlm_fast.training.recipes.processes import is_main, processes
+
+
+def is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def process_count() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def log_to_stderr() -> None:
+    """Print."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("recipe: %(message)s"))
+    logger = logging.getLogger("vlm_fast")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if is_main() else logging.CRITICAL)
 
 
 def usage_error(message: str, option: str | None = None) -> NoReturn:
@@ -21,7 +39,7 @@ def usage_error(message: str, option: str | None = None) -> NoReturn:
 
 def decided_by_main(decide: Callable[[], Any]) -> Any:
     """What the first process decides, on all of them: none goes on where that one stops."""
-    if processes() == 1:
+    if process_count() == 1:
         return decide()
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -46,7 +64,7 @@ def decided_by_main(decide: Callable[[], Any]) -> Any:
 
 def destroy_process_group() -> None:
     """The end of the process group, which NCCL wants to be told."""
-    if processes() > 1:
+    if process_count() > 1:
         from accelerate import PartialState
 
         PartialState().destroy_process_group()

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import typer
@@ -22,21 +22,20 @@ from vlm_fast.advisor.model_shapes import MODELS
 from vlm_fast.advisor.plots import duration, size, write_png
 from vlm_fast.advisor.profile_points import BATCHES, MODES, TOKENS, LayerGroup, PointGroup, points
 from vlm_fast.advisor.report_data import conditions, document, write_csv, write_json
-from vlm_fast.cli.advisor_options import (
-    ConnectorsOption,
-    ModelOption,
-    checked,
-    connectors_of,
-    known,
-    levels_of,
-    numbers,
-)
-from vlm_fast.cli.options import Exit, Json, print_json
+from vlm_fast.cli.advisor_options import ConnectorsOption, ModelOption
+from vlm_fast.cli.options import Exit, Json, enum_of, print_json, values_of
 from vlm_fast.devtools import timing
 from vlm_fast.ops.mlp import SAVED
 from vlm_fast.signals import handled
 
-DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+if TYPE_CHECKING:
+    Mode = str
+    SavedLevels = list[str]
+else:
+    Mode = Literal[tuple(MODES)]
+    SavedLevels = list[enum_of(SAVED)]
+
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}  # by device
 BUDGET, QUICK_BUDGET = 80.0, 30.0
 
 
@@ -44,17 +43,21 @@ def profile(
     model: ModelOption = "llava-1.5-7b",
     connectors: ConnectorsOption = None,
     tokens: Annotated[
-        str | None,
-        typer.Option(help=f"Visual tokens, by commas; {','.join(map(str, TOKENS))} by default."),
+        list[int] | None,
+        typer.Option(
+            min=1, help=f"Visual tokens; may be repeated. {', '.join(map(str, TOKENS))} by default."
+        ),
     ] = None,
     batch: Annotated[
-        str | None, typer.Option(help="Images at once, by commas; 1,4 by default.")
+        list[int] | None,
+        typer.Option(min=1, help="Images at once; may be repeated. 1 and 4 by default."),
     ] = None,
     saved: Annotated[
-        str | None, typer.Option(help=f"What backward keeps, by commas, of {', '.join(SAVED)}.")
+        SavedLevels | None,
+        typer.Option(help="What backward of an MLP keeps; may be repeated. All by default."),
     ] = None,
     mode: Annotated[
-        str, typer.Option(callback=known("mode", MODES), help=f"One of {', '.join(MODES)}.")
+        Mode, typer.Option(help="What is measured: forward alone, or backward too.")
     ] = "forward",
     text: Annotated[int, typer.Option(min=1, help="Tokens of text in a prompt.")] = 64,
     budget: Annotated[
@@ -85,19 +88,17 @@ def profile(
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[device]
-    names = checked("--connectors", connectors_of, connectors) or list(CONNECTORS)
-    wanted = checked("--tokens", numbers, tokens)
-    batches = checked("--batch", numbers, batch) or list(BATCHES[:1] if quick else BATCHES)
-    levels = checked("--saved", levels_of, saved) or list(SAVED)
+    names = values_of(connectors) or list(CONNECTORS)
+    batches = _unique(batch) or list(BATCHES[:1] if quick else BATCHES)
+    levels = values_of(saved) or list(SAVED)
     shape = MODELS[model]
-    if wanted is None:
-        wanted = list(_default_tokens(model, names))
+    wanted = _unique(tokens) or list(_default_tokens(model, names))
     try:
         groups = points(shape, names, wanted, batches, levels, mode, text, dtype)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--tokens") from None
     seconds = budget or (QUICK_BUDGET if quick else BUDGET)
-    checked("--out", _writable, out)
+    _check_writable(out)
 
     # On a CPU threads wait for each other, and for whatever else runs.
     with timing.one_thread() if device == "cpu" else nullcontext():
@@ -132,14 +133,19 @@ def _default_tokens(model: str, names: Sequence[str]) -> Iterator[int]:
             yield n
 
 
-def _writable(folder: Path) -> None:
+def _unique(numbers: list[int] | None) -> list[int]:
+    return list(dict.fromkeys(numbers or ()))
+
+
+def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
         why = error.strerror or type(error).__name__
-        raise typer.BadParameter(f"{folder} cannot be written: {why}; name another") from None
+        message = f"{folder} cannot be written: {why}; name another"
+        raise typer.BadParameter(message, param_hint="--out") from None
 
 
 def _measure(groups: list[PointGroup | LayerGroup], setting: MeasureSettings) -> str | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import typer
@@ -14,40 +14,41 @@ import typer
 from vlm_fast import terminal
 from vlm_fast.cli.data_check import Background, colour
 from vlm_fast.cli.options import Exit, Json, print_json, stop
-from vlm_fast.cli.processes import decided_by_main, destroy_process_group, usage_error
+from vlm_fast.cli.processes import (
+    decided_by_main,
+    destroy_process_group,
+    is_main,
+    log_to_stderr,
+    process_count,
+    usage_error,
+)
 from vlm_fast.cli.recipe_preflight import (
     check_arguments,
     check_data,
     check_model,
     starting_checkpoint,
 )
+from vlm_fast.ops.declaration import DTYPES
 from vlm_fast.training.data import BadRecord
 from vlm_fast.training.data.chat_formats import FORMATS
 from vlm_fast.training.data.record_errors import OnBad
 from vlm_fast.training.recipes import checkpoints
 from vlm_fast.training.recipes.model_parts import LANGUAGE
 from vlm_fast.training.recipes.presets import RECIPES
-from vlm_fast.training.recipes.processes import is_main, processes, say
 from vlm_fast.training.recipes.recipe import count_parameters
-from vlm_fast.training.recipes.run import DTYPES, RecipeRun, model_class, train
+from vlm_fast.training.recipes.run import RecipeRun, model_class, train
 
+if TYPE_CHECKING:
+    RecipeName = DtypeName = FormatName = str
+else:
+    RecipeName = Literal[tuple(RECIPES)]
+    DtypeName, FormatName = Literal[tuple(DTYPES)], Literal[tuple(FORMATS)]
 
-def _known(what: str, names: Any) -> Callable[[str | None], str | None]:
-    def callback(name: str | None) -> str | None:
-        if name is not None and name not in names:
-            usage_error(f"no {what} is called {name!r}; there are {', '.join(names)}")
-        return name
-
-    return callback
-
-
-Name = Annotated[
-    str | None, typer.Argument(callback=_known("recipe", RECIPES), metavar="[NAME]")
-]  # fmt: skip
+logger = logging.getLogger(__name__)
 
 
 def recipe(
-    name: Name = None,
+    name: Annotated[RecipeName | None, typer.Argument(metavar="[NAME]")] = None,
     model: Annotated[
         Path | None, typer.Option(help="A folder with a transformers model and its processor.")
     ] = None,
@@ -71,8 +72,7 @@ def recipe(
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of the data, and of dropout.")] = 42,
     dtype: Annotated[
-        str | None,
-        typer.Option(callback=_known("dtype", DTYPES), help="To compute in; the model's own."),
+        DtypeName | None, typer.Option(help="To compute in; the model's own by default.")
     ] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Compute activations again in backward.")
@@ -84,8 +84,7 @@ def recipe(
         OnBad, typer.Option(help="Stop where a record is bad, or leave it out.")
     ] = "stop",
     format: Annotated[
-        str | None,
-        typer.Option(callback=_known("format", FORMATS), help=f"One of {', '.join(FORMATS)}."),
+        FormatName | None, typer.Option(help="Of conversations; the recipe's own by default.")
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of an example.")] = None,
     background: Background = "white",
@@ -106,6 +105,7 @@ def recipe(
     if list_recipes or name is None:
         _list(as_json)
         return
+    log_to_stderr()
     needed = {"--model": model, "--data": data, "--images": images, "--out": out}
     for option, value in needed.items():
         if value is None:
@@ -136,7 +136,7 @@ def recipe(
         if as_json:
             print_json(summary)
         else:
-            say(_summary_text(run, summary))
+            logger.info(_summary_text(run, summary))
     destroy_process_group()
     if found.interrupted:
         raise typer.Exit(Exit.INTERRUPTED)
@@ -144,7 +144,8 @@ def recipe(
 
 def _list(as_json: bool) -> None:
     rows = [
-        (r.name, r.what, f"{r.lr:g}", r.batch, f"{r.epochs:g}", r.source) for r in RECIPES.values()
+        (r.name, r.description, f"{r.lr:g}", r.batch, f"{r.epochs:g}", r.source)
+        for r in RECIPES.values()
     ]
     columns = ("recipe", "trains", "lr", "batch", "epochs", "source")
     if as_json:
@@ -155,7 +156,7 @@ def _list(as_json: bool) -> None:
 
 def _stop_at_bad_record(run: RecipeRun, why: str) -> None:
     last, _ = checkpoints.last_complete(run.out)
-    kept = "there was no checkpoint yet" if last is None else f"{last} is whole"
+    kept = "there was no checkpoint yet" if last is None else f"{last} is complete"
     stop(Exit.FAILURE, f"{why}\n{kept}; correct the record and go on with --resume")
 
 
@@ -174,7 +175,7 @@ def _show_plan(run: RecipeRun, examples: int, as_json: bool) -> None:
         "recipe": chosen.name, "model": found.__name__,
         "parameters": {part: {"all": n, "learn": m} for part, (n, m) in counted.items()},
         "examples": examples, "batch": run.batch or chosen.batch, "device_batch": run.device_batch,
-        "processes": processes(),
+        "processes": process_count(),
         "accumulation": chosen.accumulation(run.device_batch, batch=run.batch),
         "steps": steps, "warmup_steps": chosen.warmup_steps(steps),
         "lr": run.lr or chosen.lr, "lora": run.lora, "source": chosen.source,
@@ -198,7 +199,7 @@ def _summary_text(run: RecipeRun, summary: dict[str, Any]) -> str:
     if summary["replaced"]:
         done += f"; another record stood in for {summary['replaced']} that could not be used"
     if summary["interrupted"]:
-        return f"interrupted after {done}; {summary['checkpoint']} is whole, go on with --resume"
+        return f"interrupted after {done}; {summary['checkpoint']} is complete, go on with --resume"
     return f"{done}; the model is in {run.out}"
 
 

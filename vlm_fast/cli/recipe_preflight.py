@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,14 @@ import torch
 
 from vlm_fast import terminal
 from vlm_fast.cli.options import Exit, stop
-from vlm_fast.cli.processes import usage_error
+from vlm_fast.cli.processes import is_main, process_count, usage_error
 from vlm_fast.training.data import BadRecord, check
 from vlm_fast.training.data.record_errors import RecordIssue, count_by_kind
 from vlm_fast.training.recipes import checkpoints
-from vlm_fast.training.recipes.processes import is_main, processes, say
 from vlm_fast.training.recipes.run import RUN, RecipeRun, dataset_and_collator, model_class
 
-SHOWN = 10  # faults
+SHOWN = 10  # bad records that are named
+logger = logging.getLogger(__name__)
 
 
 def check_arguments(run: RecipeRun, resume: bool) -> None:
@@ -45,10 +46,10 @@ def check_arguments(run: RecipeRun, resume: bool) -> None:
             usage_error(
                 f"runs on DDP; for {other} use vlm_fast.training.recipes in a script of your own"
             )
-    if run.recipe.family == "blip2-retrieval" and run.device_batch * processes() < 2:
+    if run.recipe.family == "blip2-retrieval" and run.device_batch * process_count() < 2:
         usage_error("is 1 on 1 process, expected 2 pairs to contrast at least", "--device-batch")
-    if processes() == 1 and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys():
-        say(
+    if process_count() == 1 and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys():
+        logger.info(
             "accelerate launch --cpu starts one process, whatever --num_processes; for more: "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ..."
         )
@@ -108,11 +109,11 @@ def check_data(run: RecipeRun, processor: Any) -> tuple[dict[str, Any], list[int
 
 def _report(bad: list[RecordIssue], total: int) -> None:
     for issue in bad[:SHOWN]:
-        say(str(issue))
+        logger.info(str(issue))
     if bad:
         more = f", of which {SHOWN} are shown" if len(bad) > SHOWN else ""
         kinds = ", ".join(f"{count} {kind}" for kind, count in count_by_kind(bad).items())
-        say(f"{len(bad)} faults in {total} records{more}: {kinds}")
+        logger.info(f"{len(bad)} faults in {total} records{more}: {kinds}")
 
 
 def starting_checkpoint(run: RecipeRun, resume: bool) -> Path | None:
@@ -131,8 +132,10 @@ def starting_checkpoint(run: RecipeRun, resume: bool) -> Path | None:
             usage_error(f"{run.out} is of another run: {'; '.join(changed)}", "--resume")
     last, passed = checkpoints.last_complete(run.out)
     for line in passed:
-        say(f"passed over: {line}")
+        logger.info("passed over: %s", line)
         # A list that is there lies; the files will be written again beside it.
         (run.out / line.split()[0] / checkpoints.FILE_LIST).unlink(missing_ok=True)
-    say("no whole checkpoint: from the beginning" if last is None else f"from {last.name}")
+    logger.info(
+        "no complete checkpoint: from the beginning" if last is None else f"from {last.name}"
+    )
     return last

@@ -46,6 +46,7 @@ R = TypeVar("R")
 
 OPS: dict[str, Op[..., Any]] = {}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}  # by name
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What connectors are trained with: the losses of BLIP-2's two stages, and SigLIP's."""
+"""Losses to train connectors: those of BLIP-2's two stages and SigLIP's, on any number of ranks."""
 
 from vlm_fast.training.losses.blip2_stage1 import Stage1Output as Stage1Output
 from vlm_fast.training.losses.blip2_stage1 import itm_loss as itm_loss

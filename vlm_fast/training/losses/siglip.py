@@ -1,4 +1,4 @@
-"""SigLIP's loss over the batches of all ranks: every pair of an image and a text on its own."""
+"""SigLIP's pairwise sigmoid loss over the batches of all ranks."""
 
 from __future__ import annotations
 
@@ -28,38 +28,40 @@ def siglip_loss(
 ) -> Tensor:
     """The sigmoid loss of SigLIP (arXiv 2303.15343, equation 1 and algorithm 1).
 
-    ``-logsigmoid(label * (scale * image @ text + bias))``, where the label is 1 for an image and
-    its text and -1 for all others, summed over all pairs and divided by the number of images. The
-    sign of the bias is that of algorithm 1.
+    ``-logsigmoid(label * (scale * image @ text + bias))``, where the label is 1 for a matching pair
+    and -1 for all others, summed over all pairs and divided by the number of images. The sign of
+    the bias is the one of algorithm 1.
 
-    In a process group images stay where they are and texts travel around the ring of ranks
-    (section 3.3), in their own dtype: a rank holds its own texts, those that it works on and those
-    that arrive, and a part of the logits of these. Backward sends them around again, together with
-    their gradients in float32 at least, and so every rank has to run it. What data parallelism
-    averages, the loss and the gradients, is that of one process with the whole batch. Without a
-    group, or with one rank, no collective is called.
+    In a process group images stay on their rank and texts travel around the ring of ranks (section
+    3.3), in their own dtype. A rank holds its own texts, the block it works on, the block that
+    arrives, and some of the logits. Backward sends the texts around again, together with their
+    gradients in float32 or wider, so every rank has to run it. The loss and gradients that data
+    parallelism averages are those of one process with the whole batch. With one rank no collective
+    is called.
 
-    Batches may differ among ranks, and a rank may have none: a last batch, or text without images.
+    Batch sizes may differ between ranks, and may be 0.
 
     Args:
         image_features, text_features: ``(batch, features)`` each, normalised over the last
-            dimension; a text for each image, of one dtype.
-        scale: what multiplies similarities: the exponential of SigLIP's learnable logarithm, which
-            starts at log 10. A positive number, or a floating tensor of no dimension. A tensor on a
-            GPU is not looked at: that would wait for the device.
-        bias: what is added; SigLIP's starts at -10. A number or a tensor, as the scale.
-        check_sizes: gather the sizes and dtypes of all ranks first, so that batches may differ. A
-            small collective that the host reads; leave it out where batches and dtypes are even.
+            dimension, in one dtype; row i of both is a matching pair.
+        scale: factor of similarities, the exponential of SigLIP's learnable logarithm (which starts
+            at log 10). A positive number or a floating 0-dimensional tensor. The value of a tensor
+            on a GPU is not checked, because reading it would wait for the device.
+        bias: added to scaled similarities; SigLIP starts at -10. A number or a tensor like
+            ``scale``.
+        check_sizes: gather sizes and dtypes of all ranks first, so that batches may differ. It is a
+            small collective that the host reads; switch it off if batches and dtypes are known to
+            be equal.
         group: the process group; None is the default one.
 
     Returns:
-        A scalar, computed in float32 at least, also under autocast; differentiable once: backward
-        with ``create_graph`` raises RuntimeError.
+        A scalar, computed in float32 or wider, also under autocast. Differentiable once.
 
     Raises:
         TypeError: a feature is not a floating tensor, or dtypes differ.
-        ValueError: shapes or devices do not fit, a scale that is not positive, a bias that is not
-            finite; no rank has a row; ranks differ in features or in dtype, on every rank.
+        ValueError: shapes or devices do not fit, the scale is not positive, the bias is not finite,
+            or no rank has a row; on every rank, if ranks differ in features or dtype.
+        RuntimeError: in backward with ``create_graph``.
     """
     name, wanted = "siglip_loss", "(batch, features)"
     check_pairs(name, image_features, text_features, 2, wanted)
@@ -78,7 +80,8 @@ def siglip_loss(
         raise wrong_value(name, "image_features", image_features, wanted)
     device, wide = image_features.device, torch.promote_types(image_features.dtype, torch.float32)
     with torch.autocast(device.type, enabled=False):
-        # Here, so that autograd returns gradients in the dtype and on the device they came from.
+        # Converted outside the Function, so that autograd returns gradients in the original dtype
+        # and on the original device.
         numbers = (torch.as_tensor(x, dtype=wide, device=device).reshape(()) for x in (scale, bias))
         return _SigmoidLoss.apply(image_features, text_features, *numbers, batches, world, group)
 
@@ -101,12 +104,13 @@ class _SigmoidLoss(torch.autograd.Function):
         for rank, visiting in ring_blocks(texts, *ctx.ring):
             for _, opposed in _negated_logits(scaled, visiting, bias, own=rank == world.rank):
                 loss -= F.logsigmoid(opposed.neg_()).sum()
-        # So the mean over ranks is that over all images, however many each rank has.
+        # The mean of this over ranks is the mean over all images, also if batches differ.
         return loss * (world.size / sum(batches))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph; once_differentiable would give constants
+        # create_graph is set; `once_differentiable` would silently return constants
+        if torch.is_grad_enabled():
             raise once("siglip_loss")
         images, texts, scale, bias = ctx.saved_tensors
         batches, world, group = ctx.ring
@@ -119,17 +123,18 @@ class _SigmoidLoss(torch.autograd.Function):
                 visiting, own = visiting.to(scale.dtype), rank == world.rank
                 dvisiting = torch.zeros_like(visiting)
                 for part, opposed in _negated_logits(scaled, visiting, bias, own=own):
-                    slope = opposed.sigmoid_()  # of the loss by the logit
+                    slope = opposed.sigmoid_()  # derivative of the loss by the logit
                     if own:
                         slope.diagonal(part.start).neg_()
                     dbias += slope.sum()
                     pull[part].addmm_(slope, visiting)
                     dvisiting.addmm_(slope.t(), weighted[part])
-                # What the ranks before have found of these texts has come after them.
+                # Add the gradients that previous ranks computed for these texts; they travel behind
+                # the texts.
                 if dtexts is not None:
                     dvisiting += dtexts()
                 dtexts = ring_shift(dvisiting, batches[(rank + 1) % world.size], world, group)
-        assert dtexts is not None  # at home, after the last rank
+        assert dtexts is not None  # the ring is complete: these are gradients of this rank's texts
         dscale = (pull * images).sum() * weight
         dimages = pull.mul_(scale * weight).to(images.dtype)
         return dimages, dtexts().to(texts.dtype), dscale, dbias * weight, None, None, None
@@ -138,9 +143,13 @@ class _SigmoidLoss(torch.autograd.Function):
 def _negated_logits(
     scaled: Tensor, texts: Tensor, bias: Tensor, *, own: bool
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Logits of some images at a time, with the sign against that of the label.
+    """Yield slices of images with their logits, multiplied by minus the label.
 
-    ``own``: the texts are those of the images, so that the diagonal has the label 1.
+    Args:
+        scaled: image features times the scale, ``(images, features)``.
+        texts: ``(texts, features)``.
+        bias: scalar.
+        own: whether the texts belong to these images, so that the diagonal has label 1.
     """
     texts = texts.to(scaled.dtype)
     step = max(LOGITS_AT_ONCE["cuda" if texts.is_cuda else "cpu"] // max(len(texts), 1), 1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,27 +18,25 @@ from vlm_fast.training.recipes import checkpoints
 from vlm_fast.training.recipes.blip2 import Objective
 
 LOSSES = "losses.jsonl"
+logger = logging.getLogger(__name__)
 
 
 class StopSignal:
     """Whether a signal came; a launcher sends each more than once, so the first is what counts."""
 
     def __init__(self) -> None:
-        self.came: str | None = None
+        self.signal_name: str | None = None
 
     def __call__(self, number: int, frame: Any) -> None:
-        if self.came is None:
-            self.came = signal.Signals(number).name
-            print(
-                f"recipe: {self.came}: saving a checkpoint at the end of this step",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+        if self.signal_name is None:
+            self.signal_name = signal.Signals(number).name
+            logger.info("%s: saving a checkpoint at the end of this step", self.signal_name)
 
     def anywhere(self, device: torch.device) -> bool:
         """Whether it came on any rank: all have to stop at the same step."""
         if not (dist.is_available() and dist.is_initialized()):
-            return self.came is not None
-        flag = torch.tensor(float(self.came is not None), device=device)
+            return self.signal_name is not None
+        flag = torch.tensor(float(self.signal_name is not None), device=device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
@@ -46,33 +44,33 @@ class StopSignal:
 @contextmanager
 def stop_on_signal() -> Iterator[StopSignal]:
     """SIGINT and SIGTERM end a run after its step, with a checkpoint."""
-    interruption = StopSignal()
-    with handled(interruption):
-        yield interruption
+    stop_signal = StopSignal()
+    with handled(stop_signal):
+        yield stop_signal
 
 
-def callback(
+def make_callback(
     output: Path,
-    interruption: StopSignal,
-    count: Callable[[int, int | None], None],
+    stop_signal: StopSignal,
+    progress: Callable[[int, int | None], None],
     trained: torch.nn.Module,
 ) -> Any:
     """A ``TrainerCallback`` of all this."""
     from transformers import TrainerCallback
 
-    class Watch(TrainerCallback):
+    class RecipeCallback(TrainerCallback):
         def __init__(self) -> None:
             self.interrupted = False
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-            count(state.global_step, state.max_steps)
+            progress(state.global_step, state.max_steps)
             if state.is_world_process_zero:  # what an interrupted run logged after its checkpoint
                 rows = [row for row in state.log_history if "loss" in row]
                 (output / LOSSES).write_text("".join(map(_line, rows)))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-            count(state.global_step, state.max_steps)
-            if interruption.anywhere(args.device) and state.global_step < state.max_steps:
+            progress(state.global_step, state.max_steps)
+            if stop_signal.anywhere(args.device) and state.global_step < state.max_steps:
                 self.interrupted = True
                 control.should_save = control.should_training_stop = True
 
@@ -86,10 +84,9 @@ def callback(
                 row = state.log_history[-1]
                 with (output / LOSSES).open("a") as file:
                     file.write(_line(row))
-                print(
-                    f"recipe: step {row['step']} of {state.max_steps}: loss {row['loss']:.4g}, "
-                    f"learning rate {row['learning_rate']:.3g}",
-                    file=sys.stderr, flush=True,
+                logger.info(
+                    "step %s of %s: loss %.4g, learning rate %.3g",
+                    row["step"], state.max_steps, row["loss"], row["learning_rate"],
                 )  # fmt: skip
 
         def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -99,7 +96,7 @@ def callback(
                 checkpoints.mark_complete(output / f"checkpoint-{state.global_step}")
                 checkpoints.rotate(output)
 
-    return Watch()
+    return RecipeCallback()
 
 
 def _line(row: dict[str, Any]) -> str:

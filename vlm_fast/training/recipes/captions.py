@@ -24,14 +24,15 @@ class CaptionCollator:
     """
 
     def __init__(
-        self, processor: Any, *, even: bool = False, end: str = "", length: int = LENGTH
+        self, processor: Any, *, pad_to_length: bool = False, suffix: str = "", length: int = LENGTH
     ) -> None:
         for part in ("image_processor", "tokenizer"):
             if getattr(processor, part, None) is None:
                 raise TypeError(
                     f"processor is a {type(processor).__name__}, expected one with a {part}"
                 )
-        self.processor, self.even, self.end, self.length = processor, even, end, length
+        self.processor, self.pad_to_length = processor, pad_to_length
+        self.suffix, self.length = suffix, length
 
     def __call__(self, captions: Sequence[Caption]) -> dict[str, Tensor]:
         """``pixel_values``, ``input_ids`` and ``attention_mask``.
@@ -49,8 +50,8 @@ class CaptionCollator:
             [caption.image for caption in captions], return_tensors="pt"
         )
         text = self.processor.tokenizer(
-            [caption.text + self.end for caption in captions],
-            padding="max_length" if self.even else "longest", padding_side="right",
+            [caption.text + self.suffix for caption in captions],
+            padding="max_length" if self.pad_to_length else "longest", padding_side="right",
             truncation=True, max_length=self.length, return_tensors="pt",
         )  # fmt: skip
         names = ("input_ids", "attention_mask")

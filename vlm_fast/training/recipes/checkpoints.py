@@ -7,14 +7,15 @@ looks much like any other. Here each that was finished has a list of its files, 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 
+from vlm_fast.atomic_write import write_atomically
+
 FILE_LIST = "files.json"
 NAME = re.compile(r"checkpoint-(\d+)")
-KEPT = 2
+KEPT = 2  # complete checkpoints that are not deleted
 
 
 def mark_complete(folder: Path) -> None:
@@ -24,9 +25,7 @@ def mark_complete(folder: Path) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != FILE_LIST
     }
-    part = folder / f"{FILE_LIST}.part"
-    part.write_text(json.dumps(files, indent=1))
-    os.replace(part, folder / FILE_LIST)
+    write_atomically(folder / FILE_LIST, json.dumps(files, indent=1))
 
 
 def why_incomplete(folder: Path) -> str | None:
@@ -46,7 +45,7 @@ def why_incomplete(folder: Path) -> str | None:
     return None
 
 
-def found(output: Path) -> list[tuple[int, Path, str | None]]:
+def list_checkpoints(output: Path) -> list[tuple[int, Path, str | None]]:
     """Step, folder, and why it is not whole, of all checkpoints, the last first."""
     steps = [(NAME.fullmatch(path.name), path) for path in output.glob("checkpoint-*")]
     numbered = [(int(match.group(1)), path) for match, path in steps if match and path.is_dir()]
@@ -56,14 +55,14 @@ def found(output: Path) -> list[tuple[int, Path, str | None]]:
 def last_complete(output: Path) -> tuple[Path | None, list[str]]:
     """The last whole checkpoint, or None, and a line on each that was passed over for it."""
     passed: list[str] = []
-    for _, path, why in found(output):
+    for _, path, why in list_checkpoints(output):
         if why is None:
             return path, passed
-        passed.append(f"{path.name} is not whole: {why}")
+        passed.append(f"{path.name} is incomplete: {why}")
     return None, passed
 
 
 def rotate(output: Path, kept: int = KEPT) -> None:
     """Delete whole checkpoints but the last ``kept``; one that is not whole counts for none."""
-    for _, path, _ in [one for one in found(output) if one[2] is None][kept:]:
+    for _, path, _ in [one for one in list_checkpoints(output) if one[2] is None][kept:]:
         shutil.rmtree(path)

@@ -31,7 +31,6 @@ class Recipe:
         name: as ``vlm-fast recipe`` takes it.
         family: of models it is for, one of `parts.FAMILIES`.
         trains: of "connector" and "language", those that learn.
-        what: the same in words.
         lr: the highest learning rate; of ``batch`` examples, for ``epochs``.
         source: the papers that these numbers are from, and which are not from them.
         rates: learning rates of parts that have their own.
@@ -45,7 +44,7 @@ class Recipe:
     name: str
     family: str
     trains: tuple[str, ...]
-    what: str
+    description: str
     lr: float
     batch: int
     epochs: float

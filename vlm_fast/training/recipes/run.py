@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.data import Subset
 
 import vlm_fast
 from vlm_fast import terminal
+from vlm_fast.ops.declaration import DTYPES
 from vlm_fast.training.data import Captions, Collator, Conversations
 from vlm_fast.training.data.images import WHITE, Colour
 from vlm_fast.training.data.record_errors import OnBad
@@ -23,11 +25,10 @@ from vlm_fast.training.recipes import callbacks, checkpoints
 from vlm_fast.training.recipes.blip2 import Objective, Stage1Objective
 from vlm_fast.training.recipes.captions import CaptionCollator
 from vlm_fast.training.recipes.model_parts import LANGUAGE
-from vlm_fast.training.recipes.processes import say
 from vlm_fast.training.recipes.recipe import Recipe
 
 RUN = "run.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+logger = logging.getLogger(__name__)
 # LLaVA-1.5's with adapters: rate of the adapters, of the projector, dropout; alpha is 2 * rank.
 LORA_LR, LORA_CONNECTOR_LR, LORA_DROPOUT = 2e-4, 2e-5, 0.05
 
@@ -151,18 +152,18 @@ def prepare(run: RecipeRun, model: nn.Module) -> nn.Module:
     dtype = compute_dtype(run, model)
     if run.patch:
         report = vlm_fast.patch(model)
-        left = f"; left as they are: {len(report.skipped)}" if report.skipped else ""
-        say(f"{len(report.patched)} modules are patched{left}")
+        skipped = f"; left as they are: {len(report.skipped)}" if report.skipped else ""
+        logger.info("%d modules are patched%s", len(report.patched), skipped)
     trained = run.recipe.prepare(model)
     if run.lora is not None:
-        trained = with_adapters(run, model)
+        trained = add_adapters(run, model)
     for parameter in trained.parameters():
         if parameter.requires_grad or dtype == torch.float32:
             parameter.data = parameter.data.float()  # what is frozen is never rounded
     return trained
 
 
-def with_adapters(run: RecipeRun, model: nn.Module) -> nn.Module:
+def add_adapters(run: RecipeRun, model: nn.Module) -> nn.Module:
     """LoRA on every linear of the language model's layers; the connector learns as it is."""
     from peft import LoraConfig, get_peft_model
 
@@ -192,10 +193,10 @@ def dataset_and_collator(run: RecipeRun, processor: Any) -> tuple[Any, Any]:
     records = Records(run.data, on_bad="skip")
     options: Any = {"on_bad": run.on_bad, "background": run.background}
     if run.recipe.family == "blip2-retrieval":
-        collator: Any = CaptionCollator(processor, even=True)
+        collator: Any = CaptionCollator(processor, pad_to_length=True)
         return Captions(records, run.images, **options), collator
     if run.recipe.family == "blip2":
-        return Captions(records, run.images, **options), CaptionCollator(processor, end="\n")
+        return Captions(records, run.images, **options), CaptionCollator(processor, suffix="\n")
     plain = run.recipe.name == "llava-stage1" and bool(records.has_image.all())
     collator = Collator(
         processor, format=run.format or ("plain" if plain else None), max_length=run.max_length
@@ -235,8 +236,8 @@ def train(
     trained = prepare(run, model)
     if isinstance(trained, Stage1Objective):
         trained.bos_token_id = processor.tokenizer.bos_token_id
-    read, collator = dataset_and_collator(run, processor)
-    dataset = without_records(read, bad_records)
+    every, collator = dataset_and_collator(run, processor)
+    dataset = without_records(every, bad_records)
     arguments = run.effective_recipe.training_arguments(
         run.out, len(dataset), device_batch=run.device_batch, batch=run.batch, epochs=run.epochs,
         lr=run.lr, max_steps=run.max_steps, seed=run.seed, save_strategy="steps",
@@ -249,8 +250,8 @@ def train(
     if main:
         (run.out / RUN).write_text(json.dumps(run.fixed_settings(), indent=1))
     progress = terminal.counter("training") if main else nullcontext(lambda done, total: None)
-    with progress as count, callbacks.stop_on_signal() as interruption:
-        callback = callbacks.callback(run.out, interruption, count, trained)
+    with progress as count, callbacks.stop_on_signal() as stop_signal:
+        callback = callbacks.make_callback(run.out, stop_signal, count, trained)
         trainer = Trainer(
             trained,
             arguments, train_dataset=dataset, data_collator=collator,
@@ -267,7 +268,7 @@ def train(
     return RunResult(
         state.global_step, state.max_steps, (losses[0], losses[-1]) if losses else None,
         None if last is None else last.name, None if resume is None else resume.name,
-        callback.interrupted, read.replaced,
+        callback.interrupted, every.replaced,
     )  # fmt: skip
 
 

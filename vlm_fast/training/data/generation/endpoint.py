@@ -8,6 +8,7 @@ from typing import Any
 
 from vlm_fast.training.data.generation.answers import BadAnswer
 from vlm_fast.training.data.generation.prompts import Message
+from vlm_fast.training.data.generation.rate_limit import RateLimit
 from vlm_fast.training.data.record_errors import describe
 
 # Every question would meet them again.
@@ -55,12 +56,16 @@ class Endpoint:
         base_url: str | None = None,
         retries: int = 5,
         timeout: float = 120.0,
+        limit: RateLimit | None = None,
     ) -> None:
         openai: Any = importlib.import_module("openai")  # an optional dependency
         self.model, self._errors, self._key = model, openai, _key(key_variable)
+        # A hook of the HTTP client sees every request, the client's own retries too.
+        hooks = {} if limit is None else {"request": [lambda request: limit.wait()]}
         self._client = openai.OpenAI(
-            api_key=self._key, base_url=base_url, max_retries=retries, timeout=timeout
-        )
+            api_key=self._key, base_url=base_url, max_retries=retries, timeout=timeout,
+            http_client=openai.DefaultHttpxClient(event_hooks=hooks),
+        )  # fmt: skip
 
     def ask(self, messages: list[Message]) -> str:
         """The text of the answer.

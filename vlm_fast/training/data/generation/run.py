@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from vlm_fast.atomic_write import write_atomically
 from vlm_fast.training.data.generation.answers import BadAnswer, record
 from vlm_fast.training.data.generation.coco import Scene
 from vlm_fast.training.data.generation.endpoint import Refused
 from vlm_fast.training.data.generation.prompts import EXAMPLE, KINDS, Message, messages
-from vlm_fast.training.data.generation.rate_limit import RateLimit
 from vlm_fast.training.data.generation.resume_log import ResumeLog
 from vlm_fast.training.data.record_errors import describe
 from vlm_fast.training.data.records import Progress
@@ -68,7 +67,6 @@ class GenerationRun:
         todo: all tasks of the data set, those answered before too.
         endpoint: asked for each.
         journal: what was answered before, and will be.
-        pace: waited for before each request.
         again: how often at most a task is asked again after a bad answer, which is shown to the
             model with what is wrong with it. After that it is recorded as failed.
     """
@@ -80,10 +78,9 @@ class GenerationRun:
         endpoint: ChatEndpoint,
         journal: ResumeLog,
         *,
-        pace: RateLimit | None = None,
         again: int = 2,
     ) -> None:
-        self.out, self.todo, self.endpoint, self.pace, self.again = out, todo, endpoint, pace, again
+        self.out, self.todo, self.endpoint, self.again = out, todo, endpoint, again
         self.journal = journal
 
     def go(self, progress: Progress | None = None) -> None:
@@ -99,7 +96,8 @@ class GenerationRun:
                 if progress is not None:
                     progress(done, len(self.todo))
         finally:
-            self._write()
+            content = json.dumps(self.records, indent=1, ensure_ascii=False)
+            write_atomically(self.out, content)
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -117,8 +115,6 @@ class GenerationRun:
         asked = task.messages
         why = ""
         for _ in range(1 + self.again):
-            if self.pace is not None:
-                self.pace.take()
             try:
                 content = record(task.scene, task.kind, self.endpoint.ask(asked))
             except BadAnswer as bad:
@@ -131,15 +127,6 @@ class GenerationRun:
                 self.journal.add(task.name, record=content)
                 return
         self.journal.add(task.name, failed=why)
-
-    def _write(self) -> None:
-        """Whole or not at all, whoever reads it meanwhile."""
-        beside = self.out.with_name(f".{self.out.name}.{os.getpid()}")
-        try:
-            beside.write_text(json.dumps(self.records, indent=1, ensure_ascii=False), "utf-8")
-            beside.replace(self.out)
-        finally:
-            beside.unlink(missing_ok=True)
 
 
 def _correction(bad: BadAnswer) -> list[Message]:
