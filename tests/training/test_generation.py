@@ -9,7 +9,7 @@ import pytest
 from tests.support.coco_annotations import BOXES, CAPTIONS
 from vlm_fast.training.data import BadRecord
 from vlm_fast.training.data.generation import Box, RateLimit, Scene, read_scenes
-from vlm_fast.training.data.generation.answers import BadAnswer, record
+from vlm_fast.training.data.generation.answers import BadAnswer, parse_answer
 from vlm_fast.training.data.generation.prompts import EXAMPLE, messages
 from vlm_fast.training.data.generation.resume_log import ResumeLog
 
@@ -93,10 +93,10 @@ BAD = {
 def test_an_answer_is_not_what_was_asked_for(name):
     text, words = BAD[name]
     with pytest.raises(BadAnswer, match=re.escape(words)):
-        record(EXAMPLE, "reasoning", text)
+        parse_answer(EXAMPLE, "reasoning", text)
     for few in ("[]", '[{"question": "x", "answer": "y"}]'):
         with pytest.raises(BadAnswer, match="expected a list of 2 to 10"):
-            record(EXAMPLE, "conversation", few)
+            parse_answer(EXAMPLE, "conversation", few)
 
 
 def test_answers_are_records():
@@ -104,11 +104,15 @@ def test_answers_are_records():
         '[{"question": "x", "answer": "y"}]',
         '```json\n[{"question": "x ", "answer": "y"}]\n```',
     ):
-        said = record(EXAMPLE, "reasoning", text)["conversations"]
+        said = parse_answer(EXAMPLE, "reasoning", text)["conversations"]
         assert said[0]["value"] in ("x\n<image>", "<image>\nx") and said[1]["value"] == "y"
     scenes = [replace(EXAMPLE, id=number) for number in range(50)]
-    first = [record(scene, "detail", "A dog.")["conversations"][0]["value"] for scene in scenes]
-    assert first == [record(s, "detail", "A cat.")["conversations"][0]["value"] for s in scenes]
+    first = [
+        parse_answer(scene, "detail", "A dog.")["conversations"][0]["value"] for scene in scenes
+    ]
+    assert first == [
+        parse_answer(s, "detail", "A cat.")["conversations"][0]["value"] for s in scenes
+    ]
     assert len(set(first)) > 10  # all questions, the image before and after
 
 

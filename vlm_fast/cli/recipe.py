@@ -39,7 +39,9 @@ from vlm_fast.training.recipes.recipe import count_parameters
 from vlm_fast.training.recipes.run import RecipeRun, model_class, train
 
 if TYPE_CHECKING:
-    RecipeName = DtypeName = FormatName = str
+    RecipeName = str
+    DtypeName = str
+    FormatName = str
 else:
     RecipeName = Literal[tuple(RECIPES)]
     DtypeName, FormatName = Literal[tuple(DTYPES)], Literal[tuple(FORMATS)]

@@ -1,4 +1,4 @@
-"""What connectors are trained on: LLaVA's conversation JSON, checked, as a processor's inputs."""
+"""Datasets and collators for LLaVA's conversation JSON, which check every record."""
 
 from vlm_fast.training.data.collator import Collator as Collator
 from vlm_fast.training.data.datasets import Caption as Caption

@@ -1,4 +1,4 @@
-"""A conversation as the text that a model is trained on, and where in it the answers are."""
+"""Format a conversation as training text, with the character ranges of the answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from vlm_fast.training.data.records import IMAGE_PLACEHOLDER
 if TYPE_CHECKING:
     from vlm_fast.training.data.datasets import Example
 
-# Vicuna's, which LLaVA v1 was trained with: FastChat, conversation "vicuna_v1.1" (Apache-2.0).
+# System prompt of Vicuna, with which LLaVA v1 was trained: FastChat, conversation "vicuna_v1.1"
+# (Apache-2.0).
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -31,17 +32,22 @@ CHAT_ROLES = {"human": "user", "gpt": "assistant"}
 
 @dataclass(frozen=True)
 class FormattedText:
-    """``text``, with the characters from ``start`` to ``end`` of each answer to be learned."""
+    """A text and the character ranges in it that are learned.
+
+    Attributes:
+        text: the text given to the processor.
+        answers: (start, end) of each range.
+    """
 
     text: str
     answers: tuple[tuple[int, int], ...]
 
     def with_prefix(self, beginning: str) -> FormattedText:
-        """With ``beginning`` before it, unless that is there."""
+        """Add ``beginning`` in front, unless the text already starts with it."""
         return self if self.text.startswith(beginning) else self.with_insertion(beginning, 0)
 
     def with_insertion(self, words: str, at: int) -> FormattedText:
-        """With these words put in at a place before all answers or after them."""
+        """Insert ``words`` at position ``at``, which must lie outside the answers."""
         longer = len(words)
         answers = tuple(
             (start + longer, end + longer) if start >= at else (start, end)
@@ -50,7 +56,7 @@ class FormattedText:
         return FormattedText(self.text[:at] + words + self.text[at:], answers)
 
     def stripped(self) -> FormattedText:
-        """Without the spaces at both ends."""
+        """Remove whitespace at both ends."""
         text = self.text.strip()
         shorter = self.text.index(text)
         answers = (
@@ -59,7 +65,7 @@ class FormattedText:
         return FormattedText(text, tuple(answers))
 
     def without_spaces_around(self, token: str) -> FormattedText:
-        """Without the spaces around the first ``token``, if there is one."""
+        """Remove the spaces around the first occurrence of ``token``, if there is one."""
         found = re.search(f" *{re.escape(token)} *", self.text)
         if found is None:
             return self
@@ -77,9 +83,12 @@ Format = Callable[["Example", Any], FormattedText]
 
 
 def plain(example: Example, processor: Any) -> FormattedText:
-    """LLaVA's first stage: the image, its caption and a newline; the question is dropped.
+    """Format of LLaVA's first stage: the image, its caption and a newline.
 
-    Of a conversation of several turns the first answer is the caption.
+    The question is dropped. The caption is the first answer of the conversation.
+
+    Raises:
+        ValueError: the example has no image.
     """
     if example.image is None:
         raise ValueError("the plain format is of images with captions, expected an image")
@@ -89,10 +98,11 @@ def plain(example: Example, processor: Any) -> FormattedText:
 
 
 def v1(example: Example, processor: Any) -> FormattedText:
-    """LLaVA v1's and v1.5's second stage: ``USER: ... ASSISTANT: ...</s>`` after Vicuna's prompt.
+    """Format of LLaVA v1's and v1.5's second stage: ``USER: ... ASSISTANT: ...</s>`` after Vicuna's
+    prompt.
 
-    The image stands at the beginning of its question, wherever the record has it. An answer goes
-    from the space after ``ASSISTANT:`` to the end-of-sequence token, which is learned too.
+    The image is moved to the beginning of its question. The learned range starts at the space after
+    ``ASSISTANT:`` and includes the end-of-sequence token.
     """
     end = processor.tokenizer.eos_token
     text, answers = SYSTEM, []
@@ -109,13 +119,15 @@ def v1(example: Example, processor: Any) -> FormattedText:
 
 
 def chat(example: Example, processor: Any) -> FormattedText:
-    """The processor's chat template. The image stands at the beginning of its question.
+    """The processor's chat template, with the image moved to the beginning of its question.
 
-    An answer is what the template puts between ``{% generation %}`` and ``{% endgeneration %}``. Of
-    a template without these it is all that a turn of the assistant adds after the prompt for it.
+    The learned ranges are what the template puts between ``{% generation %}`` and ``{%
+    endgeneration %}``. Without these marks they are what a turn of the assistant adds to the text
+    after the generation prompt.
 
     Raises:
-        ValueError: if a template without these marks writes earlier turns otherwise as more follow.
+        ValueError: the template has no such marks, and renders earlier turns differently when more
+            turns follow.
     """
     messages = []
     for turn in example.turns:
@@ -126,7 +138,8 @@ def chat(example: Example, processor: Any) -> FormattedText:
     if GENERATION.search(template := chat_template(processor) or ""):
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        # Not apply_chat_template, which looks for these places among tokens of the expanded image.
+        # apply_chat_template is not used here: it searches for the ranges after the image is
+        # expanded.
         rendered: Any = render_jinja_template(
             conversations=[messages],
             chat_template=template,
@@ -157,7 +170,11 @@ FORMATS: dict[str, Format] = {"plain": plain, "v1": v1, "chat": chat}
 
 
 def format_example(example: Example, processor: Any, format: str) -> FormattedText:
-    """In one of ``FORMATS``, as the processor leaves it but for the tokens of an image."""
+    """Format an example as the processor expects it, with everything but the tokens of an image.
+
+    Args:
+        format: a name in `FORMATS`.
+    """
     formatted = FORMATS[format](example, processor)
     if removes_spaces_around_image(processor):
         formatted = formatted.without_spaces_around(image_token(processor))
@@ -176,4 +193,5 @@ def format_example(example: Example, processor: Any, format: str) -> FormattedTe
 
 
 def without_placeholder(text: str) -> str:
+    """Remove the image placeholder and the whitespace around the rest."""
     return text.replace(IMAGE_PLACEHOLDER, "").strip() if IMAGE_PLACEHOLDER in text else text

@@ -1,4 +1,4 @@
-"""Examples as a model's inputs, with labels on the answers alone."""
+"""Collator for conversations: the inputs of a model, with labels on the answers only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vlm_fast.training.data.record_errors import BadRecord, RecordIssue, describ
 from vlm_fast.training.data.replacement_items import collate_or_replace
 
 IGNORED = -100
-# What has a place for each token of a row, in the results of transformers' processors.
+# Results of transformers' processors that have one value per token of a row.
 BY_TOKEN = (
     "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids",
     "image_attention_mask", "cross_attention_mask", "image_embeds_position_mask",
@@ -31,22 +31,22 @@ BY_TOKEN = (
 
 
 class Collator:
-    """Makes a batch of ``Example``: the processor's inputs and ``labels``.
+    """Turns a list of ``Example`` into the processor's inputs and ``labels``.
 
-    The text is tokenised whole, once as the processor does and once for the places of its tokens.
-    What stands before and after an image must come out the same both times, so that no label is off
-    by a token. A token is learned if it lies within an answer, or if it has a character of one that
-    is no space: one that a tokenizer merges from the end of the prompt and the beginning of the
-    answer is.
+    The text is tokenised twice: by the processor, and by its tokenizer with character offsets. Both
+    must give the same tokens before and after the image, so that no label is shifted. A token is
+    learned if it lies within an answer, or if it contains a character of an answer that is not
+    whitespace; a tokenizer can merge the end of the prompt with the beginning of the answer.
 
     Args:
-        processor: one of ``transformers``, with a fast tokenizer that has a padding token.
-        format: ``"chat"``, the processor's chat template; ``"v1"`` or ``"plain"``, LLaVA's own of
-            its two stages. By default the template if the processor has one, else ``"v1"``.
-        max_length: of a row, images included; what exceeds it is cut off at the end.
+        processor: of transformers, with a fast tokenizer that has a padding token.
+        format: "chat" for the processor's chat template, "v1" or "plain" for LLaVA's formats of its
+            two stages. None uses the template if there is one, else "v1".
+        max_length: maximal tokens of a row, including images; the rest is cut off at the end.
 
     Raises:
-        ValueError, TypeError: if the processor or the format is none of these.
+        TypeError: the processor has no fast tokenizer or takes no images with conversations.
+        ValueError: the tokenizer has no padding token, or the format is unknown or unusable.
     """
 
     def __init__(
@@ -79,21 +79,24 @@ class Collator:
         self.processor, self.format, self.max_length = processor, format, max_length
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The processor's tensors; ``labels`` is ``(batch, tokens)`` int64, -100 but on answers.
+        """Make a batch, padded on the right.
 
-        Rows are padded on the right. Without an image in the batch there are no ``pixel_values``.
+        If an example from a dataset with ``on_bad="skip"`` is refused, the next example that is
+        accepted takes its place.
 
-        An example that came from a data set with ``on_bad="skip"`` and is refused is replaced by
-        the next that is not.
+        Args:
+            examples: at least one.
+
+        Returns:
+            The processor's tensors, and ``labels`` ``(batch, tokens)`` int64, which is -100 except
+                on answers. A batch without images has no ``pixel_values``.
 
         Raises:
-            BadRecord: for an example that ``max_length`` would leave without a part of its image,
-                or without any of its answers; whose text has the processor's token of an image
-                itself; or that the processor or its template refuses, also where the processor's
-                tokens are not those of the text around its image: naming record and picture, in
-                the processor's words.
-            Exception: what the processor raises for examples each of which it takes alone.
-            ValueError: without an example.
+            BadRecord: ``max_length`` cuts off part of an image or all answers of an example; its
+                text contains the processor's own image token; or the processor or its template
+                refuses it. The message names the record and the image and quotes the processor.
+            Exception: from the processor, if it accepts each example alone but not the batch.
+            ValueError: ``examples`` is empty.
         """
         if not examples:
             raise ValueError("examples is empty, expected at least one")
@@ -129,7 +132,9 @@ class Collator:
         return formatted
 
     def _options(self, text: str) -> dict[str, Any]:
-        """Templates and processors may bring the token of the beginning themselves."""
+        """Tokenizer options; templates and processors may add the beginning-of-sequence token
+        themselves.
+        """
         begin = self.processor.tokenizer.bos_token
         brought = begin is not None and text.startswith(begin)
         if brought or writes_bos_before_image(self.processor):
@@ -137,12 +142,12 @@ class Collator:
         return {}
 
     def _learned(self, example: Example, formatted: FormattedText, ids: list[int]) -> list[int]:
-        """Which of a row's tokens belong to answers, within ``max_length``."""
+        """Positions of a row's tokens that belong to answers, up to ``max_length``."""
         text = formatted.text
         options = {**tokenizer_options(self.processor), **self._options(text)}
         own = self.processor.tokenizer(text, return_offsets_mapping=True, **options)
         before, after = self._around(example, text, own["offset_mapping"])
-        # By how much the image is longer than what stands for it in the text.
+        # The number of tokens that the processor adds when it expands the image.
         grown = len(ids) - len(own["input_ids"])
         if (
             (grown != 0 if example.image is None else grown + after < before)
@@ -176,7 +181,7 @@ class Collator:
     def _around(
         self, example: Example, text: str, places: list[tuple[int, int]]
     ) -> tuple[int, int]:
-        """The token that stands for the image and the one after it; both 0 without one."""
+        """Position of the image's first token and the token after it; (0, 0) without an image."""
         token = image_token(self.processor)
         if not token or example.image is None:
             return 0, 0
@@ -195,7 +200,7 @@ class Collator:
 
 
 def _belongs(start: int, end: int, first: int, last: int, text: str) -> bool:
-    """Whether the token of these characters is learned with the answer of those."""
+    """Whether the token at characters start..end is learned with the answer at first..last."""
     if start >= first and end <= last and (start < end or first < start < last):
         return True
     return bool(text[max(start, first) : min(end, last)].strip())

@@ -1,4 +1,4 @@
-"""Data sets of pictures with conversations or captions, and the check of a whole one."""
+"""Datasets of images with conversations or captions, and a check of a whole dataset."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Item = TypeVar("Item", bound="_Item")
-CHECKED_AT_ONCE = 512  # records whose pictures wait for a thread
+CHECKED_AT_ONCE = 512  # records whose images are queued for threads
 
 
 class _Item:
-    """What a data set gives. Sent to another process it goes without the data set behind it."""
+    """An item of a dataset. When it is pickled, its reference to the dataset is dropped."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "instead": None}
@@ -34,11 +34,16 @@ class _Item:
 
 @dataclass(frozen=True)
 class Example(_Item):
-    """A conversation about a picture in RGB, or about none; ``<image>`` stays in the text.
+    """A conversation about an image, or without one.
 
     Attributes:
-        index, file: which record of the file it is, and where its picture lies, for messages.
-        instead: gives the next example for one that a processor refuses; None where none may.
+        id: of the record.
+        image: in RGB, or None.
+        turns: of the conversation, with ``<image>`` in the text.
+        index: number of the record in its file, for messages.
+        file: path of the image, for messages.
+        replacement: returns another example if a processor refuses this one; None if there must be
+            none.
     """
 
     id: str
@@ -53,7 +58,14 @@ class Example(_Item):
 
 @dataclass(frozen=True)
 class Caption(_Item):
-    """A picture in RGB and what it shows. ``index``, ``file``, ``instead``: as of ``Example``."""
+    """An image and its caption.
+
+    Attributes:
+        id: of the record.
+        image: in RGB.
+        text: the caption.
+        index, file, replacement: see `Example`.
+    """
 
     id: str
     image: Image
@@ -66,15 +78,15 @@ class Caption(_Item):
 
 
 class ReplacedRecordWarning(UserWarning):
-    """A record's picture could not be used in training, and the next good one stood in for it."""
+    """A record could not be used in training, and the next good record took its place."""
 
 
 class UnusedKeyWarning(UserWarning):
-    """Records have a key that is not known, and are used without what it holds."""
+    """Records have an unknown key; they are used without what it holds."""
 
 
 class _ImageDataset(Dataset[Item], Generic[Item]):
-    """Records with their pictures. What is missing or unreadable is met as ``on_bad`` says."""
+    """Records with their images; ``on_bad`` decides what happens to missing or unreadable ones."""
 
     def __init__(
         self,
@@ -98,7 +110,7 @@ class _ImageDataset(Dataset[Item], Generic[Item]):
         self._kept = self._select()
         if not len(self._kept):
             raise ValueError(f"{records.path} has no good record among {records.total}")
-        # One for all workers of a DataLoader, whether forked or spawned.
+        # Shared by all workers of a DataLoader, forked or spawned.
         self._replaced = torch.zeros(len(self._kept), dtype=torch.bool).share_memory_()
         self._warned = False
 
@@ -107,22 +119,24 @@ class _ImageDataset(Dataset[Item], Generic[Item]):
 
     @property
     def replaced(self) -> int:
-        """How many records another stood in for: unreadable meanwhile, or refused in a batch."""
+        """Number of records that others replaced, because they were unreadable or refused in a
+        batch.
+        """
         return int(self._replaced.sum())
 
     def __getitem__(self, number: int) -> Item:
-        """The item of this number; with ``on_bad="skip"`` the next whose picture can be read.
+        """The item with this number; with ``on_bad="skip"`` the next one whose image can be read.
 
         Raises:
-            BadRecord: if its picture cannot be read and ``on_bad`` is ``"stop"``, or none can.
-            IndexError: past the end.
+            BadRecord: its image cannot be read and ``on_bad`` is "stop", or no image can be read.
+            IndexError: the number is out of range.
         """
         if not -len(self) <= number < len(self):
             raise IndexError(f"item {number} of {len(self)}")
         return self._first_readable(number % len(self), len(self))
 
     def _first_readable(self, place: int, count: int) -> Item:
-        """The first of so many items from this place on whose picture can be read."""
+        """The first readable item of ``count`` items from ``place`` on."""
         for step in range(count):
             at = (place + step) % len(self)
             try:
@@ -139,13 +153,14 @@ class _ImageDataset(Dataset[Item], Generic[Item]):
         raise last
 
     def _replacement_for(self, place: int, count: int, issue: RecordIssue) -> Item:
-        """The first good one after this place, of so many, for an item that was refused."""
+        """The first readable item of ``count`` items after ``place``, for a refused item."""
         self._mark_replaced(place, bad := BadRecord(issue))
         if not count:
             raise bad
         return self._first_readable(place + 1, count)
 
     def _mark_replaced(self, place: int, bad: BadRecord) -> None:
+        """Count a replaced record, and warn about the first one in this process."""
         self._replaced[place] = True
         if not self._warned:
             self._warned = True
@@ -155,7 +170,7 @@ class _ImageDataset(Dataset[Item], Generic[Item]):
             warnings.warn(f"{bad}; {words}", ReplacedRecordWarning, stacklevel=4)
 
     def record(self, number: int) -> Record:
-        """The record that the item of this number is of."""
+        """The record of the item with this number."""
         return self.records[int(self._kept[number])]
 
     def _select(self) -> torch.Tensor:
@@ -166,32 +181,33 @@ class _ImageDataset(Dataset[Item], Generic[Item]):
 
 
 class Conversations(_ImageDataset[Example]):
-    """LLaVA's training JSON as a map-style data set of ``Example``.
+    """LLaVA's training JSON as a map-style dataset of `Example`.
 
-    The file is a list of objects, or such an object a line in ``.jsonl``: ``id``, optionally
-    ``image`` (a path within ``images``), and ``conversations``, a list of ``{"from", "value"}`` by
-    "human" and "gpt" in turns. ``<image>`` stands once in a question if there is an image.
+    The file is a list of objects, or one object per line in ``.jsonl``: ``id``, optionally
+    ``image`` (a path inside ``images``), and ``conversations``, a list of ``{"from", "value"}`` by
+    "human" and "gpt" in turns. A question contains ``<image>`` exactly once if there is an image.
 
-    The shape of all records is checked here, pictures as they are used; ``check`` looks at both
-    beforehand.
+    The structure of all records is checked here; images are checked when they are read. `check`
+    checks both in advance.
 
     Args:
-        records: the file, or ``Records`` already read from it.
-        images: the folder that images lie in.
-        on_bad: ``"stop"`` raises ``BadRecord``. ``"skip"`` leaves bad records out; where a picture
-            becomes unreadable later, or a ``Collator`` refuses the example, the next good record
-            stands in for it: with one warning a process, counted by ``replaced``, the same one
-            every time.
-        background: what shows where a picture is transparent: red, green and blue from 0 to 255, or
-            a colour that ``PIL.ImageColor`` knows, such as ``"#808080"``.
-        progress: told how many bytes of the file were read, of how many.
+        records: the file, or `Records` read from it.
+        images: the folder of images.
+        on_bad: "stop" raises `BadRecord`. "skip" leaves bad records out; if an image becomes
+            unreadable later, or a `Collator` refuses an example, the next good record takes its
+            place. It is the same one every time; each process warns once, and ``replaced`` counts
+            them.
+        background: colour behind transparent pixels: red, green and blue from 0 to 255, or a name
+            that ``PIL.ImageColor`` knows, such as "#808080".
+        progress: called with the bytes read so far and the size of the file.
 
     Attributes:
-        faults: what was wrong with records left out, and warnings, in the order of the file.
+        issues: of records that were left out, and warnings, in the order of the file.
 
     Raises:
-        BadRecord, ValueError, OSError: also if no good record is left, there is no such folder, or
-            the background is no colour.
+        BadRecord: a record is bad and ``on_bad`` is "stop".
+        ValueError: no record is good, ``images`` is no folder, or the background is no colour.
+        OSError: the file cannot be read.
     """
 
     def _item(self, record: Record) -> Example:
@@ -199,10 +215,10 @@ class Conversations(_ImageDataset[Example]):
 
 
 class Captions(_ImageDataset[Caption]):
-    """The same file as pictures with captions: the first answer of each record, and no question.
+    """The same file as images with captions: the first answer of each record.
 
-    What BLIP-2 learns from, in both stages. Records without an image are left out, as no fault.
-    Arguments, attributes and errors are those of ``Conversations``.
+    BLIP-2 trains on these in both stages. Records without an image are left out. Arguments,
+    attributes and errors are those of `Conversations`.
     """
 
     def _select(self) -> torch.Tensor:
@@ -220,7 +236,13 @@ def _example(record: Record, images: Path, background: Colour) -> Example:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What the check of a data set found; numbers of records are None where it was stopped."""
+    """The result of `check`.
+
+    Attributes:
+        total: number of records; None if the check stopped early.
+        good: number of good records; None if the check stopped early.
+        issues: in the order of the file.
+    """
 
     total: int | None
     good: int | None
@@ -237,21 +259,22 @@ def check(
     background: str | tuple[int, int, int] = WHITE,
     progress: Progress | None = None,
 ) -> CheckResult:
-    """Read every record and decode every picture, each file once.
+    """Read every record and decode every image, each file once.
 
     Args:
-        records, images: as ``Conversations`` takes them.
-        on_bad: ``"stop"`` raises at the first bad record; pictures are looked at after the shape of
-            all records. ``"skip"`` goes on.
-        threads: that decode; by default as many as Python thinks fit.
-        collate: such as a ``Collator``, tried on each good record by itself: it refuses those that
-            are too long or that its processor does not take. Pictures are decoded once more for it.
-        background: as ``Conversations`` takes it, for ``collate``.
-        progress: told how many records are done, of how many.
+        records, images: see `Conversations`.
+        on_bad: "stop" raises at the first bad record, checking the structure of all records before
+            images. "skip" continues.
+        threads: that decode images; None is Python's default.
+        collate: such as a `Collator`, called on each good record alone, to find records that are
+            too long or that its processor refuses. This decodes images a second time.
+        background: see `Conversations`; used for ``collate``.
+        progress: called with the number of checked records and the number of all records.
 
     Raises:
-        BadRecord: as ``Records`` does.
-        ValueError, OSError: if there is no such file or folder.
+        BadRecord: see `Records`.
+        ValueError: ``images`` is no folder.
+        OSError: the file cannot be read.
     """
     colour = parse_background(background)
     read, images = Records(records, on_bad=on_bad), Path(images)
@@ -279,7 +302,7 @@ def check(
 def _with_issues(
     read: Records, images: Path, map_: Callable[..., Any], first: dict[str, RecordIssue | None]
 ) -> Iterator[tuple[Record, RecordIssue | None]]:
-    """Each record, with the fault of its picture if that has one; ``first`` remembers by path."""
+    """Yield each record with the issue of its image or None; ``first`` caches issues by path."""
     numbers = iter(range(len(read)))
     while batch := [read[number] for number in islice(numbers, CHECKED_AT_ONCE)]:
         new = {r.image: r for r in batch if r.image is not None and r.image not in first}

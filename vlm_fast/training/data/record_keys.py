@@ -1,4 +1,4 @@
-"""What a record holds beside an image and a conversation: refused, told, or metadata."""
+"""Decide about keys of a record that are not used: unsupported content, metadata, or unknown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNKNOWN_KEY = "unknown key"
 USED = {"record": ("id", "image", "conversations"), "turn": ("from", "value")}
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 
-# Names of media, in small letters without what stands between them, and what may follow them.
+# Names of media in lower case without separators, and suffixes that may follow them.
 MEDIA = (
     "video|image|img|picture|pic|photo|frame|clip|audio|sound|speech|voice|music|wav|pointcloud|"
     "depth|depthmap|mask|pdf|document|screenshot|media|pixelvalue"
@@ -22,12 +22,12 @@ MEDIA_SUFFIX = "path|file|filename|name|url|uri|link|list|data|byte|base|array|f
 MEDIA_KEY = re.compile(
     rf"({MEDIA})e?s?((in|input)?({MEDIA_SUFFIX})s?){{0,3}}\d*|multimodal(data|input)s?"
 )
-# They change what a model is told, or what of it is learned.
+# Keys that change the prompt, and keys that change the loss.
 INSTRUCTIONS = re.compile(
     r"system(prompt|message|instruction|text)?s?|(available)?(tool|function)s?(call)?s?"
 )
 LOSS_WEIGHTS = re.compile(r"(loss)?(weight|mask)|loss|train(able)?")
-# They say something about a record and are no part of it, as do names such as question_id.
+# Metadata: names like question_id, and the names below. They describe a record and are ignored.
 ID_KEY = re.compile(r"(^|[_.\- ])(u|uu|gu|q)?ids?$|I[dD]s?$")
 METADATA = """
 model modelname generator source sources origin datasource datasources imagesource url urls uri
@@ -45,8 +45,8 @@ MEDIA_FILE = re.compile(
     r"(?i)(data:(image|audio|video)/|.+\.(mp4|m4v|mkv|avi|mov|webm|mpe?g|wav|mp3|flac|ogg|opus|m4a|"
     r"jpe?g|jfif|png|gif|webp|bmp|tiff?|heic|heif|avif|svg|pdf|npy|npz|pt|pth|ply|pcd|dcm)$)"
 )
-# What stands for media in a text, as <video>, <audio_1>, <|video_pad|>: all but the one <image>.
-# Not <img>, which people write about.
+# Placeholders of media in a text, such as <video>, <audio_1> or <|video_pad|>, except <image>. Not
+# <img>, which people write about.
 MEDIA_PLACEHOLDER = re.compile(
     r"(?i)<\|?(?!(?-i:image)>)(image|img_context|video|vid|audio|sound|speech|music|voice|depth|"
     r"point_?cloud|3d|pdf|media)"
@@ -55,7 +55,7 @@ MEDIA_PLACEHOLDER = re.compile(
 
 
 def check_unsupported_content(content: dict[str, Any], index: int, name: str | None) -> None:
-    """Refuse a record that holds, beside what is used, what its conversation is about.
+    """Refuse a record with content that its conversation needs but that is not used.
 
     Raises:
         BadRecord: naming the key, or the turn with a placeholder of other media.
@@ -76,7 +76,7 @@ def check_unsupported_content(content: dict[str, Any], index: int, name: str | N
 
 
 def unknown_keys(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Keys that hold text or more, without being used or known as metadata; and what they hold."""
+    """Yield the keys that are neither used nor known as metadata, with their values."""
     image = content.get("image")
     for at, key, value in _unused_items(content):
         known = (
@@ -87,7 +87,7 @@ def unknown_keys(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _unused_items(content: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Where each key is that is not used and not empty, the key itself, and what it holds."""
+    """Yield position, key and value of every key that is neither used nor empty."""
     for key, value in content.items():
         if key not in USED["record"] and value not in EMPTY:
             yield key, key, value
@@ -101,7 +101,7 @@ def _is_unsupported(key: str, value: Any, image: str | None) -> bool:
     name = _normalised(key)
     if LOSS_WEIGHTS.fullmatch(name) and isinstance(value, int | float):
         return value not in (1, True)
-    if isinstance(value, int | float):  # a number or a truth: it tells of something
+    if isinstance(value, int | float):  # numbers and booleans are metadata
         return False
     if INSTRUCTIONS.fullmatch(name):
         return True
@@ -121,7 +121,7 @@ def _normalised(key: str) -> str:
 
 
 def _names_media(value: Any) -> bool:
-    """Whether it is the name of a file of media, or holds one."""
+    """Whether a value is, or contains, the name of a media file."""
     if isinstance(value, str):
         return MEDIA_FILE.match(value.strip()) is not None
     if isinstance(value, list):
@@ -130,7 +130,7 @@ def _names_media(value: Any) -> bool:
 
 
 def _names_the_image(value: Any, image: str | None) -> bool:
-    """Whether it is another name of the image that is used: its address, or its file's name."""
+    """Whether a value is another address of the used image: it ends in the same file name."""
     if image is None or not isinstance(value, str):
         return False
     return re.split(r"[/\\]", value)[-1] == re.split(r"[/\\]", image)[-1]

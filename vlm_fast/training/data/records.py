@@ -1,4 +1,4 @@
-"""LLaVA's conversation JSON, read once: the shape of every record is checked, its place kept."""
+"""Read LLaVA's conversation JSON, checking the structure of every record."""
 
 from __future__ import annotations
 
@@ -31,7 +31,12 @@ Progress = Callable[[int, int | None], None]
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says. ``<image>`` stays in the text."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: "human" or "gpt".
+        text: with ``<image>`` in it.
+    """
 
     role: Role
     text: str
@@ -39,10 +44,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Record:
-    """One record whose shape is right; the picture has not been looked at.
+    """One record with the right structure. Its image has not been read.
 
-    ``index`` counts all records of the file, bad ones too. ``image`` is a path within the folder of
-    images, or None.
+    Attributes:
+        index: number of the record in the file, counting bad ones too.
+        id: as text.
+        image: path inside the folder of images, or None.
+        turns: of the conversation.
     """
 
     index: int
@@ -52,10 +60,14 @@ class Record:
 
 
 def parse_record(content: Any, index: int) -> Record:
-    """A record out of decoded JSON.
+    """Make a record from decoded JSON.
+
+    Args:
+        content: decoded JSON.
+        index: number of the record in its file.
 
     Raises:
-        BadRecord: naming the field, what was expected and what came.
+        BadRecord: naming the field, the expected and the actual value.
     """
     name = _name(content)
 
@@ -77,7 +89,7 @@ def parse_record(content: Any, index: int) -> Record:
         refuse("wrong type", "record", "an object", content)
     of(content, "id", (str, int), "a string or a whole number", "id")
     image = None
-    if content.get("image") is not None:  # null is what exporters write where there is none
+    if content.get("image") is not None:  # exporters write null for a missing image
         image = of(content, "image", (str,), "a path within the images folder", "image")
         if (why := why_unsafe_path(image)) is not None:
             refuse("path", "image", "a path within the images folder", _Description(why))
@@ -120,7 +132,7 @@ def parse_record(content: Any, index: int) -> Record:
 
 
 class _Description(str):
-    """What came, already in words."""
+    """A description of an actual value, as opposed to the value itself."""
 
 
 def _name(content: Any) -> str | None:
@@ -129,7 +141,7 @@ def _name(content: Any) -> str | None:
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON can hold half a surrogate pair, which no tokenizer and no file name can."""
+    """Whether a text can be encoded. JSON can contain half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -138,11 +150,11 @@ def _is_unicode(text: str) -> bool:
 
 
 def why_unsafe_path(path: str) -> str | None:
-    """Why a path could lead out of the folder of images, whatever the system; or None.
+    """The reason why a path could lead out of the folder of images on any system, or None.
 
-    By its letters alone: links that lie in the folder itself were put there by its owner.
+    Only the text of the path is checked: links inside the folder were made by its owner.
     """
-    parts = PureWindowsPath(path)  # which also splits at "/"
+    parts = PureWindowsPath(path)  # splits at "/" as well as at backslashes
     if not path.strip() or "\0" in path:
         return f"{describe(path)}, no name of a file"
     if parts.anchor or parts.drive:
@@ -151,26 +163,29 @@ def why_unsafe_path(path: str) -> str | None:
 
 
 class Records:
-    """The good records of a file, decoded one by one as they are asked for.
+    """The good records of a file, decoded one at a time when they are used.
 
-    The file is decoded once, here, to check the shape of every record; kept is where each good one
-    lies, 32 bytes a record, so that a ``DataLoader``'s workers share no Python objects and a
-    process started by spawn is sent next to nothing. A JSON file must fit into memory while it is
-    read; of JSONL a line must.
+    The constructor decodes the whole file once to check the structure of every record. It keeps the
+    byte position of each good record, 32 bytes per record, so that workers of a ``DataLoader``
+    share no Python objects and spawned workers receive almost nothing. A JSON file has to fit into
+    memory while it is read; of JSONL only a line. (An incremental parser such as ijson does not
+    report byte positions.)
 
     Args:
-        path: a JSON list of records, or, if it ends in ``.jsonl`` or ``.ndjson``, a record a line.
-        on_bad: ``"stop"`` raises at the first bad record, ``"skip"`` leaves it out.
-        progress: told how many bytes were read, of how many.
+        path: a JSON list of records, or with the suffix ``.jsonl`` or ``.ndjson`` one record per
+            line.
+        on_bad: "stop" raises at the first bad record, "skip" leaves it out.
+        progress: called with the bytes read so far and the size of the file.
 
     Attributes:
-        faults: of the records left out, and warnings; of an unknown key one, at its first record.
-        total: how many records there are, with the bad ones.
+        issues: of records that were left out, and warnings. An unknown key is reported once, at its
+            first record.
+        total: number of records, including bad ones.
 
     Raises:
-        BadRecord: for a bad record; and whatever ``on_bad`` is, where the file is not JSON or its
-            top level is not a list.
-        OSError: if the file cannot be read.
+        BadRecord: a record is bad and ``on_bad`` is "stop"; or, for any ``on_bad``, the file is no
+            JSON or its top level is no list.
+        OSError: the file cannot be read.
     """
 
     def __init__(
@@ -220,21 +235,21 @@ class Records:
         return len(self._places)
 
     def __getitem__(self, number: int) -> Record:
-        """The good record of this number, counted from 0 without the bad ones.
+        """The good record with this number, counted from 0 without the bad ones.
 
         Raises:
-            RuntimeError: if the file was changed in its place meanwhile. One that another took the
-                place of is read on, but in processes started later.
+            RuntimeError: the file was changed in place. If it was replaced by another file, the old
+                file is still read, except in processes that start later.
         """
         index, start, end, _ = self._places[number].tolist()
         try:
             return parse_record(json.loads(os.pread(self._file, end - start, start)), index)
-        except ValueError:  # which it was not before
+        except ValueError:  # it was valid JSON before
             raise self._changed() from None
 
     @property
     def has_image(self) -> torch.Tensor:
-        """Which of the good records have an image, ``(records,)`` bool."""
+        """Whether each good record has an image, ``(records,)`` bool."""
         return self._places[:, 3].bool()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -242,7 +257,7 @@ class Records:
         self._open()
 
     def _open(self) -> None:
-        """A descriptor that forked workers share, which no other process's seeking can disturb."""
+        """Open the file; positioned reads are safe in forked workers that share the descriptor."""
         self._file = os.open(self.path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
         if _signature(os.fstat(self._file)) != self._signature:
@@ -252,6 +267,7 @@ class Records:
         return RuntimeError(f"{self.path} has changed since it was read: start again")
 
     def _lines_of(self) -> Iterator[tuple[Any, int, int]]:
+        """Yield content and byte range of each line of JSONL."""
         start = 0
         with self.path.open("rb") as file:
             for line in file:
@@ -266,7 +282,7 @@ class Records:
                 start = end
 
     def _list_of(self) -> Iterator[tuple[Any, int, int]]:
-        """Contents and places in bytes, of a JSON list, in one pass over its text."""
+        """Yield content and byte range of each element of a JSON list, in one pass."""
         content = self.path.read_bytes()
         bytes_before = 3 * content.startswith(b"\xef\xbb\xbf")
         try:

@@ -1,4 +1,4 @@
-"""A batch in spite of what a processor refuses: the item is named, and another may stand in."""
+"""Collate items, replacing those that a processor refuses."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from vlm_fast.training.data.record_errors import BadRecord, RecordIssue, describe
 
 REFUSED = "refused by the processor"
-WORDS = 300  # characters of what the processor says
+WORDS = 300  # characters of the processor's message
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 class Item(Protocol):
-    """An example or a caption; ``instead`` gives another for it, where one may stand in."""
+    """An example or a caption; ``replacement`` returns another one if this may be replaced."""
 
     @property
     def id(self) -> str: ...
@@ -33,11 +33,11 @@ Batch = TypeVar("Batch")
 
 
 def collate_or_replace(items: Sequence[Some], make: Callable[[Sequence[Some]], Batch]) -> Batch:
-    """``make(items)``. Where it fails, each item is tried alone, and those refused are replaced.
+    """Call ``make(items)``; if it fails, try each item alone and replace those that are refused.
 
     Raises:
-        BadRecord: naming an item that is refused alone, if nothing may stand in for it.
-        Exception: what ``make`` raises, where each item alone is accepted.
+        BadRecord: an item is refused alone and has no replacement.
+        Exception: from ``make``, if it accepts each item alone.
     """
     try:
         return make(items)
@@ -51,7 +51,7 @@ def collate_or_replace(items: Sequence[Some], make: Callable[[Sequence[Some]], B
 
 
 def _accepted_or_replacement(item: Some, make: Callable[[Sequence[Some]], object]) -> Some:
-    """The item, or the first that stands in for it and is not refused."""
+    """The item if it is accepted, or its first replacement that is."""
     while True:
         try:
             make([item])

@@ -1,4 +1,4 @@
-"""The stages in which these models are trained: what is frozen, and the numbers of the papers."""
+"""Training recipes: which parts of a model train in each stage, and the papers' settings."""
 
 from vlm_fast.training.recipes.blip2 import Stage1Objective as Stage1Objective
 from vlm_fast.training.recipes.blip2 import Stage2Objective as Stage2Objective

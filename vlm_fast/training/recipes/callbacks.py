@@ -1,4 +1,4 @@
-"""What a run tells and minds while Trainer trains: progress, losses, signals, whole checkpoints."""
+"""The Trainer callback of a recipe: progress, a file of losses, stop signals, checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 class StopSignal:
-    """Whether a signal came; a launcher sends each more than once, so the first is what counts."""
+    """A signal handler that remembers the first signal. Launchers send a signal more than once.
+
+    Attributes:
+        signal_name: such as "SIGTERM"; None if no signal was received.
+    """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
@@ -33,7 +37,11 @@ class StopSignal:
             logger.info("%s: saving a checkpoint at the end of this step", self.signal_name)
 
     def anywhere(self, device: torch.device) -> bool:
-        """Whether it came on any rank: all have to stop at the same step."""
+        """Whether any rank received a signal. All ranks have to stop at the same step.
+
+        Args:
+            device: of the tensor that is reduced over ranks.
+        """
         if not (dist.is_available() and dist.is_initialized()):
             return self.signal_name is not None
         flag = torch.tensor(float(self.signal_name is not None), device=device)
@@ -43,7 +51,7 @@ class StopSignal:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopSignal]:
-    """SIGINT and SIGTERM end a run after its step, with a checkpoint."""
+    """Inside, SIGINT and SIGTERM do not interrupt; they ask the run to stop after its step."""
     stop_signal = StopSignal()
     with handled(stop_signal):
         yield stop_signal
@@ -55,7 +63,14 @@ def make_callback(
     progress: Callable[[int, int | None], None],
     trained: torch.nn.Module,
 ) -> Any:
-    """A ``TrainerCallback`` of all this."""
+    """Make the ``TrainerCallback`` of a recipe.
+
+    Args:
+        output: the folder of checkpoints and of ``losses.jsonl``.
+        stop_signal: is asked after each step whether to stop.
+        progress: called with the number of finished steps and the number of all steps.
+        trained: the module that is trained; the loss terms of an `Objective` are logged too.
+    """
     from transformers import TrainerCallback
 
     class RecipeCallback(TrainerCallback):
@@ -64,7 +79,8 @@ def make_callback(
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             progress(state.global_step, state.max_steps)
-            if state.is_world_process_zero:  # what an interrupted run logged after its checkpoint
+            # drops rows that an interrupted run logged after its last checkpoint
+            if state.is_world_process_zero:
                 rows = [row for row in state.log_history if "loss" in row]
                 (output / LOSSES).write_text("".join(map(_line, rows)))
 
@@ -91,7 +107,7 @@ def make_callback(
 
         def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             if dist.is_available() and dist.is_initialized():
-                dist.barrier()  # until every rank has written its own
+                dist.barrier()  # wait until every rank has written its files
             if state.is_world_process_zero:
                 checkpoints.mark_complete(output / f"checkpoint-{state.global_step}")
                 checkpoints.rotate(output)

@@ -1,7 +1,8 @@
-"""Checkpoints that a run can go on from: written to their end, by every process.
+"""Find, mark and delete checkpoints, telling complete ones from those that a crash left unfinished.
 
-Trainer writes a checkpoint file by file, so one that was being written when the process was killed
-looks much like any other. Here each that was finished has a list of its files, written last.
+Trainer writes a checkpoint file by file, so a checkpoint that was being written during a crash
+looks like any other. Therefore each complete checkpoint gets a list of its files and their sizes,
+which is written last. Trainer's own ``save_total_limit`` would count unfinished checkpoints.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ KEPT = 2  # complete checkpoints that are not deleted
 
 
 def mark_complete(folder: Path) -> None:
-    """Say that a checkpoint is whole: call it once every process has written its files."""
+    """Write the list of files of a checkpoint, after every process has written its files."""
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
@@ -29,7 +30,7 @@ def mark_complete(folder: Path) -> None:
 
 
 def why_incomplete(folder: Path) -> str | None:
-    """Why a checkpoint cannot be gone on from, or None."""
+    """The reason why a checkpoint cannot be resumed from, or None."""
     try:
         files = json.loads((folder / FILE_LIST).read_text())
     except FileNotFoundError:
@@ -46,14 +47,16 @@ def why_incomplete(folder: Path) -> str | None:
 
 
 def list_checkpoints(output: Path) -> list[tuple[int, Path, str | None]]:
-    """Step, folder, and why it is not whole, of all checkpoints, the last first."""
+    """Step, folder and reason why it is incomplete of each checkpoint, newest first."""
     steps = [(NAME.fullmatch(path.name), path) for path in output.glob("checkpoint-*")]
     numbered = [(int(match.group(1)), path) for match, path in steps if match and path.is_dir()]
     return [(step, path, why_incomplete(path)) for step, path in sorted(numbered, reverse=True)]
 
 
 def last_complete(output: Path) -> tuple[Path | None, list[str]]:
-    """The last whole checkpoint, or None, and a line on each that was passed over for it."""
+    """The newest complete checkpoint or None, and a sentence about each newer one that is
+    incomplete.
+    """
     passed: list[str] = []
     for _, path, why in list_checkpoints(output):
         if why is None:
@@ -63,6 +66,6 @@ def last_complete(output: Path) -> tuple[Path | None, list[str]]:
 
 
 def rotate(output: Path, kept: int = KEPT) -> None:
-    """Delete whole checkpoints but the last ``kept``; one that is not whole counts for none."""
+    """Delete all but the newest ``kept`` complete checkpoints. Incomplete ones are not counted."""
     for _, path, _ in [one for one in list_checkpoints(output) if one[2] is None][kept:]:
         shutil.rmtree(path)

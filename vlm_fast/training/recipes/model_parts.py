@@ -1,4 +1,4 @@
-"""The parts of a transformers model that recipes train or freeze, found by its structure."""
+"""Find the parts of a transformers model that recipes train or freeze, by its module structure."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FAMILIES = {
 
 @dataclass
 class ModelParts:
-    """Which module, or parameter of its own, belongs to which part.
+    """The vision encoder and the connector of a model; everything else is the language model.
 
     Attributes:
         family: one of `FAMILIES`.
-        inner: the module whose forward takes pixels and gives hidden states to the head.
+        inner: the module whose forward takes pixels and returns hidden states.
         tower: the vision encoder.
-        connector: names of the connector's modules and parameters within the model.
+        connector: names of the connector's modules and parameters in the whole model.
     """
 
     family: str
@@ -35,7 +35,7 @@ class ModelParts:
     connector: list[str] = field(default_factory=list)
 
     def label_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
-        """Name, parameter and part of each; what is neither tower nor connector is language."""
+        """Yield name, parameter and part ("tower", "connector" or "language") of each parameter."""
         in_tower = {id(p) for p in self.tower.parameters()}
         for name, parameter in model.named_parameters():
             if id(parameter) in in_tower:
@@ -50,7 +50,7 @@ def find_parts(model: nn.Module) -> ModelParts:
     """The parts of a transformers model, patched or not.
 
     Raises:
-        TypeError: the model is of none of `FAMILIES`; names what it is.
+        TypeError: the model belongs to none of `FAMILIES`.
     """
     inner: Any = model.model if isinstance(getattr(model, "model", None), nn.Module) else model
     prefix = "" if inner is model else "model."

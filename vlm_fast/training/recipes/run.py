@@ -1,4 +1,4 @@
-"""A recipe run to its end on a local model and data: load, patch, train by Trainer, save."""
+"""Run a recipe on local files: load, patch, train with Trainer, save."""
 
 from __future__ import annotations
 
@@ -29,13 +29,36 @@ from vlm_fast.training.recipes.recipe import Recipe
 
 RUN = "run.json"
 logger = logging.getLogger(__name__)
-# LLaVA-1.5's with adapters: rate of the adapters, of the projector, dropout; alpha is 2 * rank.
+# LLaVA-1.5's settings for LoRA: learning rates of adapters and projector, and dropout; alpha is 2 *
+# rank.
 LORA_LR, LORA_CONNECTOR_LR, LORA_DROPOUT = 2e-4, 2e-5, 0.05
 
 
 @dataclass(frozen=True)
 class RecipeRun:
-    """What was asked for; see ``vlm-fast recipe --help``."""
+    """The settings of a run.
+
+    Attributes:
+        recipe: the recipe.
+        model: folder of a transformers model and its processor.
+        data: LLaVA's conversation JSON or JSONL.
+        images: the folder of images.
+        out: the folder of checkpoints and of the trained model.
+        epochs, lr, batch: replace the recipe's.
+        device_batch: examples on one device at once.
+        max_steps: last step; None trains all epochs.
+        save_every: steps between checkpoints.
+        seed: of the data order, new parameters and dropout.
+        dtype: name of the dtype to compute in; None is the model's own.
+        checkpointing: whether to recompute activations in backward.
+        lora: rank of adapters in the language model; None trains it in full.
+        on_bad: "stop" or "skip", what to do with bad records.
+        format: of conversations, one of `chat_formats.FORMATS`.
+        max_length: tokens of an example.
+        background: colour behind transparent pixels.
+        patch: whether to use `vlm_fast.patch`.
+        workers: data loader processes.
+    """
 
     recipe: Recipe
     model: Path
@@ -61,16 +84,16 @@ class RecipeRun:
 
     @property
     def effective_recipe(self) -> Recipe:
-        """The recipe, with the rates of adapters where there are any."""
+        """The recipe, with LLaVA's learning rates for adapters if there are any."""
         if self.lora is None:
             return self.recipe
         return replace(self.recipe, lr=LORA_LR, rates={"connector": LORA_CONNECTOR_LR})
 
     def fixed_settings(self) -> dict[str, Any]:
-        """All that a run that is resumed must not change."""
+        """The settings that must not change when a run is resumed, as JSON values."""
         recipe = self.effective_recipe
         names = ("seed", "dtype", "lora", "format", "max_length", "max_steps")
-        background = list(self.background)  # as JSON gives it back
+        background = list(self.background)  # a list, as JSON returns it
         paths = ("model", "data", "images")
         return {
             "recipe": recipe.name,
@@ -85,14 +108,16 @@ class RecipeRun:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
-        steps: of the optimizer, in all; of how many.
-        losses: of the first and the last step that was logged.
-        checkpoint: the last whole one.
-        interrupted: whether a signal ended it.
-        replaced: records in whose place another was taken.
+        steps: optimizer steps so far.
+        of: steps of the complete run.
+        losses: of the first and the last logged step.
+        checkpoint: name of the last complete checkpoint.
+        resumed_from: name of the checkpoint that the run started from.
+        interrupted: whether a signal ended the run.
+        replaced: number of records that others replaced.
     """
 
     steps: int
@@ -105,10 +130,10 @@ class RunResult:
 
 
 def model_class(folder: Path) -> tuple[Any, Any]:
-    """The class of transformers that a local checkpoint is of, and its config.
+    """The transformers class of a local checkpoint, and its config.
 
     Raises:
-        ValueError: there is no config, or it names no class of this transformers.
+        ValueError: the config is missing, or names a class that transformers does not have.
     """
     import transformers
 
@@ -129,14 +154,14 @@ def model_class(folder: Path) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class PretrainedState:
-    """What of a model training changes and saving gives back."""
+    """What saving restores: the config and dtypes that the model had on disk."""
 
     config: Any
     dtypes: dict[str, torch.dtype]
 
 
 def load(run: RecipeRun) -> tuple[nn.Module, PretrainedState]:
-    """The model as it is on disk."""
+    """Load the model in the dtype of its files, with its `PretrainedState`."""
     found, _ = model_class(run.model)
     model = found.from_pretrained(run.model, dtype="auto", local_files_only=True)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
@@ -144,11 +169,16 @@ def load(run: RecipeRun) -> tuple[nn.Module, PretrainedState]:
 
 
 def compute_dtype(run: RecipeRun, model: Any) -> torch.dtype:
+    """The dtype that forward and backward compute in."""
     return model.dtype if run.dtype is None else DTYPES[run.dtype]
 
 
 def prepare(run: RecipeRun, model: nn.Module) -> nn.Module:
-    """Patch, freeze, add adapters, and give weights their dtypes; what Trainer is to train."""
+    """Patch, freeze, add adapters, and convert trainable weights to float32.
+
+    Returns:
+        The module that Trainer trains.
+    """
     dtype = compute_dtype(run, model)
     if run.patch:
         report = vlm_fast.patch(model)
@@ -159,12 +189,13 @@ def prepare(run: RecipeRun, model: nn.Module) -> nn.Module:
         trained = add_adapters(run, model)
     for parameter in trained.parameters():
         if parameter.requires_grad or dtype == torch.float32:
-            parameter.data = parameter.data.float()  # what is frozen is never rounded
+            # frozen weights keep their dtype, so that they are never rounded
+            parameter.data = parameter.data.float()
     return trained
 
 
 def add_adapters(run: RecipeRun, model: nn.Module) -> nn.Module:
-    """LoRA on every linear of the language model's layers; the connector learns as it is."""
+    """Add LoRA to every linear of the language model's layers; the connector trains in full."""
     from peft import LoraConfig, get_peft_model
 
     parts = run.recipe.parts(model)
@@ -189,7 +220,7 @@ def add_adapters(run: RecipeRun, model: nn.Module) -> nn.Module:
 
 
 def dataset_and_collator(run: RecipeRun, processor: Any) -> tuple[Any, Any]:
-    """The data set and what makes its batches; records of the wrong shape are left out."""
+    """The dataset, without malformed records, and the collator of a run."""
     records = Records(run.data, on_bad="skip")
     options: Any = {"on_bad": run.on_bad, "background": run.background}
     if run.recipe.family == "blip2-retrieval":
@@ -205,7 +236,7 @@ def dataset_and_collator(run: RecipeRun, processor: Any) -> tuple[Any, Any]:
 
 
 def without_records(dataset: Any, bad_records: list[int]) -> Any:
-    """The data set without records of these numbers of the file."""
+    """The dataset without the records of these numbers in the file."""
     if not bad_records:
         return dataset
     bad = set(bad_records)
@@ -215,22 +246,22 @@ def without_records(dataset: Any, bad_records: list[int]) -> Any:
 def train(
     run: RecipeRun, processor: Any, bad_records: list[int], resume: Path | None, main: bool
 ) -> RunResult:
-    """Train, with checkpoints in ``run.out``, and save the model there.
+    """Train with checkpoints in ``run.out``, and save the model there.
 
     Args:
         processor: of the model.
-        bad_records: their numbers in the file; they are left out.
-        resume: the checkpoint to go on from.
-        main: whether this process is the one that writes and talks.
+        bad_records: numbers of records in the file that are left out.
+        resume: the checkpoint to resume from; None starts from the beginning.
+        main: whether this process writes files and shows progress.
 
     Raises:
-        BadRecord: a record cannot be used and ``on_bad`` is ``"stop"``; checkpoints stay.
+        BadRecord: a record cannot be used and ``on_bad`` is "stop"; checkpoints are kept.
     """
     from transformers import PrinterCallback, Trainer, set_seed
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of loading and saving: `tables.counter` has the one bar
-    set_seed(run.seed)  # heads and adapters begin at random
+    disable_progress_bar()  # of loading and saving; `terminal.counter` shows progress
+    set_seed(run.seed)  # heads and adapters are initialised randomly
     model, pretrained = load(run)
     dtype = compute_dtype(run, model)
     trained = prepare(run, model)
@@ -273,7 +304,10 @@ def train(
 
 
 def save(run: RecipeRun, trained: Any, pretrained: PretrainedState, processor: Any) -> None:
-    """The model with plain keys and its own dtypes, the processor, and what the stage adds."""
+    """Save the model under transformers' keys and in its original dtypes, and its processor.
+
+    Adapters are saved separately and then merged. An `Objective` saves its own parameters.
+    """
     if run.lora is not None:
         trained.save_pretrained(run.out / "adapter")
         trained = trained.merge_and_unload()
@@ -282,6 +316,6 @@ def save(run: RecipeRun, trained: Any, pretrained: PretrainedState, processor: A
     model: Any = trained.model if isinstance(trained, Objective) else trained
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         tensor.data = tensor.data.to(pretrained.dtypes.get(name, tensor.dtype))
-    model.config = pretrained.config  # Trainer switches its cache off
+    model.config = pretrained.config  # Trainer sets use_cache to False
     model.save_pretrained(run.out)
     processor.save_pretrained(run.out)

@@ -1,4 +1,7 @@
-"""Instruction data out of captions and boxes, by a language model that sees neither image."""
+"""Generate instruction data from captions and boxes with a language model.
+
+The method is LLaVA's (arXiv 2304.08485, section 3): the language model sees no images.
+"""
 
 from vlm_fast.training.data.generation.coco import Box as Box
 from vlm_fast.training.data.generation.coco import Scene as Scene

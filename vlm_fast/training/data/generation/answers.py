@@ -1,4 +1,4 @@
-"""What a language model answered, as a conversation record, or why it cannot be one."""
+"""Turn the answer of a language model into a conversation record."""
 
 from __future__ import annotations
 
@@ -16,18 +16,27 @@ PAIRS = {"reasoning": (1, 1), "conversation": (2, 10)}
 
 
 class BadAnswer(ValueError):
-    """An answer that is not what was asked for. ``text`` is what came, where text came."""
+    """An answer that does not have the requested form.
+
+    Attributes:
+        text: the answer, if it was text.
+    """
 
     def __init__(self, why: str, text: str = "") -> None:
         super().__init__(why)
         self.text = text
 
 
-def record(scene: Scene, kind: str, text: str) -> dict[str, Any]:
-    """LLaVA's JSON record of an answer; ``<image>`` stands before or after the first question.
+def parse_answer(scene: Scene, kind: str, text: str) -> dict[str, Any]:
+    """LLaVA's JSON record of an answer, with ``<image>`` before or after the first question.
+
+    Args:
+        scene: the image that the answer is about.
+        kind: one of `prompts.KINDS`.
+        text: the answer.
 
     Raises:
-        BadAnswer: if it is no text, or not the JSON that was asked for, or ``parse`` refuses it.
+        BadAnswer: the answer is empty, is not the requested JSON, or `parse_record` refuses it.
     """
     name = f"{scene.id}-{kind}"
     if not text.strip():

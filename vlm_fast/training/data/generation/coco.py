@@ -1,4 +1,4 @@
-"""COCO's annotation JSON: what is said of each picture, and what is where in it."""
+"""Read COCO's annotation JSON: captions and boxes of images."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from vlm_fast.training.data.record_errors import BadRecord, RecordIssue, count_b
 from vlm_fast.training.data.records import why_unsafe_path
 
 NUMBER = (int, float)
-FAR = 1e9  # pixels, beyond which no number is one of a picture
-CROWD = "group of"  # stands before the category of a box around several objects
+FAR = 1e9  # pixels; no image is larger
+CROWD = "group of"  # prefix of the category of a box around several objects
 
 
 @dataclass(frozen=True)
 class Box:
-    """An object: its category, and left, top, right and bottom as shares of width and height.
+    """A bounding box.
 
-    A crowd, which is a box around several objects that were not told apart, has ``CROWD`` before
-    its category.
+    Attributes:
+        name: category of the object. A crowd, that is a box around several objects, has the prefix
+            `CROWD`.
+        x1, y1, x2, y2: left, top, right and bottom, as fractions of width and height.
     """
 
     name: str
@@ -33,7 +35,14 @@ class Box:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that is known of a picture. ``image`` is its file's name within the folder of images."""
+    """Captions and boxes of an image.
+
+    Attributes:
+        id: COCO's id of the image.
+        image: file name inside the folder of images.
+        captions: at least one.
+        boxes: may be empty.
+    """
 
     id: int
     image: str
@@ -44,23 +53,23 @@ class Scene:
 def read_scenes(
     captions: Path, boxes: Path, *, issues: list[RecordIssue] | None = None
 ) -> list[Scene]:
-    """The pictures that have a caption, in the order of the file of captions.
+    """The images that have a caption, in the order of the caption file.
 
-    Left out are boxes that are none within their picture: without width or height, with numbers
-    that are not finite, outside of it, or missing. So are pictures and categories of which two have
-    one id. Boxes that reach out of their picture end at its edge.
+    Boxes that are not inside their image are left out: without width or height, with numbers that
+    are not finite, outside the image, or missing. So are images and categories that share an id
+    with a different one. Boxes that extend beyond their image are clipped.
 
     Args:
         captions: COCO's ``captions_*.json``: ``images`` (``id``, ``file_name``, ``width``,
             ``height``) and ``annotations`` (``image_id``, ``caption``).
         boxes: COCO's ``instances_*.json``: ``annotations`` (``image_id``, ``category_id``, ``bbox``
             as left, top, width and height in pixels, ``iscrowd``) and ``categories`` (``id``,
-            ``name``). Annotations of other pictures are passed over.
-        faults: gets what is left out, and crowds; without it a warning counts them.
+            ``name``). Annotations of other images are ignored.
+        issues: receives what is left out, and crowds. If it is None, a warning counts them.
 
     Raises:
-        BadRecord: naming the file, the entry and the field that is not so.
-        OSError: if a file cannot be read.
+        BadRecord: an entry has a wrong field; names the file, the entry and the field.
+        OSError: a file cannot be read.
     """
     said, seen = _Annotations(captions), _Annotations(boxes)
     told: list[RecordIssue] = []
@@ -109,7 +118,7 @@ Picture = tuple[str, float, float]
 
 
 def _pictures(said: _Annotations, told: list[RecordIssue]) -> dict[int, Picture | None]:
-    """Name, width and height by id; None where several pictures have it."""
+    """File name, width and height by id; None if different images share the id."""
     found = []
     for entry in said.entries("images"):
         name = entry.of("file_name", (str,), "a file's name")
@@ -124,10 +133,7 @@ def _pictures(said: _Annotations, told: list[RecordIssue]) -> dict[int, Picture 
 
 
 def _unique(entries: list[tuple[_Entry, int, Any]], told: list[RecordIssue]) -> dict[int, Any]:
-    """What has each id; None where different things have it, since nobody can tell which is meant.
-
-    Those that say the same twice count as one.
-    """
+    """Content by id; None if different contents share the id. Equal entries count as one."""
     found: dict[int, Any] = {}
     first: dict[int, tuple[_Entry, Any]] = {}
     for entry, number, content in entries:
@@ -140,7 +146,7 @@ def _unique(entries: list[tuple[_Entry, int, Any]], told: list[RecordIssue]) -> 
 
 
 def _box(entry: _Entry, name: str | None, image: Picture, told: list[RecordIssue]) -> Box | None:
-    """A box within its picture, or None and why in ``told``."""
+    """A box inside its image; or None, with the reason added to ``told``."""
     number, (_, width, height) = entry.content["image_id"], image
     corner = entry.content.get("bbox")
     wanted = "a box of some width and height within its picture"
@@ -155,7 +161,8 @@ def _box(entry: _Entry, name: str | None, image: Picture, told: list[RecordIssue
         return None
     left, top, wide, high = corner
     edges = [0.0] * 4
-    if all(abs(edge) < FAR for edge in corner) and wide > 0 and high > 0:  # NaN is below nothing
+    # comparisons with NaN are False
+    if all(abs(edge) < FAR for edge in corner) and wide > 0 and high > 0:
         edges = [left / width, top / height, (left + wide) / width, (top + high) / height]
     x1, y1, x2, y2 = (round(min(max(edge, 0.0), 1.0), 3) for edge in edges)
     if not (x1 < x2 and y1 < y2):
@@ -170,7 +177,7 @@ def _box(entry: _Entry, name: str | None, image: Picture, told: list[RecordIssue
 
 @dataclass(frozen=True)
 class _Entry:
-    """One object of a list, which knows where it is from."""
+    """An entry of a list in an annotation file, with its position for messages."""
 
     file: str
     part: str
@@ -200,7 +207,7 @@ class _Entry:
 
 
 class _Annotations:
-    """One annotation file, decoded."""
+    """A decoded annotation file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

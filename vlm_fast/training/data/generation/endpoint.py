@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint, through the ``openai`` client."""
+"""An OpenAI-compatible endpoint, called through the ``openai`` client."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from vlm_fast.training.data.generation.prompts import Message
 from vlm_fast.training.data.generation.rate_limit import RateLimit
 from vlm_fast.training.data.record_errors import describe
 
-# Every question would meet them again.
+# HTTP status codes that every further request would get too.
 FATAL = (401, 403, 404)
-SECRET = 12  # letters: a shorter key, as "none", is a word that answers may have
-RETRIED = (408, 409, 429)  # and from 500 on, by the client
+SECRET = 12  # characters; a shorter key, such as "none", may be a word of an answer
+RETRIED = (408, 409, 429)  # these and 5xx are retried by the client
 
 
 class Unavailable(RuntimeError):
-    """The endpoint answers nothing, whatever is asked. What was answered so far is not lost.
+    """The endpoint answers no request any more.
 
-    ``refused``: it does answer, and does not accept the key, the address or the model.
+    Attributes:
+        refused: whether it does not accept the key, the address or the model.
     """
 
     def __init__(self, why: str, refused: bool = False) -> None:
@@ -29,23 +30,24 @@ class Unavailable(RuntimeError):
 
 
 class Refused(ValueError):
-    """The endpoint will not answer this question, however often it is asked."""
+    """The endpoint refuses this request, and would refuse it again."""
 
 
 class Endpoint:
-    """Asks a model. The key appears in no text that comes out of it, errors included.
+    """Sends chat requests to a model. No text that it returns or raises contains the key.
 
     Args:
         model: its name at the endpoint.
         key_variable: the environment variable that holds the key.
-        base_url: such as ``http://127.0.0.1:8000/v1``; by default the client's.
-        retries: of the client's own, after 408, 409, 429 and 5xx, as ``Retry-After`` says, and
-            after lost connections.
-        timeout: seconds for an answer.
+        base_url: such as ``http://127.0.0.1:8000/v1``; None is the client's default.
+        retries: of the client after 408, 409, 429, 5xx and lost connections; it respects
+            ``Retry-After``.
+        timeout: seconds to wait for an answer.
+        limit: is waited for before each HTTP request, including retries.
 
     Raises:
-        ModuleNotFoundError: without the ``openai`` package.
-        ValueError: if the variable is not set, or cannot be a key.
+        ModuleNotFoundError: the ``openai`` package is not installed.
+        ValueError: the environment variable is not set, or holds no valid key.
     """
 
     def __init__(
@@ -68,16 +70,16 @@ class Endpoint:
         )  # fmt: skip
 
     def ask(self, messages: list[Message]) -> str:
-        """The text of the answer.
+        """Send messages and return the text of the answer.
 
         Raises:
-            BadAnswer: if the response has no text, or not all of it: asking again may help.
-            Refused: if this question is refused.
-            Unavailable: if the key, the address or the model is not accepted, or there was no
-                response after the client's retries.
+            BadAnswer: the response has no text, or not all of it; asking again may help.
+            Refused: the endpoint refuses this request.
+            Unavailable: the key, the address or the model is not accepted, or the client's retries
+                got no response.
         """
-        # Errors of the client hold the request, and those beneath them its headers: none of them
-        # leaves this method, nor hangs from one that does.
+        # Exceptions of the client hold the request and its headers with the key, so none of them
+        # may leave this method, not even as the cause of another.
         failure: Exception
         try:
             response = self._client.chat.completions.create(model=self.model, messages=messages)

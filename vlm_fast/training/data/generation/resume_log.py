@@ -1,4 +1,4 @@
-"""What was answered so far, safe against an end at any moment."""
+"""A log of answers from which a run can resume after a crash at any moment."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ HEAD = "vlm_fast journal"
 
 
 class ResumeLog:
-    """A file that only grows: a line of JSON a task, on disk before the next is asked.
+    """An append-only file with one line of JSON per task, flushed to disk before the next request.
 
-    The first line says what the others are of; a journal of something else is not written on. A
-    last line that was torn is dropped.
+    The first line describes the run; a log of a different run is not continued. An incomplete last
+    line is dropped.
 
     Args:
-        path: of the file. One process at a time has it.
-        subject: such as the model and the prompts.
+        path: of the file. Only one process at a time may open it.
+        log_header: describes the run, for example by the model and the prompts.
 
     Raises:
-        ValueError: if the file is no journal, is of another subject, has a broken line before its
-            last, or another process has it.
+        ValueError: the file is no log, is of a different run, has a broken line before its last, or
+            another process has it open.
     """
 
     def __init__(self, path: Path, log_header: dict[str, Any]) -> None:
@@ -49,12 +49,13 @@ class ResumeLog:
             raise
 
     def add(self, task: str, **content: Any) -> None:
-        """On disk when this returns."""
+        """Append an entry; it is on disk when this returns."""
         entry = {"task": task, **content}
         self._write(entry)
         self.entries[task] = entry
 
     def close(self) -> None:
+        """Close the file and release its lock."""
         os.close(self._file)
         self._lock.release()
 
