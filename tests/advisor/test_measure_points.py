@@ -22,7 +22,7 @@ def test_own_numbers_of_tokens_and_small_work_come_first():
     order = groups(tokens=(5, 9, 36), batches=(1, 2), names=("mlp", "pool", "merge", "gated"))
     points = [g for g in order if isinstance(g, profile_points.PointGroup)]
     rows = [
-        [(r.point.prompts, r.point.tokens in CONNECTORS[r.point.connector].counts(TINY))
+        [(r.point.prompts, r.point.tokens in CONNECTORS[r.point.connector].token_counts(TINY))
          for r in group.rows]
         for group in points
     ]  # fmt: skip

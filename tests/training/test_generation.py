@@ -1,4 +1,4 @@
-"""The parts of making instruction data: annotations, answers, the journal, the pace."""
+"""The parts of making instruction data: annotations, answers, the resume log, the rate limit."""
 
 import json
 import re
@@ -116,8 +116,8 @@ def test_answers_are_records():
     assert len(set(first)) > 10  # all questions, the image before and after
 
 
-def test_a_journal_of_something_else_is_not_written_on(tmp_path):
-    path, log_header = tmp_path / "out.json.journal", {"model": "m"}
+def test_a_resume_log_of_something_else_is_not_written_on(tmp_path):
+    path, log_header = tmp_path / "out.json.resume.jsonl", {"model": "m"}
     with ResumeLog(path, log_header) as ours:
         ours.add("7-detail", failed="no")
         with pytest.raises(ValueError, match="another process is writing"):
@@ -126,11 +126,11 @@ def test_a_journal_of_something_else_is_not_written_on(tmp_path):
     head, entry = content.splitlines()
     broken = b"\n".join([head, b"{", entry, b""])
     for wrong, model, words in (
-        (content, "other", "is a journal of model 'm', expected one of model 'other'"),
-        (b"hello\n", "m", "is no journal in line 1"),
-        (b"hello", "m", "is no journal"),
-        (b'{"a": 1}\n', "m", "is no journal, expected one of model 'm'"),
-        (broken, "m", "is no journal in line 2"),
+        (content, "other", "is a resume log of model 'm', expected one of model 'other'"),
+        (b"hello\n", "m", "is no resume log in line 1"),
+        (b"hello", "m", "is no resume log"),
+        (b'{"a": 1}\n', "m", "is no resume log, expected one of model 'm'"),
+        (broken, "m", "is no resume log in line 2"),
     ):
         path.write_bytes(wrong)
         with pytest.raises(ValueError, match=re.escape(words)):

@@ -64,8 +64,8 @@ def generate(coco, *more, url="http://127.0.0.1:9/v1", rate=10**9):
     return found
 
 
-def journal(coco):
-    return [json.loads(line) for line in (coco / "out.json.journal").read_bytes().splitlines()]
+def logged(coco):
+    return [json.loads(line) for line in (coco / "out.json.resume.jsonl").read_bytes().splitlines()]
 
 
 def assert_no_key(coco, found, caplog):
@@ -99,11 +99,11 @@ def test_every_question_is_asked_once_and_the_answers_are_good_records(server, c
     assert (coco / "out.json").read_bytes() == before
     # One kind and the first pictures can come first; a larger limit goes on.
     (coco / "out.json").unlink()
-    (coco / "out.json.journal").unlink()
+    (coco / "out.json.resume.jsonl").unlink()
     for limit, asked in ((1, 7), (2, 8)):
         generate(coco, "--kind", "reasoning", "--limit", limit, url=server.url)
         assert len(server.requests) == asked
-    assert [entry.get("task") for entry in journal(coco)] == [None, "7-reasoning", "8-reasoning"]
+    assert [entry.get("task") for entry in logged(coco)] == [None, "7-reasoning", "8-reasoning"]
 
 
 def test_what_the_model_is_told(server, coco):
@@ -150,14 +150,14 @@ def test_a_bad_answer_is_asked_for_again_then_recorded_and_named(server, coco):
     assert asked[1][0] == asked[4][0] == "no" and asked[5][0] == "{}"
     assert all("expected JSON, got 'no'" in asked[n][1] for n in (1, 4))
     assert "expected a list of 1, got an object of 0" in asked[5][1]
-    (coco / "out.json.journal").unlink()
+    (coco / "out.json.resume.jsonl").unlink()
     (coco / "out.json").unlink()
     server.replies = [good, *[completion("no")] * 3]
     for _ in range(2):  # what failed is not asked again
         found = generate(coco, *options, url=server.url)
         assert found.exit_code == main.Exit.FAILURE and len(server.requests) == 10
         assert "8-reasoning: expected JSON, got 'no'" in found.stdout
-    assert [sorted(entry) for entry in journal(coco)[1:]] == [
+    assert [sorted(entry) for entry in logged(coco)[1:]] == [
         ["record", "task"], ["failed", "task"],
     ]  # fmt: skip
     assert check(coco / "out.json", coco / "images").good == 1
@@ -200,7 +200,7 @@ def test_an_answer_that_has_the_key_is_kept_without_it(server, coco, caplog):
     text = f"A dog. {KEY} A chair."
     server.replies = [completion(text), completion(text), completion(f"[{KEY}")]
     found = generate(coco, "--kind", "detail", "--kind", "reasoning", "--limit", 2, url=server.url)
-    assert journal(coco)[1]["record"]["conversations"][1]["value"] == "A dog. [the key] A chair."
+    assert logged(coco)[1]["record"]["conversations"][1]["value"] == "A dog. [the key] A chair."
     assert_no_key(coco, found, caplog)
 
 
@@ -220,7 +220,7 @@ def test_no_connection(server):
 
 
 @pytest.mark.usefixtures("inherited_sigint")
-def test_control_c_leaves_a_journal_that_is_gone_on_with(server, coco):
+def test_control_c_leaves_a_resume_log(server, coco):
     def interrupting(asked):
         os.kill(os.getpid(), signal.SIGINT)
         return good(asked)
@@ -229,15 +229,15 @@ def test_control_c_leaves_a_journal_that_is_gone_on_with(server, coco):
     found = generate(coco, url=server.url)
     assert found.exit_code == main.Exit.INTERRUPTED
     assert "interrupted; run the same command again to go on" in found.stderr
-    assert [entry.get("task") for entry in journal(coco)] == [None, "7-detail", "7-reasoning"]
+    assert [entry.get("task") for entry in logged(coco)] == [None, "7-detail", "7-reasoning"]
     assert len(json.loads((coco / "out.json").read_text())) == 2
     # Torn, as by a lost machine.
-    path = coco / "out.json.journal"
+    path = coco / "out.json.resume.jsonl"
     path.write_bytes(path.read_bytes()[:-10])
     assert generate(coco, url=server.url).exit_code == 0
     assert len(server.requests) == 3 + 5
     assert len(json.loads((coco / "out.json").read_text())) == 6
-    assert len({entry.get("task") for entry in journal(coco)}) == 7
+    assert len({entry.get("task") for entry in logged(coco)}) == 7
 
 
 def test_requests_are_as_far_apart_as_the_rate_says(server, coco, monkeypatch):
@@ -293,7 +293,7 @@ def test_wrong_arguments_are_named(server, coco):
         (("--boxes", coco / "no.json"), "--boxes: there is no file"),
         (("--images", coco / "no"), "--images: there is no folder"),
         (("--out", coco / "no" / "out.json"), "--out: there is no directory"),
-        (("--out", coco / "old.json"), "and no journal of it: choose another"),
+        (("--out", coco / "old.json"), "and no resume log of it: choose another"),
         (("--kind", "poem"), "'poem' is not one of 'detail'"),
         (("--limit", "0"), "limit"),
         (("--rate", "0"), "rate"),
@@ -317,11 +317,11 @@ def test_a_picture_that_is_not_there_is_said_before_anything_is_paid(server, coc
     assert not server.requests
 
 
-def test_a_journal_of_another_model_is_a_wrong_argument(server, coco):
+def test_a_resume_log_of_another_model_is_a_wrong_argument(server, coco):
     generate(coco, "--limit", 1, url=server.url)
     found = generate(coco, "--model", "other", url=server.url)
     assert found.exit_code == main.Exit.USAGE
-    assert "--out: " in found.stderr and "is a journal of model 'm', " in found.stderr
+    assert "--out: " in found.stderr and "is a resume log of model 'm', " in found.stderr
     assert len(server.requests) == 1
 
 

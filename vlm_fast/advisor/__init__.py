@@ -1,4 +1,4 @@
-"""Which connector, how many visual tokens: what each costs, advice, and a profile of the choice."""
+"""Compare connectors and numbers of visual tokens by cost, and measure the choice."""
 
 from vlm_fast.advisor.advice import Advice as Advice
 from vlm_fast.advisor.advice import advise as advise

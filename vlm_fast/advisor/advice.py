@@ -1,4 +1,4 @@
-"""Which connector, and how many visual tokens: what can be chosen, in order, and why."""
+"""Rank connectors and numbers of visual tokens for a use, with reasons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vlm_fast.advisor.connector_modules import DesignPoint
-from vlm_fast.advisor.connectors import CONNECTORS, media_bytes, work
+from vlm_fast.advisor.connectors import CONNECTORS, connector_cost, media_bytes
 from vlm_fast.advisor.language_model import (
     key_value_bytes,
     language_parameters,
@@ -22,17 +22,19 @@ from vlm_fast.advisor.pros_and_cons import reasons
 from vlm_fast.advisor.published_results import measurements
 from vlm_fast.ops.mlp import SAVED
 
-MOST_WINDOWS = 2  # of the numbers of tokens that pooling can give, advice lists the largest
+MOST_WINDOWS = 2  # largest numbers of tokens listed for connectors that offer many, such as pooling
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is wanted: a rule that orders the options.
+    """A use of a model, and how options are ranked for it.
 
     Attributes:
-        title: in prose; rule: the order in words.
-        order: the same as a key; the least comes first.
-        images, requests: what is taken where nobody says.
+        title: in prose.
+        rule: the order in words.
+        order: sort key of an option; the smallest comes first.
+        images: default number of images per prompt.
+        requests: default number of concurrent requests.
     """
 
     title: str
@@ -72,7 +74,14 @@ SCENARIOS = {
 
 @dataclass(frozen=True)
 class Advice:
-    """The options in order, the best first, those that cannot be had last; and what was asked."""
+    """The ranked options and the question that they answer.
+
+    Attributes:
+        scenario, model, context, memory, images, requests, text, dtype: see `advise`.
+        rule: the order in words.
+        source: where the numbers of the model's shape come from.
+        options: the best first, infeasible ones last.
+    """
 
     scenario: str
     rule: str
@@ -88,12 +97,12 @@ class Advice:
 
     @property
     def best(self) -> Option | None:
-        """The first, unless that cannot be had either."""
+        """The first option, or None if no option is feasible."""
         first = self.options[0] if self.options else None
         return None if first is None or first.infeasible else first
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Plain data for JSON."""
         return asdict(self)
 
 
@@ -111,32 +120,33 @@ def advise(
 ) -> Advice:
     """Rank the connectors for a use.
 
-    Nothing is run: FLOPs and bytes are those of the ops' cost models, with the modules on the meta
-    device (`vlm_fast.advisor.cost_counter`); measured figures are those that results files hold.
+    Nothing is computed: FLOPs and bytes are those of the ops' cost models, with the modules on the
+    meta device (`vlm_fast.advisor.cost_counter`). Measured times come from results files.
 
-    The rules. An option that leaves fewer than ``text`` tokens of the context, or needs more than
-    ``memory``, comes last, with the reason. The others are ordered
+    An option that leaves fewer than ``text`` tokens of the context, or needs more than ``memory``,
+    comes last, with the reason. The others are ordered
 
-    - documents: by the most tokens seen of an image, then what is not linear, then fewest FLOPs;
+    - documents: by the most seen tokens per image, then nonlinear connectors, then fewest FLOPs;
     - concurrency: by the least memory for all requests (weights once, keys and values of each);
     - dialogue: by the most tokens left for text, then fewest FLOPs;
     - iteration: by the fewest parameters to train, then fewest parts, then fewest FLOPs.
 
-    FLOPs are of connector and prefill. Memory counts weights, keys and values in ``dtype``; no
-    activations. The order says nothing of how well a model answers: tokens seen stand for that.
+    FLOPs are those of connector and prefill. Memory counts weights, keys and values in ``dtype``,
+    but no activations. Answer quality is not known; the number of seen tokens stands for it.
 
     Args:
         scenario: "documents", "concurrency", "dialogue" or "iteration".
-        model: the name of a shape (`vlm_fast.advisor.MODELS`), or a shape.
-        context: tokens of the language model's sequence; its own longest by default.
-        memory: bytes for weights, keys and values; None: no limit.
-        images: in a prompt; requests: at once. By default as the scenario has them.
-        text: tokens of text that a request needs, its answer included.
+        model: a `ModelShape` or its name in `vlm_fast.advisor.MODELS`.
+        context: length of the language model's sequence in tokens; None is the model's maximum.
+        memory: bytes for weights, keys and values; None means no limit.
+        images: per prompt; None is the scenario's default.
+        requests: at the same time; None is the scenario's default.
+        text: text tokens that a request needs, including its answer.
         dtype: of weights, keys and values.
-        connectors: names to choose from; all of `vlm_fast.advisor.CONNECTORS` by default.
+        connectors: names to choose from; None means all of `vlm_fast.advisor.CONNECTORS`.
 
     Raises:
-        ValueError: an unknown name, or a number out of its range.
+        ValueError: a name is unknown, or a number is out of range.
     """
     shape = model_shape(model) if isinstance(model, str) else model
     names = list(CONNECTORS) if connectors is None else list(connectors)
@@ -157,7 +167,7 @@ def advise(
             DesignPoint(shape, name, tokens, images, text=text), context, memory, requests, dtype
         )
         for name in names
-        for tokens in CONNECTORS[name].counts(shape)[:MOST_WINDOWS]
+        for tokens in CONNECTORS[name].token_counts(shape)[:MOST_WINDOWS]
     ]
     explained = [_with_reasons(option, found, shape, context, scenario) for option in found]
     ordered = sorted(explained, key=lambda o: (o.infeasible is not None, *chosen.order(o)))
@@ -180,9 +190,11 @@ def _option(
     language = model.language
     in_sequence = point.tokens if connector.in_sequence else 0
     sequence = point.images * in_sequence + point.text
-    done = work(point, dtype)
+    done = connector_cost(point, dtype)
     levels = SAVED if connector.has_levels else ("",)
-    saved = {level: work(replace(point, saved=level), dtype).saved_bytes for level in levels}
+    saved = {
+        level: connector_cost(replace(point, saved=level), dtype).saved_bytes for level in levels
+    }
     held = sequence * key_value_bytes(language, dtype) + point.images * media_bytes(point, dtype)
     of_models = language_parameters(language) + tower_parameters(model.tower)
     weights = (of_models + done.parameters) * dtype.itemsize
@@ -192,7 +204,7 @@ def _option(
     option = Option(
         connector=connector.name,
         title=connector.title,
-        own=connector.name == model.connector,
+        published=connector.name == model.connector,
         visual_tokens=in_sequence,
         seen_tokens=point.tokens,
         patches=patches,

@@ -1,9 +1,9 @@
-"""What a module would do, counted on the meta device: nothing is computed, nothing allocated.
+"""Count the FLOPs and bytes of a module on the meta device, without computing anything.
 
-An op of this package is counted by its own cost model (`Op.cost_of`), forward and backward.
-What ATen does between them is counted by torch's FLOP formulas for matrix products
-(``torch.utils.flop_counter``; other arithmetic counts as none), and by the bytes that it reads and
-writes. Modules take the way that they take on a CPU.
+An op of this package is counted by its own cost model (`Op.cost_of`), forward and backward. ATen
+operations are counted by torch's FLOP formulas for matrix products (``torch.utils.flop_counter``;
+other arithmetic counts as 0 FLOPs), and by the bytes that they read and write. Modules take the
+same code path as on a CPU.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from vlm_fast.ops.declaration import OPS, Cost
 
 @dataclass(frozen=True)
 class ModuleCost:
-    """What one call costs.
+    """Cost of one call of a module.
 
     Attributes:
         cost: FLOPs and bytes to and from memory, forward and backward.
-        parameters: how many there are.
-        saved_bytes: what autograd keeps for backward, beyond the arguments and results.
+        parameters: number of parameters.
+        saved_bytes: memory that autograd keeps for backward, beyond arguments and results.
     """
 
     cost: Cost
@@ -55,23 +55,25 @@ NO_COST = ModuleCost(Cost(0, 0, 0, 0), 0, 0)
 
 
 def add_costs(one: Cost, other: Cost) -> Cost:
+    """Sum of two costs."""
     return Cost(
         one.forward_flops + other.forward_flops, one.forward_bytes + other.forward_bytes,
         one.backward_flops + other.backward_flops, one.backward_bytes + other.backward_bytes,
     )  # fmt: skip
 
 
-def count(
+def count_cost(
     make: Callable[[], nn.Module], inputs: Callable[[], tuple[Any, ...]], *, backward: bool = True
 ) -> ModuleCost:
-    """The work of one forward and backward of a module.
+    """Count one forward and backward of a module.
 
     Args:
-        make, inputs: make the module, and its arguments, on the device that is the default.
-        backward: whether to count it; what it would be given is counted anyway.
+        make: makes the module on the default device.
+        inputs: makes its arguments on the default device.
+        backward: whether to count backward; saved bytes are counted in any case.
 
     Raises:
-        whatever the module raises for these arguments.
+        Exception: whatever the module raises for these arguments.
     """
     with torch.device("meta"), torch.enable_grad():
         module, args = make(), inputs()
@@ -94,11 +96,11 @@ def count(
 
 
 class CostCounter(TorchDispatchMode):
-    """Adds up the cost of what runs inside it.
+    """A dispatch mode that adds up the cost of everything that runs inside.
 
     Attributes:
-        cost: of all so far.
-        backward: whether what ATen does now is counted as backward.
+        cost: the sum so far.
+        backward: whether ATen operations now belong to backward.
     """
 
     def __init__(self) -> None:
@@ -122,7 +124,7 @@ class CostCounter(TorchDispatchMode):
 
 def _cost_of_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
     op = OPS.get(func.name().partition("::")[2].partition(".")[0])
-    if op is None:  # its backward, which was counted with its forward
+    if op is None:  # a backward op, which was counted with its forward
         return NO_COST.cost
     options = {name: value for name, value in kwargs.items() if name in op.defaults}
     cost = op.cost_of(*args, **options)
@@ -132,15 +134,16 @@ def _cost_of_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cos
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    from torch.utils.flop_counter import flop_registry  # not at import: it brings Triton along
+    # not at the top of the file: it imports Triton
+    from torch.utils.flop_counter import flop_registry
 
     formula = flop_registry.get(func._overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
 
 def _moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """Bytes read and written; none where the result is a view, or memory not yet written."""
-    # Zeros are made for what a registered op keeps, which has no gradient; plain eager makes none.
+    """Bytes read and written; 0 if the result is a view or uninitialised memory."""
+    # A registered op makes zeros for saved tensors without a gradient; plain eager mode does not.
     if func.namespace != "aten" or func.name().startswith(("aten::empty", "aten::zeros")):
         return 0
     read = {id(t): t for t in _tensors((args, kwargs))}
@@ -157,7 +160,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _extent(tensor: Tensor) -> int:
-    # An expanded tensor has more elements than memory.
+    # An expanded dimension takes the memory of one element.
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride else 1

@@ -1,4 +1,4 @@
-"""Measure the points of a profile, as many as there is time for."""
+"""Measure the points of a profile, as many as the time allows."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from vlm_fast.devtools import memory, timing
 from vlm_fast.devtools.timing import Times
 
 ROUNDS = (3, 60)
-RUNS = ROUNDS[0] + 2  # of each call: a warm-up, the rounds, one for its memory
-SLACK = 1.5  # times longer than at the rate of a large matrix product
+RUNS = ROUNDS[0] + 2  # calls of each module: a warm-up, the fewest rounds, and one for its memory
+SLACK = 1.5  # measured time relative to the rate of a large matrix product, as an estimate
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,12 @@ class MeasureSettings:
     """How to measure.
 
     Attributes:
-        device, dtype: of everything; flops_per_second: of a matrix product there, as measured.
-        deadline: of ``time.monotonic``; a group is begun if it seems to end before.
-        seconds: for each group, where that is more than the fewest rounds take.
-        traces: a folder for a trace of one step of each connector, or None.
+        device: "cpu" or "cuda".
+        dtype: of everything.
+        flops_per_second: measured rate of a large matrix product.
+        deadline: a value of ``time.monotonic``; a group that would take longer is not started.
+        seconds: time for each group; the fewest rounds may take longer.
+        traces: folder for a trace of one step of each connector, or None.
     """
 
     device: str
@@ -49,9 +51,9 @@ class MeasureSettings:
 def measure_all(
     groups: Sequence[PointGroup | LayerGroup], setting: MeasureSettings
 ) -> Iterator[PointGroup | LayerGroup]:
-    """Measure groups in order, filling in their rows; each is yielded when it is done with.
+    """Measure groups in order and fill in their rows; yield each group when it is finished.
 
-    What cannot be measured says why: out of time, or the error that it raised.
+    Rows that cannot be measured get the reason: out of time, or the error.
     """
     for group in groups:
         left = setting.deadline - time.monotonic()
@@ -65,7 +67,7 @@ def measure_all(
                     _measure_layer(group, setting)
                 else:
                     _measure(group, setting)
-            except RuntimeError as error:  # out of memory among them
+            except RuntimeError as error:  # such as out of memory
                 why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if isinstance(group, PointGroup):
             for row in group.rows:
@@ -74,7 +76,7 @@ def measure_all(
 
 
 def complete_rows(groups: Sequence[PointGroup | LayerGroup], setting: MeasureSettings) -> None:
-    """Add up the shares of each row, and mark the Pareto points of each batch."""
+    """Compute totals of each row, and mark the Pareto points of each batch size."""
     rows = [row for group in groups if isinstance(group, PointGroup) for row in group.rows]
     timed = {}
     for row in rows:
@@ -106,12 +108,19 @@ def complete_rows(groups: Sequence[PointGroup | LayerGroup], setting: MeasureSet
 
 @dataclass
 class _Call:
-    """A piece that has been made; its step, and its forward alone."""
+    """A module with its arguments.
+
+    Attributes:
+        step: one forward, in training also backward.
+        forward: one forward with gradients enabled.
+        known: parameters and arguments, which do not count as saved memory.
+        count: number of such modules in the model.
+    """
 
     step: Callable[[], Any]
     forward: Callable[[], Any]
     known: list[Tensor]
-    times: int
+    count: int
 
 
 def _measure(group: PointGroup, setting: MeasureSettings) -> None:
@@ -174,29 +183,29 @@ def _call(piece: ConnectorModule, setting: MeasureSettings, training: bool) -> _
         return torch.autograd.grad(module(*args), wanted, upstream)
 
     step = training_step if training else torch.no_grad()(forward)
-    return _Call(step, forward, [*module.parameters(), *args], piece.times)
+    return _Call(step, forward, [*module.parameters(), *args], piece.count)
 
 
 def _fill(row: ProfileRow, own: list[tuple[_Call, Times]], device: str) -> None:
-    """Times add up over the pieces; memory is the largest peak, over what all pieces keep."""
+    """Fill in a row: times add up over modules; the peak is the largest one plus what all keep."""
     row.times = Times(
-        sum(call.times * t.median for call, t in own),
-        sum(call.times * t.lower for call, t in own),
-        sum(call.times * t.upper for call, t in own),
+        sum(call.count * t.median for call, t in own),
+        sum(call.count * t.lower for call, t in own),
+        sum(call.count * t.upper for call, t in own),
         min(t.rounds for _, t in own),
     )
     peaks = [memory.peak_bytes(call.step, device) for call, _ in own]
     saved = [0] * len(own)
     if row.mode == "training":
         saved = [memory.saved_bytes(call.forward, call.known) for call, _ in own]
-    kept = sum(call.times * s for (call, _), s in zip(own, saved, strict=True))
+    kept = sum(call.count * s for (call, _), s in zip(own, saved, strict=True))
     row.saved_bytes = kept
     row.peak_bytes = kept + max(peak - s for peak, s in zip(peaks, saved, strict=True))
     row.not_measured = None
 
 
 def _trace(row: ProfileRow, calls: list[_Call], setting: MeasureSettings) -> None:
-    """One step of each piece, for chrome://tracing or ui.perfetto.dev."""
+    """Write a trace of one step of each module, for chrome://tracing or ui.perfetto.dev."""
     assert setting.traces is not None
     words = f"{row.point.connector} {row.title.partition(', ')[2]} batch {row.point.prompts}"
     path = setting.traces / f"trace_{re.sub(r'[^0-9A-Za-z]+', '_', words)}.json"

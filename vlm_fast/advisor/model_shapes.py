@@ -1,7 +1,7 @@
-"""Shapes of whole vision-language models: a tower, and the language model behind it.
+"""Shapes of published vision-language models: a vision encoder and a language model.
 
-Each names where its numbers are from: "config" is the default of that config class of transformers
-5.17, "card" the published checkpoint's config.json, recalled and not read here.
+Each says where its numbers are from: "config" is the default of that config class in transformers
+5.17, "card" is the published checkpoint's config.json, quoted from memory.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class VisionTower:
-    """A vision tower, as the connector sees it.
+    """A vision encoder as the connector sees it.
 
     Attributes:
-        width: features of a token handed to the connector.
+        width: features per token given to the connector.
         side: patches along a side of an image, or of one of its tiles.
-        tokens: what a connector that needs no grid reads of a tile; with a CLS token, if the model
-            hands it over.
-        tiles: tiles of an image; 1 where there is no tiling.
-        hidden, layers, intermediate: of its transformer, for its bytes of weights.
+        tokens: per tile for connectors that need no grid; includes a CLS token if the model passes
+            it on.
+        hidden, layers, intermediate: of its transformer, to compute its weights.
+        tiles: per image; 1 without tiling.
     """
 
     width: int
@@ -32,18 +32,19 @@ class VisionTower:
 
     @property
     def patches(self) -> int:
-        """Patches of an image, all tiles together."""
+        """Patches of an image over all tiles."""
         return self.tiles * self.side**2
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A decoder: Llama's layers, or OPT's where ``gated`` is False.
+    """A decoder with Llama's layers, or OPT's if ``gated`` is False.
 
     Attributes:
-        hidden: its width; layers, heads, kv_heads, head_dim, intermediate: as in Llama.
-        vocabulary: rows of the embedding; tied: whether the head is the same matrix.
-        context: the longest sequence, in tokens.
+        hidden, layers, heads, kv_heads, head_dim, intermediate: as in Llama.
+        vocabulary: rows of the embedding.
+        context: maximal sequence length in tokens.
+        tied: whether the head shares the embedding's matrix.
         gated: whether the feed-forward network has three matrices (SwiGLU) or two.
     """
 
@@ -61,11 +62,13 @@ class LanguageModel:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model that can be asked for by name.
+    """The shapes of a model.
 
     Attributes:
-        title: its name in prose; tower, language: its halves.
-        connector: the kind it was published with.
+        title: name in prose.
+        tower: its vision encoder.
+        language: its language model.
+        connector: name of the connector that it was published with.
         source: where the numbers are from.
     """
 
@@ -161,10 +164,10 @@ MODELS = {
 
 
 def model_shape(name: str) -> ModelShape:
-    """The shape of this name.
+    """The shape with this name.
 
     Raises:
-        ValueError: there is none; the message names those there are.
+        ValueError: the name is unknown; the message lists the known ones.
     """
     if name not in MODELS:
         raise ValueError(f"no model shape is called {name!r}; there are {', '.join(MODELS)}")

@@ -10,33 +10,37 @@ from vlm_fast.ops.declaration import Cost
 
 @dataclass(frozen=True)
 class Option:
-    """One connector at one number of tokens, for one request unless said otherwise.
+    """One connector at one number of visual tokens. Costs are per request unless stated otherwise.
 
     Attributes:
-        connector, title: its name, and in prose; own: whether the model was published with it.
-        visual_tokens: of an image, in the language model's sequence.
-        seen_tokens: of an image, that the language model sees, in its sequence or beside it.
-        patches: of an image, that the tower computes.
-        compression: patches to a seen token.
-        text_tokens_left: what the context leaves for text.
+        connector: its name.
+        title: its name in prose.
+        published: whether the model was published with this connector.
+        visual_tokens: tokens of an image in the language model's sequence.
+        seen_tokens: tokens of an image that the language model sees, in its sequence or by
+            cross-attention.
+        patches: patches of an image that the vision encoder computes.
+        compression: patches per seen token.
+        text_tokens_left: tokens of the context that are left for text.
         parameters: of the connector.
-        cost: of the connector's forward and backward: FLOPs and bytes.
-        saved_bytes: what its backward keeps, by the ``saved`` level where there are levels.
-        prefill_flops: of the language model for images and text; prefill_flops_of_images: the part
-            that would not be there without the images; prefill_bytes: its weights, and the keys and
-            values it writes.
-        key_value_bytes: of images and text, while the request lasts.
-        weight_bytes: of the whole model, once.
-        memory_bytes: the weights, and keys and values of all requests.
-        most_requests: how many fit into the memory; None where none was given.
-        infeasible: why it cannot be had, or None.
-        measured: what results files say of it.
-        reasons_for, reasons_against: to be read.
+        cost: FLOPs and bytes of the connector's forward and backward.
+        saved_bytes: memory that the connector keeps for backward, by ``saved`` level if it has
+            levels.
+        prefill_flops: of the language model for images and text.
+        prefill_flops_of_images: the part of them that images cause.
+        prefill_bytes: weights of the language model, and keys and values that it writes.
+        key_value_bytes: keys and values of images and text.
+        weight_bytes: of the whole model.
+        memory_bytes: weights, and keys and values of all requests.
+        most_requests: how many requests fit into memory; None without a limit.
+        infeasible: why the option is impossible, or None.
+        measured: what results files say about it.
+        reasons_for, reasons_against: sentences.
     """
 
     connector: str
     title: str
-    own: bool
+    published: bool
     visual_tokens: int
     seen_tokens: int
     patches: int
@@ -59,5 +63,5 @@ class Option:
 
     @property
     def flops(self) -> int:
-        """Of connector and prefill, forward."""
+        """Forward FLOPs of the connector and the prefill."""
         return self.cost.forward_flops + self.prefill_flops

@@ -1,4 +1,4 @@
-"""What a profile found, as data: JSON of a fixed form, and CSV."""
+"""A profile as data: JSON with a fixed schema, and CSV."""
 
 from __future__ import annotations
 
@@ -39,7 +39,13 @@ NOTES = (
 
 
 def conditions(device: str, dtype: torch.dtype, best: Ceilings) -> dict[str, Any]:
-    """Where and how a profile is measured."""
+    """Where and how a profile is measured.
+
+    Args:
+        device: "cpu" or "cuda".
+        dtype: of everything.
+        best: measured rates of the machine.
+    """
     name = environment.processor() if device == "cpu" else torch.cuda.get_device_name()
     return {
         "machine": name,
@@ -64,12 +70,16 @@ def document(
     started: float,
     unfinished: str | None,
 ) -> dict[str, Any]:
-    """The profile, as `schema` has it.
+    """A profile as JSON data, described by `schema`.
 
     Args:
-        name, model: of the shape.
-        request: mode, text, tokens, batches, levels and connectors; where: of `conditions`.
-        started: ``time.monotonic`` at the beginning; unfinished: why points were left out, or None.
+        name: of the model's shape.
+        model: the shape.
+        groups: measured groups.
+        request: mode, text, tokens, batches, levels, connectors and budget.
+        where: result of `conditions`.
+        started: ``time.monotonic`` at the start.
+        unfinished: why points were left out, or None.
     """
     return {
         "format": FORMAT,
@@ -105,7 +115,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """One line a point, nested values by dotted names; no cell is a formula."""
+    """Write one line per point; nested values get dotted names, and no cell is a formula."""
     terminal.write_csv(path, [dict(_flat(row)) for row in rows])
 
 

@@ -1,4 +1,4 @@
-"""``vlm-fast advise``."""
+"""The command ``vlm-fast advise``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def advise(
     connectors: ConnectorsOption = None,
     as_json: Json = False,
 ) -> None:
-    """Which connector, how many visual tokens: ranked for a use, with figures and reasons."""
+    """Rank connectors and numbers of visual tokens for a use, with figures and reasons."""
     found = advice_for(
         scenario, model, context=context, memory=memory,
         images=images, requests=requests, text=text,
@@ -82,7 +82,7 @@ def _cells(number: int, o: Option) -> tuple[object, ...]:
     measured = o.measured[0] if o.measured else None
     return (
         "-" if o.infeasible else number,
-        o.title + (" *" if o.own else ""),
+        o.title + (" *" if o.published else ""),
         _tokens(o),
         max(0, o.text_tokens_left),
         f"{o.compression:.3g}x",

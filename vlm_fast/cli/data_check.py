@@ -1,4 +1,4 @@
-"""``vlm-fast data check``."""
+"""The command ``vlm-fast data check``."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ else:
 
 SHOWN = 20  # issues of a kind that are printed as text
 Background = Annotated[
-    str, typer.Option(help="What shows where a picture is transparent: a name, or #rrggbb.")
+    str, typer.Option(help="Colour behind transparent pixels: a name, or #rrggbb.")
 ]
 
 
 def colour(name: str) -> Colour:
-    """The colour that an option names."""
+    """The colour that ``--background`` names."""
     try:
         return WHITE if name == "white" else parse_background(name)
     except ValueError as error:
@@ -39,12 +39,13 @@ def colour(name: str) -> Colour:
 
 def check(
     data: Annotated[Path, typer.Option(help="LLaVA's conversation JSON, or JSONL.")],
-    images: Annotated[Path, typer.Option(help="The folder that images lie in.")],
+    images: Annotated[Path, typer.Option(help="The folder of images.")],
     on_bad: Annotated[
         OnBad, typer.Option(help="Stop at the first bad record, or skip it and name all.")
     ] = "skip",
     processor: Annotated[
-        Path | None, typer.Option(help="Of a model: also make each record's inputs by it.")
+        Path | None,
+        typer.Option(help="A folder with a processor, to check that it accepts the records."),
     ] = None,
     format: Annotated[FormatName | None, typer.Option(help="With --processor.")] = None,
     max_length: Annotated[
@@ -53,10 +54,10 @@ def check(
     background: Background = "white",
     as_json: Json = False,
 ) -> None:
-    """Every record's shape, every picture decoded to its end; exit 1 if a record is bad.
+    """Check every record and decode every image; exit 1 if a record is bad.
 
-    With a processor also whether it takes them, and whether images and answers fit into
-    --max-length. Duplicate ids and unknown keys are warnings: such records can be used.
+    With a processor, also check that it accepts the records, and that images and answers fit into
+    --max-length. Duplicate ids and unknown keys are warnings: these records can be used.
     """
     if not data.is_file():
         raise typer.BadParameter(f"--data: there is no file {data}")
@@ -71,7 +72,7 @@ def check(
             found = checked(
                 data, images, on_bad=on_bad, collate=collate, background=below, progress=count
             )
-    except BadRecord as error:  # stopped
+    except BadRecord as error:  # --on-bad stop
         assert error.issue is not None
         found = CheckResult(None, None, [error.issue])
     except OSError as error:
@@ -88,7 +89,7 @@ def check(
 
 
 def _collator(processor: Path, format: str | None, max_length: int | None) -> Collator:
-    if not processor.is_dir():  # whose name could be taken for that of a repository
+    if not processor.is_dir():  # transformers would look for it on the hub
         raise typer.BadParameter(f"--processor: there is no folder {processor}")
     try:
         from transformers import AutoProcessor
@@ -103,6 +104,7 @@ def _collator(processor: Path, format: str | None, max_length: int | None) -> Co
 
 
 def as_dict(found: CheckResult) -> dict[str, Any]:
+    """The result of a check as data for JSON."""
     return {
         "total": found.total,
         "good": found.good,

@@ -1,4 +1,4 @@
-"""``vlm-fast data generate``."""
+"""The command ``vlm-fast data generate``."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ SHOWN = 20  # annotations that are named one by one
 def generate(
     captions: Annotated[Path, typer.Option(help="COCO's captions_*.json.")],
     boxes: Annotated[Path, typer.Option(help="COCO's instances_*.json.")],
-    images: Annotated[Path, typer.Option(help="The folder that images lie in.")],
-    out: Annotated[Path, typer.Option(help="Conversation JSON; a journal is kept beside it.")],
+    images: Annotated[Path, typer.Option(help="The folder of images.")],
+    out: Annotated[
+        Path, typer.Option(help="Conversation JSON; answers so far are kept beside it.")
+    ],
     model: Annotated[str, typer.Option(help="Its name at the endpoint.")],
     base_url: Annotated[
         str | None, typer.Option(help="An OpenAI-compatible endpoint; OpenAI's by default.")
@@ -53,21 +55,19 @@ def generate(
     ] = None,
     rate: Annotated[float, typer.Option(min=0.001, help="Requests a minute.")] = 60.0,
     again: Annotated[
-        int, typer.Option(min=0, help="How often a bad answer is asked for again.")
+        int, typer.Option(min=0, help="How often a bad answer is requested again.")
     ] = 2,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many questions.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only this many requests.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the prompts and their number; ask nothing.")
+        bool, typer.Option("--dry-run", help="Print the prompts and their number; send nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Instruction data from captions and boxes: description, reasoning and conversation.
 
-    Every answer is checked, and kept in FILE.journal before the next question: run the same command
-    again to go on. Exit codes: 1 where questions were not answered well, or the endpoint gave up,
-    3 where there is no key or it is not accepted, 130 where it was interrupted.
+    Every answer is checked, and kept in FILE.resume.jsonl before the next request: run the same
+    command again to resume. Exit codes: 1 if requests were not answered well or the endpoint gave
+    up, 3 if the key is missing or not accepted, 130 if interrupted.
     """
     for option, path in (("--captions", captions), ("--boxes", boxes)):
         if not path.is_file():
@@ -78,7 +78,7 @@ def generate(
         if (why := terminal.why_not_writable(path)) is not None:
             raise typer.BadParameter(f"--out: {why}")
     if out.exists() and not resume_log_path(out).exists():
-        raise typer.BadParameter(f"--out: {out} is there, and no journal of it: choose another")
+        raise typer.BadParameter(f"--out: {out} is there, and no resume log of it: choose another")
     left_out: list[RecordIssue] = []
     try:
         scenes = read_scenes(captions, boxes, issues=left_out)
@@ -103,16 +103,16 @@ def generate(
     except ValueError as error:
         stop(Exit.ENVIRONMENT, str(error))
     try:
-        journal = ResumeLog(resume_log_path(out), log_header(model))
+        log = ResumeLog(resume_log_path(out), log_header(model))
     except ValueError as error:
         raise typer.BadParameter(f"--out: {error}") from None
-    with journal:
-        run = GenerationRun(out, todo, endpoint, journal, again=again)
+    with log:
+        run = GenerationRun(out, todo, endpoint, log, again=again)
         _ask(run, as_json, left_out)
 
 
 def _tell(left_out: list[RecordIssue]) -> None:
-    """Of annotations that are left out, or told as crowds: the first, and how many of each kind."""
+    """Print the first annotations that were left out or that are crowds, and their number by kind."""
     for issue in left_out[:SHOWN]:
         typer.echo(str(issue), err=True)
     if left_out:
@@ -121,7 +121,7 @@ def _tell(left_out: list[RecordIssue]) -> None:
 
 
 def _as_dict(left_out: list[RecordIssue]) -> dict[str, Any]:
-    """For JSON; empty where nothing is left out."""
+    """The annotations that were left out, for JSON; empty if there are none."""
     if not left_out:
         return {}
     return {
@@ -131,7 +131,8 @@ def _as_dict(left_out: list[RecordIssue]) -> dict[str, Any]:
 
 
 def _ask(run: GenerationRun, as_json: bool, left_out: list[RecordIssue]) -> None:
-    before, code, why = len(run.journal.entries), None, ""
+    """Send the requests, and print a summary."""
+    before, code, why = len(run.log.entries), None, ""
     try:
         with handled(), terminal.counter("asking") as count:
             run.go(count)
@@ -143,7 +144,7 @@ def _ask(run: GenerationRun, as_json: bool, left_out: list[RecordIssue]) -> None
     if code is None and failed:
         code = Exit.FAILURE
     summary: dict[str, Any] = {
-        "questions": len(run.todo), "asked now": len(run.journal.entries) - before,
+        "questions": len(run.todo), "asked now": len(run.log.entries) - before,
         "good records": len(run.records), "not answered well": len(failed),
     }  # fmt: skip
     if as_json:
@@ -160,7 +161,7 @@ def _ask(run: GenerationRun, as_json: bool, left_out: list[RecordIssue]) -> None
 
 
 def _look_at(todo: list[Task], images: Path) -> None:
-    """Every picture, before anything is paid for."""
+    """Decode every image before any request is paid for."""
     scenes = {task.scene.id: task.scene for task in todo}.values()
     records = [Record(scene.id, scene.image, scene.image, ()) for scene in scenes]
     with terminal.counter("looking at pictures") as count, ThreadPoolExecutor() as pool:
@@ -171,7 +172,7 @@ def _look_at(todo: list[Task], images: Path) -> None:
 def _print_prompts(
     todo: list[Task], limit: int | None, as_json: bool, left_out: list[RecordIssue]
 ) -> None:
-    """All where a limit was asked for, or else the first of each kind."""
+    """Print all prompts if a limit was given, else the first one of each kind."""
     shown = todo if limit is not None else list({t.kind: t for t in reversed(todo)}.values())[::-1]
     if as_json:
         prompts = [{"task": task.name, "messages": task.messages} for task in shown]

@@ -1,4 +1,4 @@
-"""What the commands of ``vlm-fast`` share: exit codes, options, and how they print."""
+"""Exit codes, options and printing that the commands of ``vlm-fast`` share."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ else:  # typer refuses other names, and lists these
 
 
 class Exit(IntEnum):
+    """Exit codes of the commands."""
+
     FAILURE = 1
     USAGE = 2
     ENVIRONMENT = 3
-    INTERRUPTED = 130  # as shells have it of SIGINT
+    INTERRUPTED = 130  # what shells use for SIGINT
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -53,5 +55,6 @@ def print_json(content: Any) -> None:
 
 
 def stop(code: Exit, message: str) -> NoReturn:
+    """Print an error message and exit."""
     print(f"vlm-fast: {message}", file=sys.stderr)
     raise typer.Exit(code)

@@ -1,4 +1,4 @@
-"""One voice for all processes of a run: who talks, how a run is refused, and what all agree on."""
+"""Several processes of one recipe: who prints, how errors end all of them, and shared decisions."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from vlm_fast.cli.options import Exit
 
 
 def is_main() -> bool:
+    """Whether this is the first process, by the launcher's RANK."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def process_count() -> int:
+    """Number of processes, by the launcher's WORLD_SIZE."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def log_to_stderr() -> None:
-    """Print."""
+    """Print log messages of the package on stderr, in the first process only."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("recipe: %(message)s"))
     logger = logging.getLogger("vlm_fast")
@@ -32,19 +34,22 @@ def log_to_stderr() -> None:
 
 
 def usage_error(message: str, option: str | None = None) -> NoReturn:
-    if not is_main():  # once is enough
+    """Exit with a usage error; only the first process prints it."""
+    if not is_main():
         raise typer.Exit(Exit.USAGE)
     raise typer.BadParameter(message, param_hint=option)
 
 
 def decided_by_main(decide: Callable[[], Any]) -> Any:
-    """What the first process decides, on all of them: none goes on where that one stops."""
+    """Call ``decide`` in the first process and broadcast its result; if it exits, all processes
+    exit.
+    """
     if process_count() == 1:
         return decide()
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    # As long as the check of a large data set takes.
+    # Checking a large dataset can take hours.
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=4))
     verdict: list[Any] = [None, int(Exit.FAILURE)]
     try:
@@ -63,7 +68,7 @@ def decided_by_main(decide: Callable[[], Any]) -> Any:
 
 
 def destroy_process_group() -> None:
-    """The end of the process group, which NCCL wants to be told."""
+    """End the process group, if there is one; NCCL warns if it is not ended."""
     if process_count() > 1:
         from accelerate import PartialState
 

@@ -1,4 +1,4 @@
-"""``vlm-fast profile``."""
+"""The command ``vlm-fast profile``."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ def profile(
 ) -> None:
     """Measure connectors at several numbers of visual tokens; write a page, JSON, CSV and PNG.
 
-    Points are measured in the order of their worth, as many as fit into the budget; those that do
-    not are listed as not measured. Ctrl-C keeps what was measured.
+    Points are measured in the order of their importance, as many as fit into the budget; others are
+    listed as not measured. Ctrl-C keeps what was measured.
     """
-    # The profiler that counts memory on a CPU would tell of its every start.
+    # Silence the log lines of the profiler that counts memory on a CPU.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,7 +100,7 @@ def profile(
     seconds = budget or (QUICK_BUDGET if quick else BUDGET)
     _check_writable(out)
 
-    # On a CPU threads wait for each other, and for whatever else runs.
+    # On a CPU use one thread: several wait for each other and for other load.
     with timing.one_thread() if device == "cpu" else nullcontext():
         where = conditions(device, dtype, timing.ceilings(device, dtype))
         setting = MeasureSettings(
@@ -125,10 +125,12 @@ def profile(
 
 
 def _default_tokens(model: str, names: Sequence[str]) -> Iterator[int]:
-    """Those of `TOKENS` that the model can be given, and the connectors' own."""
+    """The numbers in `TOKENS` that a connector can produce in the model, and the connectors' usual
+    ones.
+    """
     shape = MODELS[model]
-    own = [CONNECTORS[name].counts(shape)[:1] for name in names]
-    for n in dict.fromkeys([*TOKENS, *(n for counts in own for n in counts)]):
+    own = [CONNECTORS[name].token_counts(shape)[:1] for name in names]
+    for n in dict.fromkeys([*TOKENS, *(n for token_counts in own for n in token_counts)]):
         if any(CONNECTORS[name].why_not(shape, n) is None for name in names):
             yield n
 
@@ -149,7 +151,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _measure(groups: list[PointGroup | LayerGroup], setting: MeasureSettings) -> str | None:
-    """Why it ended early, or None."""
+    """Measure the groups; returns why it ended early, or None."""
     done = 0
     try:
         with handled(), terminal.counter("profiling") as count:

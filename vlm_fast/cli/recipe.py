@@ -1,4 +1,4 @@
-"""``vlm-fast recipe``."""
+"""The command ``vlm-fast recipe``."""
 
 from __future__ import annotations
 
@@ -55,54 +55,54 @@ def recipe(
         Path | None, typer.Option(help="A folder with a transformers model and its processor.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="LLaVA's conversation JSON, or JSONL.")] = None,
-    images: Annotated[Path | None, typer.Option(help="The folder its images lie in.")] = None,
+    images: Annotated[Path | None, typer.Option(help="The folder of images.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="A folder for checkpoints and the trained model.")
     ] = None,
-    epochs: Annotated[float | None, typer.Option(min=0.0, help="In place of the recipe's.")] = None,
-    lr: Annotated[float | None, typer.Option(min=0.0, help="In place of the recipe's.")] = None,
+    epochs: Annotated[float | None, typer.Option(min=0.0, help="Replaces the recipe's.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0.0, help="Replaces the recipe's.")] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Examples a step, on all processes together.")
     ] = None,
     device_batch: Annotated[
-        int, typer.Option(min=1, help="Examples on a device at once; the rest is accumulated.")
+        int, typer.Option(min=1, help="Examples on a device at once; gradients accumulate.")
     ] = 4,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after as many.")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many steps.")
+    ] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last whole checkpoint in --out.")
+        bool, typer.Option("--resume", help="Resume from the last complete checkpoint in --out.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the order of the data, and of dropout.")] = 42,
+    seed: Annotated[int, typer.Option(help="Of the data order, new parameters and dropout.")] = 42,
     dtype: Annotated[
-        DtypeName | None, typer.Option(help="To compute in; the model's own by default.")
+        DtypeName | None, typer.Option(help="To compute in; by default the model's.")
     ] = None,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Compute activations again in backward.")
+        bool, typer.Option("--checkpointing", help="Recompute activations in backward.")
     ] = False,
     lora: Annotated[
         int | None, typer.Option(min=1, help="Adapters of this rank in the language model.")
     ] = None,
-    on_bad: Annotated[
-        OnBad, typer.Option(help="Stop where a record is bad, or leave it out.")
-    ] = "stop",
+    on_bad: Annotated[OnBad, typer.Option(help="Stop at a bad record, or leave it out.")] = "stop",
     format: Annotated[
-        FormatName | None, typer.Option(help="Of conversations; the recipe's own by default.")
+        FormatName | None, typer.Option(help="Of conversations; by default the recipe's.")
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of an example.")] = None,
     background: Background = "white",
     no_patch: Annotated[
-        bool, typer.Option("--no-patch", help="Train on transformers' own modules.")
+        bool, typer.Option("--no-patch", help="Train transformers' own modules.")
     ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read data.")] = 2,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would be done.")
+        bool, typer.Option("--dry-run", help="Check everything, and print the plan.")
     ] = False,
-    list_recipes: Annotated[bool, typer.Option("--list", help="The recipes.")] = False,
+    list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a connector by one of the papers' recipes, on one process or under accelerate launch.
 
-    Exit codes: 1 also where a record is bad; 130 where a signal ended the run, after a checkpoint.
+    Exit codes: 1 also if a record is bad; 130 if a signal ended the run, after a checkpoint.
     """
     if list_recipes or name is None:
         _list(as_json)
@@ -206,7 +206,7 @@ def _summary_text(run: RecipeRun, summary: dict[str, Any]) -> str:
 
 
 def _count(count: int) -> str:
-    """A number of parameters as people say it."""
+    """A number of parameters with three digits and a unit."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""What is looked at before anything is loaded or written: arguments, model, data, checkpoints."""
+"""Checks of ``vlm-fast recipe`` before training: options, model, data and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_arguments(run: RecipeRun, resume: bool) -> None:
-    """All that can be known before a library is imported."""
+    """Check everything that is known before a library is imported."""
     if not (run.model / "config.json").is_file():
         usage_error(f"{run.model} has no config.json, expected a folder with a model", "--model")
     if not run.data.is_file():
@@ -60,7 +60,7 @@ def check_arguments(run: RecipeRun, resume: bool) -> None:
 
 
 def check_model(run: RecipeRun) -> Any:
-    """Its family, by its config alone; and its processor."""
+    """Check the model's family by its config alone, and load its processor."""
     from transformers import AutoProcessor
 
     try:
@@ -74,7 +74,7 @@ def check_model(run: RecipeRun) -> Any:
         usage_error("float16 is trained in on a GPU alone; take bfloat16 or float32", "--dtype")
     try:
         processor = AutoProcessor.from_pretrained(run.model, local_files_only=True)
-    except Exception as error:  # whatever a processor's files lead it to
+    except Exception as error:  # broken files of processors raise anything
         usage_error(f"{run.model} has no processor: {type(error).__name__}: {error}", "--model")
     if run.recipe.family == "blip2-retrieval" and processor.tokenizer.bos_token_id is None:
         usage_error(
@@ -84,9 +84,13 @@ def check_model(run: RecipeRun) -> Any:
 
 
 def check_data(run: RecipeRun, processor: Any) -> tuple[dict[str, Any], list[int]]:
-    """How many records are good, and which are not; stops with their names as asked."""
+    """Count good records, and name bad ones; exits if they are not to be skipped.
+
+    Returns:
+        A summary for JSON, and the numbers of bad records in the file.
+    """
     try:
-        # Only where texts are cut can a record be good in itself and of no use all the same.
+        # Only with a maximal length can a well-formed record be unusable.
         collate = None if run.max_length is None else dataset_and_collator(run, processor)[1]
         with terminal.counter("checking data") as count:
             found = check(
@@ -117,7 +121,7 @@ def _report(bad: list[RecordIssue], total: int) -> None:
 
 
 def starting_checkpoint(run: RecipeRun, resume: bool) -> Path | None:
-    """The checkpoint to go on from, or None; makes the folder."""
+    """The checkpoint to resume from, or None; creates the output folder."""
     try:
         run.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -133,7 +137,7 @@ def starting_checkpoint(run: RecipeRun, resume: bool) -> Path | None:
     last, passed = checkpoints.last_complete(run.out)
     for line in passed:
         logger.info("passed over: %s", line)
-        # A list that is there lies; the files will be written again beside it.
+        # Its list of files is wrong; training will write the files again.
         (run.out / line.split()[0] / checkpoints.FILE_LIST).unlink(missing_ok=True)
     logger.info(
         "no complete checkpoint: from the beginning" if last is None else f"from {last.name}"

@@ -1,4 +1,4 @@
-"""How many operations a call dispatches: what a CPU has in place of kernels."""
+"""Count the operations that a call dispatches, the CPU's counterpart of kernel launches."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ class _OperationCounter(TorchDispatchMode):
 
 
 def count_operations(call: Callable[[], Any], counts: Counts = lambda name, args: True) -> int:
-    """Operations that a call dispatches, views included; an op of this package counts as one.
+    """Number of operations that a call dispatches, including views; an op of this package counts
+    once.
 
-    ``counts`` says of a name, such as "aten::item", and arguments whether they are counted.
+    Args:
+        call: the call.
+        counts: decides by name (such as "aten::item") and arguments whether an operation counts.
     """
     with _OperationCounter(counts) as dispatched:
         call()

@@ -26,8 +26,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model: Any = model
         self.losses: dict[str, Tensor] = {}
-        self.register_state_dict_post_hook(_once)
-        self.register_load_state_dict_pre_hook(_twice)
+        self.register_state_dict_post_hook(_drop_aliases)
+        self.register_load_state_dict_pre_hook(_add_aliases)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Enable gradient checkpointing of the model; arguments are those of the model's own
@@ -137,13 +137,13 @@ def _aliases(module: nn.Module) -> dict[str, str]:
     return {name: own for name, own in names if name != own}
 
 
-def _once(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+def _drop_aliases(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Remove shared parameters from a state dict except under their first name."""
     for name in _aliases(module):  # safetensors refuses to save a tensor under two names
         state.pop(prefix + name, None)
 
 
-def _twice(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+def _add_aliases(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Add shared parameters to a state dict under all their names."""
     for name, own in _aliases(module).items():
         if prefix + own in state:

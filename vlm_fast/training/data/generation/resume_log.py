@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 VERSION = 1
-HEAD = "vlm_fast journal"
+HEAD = "vlm_fast resume log"
 
 
 class ResumeLog:
@@ -74,7 +74,7 @@ class ResumeLog:
         head = {HEAD: VERSION, **self.log_header}
         if not lines:
             if not json.dumps(head).encode().startswith(content):
-                raise ValueError(f"{self.path} is no journal")
+                raise ValueError(f"{self.path} is no resume log")
             os.ftruncate(self._file, 0)
             self._write(head)
             return
@@ -84,7 +84,7 @@ class ResumeLog:
                 if number > 1:
                     self.entries[entry["task"]] = entry
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{self.path} is no journal in line {number}") from None
+                raise ValueError(f"{self.path} is no resume log in line {number}") from None
             if number == 1 and entry != head:
                 raise ValueError(f"{self.path} is {_of(entry)}, expected one of {_words(head)}")
         os.ftruncate(self._file, len(whole))
@@ -98,7 +98,7 @@ class ResumeLog:
 
 def _of(entry: Any) -> str:
     known = isinstance(entry, dict) and HEAD in entry
-    return f"a journal of {_words(entry)}" if known else "no journal"
+    return f"a resume log of {_words(entry)}" if known else "no resume log"
 
 
 def _words(head: dict[str, Any]) -> str:

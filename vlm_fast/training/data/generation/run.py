@@ -62,7 +62,7 @@ def tasks(scenes: Iterable[Scene], kinds: Iterable[str], limit: int | None = Non
 
 def resume_log_path(out: Path) -> Path:
     """The path of the resume log of a dataset."""
-    return out.with_name(out.name + ".journal")
+    return out.with_name(out.name + ".resume.jsonl")
 
 
 def log_header(model: str) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class GenerationRun:
         out: the conversation JSON.
         todo: all tasks of the dataset, including answered ones.
         endpoint: receives the requests.
-        journal: answers so far.
+        log: answers so far.
         again: how often a task is asked again after a bad answer. The model is shown its answer and
             what is wrong with it. Then the task is recorded as failed.
     """
@@ -88,12 +88,12 @@ class GenerationRun:
         out: Path,
         todo: list[Task],
         endpoint: ChatEndpoint,
-        journal: ResumeLog,
+        log: ResumeLog,
         *,
         again: int = 2,
     ) -> None:
         self.out, self.todo, self.endpoint, self.again = out, todo, endpoint, again
-        self.journal = journal
+        self.log = log
 
     def go(self, progress: Progress | None = None) -> None:
         """Ask, and write ``out`` at the end, also after an interruption.
@@ -106,7 +106,7 @@ class GenerationRun:
         """
         try:
             for done, task in enumerate(self.todo, 1):
-                if task.name not in self.journal.entries:
+                if task.name not in self.log.entries:
                     self._ask(task)
                 if progress is not None:
                     progress(done, len(self.todo))
@@ -117,13 +117,13 @@ class GenerationRun:
     @property
     def records(self) -> list[dict[str, Any]]:
         """The good records, in the order of their requests."""
-        entries = self.journal.entries.values()
+        entries = self.log.entries.values()
         return [entry["record"] for entry in entries if "record" in entry]
 
     @property
     def failed(self) -> dict[str, str]:
         """The reason for each task without a good answer, by the task's name."""
-        entries = self.journal.entries.values()
+        entries = self.log.entries.values()
         return {entry["task"]: entry["failed"] for entry in entries if "failed" in entry}
 
     def _ask(self, task: Task) -> None:
@@ -139,9 +139,9 @@ class GenerationRun:
                 why = str(refused)
                 break
             else:
-                self.journal.add(task.name, record=content)
+                self.log.add(task.name, record=content)
                 return
-        self.journal.add(task.name, failed=why)
+        self.log.add(task.name, failed=why)
 
 
 def _correction(bad: BadAnswer) -> list[Message]:
