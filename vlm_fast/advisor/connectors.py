@@ -89,8 +89,7 @@ class Connector:
 def connector_cost(
     point: DesignPoint, dtype: torch.dtype = torch.bfloat16, *, backward: bool = True
 ) -> ModuleCost:
-    """Cost of the connector at a design point by the ops' cost models; see
-    `cost_counter.count_cost`.
+    """Cost of the connector at a design point, by the ops' cost models.
 
     Args:
         point: the connector, model and number of tokens.

@@ -23,8 +23,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class LanguageLayer(nn.Module):
-    """A decoder layer with the matrices of Llama (or OPT), its norms and attention, to time and
-    count.
+    """A decoder layer with the matrices, norms and attention of Llama or OPT, to time and count.
 
     Weights are random and positions are not rotated.
 

@@ -112,7 +112,7 @@ def generate(
 
 
 def _tell(left_out: list[RecordIssue]) -> None:
-    """Print the first annotations that were left out or that are crowds, and their number by kind."""
+    """Print the first annotations that were left out or are crowds, and their number by kind."""
     for issue in left_out[:SHOWN]:
         typer.echo(str(issue), err=True)
     if left_out:

@@ -41,9 +41,7 @@ def usage_error(message: str, option: str | None = None) -> NoReturn:
 
 
 def decided_by_main(decide: Callable[[], Any]) -> Any:
-    """Call ``decide`` in the first process and broadcast its result; if it exits, all processes
-    exit.
-    """
+    """Call ``decide`` in the first process and broadcast the result; all exit if it exits."""
     if process_count() == 1:
         return decide()
     from accelerate import PartialState

@@ -125,9 +125,7 @@ def profile(
 
 
 def _default_tokens(model: str, names: Sequence[str]) -> Iterator[int]:
-    """The numbers in `TOKENS` that a connector can produce in the model, and the connectors' usual
-    ones.
-    """
+    """The numbers in `TOKENS` that the model allows, and the connectors' usual ones."""
     shape = MODELS[model]
     own = [CONNECTORS[name].token_counts(shape)[:1] for name in names]
     for n in dict.fromkeys([*TOKENS, *(n for token_counts in own for n in token_counts)]):

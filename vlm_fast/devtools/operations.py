@@ -23,11 +23,10 @@ class _OperationCounter(TorchDispatchMode):
 
 
 def count_operations(call: Callable[[], Any], counts: Counts = lambda name, args: True) -> int:
-    """Number of operations that a call dispatches, including views; an op of this package counts
-    once.
+    """Number of operations that a call dispatches, including views.
 
     Args:
-        call: the call.
+        call: the call. An op of this package counts as one operation.
         counts: decides by name (such as "aten::item") and arguments whether an operation counts.
     """
     with _OperationCounter(counts) as dispatched:

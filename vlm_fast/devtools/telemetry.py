@@ -74,12 +74,12 @@ class Telemetry:
         self.samples.append(sample)
 
     def summary(self) -> dict[str, Any]:
-        """Medians of the readings, all throttling reasons that were seen, and what could not be
-        read.
+        """Medians of the readings, and all throttling reasons that were seen.
 
         Returns:
             ``sm_mhz``, ``memory_mhz``, ``power_w``, ``power_limit_w``, ``temperature_c`` (None if
-                unknown), ``throttled`` (list of reasons) and ``lacks`` ({reading: reason}).
+                unknown), ``throttled`` (list of reasons) and ``lacks`` ({reading: why it could not
+                be read}).
         """
         found: dict[str, Any] = {name: self._median(name) for name in MEASURED}
         bits = 0

@@ -130,8 +130,7 @@ def perturbed(
 def judge_outputs(
     ours: ModelRun, theirs: ModelRun, rounded: Callable[[int], ModelRun]
 ) -> list[Verdict]:
-    """Judge a model's outputs by how far rounding errors in its connectors move the expected
-    outputs.
+    """Judge a model's outputs by how far rounding in its connectors moves the expected ones.
 
     The rule is that of `tolerance.judge` with ``theirs`` as the exact result. The allowed error is
     the largest one of several random perturbations. One is mostly enough; more make small outputs,

@@ -26,8 +26,7 @@ Order = Callable[[int], Tensor]
 
 
 class ReorderedRuns(Generic[R]):
-    """The results of a function with its sums in random orders; an iterable that computes them
-    lazily.
+    """An iterable of a function's results with its sums in random orders, computed lazily.
 
     The results of the functions in ``rounding`` come first. They compute the same as ``run`` by
     formulas that round differently. Then follow `ORDERS` random orders of each function. Results

@@ -98,11 +98,11 @@ def plain(example: Example, processor: Any) -> FormattedText:
 
 
 def v1(example: Example, processor: Any) -> FormattedText:
-    """Format of LLaVA v1's and v1.5's second stage: ``USER: ... ASSISTANT: ...</s>`` after Vicuna's
-    prompt.
+    """Format of LLaVA v1's and v1.5's second stage: Vicuna's prompt with ``USER:`` and
+    ``ASSISTANT:``.
 
-    The image is moved to the beginning of its question. The learned range starts at the space after
-    ``ASSISTANT:`` and includes the end-of-sequence token.
+    The image is moved to the beginning of its question. The learned range of an answer starts at
+    the space after ``ASSISTANT:`` and includes the end-of-sequence token.
     """
     end = processor.tokenizer.eos_token
     text, answers = SYSTEM, []

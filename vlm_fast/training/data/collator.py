@@ -132,9 +132,7 @@ class Collator:
         return formatted
 
     def _options(self, text: str) -> dict[str, Any]:
-        """Tokenizer options; templates and processors may add the beginning-of-sequence token
-        themselves.
-        """
+        """Tokenizer options: templates and processors may add the beginning-of-sequence token."""
         begin = self.processor.tokenizer.bos_token
         brought = begin is not None and text.startswith(begin)
         if brought or writes_bos_before_image(self.processor):

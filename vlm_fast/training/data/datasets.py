@@ -119,9 +119,7 @@ class _ImageDataset(Dataset[Item], Generic[Item]):
 
     @property
     def replaced(self) -> int:
-        """Number of records that others replaced, because they were unreadable or refused in a
-        batch.
-        """
+        """Number of records that were replaced, because they were unreadable or refused."""
         return int(self._replaced.sum())
 
     def __getitem__(self, number: int) -> Item:

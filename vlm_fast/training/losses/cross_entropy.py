@@ -60,12 +60,11 @@ def itg_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Next-token cross entropy of BLIP-2's image-grounded text generation, without all logits at
-    once.
+    """Image-grounded text generation loss of BLIP-2: next-token cross entropy in chunks.
 
     Computes ``F.cross_entropy(F.linear(hidden[:, :-1], weight, bias), labels[:, 1:])`` (arXiv
-    2301.12597, section 3.2) in chunks of tokens. Gradients are computed in forward. On a GPU
-    Liger's fused kernel is used if Liger is installed; otherwise PyTorch's GEMMs with float32
+    2301.12597, section 3.2) without a tensor of all logits. Gradients are computed in forward. On a
+    GPU Liger's fused kernel is used if Liger is installed; otherwise PyTorch's GEMMs with float32
     between them. (PyTorch's own ``linear_cross_entropy`` makes all logits as soon as labels are
     smoothed.)
 
@@ -208,8 +207,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _scale_to_fit(
     tensor: Tensor, dtype: torch.dtype, dim: int | None = None, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Convert ``tensor`` to ``dtype`` with a scale that avoids overflow; also return the inverse
-    scale.
+    """Convert ``tensor`` to ``dtype`` with a scale that avoids overflow; return the inverse too.
 
     A user scales the loss because gradients can be too small for fp16, but that scale is unknown in
     forward. So values are multiplied by the largest power of two that keeps them in range. With

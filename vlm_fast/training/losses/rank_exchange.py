@@ -116,11 +116,10 @@ def gather_rows(tensor: Tensor, group: Any = None) -> Tensor:
 def all_to_all_rows(
     tensor: Tensor, sent: Sequence[int], received: Sequence[int], group: Any = None
 ) -> Tensor:
-    """Send ``sent[r]`` rows to each rank r and receive ``received[r]`` rows from it;
-    differentiable.
+    """Send ``sent[r]`` rows to each rank r and receive ``received[r]`` rows from it.
 
-    Rows are taken and concatenated in the order of the ranks. Backward sends each row's gradient
-    back to the rank that the row came from.
+    Differentiable: backward sends each row's gradient back to the rank that the row came from. Rows
+    are taken and concatenated in the order of the ranks.
 
     Args:
         tensor: ``(sum(sent), ...)``.
@@ -205,8 +204,7 @@ def exchange_rows(tensor: Tensor, rows: Tensor, group: Any = None) -> Tensor:
 def ring_blocks(
     tensor: Tensor, batches: Sequence[int], world: World, group: Any
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (rank, rows of that rank) for every rank, starting with this one and going around the
-    ring.
+    """Yield (rank, rows of that rank) for every rank, from this one around the ring.
 
     The next block is received while the caller works on the current one, so at most two blocks are
     in memory. Not differentiable.

@@ -30,9 +30,7 @@ class Objective(nn.Module):
         self.register_load_state_dict_pre_hook(_add_aliases)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Enable gradient checkpointing of the model; arguments are those of the model's own
-        method.
-        """
+        """Enable gradient checkpointing of the model; takes the arguments of its own method."""
         self.model.gradient_checkpointing_enable(*args, **kwargs)
 
     def save(self, folder: Path) -> None:

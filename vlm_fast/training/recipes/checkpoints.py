@@ -54,9 +54,7 @@ def list_checkpoints(output: Path) -> list[tuple[int, Path, str | None]]:
 
 
 def last_complete(output: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint or None, and a sentence about each newer one that is
-    incomplete.
-    """
+    """The newest complete checkpoint or None, and a sentence about each newer one."""
     passed: list[str] = []
     for _, path, why in list_checkpoints(output):
         if why is None:

@@ -1,5 +1,4 @@
-"""Freeze modules: eval mode that lasts, no autograd graph for vision encoders, unused layers
-skipped.
+"""Freeze modules: lasting eval mode, vision encoders without a graph, unused layers skipped.
 
 The class of a frozen module is swapped in place, as `vlm_fast.patch` does. Parameters, their names
 and checkpoints stay the same, and `unfreeze` restores the original classes.
@@ -21,10 +20,10 @@ TOWERS = {"clip": ("CLIPVisionModel",), "siglip": ("SiglipVisionModel",)}
 
 
 class Frozen(Swapped):
-    """A module that stays in eval mode when its parent is switched to training; gradients flow
-    through.
+    """A module that stays in eval mode when its parent is switched to training.
 
-    Training loops call ``model.train()`` before every step, which would switch dropout on again.
+    Gradients flow through it. Training loops call ``model.train()`` before every step, which would
+    switch dropout on again.
     """
 
     def train(self, mode: bool = True) -> Any:
@@ -38,8 +37,10 @@ class Frozen(Swapped):
 
 
 class FrozenLayer(Frozen):
-    """A frozen layer that can be checkpointed: its training flag is on, its forward runs in eval
-    mode.
+    """A frozen layer that can be checkpointed.
+
+    transformers checkpoints only layers in training mode, so the training flag is on and is
+    switched off during the layer's own forward.
     """
 
     gradient_checkpointing: bool
@@ -64,9 +65,7 @@ class FrozenTower(Frozen):
 
 
 class Skipped(Swapped):
-    """A module whose output is not used. It returns NaN, which needs no memory and cannot go
-    unnoticed.
-    """
+    """A module whose output is not used. It returns NaN, so that a use would be noticed."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden.new_full((), math.nan).expand_as(hidden)

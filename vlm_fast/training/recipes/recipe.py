@@ -155,9 +155,7 @@ class Recipe:
         return torch.optim.AdamW(groups, lr=self.lr if lr is None else lr, betas=self.betas)
 
     def warmup_steps(self, steps: int) -> int:
-        """Number of warmup steps, at most a tenth of ``steps``, since short runs cannot afford
-        2,000.
-        """
+        """Number of warmup steps, at most a tenth of ``steps``, for short runs."""
         wanted = self.warmup if self.warmup >= 1 else math.ceil(self.warmup * steps)
         return min(int(wanted), steps // 10)
 

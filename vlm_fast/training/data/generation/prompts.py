@@ -1,5 +1,4 @@
-"""Prompts that ask a language model for a description, a question with reasoning, or a
-conversation.
+"""Prompts that ask for a description of an image, a question with reasoning, or a conversation.
 
 The three kinds and the textual form of an image are LLaVA's (arXiv 2304.08485, section 3); the
 wording is our own.
@@ -113,9 +112,7 @@ EXAMPLE_ANSWERS = {
 
 
 def facts(scene: Scene) -> str:
-    """Captions and boxes of an image as text: one caption per line, an empty line, one box per
-    line.
-    """
+    """Captions and boxes of an image as text, one per line, with an empty line between them."""
     boxes = [f"{b.name}: [{b.x1:.3f}, {b.y1:.3f}, {b.x2:.3f}, {b.y2:.3f}]" for b in scene.boxes]
     return "\n".join([*scene.captions, "", *(boxes or ["(no objects are listed)"])])
 
@@ -131,7 +128,5 @@ def messages(scene: Scene, kind: str) -> list[Message]:
 
 
 def stable_choice(text: str, count: int) -> int:
-    """A number below ``count`` that depends only on ``text``: the same in every run on every
-    machine.
-    """
+    """A number below ``count`` that depends only on ``text``, not on the run or the machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % count
