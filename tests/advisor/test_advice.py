@@ -60,7 +60,7 @@ def test_merging_costs_its_rounds_and_an_mlp_of_what_is_left():
     weights = [on_meta(4096, 1024), on_meta(4096), on_meta(4096, 4096), on_meta(4096)]
     parts.append(ops.mlp.cost_of(x, *weights))
     found = connectors.connector_cost(DesignPoint(LLAVA, "merge", 144)).cost
-    assert found == functools.reduce(cost_counter.added, parts)
+    assert found == functools.reduce(cost_counter.add_costs, parts)
 
 
 def test_aten_counts_by_torch_and_views_move_nothing():

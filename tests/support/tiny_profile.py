@@ -17,7 +17,7 @@ TINY = ModelShape(
     "mlp", "a test",
 )  # fmt: skip
 NAMES = ("linear", "mlp", "pool", "merge", "gated", "anyres")
-NAME = "llava-1.5-7b"  # whose place the tiny model takes
+NAME = "internvl3-8b"  # whose place the tiny model takes
 
 
 def make_tiny(patch):

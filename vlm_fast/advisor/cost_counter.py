@@ -85,13 +85,13 @@ def count_cost(
             results.append(module(*args))
             return results[0]
 
-        with CostCounter() as ledger:
+        with CostCounter() as counter:
             kept = saved_bytes(run, [*parameters, *given])
-            forward = ledger.cost
-            ledger.backward = True
+            forward = counter.cost
+            counter.backward = True
             if backward:
                 results[0].backward(torch.empty_like(results[0]))
-    cost = ledger.cost if backward else replace(forward, backward_flops=0, backward_bytes=0)
+    cost = counter.cost if backward else replace(forward, backward_flops=0, backward_bytes=0)
     return ModuleCost(cost, sum(p.numel() for p in parameters), kept)
 
 

@@ -80,12 +80,12 @@ def step_flops(language: LanguageModel, tokens: int, backward: bool) -> int:
     with torch.device("meta"), torch.set_grad_enabled(backward):
         layer = LanguageLayer(language, ops.cross_attention).requires_grad_(False)
         x = torch.empty(1, tokens, language.hidden, requires_grad=backward)
-        with CostCounter() as ledger:
+        with CostCounter() as counter:
             y = layer(x)
-            ledger.backward = True
+            counter.backward = True
             if backward:
                 y.backward(torch.empty_like(y))
-    return language.layers * (ledger.cost.forward_flops + ledger.cost.backward_flops)
+    return language.layers * (counter.cost.forward_flops + counter.cost.backward_flops)
 
 
 def attention_flops(language: LanguageModel, tokens: int) -> int:

@@ -12,7 +12,7 @@ NO_MATPLOTLIB = "matplotlib is not installed: pip install 'vlm_fast[bench]'"
 # Colours that can be read on a white and on a dark page.
 CONNECTOR, LANGUAGE_MODEL, OTHER, TEXT = "#1f6feb", "#8fa3bf", "#8a94a3", "#7d8796"
 # Text stays text, and the same chart is the same bytes.
-SVG_STYLE = {
+SVG_STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "vlm_fast", "text.color": TEXT, "axes.labelcolor": TEXT,
     "xtick.color": TEXT, "ytick.color": TEXT, "axes.edgecolor": TEXT, "font.size": 9,
 }  # fmt: skip

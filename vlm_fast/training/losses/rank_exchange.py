@@ -170,8 +170,8 @@ def exchange_rows(tensor: Tensor, rows: Tensor, group: Any = None) -> Tensor:
     batch, count = len(tensor), len(rows)
     facts = rows.new_tensor([batch, math.prod(tensor.shape[1:]), DTYPES.index(tensor.dtype)])
     gathered = _all_gather(torch.cat([facts, rows]), world, group).view(world.size, -1)
-    asked = gathered[:, len(facts) :]
-    owner = asked.div(max(batch, 1), rounding_mode="floor")
+    requested = gathered[:, len(facts) :]
+    owner = requested.div(max(batch, 1), rounding_mode="floor")
     ranks = torch.arange(world.size, device=rows.device)
     read = torch.cat([gathered[:, : len(facts)], (owner[:, :, None] == ranks).sum(1)], 1).tolist()
     batches, sizes, dtypes = (list(column) for column in zip(*(r[:3] for r in read), strict=True))
@@ -193,7 +193,7 @@ def exchange_rows(tensor: Tensor, rows: Tensor, group: Any = None) -> Tensor:
     leaving = others.flatten().int().argsort(descending=True, stable=True)[: sum(sent)]
     order = owner[here].masked_fill(owner[here] == here, world.size).argsort(stable=True)
     staying = rows[order[sum(received) :]]
-    local = torch.cat([asked.flatten()[leaving], staying]) - here * batch
+    local = torch.cat([requested.flatten()[leaving], staying]) - here * batch
     # Index ``tensor`` only once: the backward of that index adds all gradients of a row in one
     # order.
     chosen = tensor[local]
