@@ -135,7 +135,7 @@ def _ask(run: GenerationRun, as_json: bool, left_out: list[RecordIssue]) -> None
     before, code, why = len(run.log.entries), None, ""
     try:
         with handled(), terminal.counter("asking") as count:
-            run.go(count)
+            run.generate(count)
     except KeyboardInterrupt:
         code, why = Exit.INTERRUPTED, "interrupted"
     except Unavailable as error:

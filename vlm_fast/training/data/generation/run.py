@@ -95,7 +95,7 @@ class GenerationRun:
         self.out, self.todo, self.endpoint, self.again = out, todo, endpoint, again
         self.log = log
 
-    def go(self, progress: Progress | None = None) -> None:
+    def generate(self, progress: Progress | None = None) -> None:
         """Ask, and write ``out`` at the end, also after an interruption.
 
         Args:
