@@ -137,7 +137,7 @@ def features(model, layer):
 def test_as_many_layers_are_skipped_as_are_unused(layer, unused):
     model = llava(vision_feature_layer=layer) if isinstance(layer, list) else llava()
     expected = features(model, layer)
-    found = recipes.frozen.skip_unused(model.model.vision_tower, layer)
+    found = recipes.freezing.skip_unused(model.model.vision_tower, layer)
     assert found == [*(f"encoder.layers.{i}" for i in unused), "post_layernorm"]
     assert all(torch.equal(a, b) for a, b in zip(expected, features(model, layer), strict=True))
 

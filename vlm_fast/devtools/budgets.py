@@ -9,6 +9,7 @@ Both need the compiler that the file is for, Triton `BUDGETS_TRITON`.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -28,7 +29,7 @@ BUDGETS = Path(__file__).resolve().parent / "budgets.json"
 BUDGETS_TRITON = "3.6.0"  # other releases of the compiler allocate other registers
 AT_MOST = ("registers", "shared_bytes")
 AT_LEAST = ("wide_loads", "wide_stores", "tensor_core")  # in bf16 and fp16
-REGISTER_UNIT = 8  # a thread's registers are allocated in multiples of this
+REGISTER_UNIT, MAX_REGISTERS = 8, 255  # registers of a thread are allocated in such units
 DEFAULT_SHARED_BYTES = 48 * 1024  # leaves room for several blocks on a multiprocessor of any GPU
 MAX_SHARED_BYTES = 227 * 1024  # the most that one block can have on sm_90 and sm_100
 
@@ -56,7 +57,8 @@ def measured(resources: Iterable[Resources]) -> dict[str, dict[str, dict[str, in
 
 def _bounds(builds: list[Resources]) -> dict[str, int]:
     bounds = {name: max(getattr(r, name) for r in builds) for name in AT_MOST}
-    bounds["registers"] = -(-bounds["registers"] // REGISTER_UNIT) * REGISTER_UNIT
+    units = math.ceil(bounds["registers"] / REGISTER_UNIT)
+    bounds["registers"] = min(units * REGISTER_UNIT, MAX_REGISTERS)
     half = [r for r in builds if _is_half(r)]
     least = {name: min((getattr(r, name) for r in half), default=0) for name in AT_LEAST}
     return bounds | {name: bound for name, bound in least.items() if bound}

@@ -35,8 +35,8 @@ def _own(model: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> No
             state[name] = state.pop(hub)
     if not any(name in state for name in own):
         raise ValueError(
-            f"vlm_fast.training.recipes: a checkpoint has no name of {type(model).__name__}"
-            f"; its first is {next(iter(state))!r}, expected such as {own[0]!r}"
+            f"vlm_fast.training.recipes: a checkpoint has none of the names of "
+            f"{type(model).__name__}; its first is {next(iter(state))!r}, expected such as {own[0]!r}"
         )
 
 
