@@ -36,7 +36,8 @@ def _own(model: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> No
     if not any(name in state for name in own):
         raise ValueError(
             f"vlm_fast.training.recipes: a checkpoint has none of the names of "
-            f"{type(model).__name__}; its first is {next(iter(state))!r}, expected such as {own[0]!r}"
+            f"{type(model).__name__}; its first is {next(iter(state))!r}, expected names such as "
+            f"{own[0]!r}"
         )
 
 
