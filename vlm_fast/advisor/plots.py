@@ -84,6 +84,7 @@ def shares(rows: Sequence[Row]) -> str:
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     rows = sorted(rows, key=lambda row: row["seconds"])
     places = range(len(rows))
@@ -97,7 +98,8 @@ def shares(rows: Sequence[Row]) -> str:
         bars = axes.barh(places, language, left=connector, color=LANGUAGE_MODEL)
         axes.bar_label(bars, [duration(seconds) for seconds in whole], padding=3)
         axes.set_yticks(places, [_plain(row["title"]) for row in rows])
-        axes.set(xlim=(0, 1.2 * max(whole)), xlabel="s")
+        axes.set(xlim=(0, 1.2 * max(whole)))
+        axes.xaxis.set_major_formatter(EngFormatter("s"))
         axes.invert_yaxis()
         return _svg(figure, "Time of the connector and of the language model")
 
