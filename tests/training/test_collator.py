@@ -233,7 +233,7 @@ def test_the_check_finds_what_is_too_long_for_a_processor(tmp_path):
     for arguments, words in (
         (("--processor", tmp_path / "no"), "--processor: there is no folder"),
         (("--processor", images), "--processor: "),
-        (("--format", "v0"), "--processor: format is 'v0'"),
+        (("--format", "v0"), "'v0' is not one of 'plain', 'v1', 'chat'"),
     ):
         found = call(*arguments)
         assert found.exit_code == main.Exit.USAGE and words in found.stderr, found.output

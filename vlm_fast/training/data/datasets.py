@@ -29,7 +29,7 @@ class _Item:
     """An item of a dataset. When it is pickled, its reference to the dataset is dropped."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "instead": None}
+        return {**vars(self), "replacement": None}
 
 
 @dataclass(frozen=True)
