@@ -28,7 +28,6 @@ from vlm_fast.cli.options import (
 )
 from vlm_fast.cli.profile import profile
 from vlm_fast.cli.recipe import recipe
-from vlm_fast.cli.tune import tune
 from vlm_fast.devtools import ahead_of_time, budgets, environment
 from vlm_fast.kernels import _native, _triton
 from vlm_fast.ops.declaration import FLOATS, OPS, Op
@@ -195,7 +194,7 @@ def compile_(
         raise typer.Exit(Exit.FAILURE)
 
 
-for command in (advise, profile, recipe, tune):
+for command in (advise, profile, recipe):
     app.command()(command)
 app.add_typer(data)
 

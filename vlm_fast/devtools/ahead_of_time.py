@@ -227,7 +227,7 @@ def launches_at(op: Op[..., Any], shape: Mapping[str, Any], dtype: torch.dtype) 
     with FakeTensorMode(), torch.no_grad(), recording() as found:
         values, settings = fake_arguments(op, shape, dtype)
         op.fast(*values, **settings)
-        if not op.discrete:
+        if not op.returns_indices:
             run_with_gradients(op, values, settings)
     return found
 
@@ -253,7 +253,7 @@ def run_with_gradients(
     This bypasses autograd: the autograd engine of a CPU build of torch has no CUDA device, not even
     for fake tensors.
     """
-    path, values = op._path, op._accepts(*values, **settings)
+    path, values = op._path, op.accepted(values, settings)
     count = path.count(values)
     needs = tuple(isinstance(v, Tensor) and v.is_floating_point() for v in path.flatten(values))
     result, kept = path.forward(path.needs_of(needs, count), *values, **settings)
@@ -292,8 +292,8 @@ def _build(launch: Launch, index: int, arch: str, backend: Any) -> Build:
     jit, config = launch.kernel.jit, launch.kernel.configs[index]
     bind = create_function_from_signature(jit.signature, jit.params, backend)
     arguments = tree_map_only(Tensor, _Address, launch.arguments)
-    bound = bind(**arguments, **config.options())
-    options, *parts = jit._pack_args(backend, config.options(), *bound)
+    bound = bind(**arguments, **config.options)
+    options, *parts = jit._pack_args(backend, config.options, *bound)
     source = ASTSource(jit, *parts)
     signature = _describe(jit.params, source, config)
     return Build(launch.kernel, signature, index, arch, source, options.__dict__)

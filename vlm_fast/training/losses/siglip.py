@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm_fast.ops.argument_errors import once, wrong_value
+from vlm_fast.ops.argument_errors import no_double_backward, wrong_value
 from vlm_fast.training.losses import rank_exchange
 from vlm_fast.training.losses.contrastive import check_number, check_pairs
 from vlm_fast.training.losses.cross_entropy import LOGITS_AT_ONCE
@@ -111,7 +111,7 @@ class _SigmoidLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # create_graph is set; `once_differentiable` would silently return constants
         if torch.is_grad_enabled():
-            raise once("siglip_loss")
+            raise no_double_backward("siglip_loss")
         images, texts, scale, bias = ctx.saved_tensors
         batches, world, group = ctx.ring
         weight = grad * (world.size / sum(batches))
