@@ -238,7 +238,7 @@ class Case:
         if self.device == "cpu" and name in COMPILED:
             # Counted there under a dispatch mode, under which dynamo gives a function up for good.
             return None
-        return memory.synchronisations(lambda: call(*args), self.device)
+        return memory.host_syncs(lambda: call(*args), self.device)
 
     def _launches(self, call: Callable[..., Any], args: tuple[Any, ...]) -> int | None:
         return launches(lambda: call(*args), self.device)

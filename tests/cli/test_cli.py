@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main
 from vlm_fast.kernels import _triton
 from vlm_fast.ops.declaration import OPS
 from vlm_fast.verification import results_files, self_test
@@ -129,7 +129,7 @@ def test_named_shapes_are_small_on_a_cpu_and_whole_on_a_gpu():
 def test_an_unknown_op_is_a_usage_error_that_names_the_known(command):
     found = call(*command, "nope")
     assert found.exit_code == main.Exit.USAGE
-    assert "no op is called 'nope'" in found.output
+    assert "'nope' is not one of" in found.output
     assert "gather_image_tokens" in found.output.replace("\n", "")
 
 

@@ -14,7 +14,7 @@ from tests.support import reference_blip2, reference_siglip, tiny_blip2
 from tests.support.distributed_helpers import on_ranks
 from vlm_fast.training import losses as objectives
 from vlm_fast.training.losses import blip2_stage1, rank_exchange
-from vlm_fast.training.losses.cross_entropy import LOGITS
+from vlm_fast.training.losses.cross_entropy import LOGITS_AT_ONCE
 
 BATCH, QUERIES, WIDTH = 3, 5, 8
 MIXED_DTYPES = [
@@ -228,7 +228,7 @@ def siglip_is_that_of_one_process(rank, world, batches, dtype):
 
     own = slice(sum(batches[:rank]), sum(batches[: rank + 1]))
     inputs = [x.detach().requires_grad_() for x in (*(f[own] for f in features), *numbers)]
-    with mock.patch.dict(LOGITS, cpu=4):  # not all logits of a block at once
+    with mock.patch.dict(LOGITS_AT_ONCE, cpu=4):  # not all logits of a block at once
         found = objectives.siglip_loss(*inputs)
         gradients = torch.autograd.grad(found * weights[rank], inputs)
     for number in (found, *gradients[2:]):

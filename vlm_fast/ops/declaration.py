@@ -54,6 +54,7 @@ R = TypeVar("R")
 
 OPS: dict[str, Op[..., Any]] = {}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}  # by name
 
 
 def no_kernel_for(x: Tensor) -> str | None:
