@@ -10,7 +10,7 @@ import torch
 import typer
 
 from vlm_fast import terminal
-from vlm_fast.benchmarks import compare, machine, ops, providers, suite
+from vlm_fast.benchmarks import compare_results, machine, ops, providers, suite
 from vlm_fast.cli.options import Exit
 from vlm_fast.devtools.passes import MODES
 from vlm_fast.ops.declaration import FLOATS, OPS
@@ -57,8 +57,8 @@ def main(
     old: dict[str, Any] = {}
     if against is not None:
         try:
-            old = compare.read(against)
-            reason = compare.why_not(old, machine.name(device))
+            old = compare_results.read(against)
+            reason = compare_results.why_not(old, machine.name(device))
         except ValueError as error:
             reason = str(error)
         if reason is not None:
@@ -83,7 +83,7 @@ def main(
         print(line)
     if not results["finished"]:
         return Exit.INTERRUPTED
-    slower = compare.show(old, rows, allowed) if old else []
+    slower = compare_results.show(old, rows, allowed) if old else []
     return 1 if results["failures"] or slower else 0
 
 

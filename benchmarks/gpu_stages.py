@@ -14,20 +14,20 @@ from typing import Any
 import torch
 
 from vlm_fast.benchmarks import (
-    anyres,
-    flamingo,
+    anyres_packing,
+    gated_cross_attention,
     gpu_checks,
     gpu_compile,
     gpu_hopper,
     gpu_proof,
+    image_token_merge,
     machine,
-    merge,
-    mergers,
     models,
+    op_overhead,
     ops,
-    overhead,
+    patch_mergers,
     qformer,
-    tokens,
+    token_merging,
 )
 from vlm_fast.devtools import tuning
 from vlm_fast.kernels import _configs
@@ -187,7 +187,7 @@ def family(module: ModuleType, seconds: float) -> Callable[[Results, str, float]
 
 
 def benchmark_overhead(results: Results, device: str, deadline: float) -> list[str]:
-    results["overhead"] = overhead.main(device=device, quick=True)
+    results["op_overhead"] = op_overhead.main(device=device, quick=True)
     return []
 
 
@@ -200,12 +200,12 @@ STAGES = (
     Stage("configs", 35, configs, timed=True),
     Stage("ops", 105, benchmark_ops, needs_cuda=False, timed=True),
     Stage("LLaVA", 25, model("llava"), needs_cuda=False, timed=True),
-    Stage("Flamingo", 20, family(flamingo, 1.0), needs_cuda=False, timed=True),
+    Stage("Flamingo", 20, family(gated_cross_attention, 1.0), needs_cuda=False, timed=True),
     Stage("Q-Former", 25, family(qformer, 1.0), needs_cuda=False, timed=True),
-    Stage("merge", 4, family(merge, 0.5), needs_cuda=False, timed=True),
-    Stage("AnyRes", 10, family(anyres, 1.0), needs_cuda=False, timed=True),
-    Stage("mergers", 14, family(mergers, 1.0), needs_cuda=False, timed=True),
-    Stage("tokens", 14, family(tokens, 1.0), needs_cuda=False, timed=True),
+    Stage("merge", 4, family(image_token_merge, 0.5), needs_cuda=False, timed=True),
+    Stage("AnyRes", 10, family(anyres_packing, 1.0), needs_cuda=False, timed=True),
+    Stage("mergers", 14, family(patch_mergers, 1.0), needs_cuda=False, timed=True),
+    Stage("tokens", 14, family(token_merging, 1.0), needs_cuda=False, timed=True),
     Stage("BLIP-2", 18, model("blip2"), needs_cuda=False, timed=True),
     Stage("IDEFICS", 18, model("idefics"), needs_cuda=False, timed=True),
     Stage("Llama 3.2 Vision", 18, model("mllama"), needs_cuda=False, timed=True),

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_fast.benchmarks import picture
+from vlm_fast.benchmarks import charts
+from vlm_fast.benchmarks.charts import FAMILIES, megabytes, pairs, seconds
 from vlm_fast.benchmarks.models import proof
-from vlm_fast.benchmarks.picture import FAMILIES, megabytes, pairs, seconds
 from vlm_fast.benchmarks.providers import EAGER, OURS
 from vlm_fast.verification import results_files
 
@@ -48,10 +48,10 @@ def between(text: str, name: str, content: str) -> str:
 
 def drawn(result: dict[str, Any], folder: Path, readme: Path) -> Iterator[str]:
     """Draw each chart beside the results, and link it; then under which conditions."""
-    for name, (bars, axis, logarithmic) in picture.CHARTS.items():
+    for name, (bars, axis, logarithmic) in charts.CHARTS.items():
         path = folder / f"{name}.svg"
         title = f"Before and after vlm_fast.patch, {result['machine']}: {name}"
-        picture.draw(bars(result), path, title=title, axis=axis, logarithmic=logarithmic)
+        charts.draw(bars(result), path, title=title, axis=axis, logarithmic=logarithmic)
         yield f"![{title}]({os.path.relpath(path, readme.parent)})"
     yield conditions(result)
 
@@ -177,7 +177,7 @@ def losses(result: dict[str, Any]) -> str:
     """Where ours is slower than eager PyTorch, or takes more memory; other providers of an op are
     in the table of ops."""
     cells: list[tuple[str, str, str]] = []
-    for of, before, after in picture.measured(result):
+    for of, before, after in charts.measured(result):
         if after["ours_is"] == "slower":
             ratio = after["median"] / before["median"]
             cells.append((of, after["part"], f"takes {ratio:.2f} times as long"))

@@ -14,16 +14,16 @@ from types import ModuleType
 from typing import Any
 
 from vlm_fast.benchmarks import (
-    anyres,
-    flamingo,
+    anyres_packing,
+    gated_cross_attention,
+    image_token_merge,
     machine,
-    merge,
-    mergers,
     models,
+    op_overhead,
     ops,
-    overhead,
+    patch_mergers,
     qformer,
-    tokens,
+    token_merging,
 )
 from vlm_fast.benchmarks.ops import Selection
 from vlm_fast.devtools.telemetry import Telemetry
@@ -84,7 +84,7 @@ def every_op(run: Run) -> None:
 
 
 def python_overhead(run: Run) -> None:
-    run.results["overhead"] = overhead.main(quick=run.quick, device=run.device)
+    run.results["op_overhead"] = op_overhead.main(quick=run.quick, device=run.device)
 
 
 def whole_models(run: Run) -> None:
@@ -106,11 +106,18 @@ def family(module: ModuleType) -> Callable[[Run], None]:
 SECTIONS: dict[str, Callable[[Run], None]] = {
     "parity": parity,
     "ops": every_op,
-    "overhead": python_overhead,
+    "op_overhead": python_overhead,
     "models": whole_models,
     **{
         module.__name__.rpartition(".")[2]: family(module)
-        for module in (merge, qformer, flamingo, anyres, tokens, mergers)
+        for module in (
+            image_token_merge,
+            qformer,
+            gated_cross_attention,
+            anyres_packing,
+            token_merging,
+            patch_mergers,
+        )
     },
 }
 

@@ -13,13 +13,18 @@ from typing import Any
 
 import torch
 
-from vlm_fast.benchmarks.providers import attention, norms, projectors, tokens
+from vlm_fast.benchmarks.providers import attention, image_token_merge, norms, projectors
 from vlm_fast.benchmarks.providers.peer import Peer, Unavailable
 from vlm_fast.ops.declaration import Op
 
 OURS, EAGER = "vlm_fast", "eager"
 COMPILED = {"torch.compile": None, "torch.compile (max-autotune)": "max-autotune-no-cudagraphs"}
-PEERS: tuple[Peer, ...] = (*attention.PEERS, *norms.PEERS, *projectors.PEERS, *tokens.PEERS)
+PEERS: tuple[Peer, ...] = (
+    *attention.PEERS,
+    *norms.PEERS,
+    *projectors.PEERS,
+    *image_token_merge.PEERS,
+)
 NAMES = (OURS, EAGER, *COMPILED, *dict.fromkeys(peer.name for peer in PEERS))
 
 Providers = dict[str, Callable[..., Any] | Unavailable]

@@ -13,9 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vlm_fast.benchmarks import compare, machine, ops, providers, suite, test_speed
+from vlm_fast.benchmarks import compare_results, machine, ops, providers, suite, test_speed
 from vlm_fast.benchmarks.providers.peer import Peer
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main
 from vlm_fast.devtools import launches, memory, telemetry, timing
 from vlm_fast.devtools.passes import CALLS, MODES
 from vlm_fast.ops.declaration import OPS
@@ -211,10 +211,10 @@ def test_a_section_that_breaks_leaves_the_others(quickly, monkeypatch, tmp_path)
     def broken(run):
         raise RuntimeError("no such luck")
 
-    monkeypatch.setitem(suite.SECTIONS, "overhead", broken)
+    monkeypatch.setitem(suite.SECTIONS, "op_overhead", broken)
     path = tmp_path / "out.json"
-    found = bench(*FEW, "--section", "overhead", "--section", "ops", "--json", str(path))
-    assert found.exit_code == 1 and "overhead: RuntimeError: no such luck" in found.output
+    found = bench(*FEW, "--section", "op_overhead", "--section", "ops", "--json", str(path))
+    assert found.exit_code == 1 and "op_overhead: RuntimeError: no such luck" in found.output
     content = valid(json.loads(path.read_text()))
     assert content["ops"] and content["finished"]
 
@@ -239,7 +239,7 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
 
 def test_cells_that_are_formulas_are_text(tmp_path):
     path = tmp_path / "out.csv"
-    main.tables.write_csv(path, [{"a": "=1+1", "b": ["x", "y"]}, {"a": None, "c": -1.5}])
+    main.terminal.write_csv(path, [{"a": "=1+1", "b": ["x", "y"]}, {"a": None, "c": -1.5}])
     with path.open() as file:
         assert list(csv.reader(file)) == [["a", "b", "c"], ["'=1+1", "x; y", ""], ["", "", "-1.5"]]
 
@@ -266,16 +266,16 @@ def row(provider, median, peak=1000, spread=0.01):
 def test_slower_is_said_as_a_share_of_eager_and_not_of_a_busy_machine():
     old = [row("vlm_fast", 1.0), row("eager", 2.0)]
     busy = [row("vlm_fast", 3.0), row("eager", 6.0)]
-    assert list(compare.regressions(old, busy, 0.05)) == []
+    assert list(compare_results.regressions(old, busy, 0.05)) == []
     slower = [row("vlm_fast", 1.2), row("eager", 2.0)]
-    assert list(compare.regressions(old, slower, 0.05)) == [
+    assert list(compare_results.regressions(old, slower, 0.05)) == [
         "mlp, x, forward: takes 0.60 of eager's time, took 0.50"
     ]
-    assert list(compare.regressions(old, slower, 0.25)) == []
+    assert list(compare_results.regressions(old, slower, 0.25)) == []
     noisy = [row("vlm_fast", 1.2, spread=0.3), row("eager", 2.0)]
-    assert list(compare.regressions(old, noisy, 0.05)) == []
+    assert list(compare_results.regressions(old, noisy, 0.05)) == []
     larger = [row("vlm_fast", 1.0, peak=1100), row("eager", 2.0)]
-    assert list(compare.regressions(old, larger, 0.05)) == [
+    assert list(compare_results.regressions(old, larger, 0.05)) == [
         "mlp, x, forward: peak_bytes 1100, were 1000"
     ]
 

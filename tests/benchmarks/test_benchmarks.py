@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from vlm_fast.benchmarks import (
+    charts,
     gpu,
     gpu_checks,
     gpu_compile,
     machine,
     models,
-    picture,
     report,
     suite,
 )
 from vlm_fast.benchmarks.gpu_stages import STAGES, Stage
-from vlm_fast.benchmarks.models import pictures
+from vlm_fast.benchmarks.models import photograph
 from vlm_fast.devtools import ahead_of_time, memory, timing, tuning
 from vlm_fast.kernels import _configs
 from vlm_fast.kernels._triton import AVAILABLE
@@ -69,7 +69,7 @@ def test_patched_models_are_the_same(quick):
 def test_rows_are_of_one_shape(quick):
     """A part's "before" comes first, then what it is compared with."""
     _, results = quick
-    families = ["merge", "qformer", "flamingo", "anyres", "mergers", "tokens"]
+    families = list(charts.FAMILIES)
     every = [*results["models"].values(), *(results[family] for family in families)]
     for found in every:
         assert all(row.keys() == every[0]["rows"][0].keys() for row in found["rows"])
@@ -318,9 +318,9 @@ def test_bytes_and_waits_are_those_of_a_known_call():
 
 
 def test_photograph_becomes_what_the_tower_takes():
-    found, source = pictures.prepared("blip", "BlipImageProcessorPil")
+    found, source = photograph.preprocessed("blip", "BlipImageProcessorPil")
     assert found["pixel_values"].std() > 0.1 and "astronaut" in source
-    assert pictures.by_torch(28).shape == (1, 3, 28, 28)
+    assert photograph.resized(28).shape == (1, 3, 28, 28)
 
 
 # ---- README and docs ----
@@ -345,11 +345,11 @@ def test_pages_show_what_results_hold_and_nothing_else(quick, tmp_path, monkeypa
     assert "No GPU has run this yet" in text
     for name in OPS:
         assert f"| {name} |" in measured
-    for words in picture.FAMILIES.values():
+    for words in charts.FAMILIES.values():
         assert f"### {words[0].upper()}{words[1:]}" in measured
-    charts = [(tmp_path / f"{name}.svg").read_bytes() for name in picture.CHARTS]
+    drawn = [(tmp_path / f"{name}.svg").read_bytes() for name in charts.CHARTS]
     assert (text, measured) == written({**results, "quick": False})
-    assert charts == [(tmp_path / f"{name}.svg").read_bytes() for name in picture.CHARTS]
+    assert drawn == [(tmp_path / f"{name}.svg").read_bytes() for name in charts.CHARTS]
     text, measured = written(results)  # quick: worth nothing
     assert "| " not in text.partition("results:begin")[2] and "| " not in measured
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main
 from vlm_fast.kernels import _triton
 from vlm_fast.ops.declaration import OPS
 from vlm_fast.verification import results_files, self_test
@@ -95,7 +95,7 @@ def test_check_passes_here():
 
 def test_check_prints_what_failed_and_by_how_much(monkeypatch):
     wrong = Verdict("gradient 1", 0.5, 0.25, "error 0.5 above 0.25")
-    monkeypatch.setattr(self_test.parity, "check", lambda *_, **__: [wrong])
+    monkeypatch.setattr(self_test.tolerance, "check", lambda *_, **__: [wrong])
     found = call("check", "mlp")
     assert found.exit_code == main.Exit.FAILURE
     line = next(line for line in found.stdout.splitlines() if "gradient 1" in line)
@@ -115,7 +115,7 @@ def test_a_case_that_raises_is_a_failure(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(self_test.parity, "check", broken)
+    monkeypatch.setattr(self_test.tolerance, "check", broken)
     case = next(self_test.run(["mlp"], device="cpu"))
     assert not case.ok
     assert case.failures()[0].endswith("raised RuntimeError: no such luck")

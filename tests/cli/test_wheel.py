@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main
 from vlm_fast.kernels._triton import AVAILABLE
 
 ROOT = Path(__file__).resolve().parents[2]

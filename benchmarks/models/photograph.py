@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-def photograph() -> tuple[Any, str]:
+def load() -> tuple[Any, str]:
     """A picture as (height, width, 3) bytes, and what it is."""
     if importlib.util.find_spec("skimage"):
         from skimage import data
@@ -22,13 +22,13 @@ def photograph() -> tuple[Any, str]:
     return (picture[0].permute(1, 2, 0) * 255).byte().numpy(), "smooth noise: no scikit-image here"
 
 
-def prepared(family: str, processor: str, *, side: int = 0, **settings: Any) -> tuple[Any, str]:
+def preprocessed(family: str, processor: str, *, side: int = 0, **settings: Any) -> tuple[Any, str]:
     """What a processor of transformers, one that needs Pillow alone, makes of the photograph.
 
     With ``side`` the photograph is enlarged to that many pixels before. Returns the processor's
     dictionary of tensors, and what they are of and by what. Without Pillow the dictionary is empty.
     """
-    picture, what = photograph()
+    picture, what = load()
     if importlib.util.find_spec("PIL") is None:
         return {}, f"{what}, by torch: no Pillow here"
     if side:
@@ -41,9 +41,9 @@ def prepared(family: str, processor: str, *, side: int = 0, **settings: Any) -> 
     return made([picture], return_tensors="pt"), f"{what}, by {processor}"
 
 
-def by_torch(side: int) -> Tensor:
+def resized(side: int) -> Tensor:
     """``(1, 3, side, side)``, resized and normalised by torch."""
-    picture, _ = photograph()
+    picture, _ = load()
     values = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
     values = nn.functional.interpolate(values, (side, side), mode="bicubic", antialias=True)
     return (values - 0.5) / 0.5

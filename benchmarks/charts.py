@@ -9,12 +9,12 @@ from typing import Any
 Row = dict[str, Any]
 Bar = tuple[str, float, str]  # a label, a ratio, and what it is made of
 FAMILIES = {
-    "merge": "merge",
+    "image_token_merge": "merge",
     "qformer": "Q-Former",
-    "flamingo": "Flamingo",
-    "anyres": "AnyRes",
-    "tokens": "token merging",
-    "mergers": "patch mergers",
+    "gated_cross_attention": "Flamingo",
+    "anyres_packing": "AnyRes",
+    "token_merging": "token merging",
+    "patch_mergers": "patch mergers",
 }
 BETTER, EQUAL, WORSE = "#2a7ab8", "#9a9a9a", "#b8492a"
 NEAR = 0.02  # shares of memory within this of 1 are called equal
