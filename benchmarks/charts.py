@@ -1,76 +1,130 @@
-"""Two charts of a results file: how much faster, and with what share of the memory."""
+"""Charts of a results file: time on the device by op, peak memory, and time by the host's clock."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
-Row = dict[str, Any]
-Bar = tuple[str, float, str]  # a label, a ratio, and what it is made of
-FAMILIES = {
-    "image_token_merge": "merge",
-    "qformer": "Q-Former",
-    "gated_cross_attention": "Flamingo",
-    "anyres_packing": "AnyRes",
-    "token_merging": "token merging",
-    "patch_mergers": "patch mergers",
-}
-BETTER, EQUAL, WORSE = "#2a7ab8", "#9a9a9a", "#b8492a"
-NEAR = 0.02  # shares of memory within this of 1 are called equal
+from vlm_fast.benchmarks.providers import OURS
+from vlm_fast.benchmarks.result_rows import (
+    Row,
+    best_peer,
+    by_provider,
+    megabytes,
+    pieces,
+    seconds,
+)
+from vlm_fast.ops.declaration import OPS
 
-
-def pairs(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
-    """Before and after, part by part, where both were measured."""
-    before: dict[str, Row] = {row["part"]: row for row in rows if row["state"] == "before"}
-    for row in rows:
-        if row["state"] == "after" and row["part"] in before:
-            yield before[row["part"]], row
+Result = dict[str, Any]
+BETTER, SAME, WORSE = "#2a7ab8", "#9a9a9a", "#b8492a"
+COLOURS = {"faster": BETTER, "same": SAME, "slower": WORSE}
+NEAR = 0.02  # shares of memory within this of 1 are drawn as equal
+# With less wall time than this per kernel launch, the host's launches decide the time.
+HOST_SECONDS_PER_LAUNCH = 100e-6
 
 
-def measured(result: dict[str, Any]) -> Iterator[tuple[str, Row, Row]]:
-    """What every pair belongs to, before and after: whole models first, then the pieces."""
-    for found in result.get("models", {}).values():
-        for before, after in pairs(found["rows"]):
-            # What was cut of the model is in the tables.
-            yield found["model"].partition(" (")[0], before, after
-    for family, words in FAMILIES.items():
-        for before, after in pairs(result.get(family, {}).get("rows", [])):
-            yield words, before, after
+@dataclass(frozen=True)
+class Bar:
+    """A bar of a chart: a label, a ratio to 1, the figures behind it in words, and a colour."""
+
+    label: str
+    ratio: float
+    words: str
+    colour: str
 
 
-def speed(result: dict[str, Any]) -> list[tuple[Bar, str]]:
-    """Bars of the times before over those after, and a colour each."""
-    colours = {"faster": BETTER, "same": EQUAL, "slower": WORSE}
-    return [
-        (
-            (
-                f"{of}: {after['part']}",
-                before["median"] / after["median"],
-                f"{seconds(before['median'])} → {seconds(after['median'])}",
-            ),
-            colours[after["ours_is"]],
-        )
-        for of, before, after in measured(result)
-    ]
+@dataclass(frozen=True)
+class Group:
+    """Bars under one heading."""
+
+    heading: str
+    bars: list[Bar]
 
 
-def memory(result: dict[str, Any]) -> list[tuple[Bar, str]]:
-    """Bars of the peak after as a share of the peak before, where there is one."""
+def op_times(result: Result) -> list[Group]:
+    """The fastest other provider's time over ours, for each op at its first named shape."""
+    groups = {mode: Group(mode, []) for mode in ("forward", "backward")}
+    firsts = {op.name: next(iter(op.bench_shapes), None) for op in OPS.values()}
+    for key, found in by_provider(result.get("ops", [])).items():
+        op, shape, mode = key[0], key[1], key[4]
+        if mode not in groups or firsts.get(op) != shape or len(found) < 2 or OURS not in found:
+            continue
+        peer = found[best_peer(found)]
+        ours = found[OURS]["median"]
+        words = f"{seconds(ours)}; {peer['provider']} {seconds(peer['median'])}"
+        bar = Bar(f"{op}: {shape}", peer["median"] / ours, words, COLOURS[peer["ours_is"]])
+        groups[mode].bars.append(bar)
+    return [group for group in groups.values() if group.bars]
+
+
+def memory(result: Result) -> list[Group]:
+    """Peak memory after the patch as a share of the peak before."""
     bars = []
-    for of, before, after in measured(result):
+    for title, before, after in pieces(result):
         if before["peak_bytes"]:
             share = after["peak_bytes"] / before["peak_bytes"]
             words = f"{megabytes(before['peak_bytes'])} → {megabytes(after['peak_bytes'])}"
-            colour = BETTER if share < 1 - NEAR else WORSE if share > 1 + NEAR else EQUAL
-            bars.append(((f"{of}: {after['part']}", share, words), colour))
-    return bars
+            colour = BETTER if share < 1 - NEAR else WORSE if share > 1 + NEAR else SAME
+            bars.append(Bar(f"{title}: {after['part']}", share, words, colour))
+    return [Group("", bars)] if bars else []
 
 
-def draw(
-    bars: list[tuple[Bar, str]], path: Path, *, title: str, axis: str, logarithmic: bool
-) -> None:
-    """A bar a line; the line at 1 is what was before."""
+def piece_times(result: Result) -> list[Group]:
+    """The time before over the time after, by the host's clock; host-bound pieces apart."""
+    per_launch = f"{HOST_SECONDS_PER_LAUNCH * 1e6:.0f} µs of wall time per kernel launch"
+    ours = Group(f"at least {per_launch}", [])
+    hosts = Group(f"host-bound: less than {per_launch}, before or after", [])
+    for title, before, after in pieces(result):
+        words = f"{seconds(before['median'])} → {seconds(after['median'])}"
+        ratio = before["median"] / after["median"]
+        bar = Bar(f"{title}: {after['part']}", ratio, words, COLOURS[after["ours_is"]])
+        (hosts if is_host_bound(before, after) else ours).bars.append(bar)
+    if not hosts.bars:
+        return [Group("", ours.bars)] if ours.bars else []
+    return [group for group in (ours, hosts) if group.bars]
+
+
+def is_host_bound(before: Row, after: Row) -> bool:
+    """Whether launches by the host decide the time of a piece, without or with the patch."""
+    return any(
+        row["launches"] and row["median"] < row["launches"] * HOST_SECONDS_PER_LAUNCH
+        for row in (before, after)
+    )
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A kind of chart: the function that makes its bars, its title, and the text of its axis."""
+
+    bars: Callable[[Result], list[Group]]
+    title: str
+    axis: str
+    logarithmic: bool
+
+
+CHARTS = {
+    "op_times": Chart(
+        op_times, "Device time of each op, against the fastest other provider",
+        "times as fast as the fastest other provider (grey: the quartiles overlap)", True,
+    ),
+    "memory": Chart(
+        memory, "Peak memory of a call, before and after vlm_fast.patch",
+        "peak memory after, as a share of the peak before", False,
+    ),
+    "piece_times": Chart(
+        piece_times, "Time of a call in eager mode, before and after vlm_fast.patch",
+        "times as fast as before, by the host's clock (grey: the quartiles overlap)", True,
+    ),
+}  # fmt: skip
+
+
+def draw(chart: Chart, result: Result, path: Path) -> None:
+    """Write a chart as SVG; its description holds the bars as JSON. See `drawn_from`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -78,40 +132,51 @@ def draw(
     matplotlib.rcParams.update({"svg.hashsalt": "vlm_fast", "svg.fonttype": "none", "font.size": 8})
     from matplotlib import pyplot
 
-    figure, panel = pyplot.subplots(figsize=(11, 0.21 * len(bars) + 1.1), layout="constrained")
-    for y, ((_, ratio, words), colour) in enumerate(bars):
-        left = 1 if logarithmic else 0
-        panel.barh(y, ratio - left, 0.7, left=left, color=colour)
-        panel.text(max(ratio, 1) * (1.04 if logarithmic else 1) + 0.01, y, words, va="center")
-    panel.axvline(1, color="black", linewidth=0.8)
-    if logarithmic:
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-        panel.set_xlim(None, max(ratio for (_, ratio, _), _ in bars) * 4)
+    groups = chart.bars(result)
+    sizes = [len(group.bars) + 1.5 for group in groups]
+    figure, panels = pyplot.subplots(
+        len(groups), 1, figsize=(11, 0.21 * sum(sizes) + 0.8), height_ratios=sizes, sharex=True,
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    ratios = [bar.ratio for group in groups for bar in group.bars]
+    for group, panel in zip(groups, panels[:, 0], strict=True):
+        _draw_group(group, panel, chart.logarithmic)
+    lowest = panels[-1, 0]
+    if chart.logarithmic:
+        lowest.set_xscale("log", base=2)
+        lowest.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        lowest.set_xlim(min(ratios) / 1.3, max(ratios) * 6)
     else:
-        panel.set_xlim(0, max(1.2, *(ratio for (_, ratio, _), _ in bars)) * 1.25)
-    panel.set_xlabel(axis)
-    panel.set_yticks(range(len(bars)), [label for (label, _, _), _ in bars])
-    panel.invert_yaxis()
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.margins(y=0.01)
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(path, metadata={"Date": None})
+        lowest.set_xlim(0, max(1.2, *ratios) * 1.25)
+    lowest.set_xlabel(chart.axis)
+    figure.suptitle(f"{chart.title}: {result['machine']}", fontsize=9)
+    data = json.dumps([asdict(group) for group in groups])
+    figure.savefig(path, metadata={"Date": None, "Description": data})
     pyplot.close(figure)
 
 
-CHARTS: dict[str, tuple[Callable[[dict[str, Any]], list[tuple[Bar, str]]], str, bool]] = {
-    "speed": (speed, "times as fast as before (grey: no difference that could be claimed)", True),
-    "memory": (memory, "peak memory, as a share of what it was before", False),
-}
+def _draw_group(group: Group, panel: Any, logarithmic: bool) -> None:
+    left = 1 if logarithmic else 0
+    for y, bar in enumerate(group.bars):
+        panel.barh(y, bar.ratio - left, 0.7, left=left, color=bar.colour)
+        panel.text(
+            max(bar.ratio, 1) * (1.04 if logarithmic else 1) + 0.01, y, bar.words, va="center"
+        )
+    panel.axvline(1, color="black", linewidth=0.8)
+    panel.set_yticks(range(len(group.bars)), [bar.label for bar in group.bars])
+    panel.invert_yaxis()
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.margins(y=0.01)
+    panel.set_title(group.heading, fontsize=8, loc="left")
 
 
-def seconds(value: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value * 1e6:.3g} µs"
+def drawn_from(path: Path) -> list[Group]:
+    """Read the bars of a chart back from its file."""
+    described = _descriptions(path)
+    groups = json.loads(next(described))
+    return [Group(group["heading"], [Bar(**bar) for bar in group["bars"]]) for group in groups]
 
 
-def megabytes(size: float) -> str:
-    return f"{size / 1e6:.3g} MB"
+def _descriptions(path: Path) -> Iterator[str]:
+    for element in ElementTree.parse(path).iter("{http://purl.org/dc/elements/1.1/}description"):
+        yield element.text or ""

@@ -13,11 +13,9 @@ from typing import Any
 
 from vlm_fast import terminal
 from vlm_fast.benchmarks.providers import EAGER, OURS
+from vlm_fast.benchmarks.result_rows import Row, by_provider
 from vlm_fast.verification import results_files
 
-Row = Mapping[str, Any]
-Key = tuple[str, ...]
-WHAT = ("op", "shape", "scale", "dtype", "mode")
 BYTES = ("saved_bytes", "peak_bytes")
 SLACK = 1.02  # of bytes: allocations are rounded
 
@@ -74,15 +72,6 @@ def regressions(old: Sequence[Row], new: Sequence[Row], allowed: float) -> Itera
 
 def pairs(a: Mapping[str, Row], b: Mapping[str, Row]) -> Iterator[tuple[Row, Row]]:
     return ((rows[OURS], rows[EAGER]) for rows in (a, b))
-
-
-def by_provider(rows: Sequence[Row]) -> dict[Key, dict[str, Row]]:
-    found: dict[Key, dict[str, Row]] = {}
-    for row in rows:
-        if row["status"] == "measured":
-            key = tuple(str(row[name]) for name in WHAT)
-            found.setdefault(key, {})[row["provider"]] = row
-    return found
 
 
 def show(old: Mapping[str, Any], new: Sequence[Row], allowed: float) -> list[str]:

@@ -77,7 +77,7 @@ def liger_glu(*args: Any, **options: Any) -> Callable[..., Any]:
 
 PEERS = (
     Peer("QuACK", "mlp", quack, package="quack", cuda_only=True),
-    Peer("flash-attn (tanh)", "mlp", flash_attn, package="flash_attn", cuda_only=True),
+    Peer("flash-attn (tanh)", "mlp", flash_attn, package="flash_attn", cuda_only=True, same=False),
     Peer(
         "TransformerEngine", "mlp", transformer_engine, package="transformer_engine", cuda_only=True
     ),
