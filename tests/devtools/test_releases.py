@@ -63,7 +63,7 @@ def test_a_release_is_one_row_of_words():
         "merge, projector from 5.24 on", "projector 5.8 to 5.12",
     ]  # fmt: skip
     row = releases_table.page({"llava": found}).splitlines()[2]
-    assert row.count("projector") == 3 and "skipped [1]" in row and "n/a [2]" in row
+    assert row.count("projector") == 3 and "skipped (1)" in row and "n/a (2)" in row
     assert "?" in row  # what was not run is not claimed
 
 

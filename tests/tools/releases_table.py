@@ -30,7 +30,8 @@ def page(cells: Cells) -> str:
         for reason in reasons:
             if reason not in notes:
                 notes.append(reason)
-        return "".join(f" [{notes.index(reason) + 1}]" for reason in reasons)
+        numbers = ", ".join(str(notes.index(reason) + 1) for reason in reasons)
+        return f" ({numbers})" if numbers else ""
 
     def shown(cell: Cell | None) -> str:
         if cell is None:
