@@ -1,7 +1,7 @@
 """A hook of mkdocs: on docs/api.md, the line ``[[ package ]]`` becomes all public names of a package.
 
 Public names are those that the package's ``__init__.py`` imports as themselves (``a as a``), and its
-own functions. They are read from the source, so building the site imports nothing.
+own functions and classes. They are read from the source, so building the site imports nothing.
 """
 
 import ast
@@ -12,18 +12,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def public_names(package: str) -> list[str]:
-    """The public names of a package, in the order of its ``__init__.py``; packages are left out."""
+    """Where each public name of a package is defined, as a dotted path; packages are left out."""
     source = (ROOT / package.replace(".", "/") / "__init__.py").read_text()
     names = []
     for node in ast.parse(source).body:
-        if isinstance(node, ast.ImportFrom):
-            folder = ROOT / (node.module or "").replace(".", "/")
+        if isinstance(node, ast.ImportFrom) and node.module:
+            folder = ROOT / node.module.replace(".", "/")
             for alias in node.names:
-                is_package = (folder / alias.name).is_dir()
-                if alias.asname == alias.name and not is_package:
-                    names.append(alias.name)
+                if alias.asname == alias.name and not (folder / alias.name).is_dir():
+                    names.append(f"{node.module}.{alias.name}")
         elif isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            names.append(node.name)
+            names.append(f"{package}.{node.name}")
     return names
 
 
@@ -31,11 +30,11 @@ def expanded(markdown: str) -> str:
     """The page with each ``[[ package ]]`` replaced by a directive of mkdocstrings for each name."""
 
     def directives(match: re.Match[str]) -> str:
-        package = match[1]
-        return "\n\n".join(f"::: {package}.{name}" for name in public_names(package))
+        return "\n\n".join(f"::: {name}" for name in public_names(match[1]))
 
     return re.sub(r"^\[\[ ([\w.]+) \]\]$", directives, markdown, flags=re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, page: object, **_: object) -> str:
+    """What mkdocs calls for each page."""
     return expanded(markdown)
