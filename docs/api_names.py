@@ -1,7 +1,7 @@
-"""A hook of mkdocs: on docs/api.md, the line ``[[ package ]]`` becomes all public names of a package.
+"""A hook of mkdocs: on docs/api.md, ``[[ package ]]`` becomes the public names of a package.
 
-Public names are those that the package's ``__init__.py`` imports as themselves (``a as a``), and its
-own functions and classes. They are read from the source, so building the site imports nothing.
+Public names are those that the ``__init__.py`` of the package imports as themselves (``a as a``),
+and its own functions and classes. The source is read, so building the site imports nothing.
 """
 
 import ast
@@ -27,7 +27,7 @@ def public_names(package: str) -> list[str]:
 
 
 def expanded(markdown: str) -> str:
-    """The page with each ``[[ package ]]`` replaced by a directive of mkdocstrings for each name."""
+    """The page with each ``[[ package ]]`` replaced by directives of mkdocstrings."""
 
     def directives(match: re.Match[str]) -> str:
         return "\n\n".join(f"::: {name}" for name in public_names(match[1]))

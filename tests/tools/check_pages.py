@@ -2,8 +2,9 @@
 
     make docs && python -m tests.tools.check_pages [--screenshots FOLDER]
 
-It fails if a page writes an error to the console, does not find a file, or is wider than the window.
-It needs the package ``playwright`` and a Chromium on PATH; without them it says so and does nothing.
+It fails if a page writes an error to the console, does not find a file, or is wider than the
+window. It needs the package ``playwright`` and a Chromium on PATH; without them it does nothing and
+says so.
 """
 
 from __future__ import annotations
