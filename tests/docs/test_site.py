@@ -1,4 +1,4 @@
-"""The documentation site: the API page has every public name, and mkdocs builds without warnings."""
+"""The documentation site: the API page has every public name; mkdocs builds without warnings."""
 
 import importlib
 import importlib.util
