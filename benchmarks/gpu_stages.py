@@ -1,4 +1,4 @@
-"""The stages of the GPU run, in the order of their worth, and what each adds to the results."""
+"""The stages of the GPU run, the most important first, and what each adds to the results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Results = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """A function of results, device and deadline: adds to the results, returns its failures."""
+    """A stage: ``run(results, device, deadline)`` adds to the results and returns its failures."""
 
     name: str
     seconds: float
@@ -48,7 +48,7 @@ class Stage:
 
 
 def compiling(results: Results, device: str, deadline: float) -> list[str]:
-    """What the other stages launch, on all cores: one by one it would take all the time."""
+    """Compile the kernels of the other stages, on all cores."""
     major, minor = torch.cuda.get_device_capability()
     results["compiled"], failures = gpu_compile.compile_all(f"sm_{major}{minor}", deadline)
     return failures
@@ -110,7 +110,7 @@ def large(results: Results, device: str, deadline: float) -> list[str]:
 
 
 def suites(results: Results, device: str, deadline: float) -> list[str]:
-    """The test suites for a GPU, where pytest is installed."""
+    """Run the tests for a GPU, if pytest is installed."""
     if importlib.util.find_spec("pytest") is None:
         results["suites"] = "left out: pytest is not installed"
         return []
@@ -118,7 +118,7 @@ def suites(results: Results, device: str, deadline: float) -> list[str]:
 
 
 def memcheck(results: Results, device: str, deadline: float) -> list[str]:
-    """A reduced parity run under compute-sanitizer, every allocation for itself."""
+    """Check some shapes of every op under compute-sanitizer, without the caching allocator."""
     failures = gpu_proof.memcheck(deadline)
     if failures is None:
         results["memcheck"] = f"left out: {gpu_proof.SANITIZER} is not on PATH"
@@ -158,7 +158,7 @@ def benchmark_ops(results: Results, device: str, deadline: float) -> list[str]:
 
 
 def model(name: str) -> Callable[[Results, str, float], list[str]]:
-    """A whole model before and after."""
+    """A stage that measures a whole model before and after the patch."""
 
     def run(results: Results, device: str, deadline: float) -> list[str]:
         found = models.main(
@@ -174,7 +174,7 @@ def model(name: str) -> Callable[[Results, str, float], list[str]]:
 
 
 def family(module: ModuleType, seconds: float) -> Callable[[Results, str, float], list[str]]:
-    """A benchmark of pieces before and after."""
+    """A stage that measures pieces of models before and after the patch."""
 
     def run(results: Results, device: str, deadline: float) -> list[str]:
         found = module.main(
@@ -191,8 +191,8 @@ def benchmark_overhead(results: Results, device: str, deadline: float) -> list[s
     return []
 
 
-# Their times are what an H200 with 16 cores took. What comes last is lost where time runs out.
-# Together they have all the time there is, but for the suites, which take what is left.
+# The seconds are those of an H200 with 16 cores. If time runs out, the last stages do not run.
+# Together they fill the whole time; "suites" takes what is left.
 STAGES = (
     Stage("compiling", 70, compiling),
     Stage("proof", 70, proof, needs_cuda=False),

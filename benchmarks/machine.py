@@ -1,4 +1,4 @@
-"""Where and under what conditions results were measured, and the file that holds them."""
+"""The head of a results file (machine, versions, commit), its name, and how it is written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def name(device: str) -> str:
 
 
 def description(device: str) -> dict[str, Any]:
-    """The head of a results file, which `vlm_fast.verification.results_files` reads."""
+    """Return the head of a results file, which `vlm_fast.verification.results_files` reads."""
     described = {
         "schema": results_files.SCHEMA,
         "device": device,
@@ -51,11 +51,11 @@ def results_file(machine: str) -> Path:
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """All or nothing: a reader, or an interruption, never meets half a file."""
+    """Write a file as JSON, atomically: no reader and no interruption sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        # A number that is none is not JSON: an error here and not at the reader's.
+        # NaN is not JSON, so it raises an error here.
         scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
         os.replace(scratch, path)
     finally:

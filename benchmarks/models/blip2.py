@@ -16,7 +16,7 @@ from vlm_fast.benchmarks.models.architecture import (
 )
 
 IMAGE_TOKEN, QUERIES, WORDS = 7, 32, 32
-# Of the tower, the Q-Former, the language model.
+# Changes of the configs of the tower, the Q-Former and the language model.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "whole": (
         {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39,

@@ -76,7 +76,7 @@ def inputs(model: Any, size: str, batch: int) -> tuple[Inputs, str]:
 
 
 def merges(states: States, given: Inputs) -> Iterator[Part]:
-    """The lines of LlavaModel.forward between projector and language model."""
+    """The part of LlavaModel.forward between projector and language model."""
     some: Any = states["before"]
     embeds = some.get_input_embeddings()(given["input_ids"]).detach().requires_grad_()
     features = torch.randn_like(embeds[given["input_ids"] == IMAGE_TOKEN]).requires_grad_()

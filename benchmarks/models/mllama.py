@@ -12,7 +12,7 @@ from vlm_fast.benchmarks.models.architecture import VOCABULARY, Architecture, In
 
 TILES, WORDS = 4, 64
 ROTATION = dict(rope_type="default", rope_theta=5e5)
-# Of the language model, the tower.
+# Changes of the configs of the language model and the tower.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "whole": (
         {"num_hidden_layers": 40},
@@ -51,7 +51,7 @@ def make(size: str, layers: int | None) -> nn.Module:
 
 
 def inputs(model: Any, size: str, batch: int) -> tuple[Inputs, str]:
-    """Words see all tiles, but those before the image, which see none."""
+    """Words attend to all tiles, except words before the image, which attend to none."""
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     side = SIZES[size][1]["image_size"]

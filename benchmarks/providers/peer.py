@@ -8,11 +8,11 @@ from typing import Any
 
 
 class Unavailable(Exception):
-    """Why a provider cannot compute this call on this machine."""
+    """Raised, or returned, with the reason why a provider cannot compute a call on this machine."""
 
     @classmethod
     def because(cls, error: BaseException) -> Unavailable:
-        """The first line of another error, with its kind."""
+        """Make one of another error: its type and the first line of its message."""
         if isinstance(error, cls):
             return error
         line = next(iter(str(error).strip().splitlines()), "")

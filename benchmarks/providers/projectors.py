@@ -1,7 +1,7 @@
 """Multi-layer perceptrons of QuACK, flash-attn, TransformerEngine and Liger.
 
-Fused GELU is the tanh form nearly everywhere; such a provider says so in its name: it computes
-another function.
+Most libraries fuse the tanh form of GELU, which is another function; the name of such a provider
+says so.
 """
 
 from __future__ import annotations
