@@ -71,12 +71,8 @@ def test_sources_of_an_op_are_its_files_and_what_they_share():
         *(f"csrc/{path.name}" for path in results_files.CSRC.glob("hopper_*")),
     }  # fmt: skip
     assert "csrc/hopper_gelu.h" in results_files.sources(OPS["mlp"])
-    of_both = {"ops/mlp_merge.py", "ops/image_tokens.py", "kernels/image_tokens.py"}
-    of_both |= (
-        results_files.sources(OPS["mlp"]).keys()
-        | results_files.sources(OPS["merge_image_tokens"]).keys()
-    )
-    assert results_files.sources(OPS["mlp_merge"]).keys() == of_both
+    of_another = results_files.sources(OPS["cross_attention"]).keys()
+    assert of_another < results_files.sources(OPS["self_attention"]).keys()
 
 
 def test_broken_results_files_prove_nothing(tmp_path):
@@ -107,7 +103,7 @@ def test_a_call_without_gradients_is_judged_too(monkeypatch):
     right = OPS["mlp"].fast
     halved = lambda *a, **o: right(*a, **o) * (1.0 if torch.is_grad_enabled() else 0.5)  # noqa: E731
     monkeypatch.setattr(OPS["mlp"], "fast", halved)
-    (line,) = next(self_test.run(["mlp"], device="cpu")).failures()
+    (line,) = next(self_test.run(["mlp"], device="cpu", thorough=False)).failures()
     assert "output 0 without gradients" in line
 
 
@@ -119,6 +115,19 @@ def test_a_case_that_raises_is_a_failure(monkeypatch):
     case = next(self_test.run(["mlp"], device="cpu"))
     assert not case.ok
     assert case.failures()[0].endswith("raised RuntimeError: no such luck")
+
+
+def test_three_test_shapes_of_every_op_are_checked_and_all_when_thorough():
+    for op in OPS.values():
+        few = [shape for _, shape in self_test.shapes(op, full=False, thorough=False)]
+        every = [shape for _, shape in self_test.shapes(op, full=False)]
+        assert few == [*op.test_shapes[:2], *op.test_shapes[2:][-1:]] and len(few) >= 2
+        assert every[: len(op.test_shapes)] == list(op.test_shapes)
+        assert len(every) == len(op.test_shapes) + len(op.bench_shapes)
+    few, every = (
+        self_test.count(["mlp"], device="cpu", thorough=thorough) for thorough in (False, True)
+    )
+    assert few == len(list(self_test.run(["mlp"], device="cpu", thorough=False))) == 9 < every
 
 
 def test_named_shapes_are_small_on_a_cpu_and_whole_on_a_gpu():

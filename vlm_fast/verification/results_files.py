@@ -26,8 +26,12 @@ CSRC = PACKAGE / "csrc"
 RESULTS = (PACKAGE / "benchmarks" / "results").resolve()
 IN_CLONE = PACKAGE not in RESULTS.parents
 
-# These decide how a kernel is launched, not what it computes.
-PLUMBING = {"_configs.py", "_launcher.py", "_native.py", "_triton.py", "_user_table.py"}
+# These decide how an op is declared, checked and launched, not what it computes.
+PLUMBING = {
+    "_configs.py", "_launcher.py", "_native.py", "_triton.py", "_user_table.py",
+    "argument_errors.py", "declaration.py", "docstrings.py", "registration.py", "signature.py",
+    "verdict.py",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
