@@ -72,16 +72,12 @@ bench: $(INSTALLED)
 bench-full: $(INSTALLED)
 	$(BIN)/vlm-fast bench --full
 
-# The site is built from the source, without torch, in an environment of its own.
+# The site is built from the docstrings that the package has at run time.
 DOCS_PACKAGES = $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 
-docs: .venv-docs/installed
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
-
-.venv-docs/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(DOCS_PACKAGES)
-	@touch $@
+docs: $(INSTALLED)
+	$(PIP) $(DOCS_PACKAGES)
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/python -m mkdocs build --strict
 
 check: $(INSTALLED)
 	$(BIN)/vlm-fast check
@@ -103,7 +99,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-docs .venv-triton-* .venv-transformers-* build dist site *.egg-info vlm_fast/_C*.so vlm_fast/_hopper.so
+	rm -rf .venv .venv-triton-* .venv-transformers-* build dist site *.egg-info vlm_fast/_C*.so vlm_fast/_hopper*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)

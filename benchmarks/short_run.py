@@ -73,7 +73,7 @@ def some_ops(run: suite.Run) -> None:
 
 
 def modes_of(name: str) -> Sequence[str]:
-    return MODES[:1] if ops.OPS[name].discrete else MODES
+    return MODES[:1] if ops.OPS[name].returns_indices else MODES
 
 
 def measured(device: str) -> Iterator[Row]:

@@ -28,7 +28,7 @@ IN_CLONE = PACKAGE not in RESULTS.parents
 
 # These decide how an op is declared, checked and launched, not what it computes.
 PLUMBING = {
-    "_configs.py", "_launcher.py", "_native.py", "_triton.py", "_user_table.py",
+    "_launcher.py", "_native.py", "_triton.py",
     "argument_errors.py", "declaration.py", "docstrings.py", "registration.py", "signature.py",
     "verdict.py",
 }  # fmt: skip
@@ -124,7 +124,7 @@ def commit() -> str | None:
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         # A measurement writes results files; the tree counts as unchanged all the same.
-        changes = ("status", "--porcelain", "--", ":!benchmarks/results", ":!vlm_fast/configs")
+        changes = ("status", "--porcelain", "--", ":!benchmarks/results")
         status = subprocess.run([*git, *changes], capture_output=True, text=True)
     except OSError:
         return None

@@ -52,8 +52,8 @@ def shapes(
         full: take the named shapes of real checkpoints at their real widths, one sample each. If
             False, take them with their sizes divided by `SHRUNK`.
         thorough: take all test shapes, then all named shapes. If False, take the first test shape
-            (the smallest), the second (the usual one) and the last (the largest), and with ``full``
-            also the first named shape.
+            (the smallest), the second (the usual one) and the last, and with ``full`` also the
+            first named shape.
     """
     tests = list(op.test_shapes)
     named = list(op.bench_shapes.items())
