@@ -1,7 +1,7 @@
 """An extension of griffe: an op gets the docstring that it has at run time.
 
-The declaration of an op adds the shapes and dtypes of its arguments to its docstring. The source has
-only what the author wrote.
+The declaration of an op adds the shapes and dtypes of its arguments to its docstring. The source
+has only what the author wrote.
 """
 
 import importlib
