@@ -67,14 +67,16 @@ def unfinished(result: Result) -> str:
 
 
 def best_and_worst(result: Result) -> str:
-    """The best and the worst row of each model and family, then of ops by their device time."""
+    """The best and the worst row of each model and family, then of ops by their device time.
+
+    The model or family with the largest gain comes first.
+    """
     kinds: dict[str, list[tuple[Row, Row]]] = {}
     for title, before, after in pieces(result):
         kinds.setdefault(title, []).append((before, after))
     cells = []
-    for title, found in kinds.items():
-        best = max(found, key=_gain)
-        worst = min(found, key=_gain)
+    for title in sorted(kinds, key=lambda title: -max(map(_gain, kinds[title]))):
+        best, worst = max(kinds[title], key=_gain), min(kinds[title], key=_gain)
         cells.append((title, _piece(*best), _piece(*worst) if worst is not best else "the same"))
     for mode in ("forward", "backward"):
         ratios = sorted(_peer_ratios(result, mode))
