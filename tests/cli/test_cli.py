@@ -60,7 +60,7 @@ def test_ops_tell_current_proof_from_older_and_from_none(monkeypatch):
     results = [result("Old", {**now, "ops/mlp.py": "0"}), result("New", now)]
     monkeypatch.setattr(results_files, "read_results", lambda: results)
     rows = {row["op"]: row for row in json.loads(call("ops", "--json").stdout)}
-    assert rows["mlp"]["gpu"] == ["proven on New", "proven on Old, at an older source"]
+    assert rows["mlp"]["gpu"] == ["verified on New", "verified on Old, with an older source"]
     assert rows["merge_image_tokens"]["gpu"] == ["never run on a GPU"]
     assert "bfloat16" in rows["mlp"]["dtypes"] and "float64" not in rows["mlp"]["dtypes"]
 

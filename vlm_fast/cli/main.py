@@ -1,4 +1,4 @@
-"""The command ``vlm-fast``. Exit codes: 0 ok, 1 failure, 2 usage, 3 environment."""
+"""The command ``vlm-fast``. Exit codes: 0 success, 1 failure, 2 usage, 3 environment."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ app = typer.Typer(
 
 @app.command()
 def env(as_json: Json = False) -> None:
-    """Versions, GPUs, and what is missing, why, and what to do about it."""
+    """Show versions and GPUs, what is missing, why, and what to do about it."""
     facts = list(environment.facts())
     if as_json:
         print_json([asdict(fact) for fact in facts])
@@ -50,7 +50,7 @@ def env(as_json: Json = False) -> None:
 
 @app.command()
 def ops(as_json: Json = False) -> None:
-    """The ops, and what results files prove of them."""
+    """List the ops, and on which machines each was verified."""
     results = results_files.read_results()
     rows = []
     for op in OPS.values():
@@ -231,7 +231,7 @@ def _print_static_report(archs: list[str], names: list[str] | None, as_json: boo
 
 
 def _served_dtypes(op: Op[..., Any]) -> list[str]:
-    """Those in which the smallest call does not fall back."""
+    """The dtypes in which the smallest call does not fall back."""
     served = []
     for dtype in (*FLOATS, torch.float64):
         args, options = op.sample(op.test_shapes[0], dtype)

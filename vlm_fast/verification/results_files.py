@@ -45,8 +45,8 @@ class Proof:
     dtypes: tuple[str, ...]
 
     def __str__(self) -> str:
-        verdict = "proven" if self.passed else "FAILED"
-        return f"{verdict} on {self.machine}" + ("" if self.current else ", at an older source")
+        verdict = "verified" if self.passed else "FAILED"
+        return f"{verdict} on {self.machine}" + ("" if self.current else ", with an older source")
 
 
 def sources(op: Op[..., Any]) -> dict[str, str]:
