@@ -1,4 +1,4 @@
-"""Where and under what conditions results were measured, and the file that holds them."""
+"""The head of a results file (machine, versions, commit), its name, and how it is written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def name(device: str) -> str:
 
 
 def description(device: str) -> dict[str, Any]:
-    """The head of a results file, which `vlm_fast.verification.results_files` reads."""
+    """Return the head of a results file, which `vlm_fast.verification.results_files` reads."""
     described = {
         "schema": results_files.SCHEMA,
         "device": device,

@@ -10,7 +10,6 @@ import time
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
-import jsonschema
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -124,15 +123,6 @@ def test_sums_and_the_front(training):
 
 
 # ---- the files ----
-
-
-def test_json_is_of_the_shipped_schema(training):
-    schema = report_data.schema()
-    jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.validate(training[1], schema)
-    broken = {**training[1], "rows": [{**training[1]["rows"][0], "seconds": "long"}]}
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(broken, schema)
 
 
 def test_csv_has_a_line_a_point_and_no_formula(training, tmp_path):
@@ -314,7 +304,6 @@ def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     found = call(tmp_path, "--tokens", "36,9,5", "--batch", "1")
     assert found.exit_code == main.Exit.INTERRUPTED
     content = json.loads((tmp_path / "profile.json").read_text())
-    jsonschema.validate(content, report_data.schema())
     assert content["unfinished"].startswith("interrupted after")
     measured = [r for r in content["rows"] if r["times"]]
     assert len(measured) == sum(len(group.rows) for group in done)
@@ -332,7 +321,6 @@ def test_a_page_of_nothing(tmp_path):
     request = dict(mode="forward", text=8, tokens=[36], batches=[1], levels=["all"],
                  connectors=["mlp"], budget=1.0)  # fmt: skip
     found = report_data.document(NAME, TINY, order, request, where, time.monotonic(), None)
-    jsonschema.validate(found, report_data.schema())
     assert "No point was measured" in html_report.html_page(found)
     assert plots.write_png(tmp_path / "x.png", found) == "nothing was measured"
 

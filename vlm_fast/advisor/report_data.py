@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +101,6 @@ def _plain(row: ProfileRow) -> dict[str, Any]:
         "connector": point.connector, "title": row.title, "tokens": point.tokens,
         "batch": point.prompts, "saved": point.saved, **found,
     }  # fmt: skip
-
-
-def schema() -> dict[str, Any]:
-    """The JSON schema of `document`."""
-    text = resources.files("vlm_fast.advisor").joinpath("profile.schema.json").read_text()
-    return json.loads(text)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
