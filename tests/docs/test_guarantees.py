@@ -9,7 +9,7 @@ import pytest
 TESTS = Path(__file__).parents[1]
 PAGE = TESTS.parent / "docs" / "guarantees.md"
 ROWS = ["W1", "W2", "W3", "T5", "T6"]
-ROWS += [f"G{i}" for i in range(1, 11)] + [f"D{i}" for i in range(1, 8)]
+ROWS += [f"G{i}" for i in range(1, 11)] + [f"D{i}" for i in range(1, 7)]
 
 
 def rows():

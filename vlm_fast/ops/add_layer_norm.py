@@ -64,6 +64,9 @@ def add_layer_norm(
     return F.layer_norm(z, (z.shape[-1],), *parameters, eps)
 
 
+add_layer_norm.plain_on_cpu = True
+
+
 @add_layer_norm.accepts
 def accepts(x, residual, weight, bias, x_bias, seed, *, eps, dropout):
     mistake = None

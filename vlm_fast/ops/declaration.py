@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.utils import _pytree
 
-from vlm_fast.fallback import DISABLED, fell_back, policy
+from vlm_fast.fallback import DISABLED, count_fast, fell_back, policy
+from vlm_fast.kernels._launcher import runs_triton
 from vlm_fast.kernels._triton import AVAILABLE
 from vlm_fast.ops.registration import (
     CallPath,
@@ -79,6 +80,7 @@ class Op(Generic[P, R]):
         self.autocasts = False
         self.uncast: tuple[str, ...] = ()
         self.discrete = False
+        self.plain_on_cpu = False  # no CPU variant gains: the reference is the op's CPU form
         self.plain_orders: list[Callable[..., Any]] = [reference]
         self.judge: Callable[..., list[Any]] | None = None
         self.constant: Callable[[Any], tuple[int, ...]] = lambda needs: ()
@@ -98,10 +100,17 @@ class Op(Generic[P, R]):
         if reason is not None:
             fell_back(self.name, reason)
             return self.reference(*values, **settings)
+        return self._serve(values, settings)
+
+    def _serve(self, values: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+        if self.plain_on_cpu and not runs_triton(values[0]):
+            if not torch.compiler.is_compiling():  # as for the other ops, see `fallback.stats`
+                count_fast(self.name)
+            return self.reference(*values, **settings)
         return self._path(values, settings)
 
     def fast(self, *args: P.args, **options: P.kwargs) -> R:
-        """The kernels, never the reference; raises where they cannot serve the call."""
+        """The kernels, or on a CPU the op's CPU form; raises where they cannot serve the call."""
         values, settings = self._bind(args, options)
         if self.autocasts and torch.is_autocast_enabled(_autocast_device(values[0])):
             return self._under_autocast(self.fast, values, settings)
@@ -109,7 +118,7 @@ class Op(Generic[P, R]):
         reason = self._why_not(values, settings)
         if reason is not None and reason is not DISABLED:
             raise RuntimeError(f"vlm_fast.{self.name}: {reason}")
-        return self._path(values, settings)
+        return self._serve(values, settings)
 
     def why_not(self, *args: P.args, **options: P.kwargs) -> str | None:
         """The reason this call would be served by the reference, or None."""
