@@ -151,7 +151,7 @@ def test_an_error_of_the_extension_is_raised():
 @pytest.mark.parametrize("saved", ["all", "preactivation", "input"])
 def test_stand_ins_without_data_get_the_shapes_and_no_call(saved):
     args, options = sample(SHAPES["images with gaps"], saved=saved)
-    needs = MLP.Needs(*[True] * 5)
+    needs = MLP.NeedsGrad(*[True] * 5)
     settings = {**MLP.defaults, **options}
     for chosen in (("linear_gelu", "gelu_backward"), ("gelu_backward",)):
         with python_gemms(*chosen) as gemms:

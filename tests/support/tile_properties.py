@@ -10,7 +10,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.support.cases import any_case, any_op, usual_shape
+from tests.support.cases import any_case, any_op
 from tests.support.kernel_properties import judged
 from vlm_fast.kernels import _launcher
 
@@ -31,7 +31,7 @@ def use(monkeypatch, changed):
 @any_op
 def test_other_tile_sizes(device, monkeypatch, op, changed):
     use(monkeypatch, changed)
-    judged(op, *op.sample(usual_shape(op), torch.bfloat16, device), layout="padded rows")
+    judged(op, *op.sample(op.usual_shape, torch.bfloat16, device), layout="padded rows")
 
 
 @any_case

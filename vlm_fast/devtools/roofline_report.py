@@ -131,7 +131,7 @@ def report(
     for op, label, pieces, cost in counted:
         own = [_use(op, label, piece, next(resources)) for piece in pieces if piece.launch]
         uses += own
-        for backward in (False,) if op.discrete else (False, True):
+        for backward in (False,) if op.returns_indices else (False, True):
             of_pass = [piece for piece in pieces if piece.backward == backward]
             used = [use for use in own if use.backward == backward]
             passes.append(_pass(op, label, backward, of_pass, used, cost, given))
