@@ -12,6 +12,7 @@ from vlm_fast.benchmarks import picture
 from vlm_fast.benchmarks.models import proof
 from vlm_fast.benchmarks.picture import FAMILIES, megabytes, pairs, seconds
 from vlm_fast.benchmarks.providers import EAGER, OURS
+from vlm_fast.ops.declaration import OPS
 from vlm_fast.verification import results_files
 
 Row = dict[str, Any]
@@ -159,7 +160,7 @@ def before_and_after(rows: list[Row], waits: str) -> str:
 def by_provider(rows: Sequence[Row]) -> str:
     grouped: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
-        if row["status"] == "measured":
+        if row["status"] == "measured" and row["op"] in OPS:  # results outlive deleted ops
             grouped.setdefault((row["op"], row["shape"], row["mode"]), {})[row["provider"]] = row
     cells = []
     for key, providers in grouped.items():
@@ -187,7 +188,10 @@ def losses(result: dict[str, Any]) -> str:
             if after[key] > MORE_BYTES * before[key]:
                 cells.append((of, after["part"], f"{after[key] / before[key]:.2f} of the {words}"))
     for row in result.get("ops", []):
-        if row["status"] == "measured" and row["provider"] == EAGER and row["ours_is"] == "slower":
+        if (
+            row["status"] == "measured" and row["op"] in OPS and row["provider"] == EAGER
+            and row["ours_is"] == "slower"
+        ):  # fmt: skip
             words = f"takes {1 / row['times_faster']:.2f} times as long as eager"
             cells.append((row["op"], f"{row['shape']}, {row['mode']}", words))
     return markdown(("", "", "ours"), cells) if cells else "None was measured."
