@@ -5,7 +5,6 @@ import sys
 import pytest
 import torch
 
-from tests.support.add_layer_norm_properties import *  # noqa: F403
 from tests.support.dropout_properties import *  # noqa: F403
 from tests.support.kernel_properties import *  # noqa: F403
 from tests.support.token_merging_properties import *  # noqa: F403

@@ -238,8 +238,8 @@ def test_every_op_is_registered():
 @pytest.mark.parametrize(
     "name, option, values",
     [
-        ("add_layer_norm", "dropout", [0.1 + i / 100 for i in range(5)]),
-        ("add_layer_norm", "eps", [10.0**-i for i in range(2, 7)]),
+        ("cross_attention", "dropout", [0.1 + i / 100 for i in range(5)]),
+        ("gated_add_norm", "eps", [10.0**-i for i in range(2, 7)]),
         ("cross_attention", "scale", [0.1 + i / 100 for i in range(5)]),
     ],
 )
