@@ -340,9 +340,9 @@ def stage1_is_that_of_one_process(rank, world):
         )
     finally:
         blip2_stage1.hard_negatives = original
-    losses = torch.stack([x.detach() for x in found])
-    dist.all_reduce(losses)
-    torch.testing.assert_close(losses / world, torch.stack([x.detach() for x in expected]))
+    total = torch.stack([x.detach() for x in found])
+    dist.all_reduce(total)
+    torch.testing.assert_close(total / world, torch.stack([x.detach() for x in expected]))
     gradients = torch.autograd.grad(found.loss, parameters, allow_unused=True)
     for gradient, exact in zip(gradients, wanted, strict=True):
         assert (gradient is None) == (exact is None)
