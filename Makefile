@@ -12,11 +12,11 @@ CPU_TORCH = torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
 # Releases of transformers beside the pinned one, under which every family is run.
 TRANSFORMERS := 4.57.6 5.8.1 5.24.0
 
-.PHONY: test machines interpreted compiled ahead released versions released-pinned \
+.PHONY: test machines interpreted compiled ahead budgets released versions released-pinned \
   $(TRANSFORMERS:%=released-%) bench bench-full docs check gpu hopper lint clean torch-cpu
 
 # The budgets of kernels are of one compiler, the oldest that is served; it lies beside .venv.
-BUDGETS_TRITON := $(shell sed -n 's/^BUDGETS_TRITON = "\([^"]*\)".*/\1/p' vlm_fast/devtools/ahead_of_time.py)
+BUDGETS_TRITON := $(shell sed -n 's/^BUDGETS_TRITON = "\([^"]*\)".*/\1/p' vlm_fast/devtools/budgets.py)
 OVERLAY := .venv-triton-$(BUDGETS_TRITON)
 
 # Triton is either interpreted or compiled for the life of a process, so the suite takes two at once,
@@ -41,6 +41,10 @@ compiled: $(INSTALLED)
 
 ahead: $(INSTALLED) $(OVERLAY)/installed
 	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest $(LAST)
+
+# Rewrites vlm_fast/devtools/budgets.json, like a lock file, by the compiler that it is for.
+budgets: $(INSTALLED) $(OVERLAY)/installed
+	PYTHONPATH=$(CURDIR)/$(OVERLAY):$(CURDIR) $(BIN)/python -m vlm_fast.devtools.budgets
 
 released: $(TRANSFORMERS:%=released-%) released-pinned
 

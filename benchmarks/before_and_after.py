@@ -15,7 +15,7 @@ from vlm_fast import terminal
 from vlm_fast.benchmarks import machine
 from vlm_fast.devtools import memory, timing
 from vlm_fast.devtools.launches import launches
-from vlm_fast.devtools.operations import operations
+from vlm_fast.devtools.operations import count_operations
 
 Calls = dict[str, Callable[[], Any]]  # "before", "after" and others
 Row = dict[str, Any]
@@ -116,8 +116,8 @@ def compare(part: Part, device: str, seconds: float) -> list[Row]:
                 "saved_bytes": memory.saved_bytes(call, part.known) if seen else None,
                 "peak_bytes": peak,
                 "transient_bytes": peak - results,
-                "synchronisations": memory.synchronisations(call, device),
-                "operations": operations(call) if seen and device == "cpu" else None,
+                "synchronisations": memory.host_syncs(call, device),
+                "operations": count_operations(call) if seen and device == "cpu" else None,
                 "launches": launches(call, device),
             }
         )

@@ -13,10 +13,8 @@ from vlm_fast import terminal
 from vlm_fast.benchmarks import compare_results, machine, ops, providers, short_run, suite
 from vlm_fast.cli.options import Exit
 from vlm_fast.devtools.passes import MODES
-from vlm_fast.ops.declaration import FLOATS, OPS
+from vlm_fast.ops.declaration import DTYPES, OPS
 from vlm_fast.verification import results_files
-
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
 def main(

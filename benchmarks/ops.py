@@ -247,7 +247,7 @@ class Case:
         if self.device == "cpu" and name in COMPILED:
             # They are counted under a dispatch mode, in which Dynamo stops compiling the function.
             return None
-        return memory.synchronisations(lambda: call(*args), self.device)
+        return memory.host_syncs(lambda: call(*args), self.device)
 
     def _launches(self, call: Callable[..., Any], args: tuple[Any, ...]) -> int | None:
         return launches(lambda: call(*args), self.device)

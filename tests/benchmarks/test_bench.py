@@ -307,7 +307,7 @@ def test_a_regression_is_exit_code_1(quickly, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--op", "nope"), "no op is called 'nope'; there are"),
+        (("--op", "nope"), "'nope' is not one of"),
         (("--op", "mlp", "--shape", "nope"), "'LLaVA-1.5-7B, 1 image'"),
         (("--mode", "sideways"), "'forward+backward'"),
         (("--provider", "nobody"), "'xformers'"),

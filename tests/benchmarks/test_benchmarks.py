@@ -251,8 +251,8 @@ def test_bytes_and_waits_are_those_of_a_known_call():
     y = torch.randn(100_000)
     assert memory.peak_bytes(lambda: y + 1, "cpu") == pytest.approx(400_000, rel=1e-3)
     assert memory.peak_bytes(lambda: (y + 1) * 2, "cpu") == pytest.approx(800_000, rel=1e-3)
-    assert memory.synchronisations(lambda: (y.sum().item(), y.nonzero(), y + 1), "cpu") == 2
-    assert memory.synchronisations(lambda: (y[y > 0], y[torch.tensor([1])]), "cpu") == 1
+    assert memory.host_syncs(lambda: (y.sum().item(), y.nonzero(), y + 1), "cpu") == 2
+    assert memory.host_syncs(lambda: (y[y > 0], y[torch.tensor([1])]), "cpu") == 1
 
 
 def test_the_photograph_is_preprocessed_for_a_tower():

@@ -142,7 +142,7 @@ def test_named_shapes_are_small_on_a_cpu_and_whole_on_a_gpu():
 def test_an_unknown_op_is_a_usage_error_that_names_the_known(command):
     found = call(*command, "nope")
     assert found.exit_code == main.Exit.USAGE
-    assert "no op is called 'nope'" in found.output
+    assert "'nope' is not one of" in found.output
     assert "gather_image_tokens" in found.output.replace("\n", "")
 
 

@@ -29,7 +29,7 @@ TRITON = {
 OTHERS = {
     "env": ["env", "--json"],
     "bench": ["bench", "--quick", "--op", OP, "--provider", "eager", "--json", "bench.json"],
-    "profile": ["profile", "--connectors", "linear", "--tokens", "576", "--budget", "1"],
+    "profile": ["profile", "--connector", "linear", "--tokens", "576", "--budget", "1"],
 }
 COMMANDS = SAME | OTHERS | (TRITON if AVAILABLE else {})
 

@@ -16,11 +16,19 @@ import typer
 from vlm_fast import terminal
 from vlm_fast.cli.advise import advise
 from vlm_fast.cli.data import data
-from vlm_fast.cli.options import Exit, Json, OpArgument, OpOption, known_op, print_json, stop
+from vlm_fast.cli.options import (
+    Exit,
+    Json,
+    OpArgument,
+    OpOption,
+    OpsOption,
+    print_json,
+    stop,
+    values_of,
+)
 from vlm_fast.cli.profile import profile
 from vlm_fast.cli.recipe import recipe
-from vlm_fast.devtools import ahead_of_time, environment, roofline_report
-from vlm_fast.devtools.occupancy import GPUS
+from vlm_fast.devtools import ahead_of_time, budgets, environment
 from vlm_fast.kernels import _native, _triton
 from vlm_fast.ops.declaration import FLOATS, OPS, Op
 from vlm_fast.verification import results_files, self_test
@@ -127,7 +135,7 @@ def bench(
     quick: Annotated[
         bool, typer.Option(help="With --section or --op: small sizes and few repeats.")
     ] = False,
-    op: Annotated[list[str] | None, typer.Option(help="Only these ops; may be repeated.")] = None,
+    op: OpsOption = None,
     shape: Annotated[list[str] | None, typer.Option(help="Only these named shapes.")] = None,
     mode: Annotated[
         list[str] | None, typer.Option(help="forward, backward, forward+backward.")
@@ -161,10 +169,8 @@ def bench(
     Exit codes: 1 also where something is slower than before, 130 after an interruption; the file
     then holds the results so far.
     """
-    for name in op or []:
-        known_op(name)
     code = importlib.import_module("vlm_fast.benchmarks.cli").main(
-        full=full, sections=section or [], op=op or [], shape=shape or [], mode=mode or [],
+        full=full, sections=section or [], op=values_of(op), shape=shape or [], mode=mode or [],
         provider=provider or [], dtype=dtype, quick=quick, json_file=json_file, csv_file=csv_file,
         save=save, against=against, allowed=allowed,
     )  # fmt: skip
@@ -179,25 +185,19 @@ def compile_(
     ] = None,
     op: OpOption = None,
     as_json: Json = False,
-    check: Annotated[bool, typer.Option(help="Fail where a kernel exceeds its budget.")] = False,
-    report: Annotated[
-        bool, typer.Option("--report", help="Why ops could miss their targets, as Markdown.")
-    ] = False,
+    check: Annotated[bool, typer.Option(help="Fail if a kernel exceeds its budget.")] = False,
 ) -> None:
     """Compile every kernel for GPUs that need not be here; print registers, spills, memory."""
     if not _triton.AVAILABLE or _triton.INTERPRETED:
         lack = "TRITON_INTERPRET=1 is set" if _triton.INTERPRETED else "Triton is not installed"
         stop(Exit.ENVIRONMENT, f"nothing can be compiled: {lack}")
     archs, names = arch or ahead_of_time.ARCHS, [op] if op else None
-    if report:
-        _print_static_report(arch or ["sm_90"], names, as_json)
-        return
     try:
         with terminal.counter("compiling") as count:
             found = ahead_of_time.compile_all(archs, ops=names, progress=count)
     except ValueError as error:
         stop(Exit.USAGE, str(error))
-    broken = list(ahead_of_time.violations(found)) if check else []
+    broken = budgets.violations(found) if check else []
     if as_json:
         print_json({"kernels": [asdict(row) for row in found], "violations": broken})
     else:
@@ -206,9 +206,9 @@ def compile_(
         for line in broken:
             print(line)
     version = environment.version_of("triton")
-    if check and version != ahead_of_time.BUDGETS_TRITON:
-        budgets = f"budgets are of Triton {ahead_of_time.BUDGETS_TRITON}, and this is {version}"
-        print(f"vlm-fast: {budgets}: registers may differ", file=sys.stderr)
+    if check and version != budgets.BUDGETS_TRITON:
+        compilers = f"budgets are of Triton {budgets.BUDGETS_TRITON}, and this is {version}"
+        print(f"vlm-fast: {compilers}: registers may differ", file=sys.stderr)
     if broken or not found:
         raise typer.Exit(Exit.FAILURE)
 
@@ -216,18 +216,6 @@ def compile_(
 for command in (advise, profile, recipe):
     app.command()(command)
 app.add_typer(data)
-
-
-def _print_static_report(archs: list[str], names: list[str] | None, as_json: bool) -> None:
-    if len(archs) > 1 or archs[0] not in GPUS:
-        known = ", ".join(GPUS)
-        raise typer.BadParameter(f"a report is of one of {known}, got {' '.join(archs)}")
-    with terminal.counter("compiling") as count:
-        found = roofline_report.report(names, arch=archs[0], progress=count)
-    if as_json:
-        print_json(roofline_report.as_json(found))
-    else:
-        print(roofline_report.markdown(found))
 
 
 def _served_dtypes(op: Op[..., Any]) -> list[str]:

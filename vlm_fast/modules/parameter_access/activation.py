@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from vlm_fast.kernels.mlp import activate
 from vlm_fast.modules.parameter_access.linear import why_not_called_plainly
 from vlm_fast.modules.parameter_access.original_code import why_not_as_read
-from vlm_fast.ops.registration import constant_while_compiling
+from vlm_fast.ops.transforms import constant_while_compiling
 
 # By name, so that transformers is never imported here. NewGELU and FastGELU write the tanh formula
 # out in Python; it is the same function.

@@ -7,29 +7,17 @@ is asked at every call (a few microseconds) and the answer is a reason one can r
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from vlm_fast.fallback import Switch
 from vlm_fast.modules.parameter_access.original_code import why_not_as_read, written_class
 
 # The second is what nn.MultiheadAttention calls its output projection; its forward is the first's.
 _LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_shapes_alone = Switch()
 GLOBAL_HOOKS = "global module hooks are set"
-
-
-def shapes_alone() -> AbstractContextManager[None]:
-    """Within it parameters on the meta device may be read: what a call would do is counted.
-
-    Elsewhere such a parameter is one that a wrapper keeps in another place.
-    """
-    return _shapes_alone.held()
 
 
 def why_not_plain(linear: nn.Module) -> str | None:
@@ -71,13 +59,21 @@ def why_not_parameter(name: str, parameter: Tensor) -> str | None:
         return f"{name} holds a {type(parameter.data).__name__}"
     if is_partitioned(parameter):
         return f"{name} is partitioned by DeepSpeed ZeRO-3"
-    if parameter.is_meta and not _shapes_alone.on:
+    if parameter.is_meta and not _computes_shapes():
         return f"{name} is on the meta device"
     if parameter.layout is not torch.strided:
         return f"{name} has layout {parameter.layout}"
     if parameter.dtype not in _DTYPES:
         return f"{name} has dtype {parameter.dtype}"
     return None
+
+
+def _computes_shapes() -> bool:
+    """Whether the caller works inside ``torch.device("meta")``, so that only shapes are computed.
+
+    Outside it, a parameter on the meta device is one whose values a wrapper keeps elsewhere.
+    """
+    return not torch.compiler.is_compiling() and torch.get_default_device().type == "meta"
 
 
 def is_partitioned(parameter: Tensor | None) -> bool:

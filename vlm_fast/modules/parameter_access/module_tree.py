@@ -30,7 +30,7 @@ from vlm_fast.modules.parameter_access.original_code import (
     why_not_own_code,
     written_class,
 )
-from vlm_fast.ops.registration import constant_while_compiling
+from vlm_fast.ops.transforms import constant_while_compiling
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from vlm_fast.modules.parameter_access.code_fingerprints import why_not_read
-from vlm_fast.ops.registration import constant_while_compiling
+from vlm_fast.ops.transforms import constant_while_compiling
 
 # Functions of a class that were found to be as read. Only of classes that live as long as the
 # process.

@@ -22,7 +22,7 @@ from vlm_fast import ops
 from vlm_fast.fallback import policy
 from vlm_fast.modules.parameter_access.original_code import names_in
 from vlm_fast.ops.image_tokens import check_count
-from vlm_fast.ops.registration import constant_while_compiling
+from vlm_fast.ops.transforms import constant_while_compiling
 from vlm_fast.patching.class_swap import Patched
 from vlm_fast.patching.placeholder_masks import Form, NotRead, read
 
