@@ -1,4 +1,4 @@
-"""``vlm-fast bench``: rows, reasons, files, refusals."""
+"""``vlm-fast bench``: its rows, files, comparisons and errors."""
 
 import csv
 import json
@@ -51,7 +51,7 @@ def complete(content):
 
 @pytest.fixture
 def quickly(monkeypatch):
-    """Ceilings that take no time to measure, and the fewest rounds."""
+    """Skip the measurement of ceilings, and time the fewest rounds."""
     monkeypatch.setattr(timing, "ceilings", lambda *_: timing.Ceilings(1e10, 1e11))
     take = timing.in_turns
     few = lambda *a, **k: take(*a, **{**k, "seconds": 0.0, "rounds": (3, 3)})  # noqa: E731
@@ -88,7 +88,7 @@ def test_a_row_for_every_provider_measured_or_with_its_reason(quickly, tmp_path)
     assert len(lines) == len(rows) and float(lines[0]["median"]) == content["ops"][0]["median"]
 
 
-def test_a_provider_that_breaks_is_a_row_and_not_the_end(quickly, monkeypatch):
+def test_a_provider_that_raises_gives_a_row_with_the_reason(quickly, monkeypatch):
     def make(*args, **options):
         def call(*args, **options):
             raise RuntimeError("no such kernel\nsecond line")
@@ -102,20 +102,20 @@ def test_a_provider_that_breaks_is_a_row_and_not_the_end(quickly, monkeypatch):
     assert rows[1]["reason"] == "RuntimeError: no such kernel"
 
 
-def test_what_torch_compile_ran_eagerly_is_no_row_of_its(quickly, monkeypatch):
+def test_a_function_that_torch_compile_left_eager_is_not_timed(quickly, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, mode=None: function)
     rows = rows_of("gated_add", modes=["forward"], providers=["torch.compile"])
     assert rows[0]["reason"].startswith("no graph was made")
 
 
 def test_counting_waits_does_not_stop_dynamo_from_compiling(quickly):
-    """Under a dispatch mode dynamo gives a function up, and later passes would time eager."""
+    """Under a dispatch mode Dynamo stops compiling, and later passes would time eager code."""
     rows = rows_of("gated_add", providers=["torch.compile"])
     assert [row["status"] for row in rows] == ["measured"] * 3
     assert all(row["synchronisations"] is None for row in rows)
 
 
-def test_late_runs_leave_out_what_must_be_compiled(monkeypatch):
+def test_a_late_run_compiles_nothing_more(monkeypatch):
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr(ops.time, "monotonic", lambda: float(next(clock)))
     pace = ops.Pace.until(100.0, steps=10)  # at 0
@@ -144,7 +144,7 @@ def test_backward_alone_is_timed_without_its_forward(quickly):
 
 
 class Nvml:
-    """What of pynvml is read, of a GPU that is hot, and does not tell its power."""
+    """The functions of pynvml that telemetry reads, for a hot GPU that hides its power."""
 
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
 
@@ -171,7 +171,7 @@ class Nvml:
         return 0x1 | 0x40
 
 
-def test_a_throttled_gpu_is_named_and_what_it_hides_is_none(monkeypatch):
+def test_a_throttled_gpu_is_named_and_missing_values_are_none(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", Nvml())
     properties = types.SimpleNamespace(pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -179,7 +179,7 @@ def test_a_throttled_gpu_is_named_and_what_it_hides_is_none(monkeypatch):
     with telemetry.Telemetry("cuda") as seen:
         pass
     found = seen.summary()
-    assert found["throttled"] == ["hardware thermal slowdown"]  # idle is not slower than asked
+    assert found["throttled"] == ["hardware thermal slowdown"]  # "GPU idle" is no throttling
     assert (found["sm_mhz"], found["power_w"], found["power_limit_w"]) == (1980, None, 700)
     assert found["lacks"] == {"power_w": "RuntimeError: Not Supported"}
 
@@ -271,7 +271,7 @@ def row(provider, median, peak=1000, spread=0.01):
     }  # fmt: skip
 
 
-def test_slower_is_said_as_a_share_of_eager_and_not_of_a_busy_machine():
+def test_times_are_compared_as_shares_of_eager():
     old = [row("vlm_fast", 1.0), row("eager", 2.0)]
     busy = [row("vlm_fast", 3.0), row("eager", 6.0)]
     assert list(compare_results.regressions(old, busy, 0.05)) == []
@@ -301,7 +301,7 @@ def test_a_regression_is_exit_code_1(quickly, monkeypatch, tmp_path):
     assert found.exit_code == 1 and "peak_bytes" in found.output
 
 
-# ---- refusals, before anything is measured ----
+# ---- errors, before anything is measured ----
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_a_regression_is_exit_code_1(quickly, monkeypatch, tmp_path):
         (("--quick", "--save"), "not worth keeping"),
     ],
 )
-def test_what_is_not_there_is_a_usage_error_that_names_what_is(monkeypatch, arguments, words):
+def test_a_wrong_name_is_a_usage_error_that_lists_the_right_ones(monkeypatch, arguments, words):
     monkeypatch.setattr(suite, "run", lambda *_, **__: pytest.fail("measured"))
     found = bench(*arguments)
     assert found.exit_code == main.Exit.USAGE, found.output

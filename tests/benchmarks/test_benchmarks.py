@@ -1,4 +1,4 @@
-"""The benchmark and the GPU run, as far as they go on a CPU."""
+"""The benchmark and the GPU run, as far as a CPU can run them."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_quick_run_measures_every_op_and_proves_the_patched_model(quick):
     assert all(row["median"] > 0 and row["rounds"] >= 3 for row in results["ops"])
 
 
-def test_patched_models_are_the_same(quick):
+def test_patched_models_give_the_same_results(quick):
     _, results = quick
     assert results["models"].keys() == models.MODELS.keys()
     for found in results["models"].values():
@@ -64,7 +64,7 @@ def test_patched_models_are_the_same(quick):
 
 
 def test_rows_are_of_one_shape(quick):
-    """A part's "before" comes first, then what it is compared with."""
+    """The row "before" of a part comes first, then its other states."""
     _, results = quick
     families = list(FAMILIES)
     every = [*results["models"].values(), *(results[family] for family in families)]
@@ -83,7 +83,7 @@ def rows_of(found, part):
     return [row for row in found["rows"] if row["part"] == part]
 
 
-def test_what_the_patch_is_for_shows(quick):
+def test_the_patch_saves_waits_bytes_and_operations(quick):
     _, results = quick
     models = results["models"]
     before, after = rows_of(models["llava"], "merge, forward+backward")
@@ -111,7 +111,7 @@ def test_results_name_no_path_of_this_machine(quick):
     assert str(Path.home()) + "/" not in json.dumps(results)
 
 
-def test_gpu_run_says_what_it_lacks():
+def test_the_gpu_run_without_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     found = python("vlm_fast.benchmarks.gpu")
@@ -164,7 +164,7 @@ def test_all_stages_have_time():
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
-def test_what_is_launched_is_found_compiled(monkeypatch, tmp_path):
+def test_a_launch_finds_its_compiled_kernel(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     name, forever = "gather_image_tokens", float("inf")
     count, failures = gpu_compile.compile_all("sm_90", forever, [name], workers=1)
@@ -179,7 +179,7 @@ def test_what_is_launched_is_found_compiled(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
-def test_what_time_did_not_reach_is_said():
+def test_builds_after_the_deadline_are_reported():
     count, failures = gpu_compile.compile_all("sm_90", 0.0, ["gated_add"], workers=1)
     assert count == 0 and failures == ["out of time: 3 of 3 not compiled"]
 
@@ -255,7 +255,7 @@ def test_bytes_and_waits_are_those_of_a_known_call():
     assert memory.host_syncs(lambda: (y[y > 0], y[torch.tensor([1])]), "cpu") == 1
 
 
-def test_photograph_becomes_what_the_tower_takes():
+def test_the_photograph_is_preprocessed_for_a_tower():
     found, source = photograph.preprocessed("blip", "BlipImageProcessorPil")
     assert found["pixel_values"].std() > 0.1 and "astronaut" in source
     assert photograph.resized(28).shape == (1, 3, 28, 28)
