@@ -7,8 +7,8 @@ python examples/finetune_llava_lora.py --model llava-hf/llava-1.5-7b-hf --lr 2e-
 
 import argparse
 
-import given
 import torch
+import toy_models
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -23,7 +23,7 @@ def main() -> Trainer:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--output", default="llava-lora")
     chosen = parser.parse_args()
-    model, examples, collator = given.llava(chosen.model, chosen.data, chosen.images)
+    model, examples, collator = toy_models.llava(chosen.model, chosen.data, chosen.images)
 
     # First patch, then wrap: PEFT trains a copy of the projector, and copies the patched one.
     print(vlm_fast.patch(model))

@@ -7,8 +7,8 @@ python examples/serve_qformer.py --model Salesforce/blip2-opt-2.7b --batch 8
 import argparse
 import time
 
-import given
 import torch
+import toy_models
 
 from vlm_fast.modules import QFormer
 
@@ -20,10 +20,10 @@ def main() -> tuple[torch.Tensor, torch.Tensor]:
     parser.add_argument("--requests", type=int, default=200)
     chosen = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    blip2 = given.blip2(chosen.model)
+    blip2 = toy_models.blip2(chosen.model)
 
     # The same parameters, on the fast ops; a graph holds one batch size, so pad the last batch.
-    qformer = QFormer.of(blip2.qformer.to(device)).eval()
+    qformer = QFormer.from_module(blip2.qformer.to(device)).eval()
     width = blip2.config.qformer_config.encoder_hidden_size
     tokens = blip2.vision_model.embeddings.num_positions
     features = torch.randn(chosen.batch, tokens, width, device=device)

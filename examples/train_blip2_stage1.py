@@ -7,8 +7,8 @@ torchrun --nproc_per_node 8 examples/train_blip2_stage1.py --batch 100 --lr 1e-4
 
 import argparse
 
-import given
 import torch
+import toy_models
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
@@ -37,7 +37,7 @@ def main() -> None:
     for name, default in dict(own, batch=8, epochs=6, lr=2e-3).items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     chosen = parser.parse_args()
-    model, pairs, collate = given.retrieval(chosen.model, chosen.data, chosen.images)
+    model, pairs, collate = toy_models.retrieval(chosen.model, chosen.data, chosen.images)
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     loader = DataLoader(pairs, chosen.batch, shuffle=True, drop_last=True, collate_fn=collate)

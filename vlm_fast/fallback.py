@@ -61,7 +61,7 @@ class Switch:
             self.on = self._holders > 0
 
 
-class _Policy:
+class _Switches:
     def __init__(self) -> None:
         self.strict_switch = Switch(_switch("VLM_FAST_STRICT"))
         self.disabled_switch = Switch(_switch("VLM_FAST_DISABLE"))
@@ -75,7 +75,7 @@ class _Policy:
         return self.disabled_switch.on
 
 
-policy = _Policy()
+switches = _Switches()
 _fast: Counter[str] = Counter()
 _fallbacks: defaultdict[str, Counter[str]] = defaultdict(Counter)
 _warned: set[tuple[str, str]] = set()
@@ -89,7 +89,7 @@ def strict() -> Iterator[None]:
 
     Holds for the whole process, until the last thread or task that is within has left.
     """
-    with policy.strict_switch.held():
+    with switches.strict_switch.held():
         yield
 
 
@@ -99,7 +99,7 @@ def disabled() -> Iterator[None]:
 
     Holds for the whole process, until the last thread or task that is within has left.
     """
-    with policy.disabled_switch.held():
+    with switches.disabled_switch.held():
         yield
 
 
@@ -118,15 +118,15 @@ def stats(*, reset: bool = False) -> dict[str, dict[str, object]]:
     return counts
 
 
-def count_fast(name: str) -> None:
+def record_fast_call(name: str) -> None:
     _fast[name] += 1
 
 
-def fell_back(name: str, reason: str) -> None:
+def record_fallback(name: str, reason: str) -> None:
     """Count a fallback; warn the first time, raise under `strict`."""
     if reason is DISABLED or torch.compiler.is_compiling():
         return
-    if policy.strict:
+    if switches.strict:
         raise VlmFastFallbackError(f"vlm_fast.{name}: {reason}")
     _fallbacks[name][reason] += 1
     if (name, reason) not in _warned:

@@ -20,7 +20,7 @@ from vlm_fast.modules import (
     SpatialPool,
 )
 from vlm_fast.modules.parameter_access.norm import GemmaRMSNorm, RMSNorm
-from vlm_fast.patching.models.internvl import Unshuffled
+from vlm_fast.patching.models.internvl import DeferredPixelShuffle
 
 
 def qwen(family, name, after=False):
@@ -288,7 +288,9 @@ def waiting():
     x = torch.randn(2, 4, 4, 3)
     from transformers.models.internvl.modeling_internvl import InternVLModel
 
-    return x.reshape(2, 2, 2, 12).as_subclass(Unshuffled), InternVLModel.pixel_shuffle(None, x)
+    return x.reshape(2, 2, 2, 12).as_subclass(DeferredPixelShuffle), InternVLModel.pixel_shuffle(
+        None, x
+    )
 
 
 @pytest.mark.parametrize(
@@ -315,7 +317,7 @@ def test_who_looks_sees_it_shuffled(look):
 def test_asking_for_its_shape_does_not_shuffle_it():
     unshuffled, _ = waiting()
     assert unshuffled.shape == (2, 2, 2, 12) and unshuffled.size(3) == 12 and unshuffled.ndim == 4
-    assert type(unshuffled.reshape(2, -1, 12)) is Unshuffled
+    assert type(unshuffled.reshape(2, -1, 12)) is DeferredPixelShuffle
     assert vlm_fast.stats().get("pixel_shuffle_norm", {"fast": 0})["fast"] == 0
 
 

@@ -13,7 +13,7 @@ from vlm_fast.patching import placeholder_masks
 from vlm_fast.patching.class_swap import swap
 from vlm_fast.patching.models import image_token_merge
 from vlm_fast.patching.models.image_token_merge import FusedMerge
-from vlm_fast.patching.placeholder_masks import Form, NotRead
+from vlm_fast.patching.placeholder_masks import MaskSpec, UnknownMaskMethod
 
 CLASSES = {kind.__name__: kind for kind in placeholder_sources.classes()}
 SERVED = {"4.57.6": 31, "5.8.1": 43, "5.17.0": 62, "5.24.0": 85}  # of 41, 57, 81 and 105
@@ -22,7 +22,7 @@ SERVED = {"4.57.6": 31, "5.8.1": 43, "5.17.0": 62, "5.24.0": 85}  # of 41, 57, 8
 def by_asking(method):
     try:
         form = placeholder_masks.read(inspect.unwrap(method))
-    except NotRead as reason:
+    except UnknownMaskMethod as reason:
         return str(reason)
     ids = tuple(".".join(path) for path in form.ids)
     return ids, {name: ids[index] for name, index in form.counted}, form.expanded
@@ -51,7 +51,7 @@ def test_source_and_answers_agree():
 def test_masks_go_straight_to_the_merge():
     astray = {}
     for name, kind in CLASSES.items():
-        if isinstance(image_token_merge.recognise(torch.nn.Module.__new__(kind)), Form):
+        if isinstance(image_token_merge.recognise(torch.nn.Module.__new__(kind)), MaskSpec):
             try:
                 assert placeholder_sources.follow_masks(kind.forward) >= 1, name
             except placeholder_sources.Unknown as reason:
@@ -65,7 +65,7 @@ def test_every_served_class_gives_its_own_masks_and_merges():
     ids, embeds = torch.randint(0, 6, (3, 40)), torch.randn(3, 40, 5)
     for name, kind in CLASSES.items():
         form = image_token_merge.recognise(torch.nn.Module.__new__(kind))
-        if not isinstance(form, Form):
+        if not isinstance(form, MaskSpec):
             continue
         model = torch.nn.Module.__new__(kind)
         torch.nn.Module.__init__(model)
@@ -103,6 +103,6 @@ def listed(answer):
 
 def test_most_classes_are_served():
     found = [image_token_merge.recognise(torch.nn.Module.__new__(k)) for k in CLASSES.values()]
-    served = sum(isinstance(form, Form) for form in found)
+    served = sum(isinstance(form, MaskSpec) for form in found)
     assert served >= 0.7 * len(found)
     assert served == SERVED.get(transformers.__version__, served)

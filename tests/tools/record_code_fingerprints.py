@@ -62,7 +62,7 @@ def asked() -> set[str]:
 
     import vlm_fast
 
-    original_code.why_not_read = note
+    original_code.why_not_known_code = note
     warnings.simplefilter("ignore")
     for case in CASES:
         try:

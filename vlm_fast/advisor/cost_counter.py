@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vlm_fast.devtools.memory import saved_bytes
-from vlm_fast.modules.parameter_access.linear import shapes_alone
+from vlm_fast.modules.parameter_access.linear import meta_parameters_allowed
 from vlm_fast.ops.declaration import OPS, Cost
 
 
@@ -74,7 +74,7 @@ def count(
     Raises:
         whatever the module raises for these arguments.
     """
-    with torch.device("meta"), shapes_alone(), torch.enable_grad():
+    with torch.device("meta"), meta_parameters_allowed(), torch.enable_grad():
         module, args = make(), inputs()
         parameters = list(module.parameters())
         given = [t for t in args if isinstance(t, Tensor)]

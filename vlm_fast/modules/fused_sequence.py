@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.activation import activation_of, why_not_activation
-from vlm_fast.modules.parameter_access.dtypes import why_not_one_dtype
-from vlm_fast.modules.parameter_access.linear import why_not_called_plainly, why_not_plain
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.activation import activation_name, why_not_activation
+from vlm_fast.modules.parameter_access.dtypes import why_dtypes_differ
+from vlm_fast.modules.parameter_access.linear import why_call_does_more, why_not_direct
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
@@ -56,10 +56,10 @@ def _why_not_passed(call: Any) -> str | None:
     functional = type(call) is FunctionalDropout
     if (functional or (type(call) is not nn.Identity and call.training)) and call.p > 0:
         return f"it drops values (p={call.p})"
-    return None if functional else why_not_called_plainly(call)
+    return None if functional else why_call_does_more(call)
 
 
-def runs_of(steps: Sequence[Step], saved: str) -> list[Sequence[Step]]:
+def fusable_runs(steps: Sequence[Step], saved: str) -> list[Sequence[Step]]:
     """The steps in order: those of a run together, each other one alone."""
     parts: list[Sequence[Step]] = []
     i = 0
@@ -74,7 +74,7 @@ def _end_of_run(steps: Sequence[Step], i: int, saved: str) -> int:
     """Where the run that starts at step ``i`` ends; ``i + 1`` if none does."""
     first = steps[i].call
     act = _next(steps, i) if is_linear(first) else i
-    if act == len(steps) or activation_of(steps[act].call) is None:
+    if act == len(steps) or activation_name(steps[act].call) is None:
         return i + 1
     if act == i and (saved == "all" or getattr(first, "inplace", False)):
         return i + 1  # the activation is to be kept, or is written over what may be the caller's
@@ -92,18 +92,18 @@ def _next(steps: Sequence[Step], i: int) -> int:
 
 def run_steps(owner: str, x: Tensor, steps: Sequence[Step], saved: str) -> Any:
     """Every step of the last one's result; runs through `vlm_fast.ops.mlp` and `act_linear`."""
-    parts = runs_of(steps, saved)
+    parts = fusable_runs(steps, saved)
     if len(parts) == len(steps):
-        reason = why_no_run(steps, saved)
+        reason = why_no_fusable_run(steps, saved)
         if reason is not None:
-            fell_back(owner, reason)
+            record_fallback(owner, reason)
     for part in parts:
         reason = "" if len(part) == 1 else _why_not_run(part, x)
         if reason is None:
             x = _fused(part, x, saved)
             continue
         if reason:
-            fell_back(owner, reason)
+            record_fallback(owner, reason)
         for step in part:
             x = step.call(x)
     return x
@@ -111,14 +111,14 @@ def run_steps(owner: str, x: Tensor, steps: Sequence[Step], saved: str) -> Any:
 
 def why_not_steps(steps: Sequence[Step], saved: str) -> str | None:
     """Why a run would be called module by module next time, or None."""
-    reasons = (_why_not_run(part) for part in runs_of(steps, saved) if len(part) > 1)
-    return why_no_run(steps, saved) or next((r for r in reasons if r is not None), None)
+    reasons = (_why_not_run(part) for part in fusable_runs(steps, saved) if len(part) > 1)
+    return why_no_fusable_run(steps, saved) or next((r for r in reasons if r is not None), None)
 
 
-def why_no_run(steps: Sequence[Step], saved: str) -> str | None:
+def why_no_fusable_run(steps: Sequence[Step], saved: str) -> str | None:
     """Why steps with two linears or more hold no run; None if they do, or have fewer."""
     linears = [i for i, step in enumerate(steps) if is_linear(step.call)]
-    if len(linears) < 2 or len(runs_of(steps, saved)) < len(steps):
+    if len(linears) < 2 or len(fusable_runs(steps, saved)) < len(steps):
         return None
     inside = steps[linears[0] + 1 : linears[1]]
     between = [type(step.call).__name__ for step in inside if not _passes(step.call)]
@@ -143,10 +143,10 @@ def _why_not_run(run: Sequence[Step], x: Tensor | None = None) -> str | None:
     reason = why_not_activation(act)
     if reason is not None:
         return f"{names[0]}: {reason}"
-    reason = why_not_plain(linear)
+    reason = why_not_direct(linear)
     if reason is not None:
         return f"{names[1]}: {reason}"
-    return why_not_one_dtype(x, **{names[1]: linear}) or _why_not_cast_first(names[0], x)
+    return why_dtypes_differ(x, **{names[1]: linear}) or _why_not_cast_first(names[0], x)
 
 
 def _why_not_cast_first(name: str, x: Tensor | None) -> str | None:
@@ -164,7 +164,7 @@ def _active(run: Sequence[Step]) -> list[Step]:
 
 def _fused(run: Sequence[Step], x: Tensor, saved: str) -> Tensor:
     *linears, act, last = (cast(Any, step.call) for step in _active(run))
-    activation = cast(str, activation_of(act))
+    activation = cast(str, activation_name(act))
     if not linears:
         return ops.act_linear(x, last.weight, last.bias, activation=activation)
     (first,) = linears
@@ -179,12 +179,12 @@ def fused_mlp(
     """``linear_2(act(linear_1(x)))``, fused where `why_not_fused` finds no reason against it."""
     reason = why_not_fused(linear_1, act, linear_2, x)
     if reason is not None:
-        fell_back(owner, reason)
+        record_fallback(owner, reason)
         return linear_2(act(linear_1(x)))
     first, second = cast(nn.Linear, linear_1), cast(nn.Linear, linear_2)
     return ops.mlp(
         x, first.weight, first.bias, second.weight, second.bias,
-        activation=cast(str, activation_of(act)), saved=saved,
+        activation=cast(str, activation_name(act)), saved=saved,
     )  # fmt: skip
 
 
@@ -196,9 +196,9 @@ def why_not_fused(
     names: Sequence[str] = ("linear_1", "act", "linear_2"),
 ) -> str | None:
     """None, or which child cannot be fused and why; ``x``: the input, None for the last one."""
-    questions = (why_not_plain, why_not_activation, why_not_plain)
+    questions = (why_not_direct, why_not_activation, why_not_direct)
     for name, why_not, child in zip(names, questions, (linear_1, act, linear_2), strict=True):
         reason = why_not(child)
         if reason is not None:
             return f"{name}: {reason}"
-    return why_not_one_dtype(x, **{names[0]: linear_1, names[2]: linear_2})
+    return why_dtypes_differ(x, **{names[0]: linear_1, names[2]: linear_2})

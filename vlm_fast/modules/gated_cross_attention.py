@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.activation import activation_of
-from vlm_fast.modules.parameter_access.module_tree import why_not_plain_tree
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.activation import activation_name
+from vlm_fast.modules.parameter_access.module_tree import why_not_direct_tree
 from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
 
 OP = "GatedCrossAttentionBlock"
@@ -146,7 +146,7 @@ class GatedCrossAttentionBlock(nn.Module):
 
 def why_not_fused(block: Any) -> str | None:
     """Why a block's children are called one by one, or None."""
-    return why_not_plain_tree(block, biases=False)
+    return why_not_direct_tree(block, biases=False)
 
 
 def gated_block(
@@ -155,7 +155,7 @@ def gated_block(
     """The forward of any module with the children of `GatedCrossAttentionBlock`."""
     reason = why_not_fused(block)
     if reason is not None:
-        fell_back(type(block).__name__, reason)
+        record_fallback(type(block).__name__, reason)
         attended = block.attn(x, media, media_locations, use_cached_media)
         x = ops.gated_add(x, attended.to(x.dtype), block.attn_gate)
         return ops.gated_add(x, block.ff(x).to(x.dtype), block.ff_gate)
@@ -166,7 +166,7 @@ def gated_block(
     )
     expanded = ops.mlp(
         normed, linear_1.weight, linear_1.bias, linear_2.weight, linear_2.bias,
-        activation=cast(str, activation_of(act)),
+        activation=cast(str, activation_name(act)),
     )  # fmt: skip
     return ops.gated_add(x, expanded.to(x.dtype), block.ff_gate)
 

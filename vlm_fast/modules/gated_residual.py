@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_fast import ops
-from vlm_fast.modules.parameter_access.activation import activation_of
+from vlm_fast.modules.parameter_access.activation import activation_name
 
 
 def rms_norm(x: Tensor, norm: Any) -> Tensor:
@@ -16,7 +16,7 @@ def rms_norm(x: Tensor, norm: Any) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
-def why_not_gated(layer: Any) -> str | None:
+def why_not_gated_mlp(layer: Any) -> str | None:
     """Why the MLP of a layer is not `vlm_fast.ops.gated_mlp`, which adds no biases, or None."""
     for name in ("gate_proj", "up_proj", "down_proj"):
         if getattr(layer.mlp, name).bias is not None:
@@ -47,7 +47,7 @@ def gated_residuals(
     )  # fmt: skip
     expanded = ops.gated_mlp(
         normed, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight,
-        activation=activation_of(mlp.act_fn) or "",
+        activation=activation_name(mlp.act_fn) or "",
     )  # fmt: skip
     if mlp_rows is not None and mlp_rows.is_floating_point():
         expanded, mlp_rows = mlp_rows.unsqueeze(-1) * expanded, None

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.fused_sequence import fused_mlp, why_not_fused
-from vlm_fast.modules.parameter_access.activation import activation_module, activation_of
-from vlm_fast.modules.parameter_access.chain import chain_of
+from vlm_fast.modules.parameter_access.activation import activation_module, activation_name
+from vlm_fast.modules.parameter_access.chain import find_chain
 from vlm_fast.ops.mlp import SAVED
 
 
@@ -62,7 +62,7 @@ class MLPProjector(nn.Module):
         Raises:
             ValueError: ``module`` is not exactly ``linear_1 -> act -> linear_2``.
         """
-        found = chain_of(module)
+        found = find_chain(module)
         why = "it is not linear_1 -> act -> linear_2"
         if isinstance(found, str):
             why = found
@@ -101,7 +101,7 @@ class MLPProjector(nn.Module):
         first, second = self.linear_1, self.linear_2
         return ops.mlp_merge(
             inputs_embeds, x, first.weight, first.bias, second.weight, second.bias, image_mask,
-            activation=cast(str, activation_of(self.act)), saved=self.saved,
+            activation=cast(str, activation_name(self.act)), saved=self.saved,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from vlm_fast.modules.fused_sequence import fused_mlp
 from vlm_fast.modules.parameter_access.activation import activation_module
-from vlm_fast.modules.parameter_access.norm import RMSNorm, merged
-from vlm_fast.modules.square_grid import grid_of
+from vlm_fast.modules.parameter_access.norm import RMSNorm, shuffle_and_norm
+from vlm_fast.modules.token_grid import grid_of
 from vlm_fast.ops.argument_errors import check_tensor, wrong_value
 
 NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
@@ -126,7 +126,7 @@ class PixelShuffleProjector(nn.Module):
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         height, width = grid_of(type(self).__name__, x, height, width)
         name = type(self).__name__
-        x = merged(
+        x = shuffle_and_norm(
             name, x, self.layer_norm, height=height, width=width, factor=self.factor,
             norm_after=True,
         )  # fmt: skip
@@ -144,7 +144,7 @@ def merge_patches(
 ) -> Tensor:
     """What a merger with the children of `PatchMerger` does to tokens ``(..., in_features)``."""
     norm, linear_1, act, linear_2 = children_of(merger)
-    x = merged(
+    x = shuffle_and_norm(
         owner, x.reshape(-1, factor**2, x.shape[-1]), norm, height=factor, width=factor,
         factor=factor, norm_after=norm_after, index=index,
     )  # fmt: skip

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.fallback import fell_back
+from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.fused_sequence import fused_mlp
-from vlm_fast.modules.parameter_access.module_tree import why_not_plain_tree
+from vlm_fast.modules.parameter_access.module_tree import why_not_direct_tree
 from vlm_fast.ops.argument_errors import check_tensor, not_a_tensor, wrong_value
 
 OP = "PerceiverResampler"
@@ -137,12 +137,12 @@ def resample_media(module: Any, x: Any) -> Tensor:
     if module.media_time_embs is not None:
         x = x + module.media_time_embs[:media]
     context = x.flatten(0, 1)
-    reason = why_not_plain_tree(module, biases=False)
+    reason = why_not_direct_tree(module, biases=False)
     if reason is None:
         layers = [layer_of_openflamingo(attention, ff) for attention, ff in module.layers]
         latents = resample(context, module.latents, layers)
     else:
-        fell_back(type(module).__name__, reason)
+        record_fallback(type(module).__name__, reason)
         latents = module.latents.expand(context.shape[0], -1, -1).unsqueeze(1)
         for attention, ff in module.layers:
             latents = attention(context.unsqueeze(1), latents) + latents

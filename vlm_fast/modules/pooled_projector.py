@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.mlp_projector import MLPProjector
-from vlm_fast.modules.parameter_access.norm import GemmaRMSNorm, merged
-from vlm_fast.modules.square_grid import grid_of
+from vlm_fast.modules.parameter_access.norm import GemmaRMSNorm, shuffle_and_norm
+from vlm_fast.modules.token_grid import grid_of
 from vlm_fast.ops.argument_errors import wrong_value
 
 COMMUTING = ("avg", "bilinear")
@@ -128,4 +128,4 @@ def pooled_norm(
 ) -> Tensor:
     """Means of windows ``(batch, pooled, features)``, normed."""
     x = ops.spatial_pool(x, height=height, width=width, stride=stride)
-    return merged(owner, x, norm, height=x.shape[-2], width=1, factor=1, norm_after=False)
+    return shuffle_and_norm(owner, x, norm, height=x.shape[-2], width=1, factor=1, norm_after=False)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from vlm_fast import ops
 from vlm_fast.modules.fused_sequence import fused_mlp
 from vlm_fast.modules.parameter_access.activation import activation_module
-from vlm_fast.modules.parameter_access.norm import RMSNorm, merged
-from vlm_fast.modules.square_grid import grid_of
+from vlm_fast.modules.parameter_access.norm import RMSNorm, shuffle_and_norm
+from vlm_fast.modules.token_grid import grid_of
 from vlm_fast.ops.argument_errors import check_tensor, wrong_value
 from vlm_fast.ops.pixel_shuffle_norm import rows_of_blocks
 
@@ -155,7 +155,7 @@ class RaggedMergerProjector(nn.Module):
         if x.ndim != 2 or x.shape[0] != cells:
             raise wrong_value(name, "x", x, f"({cells}, features), the cells of the grids")
         index = rows_of_blocks(grids, self.factor, x.device)
-        x = merged(
+        x = shuffle_and_norm(
             name, x, self.norm, factor=self.factor, norm_after=False, layout="channel", index=index
         )
         merging: Any = self.patch_merger.merging_layer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.square_grid import grid_of
+from vlm_fast.modules.token_grid import grid_of
 
 
 class SpatialPool(nn.Module):

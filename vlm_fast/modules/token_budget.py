@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.perceiver_resampler import PerceiverResampler
-from vlm_fast.modules.square_grid import grid_of
+from vlm_fast.modules.token_grid import grid_of
 from vlm_fast.modules.token_merger import TokenMerger
 from vlm_fast.ops.argument_errors import not_a_tensor, wrong_value
 from vlm_fast.ops.spatial_pool import MAX_STRIDE

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.square_grid import mark_merged
+from vlm_fast.modules.token_grid import mark_merged
 from vlm_fast.ops.argument_errors import not_a_tensor, wrong_value
 
 OP = "TokenMerger"

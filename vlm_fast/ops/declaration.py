@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.utils import _pytree
 
-from vlm_fast.fallback import DISABLED, fell_back, policy
+from vlm_fast.fallback import DISABLED, record_fallback, switches
 from vlm_fast.kernels._triton import AVAILABLE
 from vlm_fast.ops.registration import (
     CallPath,
@@ -96,7 +96,7 @@ class Op(Generic[P, R]):
             return self._of_stand_ins(args, options, mistake)
         reason = self._why_not(values, settings)
         if reason is not None:
-            fell_back(self.name, reason)
+            record_fallback(self.name, reason)
             return self.reference(*values, **settings)
         return self._path(values, settings)
 
@@ -118,7 +118,7 @@ class Op(Generic[P, R]):
 
     def _why_not(self, values: tuple[Any, ...], settings: dict[str, Any]) -> str | None:
         first = values[0]
-        if policy.disabled:
+        if switches.disabled:
             return DISABLED
         if first.is_cuda:
             if not AVAILABLE:

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.jit._builtins import _register_builtin
 from torch.library import Library, register_autograd, register_fake, register_vmap
 
-from vlm_fast.fallback import count_fast
+from vlm_fast.fallback import record_fast_call
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -108,7 +108,7 @@ class CallPath:
         if torch.compiler.is_compiling():
             return self._call_registered(flat, values, settings)
         refuse_forward_mode(self.name)
-        count_fast(self.name)
+        record_fast_call(self.name)
         if _dispatch_modes() or values[0].is_meta:
             return self._call_registered(flat, values, settings)
         for value in flat:

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_fast.modules.parameter_access.linear import has_own_forward
-from vlm_fast.modules.parameter_access.original_code import why_not_as_read
+from vlm_fast.modules.parameter_access.linear import has_replaced_forward
+from vlm_fast.modules.parameter_access.original_code import why_not_original_code
 from vlm_fast.ops.declaration import FLOATS
 from vlm_fast.ops.mlp import SAVED
 from vlm_fast.patching.class_swap import (
-    Patched,
+    PatchedModule,
     swap,
     swap_back,
-    why_not_read,
+    why_not_compatible,
     why_not_swapped_back,
 )
 from vlm_fast.patching.models import (
@@ -40,11 +40,11 @@ from vlm_fast.patching.models import (
     pooling,
     qformer,
 )
-from vlm_fast.patching.towers import in_towers
+from vlm_fast.patching.towers import modules_in_towers
 
 # Families: a mixin, and the recogniser that returns its recipe, a reason against it, or None. Of
 # several that serve a module the first is taken.
-FAMILIES: list[tuple[type[Patched], Callable[..., Any]]] = [
+FAMILIES: list[tuple[type[PatchedModule], Callable[..., Any]]] = [
     (internvl.FusedShuffleMerge, internvl.recognise_model),
     (internvl.FusedNormedMLP, internvl.recognise_projector),
     (patch_merger.FusedPatchMerger, patch_merger.recognise),
@@ -98,7 +98,7 @@ class Report:
         Raises:
             ValueError: a module was sharded or parametrized since; nothing has been changed then.
         """
-        _swap_back([module for module in self.modules if isinstance(module, Patched)])
+        _swap_back([module for module in self.modules if isinstance(module, PatchedModule)])
         self.modules.clear()
 
     def __enter__(self) -> Report:
@@ -153,11 +153,11 @@ def patch(
     if compute_dtype not in (None, *FLOATS):
         raise ValueError(f"compute_dtype is {compute_dtype!r}, expected one of {FLOATS} or None")
     report, swaps, already = Report(), [], False
-    left = set() if towers else in_towers(model)  # of whose modules no chain is patched
+    left = set() if towers else modules_in_towers(model)  # of whose modules no chain is patched
     for name, module in model.named_modules():
-        if isinstance(module, Patched):
+        if isinstance(module, PatchedModule):
             already = True
-            if module.covers:
+            if module.handles_children:
                 left.update(model.get_submodule(name).modules())
             continue
         if type(module).__module__.startswith("vlm_fast."):
@@ -173,12 +173,12 @@ def patch(
             elif recipe is not None:
                 _refuse_if_sharded(name, module)
                 swaps.append((name, module, mixin, recipe))
-                if mixin.covers:
+                if mixin.handles_children:
                     left.update(module.modules())
                 report.skipped.pop(name, None)
-                left_out = mixin.left_out(module)
-                if left_out is not None:
-                    report.skipped[name] = left_out
+                why_partly_patched = mixin.why_partly_patched(module)
+                if why_partly_patched is not None:
+                    report.skipped[name] = why_partly_patched
                 break
     if not swaps and not already:
         message = f"no connector of {type(model).__name__} was patched\n{report}"
@@ -215,7 +215,7 @@ def _swap_back(modules: list[Any]) -> None:
         reason = why_not_swapped_back(module)
         if reason is not None:
             raise ValueError(
-                f"vlm_fast.unpatch: {type(module).patch.base.__name__} stays patched: {reason}"
+                f"vlm_fast.unpatch: {type(module).patch_spec.base.__name__} stays patched: {reason}"
             )
     for module in modules:
         swap_back(module)
@@ -223,7 +223,7 @@ def _swap_back(modules: list[Any]) -> None:
 
 def patched_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Names and modules in ``model`` that are patched."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, Patched))
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, PatchedModule))
 
 
 def explain(model: nn.Module) -> dict[str, str | None]:
@@ -231,13 +231,15 @@ def explain(model: nn.Module) -> dict[str, str | None]:
     return {name: module.why_not() for name, module in patched_modules(model)}
 
 
-def _why_not_restated(module: nn.Module, mixin: type[Patched]) -> str | None:
+def _why_not_restated(module: nn.Module, mixin: type[PatchedModule]) -> str | None:
     """Why the code of a module is not the code that the mixin stands for, or None."""
     kind = type(module)
-    if hasattr(mixin, "forward") and has_own_forward(module):
+    if hasattr(mixin, "forward") and has_replaced_forward(module):
         return "its forward has been replaced (accelerate or another wrapper)"
-    reason = why_not_as_read(kind, *mixin.restates) if mixin.restates else None
-    other = why_not_read(module, mixin)
+    reason = (
+        why_not_original_code(kind, *mixin.mirrored_methods) if mixin.mirrored_methods else None
+    )
+    other = why_not_compatible(module, mixin)
     return reason if other is None else _of_release(kind, other)
 
 

@@ -15,38 +15,41 @@ from weakref import WeakValueDictionary
 from torch import nn
 from torch.fx import Proxy
 
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.linear import has_own_forward
-from vlm_fast.modules.parameter_access.module_tree import unwrapped, why_not_own_arguments
-from vlm_fast.patching.parameters import Names, names_of
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.linear import has_replaced_forward
+from vlm_fast.modules.parameter_access.module_tree import (
+    why_no_extra_arguments,
+    unwrap_checkpoint,
+)
+from vlm_fast.patching.argument_names import ArgumentNames, match_arguments
 
 
-class Patch(NamedTuple):
+class PatchSpec(NamedTuple):
     """What a swapped class was made from; hashable, picklable."""
 
     base: type[nn.Module]
-    mixin: type[Swapped]
-    recipe: Any
+    mixin: type[SwappedClass]
+    settings: Any
 
 
-class Swapped:
+class SwappedClass:
     """Mixin of every class that was made for a module."""
 
-    patch: ClassVar[Patch]
+    patch_spec: ClassVar[PatchSpec]
 
-    def prepare(self) -> None:
+    def after_swap(self) -> None:
         """What an instance does as it becomes one of this class, also as a copy without a state."""
 
     def _get_name(self) -> str:
-        return f"{self.patch.base.__name__}[vlm_fast]"
+        return f"{self.patch_spec.base.__name__}[vlm_fast]"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class made at run time cannot be found by name: name what it is made from instead.
         reduced: tuple[Any, ...] = super().__reduce_ex__(max(2, int(protocol)))  # type: ignore
-        return (_rebuild, tuple(self.patch), *reduced[2:])
+        return (_rebuild, tuple(self.patch_spec), *reduced[2:])
 
 
-class Patched(Swapped):
+class PatchedModule(SwappedClass):
     """Mixin of every class that computes the same on the fast ops.
 
     Where a method that a mixin overrides is no longer the one that its base had when the class was
@@ -57,17 +60,21 @@ class Patched(Swapped):
     annotates, and those of ``reads``, must be there at the patch.
     """
 
-    alone: ClassVar[bool] = False  # whether its base's forward takes what its own is given
-    covers: ClassVar[bool] = True  # whether its chains are its own, and none is patched apart
+    same_call_signature: ClassVar[bool] = (
+        False  # whether its base's forward takes what its own is given
+    )
+    handles_children: ClassVar[bool] = (
+        True  # whether its chains are its own, and none is patched apart
+    )
     # Methods of the base whose code is taken for granted: patched only while they are original.
-    restates: ClassVar[tuple[str, ...]] = ("forward",)
+    mirrored_methods: ClassVar[tuple[str, ...]] = ("forward",)
     # Attributes of children that are read, as paths.
-    reads: ClassVar[tuple[str, ...]] = ()
+    required_attributes: ClassVar[tuple[str, ...]] = ()
     # Of the overrides with named parameters, how the base calls those.
-    names: ClassVar[dict[str, Names]] = {}
+    argument_names: ClassVar[dict[str, ArgumentNames]] = {}
 
     @classmethod
-    def left_out(cls, module: nn.Module) -> str | None:
+    def why_partly_patched(cls, module: nn.Module) -> str | None:
         """Why a part of what a module does is not served, although the rest is, or None."""
         return None
 
@@ -75,20 +82,22 @@ class Patched(Swapped):
         """Why the next call would run as plain PyTorch, or None."""
         return None
 
-    def why_replaced(self) -> str | None:
+    def why_base_replaced(self) -> str | None:
         """Which method of the base somebody replaced since the patch, or None."""
         return None
 
     def call_base(self, method: str, /, **given: Any) -> Any:
         """The base's own method, with arguments by the names of the override of this mixin."""
-        return getattr(self.patch.base, method)(self, **self.names[method].back(given))
+        return getattr(self.patch_spec.base, method)(
+            self, **self.argument_names[method].back(given)
+        )
 
-    def unpatched(self) -> nn.Module | None:
+    def unpatched_copy(self) -> nn.Module | None:
         """A copy that computes as its base does on what this is given; None if none can, alone."""
-        if not self.alone:
+        if not self.same_call_signature:
             return None
         plain: Any = copy.deepcopy(self)
-        patched = [module for module in plain.modules() if isinstance(module, Patched)]
+        patched = [module for module in plain.modules() if isinstance(module, PatchedModule)]
         for module in patched:
             swap_back(module)
         return plain
@@ -101,34 +110,38 @@ class Patched(Swapped):
 
 
 # Of a class that nobody uses any more nothing is kept.
-_made: WeakValueDictionary[Any, type[nn.Module]] = WeakValueDictionary()
+_swapped_classes: WeakValueDictionary[Any, type[nn.Module]] = WeakValueDictionary()
 
 
-def patched_class(base: type[nn.Module], mixin: type[Swapped], recipe: Any) -> type[nn.Module]:
+def patched_class(
+    base: type[nn.Module], mixin: type[SwappedClass], settings: Any
+) -> type[nn.Module]:
     """The subclass of ``base`` that is served by ``mixin``; the same one while it is in use."""
-    patch = Patch(base, mixin, recipe)
-    known = _made.get(patch)
-    return known if known is not None else _made.setdefault(patch, _make(patch))
+    patch = PatchSpec(base, mixin, settings)
+    known = _swapped_classes.get(patch)
+    return known if known is not None else _swapped_classes.setdefault(patch, _make(patch))
 
 
-def _make(patch: Patch) -> type[nn.Module]:
+def _make(patch: PatchSpec) -> type[nn.Module]:
     base, mixin, _ = patch
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    own: dict[str, Any] = {**names, "__doc__": base.__doc__, "patch": patch}
-    if issubclass(mixin, Patched):
+    own: dict[str, Any] = {**names, "__doc__": base.__doc__, "patch_spec": patch}
+    if issubclass(mixin, PatchedModule):
         served = {name: getattr(base, name) for name in _overridden(base, mixin)}
-        found = {name: names_of(read, getattr(mixin, name)) for name, read in served.items()}
-        own["names"] = {name: names for name, names in found.items() if isinstance(names, Names)}
+        found = {name: match_arguments(read, getattr(mixin, name)) for name, read in served.items()}
+        own["argument_names"] = {
+            name: names for name, names in found.items() if isinstance(names, ArgumentNames)
+        }
         own |= {
-            name: _guarded(base, mixin, name, read, own["names"].get(name))
+            name: _guarded(base, mixin, name, read, own["argument_names"].get(name))
             for name, read in served.items()
         }
-        own["why_replaced"] = _asking(base, served)
+        own["why_base_replaced"] = _asking(base, served)
         own["why_not"] = _guarded_why_not(mixin)
     return type(base.__name__, (mixin, base), own)
 
 
-def _overridden(base: type, mixin: type[Patched]) -> list[str]:
+def _overridden(base: type, mixin: type[PatchedModule]) -> list[str]:
     """The methods of the base that the mixin has in their place."""
     names = {name for kind in mixin.__mro__ if kind is not object for name in vars(kind)}
     return [
@@ -138,14 +151,14 @@ def _overridden(base: type, mixin: type[Patched]) -> list[str]:
     ]
 
 
-def why_not_read(module: nn.Module, mixin: type[Patched]) -> str | None:
+def why_not_compatible(module: nn.Module, mixin: type[PatchedModule]) -> str | None:
     """Why a module has not the parameters and attributes that a mixin knows, or None."""
     kind = type(module)
     for name in _overridden(kind, mixin):
-        found = names_of(getattr(kind, name), getattr(mixin, name))
+        found = match_arguments(getattr(kind, name), getattr(mixin, name))
         if isinstance(found, str):
             return found
-    for path in (*_annotated(mixin), *mixin.reads):
+    for path in (*_annotated(mixin), *mixin.required_attributes):
         value: Any = module
         for part in path.split("."):
             if not hasattr(value, part):
@@ -154,25 +167,25 @@ def why_not_read(module: nn.Module, mixin: type[Patched]) -> str | None:
     return None
 
 
-def _annotated(mixin: type[Patched]) -> list[str]:
+def _annotated(mixin: type[PatchedModule]) -> list[str]:
     """Attributes that a mixin says it reads of its base."""
     return [
         name
         for kind in mixin.__mro__
-        if kind not in (Patched, Swapped, object)
+        if kind not in (PatchedModule, SwappedClass, object)
         for name, what in vars(kind).get("__annotations__", {}).items()
         if not str(what).startswith("ClassVar")
     ]
 
 
-def _guarded(base: Any, mixin: Any, name: str, read: Any, names: Names | None) -> Any:
+def _guarded(base: Any, mixin: Any, name: str, read: Any, names: ArgumentNames | None) -> Any:
     """The mixin's method, as long as the base's is the one that was there before."""
 
     @functools.wraps(read)  # callers ask for its signature
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         current = getattr(base, name)
         if current is not read:
-            fell_back(base.__name__, _replaced(base, name))
+            record_fallback(base.__name__, _replaced(base, name))
             return current(self, *args, **kwargs)
         for value in (*args, *kwargs.values()):
             if isinstance(value, Proxy):  # torch.fx.symbolic_trace
@@ -188,19 +201,19 @@ def _guarded(base: Any, mixin: Any, name: str, read: Any, names: Names | None) -
 
 
 def _asking(base: Any, served: dict[str, Any]) -> Any:
-    def why_replaced(self: Any) -> str | None:
+    def why_base_replaced(self: Any) -> str | None:
         for name, read in served.items():
             if getattr(base, name) is not read:
                 return _replaced(base, name)
         return None
 
-    return why_replaced
+    return why_base_replaced
 
 
 def _guarded_why_not(mixin: Any) -> Any:
     @functools.wraps(mixin.why_not)
     def why_not(self: Any) -> str | None:
-        return self.why_replaced() or mixin.why_not(self)
+        return self.why_base_replaced() or mixin.why_not(self)
 
     return why_not
 
@@ -209,16 +222,16 @@ def _replaced(base: type, name: str) -> str:
     return f"{base.__name__}.{name} has been replaced since it was patched"
 
 
-def why_not_handed(layer: Any, kind: type[Patched]) -> str | None:
+def why_no_extra_arguments_for(layer: Any, kind: type[PatchedModule]) -> str | None:
     """Why a layer must be called with the arguments of its base, or None.
 
     Also inside torch's wrapper for activation checkpointing.
     """
-    inner: Any = unwrapped(layer)
+    inner: Any = unwrap_checkpoint(layer)
     if not isinstance(inner, kind):
         return f"{type(inner).__name__} is not patched"
-    reason: str | None = inner.why_replaced() or why_not_own_arguments(inner)  # type: ignore[arg-type]
-    return reason if inner is layer else reason or why_not_own_arguments(layer)
+    reason: str | None = inner.why_base_replaced() or why_no_extra_arguments(inner)  # type: ignore[arg-type]
+    return reason if inner is layer else reason or why_no_extra_arguments(layer)
 
 
 def is_class(module: nn.Module, family: str, *names: str) -> bool:
@@ -228,16 +241,16 @@ def is_class(module: nn.Module, family: str, *names: str) -> bool:
     return kind.__name__ in names and f"{kind.__module__}.".startswith(home)
 
 
-def swap(module: nn.Module, mixin: type[Swapped], recipe: Any) -> None:
+def swap(module: nn.Module, mixin: type[SwappedClass], settings: Any) -> None:
     drop_own_forward(module)
-    module.__class__ = patched_class(type(module), mixin, recipe)
-    module.prepare()  # type: ignore[operator]
+    module.__class__ = patched_class(type(module), mixin, settings)
+    module.after_swap()  # type: ignore[operator]
 
 
 def why_not_swapped_back(module: Any) -> str | None:
     """Why the class of a patched module cannot be given back, or None."""
     kind = type(module)
-    if "patch" in vars(kind):
+    if "patch_spec" in vars(kind):
         return None
     return (
         f"its class has become {kind.__name__} since it was patched, by sharding, a "
@@ -253,10 +266,12 @@ def swap_back(module: Any) -> None:
     """
     reason = why_not_swapped_back(module)
     if reason is not None:
-        raise ValueError(f"vlm_fast: {type(module).patch.base.__name__} stays patched: {reason}")
+        raise ValueError(
+            f"vlm_fast: {type(module).patch_spec.base.__name__} stays patched: {reason}"
+        )
     drop_own_forward(module)
-    module.__class__ = type(module).patch.base
-    module.__dict__.pop("_plain_tree", None)
+    module.__class__ = type(module).patch_spec.base
+    module.__dict__.pop("_tree_snapshot", None)
 
 
 def drop_own_forward(module: nn.Module) -> None:
@@ -265,12 +280,12 @@ def drop_own_forward(module: nn.Module) -> None:
     Collecting hidden states leaves one on each layer in transformers 4.54 to 5.1, and accelerate
     leaves one where it takes its hooks away. It would keep the forward of a class that was left.
     """
-    if "forward" in module.__dict__ and not has_own_forward(module):
+    if "forward" in module.__dict__ and not has_replaced_forward(module):
         del module.__dict__["forward"]
 
 
-def _rebuild(base: type[nn.Module], mixin: type[Swapped], recipe: Any) -> nn.Module:
-    cls: Any = patched_class(base, mixin, recipe)
+def _rebuild(base: type[nn.Module], mixin: type[SwappedClass], settings: Any) -> nn.Module:
+    cls: Any = patched_class(base, mixin, settings)
     module = cls.__new__(cls)
-    module.prepare()
+    module.after_swap()
     return module

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 KeysValues = tuple[Tensor, Tensor]
 
 
-class ImageKeys:
+class ImageKeyValueCache:
     """Keys and values of the images of one generation, for each layer that reads them."""
 
     def __init__(self) -> None:
         self._of_layer: dict[nn.Module, tuple[Tensor, Any, KeysValues]] = {}
 
     @classmethod
-    def of_cache(cls, model: Any, cache: Any, tokens: int) -> ImageKeys | None:
+    def for_generation(cls, model: Any, cache: Any, tokens: int) -> ImageKeyValueCache | None:
         """Those of a generation, or None where each call projects its images anew.
 
         A call of one token behind others goes on with a generation; any other call begins one, as
@@ -39,7 +39,7 @@ class ImageKeys:
             _kept[cache] = cls()
         return _kept[cache]
 
-    def of_layer(
+    def get_or_project(
         self, layer: Any, images: Tensor, project: Callable[[Tensor], KeysValues]
     ) -> KeysValues:
         """``project(images)``, or what it gave when this generation last read these images.
@@ -61,7 +61,7 @@ class ImageKeys:
         return known[2]
 
 
-_kept: WeakKeyDictionary[Any, ImageKeys] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[Any, ImageKeyValueCache] = WeakKeyDictionary()
 
 
 def _is_same_memory(one: Tensor, other: Tensor) -> bool:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from vlm_fast.fallback import DISABLED
 from vlm_fast.ops.media_cross_attention import MAX_LISTED
-from vlm_fast.patching.class_swap import Patched
+from vlm_fast.patching.class_swap import PatchedModule
 
 
-class MediaSets(NamedTuple):
+class MediaMask(NamedTuple):
     """A set of media for each token.
 
     Layers are given a plain tuple of the two: tools that cast, move or export what a module is
@@ -29,7 +29,7 @@ class MediaSets(NamedTuple):
     media: int
 
     @classmethod
-    def of(cls, seen: Tensor, rows: Sequence[int]) -> MediaSets:
+    def from_bool(cls, seen: Tensor, rows: Sequence[int]) -> MediaMask:
         """Of bool ``(batch, tokens, media)``; one sample or one token stands for all ``rows``."""
         medium = torch.arange(seen.shape[2], device=seen.device)
         bits = (seen.long() << medium).sum(2)
@@ -52,22 +52,22 @@ class MediaSets(NamedTuple):
         return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, least)
 
 
-class GivesSets(Patched):
+class ProvidesMediaMask(PatchedModule):
     """A model that computes nothing itself: it hands its layers the media each token sees."""
 
-    covers = False
+    handles_children = False
 
 
-class GivenSets(Patched):
+class ReadsMediaMask(PatchedModule):
     """A layer whose model gives it sets; its fallback makes the masks that its base takes."""
 
-    def unpatched(self) -> nn.Module:
+    def unpatched_copy(self) -> nn.Module:
         plain: Any = copy.deepcopy(self)
         plain.why_not = lambda: DISABLED
         return plain
 
 
-def why_not_sets(mask: Any, dimensions: int) -> str | None:
+def why_not_media_mask(mask: Any, dimensions: int) -> str | None:
     """Why a mask of tokens by media is not taken as sets, or None."""
     if not isinstance(mask, Tensor) or mask.ndim != dimensions:
         return "there is no mask of tokens by media"

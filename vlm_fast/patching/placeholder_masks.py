@@ -2,7 +2,7 @@
 
 Every release words this method anew, but what it gives is nearly always the same: for each kind of
 placeholder the places where ``input_ids`` is one id, which must be as many as there are features.
-So the method is asked about ids of our own, and what it answers must be what a `Form` answers. Its
+So the method is asked about ids of our own, and its answers must match a `MaskSpec`. Its
 source is not needed.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 
-class Form(NamedTuple):
+class MaskSpec(NamedTuple):
     """The answers of a ``get_placeholder_mask(input_ids, inputs_embeds, *arguments)``.
 
     Attributes:
@@ -54,8 +54,8 @@ def _at(value: Any, path: tuple[str, ...]) -> Any:
     return value
 
 
-class NotRead(Exception):
-    """Why a method has no `Form`, to be read after its name."""
+class UnknownMaskMethod(Exception):
+    """Why a method has no `MaskSpec`, to be read after its name."""
 
 
 # What these name moves nothing along a sequence: an answer about two rows of ids holds for all.
@@ -67,16 +67,16 @@ _NAMES = {
 }  # fmt: skip
 
 
-def read(method: Any) -> Form:
+def read(method: Any) -> MaskSpec:
     """The form of a ``get_placeholder_mask``.
 
     Raises:
-        NotRead: it has none, or it does something that is not known here.
+        UnknownMaskMethod: it has none, or it does something that is not known here.
         Exception: whatever the method raises that is asked.
     """
     features, tokens = _arguments(method.__code__)
     if tokens and method.__defaults__:
-        raise NotRead(f"need not be given {tokens[0]}")
+        raise UnknownMaskMethod(f"need not be given {tokens[0]}")
     numbers = _Numbers()
     token = {name: getattr(numbers, name) for name in tokens}
     ids, embeds = _sample()
@@ -96,23 +96,23 @@ def read(method: Any) -> Form:
         answers = [ask(**{name: count}) for name, count in counts.items()] + [ask(**counts)]
     masks = answers[-1]
     if masks is None:
-        raise NotRead("takes features only alone")
+        raise UnknownMaskMethod("takes features only alone")
     if len(numbers.found) > _MOST:
-        raise NotRead(f"asks for more than {_MOST} ids")
+        raise UnknownMaskMethod(f"asks for more than {_MOST} ids")
     paths = {number: path for path, number in numbers.found.items()}
     found = [_number(mask, ids, paths) for mask in masks]
     counted = []
     for place, (name, count) in enumerate(counts.items()):
         places = [i for i, number in enumerate(found) if int((ids[0] == number).sum()) == count]
         if not places:
-            raise NotRead(f"gives no mask for {name}")
+            raise UnknownMaskMethod(f"gives no mask for {name}")
         counted.append((name, place if place in places else places[0]))
     expanded = masks[0].shape[-1] == embeds.shape[-1]
-    form = Form((*features, *tokens), tuple(paths[n] for n in found), tuple(counted), expanded)
+    form = MaskSpec((*features, *tokens), tuple(paths[n] for n in found), tuple(counted), expanded)
     expected = form.masks(numbers, ids, embeds, token)
     for answer in answers:
         if answer is None or len(answer) != len(expected) or not all(map(_same, answer, expected)):
-            raise NotRead("gives other masks for other features")
+            raise UnknownMaskMethod("gives other masks for other features")
     return form
 
 
@@ -120,16 +120,16 @@ def _arguments(code: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The arguments that are features, and the one that is an id, if any."""
     unknown = sorted(set(code.co_names) - _NAMES)
     if unknown:
-        raise NotRead(f"uses {', '.join(unknown)}")
+        raise UnknownMaskMethod(f"uses {', '.join(unknown)}")
     if code.co_freevars or any(inspect.iscode(constant) for constant in code.co_consts):
-        raise NotRead("has functions inside")
+        raise UnknownMaskMethod("has functions inside")
     named = code.co_varnames[1 : code.co_argcount]
     features = tuple(name for name in named[2:] if name.endswith("features"))
     tokens = tuple(name for name in named[2:] if name.endswith("token_id"))
     more = code.co_kwonlyargcount or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
     known = named == ("input_ids", "inputs_embeds", *features, *tokens) and len(tokens) <= 1
     if not features or not known or more:
-        raise NotRead(f"takes {', '.join(named)}{' and more' if more else ''}")
+        raise UnknownMaskMethod(f"takes {', '.join(named)}{' and more' if more else ''}")
     return features, tokens
 
 
@@ -165,19 +165,19 @@ def _counted(name: str, ask: Any) -> int:
     """How many of a number there are in a row, if so many features are taken and no others."""
     taken = [rows for rows in range(_MOST + 2) if ask(**{name: rows}) is not None]
     if len(taken) > 1:
-        raise NotRead(f"does not count {name}")
+        raise UnknownMaskMethod(f"does not count {name}")
     if not taken:
-        raise NotRead(f"takes no {name} alone")
+        raise UnknownMaskMethod(f"takes no {name} alone")
     return taken[0]
 
 
 def _number(mask: Any, ids: Tensor, numbers: Any) -> int:
     """The id whose places a mask has."""
     if type(mask) is not Tensor or mask.shape[:-1] != ids.shape or mask.shape[-1] not in (1, 2):
-        raise NotRead("gives no masks of rows")
+        raise UnknownMaskMethod("gives no masks of rows")
     same = [n for n in numbers if mask.dtype == torch.bool and torch.equal(ids == n, mask[..., 0])]
     if len(same) != 1:
-        raise NotRead("gives masks that are not those of one id")
+        raise UnknownMaskMethod("gives masks that are not those of one id")
     return same[0]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from vlm_fast.patching.class_swap import Patched
+from vlm_fast.patching.class_swap import PatchedModule
 
 
 def connectors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -28,8 +28,8 @@ def connectors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _reads_children(module: nn.Module) -> bool:
-    if isinstance(module, Patched):
-        return type(module).patch.mixin.why_not is not Patched.why_not  # type: ignore[attr-defined]
+    if isinstance(module, PatchedModule):
+        return type(module).patch_spec.mixin.why_not is not PatchedModule.why_not  # type: ignore[attr-defined]
     return any(base.__module__.startswith("vlm_fast.modules.") for base in type(module).__mro__)
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 from vlm_fast.modules.fused_sequence import is_linear
-from vlm_fast.modules.parameter_access.original_code import written_class
+from vlm_fast.modules.parameter_access.original_code import class_before_patch
 
 MANY = 3
 
 
-def in_towers(model: nn.Module) -> set[nn.Module]:
+def modules_in_towers(model: nn.Module) -> set[nn.Module]:
     """Members of stacks, with all that is inside them.
 
     A member of an nn.ModuleList or nn.Sequential counts where two siblings or more are made as it
@@ -32,7 +32,7 @@ def in_towers(model: nn.Module) -> set[nn.Module]:
 
 def _made_as(module: nn.Module) -> Any:
     """What siblings have in common: the class, or of a container what it holds."""
-    kind = written_class(module)
+    kind = class_before_patch(module)
     if issubclass(kind, (nn.ModuleList, nn.Sequential)):
         return kind, *map(_made_as, module.children())
     return kind

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vlm_fast import ops
 from vlm_fast.ops.anyres_plan import Plan
 from vlm_fast.patching import patched_modules
-from vlm_fast.patching.class_swap import Patched, swap_back
-from vlm_fast.patching.media_masks import GivesSets
+from vlm_fast.patching.class_swap import PatchedModule, swap_back
+from vlm_fast.patching.media_masks import ProvidesMediaMask
 from vlm_fast.patching.models import anyres, image_token_merge
 from vlm_fast.verification import tolerance
 from vlm_fast.verification.model_runs import Run, is_float, judge_outputs, moved, run, seeded
@@ -121,11 +121,13 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
     found, whole, unreached = [], [], []
     for name, module in connectors.items():
         what, verdicts = [], []
-        plain = module.unpatched() if name in seen and isinstance(module, Patched) else None
+        plain = (
+            module.unpatched_copy() if name in seen and isinstance(module, PatchedModule) else None
+        )
         if plain is not None:
             judged, random = _verify_module(module, plain, seen[name])
             dropout = " without dropout" if random else ""
-            what.append(type(module).patch.mixin.__name__ + dropout)
+            what.append(type(module).patch_spec.mixin.__name__ + dropout)
             verdicts += judged
             whole.append(name)
         if isinstance(module, anyres.FusedAnyRes) and packs:
@@ -136,7 +138,9 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
             verdicts += [v for merge in merges for v in _verify_merge(*merge)]
         if what:
             found.append(Connector(name, ", ".join(what), verdicts))
-        elif not _within(name, whole) and not (isinstance(module, GivesSets) and name in seen):
+        elif not _within(name, whole) and not (
+            isinstance(module, ProvidesMediaMask) and name in seen
+        ):
             unreached.append(name)
     outputs: list[Verdict] = []
     incomparable = NOTHING if not theirs.outputs else None
@@ -289,7 +293,7 @@ def _without_patch(connectors: dict[str, nn.Module]) -> Iterator[None]:
     classes = {name: type(module) for name, module in connectors.items()}
     try:
         for module in connectors.values():
-            assert isinstance(module, Patched)
+            assert isinstance(module, PatchedModule)
             swap_back(module)
         yield
     finally:

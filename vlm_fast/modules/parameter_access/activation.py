@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from vlm_fast.kernels.mlp import activate
-from vlm_fast.modules.parameter_access.linear import why_not_called_plainly
-from vlm_fast.modules.parameter_access.original_code import why_not_as_read
+from vlm_fast.modules.parameter_access.linear import why_call_does_more
+from vlm_fast.modules.parameter_access.original_code import why_not_original_code
 from vlm_fast.ops.registration import constant_while_compiling
 
 # By name, so that transformers is never imported here. NewGELU and FastGELU write the tanh formula
@@ -46,7 +46,7 @@ class FunctionalActivation(NamedTuple):
         return activate(x, self.name)
 
 
-def activation_of(module: Any) -> str | None:
+def activation_name(module: Any) -> str | None:
     """Its name for `vlm_fast.ops.mlp`, or None if it is none of those."""
     kind = type(module)
     if kind is FunctionalActivation:
@@ -87,7 +87,7 @@ def _is_quick_gelu(kind: type[nn.Module]) -> bool:
 
 
 def _writes_quick_gelu(kind: type[nn.Module]) -> bool:
-    if why_not_as_read(kind) is not None or kind.__call__ is not nn.Module.__call__:
+    if why_not_original_code(kind) is not None or kind.__call__ is not nn.Module.__call__:
         return False
     bare = kind.__new__(kind)  # without attributes, which another instance may have otherwise
     nn.Module.__init__(bare)
@@ -115,10 +115,10 @@ def _is_product(node: fx.Node, *factors: Any) -> bool:
 
 
 def why_not_activation(module: Any) -> str | None:
-    """None if the module does just the activation that `activation_of` names."""
-    if activation_of(module) is None:
+    """None if the module does just the activation that `activation_name` names."""
+    if activation_name(module) is None:
         return f"{type(module).__name__} is not an activation the kernels know"
-    return None if type(module) is FunctionalActivation else why_not_called_plainly(module)
+    return None if type(module) is FunctionalActivation else why_call_does_more(module)
 
 
 def activation_module(name: str) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 
-def dropout_of_attention(attention: Any) -> float:
+def active_attention_dropout(attention: Any) -> float:
     """The probability of a dropout of attention weights, which is a child in some releases."""
     dropout = getattr(attention, "dropout", None)
     if isinstance(dropout, nn.Module):
@@ -15,7 +15,7 @@ def dropout_of_attention(attention: Any) -> float:
     return float(attention.attention_dropout) if attention.training else 0.0
 
 
-def scale_of(attention: Any) -> float:
+def attention_scale(attention: Any) -> float:
     """What scores are multiplied by."""
     scaling = getattr(attention, "scaling", None)
     if scaling is not None:

@@ -14,9 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from vlm_fast.modules.fused_sequence import FunctionalDropout, Step, is_linear, why_no_run
-from vlm_fast.modules.parameter_access.activation import GELUS, FunctionalActivation, activation_of
-from vlm_fast.modules.parameter_access.original_code import why_not_as_read, why_not_written
+from vlm_fast.modules.fused_sequence import FunctionalDropout, Step, is_linear, why_no_fusable_run
+from vlm_fast.modules.parameter_access.activation import (
+    GELUS,
+    FunctionalActivation,
+    activation_name,
+)
+from vlm_fast.modules.parameter_access.original_code import (
+    why_method_replaced,
+    why_not_original_code,
+)
 
 DEVICES = ("cpu", "cuda")
 NO_CHAIN = "its forward is not a chain of its children"
@@ -67,7 +74,7 @@ class Chain(NamedTuple):
         return None
 
 
-def chain_of(module: nn.Module, saved: str = "preactivation") -> Chain | str | None:
+def find_chain(module: nn.Module, saved: str = "preactivation") -> Chain | str | None:
     """The chain, the reason why a candidate is none, or None for a module that is no candidate."""
     kind = type(module)
     sequential = kind.forward is nn.Sequential.forward
@@ -82,10 +89,10 @@ def chain_of(module: nn.Module, saved: str = "preactivation") -> Chain | str | N
     elif getattr(kind, "__iter__", None) is not nn.Sequential.__iter__:
         found = NO_CHAIN
     else:
-        found = why_not_as_read(kind) or Chain(None, "input")
+        found = why_not_original_code(kind) or Chain(None, "input")
     if isinstance(found, str):
         return found
-    reason = why_no_run(found.steps(module), saved)
+    reason = why_no_fusable_run(found.steps(module), saved)
     return reason if reason is not None else found._replace(saved=saved)
 
 
@@ -109,13 +116,13 @@ def _is_candidate(module: nn.Module) -> bool:
 
 def _is_between(child: nn.Module) -> bool:
     if child._modules:
-        return activation_of(child) is not None
+        return activation_name(child) is not None
     return not child._parameters or "norm" in type(child).__name__.lower()
 
 
 def _traced(module: nn.Module) -> Chain | str:
     """The chain of a module of another class, or why it is none."""
-    reason = why_not_written(type(module), "forward")
+    reason = why_method_replaced(type(module), "forward")
     if reason is not None:  # a wrapper may take tensors otherwise than what stands for them
         return reason
     before = module.training

@@ -33,7 +33,7 @@ def name_of(definer: type, method: str) -> str | None:
     return f"{path}.{definer.__name__}.{method}" if home == "transformers" and restated else None
 
 
-def why_not_read(definer: type, method: str, function: Any) -> str | None:
+def why_not_known_code(definer: type, method: str, function: Any) -> str | None:
     """Why the code of a method is not code that was read, or None."""
     name = name_of(definer, method)
     if name is None:

@@ -19,7 +19,7 @@ from vlm_fast.ops.declaration import FLOATS
 _last_input: WeakKeyDictionary[nn.Module, torch.dtype] = WeakKeyDictionary()
 
 
-def why_not_one_dtype(x: Any, **modules: Any) -> str | None:
+def why_dtypes_differ(x: Any, **modules: Any) -> str | None:
     """None if the weights of these modules have the dtype of ``x``, or autocast gives it to them.
 
     ``modules``: linears or norms by name, in the order in which they would be called. Without ``x``

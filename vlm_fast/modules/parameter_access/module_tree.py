@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 
-from vlm_fast.modules.parameter_access.activation import activation_of, why_not_activation
+from vlm_fast.modules.parameter_access.activation import activation_name, why_not_activation
 from vlm_fast.modules.parameter_access.linear import (
     GLOBAL_HOOKS,
-    has_own_forward,
-    is_partitioned,
-    why_not_called_plainly,
-    why_not_plain,
+    has_replaced_forward,
+    is_zero3_partitioned,
+    why_call_does_more,
+    why_not_direct,
 )
 from vlm_fast.modules.parameter_access.original_code import (
-    home,
+    class_before_patch,
+    defining_package,
     own_methods,
-    why_not_own_code,
-    written_class,
+    why_not_original_class,
 )
 from vlm_fast.ops.registration import constant_while_compiling
 
@@ -48,22 +48,22 @@ _ATTENTIONS = {
 }  # fmt: skip
 
 
-class PlainTree:
+class TreeSnapshot:
     """What was found on the first look at a tree: as long as it stands, the answer stands."""
 
     def __init__(self, root: nn.Module) -> None:
-        self.home = home(written_class(root))
+        self.home = defining_package(class_before_patch(root))
         found = dict(_descendants(root))
         self.names, self.modules = list(found), list(found.values())
         self.owns = [m.__dict__ for m in self.modules]
         self.types = list(map(type, self.modules))
-        self.root_class = written_class(root)
+        self.root_class = class_before_patch(root)
         choosing: list[Any] = [m for m in (root, *self.modules) if _chooses(m)]
         self.attentions = list({id(m.config): m for m in choosing}.values())
 
     def remember(self, root: nn.Module) -> None:
         """Take down what a later call compares."""
-        kinds = {self.root_class, *(written_class(m) for m in self.modules)}
+        kinds = {self.root_class, *(class_before_patch(m) for m in self.modules)}
         self.code = [
             (kind, name, function)
             for kind in kinds
@@ -97,7 +97,7 @@ class PlainTree:
                 return False
             if _attention(name, home_of_eager) is not function:
                 return False
-        if any(self.hooks) and not all(map(only_watched, filter(None, self.hooks))):
+        if any(self.hooks) and not all(map(only_output_hooks, filter(None, self.hooks))):
             return False
         if list(map(type, self.modules)) != self.types:
             return False
@@ -110,7 +110,7 @@ class PlainTree:
             if slots.get(name) is not parameter or name in own:  # which hides it
                 return False
         for own, module in zip(self.owns, self.modules, strict=True):
-            if "forward" in own and has_own_forward(module):
+            if "forward" in own and has_replaced_forward(module):
                 return False
             if own.get("_compiled_call_impl") is not None:
                 return False
@@ -121,7 +121,7 @@ class PlainTree:
 
         ``biases``: whether every linear must have one; ``unread``: a child that is never called.
         """
-        reason = why_not_own_code(self.root_class)
+        reason = why_not_original_class(self.root_class)
         if reason is not None:
             return reason
         for choosing in self.attentions:
@@ -132,10 +132,10 @@ class PlainTree:
             if name.rpartition(".")[2] == unread:
                 continue
             if isinstance(module, nn.Linear):
-                reason = why_not_plain(module)
+                reason = why_not_direct(module)
                 if reason is None and biases and module._parameters["bias"] is None:
                     reason = "it has no bias"
-            elif activation_of(module) is not None:
+            elif activation_name(module) is not None:
                 reason = why_not_activation(module)
             else:
                 reason = self._why_not_restated(module)
@@ -157,27 +157,30 @@ class PlainTree:
 
     def _why_not_restated(self, module: nn.Module) -> str | None:
         """Why a norm, a dropout or a container is more than what is restated of it."""
-        kind = written_class(module)
+        kind = class_before_patch(module)
         if hasattr(module, "in_features"):  # an adapter or a quantised linear
-            return why_not_plain(module)
-        if kind not in _RESTATED and home(kind) not in (self.home, *_homes_of_own(kind)):
+            return why_not_direct(module)
+        if kind not in _RESTATED and defining_package(kind) not in (
+            self.home,
+            *_homes_of_own(kind),
+        ):
             return f"{kind.__module__}.{kind.__qualname__} is not a class whose code was read"
-        reason = why_not_own_code(kind)
+        reason = why_not_original_class(kind)
         if reason is not None:
             return reason
-        if not only_watched(module._forward_hooks):
+        if not only_output_hooks(module._forward_hooks):
             return "it has hooks"
         parameters = module._parameters
         if kind is nn.LayerNorm and (parameters["weight"] is None or parameters["bias"] is None):
             return "it has no weight or no bias"
-        return why_not_called_plainly(module, but_forward_hooks=True)
+        return why_call_does_more(module, ignore_forward_hooks=True)
 
     def __reduce__(self) -> Any:
         # A copy of the root looks through its own children.
         return type(None), ()
 
 
-def unwrapped(layer: Any) -> Any:
+def unwrap_checkpoint(layer: Any) -> Any:
     """A layer without torch's wrapper for activation checkpointing."""
     return getattr(layer, "_checkpoint_wrapped_module", layer)
 
@@ -201,7 +204,7 @@ _RMS_NORMS = (
 
 def _homes_of_own(kind: type) -> tuple[str, ...]:
     """This package's modules may stand in any tree."""
-    return (home(kind),) if kind.__module__.startswith("vlm_fast.") else ()
+    return (defining_package(kind),) if kind.__module__.startswith("vlm_fast.") else ()
 
 
 def _chooses(module: nn.Module) -> bool:
@@ -211,7 +214,7 @@ def _chooses(module: nn.Module) -> bool:
 
 def _chosen_attention(module: Any) -> tuple[str | None, str]:
     """The name of the attention that a module chooses, and where its eager one is defined."""
-    return module.config._attn_implementation, written_class(module).__module__
+    return module.config._attn_implementation, class_before_patch(module).__module__
 
 
 def _attention(name: str | None, home_of_eager: str) -> Any:
@@ -234,15 +237,15 @@ def _why_not_attention(name: str | None, home_of_eager: str) -> str | None:
     return None
 
 
-def only_watched(hooks: dict[int, Any]) -> bool:
+def only_output_hooks(hooks: dict[int, Any]) -> bool:
     """Whether these hooks do nothing but collect outputs, for a caller who asks for them.
 
-    transformers leaves its own in place after the first call that asks; see `wants_attentions`.
+    transformers leaves its own in place after the first call that asks; see `collects_attentions`.
     """
     return all(getattr(h, "__name__", "") == "output_capturing_hook" for h in hooks.values())
 
 
-def why_not_own_arguments(module: nn.Module) -> str | None:
+def why_no_extra_arguments(module: nn.Module) -> str | None:
     """Why a module must be called with the arguments that its class has, or None.
 
     Whoever hooks a layer, or replaced its forward, expects those. Hooks of this package, of
@@ -255,17 +258,17 @@ def why_not_own_arguments(module: nn.Module) -> str | None:
             known = origin.startswith(("vlm_fast.", "torch.distributed.", "deepspeed."))
             if not known and getattr(hook, "__name__", "") != "output_capturing_hook":
                 return "it has hooks"
-    if has_own_forward(module):
+    if has_replaced_forward(module):
         return "its forward has been replaced (accelerate or another wrapper)"
     return None
 
 
-def wants_attentions() -> bool:
+def collects_attentions() -> bool:
     """Whether a caller of a transformers model is collecting attention maps now."""
     return _is_collecting("attentions", "cross_attentions")
 
 
-def wants_hidden_states() -> bool:
+def collects_hidden_states() -> bool:
     """Whether a caller of a transformers model is collecting hidden states now."""
     return _is_collecting("hidden_states")
 
@@ -279,7 +282,7 @@ def _is_collecting(*keys: str) -> bool:
     return bool(collected) and not collected.keys().isdisjoint(keys)
 
 
-def why_not_dtypes_of_tree(root: nn.Module, *inputs: Tensor | None) -> str | None:
+def why_tree_dtypes_differ(root: nn.Module, *inputs: Tensor | None) -> str | None:
     """Why a tree that computes in one dtype cannot take these inputs, or None.
 
     Autocast gives linears its dtype; norms and gates are then read in that of the first input, or
@@ -291,7 +294,7 @@ def why_not_dtypes_of_tree(root: nn.Module, *inputs: Tensor | None) -> str | Non
     for x in inputs:
         if x is not None and x.dtype is not dtype and not autocasts:
             return f"its inputs are {dtype} and {x.dtype}"
-    for parameter in parameters_of_tree(root):
+    for parameter in tree_parameters(root):
         found = parameter.dtype
         if found is dtype:
             continue
@@ -300,16 +303,16 @@ def why_not_dtypes_of_tree(root: nn.Module, *inputs: Tensor | None) -> str | Non
     return None
 
 
-def parameters_of_tree(root: nn.Module) -> Iterator[nn.Parameter]:
-    """Those of the root and of all modules in it, as `why_not_plain_tree` last found them."""
-    known = root.__dict__.get("_plain_tree")
+def tree_parameters(root: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of the root and of all modules in it, as `why_not_direct_tree` last found them."""
+    known = root.__dict__.get("_tree_snapshot")
     if known is None or torch.compiler.is_compiling():
         return root.parameters()
     return (p for p in (*root._parameters.values(), *known.parameters) if p is not None)
 
 
 def _is_absent(parameter: Tensor | None) -> bool:
-    return parameter is not None and (parameter.is_meta or is_partitioned(parameter))
+    return parameter is not None and (parameter.is_meta or is_zero3_partitioned(parameter))
 
 
 def _descendants(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -317,7 +320,7 @@ def _descendants(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in modules if module is not root)
 
 
-def why_not_plain_tree(
+def why_not_direct_tree(
     root: nn.Module, *, biases: bool = True, unread: str | None = None
 ) -> str | None:
     """None if the parameters of all modules in ``root`` say what those do; else the first reason.
@@ -325,15 +328,15 @@ def why_not_plain_tree(
     Of the root itself only the code is asked. ``biases``: whether every linear must have one;
     ``unread``: the name of a child that is never called.
     """
-    known = root.__dict__.get("_plain_tree")
+    known = root.__dict__.get("_tree_snapshot")
     if torch.compiler.is_compiling():
-        return PlainTree(root).why_not(biases, unread)
+        return TreeSnapshot(root).why_not(biases, unread)
     if known is not None and known.unchanged():
         return None
-    tree = PlainTree(root)
+    tree = TreeSnapshot(root)
     reason = tree.why_not(biases, unread)
     if reason is None:
         tree.remember(root)
         # An ordinary attribute of the module: the two are collected together.
-        object.__setattr__(root, "_plain_tree", tree)
+        object.__setattr__(root, "_tree_snapshot", tree)
     return reason

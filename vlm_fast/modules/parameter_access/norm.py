@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.dtypes import why_not_one_dtype
-from vlm_fast.modules.parameter_access.linear import why_not_called_plainly, why_not_parameter
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.dtypes import why_dtypes_differ
+from vlm_fast.modules.parameter_access.linear import why_call_does_more, why_not_readable
 from vlm_fast.modules.parameter_access.module_tree import rms_eps
 
 _GEMMA = ("Gemma3RMSNorm", "T5Gemma2RMSNorm")
 
 
-class PlainNorm(NamedTuple):
+class NormParameters(NamedTuple):
     """Its name for `vlm_fast.ops.pixel_shuffle_norm`, and what that needs of it.
 
     ``keeps_dtype``: whether its result has the dtype of its input when its weight is float32.
@@ -83,7 +83,7 @@ def _normed(x: Tensor, weight: Tensor, kind: str, eps: float) -> Tensor:
     ).squeeze(-2)
 
 
-def merged(
+def shuffle_and_norm(
     owner: str,
     x: Tensor,
     norm: nn.Module,
@@ -98,10 +98,10 @@ def merged(
     """`vlm_fast.ops.pixel_shuffle_norm` with the parameters of ``norm``; where these may not be
     read the norm is called."""
     grid: dict[str, Any] = dict(height=height, width=width, factor=factor, layout=layout)
-    found = plain_norm(norm)
+    found = norm_parameters(norm)
     reason = f"norm: {found}" if isinstance(found, str) else _why_not_dtype(found, norm, x)
     if isinstance(found, str) or reason is not None:
-        fell_back(owner, str(reason))
+        record_fallback(owner, str(reason))
         if norm_after:
             return norm(ops.pixel_shuffle_norm(x, None, None, index, **grid))
         return ops.pixel_shuffle_norm(norm(x), None, None, index, **grid)
@@ -114,12 +114,12 @@ def merged(
 _OWN: dict[type[nn.Module], str] = {RMSNorm: "rms", GemmaRMSNorm: "gemma"}
 
 
-def plain_norm(norm: nn.Module) -> PlainNorm | str:
+def norm_parameters(norm: nn.Module) -> NormParameters | str:
     """What a norm does, or the reason why it must be called."""
     kind, eps = _kind(norm)
     if kind is None:
         return f"{type(norm).__name__} is not a norm the kernels know"
-    reason = why_not_called_plainly(norm)
+    reason = why_call_does_more(norm)
     if reason is not None:
         return reason
     for name, parameter in norm._parameters.items():
@@ -127,30 +127,30 @@ def plain_norm(norm: nn.Module) -> PlainNorm | str:
             if name == "weight":
                 return "it has no weight"
             continue
-        reason = why_not_parameter(name, parameter)
+        reason = why_not_readable(name, parameter)
         if reason is not None:
             return reason
     weight, bias = norm._parameters["weight"], norm._parameters.get("bias")
     if weight is None or weight.ndim != 1:
         return "its weight is not of one dimension"
-    return PlainNorm(kind, weight, bias, eps, kind == "gemma" or type(norm) is RMSNorm)
+    return NormParameters(kind, weight, bias, eps, kind == "gemma" or type(norm) is RMSNorm)
 
 
-def why_not_normed(norm: nn.Module, linear: nn.Module | None = None) -> str | None:
+def why_not_direct_norm(norm: nn.Module, linear: nn.Module | None = None) -> str | None:
     """Why `merged`, and a linear that reads its result, would call the norm next; or None."""
-    found = plain_norm(norm)
+    found = norm_parameters(norm)
     if isinstance(found, str):
         return f"norm: {found}"
     if found.keeps_dtype or type(linear) is not nn.Linear:
         return _why_not_dtype(found, norm, None)
-    return why_not_one_dtype(None, norm=norm, linear=linear)
+    return why_dtypes_differ(None, norm=norm, linear=linear)
 
 
-def _why_not_dtype(found: PlainNorm, norm: nn.Module, x: Tensor | None) -> str | None:
+def _why_not_dtype(found: NormParameters, norm: nn.Module, x: Tensor | None) -> str | None:
     dtype = found.weight.dtype
     if found.keeps_dtype and dtype is torch.float32:
         return None
-    reason = why_not_one_dtype(x, norm=norm)
+    reason = why_dtypes_differ(x, norm=norm)
     if reason is None and x is not None and dtype not in (x.dtype, torch.float32):
         return f"norm is {dtype}, its input {x.dtype}, which autocast leaves alone"
     return reason

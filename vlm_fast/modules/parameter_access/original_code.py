@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from vlm_fast.modules.parameter_access.code_fingerprints import why_not_read
+from vlm_fast.modules.parameter_access.code_fingerprints import why_not_known_code
 from vlm_fast.ops.registration import constant_while_compiling
 
 # Functions of a class that were found to be as read. Only of classes that live as long as the
@@ -24,7 +24,7 @@ _AS_READ: dict[tuple[type, str], Any] = {}
 
 
 @constant_while_compiling  # Dynamo cannot look into code objects
-def why_not_as_read(kind: type, *methods: str) -> str | None:
+def why_not_original_code(kind: type, *methods: str) -> str | None:
     """None if these methods have the code that is restated; by default what a call runs.
 
     A function counts as replaced if its code comes from another file or another class, also behind
@@ -35,8 +35,8 @@ def why_not_as_read(kind: type, *methods: str) -> str | None:
         function = getattr(kind, name, None)
         if function is None or _AS_READ.get((kind, name)) is function:
             continue
-        reason = why_not_written(kind, name)
-        reason = reason or why_not_read(_definer(kind, name), name, function)
+        reason = why_method_replaced(kind, name)
+        reason = reason or why_not_known_code(_definer(kind, name), name, function)
         if reason is not None:
             return reason
         if kind.__module__.startswith(("torch.", "transformers.", "vlm_fast.")):
@@ -44,7 +44,7 @@ def why_not_as_read(kind: type, *methods: str) -> str | None:
     return None
 
 
-def why_not_written(kind: type, name: str) -> str | None:
+def why_method_replaced(kind: type, name: str) -> str | None:
     """None if a method is the one that its module defines, whether it was read or not."""
     if _is_original(_definer(kind, name), name, getattr(kind, name)):
         return None
@@ -56,9 +56,9 @@ def _definer(kind: type, name: str) -> type:
 
 
 @constant_while_compiling
-def why_not_own_code(kind: type) -> str | None:
+def why_not_original_class(kind: type) -> str | None:
     """The same of every method that a class has beyond those of every module."""
-    return why_not_as_read(kind, "__call__", *(name for name, _ in own_methods(kind)))
+    return why_not_original_code(kind, "__call__", *(name for name, _ in own_methods(kind)))
 
 
 def own_methods(kind: type) -> Iterator[tuple[str, Any]]:
@@ -73,13 +73,13 @@ def own_methods(kind: type) -> Iterator[tuple[str, Any]]:
                 yield name, value
 
 
-def names_in(function: Any) -> frozenset[str]:
+def names_used_by(function: Any) -> frozenset[str]:
     """The globals and attributes that a function names, also behind its decorators."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return frozenset() if code is None else frozenset(code.co_names)
 
 
-def written_class(module: nn.Module) -> type[nn.Module]:
+def class_before_patch(module: nn.Module) -> type[nn.Module]:
     """The class of a module as somebody wrote it: of a patched module, that before the patch."""
     return _written(type(module))
 
@@ -88,7 +88,7 @@ def written_class(module: nn.Module) -> type[nn.Module]:
 def _written(kind: type[nn.Module]) -> type[nn.Module]:
     if kind.__name__.startswith("FSDP"):  # FSDP2 puts a class of its own before that of a unit
         kind = next(k for k in kind.__mro__ if not _is_of_fsdp(k))
-    patch = kind.__dict__.get("patch")
+    patch = kind.__dict__.get("patch_spec")
     written: type[nn.Module] = getattr(patch, "base", kind)
     return written
 
@@ -97,7 +97,7 @@ def _is_of_fsdp(kind: type) -> bool:
     return any(base.__name__ == "FSDPModule" for base in kind.__mro__)
 
 
-def home(kind: type) -> str:
+def defining_package(kind: type) -> str:
     """Where classes that belong together are defined: a model's package, or a module."""
     parts = kind.__module__.split(".")
     return ".".join(parts[:3] if parts[:2] == ["transformers", "models"] else parts)

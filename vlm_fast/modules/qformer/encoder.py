@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.linear import why_not_called_plainly
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.linear import why_call_does_more
 from vlm_fast.modules.parameter_access.module_tree import (
-    PlainTree,
-    only_watched,
-    unwrapped,
-    why_not_plain_tree,
+    TreeSnapshot,
+    only_output_hooks,
+    why_not_direct_tree,
+    unwrap_checkpoint,
 )
 from vlm_fast.modules.qformer.layer import CALLED, KeysValues, LayerInputs, qformer_layer
 from vlm_fast.modules.qformer.shared_inputs import (
@@ -83,7 +83,7 @@ def run_layers(
     Returns:
         The tokens, and with ``inputs.keep`` keys and values of each layer's self-attention.
     """
-    plain = [why_not_plain_tree(unwrapped(layer)) is None for layer in encoder.layer]
+    plain = [why_not_direct_tree(unwrap_checkpoint(layer)) is None for layer in encoder.layer]
     read = images_of_layers(
         encoder, hidden, image, projected, inputs.query_length, plain=all(plain)
     )
@@ -114,12 +114,12 @@ def run_layer(layer: nn.Module, *tensors: Any, inputs: LayerInputs) -> Any:
         ValueError: what lies between those children is not what is restated.
     """
     if not inputs.plain:  # FSDP2 has gathered by now what was sharded when the encoder looked
-        reason = why_not_plain_tree(layer)
+        reason = why_not_direct_tree(layer)
         if reason is not None:
-            around = PlainTree(layer).why_not_containers(CALLED)
+            around = TreeSnapshot(layer).why_not_containers(CALLED)
             if around is not None:
                 raise ValueError(f"vlm_fast.{OP}: {_not_called(around)}")
-            fell_back(OP, f"a layer calls its children: {reason}")
+            record_fallback(OP, f"a layer calls its children: {reason}")
         inputs = dataclasses.replace(inputs, plain=reason is None)
     return qformer_layer(layer, *tensors, inputs=inputs)
 
@@ -146,8 +146,8 @@ def restated(layer: Any) -> Callable[..., Any]:
 
 def refuse_unless_plainly_called(module: nn.Module) -> None:
     """ValueError if calling a module does more than its forward, which is restated."""
-    watched = only_watched(module._forward_hooks)
-    reason = why_not_called_plainly(module, but_forward_hooks=watched)
+    watched = only_output_hooks(module._forward_hooks)
+    reason = why_call_does_more(module, ignore_forward_hooks=watched)
     if reason is not None:
         raise ValueError(f"vlm_fast.{OP}: {_not_called(f'{type(module).__name__}: {reason}')}")
 

@@ -20,8 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.parameter_access.activation import activation_of
-from vlm_fast.modules.parameter_access.attention_settings import dropout_of_attention, scale_of
+from vlm_fast.modules.parameter_access.activation import activation_name
+from vlm_fast.modules.parameter_access.attention_settings import (
+    active_attention_dropout,
+    attention_scale,
+)
 from vlm_fast.ops.absorbed_cross_attention import absorbs
 
 KeysValues = tuple[Tensor, Tensor]
@@ -121,13 +124,13 @@ def self_attention_block(
     """``LayerNorm(dense(attention(hidden)) + hidden)``, and the keys and values if kept."""
     attention = block.attention
     heads: int = attention.num_attention_heads
-    dropout = dropout_of_attention(attention)
+    dropout = active_attention_dropout(attention)
     seed = inputs.seed(SELF) if dropout > 0 else None
     linears = (attention.query, attention.key, attention.value)
     if inputs.plain and past_k is None and not inputs.keep:
         attended = ops.self_attention(
             hidden, parameters_of(linears), inputs.bias, inputs.key_mask, seed,
-            heads=heads, scale=scale_of(attention), dropout=dropout,
+            heads=heads, scale=attention_scale(attention), dropout=dropout,
         )  # fmt: skip
         return (_add_and_norm(block.output, attended, hidden, inputs, SELF_OUTPUT),)
     if inputs.plain:
@@ -137,7 +140,7 @@ def self_attention_block(
         q, k, v = (_by_head(linear(hidden), heads) for linear in linears)
     attended = ops.cross_attention(
         q, k, v, past_k, past_v, inputs.bias, inputs.key_mask, seed,
-        scale=scale_of(attention), dropout=dropout,
+        scale=attention_scale(attention), dropout=dropout,
     )  # fmt: skip
     found = _add_and_norm(block.output, _joined(attended), hidden, inputs, SELF_OUTPUT)
     return found, k, v
@@ -154,7 +157,7 @@ def cross_attention_block(
             "features for the cross-attention layers"
         )
     heads: int = attention.num_attention_heads
-    dropout = dropout_of_attention(attention)
+    dropout = active_attention_dropout(attention)
     seed = inputs.seed(CROSS) if dropout > 0 else None
     q = (
         F.linear(queries, attention.query.weight, attention.query.bias)
@@ -176,7 +179,7 @@ def cross_attention_block(
     ):
         attended = ops.absorbed_cross_attention(
             q, image, key.weight, key.bias, value.weight, value.bias, mask, seed,
-            heads=heads, scale=scale_of(attention), dropout=dropout,
+            heads=heads, scale=attention_scale(attention), dropout=dropout,
         )  # fmt: skip
     else:
         if inputs.projected:
@@ -195,7 +198,7 @@ def cross_attention_block(
                 inputs.image_bias,
                 mask,
                 seed,
-                scale=scale_of(attention),
+                scale=attention_scale(attention),
                 dropout=dropout,
             )
         )
@@ -218,7 +221,7 @@ def _feed_forward(
         inner = act(intermediate.dense(hidden))
         return _add_and_norm(output, inner, hidden, inputs, seed)
     first, second, norm = intermediate.dense, output.dense, output.LayerNorm
-    name = activation_of(act) or ""  # known: a plain tree has no other
+    name = activation_name(act) or ""  # known: a plain tree has no other
     inner = ops.mlp(hidden, first.weight, first.bias, second.weight, None, activation=name)
     return _normed(norm, output.dropout, inner, hidden, second.bias, inputs, seed)
 
@@ -257,7 +260,7 @@ def dropout_of(layer: Any) -> float:
     parts = [part for part in (getattr(layer, name, None) for name in names) if part is not None]
     outputs = [getattr(part, "output", part) for part in parts]
     return max(
-        *(dropout_of_attention(part.attention) for part in parts if hasattr(part, "attention")),
+        *(active_attention_dropout(part.attention) for part in parts if hasattr(part, "attention")),
         *(float(getattr(o.dropout, "p", 0)) for o in outputs if o.dropout.training),
         0.0,
     )

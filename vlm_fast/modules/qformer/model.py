@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from vlm_fast.modules.parameter_access.activation import activation_module
-from vlm_fast.modules.parameter_access.module_tree import unwrapped, why_not_plain_tree
+from vlm_fast.modules.parameter_access.module_tree import (
+    why_not_direct_tree,
+    unwrap_checkpoint,
+)
 from vlm_fast.modules.qformer.encoder import (
     QFormerEncoder,
     QFormerLayer,
@@ -141,7 +144,7 @@ class QFormer(nn.Module):
         self.encoder: Any = QFormerEncoder(layers)
 
     @classmethod
-    def of(cls, module: Any, *, compute_dtype: torch.dtype | None = None) -> QFormer:
+    def from_module(cls, module: Any, *, compute_dtype: torch.dtype | None = None) -> QFormer:
         """A Q-Former that shares the children, and so the parameters, of ``module``.
 
         The forwards of ``module``, its encoder and its layers are restated, not called. Activation
@@ -243,7 +246,9 @@ class QFormer(nn.Module):
         it needs them.
         """
         x = encoder_hidden_states.to(self.layernorm.weight.dtype)
-        plain = not any(why_not_plain_tree(unwrapped(layer)) for layer in self.encoder.layer)
+        plain = not any(
+            why_not_direct_tree(unwrap_checkpoint(layer)) for layer in self.encoder.layer
+        )
         if any(hasattr(p, "device_mesh") for p in self.encoder.parameters()):
             raise ValueError(
                 "vlm_fast.QFormer.image_key_values: encoder is sharded, expected whole parameters; "

@@ -18,14 +18,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlm_fast.fallback import fell_back
+from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.anyres_packer import joined, pack_tiles
 from vlm_fast.ops.anyres_plan import Plan, plan
 from vlm_fast.ops.anyres_tiling import Tiling, sizes_of
-from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.patching.class_swap import PatchedModule, is_class
 from vlm_fast.patching.models import image_token_merge
 from vlm_fast.patching.models.image_token_merge import FusedMerge
-from vlm_fast.patching.placeholder_masks import Form
+from vlm_fast.patching.placeholder_masks import MaskSpec
 
 CLASSES = (
     ("llava_next", "LlavaNextModel"),
@@ -81,21 +81,21 @@ class Answer(NamedTuple):
 _merging: ContextVar[list[PackedImage] | None] = ContextVar("merging", default=None)
 
 
-class FusedAnyRes(Patched):
+class FusedAnyRes(PatchedModule):
     """A model whose tiles are packed in one movement."""
 
-    covers = False
-    restates: ClassVar[tuple[str, ...]] = ("pack_image_features",)
+    handles_children = False
+    mirrored_methods: ClassVar[tuple[str, ...]] = ("pack_image_features",)
     answer: ClassVar[Answer]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "patch" in vars(cls):  # a class that was made for a model
-            base: Any = cls.patch.base
+        if "patch_spec" in vars(cls):  # a class that was made for a model
+            base: Any = cls.patch_spec.base
             cls.answer = _answer(base.pack_image_features)
 
     @classmethod
-    def left_out(cls, module: nn.Module) -> str | None:
+    def why_partly_patched(cls, module: nn.Module) -> str | None:
         found = image_token_merge.recognise(module)
         return found if isinstance(found, str) else None
 
@@ -123,7 +123,7 @@ class FusedAnyRes(Patched):
         if self.answer.flat and any(len(tiles) == 1 for tiles in image_features):
             reason = "an image of a single tile has one dimension in this release"
         if isinstance(tiling, str) or reason is not None:
-            fell_back(NAME, str(reason))
+            record_fallback(NAME, str(reason))
             return original(image_features, image_sizes, *args, **kwargs)
         pack = torch.compiler.disable(_pack) if torch.compiler.is_compiling() else _pack
         whole, counts = pack(image_features, image_sizes, newline, tiling)
@@ -139,13 +139,13 @@ class FusedAnyRes(Patched):
 class FusedAnyResMerge(FusedAnyRes, FusedMerge):
     """A model whose tiles are packed in one movement and merged in another."""
 
-    restates: ClassVar[tuple[str, ...]] = FusedAnyRes.restates
+    mirrored_methods: ClassVar[tuple[str, ...]] = FusedAnyRes.mirrored_methods
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if not hasattr(cls, "patch"):  # another mixin, not yet a class of models
+        if not hasattr(cls, "patch_spec"):  # another mixin, not yet a class of models
             return
-        base = cls.patch.base
+        base = cls.patch_spec.base
 
         @functools.wraps(base.forward)  # callers ask for its signature
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -163,10 +163,10 @@ class FusedAnyResMerge(FusedAnyRes, FusedMerge):
         cls.forward = forward  # type: ignore[attr-defined]
 
 
-def recognise(module: nn.Module) -> Form | str | None:
+def recognise(module: nn.Module) -> MaskSpec | str | None:
     """A recipe for a model that packs tiles and merges them itself, a reason against, or None."""
     found = image_token_merge.recognise(module) if packs(module) else None
-    return why_not_packed(module) or found if isinstance(found, Form) else None
+    return why_not_packed(module) or found if isinstance(found, MaskSpec) else None
 
 
 def recognise_packing(module: nn.Module) -> tuple[()] | str | None:

@@ -8,24 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.activation import activation_of, why_not_activation
-from vlm_fast.modules.parameter_access.attention_settings import scale_of
-from vlm_fast.modules.parameter_access.linear import why_not_plain
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.activation import activation_name, why_not_activation
+from vlm_fast.modules.parameter_access.attention_settings import attention_scale
+from vlm_fast.modules.parameter_access.linear import why_not_direct
 from vlm_fast.modules.parameter_access.module_tree import (
-    wants_attentions,
-    why_not_dtypes_of_tree,
-    why_not_plain_tree,
+    collects_attentions,
+    why_not_direct_tree,
+    why_tree_dtypes_differ,
 )
 from vlm_fast.modules.perceiver_resampler import Layer, resample
 from vlm_fast.ops.argument_errors import wrong_value
-from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.patching.class_swap import PatchedModule, is_class
 
 
-class FusedGatedMLP(Patched):
+class FusedGatedMLP(PatchedModule):
     """``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` without keeping what is between."""
 
-    alone = True
+    same_call_signature = True
 
     gate_proj: Any
     up_proj: Any
@@ -35,16 +35,16 @@ class FusedGatedMLP(Patched):
     def forward(self, x: Tensor) -> Tensor:
         reason = self.why_not()
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return super().forward(x)  # type: ignore[misc]
         return ops.gated_mlp(
             x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight,
-            activation=activation_of(self.act_fn) or "",
+            activation=activation_name(self.act_fn) or "",
         )  # fmt: skip
 
     def why_not(self) -> str | None:
         for name in ("gate_proj", "up_proj", "down_proj"):
-            reason = why_not_plain(getattr(self, name))
+            reason = why_not_direct(getattr(self, name))
             if reason is None and getattr(self, name).bias is not None:
                 reason = "it has a bias"
             if reason is not None:
@@ -53,16 +53,16 @@ class FusedGatedMLP(Patched):
         return None if reason is None else f"act_fn: {reason}"
 
 
-class FusedIdefics2Perceiver(Patched):
+class FusedIdefics2Perceiver(PatchedModule):
     """The resampler, without concatenations and without a copy of keys for each query head."""
 
-    alone = True
+    same_call_signature = True
 
     layers: Any
     latents: Any
     norm: Any
     training: bool
-    reads: ClassVar[tuple[str, ...]] = (
+    required_attributes: ClassVar[tuple[str, ...]] = (
         *(f"layers.0.{name}" for name in (
             "input_context_norm.variance_epsilon", "input_latents_norm.variance_epsilon",
             "post_attention_layernorm.variance_epsilon", "mlp",
@@ -74,13 +74,13 @@ class FusedIdefics2Perceiver(Patched):
 
     def forward(self, context: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
         reason = self.why_not()
-        reason = reason or why_not_dtypes_of_tree(self, context)  # type: ignore[arg-type]
-        if wants_attentions() or kwargs.get("output_attentions"):
+        reason = reason or why_tree_dtypes_differ(self, context)  # type: ignore[arg-type]
+        if collects_attentions() or kwargs.get("output_attentions"):
             reason = "attention maps were asked for, which no kernel forms"
         if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
             reason = "the mask is not one of patches, (images, patches)"
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return self.call_base(
                 "forward", context=context, attention_mask=attention_mask, **kwargs
             )
@@ -97,7 +97,7 @@ class FusedIdefics2Perceiver(Patched):
         attentions = [layer.self_attn for layer in self.layers]
         if self.training and any(getattr(a, "attention_dropout", 0) > 0 for a in attentions):
             return "attention has dropout"
-        return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+        return why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
 
 
 def _layer(layer: Any) -> Layer:
@@ -105,7 +105,7 @@ def _layer(layer: Any) -> Layer:
     return Layer(
         layer.input_context_norm, layer.input_latents_norm, attention.q_proj,
         (attention.k_proj, attention.v_proj), attention.o_proj, attention.num_heads,
-        attention.num_key_value_heads, scale_of(attention),
+        attention.num_key_value_heads, attention_scale(attention),
         lambda x: layer.mlp(layer.post_attention_layernorm(x)),
     )  # fmt: skip
 
@@ -115,7 +115,7 @@ def recognise_mlp(module: nn.Module, **options: Any) -> tuple[()] | str | None:
     if not is_class(module, "idefics2", "Idefics2MLP"):
         return None
     mlp: Any = module
-    if activation_of(mlp.act_fn) is None:
+    if activation_name(mlp.act_fn) is None:
         return f"{type(mlp.act_fn).__name__} is not an activation the kernels know"
     return ()
 
@@ -126,5 +126,5 @@ def recognise_resampler(module: nn.Module, **options: Any) -> tuple[()] | str | 
         return None
     resampler: Any = module
     for layer in resampler.layers:
-        scale_of(layer.self_attn)
+        attention_scale(layer.self_attn)
     return ()

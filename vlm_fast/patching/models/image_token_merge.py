@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vlm_fast import ops
-from vlm_fast.fallback import policy
-from vlm_fast.modules.parameter_access.original_code import names_in
+from vlm_fast.fallback import switches
+from vlm_fast.modules.parameter_access.original_code import names_used_by
 from vlm_fast.ops.image_tokens import check_count
 from vlm_fast.ops.registration import constant_while_compiling
-from vlm_fast.patching.class_swap import Patched
-from vlm_fast.patching.placeholder_masks import Form, NotRead, read
+from vlm_fast.patching.class_swap import PatchedModule
+from vlm_fast.patching.placeholder_masks import MaskSpec, UnknownMaskMethod, read
 
 
 class PlaceholderMask(Tensor):
@@ -89,28 +89,30 @@ def _masked_scatter(embeds: Tensor, mask: PlaceholderMask, source: Tensor) -> Te
 
 def _would_wait(tensor: Tensor) -> bool:
     """Whether a number that is read from this tensor's device is waited for."""
-    return tensor.is_cuda and not policy.strict
+    return tensor.is_cuda and not switches.strict
 
 
-class FusedMerge(Patched):
-    """A model whose placeholder masks lead to the fused merge. Its recipe is a `Form`."""
+class FusedMerge(PatchedModule):
+    """A model whose placeholder masks lead to the fused merge. Its recipe is a `MaskSpec`."""
 
-    covers = False
-    restates: ClassVar[tuple[str, ...]] = ()  # its method was asked what it does
+    handles_children = False
+    mirrored_methods: ClassVar[tuple[str, ...]] = ()  # its method was asked what it does
 
-    def prepare(self: Any) -> None:
+    def after_swap(self: Any) -> None:
         _MODELS[id(self)] = self
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         for name in ("get_image_features", "get_video_features"):
-            if "patch" in vars(cls) and hasattr(cls, name):  # a class that was made for a model
+            if "patch_spec" in vars(cls) and hasattr(
+                cls, name
+            ):  # a class that was made for a model
                 setattr(cls, name, _hooks_first(cls, name))
 
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        form: Form = self.patch.recipe
+        form: MaskSpec = self.patch_spec.settings
         original = super().get_placeholder_mask  # type: ignore[misc]
         given = {**dict(zip(form.arguments, args, strict=False)), **kwargs}
         plain = type(inputs_embeds) is Tensor and type(input_ids) in (Tensor, type(None))
@@ -150,7 +152,10 @@ def _rows_to_count(mask: Tensor, features: Tensor, embeds: Tensor) -> int | None
 
 
 def _hooks_first(cls: Any, name: str) -> Callable[..., Any]:
-    own, base = vars(cls).get(name), cls.patch.base  # a mixin's, or the base's as it is at the call
+    own, base = (
+        vars(cls).get(name),
+        cls.patch_spec.base,
+    )  # a mixin's, or the base's as it is at the call
 
     @functools.wraps(getattr(cls, name))
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -187,21 +192,21 @@ def _install_output_hooks(model_id: int) -> None:
             capturing.maybe_install_capturing_hooks(child)
 
 
-def recognise(module: nn.Module) -> Form | str | None:
+def recognise(module: nn.Module) -> MaskSpec | str | None:
     """The form of its masks, the reason why a candidate is none, or None for no candidate."""
     kind = type(module)
     try:
         return _recognise(kind)
-    except NotRead as reason:
+    except UnknownMaskMethod as reason:
         return f"get_placeholder_mask{_release(kind)} {reason}"
     except Exception as error:  # of code that nobody here has read
         why = f"{type(error).__name__}: {error}"
         return f"get_placeholder_mask{_release(kind)} cannot be asked: {why}"
 
 
-def _recognise(kind: type[nn.Module]) -> Form | str | None:
+def _recognise(kind: type[nn.Module]) -> MaskSpec | str | None:
     method = getattr(kind, "get_placeholder_mask", None)
-    names = names_in(kind.forward)
+    names = names_used_by(kind.forward)
     if method is None:
         if not hasattr(kind, "get_input_embeddings") or names.isdisjoint(_MERGES):
             return None

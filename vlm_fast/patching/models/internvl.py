@@ -15,20 +15,20 @@ from torch.utils._pytree import tree_map_only
 
 from vlm_fast import ops
 from vlm_fast.modules.fused_sequence import fused_mlp
-from vlm_fast.modules.parameter_access.chain import Chain, chain_of
-from vlm_fast.modules.parameter_access.norm import merged, why_not_normed
-from vlm_fast.modules.square_grid import side_of_square
+from vlm_fast.modules.parameter_access.chain import Chain, find_chain
+from vlm_fast.modules.parameter_access.norm import shuffle_and_norm, why_not_direct_norm
+from vlm_fast.modules.token_grid import side_of_square
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.models import image_token_merge
 from vlm_fast.patching.models.image_token_merge import FusedMerge
 from vlm_fast.patching.models.mlp import FusedMLP
-from vlm_fast.patching.placeholder_masks import Form
+from vlm_fast.patching.placeholder_masks import MaskSpec
 
 FACTOR = 2
 CALLS = ("layer_norm", "linear_1", "act", "linear_2")
 
 
-class Unshuffled(Tensor):
+class DeferredPixelShuffle(Tensor):
     """Tokens ``(batch, ..., 4 * features)`` of square grids, patches still in row-major order."""
 
     @classmethod
@@ -37,8 +37,8 @@ class Unshuffled(Tensor):
             if func in _ABOUT_SHAPES:
                 return func(*args, **(kwargs or {}))
             if func is Tensor.reshape and _keeps_tokens(args[0], args[1:]) and not kwargs:
-                return func(*args).as_subclass(Unshuffled)
-            args, kwargs = tree_map_only(Unshuffled, _shuffled, (args, kwargs or {}))
+                return func(*args).as_subclass(DeferredPixelShuffle)
+            args, kwargs = tree_map_only(DeferredPixelShuffle, _shuffled, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -52,7 +52,7 @@ def _keeps_tokens(x: Tensor, shape: tuple[Any, ...]) -> bool:
 
 
 def _patches(x: Tensor) -> tuple[Tensor, int]:
-    """Of an `Unshuffled` the plain patches ``(batch, side ** 2, features)``, and the side."""
+    """The patches ``(batch, side ** 2, features)`` as a plain tensor, and the side of the grid."""
     features = x.shape[-1] // FACTOR**2
     patches = x.as_subclass(Tensor).reshape(x.shape[0], -1, features)
     return patches, side_of_square(patches.shape[1])
@@ -66,7 +66,7 @@ def _shuffled(x: Tensor) -> Tensor:
 class FusedShuffleMerge(FusedMerge):
     """The model: `FusedMerge`, and a pixel shuffle of one pass or none."""
 
-    restates: ClassVar[tuple[str, ...]] = ("pixel_shuffle",)
+    mirrored_methods: ClassVar[tuple[str, ...]] = ("pixel_shuffle",)
 
     multi_modal_projector: nn.Module
 
@@ -80,7 +80,7 @@ class FusedShuffleMerge(FusedMerge):
         waits = height == width and isinstance(self.multi_modal_projector, FusedNormedMLP)
         # A FakeTensor cannot change its type, and a compiler fuses the norm itself.
         if waits and type(x) is Tensor and not torch.compiler.is_compiling():
-            return x.reshape(shape).as_subclass(Unshuffled)
+            return x.reshape(shape).as_subclass(DeferredPixelShuffle)
         found = ops.pixel_shuffle_norm(x.flatten(1, 2), height=height, width=width, factor=FACTOR)
         return found.view(shape)
 
@@ -94,22 +94,22 @@ class FusedNormedMLP(FusedMLP):
     linear_2: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        chain: Chain = self.patch.recipe
+        chain: Chain = self.patch_spec.settings
         x = args[0] if len(args) == 1 and not kwargs else kwargs.get(chain.argument)
-        if type(x) is not Unshuffled or len(args) + len(kwargs) != 1:
+        if type(x) is not DeferredPixelShuffle or len(args) + len(kwargs) != 1:
             return super().forward(*args, **kwargs)
         patches, side = _patches(x)
         name = type(self).__name__
-        x = merged(
+        x = shuffle_and_norm(
             name, patches, self.layer_norm, height=side, width=side, factor=FACTOR, norm_after=True
         )
         return fused_mlp(name, x, self.linear_1, self.act, self.linear_2, chain.saved)
 
     def why_not(self) -> str | None:
-        return why_not_normed(self.layer_norm, self.linear_1) or super().why_not()
+        return why_not_direct_norm(self.layer_norm, self.linear_1) or super().why_not()
 
 
-def recognise_model(module: nn.Module, **options: Any) -> Form | str | None:
+def recognise_model(module: nn.Module, **options: Any) -> MaskSpec | str | None:
     """A recipe, a reason against, or None for another class."""
     if not (
         is_class(module, "internvl", "InternVLModel")
@@ -126,5 +126,5 @@ def recognise_projector(module: nn.Module, *, saved: str, **options: Any) -> Cha
         or is_class(module, "qianfan_ocr", "QianfanOCRMultiModalProjector")
     ):
         return None
-    chain = chain_of(module, saved)
+    chain = find_chain(module, saved)
     return chain if isinstance(chain, Chain) and chain.calls == CALLS else None

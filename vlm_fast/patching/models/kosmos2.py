@@ -12,30 +12,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.module_tree import why_not_dtypes_of_tree, why_not_plain_tree
-from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.module_tree import (
+    why_not_direct_tree,
+    why_tree_dtypes_differ,
+)
+from vlm_fast.patching.class_swap import PatchedModule, is_class
 
 
-class FusedKosmosProjection(Patched):
+class FusedKosmosProjection(PatchedModule):
     """The projection and its one attention, without a concatenation; no attention maps."""
 
-    alone = True
+    same_call_signature = True
 
     dense: Any
     latent_query: Any
     x_attn: Any
     training: bool
-    reads: ClassVar[tuple[str, ...]] = (
+    required_attributes: ClassVar[tuple[str, ...]] = (
         *(f"x_attn.{name}" for name in (
             "num_heads", "scaling", "dropout", "q_proj", "k_proj", "v_proj", "out_proj",
         )),
     )  # fmt: skip
 
     def forward(self, features: Tensor) -> Any:
-        reason = self.why_not() or why_not_dtypes_of_tree(self, features)  # type: ignore[arg-type]
+        reason = self.why_not() or why_tree_dtypes_differ(self, features)  # type: ignore[arg-type]
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return super().forward(features)  # type: ignore[misc]
         attn, image = self.x_attn, self.dense(features)
         latents = self.latent_query.unsqueeze(0)
@@ -54,9 +57,9 @@ class FusedKosmosProjection(Patched):
         )  # fmt: skip
         return attn.out_proj(attended.transpose(1, 2).flatten(2)), None
 
-    def unpatched(self) -> nn.Module:
+    def unpatched_copy(self) -> nn.Module:
         """A copy that computes what this mirrors, eager attention, without its maps."""
-        plain: Any = super().unpatched()
+        plain: Any = super().unpatched_copy()
         if self.why_not() is None:
             plain.x_attn.config._attn_implementation = "eager"
             plain.register_forward_hook(lambda module, args, found: (found[0], None))
@@ -70,7 +73,7 @@ class FusedKosmosProjection(Patched):
             return "attention has dropout"
         if getattr(attn, "inner_attn_ln", None) is not None:
             return "its attention has a norm inside"
-        return why_not_plain_tree(self)  # type: ignore[arg-type]
+        return why_not_direct_tree(self)  # type: ignore[arg-type]
 
 
 def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:

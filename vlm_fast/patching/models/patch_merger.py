@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vlm_fast.fallback import fell_back
+from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.fused_sequence import fused_mlp, why_not_fused
-from vlm_fast.modules.parameter_access.linear import why_not_called_plainly
-from vlm_fast.modules.parameter_access.norm import merged, why_not_normed
+from vlm_fast.modules.parameter_access.linear import why_call_does_more
+from vlm_fast.modules.parameter_access.norm import shuffle_and_norm, why_not_direct_norm
 from vlm_fast.modules.patch_merger import children_of, merge_patches
 from vlm_fast.ops.pixel_shuffle_norm import rows_of_blocks
-from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.patching.class_swap import PatchedModule, is_class
 
 MERGERS = {
     "qwen2_vl": "PatchMerger",
@@ -35,10 +35,10 @@ UNFOLDING = {
 UNFOLDERS = {"mistral3": "Mistral3PatchMerger", "lighton_ocr": "LightOnOcrPatchMerger"}
 
 
-class FusedPatchMerger(Patched):
+class FusedPatchMerger(PatchedModule):
     """A merger of patches in consecutive blocks: norm and merge in one pass, then an MLP."""
 
-    alone = True
+    same_call_signature = True
 
     hidden_size: int
 
@@ -48,10 +48,10 @@ class FusedPatchMerger(Patched):
         if reason is None and x.numel() % self.hidden_size:
             reason = "its patches make no whole blocks"
         if reason is not None or factor is None:
-            fell_back(type(self).__name__, reason or "its blocks are not square")
+            record_fallback(type(self).__name__, reason or "its blocks are not square")
             return super().forward(x)  # type: ignore[misc]
         after = getattr(self, "use_postshuffle_norm", False)
-        (saved,) = self.patch.recipe
+        (saved,) = self.patch_spec.settings
         return merge_patches(type(self).__name__, x, self, factor, after, saved=saved)
 
     def _why_not_called(self) -> str | None:
@@ -60,12 +60,12 @@ class FusedPatchMerger(Patched):
             return None
         if type(mlp) not in (nn.Sequential, nn.ModuleList):
             return f"mlp: {type(mlp).__name__} is not nn.Sequential or nn.ModuleList"
-        reason = why_not_called_plainly(mlp)
+        reason = why_call_does_more(mlp)
         return None if reason is None else f"mlp: {reason}"
 
     def why_not(self) -> str | None:
         norm, linear_1, act, linear_2 = children_of(self)
-        normed = why_not_normed(norm, linear_1)
+        normed = why_not_direct_norm(norm, linear_1)
         return self._why_not_called() or normed or why_not_fused(linear_1, act, linear_2)
 
 
@@ -75,17 +75,17 @@ def _factor(merged_features: int, features: int) -> int | None:
     return factor if factor**2 * features == merged_features else None
 
 
-class FusedUnfoldingMerger(Patched):
+class FusedUnfoldingMerger(PatchedModule):
     """Norm, merge of all images at once with channels slowest, linear, MLP."""
 
-    alone = True
+    same_call_signature = True
 
     norm: nn.Module
     patch_merger: Any
     linear_1: nn.Module
     act: nn.Module
     linear_2: nn.Module
-    reads: ClassVar[tuple[str, ...]] = tuple(
+    required_attributes: ClassVar[tuple[str, ...]] = tuple(
         f"patch_merger.{name}" for name in ("patch_size", "spatial_merge_size", "merging_layer")
     )
 
@@ -97,25 +97,25 @@ class FusedUnfoldingMerger(Patched):
         if x.ndim != 2 or sum(h * w for h, w in grids) != x.shape[0]:
             reason = "its tokens are not those of the sizes"
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return super().forward(image_features, image_sizes)  # type: ignore[misc]
         factor, name = merger.spatial_merge_size, type(self).__name__
-        x = merged(
+        x = shuffle_and_norm(
             name, x, self.norm, factor=factor, norm_after=False, layout="channel",
             index=rows_of_blocks(grids, factor, x.device),
         )  # fmt: skip
         x = merger.merging_layer(x)
-        return fused_mlp(name, x, self.linear_1, self.act, self.linear_2, *self.patch.recipe)
+        return fused_mlp(name, x, self.linear_1, self.act, self.linear_2, *self.patch_spec.settings)
 
     def _why_not_called(self) -> str | None:
         merger = self.patch_merger
         if not any(is_class(merger, family, name) for family, name in UNFOLDERS.items()):
             return f"patch_merger: {type(merger).__name__} is not a class whose code was read"
-        reason = why_not_called_plainly(merger)
+        reason = why_call_does_more(merger)
         return None if reason is None else f"patch_merger: {reason}"
 
     def why_not(self) -> str | None:
-        normed = why_not_normed(self.norm, self.patch_merger.merging_layer)
+        normed = why_not_direct_norm(self.norm, self.patch_merger.merging_layer)
         fused = why_not_fused(self.linear_1, self.act, self.linear_2)
         return self._why_not_called() or normed or fused
 

@@ -6,38 +6,41 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.activation import activation_of
-from vlm_fast.modules.parameter_access.module_tree import why_not_dtypes_of_tree, why_not_plain_tree
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.activation import activation_name
+from vlm_fast.modules.parameter_access.module_tree import (
+    why_not_direct_tree,
+    why_tree_dtypes_differ,
+)
 from vlm_fast.modules.perceiver_resampler import Layer, fused_sequence, resample, resample_media
-from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.patching.class_swap import PatchedModule, is_class
 
 
-class FusedPerceiver(Patched):
+class FusedPerceiver(PatchedModule):
     """OpenFlamingo's resampler without concatenations."""
 
-    alone = True
+    same_call_signature = True
 
     def forward(self, x: Tensor) -> Any:
         reason = self.why_not()
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return super().forward(x)  # type: ignore[misc]
         return resample_media(self, x)
 
     def why_not(self) -> str | None:
-        return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+        return why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
 
 
-class FusedIdeficsPerceiver(Patched):
+class FusedIdeficsPerceiver(PatchedModule):
     """IDEFICS' resampler without concatenations."""
 
-    alone = True
+    same_call_signature = True
 
     blocks: Any
     latents: Any
     layer_norm: Any
-    reads: ClassVar[tuple[str, ...]] = (
+    required_attributes: ClassVar[tuple[str, ...]] = (
         *(f"blocks.0.0.{name}" for name in (
             "context_layer_norm", "latents_layer_norm", "q_proj", "k_proj", "v_proj",
             "output_proj", "n_heads", "qk_layer_norms", "qk_scale",
@@ -46,16 +49,16 @@ class FusedIdeficsPerceiver(Patched):
     )  # fmt: skip
 
     def forward(self, context: Tensor) -> Tensor:
-        reason = self.why_not() or why_not_dtypes_of_tree(self, context)  # type: ignore[arg-type]
+        reason = self.why_not() or why_tree_dtypes_differ(self, context)  # type: ignore[arg-type]
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return super().forward(context)  # type: ignore[misc]
         layers = [_layer_of_idefics(attention, ff) for attention, ff in self.blocks]
         found = resample(context, self.latents, layers)
         return self.layer_norm(found)
 
     def why_not(self) -> str | None:
-        return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+        return why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
 
 
 def _layer_of_idefics(attention: Any, ff: Any) -> Layer:
@@ -95,6 +98,6 @@ def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
         ff = list(children[1].children())
         if list(map(type, ff)) != [nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear]:
             return "its feed-forward network is not LayerNorm, Linear, GELU, Linear"
-        if activation_of(ff[2]) is None:
+        if activation_name(ff[2]) is None:
             return "its activation is not one the kernels know"
     return ()

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.norm import merged, why_not_normed
-from vlm_fast.modules.square_grid import side_of_square
-from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.norm import shuffle_and_norm, why_not_direct_norm
+from vlm_fast.modules.token_grid import side_of_square
+from vlm_fast.patching.class_swap import PatchedModule, is_class
 
 CONNECTORS = {
     "idefics3": "Idefics3Connector",
@@ -31,25 +31,25 @@ def side_of(x: Tensor, factor: int) -> int | None:
     return side if side > 0 and side**2 == x.shape[1] and side % factor == 0 else None
 
 
-class FusedConnector(Patched):
+class FusedConnector(PatchedModule):
     """A connector whose ``pixel_shuffle`` is one copy."""
 
-    alone = True
-    restates: ClassVar[tuple[str, ...]] = ("pixel_shuffle",)
+    same_call_signature = True
+    mirrored_methods: ClassVar[tuple[str, ...]] = ("pixel_shuffle",)
 
     def pixel_shuffle(self, x: Tensor, *args: int, **kwargs: int) -> Tensor:
         factor = (*args, *kwargs.values(), 2)[0]  # by the name that the class has for it
         side = side_of(x, factor)
         if side is None:
-            fell_back(type(self).__name__, "its grid is not a square that the factor divides")
+            record_fallback(type(self).__name__, "its grid is not a square that the factor divides")
             return super().pixel_shuffle(x, *args, **kwargs)  # type: ignore[misc]
         return ops.pixel_shuffle_norm(x, height=side, width=side, factor=factor)
 
 
-class FusedGatedProjector(Patched):
+class FusedGatedProjector(PatchedModule):
     """Shuffle and norm in one pass, or the shuffle alone, then ``linear_2(act(gate) * x)``."""
 
-    alone = True
+    same_call_signature = True
 
     downsample_factor: int
     linear_1: nn.Module
@@ -60,27 +60,27 @@ class FusedGatedProjector(Patched):
         x, factor, name = image_features, self.downsample_factor, type(self).__name__
         side = side_of(x, factor)
         if side is None:
-            fell_back(name, "its grid is not a square that the factor divides")
+            record_fallback(name, "its grid is not a square that the factor divides")
             return super().forward(x)  # type: ignore[misc]
         norm: Any = getattr(self, "layernorm", None)
         grid: dict[str, Any] = dict(height=side, width=side, factor=factor)
         if norm is None:
             x = ops.pixel_shuffle_norm(x, **grid)
         else:
-            x = merged(name, x, norm, norm_after=True, **grid)
+            x = shuffle_and_norm(name, x, norm, norm_after=True, **grid)
         x, gate = self.linear_1(x).chunk(2, dim=-1)
         y: Tensor = self.linear_2(self.act(gate) * x)
         return y.unflatten(1, (side // factor, side // factor))
 
     def why_not(self) -> str | None:
         norm = getattr(self, "layernorm", None)
-        return None if norm is None else why_not_normed(norm, self.linear_1)
+        return None if norm is None else why_not_direct_norm(norm, self.linear_1)
 
 
-class FusedShuffleMLP(Patched):
+class FusedShuffleMLP(PatchedModule):
     """Llama 4's adapter: the shuffle is one copy."""
 
-    alone = True
+    same_call_signature = True
 
     pixel_shuffle_ratio: float
     mlp: nn.Module
@@ -89,7 +89,7 @@ class FusedShuffleMLP(Patched):
         x, factor = encoded_patches, round(1 / self.pixel_shuffle_ratio)
         side = side_of(x, factor)
         if side is None or factor * self.pixel_shuffle_ratio != 1:
-            fell_back(type(self).__name__, "its grid is not a square that the factor divides")
+            record_fallback(type(self).__name__, "its grid is not a square that the factor divides")
             return super().forward(x)  # type: ignore[misc]
         return self.mlp(ops.pixel_shuffle_norm(x, height=side, width=side, factor=factor))
 

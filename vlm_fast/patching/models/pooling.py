@@ -9,26 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.chain import Chain, chain_of
-from vlm_fast.modules.parameter_access.linear import why_not_called_plainly, why_not_plain
-from vlm_fast.modules.parameter_access.module_tree import why_not_own_arguments
-from vlm_fast.modules.parameter_access.norm import why_not_normed
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.chain import Chain, find_chain
+from vlm_fast.modules.parameter_access.linear import why_call_does_more, why_not_direct
+from vlm_fast.modules.parameter_access.module_tree import why_no_extra_arguments
+from vlm_fast.modules.parameter_access.norm import why_not_direct_norm
 from vlm_fast.modules.pooled_projector import pooled_mlp, pooled_norm, times_matrix
-from vlm_fast.modules.square_grid import side_of_square
-from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.modules.token_grid import side_of_square
+from vlm_fast.patching.class_swap import PatchedModule, is_class
 from vlm_fast.patching.models import anyres
 from vlm_fast.patching.models.anyres import FusedAnyResMerge
 from vlm_fast.patching.models.mlp import FusedMLP
-from vlm_fast.patching.placeholder_masks import Form
+from vlm_fast.patching.placeholder_masks import MaskSpec
 
 WINDOWS: dict[type[nn.Module], str] = {nn.AvgPool2d: "avg", nn.MaxPool2d: "max"}
 
 
-class FusedPooledNorm(Patched):
+class FusedPooledNorm(PatchedModule):
     """Gemma 3's projector, token by token: no copy with channels first, one pass for the norm."""
 
-    alone = True
+    same_call_signature = True
 
     avg_pool: nn.AvgPool2d
     patches_per_image: int
@@ -42,7 +42,7 @@ class FusedPooledNorm(Patched):
         if x.ndim != 3 or x.shape[1] != side**2:
             reason = "its tokens are no grid of the size that its config says"
         if reason is not None:
-            fell_back(name, reason)
+            record_fallback(name, reason)
             return super().forward(x)  # type: ignore[misc]
         x = pooled_norm(name, x, self.mm_soft_emb_norm, side, side, self.kernel_size)
         return times_matrix(x, self.mm_input_projection_weight).type_as(vision_outputs)
@@ -51,16 +51,16 @@ class FusedPooledNorm(Patched):
         return _why_not_window(self.avg_pool, self.kernel_size)
 
     def why_not(self) -> str | None:
-        return self._why_not_pooled() or why_not_normed(self.mm_soft_emb_norm)
+        return self._why_not_pooled() or why_not_direct_norm(self.mm_soft_emb_norm)
 
 
-class FusedPooledMLP(Patched):
+class FusedPooledMLP(PatchedModule):
     """PerceptionLM's projector, pooled before ``linear_2``: averages commute with it and its bias.
 
     At a ratio of 2 that linear has a quarter of its rows, and what is pooled is the activation.
     """
 
-    alone = True
+    same_call_signature = True
 
     linear_1: nn.Module
     gelu: nn.Module
@@ -74,7 +74,7 @@ class FusedPooledMLP(Patched):
         if side < 1 or side**2 != features.shape[1] or side % ratio:
             reason = "its grid is not a square that the ratio divides"
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return super().forward(features)  # type: ignore[misc]
         return pooled_mlp(
             features, self.linear_1, self.gelu, self.linear_2,
@@ -86,17 +86,17 @@ class FusedPooledMLP(Patched):
         known = is_class(self.pooling, "perception_lm", "PerceptionLMAdaptiveAvgPooling")
         if not known and type(self.pooling) is not nn.Identity:
             return f"pooling: {type(self.pooling).__name__} is not a class whose code was read"
-        reason = why_not_called_plainly(self.pooling)
+        reason = why_call_does_more(self.pooling)
         if reason is not None:
             return f"pooling: {reason}"
-        reason = why_not_plain(self.linear_2)
+        reason = why_not_direct(self.linear_2)
         return None if reason is None else f"linear_2: {reason}"
 
 
-class FusedPooler(Patched):
+class FusedPooler(PatchedModule):
     """LLaVA-NeXT-Video's pooling of frames, token by token."""
 
-    alone = True
+    same_call_signature = True
 
     pool: Any
 
@@ -106,7 +106,7 @@ class FusedPooler(Patched):
         if side**2 != image_features.shape[-2]:
             reason = "its tokens are no square grid"
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return super().forward(image_features)  # type: ignore[misc]
         return ops.spatial_pool(
             image_features, height=side, width=side, mode=WINDOWS[type(self.pool)],
@@ -135,13 +135,13 @@ class FusedPooledFrames(FusedAnyResMerge):
     Bilinear weights sum to 1, so they commute with it and its bias: 196 rows instead of 729.
     """
 
-    restates: ClassVar[tuple[str, ...]] = (
-        *FusedAnyResMerge.restates, "get_video_features", "apply_pooling",
+    mirrored_methods: ClassVar[tuple[str, ...]] = (
+        *FusedAnyResMerge.mirrored_methods, "get_video_features", "apply_pooling",
     )  # fmt: skip
 
     config: Any
     multi_modal_projector: Any
-    reads: ClassVar[tuple[str, ...]] = (
+    required_attributes: ClassVar[tuple[str, ...]] = (
         "config.vision_config.image_size", "config.vision_config.patch_size",
         "multi_modal_projector.linear_2",
     )  # fmt: skip
@@ -161,16 +161,18 @@ class FusedPooledFrames(FusedAnyResMerge):
         """Why linear_2 and the projector must see all rows, or None."""
         projector = self.multi_modal_projector
         return (
-            why_not_plain(projector.linear_2)
+            why_not_direct(projector.linear_2)
             or projector.why_not()
-            or why_not_own_arguments(projector)
+            or why_no_extra_arguments(projector)
         )
 
     def apply_pooling(self, image_features: Tensor) -> Any:
         x, vision = image_features, self.config.vision_config
         side = vision.image_size // vision.patch_size
         if x.ndim != 3 or x.shape[1] != side**2:
-            fell_back(type(self).__name__, "its tokens are no grid of the size its config says")
+            record_fallback(
+                type(self).__name__, "its tokens are no grid of the size its config says"
+            )
             pooled = super().apply_pooling(x)  # type: ignore[misc]
         else:
             pooled = ops.spatial_pool(x, height=side, width=side, mode="bilinear")
@@ -192,7 +194,7 @@ def _why_not_window(pool: Any, stride: Any) -> str | None:
         return "its windows overlap, or are not square"
     if pool.padding or pool.ceil_mode or getattr(pool, "dilation", 1) != 1 or stride > 8:
         return "its windows are not those of a plain stride"
-    return why_not_called_plainly(pool)
+    return why_call_does_more(pool)
 
 
 def recognise_gemma3(module: nn.Module, **options: Any) -> tuple[()] | None:
@@ -217,7 +219,7 @@ def recognise_next_video(module: nn.Module, **options: Any) -> tuple[()] | str |
     return () if type(pooler.pool) in WINDOWS else "it pools by a convolution"
 
 
-def recognise_onevision(module: nn.Module, **options: Any) -> Form | str | None:
+def recognise_onevision(module: nn.Module, **options: Any) -> MaskSpec | str | None:
     """The same for LLaVA-OneVision, whose merge is served too."""
     known = is_class(module, "llava_onevision", "LlavaOnevisionModel")
     return anyres.recognise(module) if known else None
@@ -227,6 +229,6 @@ def recognise_frame_projector(module: nn.Module, *, saved: str, **options: Any) 
     """The same for its projector; one that is no chain is left to others."""
     if not is_class(module, "llava_onevision", "LlavaOnevisionMultiModalProjector"):
         return None
-    chain = chain_of(module, saved)
+    chain = find_chain(module, saved)
     calls = ("linear_1", "act", "linear_2")
     return chain if isinstance(chain, Chain) and chain.calls == calls else None

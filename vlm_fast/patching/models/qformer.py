@@ -14,18 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.activation import activation_of
-from vlm_fast.modules.parameter_access.attention_settings import dropout_of_attention, scale_of
-from vlm_fast.modules.parameter_access.module_tree import (
-    parameters_of_tree,
-    unwrapped,
-    wants_attentions,
-    wants_hidden_states,
-    why_not_dtypes_of_tree,
-    why_not_plain_tree,
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.activation import activation_name
+from vlm_fast.modules.parameter_access.attention_settings import (
+    active_attention_dropout,
+    attention_scale,
 )
-from vlm_fast.modules.parameter_access.original_code import names_in
+from vlm_fast.modules.parameter_access.module_tree import (
+    collects_attentions,
+    collects_hidden_states,
+    tree_parameters,
+    why_not_direct_tree,
+    why_tree_dtypes_differ,
+    unwrap_checkpoint,
+)
+from vlm_fast.modules.parameter_access.original_code import names_used_by
 from vlm_fast.modules.qformer.layer import LayerInputs, qformer_layer
 from vlm_fast.modules.qformer.shared_inputs import (
     check_image,
@@ -34,12 +37,12 @@ from vlm_fast.modules.qformer.shared_inputs import (
     images_of_layers,
     self_attention_masks,
 )
-from vlm_fast.patching.class_swap import Patched, why_not_handed
+from vlm_fast.patching.class_swap import PatchedModule, why_no_extra_arguments_for
 
 ATTENTIONS = "attention maps were asked for, which no kernel forms"
 
 
-class Recipe(NamedTuple):
+class QFormerSettings(NamedTuple):
     """How a Q-Former is to be run.
 
     ``additive``: whether the model makes additive masks itself, as it does before transformers 5.9.
@@ -49,10 +52,10 @@ class Recipe(NamedTuple):
     additive: bool = False
 
 
-class FusedQFormerModel(Patched):
+class FusedQFormerModel(PatchedModule):
     """A Q-Former model that neither expands queries nor reads a mask on the host."""
 
-    alone = True
+    same_call_signature = True
 
     encoder: Any
     config: Any
@@ -65,7 +68,7 @@ class FusedQFormerModel(Patched):
         attention_mask: Any = None,
         encoder_hidden_states: Any = None,
         encoder_attention_mask: Any = None,
-        **passed_on: Any,
+        **forwarded: Any,
     ) -> Any:
         masks = {
             "attention_mask": attention_mask,
@@ -75,10 +78,10 @@ class FusedQFormerModel(Patched):
             "query_embeds": query_embeds,
             "query_length": query_length,
             "encoder_hidden_states": encoder_hidden_states,
-            **passed_on,
+            **forwarded,
         }
-        if not self._asks("output_attentions", passed_on) and self.why_not() is None:
-            if not self.patch.recipe.additive:
+        if not self._asks("output_attentions", forwarded) and self.why_not() is None:
+            if not self.patch_spec.settings.additive:
                 masks = {name: self._mask(mask) for name, mask in masks.items()}
             if masks["attention_mask"] is None and self._shares_queries(given):
                 # What comes before the image is the same for all.
@@ -113,7 +116,7 @@ class FusedQFormerModel(Patched):
         """Whether somebody looks at what comes before the image is read."""
         before = (self.layernorm, self.dropout)  # type: ignore[attr-defined]
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in before)
-        return hooked or self._asks("output_hidden_states", kwargs) or wants_hidden_states()
+        return hooked or self._asks("output_hidden_states", kwargs) or collects_hidden_states()
 
     def _mask(self, mask: Any) -> Any:
         """As transformers passes on a mask that is prepared; one that hides nothing is dropped."""
@@ -125,11 +128,11 @@ class FusedQFormerModel(Patched):
         return (mask != 0)[:, None, None]
 
     def why_not(self) -> str | None:
-        reason = why_not_handed(self.encoder, FusedQFormerEncoder)
+        reason = why_no_extra_arguments_for(self.encoder, FusedQFormerEncoder)
         return self.encoder.why_not() if reason is None else f"encoder: {reason}"
 
 
-class FusedQFormerEncoder(Patched):
+class FusedQFormerEncoder(PatchedModule):
     """The layers of a Q-Former, with what they share computed once."""
 
     layer: Any
@@ -151,15 +154,17 @@ class FusedQFormerEncoder(Patched):
         **kwargs: Any,
     ) -> Any:
         masks = attention_mask, encoder_attention_mask
-        reason = ATTENTIONS if wants_attentions() or output_attentions else self.why_not()
+        reason = ATTENTIONS if collects_attentions() or output_attentions else self.why_not()
         reason = reason or _why_not_old(head_mask, cache)
-        if (use_cache or output_hidden_states) and "use_cache" in self.names["forward"].known:
+        if (use_cache or output_hidden_states) and "use_cache" in self.argument_names[
+            "forward"
+        ].known:
             reason = "its keys and values, or its hidden states, were asked for"
         reason = reason or _why_not_masks(*masks)
         for layer in self.layer if reason is None else ():
             reason = reason or _why_not_dtypes(layer, hidden_states, encoder_hidden_states)
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             if getattr(self.config, "_attn_implementation", None) == "eager":
                 masks = _additive(masks[0], hidden_states), _additive(masks[1], hidden_states)
             return self.call_base(
@@ -173,7 +178,7 @@ class FusedQFormerEncoder(Patched):
         check_image(self, query_length, hidden_states.shape[0], image, None, None)
         inputs = layer_inputs(hidden_states, *masks, query_length)
         dtype = hidden_states.dtype
-        with _computing(self.patch.recipe, hidden_states):
+        with _computing(self.patch_spec.settings, hidden_states):
             images = images_of_layers(
                 self, hidden_states, None if inputs.image_bias is not None else image, None,
                 query_length, plain=True,
@@ -185,7 +190,7 @@ class FusedQFormerEncoder(Patched):
                 )
                 read = image if images[i][0] is None else images[i][0]
                 # By position, through which reentrant checkpointing differentiates.
-                between = unwrapped(layer).names["forward"].positional
+                between = unwrap_checkpoint(layer).argument_names["forward"].positional
                 between = between[1 : between.index("encoder_hidden_states")]
                 hidden_states = layer(hidden_states, *[None] * len(between), read, inputs=of_layer)
         if hidden_states.dtype != dtype:
@@ -203,13 +208,16 @@ class FusedQFormerEncoder(Patched):
         if getattr(self.config, "gradient_checkpointing", False):
             return "its config, not its layers, says that it checkpoints"
         for i, layer in enumerate(self.layer):
-            reason = why_not_handed(layer, FusedQFormerLayer) or unwrapped(layer).why_not()
+            reason = (
+                why_no_extra_arguments_for(layer, FusedQFormerLayer)
+                or unwrap_checkpoint(layer).why_not()
+            )
             if reason is not None:
                 return f"layer {i}: {reason}"
         return None
 
 
-class FusedQFormerLayer(Patched):
+class FusedQFormerLayer(PatchedModule):
     """One layer of a Q-Former."""
 
     def forward(
@@ -228,12 +236,12 @@ class FusedQFormerLayer(Patched):
     ) -> Any:
         if inputs is not None:  # from the encoder, which has looked
             return qformer_layer(self, hidden_states, encoder_hidden_states, inputs=inputs)
-        reason = ATTENTIONS if wants_attentions() or output_attentions else self.why_not()
+        reason = ATTENTIONS if collects_attentions() or output_attentions else self.why_not()
         reason = reason or _why_not_old(head_mask, cache)
         reason = reason or _why_not_masks(attention_mask, encoder_attention_mask)
         reason = reason or _why_not_dtypes(self, hidden_states, encoder_hidden_states)
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return self.call_base(
                 "forward", hidden_states=hidden_states, attention_mask=attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
@@ -242,11 +250,11 @@ class FusedQFormerLayer(Patched):
             )  # fmt: skip
         inputs = layer_inputs(hidden_states, attention_mask, encoder_attention_mask, query_length)
         # A layer that takes this returns its keys and values.
-        inputs.keep = "output_attentions" in self.names["forward"].known
+        inputs.keep = "output_attentions" in self.argument_names["forward"].known
         seeds = dropout_seeds([self], hidden_states)
         inputs.seeds = None if seeds is None else seeds[0]
         dtype = hidden_states.dtype
-        with _computing(self.patch.recipe, hidden_states):
+        with _computing(self.patch_spec.settings, hidden_states):
             found = qformer_layer(self, hidden_states, encoder_hidden_states, inputs=inputs)
         if inputs.keep:
             return found[0].to(dtype), found[1:]
@@ -260,7 +268,7 @@ class FusedQFormerLayer(Patched):
                 return f"{name} keeps its attention maps"
             if getattr(block, "pruned_heads", None):
                 return f"{name} has been pruned"
-        return why_not_plain_tree(this)
+        return why_not_direct_tree(this)
 
 
 def _why_not_old(head_mask: Any, cache: Any) -> str | None:
@@ -293,11 +301,11 @@ def _unless_empty(mask: Any) -> Any:
 
 def _why_not_dtypes(layer: Any, hidden: Tensor, image: Tensor | None) -> str | None:
     """Why a layer cannot compute in one dtype, or None; autocast's takes float32 parameters."""
-    layer, device = unwrapped(layer), hidden.device.type
+    layer, device = unwrap_checkpoint(layer), hidden.device.type
     if not torch.is_autocast_enabled(device):
-        return why_not_dtypes_of_tree(layer, hidden, image)
+        return why_tree_dtypes_differ(layer, hidden, image)
     taken = (torch.float32, torch.get_autocast_dtype(device))
-    found = next((p.dtype for p in parameters_of_tree(layer) if p.dtype not in taken), None)
+    found = next((p.dtype for p in tree_parameters(layer) if p.dtype not in taken), None)
     return None if found is None else f"it has parameters in {found} under autocast to {taken[1]}"
 
 
@@ -316,7 +324,7 @@ def _additive(mask: Any, hidden: Tensor) -> Any:
     return torch.zeros_like(mask, dtype=hidden.dtype).masked_fill_(~mask, hidden_value)
 
 
-def _computing(recipe: Recipe, x: Tensor) -> Any:
+def _computing(recipe: QFormerSettings, x: Tensor) -> Any:
     if recipe.compute_dtype is None:
         return nullcontext()
     return torch.autocast(x.device.type, dtype=recipe.compute_dtype)
@@ -343,7 +351,7 @@ def _is_layer(module: nn.Module) -> bool:
     ) and _has(layer.output_query, _OUTPUT)
 
 
-def recognise_layer(module: nn.Module, **options: Any) -> Recipe | str | None:
+def recognise_layer(module: nn.Module, **options: Any) -> QFormerSettings | str | None:
     """The recipe, a reason against, or None for no layer of a Q-Former."""
     if not _is_layer(module):
         return None
@@ -352,34 +360,34 @@ def recognise_layer(module: nn.Module, **options: Any) -> Recipe | str | None:
         return f"the forward of {type(module).__name__} is not one that was read"
     if getattr(layer, "chunk_size_feed_forward", 0):
         return "chunk_size_feed_forward is set"
-    if activation_of(layer.intermediate_query.intermediate_act_fn) is None:
+    if activation_name(layer.intermediate_query.intermediate_act_fn) is None:
         return f"{type(layer.intermediate_query.intermediate_act_fn).__name__} is not known"
     for block in (layer.attention, getattr(layer, "crossattention", layer.attention)):
         if getattr(block.attention, "position_embedding_type", "absolute") != "absolute":
             return f"its positions are {block.attention.position_embedding_type}"
-        scale_of(block.attention), dropout_of_attention(block.attention)
+        attention_scale(block.attention), active_attention_dropout(block.attention)
         block.attention.num_attention_heads  # noqa: B018
-    return Recipe(options.get("compute_dtype"))
+    return QFormerSettings(options.get("compute_dtype"))
 
 
-def recognise_encoder(module: nn.Module, **options: Any) -> Recipe | str | None:
+def recognise_encoder(module: nn.Module, **options: Any) -> QFormerSettings | str | None:
     """The same for the encoder around such layers."""
     layers = getattr(module, "layer", None)
     if not isinstance(layers, nn.ModuleList) or not layers or not _known(type(module)):
         return None
     found = [recognise_layer(layer, **options) for layer in layers]
-    return next((f for f in found if not isinstance(f, Recipe)), found[0])
+    return next((f for f in found if not isinstance(f, QFormerSettings)), found[0])
 
 
-def recognise_model(module: nn.Module, **options: Any) -> Recipe | str | None:
+def recognise_model(module: nn.Module, **options: Any) -> QFormerSettings | str | None:
     """The same for the model around such an encoder."""
     encoder = getattr(module, "encoder", None)
     if not isinstance(encoder, nn.Module) or not _known(type(module)):
         return None
     found = recognise_encoder(encoder, **options)
-    if not isinstance(found, Recipe):
+    if not isinstance(found, QFormerSettings):
         return found
-    names = names_in(type(module).forward)
+    names = names_used_by(type(module).forward)
     return found._replace(additive="get_extended_attention_mask" in names)
 
 

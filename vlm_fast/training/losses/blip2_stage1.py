@@ -122,7 +122,7 @@ def stage1_loss(
     batch, patches, _ = image_embeds.shape
     world = world_of(group)
     if qformer is None:
-        qformer = QFormer.of(model.qformer)
+        qformer = QFormer.from_module(model.qformer)
     mask = attention_mask.to(torch.int64)
     queries = model.query_tokens.expand(batch, -1, -1)
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_fast.patching.class_swap import Swapped, is_class, swap, swap_back
+from vlm_fast.patching.class_swap import SwappedClass, is_class, swap, swap_back
 
 # Vision encoders of which every hidden state is what a layer returns, with nothing after the last.
 TOWERS = {"clip": ("CLIPVisionModel",), "siglip": ("SiglipVisionModel",)}
 
 
-class Frozen(Swapped):
+class Frozen(SwappedClass):
     """A module in eval mode whatever its parent is put into; gradients pass through it.
 
     `nn.Module.train`, which training loops call before every step, would switch its dropout on.
@@ -58,7 +58,7 @@ class FrozenTower(Frozen):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-class Skipped(Swapped):
+class Skipped(SwappedClass):
     """A module whose result nobody reads. It gives NaN, in no memory: who does read it sees."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

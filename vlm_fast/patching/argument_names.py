@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 # An override whose ``**`` parameter has this name hands on what it does not know.
-PASSED_ON = "passed_on"
+FORWARDED = "forwarded"
 # Other names that releases and models have for a parameter.
 ALSO_CALLED = {
     "cache": ("past_key_values", "past_key_value"),
@@ -20,7 +20,7 @@ ALSO_CALLED = {
 }
 
 
-class Names(NamedTuple):
+class ArgumentNames(NamedTuple):
     """How a call of the base's method becomes a call of its override, and back.
 
     Attributes:
@@ -63,7 +63,9 @@ class Names(NamedTuple):
         }
 
 
-def names_of(base: Callable[..., Any], override: Callable[..., Any]) -> Names | str | None:
+def match_arguments(
+    base: Callable[..., Any], override: Callable[..., Any]
+) -> ArgumentNames | str | None:
     """How the parameters of two methods belong together.
 
     Returns:
@@ -73,7 +75,7 @@ def names_of(base: Callable[..., Any], override: Callable[..., Any]) -> Names | 
     declared = _parameters(override)
     if any(p.kind is p.VAR_POSITIONAL for p in declared.values()):
         return None
-    hands_on = PASSED_ON in declared
+    hands_on = FORWARDED in declared
     also = {other: name for name in declared for other in ALSO_CALLED.get(name, ())}
     positional, of_base, known, needed = [], {}, set(), []
     for name, parameter in _parameters(base).items():
@@ -95,7 +97,7 @@ def names_of(base: Callable[..., Any], override: Callable[..., Any]) -> Names | 
         if name not in known:
             return f"{base.__qualname__} does not take {name}"
     unsaid = {name: p.default for name, p in declared.items() if name not in known}
-    return Names(tuple(positional), also, of_base, frozenset(known), tuple(needed), unsaid)
+    return ArgumentNames(tuple(positional), also, of_base, frozenset(known), tuple(needed), unsaid)
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
