@@ -19,7 +19,7 @@ from vlm_fast.modules import (
     PooledNormProjector,
     SpatialPool,
 )
-from vlm_fast.modules.parameter_access.norm import GemmaRMSNorm, RMSNorm
+from vlm_fast.modules.parameter_access.norm import RMSNorm
 from vlm_fast.patching.models.internvl import DeferredPixelShuffle
 
 
@@ -135,7 +135,10 @@ def test_own_norms_are_transformers(dtype):
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
     from transformers.models.mistral3.modeling_mistral3 import Mistral3RMSNorm
 
-    for ours, theirs in ((RMSNorm(24), Mistral3RMSNorm(24)), (GemmaRMSNorm(24), Gemma3RMSNorm(24))):
+    for ours, theirs in (
+        (RMSNorm(24), Mistral3RMSNorm(24)),
+        (RMSNorm(24, unit_offset=True), Gemma3RMSNorm(24)),
+    ):
         theirs = stirred(theirs).to(dtype)
         ours.load_state_dict(theirs.state_dict())
         x = torch.randn(2, 5, 24, dtype=dtype)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from vlm_fast.patching.argument_names import ArgumentNames, match_arguments
-from vlm_fast.patching.class_swap import PatchedModule, swap, swap_back, why_not_compatible
+from vlm_fast.patching.class_swap import swap, swap_back
+from vlm_fast.patching.patched_module import PatchedModule, why_not_compatible
 
 
 class Early(nn.Module):

@@ -299,7 +299,7 @@ def test_the_merge_waits_for_nothing_and_leaks_no_type(monkeypatch):
 
     assert ask(lambda *a, **k: method(model.model, *a, **k)) > 0
     vlm_fast.patch(model)
-    monkeypatch.setattr(image_token_merge, "_would_wait", lambda count: True)
+    monkeypatch.setattr(image_token_merge, "would_sync", lambda count: True)
     assert ask(model.model.get_placeholder_mask) == 0
     model(**inputs)
     assert seen == [torch.Tensor]

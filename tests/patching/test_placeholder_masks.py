@@ -21,11 +21,11 @@ SERVED = {"4.57.6": 31, "5.8.1": 43, "5.17.0": 62, "5.24.0": 85}  # of 41, 57, 8
 
 def by_asking(method):
     try:
-        form = placeholder_masks.read(inspect.unwrap(method))
+        form = placeholder_masks.probe_mask_method(inspect.unwrap(method))
     except UnknownMaskMethod as reason:
         return str(reason)
-    ids = tuple(".".join(path) for path in form.ids)
-    return ids, {name: ids[index] for name, index in form.counted}, form.expanded
+    ids = tuple(".".join(path) for path in form.id_paths)
+    return ids, {name: ids[index] for name, index in form.counted_features}, form.expanded
 
 
 def by_source(method):
@@ -70,15 +70,15 @@ def test_every_served_class_gives_its_own_masks_and_merges():
         model = torch.nn.Module.__new__(kind)
         torch.nn.Module.__init__(model)
         given = dict.fromkeys(form.arguments)
-        for number, path in enumerate(dict.fromkeys(form.ids)):
+        for number, path in enumerate(dict.fromkeys(form.id_paths)):
             if path[0] in given:
                 given[path[0]] = number
                 continue
             if not hasattr(model, path[0]):
                 setattr(model, path[0], SimpleNamespace())
             setattr(getattr(model, path[0]), path[1], number)
-        numbers = [list(dict.fromkeys(form.ids)).index(path) for path in form.ids]
-        rows = {name: int((ids == numbers[index]).sum()) for name, index in form.counted}
+        numbers = [list(dict.fromkeys(form.id_paths)).index(path) for path in form.id_paths]
+        rows = {name: int((ids == numbers[index]).sum()) for name, index in form.counted_features}
         given |= {name: torch.randn(1, count, 5) for name, count in rows.items()}
         expected = listed(model.get_placeholder_mask(ids, inputs_embeds=embeds, **given))
         swap(model, FusedMerge, form)
@@ -87,14 +87,14 @@ def test_every_served_class_gives_its_own_masks_and_merges():
         for ours, theirs in zip(masks, expected, strict=True):
             assert ours.shape == theirs.shape and torch.equal(ours[:], theirs), name
         vlm_fast.stats(reset=True)
-        for argument, index in form.counted:
+        for argument, index in form.counted_features:
             source = given[argument]
             merged = embeds.masked_scatter(masks[index], source)
             assert torch.equal(merged, embeds.masked_scatter(expected[index], source)), name
             with pytest.raises(ValueError, match="do not match"):
                 wrong = {argument: source[:, 1:]}
                 model.get_placeholder_mask(ids, inputs_embeds=embeds, **given | wrong)
-        assert vlm_fast.stats()["merge_image_tokens"]["fast"] == len(form.counted), name
+        assert vlm_fast.stats()["merge_image_tokens"]["fast"] == len(form.counted_features), name
 
 
 def listed(answer):

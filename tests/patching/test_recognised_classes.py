@@ -191,7 +191,7 @@ def test_a_model_that_merges_by_itself_is_named(name):
 @pytest.mark.parametrize("name", PACKING)
 def test_packs_of_tiles(name):
     module = nn.Module.__new__(of_transformers(name, PACKING[name]))
-    assert anyres.packs(module) == (name in PACK)
+    assert anyres.is_anyres_model(module) == (name in PACK)
     merge = image_token_merge.recognise(module)
     merges = name in PACK and isinstance(merge, MaskSpec)
     assert anyres.recognise(module) == (merge if merges else None)

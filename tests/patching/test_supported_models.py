@@ -167,7 +167,7 @@ def test_merge_neither_waits_nor_leaks_its_type(name, monkeypatch):
                 leaks.append((type(module).__name__, where))
 
     patch(name, model)
-    monkeypatch.setattr(image_token_merge, "_would_wait", lambda count: True)
+    monkeypatch.setattr(image_token_merge, "would_sync", lambda count: True)
     monkeypatch.setattr(image_tokens, "check_count", lambda *args: None)
     for module in model.modules():
         if any(module.children()):  # with hooks on its linears no projector would be fused

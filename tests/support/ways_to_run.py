@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import vlm_fast
-from vlm_fast.patching.class_swap import PatchedModule
+from vlm_fast.patching.patched_module import PatchedModule
 from vlm_fast.verification import tolerance
 
 Inputs = dict[str, Any]

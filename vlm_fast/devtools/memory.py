@@ -90,7 +90,7 @@ def synchronisations(call: Callable[[], Any], device: str) -> int:
     can prove that.
     """
     if device == "cpu":
-        as_on_cuda = mock.patch.object(image_token_merge, "_would_wait", lambda count: True)
+        as_on_cuda = mock.patch.object(image_token_merge, "would_sync", lambda count: True)
         with as_on_cuda:
             return operations(call, _waits)
     torch.cuda.synchronize()

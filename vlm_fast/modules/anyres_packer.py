@@ -71,7 +71,7 @@ class AnyResPacker(nn.Module):
         Raises:
             TypeError, ValueError: as `vlm_fast.ops.anyres_pack`.
         """
-        return pack_tiles(joined(features), self.image_newline, plan)
+        return pack_tiles(concatenated(features), self.image_newline, plan)
 
     def merge(
         self,
@@ -87,7 +87,7 @@ class AnyResPacker(nn.Module):
         Raises:
             TypeError, ValueError: as `vlm_fast.ops.anyres_merge`.
         """
-        rows = joined(features)
+        rows = concatenated(features)
         if not plan.is_resized:
             source, target = plan.tables
             return ops.anyres_merge(
@@ -107,7 +107,7 @@ def pack_tiles(features: Tensor, image_newline: Tensor | None, plan: Plan) -> Te
     return ops.anyres_pack(features, image_newline, *plan.tables)
 
 
-def joined(features: Tensor | Sequence[Tensor]) -> Tensor:
+def concatenated(features: Tensor | Sequence[Tensor]) -> Tensor:
     """All tiles in one tensor: the one that was split into them, if it was, without a copy."""
     if isinstance(features, Tensor):
         return features

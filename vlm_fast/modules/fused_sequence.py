@@ -17,7 +17,8 @@ from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.parameter_access.activation import activation_name, why_not_activation
 from vlm_fast.modules.parameter_access.dtypes import why_dtypes_differ
-from vlm_fast.modules.parameter_access.linear import why_call_does_more, why_not_direct
+from vlm_fast.modules.parameter_access.linear import why_not_direct
+from vlm_fast.modules.parameter_access.module_calls import why_call_does_more
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 

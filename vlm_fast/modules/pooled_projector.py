@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.mlp_projector import MLPProjector
-from vlm_fast.modules.parameter_access.norm import GemmaRMSNorm, shuffle_and_norm
+from vlm_fast.modules.parameter_access.norm import RMSNorm, shuffle_and_norm
 from vlm_fast.modules.token_grid import grid_of
 from vlm_fast.ops.argument_errors import wrong_value
 
@@ -94,7 +94,9 @@ class PooledNormProjector(nn.Module):
         super().__init__()
         matrix = torch.empty(in_features, out_features, device=device, dtype=dtype)
         self.mm_input_projection_weight = nn.Parameter(matrix.normal_(std=in_features**-0.5))
-        self.mm_soft_emb_norm = GemmaRMSNorm(in_features, eps, device=device, dtype=dtype)
+        self.mm_soft_emb_norm = RMSNorm(
+            in_features, eps, unit_offset=True, device=device, dtype=dtype
+        )
         self.stride = stride
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:

@@ -1,8 +1,8 @@
-"""The parameters of a method that is overridden, by the names that the override has for them.
+"""Match the parameters of an overriding method with those of the overridden method, by name.
 
-Releases of transformers rename parameters, reorder them and take some away. An override declares by
-its own signature which parameters it knows. It is called by those names, and it calls the base's
-method by the names that the base has.
+Releases of transformers rename, reorder and remove parameters. An override declares the parameters
+that it knows in its own signature. It is called by these names, and it calls the base's method by
+the names that the base has.
 """
 
 from __future__ import annotations
@@ -11,95 +11,98 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-# An override whose ``**`` parameter has this name hands on what it does not know.
+# An override whose ``**`` parameter has this name forwards unknown arguments to the base's method.
 FORWARDED = "forwarded"
-# Other names that releases and models have for a parameter.
-ALSO_CALLED = {
+# Other names that some releases and models have for a parameter of an override.
+ALIASES = {
     "cache": ("past_key_values", "past_key_value"),
-    "x": ("hidden",),  # of Qwen3-Omni's merger
+    "x": ("hidden",),  # Qwen3-Omni's patch merger
 }
 
 
 class ArgumentNames(NamedTuple):
-    """How a call of the base's method becomes a call of its override, and back.
+    """How to translate the arguments of a call from the base's method to its override and back.
 
     Attributes:
-        positional: the override's names for what the base takes by position.
-        of_override: each name that a caller may use to the override's, where they differ.
-        of_base: the override's name to the base's, where they differ.
-        known: names of the base's parameters, as the override has them.
-        needed: those of them without a default.
-        unsaid: the override's defaults of parameters that the base lacks.
+        positional: the override's names of the parameters that the base takes by position.
+        override_names: for each alias that a caller may use, the override's name.
+        base_names: for each of the override's names that the base spells otherwise, the base's.
+        known: the base's parameters, by the override's names.
+        required: those of them without a default.
+        absent_defaults: for each of the override's parameters that the base lacks, its default.
     """
 
     positional: tuple[str, ...]
-    of_override: Mapping[str, str]
-    of_base: Mapping[str, str]
+    override_names: Mapping[str, str]
+    base_names: Mapping[str, str]
     known: frozenset[str]
-    needed: tuple[str, ...]
-    unsaid: Mapping[str, Any]
+    required: tuple[str, ...]
+    absent_defaults: Mapping[str, Any]
 
-    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """The arguments of a call by the override's names; None if the base would refuse them."""
+    def to_override(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The arguments of a call by the override's names; None if the base would reject them."""
         if len(args) > len(self.positional):
             return None
-        given = dict(zip(self.positional, args, strict=False))
+        arguments = dict(zip(self.positional, args, strict=False))
         for name, value in kwargs.items():
-            name = self.of_override.get(name, name)
-            if name in given:
+            name = self.override_names.get(name, name)
+            if name in arguments:
                 return None
-            given[name] = value
-        for name in self.needed:  # Dynamo of torch 2.11 compares no sets
-            if name not in given:
+            arguments[name] = value
+        for name in self.required:  # Dynamo of torch 2.11 cannot compare sets
+            if name not in arguments:
                 return None
-        return given
+        return arguments
 
-    def back(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Arguments by the names of the base, without those that nobody gave."""
+    def to_base(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by the base's names, without those that the base lacks and nobody passed."""
         return {
-            self.of_base.get(name, name): value
-            for name, value in given.items()
-            if name not in self.unsaid or value is not self.unsaid[name]
+            self.base_names.get(name, name): value
+            for name, value in arguments.items()
+            if name not in self.absent_defaults or value is not self.absent_defaults[name]
         }
 
 
 def match_arguments(
     base: Callable[..., Any], override: Callable[..., Any]
 ) -> ArgumentNames | str | None:
-    """How the parameters of two methods belong together.
+    """Match the parameters of two methods.
 
     Returns:
-        The names; a reason why the base has other parameters than were read; or None for an
-        override that takes whatever its base takes, as ``*args, **kwargs``.
+        The names; a reason why the base has other parameters than the override expects; or None for
+        an override with ``*args``, which takes whatever the base takes.
     """
     declared = _parameters(override)
     if any(p.kind is p.VAR_POSITIONAL for p in declared.values()):
         return None
-    hands_on = FORWARDED in declared
-    also = {other: name for name in declared for other in ALSO_CALLED.get(name, ())}
-    positional, of_base, known, needed = [], {}, set(), []
+    forwards_unknown = FORWARDED in declared
+    aliases = {other: name for name in declared for other in ALIASES.get(name, ())}
+    positional, base_names, known, required = [], {}, set(), []
     for name, parameter in _parameters(base).items():
         if parameter.kind is parameter.VAR_KEYWORD:
             continue
-        own = also.get(name, name)
-        if parameter.kind is parameter.VAR_POSITIONAL or (own not in declared and not hands_on):
+        own = aliases.get(name, name)
+        variadic = parameter.kind is parameter.VAR_POSITIONAL
+        if variadic or (own not in declared and not forwards_unknown):
             return f"{base.__qualname__} takes {name}, which was not read"
         if parameter.kind is not parameter.KEYWORD_ONLY:
             positional.append(own)
         known.add(own)
         if parameter.default is parameter.empty:
-            needed.append(own)
+            required.append(own)
         if own != name:
-            of_base[own] = name
+            base_names[own] = name
     for name, parameter in declared.items():
         if parameter.kind is parameter.VAR_KEYWORD or parameter.default is not parameter.empty:
             continue
         if name not in known:
             return f"{base.__qualname__} does not take {name}"
-    unsaid = {name: p.default for name, p in declared.items() if name not in known}
-    return ArgumentNames(tuple(positional), also, of_base, frozenset(known), tuple(needed), unsaid)
+    absent = {name: p.default for name, p in declared.items() if name not in known}
+    return ArgumentNames(
+        tuple(positional), aliases, base_names, frozenset(known), tuple(required), absent
+    )
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Those of a method, without ``self``."""
+    """The parameters of a method, without ``self``."""
     return dict(list(inspect.signature(function).parameters.items())[1:])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from vlm_fast.patching.class_swap import PatchedModule
+from vlm_fast.patching.patched_module import PatchedModule
 
 
 def connectors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vlm_fast import ops
 from vlm_fast.ops.anyres_plan import Plan
 from vlm_fast.patching import patched_modules
-from vlm_fast.patching.class_swap import PatchedModule, swap_back
+from vlm_fast.patching.class_swap import swap_back
 from vlm_fast.patching.media_masks import ProvidesMediaMask
 from vlm_fast.patching.models import anyres, image_token_merge
+from vlm_fast.patching.patched_module import PatchedModule
 from vlm_fast.verification import tolerance
 from vlm_fast.verification.model_runs import Run, is_float, judge_outputs, moved, run, seeded
 from vlm_fast.verification.tolerance import Verdict, judge_all
@@ -176,18 +177,32 @@ def _observed(
         module.register_forward_pre_hook(_keep(seen, name), with_kwargs=True)
         for name, module in connectors.items()
     ]
-    observer = lambda *tensors: merges.append(_detached(tensors))  # noqa: E731
-    pack_observer = lambda *arguments: packs.append(_detached(arguments))  # noqa: E731
-    image_token_merge.OBSERVERS.append(observer)
-    anyres.OBSERVERS.append(pack_observer)
     try:
-        run(model, inputs)
+        with (
+            _recorded_calls(image_token_merge, "merge_image_tokens", merges),
+            _recorded_calls(anyres, "pack_tiles", packs),
+        ):
+            run(model, inputs)
     finally:
-        image_token_merge.OBSERVERS.remove(observer)
-        anyres.OBSERVERS.remove(pack_observer)
         for hook in hooks:
             hook.remove()
     return seen, merges, packs
+
+
+@contextlib.contextmanager
+def _recorded_calls(module: Any, name: str, calls: list[Any]) -> Iterator[None]:
+    """Inside this context the arguments of each call of a module's function are recorded."""
+    function = getattr(module, name)
+
+    def recording(*arguments: Any) -> Any:
+        calls.append(_detached(arguments))
+        return function(*arguments)
+
+    setattr(module, name, recording)
+    try:
+        yield
+    finally:
+        setattr(module, name, function)
 
 
 def _verify_module(
@@ -269,7 +284,7 @@ def _verify_pack(features: Tensor, newline: Tensor | None, plan: Plan) -> list[V
         return tolerance.check(op, (features, newline, *plan.tables), {}, fast=op)
 
 
-def _verify_merge(embeds: Tensor, mask: Tensor, features: Tensor) -> list[Verdict]:
+def _verify_merge(embeds: Tensor, features: Tensor, mask: Tensor) -> list[Verdict]:
     # Rows are copied, so nothing less than equality is expected: native and exact are one.
     theirs = lambda e, f: e.masked_scatter(mask.unsqueeze(-1), f)  # noqa: E731
     ours = lambda e, f: ops.merge_image_tokens(e, f, mask)  # noqa: E731

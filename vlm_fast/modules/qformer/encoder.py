@@ -10,13 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlm_fast.fallback import record_fallback
-from vlm_fast.modules.parameter_access.linear import why_call_does_more
-from vlm_fast.modules.parameter_access.module_tree import (
-    TreeSnapshot,
+from vlm_fast.modules.parameter_access.module_calls import (
     only_output_hooks,
-    why_not_direct_tree,
     unwrap_checkpoint,
+    why_call_does_more,
 )
+from vlm_fast.modules.parameter_access.module_tree import TreeSnapshot, why_not_direct_tree
 from vlm_fast.modules.qformer.layer import CALLED, KeysValues, LayerInputs, qformer_layer
 from vlm_fast.modules.qformer.shared_inputs import (
     OP,

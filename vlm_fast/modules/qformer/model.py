@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from vlm_fast.modules.parameter_access.activation import activation_module
-from vlm_fast.modules.parameter_access.module_tree import (
-    why_not_direct_tree,
-    unwrap_checkpoint,
-)
+from vlm_fast.modules.parameter_access.module_calls import unwrap_checkpoint
+from vlm_fast.modules.parameter_access.module_tree import why_not_direct_tree
 from vlm_fast.modules.qformer.encoder import (
     QFormerEncoder,
     QFormerLayer,

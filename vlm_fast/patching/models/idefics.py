@@ -22,7 +22,7 @@ from vlm_fast.modules.parameter_access.module_tree import (
     why_tree_dtypes_differ,
 )
 from vlm_fast.ops.argument_errors import wrong_value
-from vlm_fast.patching.class_swap import is_class, why_no_extra_arguments_for
+from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.image_kv_cache import ImageKeyValueCache
 from vlm_fast.patching.media_masks import (
     MediaMask,
@@ -30,6 +30,7 @@ from vlm_fast.patching.media_masks import (
     ReadsMediaMask,
     why_not_media_mask,
 )
+from vlm_fast.patching.patched_module import why_no_extra_arguments_for
 
 
 class FusedIdeficsModel(ProvidesMediaMask):

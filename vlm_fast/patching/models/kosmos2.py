@@ -17,7 +17,8 @@ from vlm_fast.modules.parameter_access.module_tree import (
     why_not_direct_tree,
     why_tree_dtypes_differ,
 )
-from vlm_fast.patching.class_swap import PatchedModule, is_class
+from vlm_fast.patching.class_swap import is_class
+from vlm_fast.patching.patched_module import PatchedModule
 
 
 class FusedKosmosProjection(PatchedModule):

@@ -18,20 +18,21 @@ from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.gated_residual import gated_residuals, rms_norm, why_not_gated_mlp
 from vlm_fast.modules.parameter_access.activation import activation_name
 from vlm_fast.modules.parameter_access.attention_settings import attention_scale
+from vlm_fast.modules.parameter_access.module_calls import collects_attentions
 from vlm_fast.modules.parameter_access.module_tree import (
-    collects_attentions,
     why_not_direct_tree,
     why_tree_dtypes_differ,
 )
 from vlm_fast.modules.parameter_access.original_code import names_used_by
 from vlm_fast.ops.argument_errors import wrong_value
-from vlm_fast.patching.class_swap import is_class, why_no_extra_arguments_for
+from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.media_masks import (
     MediaMask,
     ProvidesMediaMask,
     ReadsMediaMask,
     why_not_media_mask,
 )
+from vlm_fast.patching.patched_module import why_no_extra_arguments_for
 
 ATTENTIONS = "attention maps were asked for, which no kernel forms"
 

@@ -1,4 +1,4 @@
-"""Modules that are chains and hold linear, activation, linear: see `modules.chain`."""
+"""Patch of MLP projectors: modules that call linear, activation and linear in a row (LLaVA)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from torch import Tensor, nn
 from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.fused_sequence import run_steps, why_not_steps
 from vlm_fast.modules.parameter_access.chain import Chain, find_chain
-from vlm_fast.patching.class_swap import PatchedModule
+from vlm_fast.patching.patched_module import PatchedModule
 
 
 class FusedMLP(PatchedModule):
-    """The forward of such a module through `vlm_fast.ops.mlp` and `vlm_fast.ops.act_linear`.
+    """Replaces the forward of a module that is a `Chain` with linear, activation, linear in a row.
 
-    The class says in which order children are called. They are looked up at each call.
+    Examples are LLaVA's projector and an nn.Sequential. Runs `vlm_fast.ops.mlp` and
+    `vlm_fast.ops.act_linear`. Children are looked up at each call.
     """
 
     same_call_signature = True
-    handles_children = False  # a child may be a chain of its own
-    mirrored_methods: ClassVar[
-        tuple[str, ...]
-    ] = ()  # its forward was traced, or calls what it holds
+    handles_children = False  # a child may be a chain itself
+    mirrored_methods: ClassVar[tuple[str, ...]] = ()  # its forward was traced
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         chain: Chain = self.patch_spec.settings
@@ -46,6 +45,11 @@ class FusedMLP(PatchedModule):
         return chain.why_changed(module) or why_not_steps(chain.steps(module), chain.saved)
 
 
-def recognise(module: nn.Module, *, saved: str, left: bool, **options: Any) -> Chain | str | None:
-    """A recipe, a reason against, or None for no chain; ``left``: whether chains are left alone."""
-    return None if left else find_chain(module, saved)
+def recognise(
+    module: nn.Module, *, saved: str, skip_chains: bool, **options: Any
+) -> Chain | str | None:
+    """The chain of a module, the reason why it is none, or None for another module.
+
+    ``skip_chains``: return None, because the module belongs to a tower or to a patched module.
+    """
+    return None if skip_chains else find_chain(module, saved)

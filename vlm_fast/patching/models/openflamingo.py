@@ -11,7 +11,7 @@ from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.gated_cross_attention import OP, MediaKeyValues, gated_block, why_not_fused
 from vlm_fast.modules.parameter_access.activation import activation_name
 from vlm_fast.ops.argument_errors import wrong_value
-from vlm_fast.patching.class_swap import PatchedModule
+from vlm_fast.patching.patched_module import PatchedModule
 
 
 class FusedGatedBlock(PatchedModule):

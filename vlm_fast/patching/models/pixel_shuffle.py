@@ -10,7 +10,8 @@ from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.parameter_access.norm import shuffle_and_norm, why_not_direct_norm
 from vlm_fast.modules.token_grid import side_of_square
-from vlm_fast.patching.class_swap import PatchedModule, is_class
+from vlm_fast.patching.class_swap import is_class
+from vlm_fast.patching.patched_module import PatchedModule
 
 CONNECTORS = {
     "idefics3": "Idefics3Connector",

@@ -11,15 +11,19 @@ from torch import Tensor, nn
 from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.parameter_access.chain import Chain, find_chain
-from vlm_fast.modules.parameter_access.linear import why_call_does_more, why_not_direct
-from vlm_fast.modules.parameter_access.module_tree import why_no_extra_arguments
+from vlm_fast.modules.parameter_access.linear import why_not_direct
+from vlm_fast.modules.parameter_access.module_calls import (
+    why_call_does_more,
+    why_no_extra_arguments,
+)
 from vlm_fast.modules.parameter_access.norm import why_not_direct_norm
 from vlm_fast.modules.pooled_projector import pooled_mlp, pooled_norm, times_matrix
 from vlm_fast.modules.token_grid import side_of_square
-from vlm_fast.patching.class_swap import PatchedModule, is_class
+from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.models import anyres
 from vlm_fast.patching.models.anyres import FusedAnyResMerge
 from vlm_fast.patching.models.mlp import FusedMLP
+from vlm_fast.patching.patched_module import PatchedModule
 from vlm_fast.patching.placeholder_masks import MaskSpec
 
 WINDOWS: dict[type[nn.Module], str] = {nn.AvgPool2d: "avg", nn.MaxPool2d: "max"}

@@ -20,13 +20,15 @@ from vlm_fast.modules.parameter_access.attention_settings import (
     active_attention_dropout,
     attention_scale,
 )
-from vlm_fast.modules.parameter_access.module_tree import (
+from vlm_fast.modules.parameter_access.module_calls import (
     collects_attentions,
     collects_hidden_states,
+    unwrap_checkpoint,
+)
+from vlm_fast.modules.parameter_access.module_tree import (
     tree_parameters,
     why_not_direct_tree,
     why_tree_dtypes_differ,
-    unwrap_checkpoint,
 )
 from vlm_fast.modules.parameter_access.original_code import names_used_by
 from vlm_fast.modules.qformer.layer import LayerInputs, qformer_layer
@@ -37,7 +39,7 @@ from vlm_fast.modules.qformer.shared_inputs import (
     images_of_layers,
     self_attention_masks,
 )
-from vlm_fast.patching.class_swap import PatchedModule, why_no_extra_arguments_for
+from vlm_fast.patching.patched_module import PatchedModule, why_no_extra_arguments_for
 
 ATTENTIONS = "attention maps were asked for, which no kernel forms"
 
