@@ -33,7 +33,7 @@ from vlm_fast.patching.models import patch_merger, pixel_shuffle
 # Classes that are told by their names, wherever they are defined.
 NAMED = (
     *norm.LLAMA_RMS_NORMS, *norm.GEMMA_RMS_NORMS, *patch_merger.MERGERS.values(),
-    *patch_merger.UNFOLDING.values(), *patch_merger.UNFOLDERS.values(),
+    *patch_merger.UNFOLDING_PROJECTORS.values(), *patch_merger.UNFOLDING_MERGERS.values(),
     *pixel_shuffle.GATED.values(),
 )  # fmt: skip
 

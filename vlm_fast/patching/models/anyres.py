@@ -178,11 +178,9 @@ def recognise_packing(module: nn.Module) -> tuple[()] | str | None:
 
     A reason if its packing is unknown.
     """
-    return (
-        why_not_packed(module) or ()
-        if is_anyres_model(module) and recognise(module) is None
-        else None
-    )
+    if not is_anyres_model(module) or recognise(module) is not None:
+        return None
+    return why_not_packed(module) or ()
 
 
 def is_anyres_model(module: nn.Module) -> bool:

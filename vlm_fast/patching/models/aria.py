@@ -1,9 +1,8 @@
-"""Aria's projector: learned queries that attend to patches, without a matrix of scores.
+"""Patch of Aria's projector: learned queries attend to patches without a matrix of scores.
 
-transformers calls ``nn.MultiheadAttention`` asking for weights that it then drops: the scores of
-all heads are formed, normalised and averaged for nothing. Its projections follow those of the
-projector itself; where many patches are read without gradients, the two of keys, and of values,
-are composed into one for the call.
+transformers calls ``nn.MultiheadAttention`` with ``need_weights=True`` and drops the weights: the
+scores of all heads are formed, normalized and averaged for nothing. Keys pass two projections in a
+row, and so do values. For many patches and without gradients the two weights are multiplied first.
 """
 
 from __future__ import annotations
@@ -28,7 +27,10 @@ from vlm_fast.patching.patched_module import PatchedModule
 
 
 class FusedAriaProjector(PatchedModule):
-    """The projector; a query whose patches are all hidden gives zeros before the bias, not NaN."""
+    """Replaces the forward of AriaProjector.
+
+    If all patches are masked, attention gives zeros (before the bias of its output), not NaN.
+    """
 
     same_call_signature = True
 
@@ -90,10 +92,10 @@ class FusedAriaProjector(PatchedModule):
 
 
 def _projected(normed: Tensor, linear: Any, weight: Tensor, bias: Tensor) -> Tensor:
-    """``weight (linear normed) + bias``.
+    """``F.linear(linear(normed), weight, bias)``.
 
-    One product of many rows with composed weights takes the place of two. To compose them takes as
-    long as a product of as many rows as the weights have.
+    For many rows the two weights are multiplied first, so that the rows are multiplied only once.
+    Multiplying the weights costs as much as multiplying as many rows as ``weight`` has.
     """
     rows = normed.numel() // max(normed.shape[-1], 1)
     if torch.is_grad_enabled() or linear.bias is not None or rows < 2 * weight.shape[0]:
@@ -110,7 +112,7 @@ def _check(mask: Tensor, x: Tensor) -> None:
 
 
 def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """A recipe, a reason against, or None for another class."""
+    """Empty settings, a reason not to patch, or None for another class."""
     if not is_class(module, "aria", "AriaProjector"):
         return None
     projector: Any = module

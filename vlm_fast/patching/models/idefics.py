@@ -1,8 +1,8 @@
-"""IDEFICS: gated cross-attention layers, with keys and values of images kept for a generation.
+"""Patch of IDEFICS: gated cross-attention layers, and a cache of image keys for generation.
 
-The model's own ``forward`` runs with a mask of one token, from which it makes that of text by image
-tokens; the layers get a set of images for each token instead. transformers projects all images anew
-for every generated token in every layer; here that is kept beside the cache of the generation.
+The model's own ``forward`` runs with the image mask of a single token, so that its dense mask stays
+small. The layers get a `MediaMask` instead. transformers projects all images again for every
+generated token in every layer; here their keys and values are cached (`image_kv_cache`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vlm_fast.patching.patched_module import why_no_extra_arguments_for
 
 
 class FusedIdeficsModel(ProvidesMediaMask):
-    """A model that tells its gated layers the images each token sees."""
+    """Replaces the forward of IdeficsModel: passes its gated layers a `MediaMask`."""
 
     gated_cross_attn_layers: Any
 
@@ -71,7 +71,10 @@ class FusedIdeficsModel(ProvidesMediaMask):
 
 
 class FusedIdeficsLayer(ReadsMediaMask):
-    """One gated cross-attention layer; ``media_mask`` comes from `FusedIdeficsModel`."""
+    """Replaces the forward of IdeficsGatedCrossAttentionLayer.
+
+    ``media_mask`` and ``image_kv_cache`` come from `FusedIdeficsModel`.
+    """
 
     cross_attn: Any
     mlp: Any
@@ -142,23 +145,23 @@ class FusedIdeficsLayer(ReadsMediaMask):
         )  # fmt: skip
         if "output_attentions" not in self.argument_names["forward"].known:
             return x
-        return (x, None) if use_cache else (x,)  # it has no keys and values of its own to give
+        return (x, None) if use_cache else (x,)  # it has no text keys and values to cache
 
     def _attend(
         self, q: Tensor, images: Tensor, mask: Tensor | None, gate: Tensor,
         sets: MediaMask | None, image_kv_cache: ImageKeyValueCache | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """What is seen of the images, and which rows to keep of it (None: all)."""
+        """The attention output, and the tokens for which it is added (None: all)."""
         attn = self.cross_attn
         if image_kv_cache is None:
             k, v = self._key_values(images)
         else:
             k, v = image_kv_cache.get_or_project(self, images, self._key_values)
         norm = attn.q_layer_norm if attn.qk_layer_norms else None
-        if sets is None:  # a layer on its own, given a mask of text by image tokens
+        if sets is None:  # called without the model, with a dense mask
             q = q if norm is None else rms_norm(q, norm)
             return ops.cross_attention(q, k, v, bias=mask, scale=attention_scale(attn)), gate != 0
-        # A token that sees no image gets zeros already.
+        # The op gives zeros for a token without images.
         return ops.media_cross_attention(
             q, k, v, sets.bits, None if norm is None else norm.weight,
             attend="listed", tokens_per_media=k.shape[2] // sets.media,
@@ -178,7 +181,7 @@ class FusedIdeficsLayer(ReadsMediaMask):
     def why_not(self) -> str | None:
         if self.training and (self.cross_attn.dropout > 0 or self.config > 0):
             return "it has dropout"
-        # Cross-attention rotates nothing.
+        # Cross-attention has no rotary embedding.
         reason = why_not_direct_tree(self, biases=False, unread="rotary_emb")  # type: ignore[arg-type]
         return reason or why_not_gated_mlp(self)
 
@@ -194,17 +197,17 @@ def _check(sets: MediaMask, x: Tensor, images: Tensor, mask: Tensor | None) -> N
 
 
 def recognise_model(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """A recipe, a reason against, or None for another class."""
+    """Empty settings, a reason not to patch, or None for another class."""
     if not is_class(module, "idefics", "IdeficsModel"):
         return None
     parameters = inspect.signature(type(module).forward).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return "its forward hands its layers nothing that it does not know itself"
+        return "its forward does not pass unknown arguments to its layers"
     return ()
 
 
 def recognise_layer(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """The same for a gated cross-attention layer."""
+    """Empty settings for a gated cross-attention layer, a reason not to patch, or None."""
     if not is_class(module, "idefics", "IdeficsGatedCrossAttentionLayer"):
         return None
     layer: Any = module

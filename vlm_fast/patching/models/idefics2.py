@@ -1,4 +1,4 @@
-"""Idefics2: the resampler with grouped heads and masked patches, and its gated MLPs."""
+"""Patch of Idefics2: the Perceiver resampler with grouped-query attention, and its gated MLPs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from vlm_fast.patching.patched_module import PatchedModule
 
 
 class FusedGatedMLP(PatchedModule):
-    """``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` without keeping what is between."""
+    """Replaces the forward of Idefics2MLP: ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``.
+
+    It keeps fewer tensors for backward than eager PyTorch, see `vlm_fast.ops.gated_mlp`.
+    """
 
     same_call_signature = True
 
@@ -55,7 +58,10 @@ class FusedGatedMLP(PatchedModule):
 
 
 class FusedIdefics2Perceiver(PatchedModule):
-    """The resampler, without concatenations and without a copy of keys for each query head."""
+    """Replaces the forward of Idefics2PerceiverResampler.
+
+    Keys of the context and of the latents are not concatenated, nor repeated for each query head.
+    """
 
     same_call_signature = True
 
@@ -90,7 +96,7 @@ class FusedIdefics2Perceiver(PatchedModule):
             raise wrong_value("patch(Idefics2)", "attention_mask", attention_mask, wanted)
         seen: Tensor | None = attention_mask != 0
         if seen is not None and seen.is_cpu and not torch.compiler.is_compiling() and seen.all():
-            seen = None  # nothing is hidden; on a GPU that would be asked of the device
+            seen = None  # nothing is masked; on a GPU the host would wait for this answer
         layers = [_layer(layer) for layer in self.layers]
         return self.norm(resample(context, self.latents, layers, seen))
 
@@ -112,7 +118,7 @@ def _layer(layer: Any) -> Layer:
 
 
 def recognise_mlp(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """A recipe, a reason against, or None for another class."""
+    """Empty settings, a reason not to patch, or None for another class."""
     if not is_class(module, "idefics2", "Idefics2MLP"):
         return None
     mlp: Any = module
@@ -122,7 +128,7 @@ def recognise_mlp(module: nn.Module, **options: Any) -> tuple[()] | str | None:
 
 
 def recognise_resampler(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """The same for the resampler."""
+    """Empty settings for Idefics2PerceiverResampler, or None for another class."""
     if not is_class(module, "idefics2", "Idefics2PerceiverResampler"):
         return None
     resampler: Any = module

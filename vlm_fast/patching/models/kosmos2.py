@@ -1,7 +1,7 @@
-"""Kosmos-2's and Kosmos-2.5's resampler: latents that attend to the image and to themselves.
+"""Patch of Kosmos-2's and Kosmos-2.5's resampler: latents attend to the image and to themselves.
 
-Under transformers' default attention that of Kosmos-2 is causal and crops its keys to the number of
-latents, by mistake; its eager attention is right, and is what this gives.
+In transformers, Kosmos-2's resampler under SDPA is causal and crops the keys to the number of
+latents, which is a mistake. Eager attention is right; the patch computes the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from vlm_fast.patching.patched_module import PatchedModule
 
 
 class FusedKosmosProjection(PatchedModule):
-    """The projection and its one attention, without a concatenation; no attention maps."""
+    """Replaces the forward of Kosmos2ImageToTextProjection and Kosmos2_5ImageToTextProjection.
+
+    Keys of the image and of the latents are not concatenated. No attention maps are returned.
+    """
 
     same_call_signature = True
 
@@ -49,7 +52,7 @@ class FusedKosmosProjection(PatchedModule):
             return x.expand(image.shape[0], -1, -1, -1)
 
         def keys(x: Tensor) -> Tensor:
-            # Their bias moves all scores of a query alike: of no effect, and of gradient 0.
+            # The bias of keys adds the same to all scores of a query: no effect, gradient 0.
             return heads(F.linear(x, attn.k_proj.weight, attn.k_proj.bias * 0))
 
         attended = ops.cross_attention(
@@ -59,7 +62,7 @@ class FusedKosmosProjection(PatchedModule):
         return attn.out_proj(attended.transpose(1, 2).flatten(2)), None
 
     def unpatched_copy(self) -> nn.Module:
-        """A copy that computes what this mirrors, eager attention, without its maps."""
+        """A copy with the original class, eager attention, and None instead of attention maps."""
         plain: Any = super().unpatched_copy()
         if self.why_not() is None:
             plain.x_attn.config._attn_implementation = "eager"
@@ -78,7 +81,7 @@ class FusedKosmosProjection(PatchedModule):
 
 
 def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """A recipe, a reason against, or None for another class."""
+    """Empty settings, a reason not to patch, or None for another class."""
     known = is_class(module, "kosmos2", "Kosmos2ImageToTextProjection") or is_class(
         module, "kosmos2_5", "Kosmos2_5ImageToTextProjection"
     )

@@ -1,9 +1,9 @@
-"""Llama 3.2 Vision: cross-attention layers over image tiles, and the mask prepared for them.
+"""Patch of Llama 3.2 Vision: cross-attention layers over image tiles, and their mask.
 
-The model's own ``forward`` runs, without its mask of text by image tokens, which it would make anew
-for the whole context at every generated token; the layers get a set of tiles for each new token. A
-layer with a child that is not plain (LoRA, quantisation, hooks) runs its own forward, with the mask
-it expects.
+The model's own ``forward`` runs without its image mask, from which it would make a dense mask of
+the whole context for every generated token. The layers get a `MediaMask` of the new tokens instead. A
+layer whose children must be called (LoRA, quantization, hooks) runs its original forward, with the
+dense mask that it expects.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ATTENTIONS = "attention maps were asked for, which no kernel forms"
 
 
 class FusedMllamaModel(ProvidesMediaMask):
-    """A model that tells its cross-attention layers the tiles each token sees."""
+    """Replaces the forward of MllamaModel: passes its cross-attention layers a `MediaMask`."""
 
     language_model: Any
 
@@ -55,7 +55,7 @@ class FusedMllamaModel(ProvidesMediaMask):
         mask, options = cross_attention_mask, forwarded
         text = inputs_embeds if input_ids is None else input_ids
         if mask is not None and text is not None and self.why_not_media_mask(mask) is None:
-            mask = _of_tokens(mask, text, cache, cache_position)
+            mask = _mask_of_new_tokens(mask, text, cache, cache_position)
             sets = MediaMask.from_bool(mask.flatten(2) == 1, text.shape[:2])
             mask, options = None, options | dict(media_mask=tuple(sets))
         return self.call_base(
@@ -72,12 +72,12 @@ class FusedMllamaModel(ProvidesMediaMask):
         return why_not_media_mask(mask, 4)
 
 
-def _of_tokens(mask: Tensor, text: Tensor, cache: Any, cache_position: Any) -> Tensor:
-    """The rows of a mask that are those of the tokens of this call."""
+def _mask_of_new_tokens(mask: Tensor, text: Tensor, cache: Any, cache_position: Any) -> Tensor:
+    """The part of a mask ``(batch, length, images, tiles)`` for the tokens of this call."""
     if cache_position is not None:
         return mask[:, cache_position]
     tokens = text.shape[1]
-    if mask.shape[1] == tokens:  # so `generate` hands it on from transformers 5.18
+    if mask.shape[1] == tokens:  # `generate` does so since transformers 5.18
         return mask
     first = cache.get_seq_length() if cache is not None else 0
     if not isinstance(first, int):
@@ -91,7 +91,10 @@ def _of_tokens(mask: Tensor, text: Tensor, cache: Any, cache_position: Any) -> T
 
 
 class FusedMllamaLayer(ReadsMediaMask):
-    """One gated cross-attention layer; ``media_mask`` comes from `FusedMllamaModel`."""
+    """Replaces the forward of MllamaCrossAttentionDecoderLayer.
+
+    ``media_mask`` comes from `FusedMllamaModel`. The settings say in which form keys are cached.
+    """
 
     cross_attn: Any
     mlp: Any
@@ -137,7 +140,7 @@ class FusedMllamaLayer(ReadsMediaMask):
         if reason is not None:
             record_fallback(type(self).__name__, reason)
             if sets is not None:
-                mask, rows = _as_prepared(sets, self._keys(x, states, cache), x.dtype)
+                mask, rows = _dense_masks(sets, self._keys(x, states, cache), x.dtype)
             return self.call_base(
                 "forward", hidden_states=x, cross_attention_states=states,
                 cross_attention_mask=mask, attention_mask=attention_mask,
@@ -148,7 +151,7 @@ class FusedMllamaLayer(ReadsMediaMask):
             )  # fmt: skip
         attn = self.cross_attn
         q = attn.q_proj(rms_norm(x, self.input_layernorm)).unflatten(2, (attn.num_heads, -1))
-        # After q, as in the layer itself: its backward takes most, before q has gradients.
+        # After q, as in the original: its backward needs most memory and must run first.
         k, v = self._key_values(x, states, cache, cache_position)
         attended, row_mask = self._attend(q.transpose(1, 2), k, v, sets, mask, rows)
         attended = attn.o_proj(attended.transpose(1, 2).flatten(2))
@@ -164,19 +167,19 @@ class FusedMllamaLayer(ReadsMediaMask):
         self, q: Tensor, k: Tensor, v: Tensor, sets: MediaMask | None, mask: Tensor | None,
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """What is seen of the images, and which rows the MLP is added to, or how much of it.
+        """The attention output, and for which tokens the MLP is added.
 
-        Rows are bool, or the numbers that somebody gave; None stands for all.
+        The latter is bool, or the factors that the caller gave, or None for all tokens.
         """
         attn = self.cross_attn
-        if mask is not None and sets is None:  # of text by image tokens, from who made one
+        if mask is not None and sets is None:  # a dense mask from the caller
             q = rms_norm(q, attn.q_norm)
             attended = ops.cross_attention(
                 q, k, v, bias=mask[..., : k.shape[2]], scale=attention_scale(attn)
             )
             return attended, None if rows is None else rows[:, 0, :, 0]
         row_mask = None if sets is None else sets.bits != 0
-        if sets is None:  # one token, which sees all
+        if sets is None:  # a single token, which attends to all tiles
             sets = MediaMask(q.new_zeros((q.shape[0], q.shape[2])).long(), 1)
         if k.shape[2] % sets.media:
             wanted = f"a multiple of the {sets.media} tiles of cross_attention_mask"
@@ -191,7 +194,7 @@ class FusedMllamaLayer(ReadsMediaMask):
     def _key_values(
         self, hidden: Tensor, states: Tensor | None, cache: Any, cache_position: Any
     ) -> tuple[Tensor, Tensor]:
-        """``(batch, kv_heads, image tokens, d)``, from the states or the cache."""
+        """Keys and values ``(batch, kv_heads, image tokens, d)``, projected or from the cache."""
         attn, (cached,) = self.cross_attn, self.patch_spec.settings
         if states is None:
             if cache is None or cache.get_seq_length(attn.layer_idx) == 0:
@@ -199,7 +202,7 @@ class FusedMllamaLayer(ReadsMediaMask):
                     "vlm_fast.patch(Mllama): cross_attention_states is None and the cache has no "
                     "keys of images, expected one of them"
                 )
-            k, v = _of_layer(cache, attn.layer_idx)
+            k, v = _cached_key_values(cache, attn.layer_idx)
             return (rms_norm(k, attn.k_norm) if cached == "before the norm" else k), v
         k, v = (
             linear(states).reshape(hidden.shape[0], -1, attn.num_key_value_heads, attn.head_dim)
@@ -218,7 +221,7 @@ class FusedMllamaLayer(ReadsMediaMask):
         return (rms_norm(k, attn.k_norm) if cached == "before the norm" else k), v
 
     def _keys(self, hidden: Tensor, states: Tensor | None, cache: Any) -> int:
-        """How many image tokens there are, cached and new."""
+        """The number of image tokens, cached and new."""
         cached = 0 if cache is None else cache.get_seq_length(self.cross_attn.layer_idx)
         new = 0 if states is None else states.shape[:-1].numel() // hidden.shape[0]
         return int(cached) + new
@@ -230,32 +233,32 @@ class FusedMllamaLayer(ReadsMediaMask):
         return reason or why_not_gated_mlp(self)
 
 
-def _of_layer(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
-    """Keys and values in a cache of transformers, before and since 4.54."""
+def _cached_key_values(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer in a cache of transformers, before and since 4.54."""
     layers = getattr(cache, "layers", None)
     if layers is None:
         return cache.key_cache[layer], cache.value_cache[layer]
     return layers[layer].keys, layers[layer].values
 
 
-def _as_prepared(sets: MediaMask, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The masks as the model would have prepared them; a token without tiles sees all."""
+def _dense_masks(sets: MediaMask, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The two dense masks that the original model makes; a token without tiles attends to all."""
     some = (sets.bits != 0)[:, None, :, None]
     return sets.dense_mask(keys, dtype) * some, some.to(dtype)
 
 
 def recognise_model(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """A recipe, a reason against, or None for another class."""
+    """Empty settings, a reason not to patch, or None for another class."""
     if not is_class(module, "mllama", "MllamaModel"):
         return None
     model: Any = module
     if "_gradient_checkpointing_func" in names_used_by(type(model.language_model).forward):
-        return "its text model hands layers that are checkpointed only what it knows itself"
+        return "its text model does not pass unknown arguments to checkpointed layers"
     return ()
 
 
 def recognise_layer(module: nn.Module, **options: Any) -> tuple[str] | str | None:
-    """The same for a cross-attention layer; what of its keys is cached."""
+    """In which form a cross-attention layer caches its keys, a reason not to patch, or None."""
     if not is_class(module, "mllama", "MllamaCrossAttentionDecoderLayer"):
         return None
     layer: Any = module

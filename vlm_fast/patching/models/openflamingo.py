@@ -1,4 +1,4 @@
-"""OpenFlamingo's gated cross-attention blocks, told by their name and their children."""
+"""Patch of OpenFlamingo's gated cross-attention blocks, recognised by class name and children."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from vlm_fast.patching.patched_module import PatchedModule
 
 
 class FusedGatedBlock(PatchedModule):
-    """A gated cross-attention block without a mask of text by all latents."""
+    """Replaces the forward of OpenFlamingo's GatedCrossAttentionBlock.
+
+    No mask of text tokens by latents is formed.
+    """
 
     same_call_signature = True
 
@@ -41,7 +44,7 @@ class FusedGatedBlock(PatchedModule):
 
 
 def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """A recipe, a reason against, or None for no such block."""
+    """Empty settings, a reason not to patch, or None for another class."""
     block: Any = module
     if type(module).__name__ != "GatedCrossAttentionBlock" or type(module).__module__.startswith(
         "vlm_fast."

@@ -1,4 +1,4 @@
-"""Qwen-VL's patch mergers and those made like them; Mistral 3's, of images of several sizes."""
+"""Patches of patch mergers: Qwen-VL's and similar ones, and Mistral 3's for images of any size."""
 
 from __future__ import annotations
 
@@ -29,22 +29,25 @@ MERGERS = {
     "cohere_compass": "CohereCompassVisionPatchMerger",
     "cosmos3_edge": "Cosmos3EdgePatchMerger",
 }
-UNFOLDING = {
+UNFOLDING_PROJECTORS = {
     "mistral3": "Mistral3MultiModalProjector",
     "lighton_ocr": "LightOnOcrMultiModalProjector",
 }
-UNFOLDERS = {"mistral3": "Mistral3PatchMerger", "lighton_ocr": "LightOnOcrPatchMerger"}
+UNFOLDING_MERGERS = {"mistral3": "Mistral3PatchMerger", "lighton_ocr": "LightOnOcrPatchMerger"}
 
 
 class FusedPatchMerger(PatchedModule):
-    """A merger of patches in consecutive blocks: norm and merge in one pass, then an MLP."""
+    """Replaces the forward of the classes in ``MERGERS``: norm and merge in one pass, then an MLP.
+
+    The patches of each block are consecutive rows. The settings are the ``saved`` of the MLP.
+    """
 
     same_call_signature = True
 
     hidden_size: int
 
     def forward(self, x: Tensor) -> Tensor:
-        reason = self._why_not_called()
+        reason = self._why_parts_called()
         factor = _factor(self.hidden_size, x.shape[-1])
         if reason is None and x.numel() % self.hidden_size:
             reason = "its patches make no whole blocks"
@@ -55,7 +58,8 @@ class FusedPatchMerger(PatchedModule):
         (saved,) = self.patch_spec.settings
         return merge_patches(type(self).__name__, x, self, factor, after, saved=saved)
 
-    def _why_not_called(self) -> str | None:
+    def _why_parts_called(self) -> str | None:
+        """Why the MLP must be called as a module, or None."""
         mlp = getattr(self, "mlp", None)
         if mlp is None:
             return None
@@ -67,17 +71,22 @@ class FusedPatchMerger(PatchedModule):
     def why_not(self) -> str | None:
         norm, linear_1, act, linear_2 = children_of(self)
         normed = why_not_direct_norm(norm, linear_1)
-        return self._why_not_called() or normed or why_not_fused(linear_1, act, linear_2)
+        return self._why_parts_called() or normed or why_not_fused(linear_1, act, linear_2)
 
 
 def _factor(merged_features: int, features: int) -> int | None:
-    # torch.jit.trace makes tensors of sizes, and these have an int() but no round().
+    """The side of a block in patches, or None if blocks are not square."""
+    # Under torch.jit.trace sizes are tensors, which have int() but no round().
     factor = int((merged_features / max(features, 1)) ** 0.5 + 0.5)
     return factor if factor**2 * features == merged_features else None
 
 
 class FusedUnfoldingMerger(PatchedModule):
-    """Norm, merge of all images at once with channels slowest, linear, MLP."""
+    """Replaces the forward of Mistral3MultiModalProjector and LightOnOcrMultiModalProjector.
+
+    Norm and merge of all images, whatever their sizes, are one pass. A merged token holds its
+    patches with the channel as the slowest index, as torch's unfold does.
+    """
 
     same_call_signature = True
 
@@ -91,7 +100,7 @@ class FusedUnfoldingMerger(PatchedModule):
     )
 
     def forward(self, image_features: Tensor, image_sizes: Any) -> Tensor:
-        reason = self._why_not_called()
+        reason = self._why_parts_called()
         merger, x = self.patch_merger, image_features
         sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
         grids = [(int(h) // merger.patch_size, int(w) // merger.patch_size) for h, w in sizes]
@@ -108,9 +117,10 @@ class FusedUnfoldingMerger(PatchedModule):
         x = merger.merging_layer(x)
         return fused_mlp(name, x, self.linear_1, self.act, self.linear_2, *self.patch_spec.settings)
 
-    def _why_not_called(self) -> str | None:
+    def _why_parts_called(self) -> str | None:
+        """Why the patch merger must be called as a module, or None."""
         merger = self.patch_merger
-        if not any(is_class(merger, family, name) for family, name in UNFOLDERS.items()):
+        if not any(is_class(merger, family, name) for family, name in UNFOLDING_MERGERS.items()):
             return f"patch_merger: {type(merger).__name__} is not a class whose code was read"
         reason = why_call_does_more(merger)
         return None if reason is None else f"patch_merger: {reason}"
@@ -118,11 +128,11 @@ class FusedUnfoldingMerger(PatchedModule):
     def why_not(self) -> str | None:
         normed = why_not_direct_norm(self.norm, self.patch_merger.merging_layer)
         fused = why_not_fused(self.linear_1, self.act, self.linear_2)
-        return self._why_not_called() or normed or fused
+        return self._why_parts_called() or normed or fused
 
 
 def recognise(module: nn.Module, *, saved: str, **options: Any) -> tuple[str] | str | None:
-    """How the MLP is saved for backward, a reason against, or None for another class."""
+    """``(saved,)`` of the MLP, a reason not to patch, or None for another class."""
     if not any(is_class(module, family, name) for family, name in MERGERS.items()):
         return None
     if len(children_of(module)) != 4:
@@ -131,6 +141,6 @@ def recognise(module: nn.Module, *, saved: str, **options: Any) -> tuple[str] | 
 
 
 def recognise_unfolding(module: nn.Module, *, saved: str, **options: Any) -> tuple[str] | None:
-    """The same for mergers of images of several sizes."""
-    known = any(is_class(module, family, name) for family, name in UNFOLDING.items())
+    """``(saved,)`` of the MLP for Mistral 3 and LightOnOCR, or None for another class."""
+    known = any(is_class(module, family, name) for family, name in UNFOLDING_PROJECTORS.items())
     return (saved,) if known else None

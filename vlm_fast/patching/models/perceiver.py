@@ -1,4 +1,4 @@
-"""Perceiver resamplers: that of IDEFICS, and OpenFlamingo's, told by its name and children."""
+"""Patches of Perceiver resamplers: IDEFICS' and OpenFlamingo's (by class name and children)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlm_fast.patching.patched_module import PatchedModule
 
 
 class FusedPerceiver(PatchedModule):
-    """OpenFlamingo's resampler without concatenations."""
+    """Replaces the forward of OpenFlamingo's PerceiverResampler, without concatenating keys."""
 
     same_call_signature = True
 
@@ -34,7 +34,7 @@ class FusedPerceiver(PatchedModule):
 
 
 class FusedIdeficsPerceiver(PatchedModule):
-    """IDEFICS' resampler without concatenations."""
+    """Replaces the forward of IdeficsPerceiverResampler, without concatenating keys."""
 
     same_call_signature = True
 
@@ -73,12 +73,12 @@ def _layer_of_idefics(attention: Any, ff: Any) -> Layer:
 
 
 def recognise_idefics(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """A recipe, a reason against, or None for another class."""
+    """Empty settings for IdeficsPerceiverResampler, or None for another class."""
     return () if is_class(module, "idefics", "IdeficsPerceiverResampler") else None
 
 
 def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """The same for OpenFlamingo's."""
+    """Empty settings for OpenFlamingo's class, a reason not to patch, or None for another class."""
     kind, resampler = type(module), module
     if kind.__name__ != "PerceiverResampler" or kind.__module__.startswith("vlm_fast."):
         return None

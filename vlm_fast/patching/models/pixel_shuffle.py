@@ -1,4 +1,4 @@
-"""Pixel shuffles in one copy, or none: Idefics3 and its kin, Aya and Cohere 2, Llama 4."""
+"""Patches of projectors with a pixel shuffle: Idefics3, SmolVLM, Aya, Cohere 2, Llama 4."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ GATED = {
 
 
 def side_of(x: Tensor, factor: int) -> int | None:
-    """The side of the square grid in ``x (batch, tokens, features)``, if the factor divides it."""
+    """The side of the square grid of ``x (batch, tokens, features)``; None if there is none.
+
+    None too if ``factor`` does not divide the side.
+    """
     if x.ndim != 3:
         return None
     side = side_of_square(x.shape[1])
@@ -33,13 +36,13 @@ def side_of(x: Tensor, factor: int) -> int | None:
 
 
 class FusedConnector(PatchedModule):
-    """A connector whose ``pixel_shuffle`` is one copy."""
+    """Replaces ``pixel_shuffle`` of Idefics3's, SmolVLM's and ModernVBert's connector."""
 
     same_call_signature = True
     mirrored_methods: ClassVar[tuple[str, ...]] = ("pixel_shuffle",)
 
     def pixel_shuffle(self, x: Tensor, *args: int, **kwargs: int) -> Tensor:
-        factor = (*args, *kwargs.values(), 2)[0]  # by the name that the class has for it
+        factor = (*args, *kwargs.values(), 2)[0]  # its name differs between classes
         side = side_of(x, factor)
         if side is None:
             record_fallback(type(self).__name__, "its grid is not a square that the factor divides")
@@ -48,7 +51,10 @@ class FusedConnector(PatchedModule):
 
 
 class FusedGatedProjector(PatchedModule):
-    """Shuffle and norm in one pass, or the shuffle alone, then ``linear_2(act(gate) * x)``."""
+    """Replaces the forward of AyaVision's and Cohere2Vision's MultiModalProjector.
+
+    Pixel shuffle and norm (if there is one) are one pass; then ``linear_2(act(gate) * x)``.
+    """
 
     same_call_signature = True
 
@@ -79,7 +85,7 @@ class FusedGatedProjector(PatchedModule):
 
 
 class FusedShuffleMLP(PatchedModule):
-    """Llama 4's adapter: the shuffle is one copy."""
+    """Replaces the forward of Llama4VisionPixelShuffleMLP: the shuffle is one copy."""
 
     same_call_signature = True
 
@@ -96,16 +102,16 @@ class FusedShuffleMLP(PatchedModule):
 
 
 def recognise_connector(module: nn.Module, **options: Any) -> tuple[()] | None:
-    """An empty recipe, or None for another class."""
+    """Empty settings, or None for another class."""
     known = any(is_class(module, family, name) for family, name in CONNECTORS.items())
     return () if known else None
 
 
 def recognise_gated(module: nn.Module, **options: Any) -> tuple[()] | None:
-    """The same for the gated projectors."""
+    """Empty settings for Aya's and Cohere 2's projectors, or None for another class."""
     return () if any(is_class(module, family, name) for family, name in GATED.items()) else None
 
 
 def recognise_llama4(module: nn.Module, **options: Any) -> tuple[()] | None:
-    """The same for Llama 4's adapter."""
+    """Empty settings for Llama 4's adapter, or None for another class."""
     return () if is_class(module, "llama4", "Llama4VisionPixelShuffleMLP") else None

@@ -1,4 +1,4 @@
-"""Grids that are pooled: Gemma 3, PerceptionLM, LLaVA-NeXT-Video and OneVision."""
+"""Patches of projectors that pool a grid: Gemma 3, PerceptionLM, LLaVA-NeXT-Video, OneVision."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ WINDOWS: dict[type[nn.Module], str] = {nn.AvgPool2d: "avg", nn.MaxPool2d: "max"}
 
 
 class FusedPooledNorm(PatchedModule):
-    """Gemma 3's projector, token by token: no copy with channels first, one pass for the norm."""
+    """Replaces the forward of Gemma3MultiModalProjector and T5Gemma2MultiModalProjector.
+
+    Tokens are pooled in rows, without the copies with channels first; the norm is one pass.
+    """
 
     same_call_signature = True
 
@@ -59,9 +62,10 @@ class FusedPooledNorm(PatchedModule):
 
 
 class FusedPooledMLP(PatchedModule):
-    """PerceptionLM's projector, pooled before ``linear_2``: averages commute with it and its bias.
+    """Replaces the forward of PerceptionLMMultiModalProjector: pools before ``linear_2``.
 
-    At a ratio of 2 that linear has a quarter of its rows, and what is pooled is the activation.
+    Means commute with a linear and its bias. At a pooling ratio of 2 ``linear_2`` then multiplies a
+    quarter of the rows.
     """
 
     same_call_signature = True
@@ -86,7 +90,7 @@ class FusedPooledMLP(PatchedModule):
         )  # fmt: skip
 
     def why_not(self) -> str | None:
-        # The pooling is not called, and linear_2 sees fewer rows, which only a linear map allows.
+        # linear_2 gets pooled rows, which is right for a linear map only; pooling is not called.
         known = is_class(self.pooling, "perception_lm", "PerceptionLMAdaptiveAvgPooling")
         if not known and type(self.pooling) is not nn.Identity:
             return f"pooling: {type(self.pooling).__name__} is not a class whose code was read"
@@ -98,7 +102,7 @@ class FusedPooledMLP(PatchedModule):
 
 
 class FusedPooler(PatchedModule):
-    """LLaVA-NeXT-Video's pooling of frames, token by token."""
+    """Replaces the forward of LlavaNextVideoPooler: pools frames in rows, without copies."""
 
     same_call_signature = True
 
@@ -122,7 +126,10 @@ class FusedPooler(PatchedModule):
 
 
 class FusedFrameProjector(FusedMLP):
-    """LLaVA-OneVision's projector, which leaves out ``linear_2`` where frames are pooled first."""
+    """`FusedMLP` for LLaVA-OneVision's projector, which skips ``linear_2`` for video frames.
+
+    `FusedPooledFrames` calls ``linear_2`` after pooling them.
+    """
 
     linear_1: nn.Module
     act: nn.Module
@@ -134,9 +141,10 @@ class FusedFrameProjector(FusedMLP):
 
 
 class FusedPooledFrames(FusedAnyResMerge):
-    """LLaVA-OneVision: `FusedAnyResMerge`; frames resized token by token, and before ``linear_2``.
+    """`FusedAnyResMerge` for LlavaOnevisionModel; video frames are resized before ``linear_2``.
 
-    Bilinear weights sum to 1, so they commute with it and its bias: 196 rows instead of 729.
+    Bilinear weights sum to 1, so resizing commutes with a linear and its bias: ``linear_2`` then
+    multiplies 196 rows of a frame instead of 729.
     """
 
     mirrored_methods: ClassVar[tuple[str, ...]] = (
@@ -162,7 +170,7 @@ class FusedPooledFrames(FusedAnyResMerge):
             _pooled_first.reset(before)
 
     def _why_not_pooled_first(self) -> str | None:
-        """Why linear_2 and the projector must see all rows, or None."""
+        """Why ``linear_2`` and the projector must be called with all rows, or None."""
         projector = self.multi_modal_projector
         return (
             why_not_direct(projector.linear_2)
@@ -191,7 +199,7 @@ def _is_pooled_first() -> bool:
 
 
 def _why_not_window(pool: Any, stride: Any) -> str | None:
-    """Why a pooling layer is more than windows of this stride, side by side."""
+    """Why a pooling layer does not pool adjacent square windows of this stride, or None."""
     if type(pool) not in WINDOWS:
         return f"{type(pool).__name__} is not one of {', '.join(w.__name__ for w in WINDOWS)}"
     if not isinstance(stride, int) or not (pool.kernel_size == pool.stride == stride):
@@ -202,13 +210,13 @@ def _why_not_window(pool: Any, stride: Any) -> str | None:
 
 
 def recognise_gemma3(module: nn.Module, **options: Any) -> tuple[()] | None:
-    """An empty recipe, or None for another class."""
+    """Empty settings, or None for another class."""
     known = is_class(module, "gemma3", "Gemma3MultiModalProjector")
     return () if known or is_class(module, "t5gemma2", "T5Gemma2MultiModalProjector") else None
 
 
 def recognise_perception_lm(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """A recipe, a reason against, or None for another class."""
+    """Empty settings, a reason not to patch, or None for another class."""
     if not is_class(module, "perception_lm", "PerceptionLMMultiModalProjector"):
         return None
     ratio = getattr(module.pooling, "pooling_ratio", 1)
@@ -216,7 +224,7 @@ def recognise_perception_lm(module: nn.Module, **options: Any) -> tuple[()] | st
 
 
 def recognise_next_video(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """The same for LLaVA-NeXT-Video's pooling, which may be a convolution."""
+    """Empty settings, a reason not to patch (pooling by a convolution), or None."""
     if not is_class(module, "llava_next_video", "LlavaNextVideoPooler"):
         return None
     pooler: Any = module
@@ -224,13 +232,13 @@ def recognise_next_video(module: nn.Module, **options: Any) -> tuple[()] | str |
 
 
 def recognise_onevision(module: nn.Module, **options: Any) -> MaskSpec | str | None:
-    """The same for LLaVA-OneVision, whose merge is served too."""
+    """The `MaskSpec` of LlavaOnevisionModel, a reason not to patch, or None for another class."""
     known = is_class(module, "llava_onevision", "LlavaOnevisionModel")
     return anyres.recognise(module) if known else None
 
 
 def recognise_frame_projector(module: nn.Module, *, saved: str, **options: Any) -> Chain | None:
-    """The same for its projector; one that is no chain is left to others."""
+    """The chain of LLaVA-OneVision's projector; None for another class or another chain."""
     if not is_class(module, "llava_onevision", "LlavaOnevisionMultiModalProjector"):
         return None
     chain = find_chain(module, saved)
