@@ -14,7 +14,7 @@ from vlm_fast import ops
 from vlm_fast.modules import AnyResPacker
 from vlm_fast.modules.anyres_packer import concatenated
 from vlm_fast.ops import anyres_plan, anyres_tiling
-from vlm_fast.patching.models import anyres as patching
+from vlm_fast.patching.models import anyres_result
 from vlm_fast.verification import tolerance
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -244,7 +244,7 @@ def test_gradients_take_the_way_of_the_values(between):
 
 def test_cat_of_all_images_is_what_was_packed():
     whole = torch.randn(9, 4, requires_grad=True) * 1
-    images = patching._split_images(whole, [2, 3, 4])
+    images = anyres_result.split_images(whole, [2, 3, 4])
     assert torch.cat(images) is whole and torch.cat(images, dim=0) is whole
     assert torch.cat(tuple(images)) is whole
     for parts in (images[:2], images[::-1], [*images, whole], [whole[:2], *images[1:]]):

@@ -106,8 +106,8 @@ def test_an_override_may_hand_on_what_it_does_not_know():
 
     names = match_arguments(lambda self, ids, mask, window=1: None, override)
     assert isinstance(names, ArgumentNames)
-    assert names.given((1, 2), {"window": 3}) == {"ids": 1, "mask": 2, "window": 3}
-    assert names.given((1,), {}) is None  # a mask is missing
+    assert names.to_override((1, 2), {"window": 3}) == {"ids": 1, "mask": 2, "window": 3}
+    assert names.to_override((1,), {}) is None  # a mask is missing
 
 
 def test_an_attribute_that_is_read_and_missing_is_a_reason():

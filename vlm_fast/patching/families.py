@@ -21,6 +21,8 @@ from vlm_fast.patching.models import (
     pixel_shuffle,
     pooling,
     qformer,
+    qformer_classes,
+    qformer_model,
 )
 from vlm_fast.patching.patched_module import PatchedModule
 
@@ -44,9 +46,9 @@ FAMILIES: list[tuple[type[PatchedModule], Callable[..., Any]]] = [
     (anyres.FusedAnyResMerge, lambda module, **_: anyres.recognise(module)),
     (anyres.FusedAnyRes, lambda module, **_: anyres.recognise_packing(module)),
     (image_token_merge.FusedMerge, lambda module, **_: image_token_merge.recognise(module)),
-    (qformer.FusedQFormerModel, qformer.recognise_model),
-    (qformer.FusedQFormerEncoder, qformer.recognise_encoder),
-    (qformer.FusedQFormerLayer, qformer.recognise_layer),
+    (qformer_model.FusedQFormerModel, qformer_classes.recognise_model),
+    (qformer.FusedQFormerEncoder, qformer_classes.recognise_encoder),
+    (qformer.FusedQFormerLayer, qformer_classes.recognise_layer),
     (openflamingo.FusedGatedBlock, openflamingo.recognise),
     (perceiver.FusedPerceiver, perceiver.recognise),
     (perceiver.FusedIdeficsPerceiver, perceiver.recognise_idefics),

@@ -11,9 +11,7 @@ import inspect
 from collections.abc import Sequence
 from contextvars import ContextVar
 from fractions import Fraction
-from itertools import accumulate
-from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +21,14 @@ from vlm_fast.modules.anyres_packer import concatenated, pack_tiles
 from vlm_fast.ops.anyres_plan import plan
 from vlm_fast.ops.anyres_tiling import Tiling, sizes_of
 from vlm_fast.patching.class_swap import is_class
-from vlm_fast.patching.deferred_tensor import DeferredTensor
 from vlm_fast.patching.models import image_token_merge
+from vlm_fast.patching.models.anyres_result import (
+    PackedImage,
+    PackResult,
+    probe_pack_method,
+    split_images,
+    why_not_packed,
+)
 from vlm_fast.patching.models.image_token_merge import FusedMerge
 from vlm_fast.patching.patched_module import PatchedModule
 from vlm_fast.patching.placeholder_masks import MaskSpec
@@ -36,47 +40,6 @@ CLASSES = (
     ("granite4_vision", "Granite4VisionModel"),
 )
 NAME = "pack_image_features"  # under which fallbacks are recorded
-
-
-class PackedImage(DeferredTensor):
-    """The rows of one image, a view of the rows of all images.
-
-    ``torch.cat`` of the views of all images, in order, returns the tensor that they are views of.
-    """
-
-    all_rows: Tensor
-    position: tuple[int, int]  # index of this image, number of images
-
-    @classmethod
-    def shortcut(cls, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if func is not torch.cat or kwargs.get("dim", 0) != 0 or len(args) != 1:
-            return None
-        parts = args[0]
-        all_rows = getattr(parts[0], "all_rows", None)
-        positions = [(i, len(parts)) for i in range(len(parts))]
-        if all_rows is not None and all(
-            getattr(part, "all_rows", None) is all_rows and part.position == position
-            for part, position in zip(parts, positions, strict=True)
-        ):
-            return all_rows
-        return None
-
-    def to_plain_tensor(self) -> None:
-        """Make this object itself a plain tensor, wherever it is stored."""
-        del self.all_rows, self.position
-        self.__class__ = Tensor  # type: ignore[assignment]
-
-
-class PackResult(NamedTuple):
-    """The form of what a ``pack_image_features`` returns; it differs between releases.
-
-    Attributes:
-        counts: whether it returns the number of rows of each image too.
-        flat: whether an image of a single tile has one dimension.
-    """
-
-    counts: bool
-    flat: bool
 
 
 # The images packed so far inside the forward of a model that also merges them.
@@ -95,7 +58,7 @@ class FusedAnyRes(PatchedModule):
         super().__init_subclass__()
         if "patch_spec" in vars(cls):  # a swapped class
             base: Any = cls.patch_spec.base
-            cls.pack_result = _probe_pack_method(base.pack_image_features)
+            cls.pack_result = probe_pack_method(base.pack_image_features)
             cls.pack_signature = inspect.signature(base.pack_image_features)
 
     @classmethod
@@ -132,7 +95,7 @@ class FusedAnyRes(PatchedModule):
         pack = torch.compiler.disable(_pack) if torch.compiler.is_compiling() else _pack
         whole, counts = pack(image_features, image_sizes, newline, tiling)
         packed = _packed_images.get() if not torch.compiler.is_compiling() else None
-        images = list(whole.split(counts)) if packed is None else _split_images(whole, counts)
+        images = list(whole.split(counts)) if packed is None else split_images(whole, counts)
         if packed is not None:
             packed += images
         if not self.pack_result.counts:
@@ -188,35 +151,6 @@ def is_anyres_model(module: nn.Module) -> bool:
     return any(is_class(module, family, name) for family, name in CLASSES)
 
 
-def why_not_packed(module: nn.Module) -> str | None:
-    """Why the result of a model's own ``pack_image_features`` has no known form, or None."""
-    try:
-        _probe_pack_method(type(module).pack_image_features)  # type: ignore[attr-defined]
-    except Exception as error:  # an unknown method may raise anything
-        return f"pack_image_features cannot be probed: {type(error).__name__}: {error}"
-    return None
-
-
-def _probe_pack_method(method: Any) -> PackResult:
-    """Call a ``pack_image_features`` with one tile of one row, to see the form of its result.
-
-    Raises:
-        ValueError: it returns a result of another form.
-        Exception: whatever the method raises.
-    """
-    tile = torch.arange(2.0, device="cpu")
-    known = {"vision_feature_select_strategy": "full"}
-    named = {name: known[name] for name in inspect.signature(method).parameters if name in known}
-    found = method(SimpleNamespace(), [tile.view(1, 1, 2)], [[1, 1]], **named)
-    images, *counts = found if isinstance(found, tuple) else (found,)
-    listed = type(images) is list and len(images) == 1
-    for flat, image in ((False, tile[None]), (True, tile)):
-        counted = [count.tolist() for count in counts] in ([], [[len(image)]])
-        if listed and counted and torch.equal(images[0], image):
-            return PackResult(bool(counts), flat)
-    raise ValueError("it returns neither a list of images nor that and their rows")
-
-
 def _tiling(model: Any, newline: bool, options: dict[str, Any]) -> Tiling | str:
     """The tiling of a model's images, or why it is unknown."""
     config, vision = model.config, model.config.vision_config
@@ -259,12 +193,3 @@ def _pack(
     made = plan(sizes, tiling, tiles=tiles, device=device)
     newline = None if newline is None else newline.to(device)
     return pack_tiles(concatenated(image_features), newline, made), list(made.counts)
-
-
-def _split_images(whole: Tensor, counts: Sequence[int]) -> list[PackedImage]:
-    images: list[PackedImage] = []
-    for i, start in enumerate(accumulate(counts[:-1], initial=0)):
-        image = whole.narrow(0, start, counts[i]).as_subclass(PackedImage)
-        image.all_rows, image.position = whole, (i, len(counts))
-        images.append(image)
-    return images

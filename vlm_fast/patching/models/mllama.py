@@ -1,7 +1,7 @@
 """Patch of Llama 3.2 Vision: cross-attention layers over image tiles, and their mask.
 
 The model's own ``forward`` runs without its image mask, from which it would make a dense mask of
-the whole context for every generated token. The layers get a `MediaMask` of the new tokens instead. A
+the whole context for every generated token. The layers get a `MediaMask` of the new tokens. A
 layer whose children must be called (LoRA, quantization, hooks) runs its original forward, with the
 dense mask that it expects.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
@@ -31,6 +30,11 @@ from vlm_fast.patching.media_masks import (
     ProvidesMediaMask,
     ReadsMediaMask,
     why_not_media_mask,
+)
+from vlm_fast.patching.models.mllama_inputs import (
+    cached_key_values,
+    dense_masks,
+    mask_of_new_tokens,
 )
 from vlm_fast.patching.patched_module import why_no_extra_arguments_for
 
@@ -55,7 +59,7 @@ class FusedMllamaModel(ProvidesMediaMask):
         mask, options = cross_attention_mask, forwarded
         text = inputs_embeds if input_ids is None else input_ids
         if mask is not None and text is not None and self.why_not_media_mask(mask) is None:
-            mask = _mask_of_new_tokens(mask, text, cache, cache_position)
+            mask = mask_of_new_tokens(mask, text, cache, cache_position)
             sets = MediaMask.from_bool(mask.flatten(2) == 1, text.shape[:2])
             mask, options = None, options | dict(media_mask=tuple(sets))
         return self.call_base(
@@ -70,24 +74,6 @@ class FusedMllamaModel(ProvidesMediaMask):
                 if reason is not None:
                     return f"layer {i}: {reason}"
         return why_not_media_mask(mask, 4)
-
-
-def _mask_of_new_tokens(mask: Tensor, text: Tensor, cache: Any, cache_position: Any) -> Tensor:
-    """The part of a mask ``(batch, length, images, tiles)`` for the tokens of this call."""
-    if cache_position is not None:
-        return mask[:, cache_position]
-    tokens = text.shape[1]
-    if mask.shape[1] == tokens:  # `generate` does so since transformers 5.18
-        return mask
-    first = cache.get_seq_length() if cache is not None else 0
-    if not isinstance(first, int):
-        return mask[:, torch.arange(tokens, device=mask.device) + first]
-    if mask.shape[1] < first + tokens:
-        wanted = (
-            f"(batch, {first + tokens} or more, images, tiles): {first} tokens cached, then more"
-        )
-        raise wrong_value("patch(Mllama)", "cross_attention_mask", mask, wanted)
-    return mask[:, first : first + tokens]
 
 
 class FusedMllamaLayer(ReadsMediaMask):
@@ -140,7 +126,7 @@ class FusedMllamaLayer(ReadsMediaMask):
         if reason is not None:
             record_fallback(type(self).__name__, reason)
             if sets is not None:
-                mask, rows = _dense_masks(sets, self._keys(x, states, cache), x.dtype)
+                mask, rows = dense_masks(sets, self._keys(x, states, cache), x.dtype)
             return self.call_base(
                 "forward", hidden_states=x, cross_attention_states=states,
                 cross_attention_mask=mask, attention_mask=attention_mask,
@@ -202,7 +188,7 @@ class FusedMllamaLayer(ReadsMediaMask):
                     "vlm_fast.patch(Mllama): cross_attention_states is None and the cache has no "
                     "keys of images, expected one of them"
                 )
-            k, v = _cached_key_values(cache, attn.layer_idx)
+            k, v = cached_key_values(cache, attn.layer_idx)
             return (rms_norm(k, attn.k_norm) if cached == "before the norm" else k), v
         k, v = (
             linear(states).reshape(hidden.shape[0], -1, attn.num_key_value_heads, attn.head_dim)
@@ -231,20 +217,6 @@ class FusedMllamaLayer(ReadsMediaMask):
             return "attention has dropout"
         reason = why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
         return reason or why_not_gated_mlp(self)
-
-
-def _cached_key_values(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of a layer in a cache of transformers, before and since 4.54."""
-    layers = getattr(cache, "layers", None)
-    if layers is None:
-        return cache.key_cache[layer], cache.value_cache[layer]
-    return layers[layer].keys, layers[layer].values
-
-
-def _dense_masks(sets: MediaMask, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The two dense masks that the original model makes; a token without tiles attends to all."""
-    some = (sets.bits != 0)[:, None, :, None]
-    return sets.dense_mask(keys, dtype) * some, some.to(dtype)
 
 
 def recognise_model(module: nn.Module, **options: Any) -> tuple[()] | str | None:
