@@ -1,6 +1,6 @@
-"""BLIP-2's first stage on several processes, with wrong partners from the batches of all.
+"""Train BLIP-2's first stage on several processes, with negatives from all of their batches.
 
-torchrun --nproc_per_node 2 examples/train_blip2_stage1.py     # tiny and made up, by gloo or NCCL
+torchrun --nproc_per_node 2 examples/train_blip2_stage1.py     # a tiny random model; gloo or NCCL
 torchrun --nproc_per_node 8 examples/train_blip2_stage1.py --batch 100 --lr 1e-4 --epochs 10 \
     --model FOLDER --data conversations.json --images pictures # of a Blip2ForImageTextRetrieval
 """
@@ -16,7 +16,7 @@ from vlm_fast.training.losses import LanguageModelHead, freeze, stage1_loss
 
 
 class Stage1(torch.nn.Module):
-    """The model and its three losses: DistributedDataParallel wants them within one forward."""
+    """The model and its three losses in one forward, as DistributedDataParallel requires."""
 
     def __init__(self, model):
         super().__init__()

@@ -15,7 +15,6 @@ from vlm_fast.advisor.model_shapes import ModelShape
 from vlm_fast.modules import (
     AnyResPacker,
     GatedCrossAttentionBlock,
-    LinearProjector,
     MLPProjector,
     PerceiverResampler,
     PixelShuffleProjector,
@@ -127,7 +126,7 @@ def _whole_image(point: Point) -> Any:
 
 
 def linear(point: Point) -> list[Piece]:
-    make = functools.partial(LinearProjector, point.model.tower.width, point.model.language.hidden)
+    make = functools.partial(nn.Linear, point.model.tower.width, point.model.language.hidden)
     return [Piece(make, _features(point, grid=True))]
 
 

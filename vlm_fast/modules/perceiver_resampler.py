@@ -1,7 +1,7 @@
-"""Flamingo's Perceiver resampler, with the keys and arguments of OpenFlamingo.
+"""Flamingo's Perceiver resampler, with OpenFlamingo's parameter names and arguments.
 
-Latents attend to the context and to themselves: keys and values come in two parts, which are never
-concatenated.
+Latents attend to the context and to themselves. The two parts of the keys and values are never
+concatenated: the attention op takes both.
 """
 
 from __future__ import annotations
@@ -24,22 +24,38 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class Layer(NamedTuple):
-    """The modules of one layer, whatever they are called."""
+    """The modules and settings of one resampler layer, whatever a model calls them.
+
+    Attributes:
+        norm_context, norm_latents: LayerNorm or RMSNorm modules.
+        query, out: linears.
+        key_value: one linear for keys and values together, or one for each.
+        heads, key_heads: number of heads of queries, and of keys and values.
+        scale: factor of the scores.
+        feed_forward: the feed-forward network with its norm, as a function.
+        head_norms: norms of each head of queries and of keys, or None.
+    """
 
     norm_context: Any
     norm_latents: Any
     query: Any
-    key_value: tuple[Any, ...]  # one linear of both, or one each
+    key_value: tuple[Any, ...]
     out: Any
     heads: int
     key_heads: int
     scale: float
-    feed_forward: Callable[[Tensor], Tensor]  # with its norm
-    head_norms: tuple[Any, Any] | None = None  # of queries and of keys
+    feed_forward: Callable[[Tensor], Tensor]
+    head_norms: tuple[Any, Any] | None = None
 
 
 class PerceiverAttention(nn.Module):
-    """The attention of a `PerceiverResampler`, with OpenFlamingo's parameter names."""
+    """The attention of a `PerceiverResampler`, with OpenFlamingo's parameter names.
+
+    Args:
+        dim: width of features and latents.
+        dim_head, heads: width and number of the heads.
+        factory: device and dtype.
+    """
 
     def __init__(self, *, dim: int, dim_head: int = 64, heads: int = 8, **factory: Any) -> None:
         super().__init__()
@@ -52,7 +68,15 @@ class PerceiverAttention(nn.Module):
         self.to_out = nn.Linear(inner, dim, bias=False, **factory)
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
-        """What is added to the latents ``(batch, ..., n, dim)``; x: ``(batch, ..., keys, dim)``."""
+        """The attention output ``(batch, ..., n, dim)``, before the residual.
+
+        Args:
+            x: the context, ``(batch, ..., keys, dim)``.
+            latents: ``(batch, ..., n, dim)``.
+
+        Raises:
+            TypeError: x is not a tensor.
+        """
         check_tensor("PerceiverAttention", "x", x)
         context, own = x.flatten(0, -3), latents.flatten(0, -3)
         layer = layer_of_openflamingo(self, nn.Identity())
@@ -61,21 +85,20 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """Any number of vision features to ``num_latents`` of the same width.
+    """Learned latents attend to any number of vision features: ``num_latents`` tokens per medium.
 
     Mirrors OpenFlamingo's class of this name (Flamingo, arXiv 2204.14198, section 3.1.1; Perceiver,
     arXiv 2103.03206), with its arguments and parameter names.
 
     Args:
         dim: width of features and latents.
-        depth: how many layers.
-        dim_head, heads: of the attention; heads of more than 128 fall back.
-        num_latents: how many latents come out of each medium.
-        max_num_media, max_num_frames: give a position embedding to media and to the frames of each,
-            None gives none.
+        depth: number of layers.
+        dim_head: width of a head; above 128 the op runs as plain PyTorch.
+        heads: number of heads.
+        num_latents: number of output tokens per medium.
+        max_num_media, max_num_frames: number of position embeddings for media and for the frames of
+            a medium; None for no embeddings.
         ff_mult: width of the feed-forward network in multiples of ``dim``.
-
-    Shapes: ``(batch, media, frames, features, dim)`` to ``(batch, media, num_latents, dim)``.
     """
 
     def __init__(
@@ -118,17 +141,18 @@ class PerceiverResampler(nn.Module):
         self.norm = nn.LayerNorm(dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(batch, media, num_latents, dim)``.
+        """``(batch, media, frames, features, dim)`` to ``(batch, media, num_latents, dim)``.
 
         Raises:
-            TypeError, ValueError: x is no tensor, not of this rank and width, or has more media or
-                frames than there are embeddings.
+            TypeError: x is not a tensor.
+            ValueError: x has another number of dimensions or width, or more media or frames than
+                there are embeddings.
         """
         return resample_media(self, x)
 
 
 def resample_media(module: Any, x: Any) -> Tensor:
-    """The forward of any module with the children of `PerceiverResampler`."""
+    """The forward of any module with the children of a `PerceiverResampler`; see there."""
     _check(module, x)
     batch, media, frames = x.shape[:3]
     if module.frame_embs is not None:
@@ -147,12 +171,12 @@ def resample_media(module: Any, x: Any) -> Tensor:
         for attention, ff in module.layers:
             latents = attention(context.unsqueeze(1), latents) + latents
             latents = ff(latents) + latents
-    # The norm comes last: FSDP2 wants what a unit returns to be no view.
+    # The norm comes last: a unit of FSDP2 must not return a view.
     return module.norm(latents.reshape(batch, media, *module.latents.shape))
 
 
 def layer_of_openflamingo(attention: Any, ff: Any) -> Layer:
-    """A layer of OpenFlamingo's resampler."""
+    """The `Layer` of OpenFlamingo's attention and feed-forward modules."""
     return Layer(
         attention.norm_media, attention.norm_latents, attention.to_q, (attention.to_kv,),
         attention.to_out, attention.heads, attention.heads, attention.scale, _of_sequence(ff),
@@ -174,15 +198,18 @@ def resample(
     layers: Sequence[Layer],
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """``(batch, n, dim)``: latents ``(n, dim)`` after all layers, which read ``context``.
+    """Run all layers; returns latents ``(batch, n, dim)``.
 
-    The parameters of all layers may be read. ``key_mask``: bool ``(batch, keys)``, True where the
-    context is seen.
+    Args:
+        context: ``(batch, keys, dim)``.
+        latents: ``(n, dim)``.
+        layers: their parameters are read directly.
+        key_mask: bool ``(batch, keys)``, true where latents attend to the context; None: all.
     """
     batch = context.shape[0]
-    if key_mask is not None:  # latents see one another
+    if key_mask is not None:  # all latents attend to all latents
         key_mask = torch.cat((key_mask, key_mask.new_ones(batch, len(latents))), 1)
-    own = latents.unsqueeze(0)  # the same for all images until they have seen one
+    own = latents.unsqueeze(0)  # shared by all images before the first layer
     for layer in layers:
         own = layer.out(_attend(layer, own, context, key_mask)) + own
         own = layer.feed_forward(own) + own
@@ -190,9 +217,9 @@ def resample(
 
 
 def _attend(layer: Layer, latents: Tensor, context: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Attention of latents ``(batch or 1, n, dim)`` to the context and themselves.
+    """Attention of latents ``(batch or 1, n, dim)`` to the context and to themselves.
 
-    The result has its heads side by side.
+    The result is ``(batch, n, heads * d)``.
     """
     batch, normed = context.shape[0], layer.norm_latents(latents)
     q = layer.query(normed).unflatten(2, (layer.heads, -1))
@@ -205,10 +232,10 @@ def _attend(layer: Layer, latents: Tensor, context: Tensor, key_mask: Tensor | N
 
 
 def _key_values(layer: Layer, context: Tensor, latents: Tensor) -> list[KeysValues]:
-    """Keys and values ``(batch, heads, tokens, d)`` of the context and of the latents, normed.
+    """Keys and values ``(batch, heads, tokens, d)`` of the normalized context, and of the latents.
 
-    Their rows are multiplied at once: of two products with one weight autograd adds the gradients,
-    and holds three of them meanwhile.
+    The rows of both are multiplied at once. Two products with one weight would make autograd hold
+    three weight gradients at a time, to add two of them.
     """
     rows = torch.cat((context.flatten(0, 1), latents.flatten(0, 1)))
     parts = [linear(rows) for linear in layer.key_value]
@@ -224,8 +251,8 @@ def _as_heads(layer: Layer, k: Tensor, v: Tensor) -> KeysValues:
     k, v = (t.unflatten(2, (layer.key_heads, -1)) for t in (k, v))
     if layer.head_norms is not None:
         norm = layer.head_norms[1]
-        # A bias moves all scores of a query alike, which a softmax does not see; its gradient is 0,
-        # where that of the two parts of the keys would be the rounding of their sum.
+        # The bias adds the same number to all scores of a query, which the softmax cancels. Its
+        # exact gradient is 0; the sum over both parts of the keys would be rounding error.
         k = F.layer_norm(k, k.shape[-1:], norm.weight, norm.bias * 0, norm.eps)
     return k.transpose(1, 2), v.transpose(1, 2)
 
