@@ -1,8 +1,8 @@
 """Call modules one after the other, and fuse each linear, activation, linear into one op.
 
 A fusable run is linear, activation, linear (`vlm_fast.ops.mlp`), or activation, linear if the
-linear before it belongs to another run (`vlm_fast.ops.act_linear`). The runs are found anew at each call,
-because children may have been replaced. All other modules are called.
+linear before it belongs to another run (`vlm_fast.ops.act_linear`). The runs are found anew at each
+call, because children may have been replaced. All other modules are called.
 """
 
 from __future__ import annotations
