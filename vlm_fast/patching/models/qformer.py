@@ -24,11 +24,11 @@ from vlm_fast.modules.parameter_access.module_tree import (
     why_not_direct_tree,
     why_tree_dtypes_differ,
 )
+from vlm_fast.modules.qformer.arguments import check_image
 from vlm_fast.modules.qformer.layer import LayerInputs, qformer_layer
 from vlm_fast.modules.qformer.shared_inputs import (
-    check_image,
     dropout_seeds,
-    images_of_layers,
+    image_inputs,
 )
 from vlm_fast.patching.models.qformer_classes import QFormerSettings
 from vlm_fast.patching.models.qformer_masks import additive_mask, layer_inputs, why_not_masks
@@ -90,7 +90,7 @@ class FusedQFormerEncoder(PatchedModule):
         inputs = layer_inputs(hidden_states, *masks, query_length)
         dtype = hidden_states.dtype
         with _autocast(self.patch_spec.settings, hidden_states):
-            images = images_of_layers(
+            images = image_inputs(
                 self, hidden_states, None if inputs.image_bias is not None else image, None,
                 query_length, plain=True,
             )  # fmt: skip

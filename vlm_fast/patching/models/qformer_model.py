@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm_fast.modules.parameter_access.module_calls import collects_hidden_states
-from vlm_fast.modules.qformer.shared_inputs import drops
+from vlm_fast.modules.qformer.shared_inputs import has_active_dropout
 from vlm_fast.patching.models.qformer import FusedQFormerEncoder
 from vlm_fast.patching.patched_module import PatchedModule, why_no_extra_arguments_for
 
@@ -74,7 +74,7 @@ class FusedQFormerModel(PatchedModule):
             and hasattr(self.encoder.layer[0], "crossattention")
             and not self._returns_hidden_states(given)
             and not (dropout.training and dropout.p > 0)
-            and not drops(self.encoder.layer[:1])
+            and not has_active_dropout(self.encoder.layer[:1])
         )
 
     def _is_requested(self, option: str, kwargs: dict[str, Any]) -> bool:
