@@ -14,13 +14,12 @@ from tests.support.cases import (
     any_case,
     any_op,
     each,
-    enlarged,
     every_case,
     every_op,
-    usual_shape,
 )
 from tests.support.recording_mode import Onlooker
 from vlm_fast.ops import registration
+from vlm_fast.ops.declaration import with_batch
 from vlm_fast.verification import tolerance
 
 # All but AOTAutograd at fixed sizes, which test_compiled_is_eager_bit_for_bit goes through.
@@ -42,7 +41,7 @@ def registered_call(op, shape):
     args, options = op.sample(shape)
     args = tolerance.convert(args, lambda t: t.detach().requires_grad_())
     settings = {**op.defaults, **options}
-    values = op._accepts(*args, **settings)
+    values = op.accepted(args, settings)
     needs = [v is not None and v.requires_grad for v in op._path.flatten(values)]
     return op._path, values, {**settings, "needs": needs}
 
@@ -98,7 +97,7 @@ def test_compiled_is_eager_bit_for_bit(op, shape):
 
 @any_op
 def test_compiled_by_inductor(op):
-    args, options = op.sample(usual_shape(op))
+    args, options = op.sample(op.usual_shape)
     graphs = CompileCounterWithBackend("inductor")
     compiled = torch.compile(lambda *a: 2 * op(*a, **options), fullgraph=True, backend=graphs)
     assert_same(
@@ -110,7 +109,7 @@ def test_compiled_by_inductor(op):
 
 @every_op
 def test_compiled_under_autocast(op):
-    args, options = op.sample(usual_shape(op))
+    args, options = op.sample(op.usual_shape)
 
     def call(*values):
         with torch.autocast("cpu", torch.bfloat16):
@@ -128,7 +127,7 @@ def test_other_sizes_compile_at_most_once_more(op):
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op, fullgraph=True, backend=graphs)
     for factor in (2, 3, 4, 5):
-        args, options = op.sample(enlarged(usual_shape(op), factor))
+        args, options = op.sample(with_batch(op.usual_shape, 3 * factor))
         assert_same(
             tolerance.outputs_and_gradients(compiled, args, options),
             tolerance.outputs_and_gradients(op.fast, args, options),
@@ -138,7 +137,7 @@ def test_other_sizes_compile_at_most_once_more(op):
 
 @any_op
 def test_exported_program_is_plain_pytorch(op):
-    args, options = op.sample(usual_shape(op))
+    args, options = op.sample(op.usual_shape)
 
     class Model(torch.nn.Module):
         def forward(self, *args):
@@ -204,7 +203,7 @@ def mesh():
 def test_dtensors_are_refused(op, mesh, everything):
     from torch.distributed.tensor import DTensor, Replicate
 
-    args, options = op.sample(usual_shape(op))
+    args, options = op.sample(op.usual_shape)
 
     def distributed(value):
         if value is None:

@@ -24,7 +24,7 @@ def shape_id(shape: dict[str, Any]) -> str:
     return "-".join(f"{name}{text(value)}" for name, value in shape.items())
 
 
-DIFFERENTIABLE = {name: op for name, op in OPS.items() if not op.discrete}
+DIFFERENTIABLE = {name: op for name, op in OPS.items() if not op.returns_indices}
 
 
 def _cases(declared: Iterable[Op[..., Any]]) -> Any:
@@ -64,19 +64,3 @@ def has_compiled_code(op: Op[..., Any]) -> bool:
     imported = vars(sys.modules[op.__module__]).values()
     homes = {getattr(v, "__module__", None) or getattr(v, "__name__", None) for v in imported}
     return any(hasattr(sys.modules.get(home), "native") for home in homes if home)
-
-
-def usual_shape(op: Op[..., Any]) -> dict[str, Any]:
-    """A test shape beyond the degenerate first: odd, and larger than one of anything."""
-    return op.test_shapes[1]
-
-
-def enlarged(shape: dict[str, Any], factor: int) -> dict[str, Any]:
-    """The shape with ``factor`` times the rows or images; with 0, none of them."""
-    new = dict(shape)
-    for name in {"batch", "count"} & shape.keys():
-        new[name] = factor * shape[name]
-    if "shape" in shape:
-        new["shape"] = (factor * shape["shape"][0], *shape["shape"][1:])
-    assert factor == 1 or new != shape, f"which of {list(shape)} is the number of images or rows?"
-    return new

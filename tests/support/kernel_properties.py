@@ -21,7 +21,6 @@ from tests.support.cases import (
     every_dtype,
     every_op,
     shape_id,
-    usual_shape,
 )
 from tests.support.exact_softmax import ExactSoftmaxBackward
 from tests.support.guard_bands import LAYOUTS, GuardBands
@@ -44,7 +43,7 @@ def judged(op, args, options, *, layout="dense", upstream="dense", fair=False):
     """
     with GuardBands() as bands:
         args = tuple(bands.lay_out(value, layout, i) for i, value in enumerate(args))
-        if op.discrete:
+        if op.returns_indices:
             verdicts = tolerance.check(op, args, options)
             assert verdicts and all(v.ok for v in verdicts), verdicts
             bands.check()
@@ -91,7 +90,7 @@ def evaluated(op, args, options, upstream=None):
     ]  # fmt: skip
     triples = list(zip(*([*y, *dx] for y, dx in (ours, native, exact)), strict=True))
     assert names and not any(t is None for one in triples for t in one)
-    plain = [lambda f=f: list(itertools.chain(*run(f))) for f in op.plain_orders]
+    plain = [lambda f=f: list(itertools.chain(*run(f))) for f in op.references]
     return names, triples, OtherOrders(*plain)
 
 
@@ -121,7 +120,7 @@ def test_parity_without_gradients(device, op, shape, dtype):
         run = lambda f, args: dict(enumerate(each(f(*args, **options))))  # noqa: E731
         ours = run(op.fast, args)
         exact = run(op.reference, tolerance.convert(args, Tensor.double))
-        plain = [functools.partial(run, f, args) for f in op.plain_orders]
+        plain = [functools.partial(run, f, args) for f in op.references]
         verdicts = tolerance.judge_all(ours, plain[0], exact, outputs=ours, rounding=plain[1:])
     assert verdicts and all(v.ok for v in verdicts), verdicts
     bands.check()
@@ -188,10 +187,10 @@ def flat_needs(values, wanted):
 @every_case
 def test_only_wanted_gradients_are_computed(device, op, shape):
     args, options = op.sample(shape, device=device)
-    values = op._accepts(*args, **{**op.defaults, **options})
+    values = op.accepted(args, {**op.defaults, **options})
     settings = {**op.defaults, **options}
     floating = [i for i, v in enumerate(values) if tolerance.differentiable([v])]
-    sizes = range(len(floating) + 1) if shape is usual_shape(op) else (0, len(floating))
+    sizes = range(len(floating) + 1) if shape is op.usual_shape else (0, len(floating))
     names, triples, others = evaluated(op, args, options)
     first = names.index("gradient 0")
     for wanted in (c for size in sizes for c in itertools.combinations(floating, size)):
@@ -219,7 +218,7 @@ def test_only_wanted_gradients_are_computed(device, op, shape):
 
 @any_op
 def test_repeats_are_identical(device, op):
-    args, options = op.sample(usual_shape(op), torch.bfloat16, device)
+    args, options = op.sample(op.usual_shape, torch.bfloat16, device)
     first, other = [tolerance.outputs_and_gradients(op.fast, args, options) for _ in range(2)]
     for tensor, again in zip(first[0] + first[1], other[0] + other[1], strict=True):
         assert torch.equal(tensor, again) if tensor is not None else again is None
@@ -234,7 +233,7 @@ def deterministic_algorithms():
 
 @any_op
 def test_deterministic_algorithms_are_obeyed(device, op, deterministic_algorithms):
-    judged(op, *op.sample(usual_shape(op), device=device))
+    judged(op, *op.sample(op.usual_shape, device=device))
 
 
 def launched(device: str) -> set[str]:
@@ -257,7 +256,7 @@ def test_every_kernel_is_launched_where_triton_runs(device):
 @pytest.mark.parametrize("beyond", [-15, -1, 0, 1, 5000])
 def test_slots_with_a_wrong_count_are_safe_addresses(device, beyond):
     op = OPS["merge_image_tokens"]
-    (_, _, mask), _ = op.sample(usual_shape(op), device=device)
+    (_, _, mask), _ = op.sample(op.usual_shape, device=device)
     true = mask.flatten().nonzero().flatten()
     with GuardBands() as bands:
         mask = bands.lay_out(mask, "dense")
@@ -283,14 +282,14 @@ def test_features_of_another_dtype(device, shape, features_dtype):
 def test_tables_out_of_range_are_safe_addresses(device, name, wild):
     """What names no row is a newline on the way there, and gives zeros on the way back."""
     op = OPS[name]
-    args, options = op.sample(usual_shape(op), device=device)
+    args, options = op.sample(op.usual_shape, device=device)
     named = dict(zip(op.tensors, args, strict=True))
     forth, back = ("taps", "targets") if "taps" in named else ("source", "target")
     named[forth][::3], named[back][::3] = wild, wild
     with GuardBands() as bands, torch.no_grad():
         args = tuple(bands.lay_out(value, "dense", i) for i, value in enumerate(named.values()))
-        values, settings = op._accepts(*args, **options), {**op.defaults, **options}
-        needs = op.Needs(*[v is not None and v.is_floating_point() for v in values])
+        values, settings = op.accepted(args, {**op.defaults, **options}), {**op.defaults, **options}
+        needs = op.NeedsGrad(*[v is not None and v.is_floating_point() for v in values])
         result, kept = op._path.forward(needs, *values, **settings)
         gradients = op._path.backward(needs, kept, torch.ones_like(result), **settings)
     bands.check()

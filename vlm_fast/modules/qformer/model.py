@@ -55,7 +55,7 @@ class QFormer(nn.Module):
 
     Queries attend to each other (and to a text after them), then to the image, and then pass a
     feed-forward network of their own: BLIP-2, arXiv 2301.12597, section 3.1. Keys and values of the
-    image come from one GEMM for all layers, or are absorbed into the queries where that is less work.
+    image come from one GEMM for all layers.
 
     Args:
         hidden_size: width of a token.
@@ -184,7 +184,7 @@ class QFormer(nn.Module):
             and attention_mask is None
             and past is None
             and not keep
-            and not self._has_shared_dropout()
+            and not self._drops_before_image()
         ):
             hidden = hidden[:1]
         hidden = self.dropout(self.layernorm(hidden))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vlm_fast import ops
 from vlm_fast.modules.qformer.layer import SEEDS, largest_active_dropout, weights_and_biases
-from vlm_fast.ops.absorbed_cross_attention import absorbs
 from vlm_fast.ops.argument_errors import wrong_value
 
 OP = "QFormer"
@@ -42,20 +41,12 @@ def image_inputs(
     """
     if image is None and projected is None:
         return [(None, False)] * len(encoder.layer)
-    if projected is None and image is not None:
-        crossing = next(filter(None, map(cross_attention_of, encoder.layer)), None)
-        if crossing is None or not plain:
-            return [(image, False)] * len(encoder.layer)
-        heads, features = crossing.attention.num_attention_heads, hidden.shape[2]
-        images, keys, width = image.shape
-        of_an_image = queries * max(hidden.shape[0] // max(images, 1), 1)
-        if absorbs(of_an_image, keys, width, features // heads, images, on_gpu=image.is_cuda):
-            return [(image, False)] * len(encoder.layer)
+    if projected is None and not (plain and any(map(_reads_image, encoder.layer))):
+        return [(image, False)] * len(encoder.layer)
     found = projected.layers if projected is not None else project_image(encoder, image, plain)
     layers = iter(found)
     return [
-        (None, False) if cross_attention_of(layer) is None else (next(layers), True)
-        for layer in encoder.layer
+        (next(layers), True) if _reads_image(layer) else (None, False) for layer in encoder.layer
     ]
 
 
@@ -72,6 +63,10 @@ def project_image(encoder: Any, image: Any, plain: bool) -> Sequence[Tensor]:
 def cross_attention_of(layer: Any) -> Any:
     """The cross-attention block of a layer, or None."""
     return getattr(layer, "crossattention", None)
+
+
+def _reads_image(layer: Any) -> bool:
+    return cross_attention_of(layer) is not None
 
 
 def has_active_dropout(layers: Sequence[Any]) -> bool:
