@@ -16,6 +16,7 @@ from vlm_fast.modules.parameter_access.original_code import (
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = "global module hooks are set"
+MAPS_REQUESTED = "attention maps were requested, which no kernel forms"
 FORWARD_REPLACED = "its forward has been replaced (accelerate or another wrapper)"
 
 

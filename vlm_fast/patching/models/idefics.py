@@ -17,6 +17,7 @@ from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.gated_residual import gated_residuals, rms_norm, why_not_gated_mlp
 from vlm_fast.modules.parameter_access.activation import activation_name
 from vlm_fast.modules.parameter_access.attention_settings import attention_scale
+from vlm_fast.modules.parameter_access.module_calls import MAPS_REQUESTED
 from vlm_fast.modules.parameter_access.module_tree import (
     why_not_direct_tree,
     why_tree_dtypes_differ,
@@ -117,7 +118,7 @@ class FusedIdeficsLayer(ReadsMediaMask):
         if images is None or cross_attention_gate is None or cache is not None:
             reason = "an argument is not as the model gives it"
         elif output_attentions:
-            reason = "attention maps were asked for, which no kernel forms"
+            reason = MAPS_REQUESTED
         elif sets is None and image_attention_mask is None and x.shape[1] > 1:
             reason = "without a mask its attention may be causal"
         if reason is not None:

@@ -12,7 +12,10 @@ from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.parameter_access.activation import activation_name, why_not_activation
 from vlm_fast.modules.parameter_access.attention_settings import attention_scale
 from vlm_fast.modules.parameter_access.linear import why_not_direct
-from vlm_fast.modules.parameter_access.module_calls import collects_attentions
+from vlm_fast.modules.parameter_access.module_calls import (
+    MAPS_REQUESTED,
+    collects_attentions,
+)
 from vlm_fast.modules.parameter_access.module_tree import (
     why_not_direct_tree,
     why_tree_dtypes_differ,
@@ -83,7 +86,7 @@ class FusedIdefics2Perceiver(PatchedModule):
         reason = self.why_not()
         reason = reason or why_tree_dtypes_differ(self, context)  # type: ignore[arg-type]
         if collects_attentions() or kwargs.get("output_attentions"):
-            reason = "attention maps were asked for, which no kernel forms"
+            reason = MAPS_REQUESTED
         if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
             reason = "the mask is not one of patches, (images, patches)"
         if reason is not None:

@@ -17,7 +17,10 @@ from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.gated_residual import gated_residuals, rms_norm, why_not_gated_mlp
 from vlm_fast.modules.parameter_access.activation import activation_name
 from vlm_fast.modules.parameter_access.attention_settings import attention_scale
-from vlm_fast.modules.parameter_access.module_calls import collects_attentions
+from vlm_fast.modules.parameter_access.module_calls import (
+    MAPS_REQUESTED,
+    collects_attentions,
+)
 from vlm_fast.modules.parameter_access.module_tree import (
     why_not_direct_tree,
     why_tree_dtypes_differ,
@@ -37,8 +40,6 @@ from vlm_fast.patching.models.mllama_inputs import (
     mask_of_new_tokens,
 )
 from vlm_fast.patching.patched_module import why_no_extra_arguments_for
-
-ATTENTIONS = "attention maps were asked for, which no kernel forms"
 
 
 class FusedMllamaModel(ProvidesMediaMask):
@@ -118,7 +119,7 @@ class FusedMllamaLayer(ReadsMediaMask):
         sets = None if media_mask is None else MediaMask(*media_mask)
         x, states, mask = hidden_states, cross_attention_states, cross_attention_mask
         rows = full_text_row_masked_out_mask
-        reason = ATTENTIONS if collects_attentions() or output_attentions else self.why_not()
+        reason = MAPS_REQUESTED if collects_attentions() or output_attentions else self.why_not()
         this: Any = self
         reason = reason or why_tree_dtypes_differ(this, x, states)
         if sets is None and mask is None and x.shape[1] > 1:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.parameter_access.module_calls import (
+    MAPS_REQUESTED,
     collects_attentions,
     unwrap_checkpoint,
 )
@@ -33,8 +34,6 @@ from vlm_fast.modules.qformer.shared_inputs import (
 from vlm_fast.patching.models.qformer_classes import QFormerSettings
 from vlm_fast.patching.models.qformer_masks import additive_mask, layer_inputs, why_not_masks
 from vlm_fast.patching.patched_module import PatchedModule, why_no_extra_arguments_for
-
-ATTENTIONS = "attention maps were asked for, which no kernel forms"
 
 
 class FusedQFormerEncoder(PatchedModule):
@@ -62,7 +61,7 @@ class FusedQFormerEncoder(PatchedModule):
         **kwargs: Any,
     ) -> Any:
         masks = attention_mask, encoder_attention_mask
-        reason = ATTENTIONS if collects_attentions() or output_attentions else self.why_not()
+        reason = MAPS_REQUESTED if collects_attentions() or output_attentions else self.why_not()
         reason = reason or _why_old_arguments(head_mask, cache)
         if (use_cache or output_hidden_states) and "use_cache" in self.argument_names[
             "forward"
@@ -149,7 +148,7 @@ class FusedQFormerLayer(PatchedModule):
     ) -> Any:
         if inputs is not None:  # from the encoder, which has checked everything
             return qformer_layer(self, hidden_states, encoder_hidden_states, inputs=inputs)
-        reason = ATTENTIONS if collects_attentions() or output_attentions else self.why_not()
+        reason = MAPS_REQUESTED if collects_attentions() or output_attentions else self.why_not()
         reason = reason or _why_old_arguments(head_mask, cache)
         reason = reason or why_not_masks(attention_mask, encoder_attention_mask)
         reason = reason or _why_not_dtypes(self, hidden_states, encoder_hidden_states)
