@@ -9,6 +9,7 @@ of a `MaskSpec`. The source of the method is not needed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -45,18 +46,14 @@ class MaskSpec(NamedTuple):
         """
         masks = []
         for path in self.id_paths:
-            token_id = given[path[0]] if path[0] in given else _attribute(model, path)
+            token_id = (
+                given[path[0]] if path[0] in given else functools.reduce(getattr, path, model)
+            )
             mask = (input_ids == token_id).unsqueeze(-1)
             if mask.device != inputs_embeds.device:
                 mask = mask.to(inputs_embeds.device)
             masks.append(mask.expand_as(inputs_embeds) if self.expanded else mask)
         return masks
-
-
-def _attribute(value: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        value = getattr(value, name)
-    return value
 
 
 class UnknownMaskMethod(Exception):

@@ -36,8 +36,10 @@ class DeferredPixelShuffle(DeferredTensor):
     def shortcut(cls, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func in _SHAPE_FUNCTIONS:
             return func(*args, **kwargs)
-        if func is Tensor.reshape and _keeps_tokens(args[0], args[1:]) and not kwargs:
-            return func(*args).as_subclass(DeferredPixelShuffle)
+        if func is Tensor.reshape and len(args) == 4 and not kwargs:
+            x, batch, _, features = args
+            if batch == x.shape[0] and features == x.shape[-1]:  # rows stay whole
+                return func(*args).as_subclass(DeferredPixelShuffle)
         return None
 
     @classmethod
@@ -49,10 +51,6 @@ class DeferredPixelShuffle(DeferredTensor):
 _SHAPE_FUNCTIONS = {Tensor.size, Tensor.dim} | {
     getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad")
 }
-
-
-def _keeps_tokens(x: Tensor, shape: tuple[Any, ...]) -> bool:
-    return len(shape) == 3 and shape[0] == x.shape[0] and shape[2] == x.shape[-1]
 
 
 def _patches(x: Tensor) -> tuple[Tensor, int]:
