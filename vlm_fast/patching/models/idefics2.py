@@ -20,7 +20,7 @@ from vlm_fast.modules.parameter_access.module_tree import (
     why_not_direct_tree,
     why_tree_dtypes_differ,
 )
-from vlm_fast.modules.perceiver_resampler import Layer, resample
+from vlm_fast.modules.perceiver_layer import Layer, resample
 from vlm_fast.ops.argument_errors import wrong_value
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.patched_module import PatchedModule

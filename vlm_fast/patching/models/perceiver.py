@@ -12,7 +12,8 @@ from vlm_fast.modules.parameter_access.module_tree import (
     why_not_direct_tree,
     why_tree_dtypes_differ,
 )
-from vlm_fast.modules.perceiver_resampler import Layer, fused_sequence, resample, resample_media
+from vlm_fast.modules.perceiver_layer import Layer, fused_sequence, resample
+from vlm_fast.modules.perceiver_resampler import resample_media
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.patched_module import PatchedModule
 
