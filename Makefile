@@ -12,11 +12,11 @@ CPU_TORCH = torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
 # Releases of transformers beside the pinned one, under which every family is run.
 TRANSFORMERS := 4.57.6 5.8.1 5.24.0
 
-.PHONY: test machines interpreted compiled ahead released versions released-pinned \
-  $(TRANSFORMERS:%=released-%) bench check gpu hopper lint clean torch-cpu
+.PHONY: test machines interpreted compiled ahead budgets released versions released-pinned \
+  $(TRANSFORMERS:%=released-%) bench bench-full docs check gpu hopper lint clean torch-cpu
 
 # The budgets of kernels are of one compiler, the oldest that is served; it lies beside .venv.
-BUDGETS_TRITON := $(shell sed -n 's/^BUDGETS_TRITON = "\([^"]*\)".*/\1/p' vlm_fast/devtools/ahead_of_time.py)
+BUDGETS_TRITON := $(shell sed -n 's/^BUDGETS_TRITON = "\([^"]*\)".*/\1/p' vlm_fast/devtools/budgets.py)
 OVERLAY := .venv-triton-$(BUDGETS_TRITON)
 
 # Triton is either interpreted or compiled for the life of a process, so the suite takes two at once,
@@ -42,6 +42,10 @@ compiled: $(INSTALLED)
 ahead: $(INSTALLED) $(OVERLAY)/installed
 	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest $(LAST)
 
+# Rewrites vlm_fast/devtools/budgets.json, like a lock file, by the compiler that it is for.
+budgets: $(INSTALLED) $(OVERLAY)/installed
+	PYTHONPATH=$(CURDIR)/$(OVERLAY):$(CURDIR) $(BIN)/python -m vlm_fast.devtools.budgets
+
 released: $(TRANSFORMERS:%=released-%) released-pinned
 
 released-pinned: $(INSTALLED)
@@ -65,9 +69,19 @@ TESTS ?= tests
 machines: $(INSTALLED)
 	$(BIN)/python -m tests.tools.machines $(TESTS)
 
-# Peers that are missing are left out; for xformers and Liger: pip install -e '.[bench]'.
+# Libraries that are not installed are left out; for xformers and Liger: pip install -e '.[bench]'.
 bench: $(INSTALLED)
-	$(BIN)/vlm-fast bench --section all
+	$(BIN)/vlm-fast bench
+
+bench-full: $(INSTALLED)
+	$(BIN)/vlm-fast bench --full
+
+# The site is built from the docstrings that the package has at run time.
+DOCS_PACKAGES = $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+
+docs: $(INSTALLED)
+	$(PIP) $(DOCS_PACKAGES)
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/python -m mkdocs build --strict
 
 check: $(INSTALLED)
 	$(BIN)/vlm-fast check
@@ -89,7 +103,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-triton-* .venv-transformers-* build dist *.egg-info vlm_fast/_C*.so vlm_fast/_hopper*.so
+	rm -rf .venv .venv-triton-* .venv-transformers-* build dist site *.egg-info vlm_fast/_C*.so vlm_fast/_hopper*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)

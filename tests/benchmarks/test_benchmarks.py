@@ -15,12 +15,11 @@ from vlm_fast.benchmarks import (
     gpu_checks,
     gpu_compile,
     models,
-    picture,
-    report,
     suite,
 )
 from vlm_fast.benchmarks.gpu_stages import STAGES, Stage
-from vlm_fast.benchmarks.models import pictures
+from vlm_fast.benchmarks.models import photograph
+from vlm_fast.benchmarks.result_rows import FAMILIES
 from vlm_fast.devtools import ahead_of_time, memory, timing
 from vlm_fast.kernels._triton import AVAILABLE
 from vlm_fast.ops.declaration import OPS, with_batch
@@ -67,7 +66,7 @@ def test_patched_models_are_the_same(quick):
 def test_rows_are_of_one_shape(quick):
     """A part's "before" comes first, then what it is compared with."""
     _, results = quick
-    families = ["merge", "qformer", "flamingo", "anyres", "mergers", "tokens"]
+    families = list(FAMILIES)
     every = [*results["models"].values(), *(results[family] for family in families)]
     for found in every:
         assert all(row.keys() == every[0]["rows"][0].keys() for row in found["rows"])
@@ -252,77 +251,11 @@ def test_bytes_and_waits_are_those_of_a_known_call():
     y = torch.randn(100_000)
     assert memory.peak_bytes(lambda: y + 1, "cpu") == pytest.approx(400_000, rel=1e-3)
     assert memory.peak_bytes(lambda: (y + 1) * 2, "cpu") == pytest.approx(800_000, rel=1e-3)
-    assert memory.synchronisations(lambda: (y.sum().item(), y.nonzero(), y + 1), "cpu") == 2
-    assert memory.synchronisations(lambda: (y[y > 0], y[torch.tensor([1])]), "cpu") == 1
+    assert memory.host_syncs(lambda: (y.sum().item(), y.nonzero(), y + 1), "cpu") == 2
+    assert memory.host_syncs(lambda: (y[y > 0], y[torch.tensor([1])]), "cpu") == 1
 
 
 def test_photograph_becomes_what_the_tower_takes():
-    found, source = pictures.prepared("blip", "BlipImageProcessorPil")
+    found, source = photograph.preprocessed("blip", "BlipImageProcessorPil")
     assert found["pixel_values"].std() > 0.1 and "astronaut" in source
-    assert pictures.by_torch(28).shape == (1, 3, 28, 28)
-
-
-# ---- README and docs ----
-
-
-def test_pages_show_what_results_hold_and_nothing_else(quick, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    _, results = quick
-    readme, page = tmp_path / "README.md", tmp_path / "measured.md"
-    markers = "<!-- {0}:begin -->\nold\n<!-- {0}:end -->\n"
-    readme.write_text("top\n" + markers.format("charts") + markers.format("results") + "end\n")
-    page.write_text(markers.format("measured"))
-
-    def written(result):
-        monkeypatch.setattr(results_files, "read_results", lambda: [result])
-        report.main(readme, page, tmp_path)
-        return readme.read_text(), page.read_text()
-
-    text, measured = written({**results, "quick": False})
-    assert "old" not in text and text.startswith("top\n") and text.endswith("end\n")
-    assert "(speed.svg)" in text and "(memory.svg)" in text
-    assert "No GPU has run this yet" in text
-    for name in OPS:
-        assert f"| {name} |" in measured
-    for words in picture.FAMILIES.values():
-        assert f"### {words[0].upper()}{words[1:]}" in measured
-    charts = [(tmp_path / f"{name}.svg").read_bytes() for name in picture.CHARTS]
-    assert (text, measured) == written({**results, "quick": False})
-    assert charts == [(tmp_path / f"{name}.svg").read_bytes() for name in picture.CHARTS]
-    text, measured = written(results)  # quick: worth nothing
-    assert "| " not in text.partition("results:begin")[2] and "| " not in measured
-
-
-def test_losses_are_published():
-    before = {
-        "part": "x",
-        "state": "before",
-        "median": 1.0,
-        "peak_bytes": 10**6,
-        "saved_bytes": 640,
-    }
-    after = {
-        **before,
-        "state": "after",
-        "median": 1.5,
-        "peak_bytes": 13 * 10**5,
-        "ours_is": "slower",
-    }
-    after["saved_bytes"] = 2940  # four times nothing is nothing
-    rows = [before, after, {**before, "part": "y"}, {**before, "part": "y", "state": "after"}]
-    rows[3]["ours_is"] = "same"
-    op = {
-        "op": "mlp", "shape": "s", "mode": "forward", "provider": "eager", "status": "measured",
-        "ours_is": "slower", "times_faster": 0.8,
-    }  # fmt: skip
-    lines = report.losses({"merge": {"rows": rows}, "ops": [op]}).splitlines()[2:]
-    assert lines == [
-        "| merge | x | takes 1.50 times as long |",
-        "| merge | x | 1.30 of the peak memory |",
-        "| mlp | s, forward | takes 1.25 times as long as eager |",
-    ]
-
-
-def test_markers_must_stand_once():
-    with pytest.raises(ValueError, match="once, found 0 times"):
-        report.between("nothing here", "results", "x")
+    assert photograph.resized(28).shape == (1, 3, 28, 28)

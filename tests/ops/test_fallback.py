@@ -13,7 +13,6 @@ import torch
 import vlm_fast
 from tests.support.cases import OPS, any_case, any_op, each
 from vlm_fast.kernels import _launcher
-from vlm_fast.modules.parameter_access import linear
 from vlm_fast.verification import tolerance
 
 UNSERVED = torch.float64
@@ -144,13 +143,8 @@ def switches():
     return {
         "strict": (vlm_fast.strict, lambda: state.strict),
         "disabled": (vlm_fast.disabled, lambda: state.disabled),
-        "meta_parameters_allowed": (linear.meta_parameters_allowed, reads_the_meta_device),
         "recording": (_launcher.recording, lambda: bool(_launcher._recordings)),
     }
-
-
-def reads_the_meta_device():
-    return linear.why_not_direct(torch.nn.Linear(2, 2, device="meta")) is None
 
 
 @pytest.mark.parametrize("name", switches())

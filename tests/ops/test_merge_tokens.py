@@ -29,8 +29,11 @@ def test_any_match_is_a_partition_and_conserves_sizes(tokens, r, protected, seed
     merged, total = ops.merge_tokens.fast(metric, match, size)
     assert torch.equal(total.sum(1), size.sum(1))
     assert merged.shape[1] == tokens - min(r, (tokens - protected) // 2)
+    # Each mean is rounded once, by half an ulp of at most the sum of its group's magnitudes.
+    weighted = metric * size[..., None]
+    allowed = 2 * torch.finfo(torch.float32).eps * weighted.abs().sum(1).max().item()
     torch.testing.assert_close(
-        (merged * total[..., None]).sum(1), (metric * size[..., None]).sum(1)
+        (merged * total[..., None]).sum(1), weighted.sum(1), rtol=0, atol=allowed
     )
 
 
@@ -84,9 +87,9 @@ def test_options_that_do_not_fit(options, exception, words):
 @pytest.mark.parametrize(
     "change, exception, words",
     [
-        (lambda x, m, s: (x, m[:2], s), TypeError, "match"),
-        (lambda x, m, s: (x, m[0], s), TypeError, "match"),
-        (lambda x, m, s: (x[:, 1:], m, s), ValueError, "x is"),
+        (lambda x, m, s: (x, m[:2], s), ValueError, "match is 2"),
+        (lambda x, m, s: (x, m[0], s), ValueError, "match is 1"),
+        (lambda x, m, s: (x[:, 1:], m, s), ValueError, "destination"),
         (lambda x, m, s: (x, [m[0], m[1][:, 1:], m[2]], s), ValueError, "order"),
         (lambda x, m, s: (x, [m[0], m[1], m[2][:, :0]], s), ValueError, "start"),
         (lambda x, m, s: (x, [m[0], m[1], m[2].repeat(1, 2)], s), ValueError, "start"),

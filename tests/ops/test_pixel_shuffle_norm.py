@@ -101,7 +101,7 @@ MISTAKES = {
     "factor": (dict(factor=0), "factor", "1 to 8"),
     "layout": (dict(layout="rows"), "layout", "'rows'", "one of"),
     "norm": (dict(norm="batch"), "norm", "'batch'", "one of"),
-    "weights of a patch": (dict(norm_after=False), "weight", "(20,)"),
+    "weights of a patch": (dict(norm_after=False), "weight", "= 20,)"),
     "a bias": (dict(norm="rms"), "bias", "None"),
     "weights without a norm": (dict(norm="none"), "weight", "None"),
 }

@@ -18,7 +18,7 @@ from tests.support.cases import (
     every_op,
 )
 from tests.support.recording_mode import Onlooker
-from vlm_fast.ops import registration
+from vlm_fast.ops import registration, transforms
 from vlm_fast.ops.declaration import with_batch
 from vlm_fast.verification import tolerance
 
@@ -43,7 +43,7 @@ def registered_call(op, shape):
     settings = {**op.defaults, **options}
     values = op.accepted(args, settings)
     needs = [v is not None and v.requires_grad for v in op._path.flatten(values)]
-    return op._path, values, {**settings, "needs": needs}
+    return op._path, values, {**settings, "needs_grad": needs}
 
 
 @pytest.mark.parametrize("check", OPCHECKS)
@@ -57,7 +57,7 @@ def test_opcheck_of_forward(op, shape, check):
 @every_case
 def test_opcheck_of_backward(op, shape, check):
     path, values, keywords = registered_call(op, shape)
-    needs = keywords.pop("needs")
+    needs = keywords.pop("needs_grad")
     with torch.no_grad():
         result, kept = path.forward(
             path.needs_of(tuple(needs), path.count(values)), *values, **keywords
@@ -65,7 +65,7 @@ def test_opcheck_of_backward(op, shape, check):
     grads = [
         tolerance.random_upstream(r) for r in (result if isinstance(result, tuple) else [result])
     ]
-    keywords |= {"list_length": path.count(values), "needs": needs}
+    keywords |= {"list_length": path.count(values), "needs_grad": needs}
     backward = getattr(torch.ops.vlm_fast, f"{op.name}_backward").default
     kept = [t if t is None else t.detach() for t in kept]
     opcheck(backward, (grads, kept), keywords, test_utils=check)
@@ -220,7 +220,7 @@ def test_dtensors_are_refused(op, mesh, everything):
 
 
 def test_private_torch_names_mean_what_they_did():
-    level, modes = registration._functorch_level, registration._dispatch_modes
+    level, modes = transforms._functorch_level, registration._dispatch_modes
     assert level() is None and modes() == 0 and forward_ad._current_level < 0
     inside = []
     torch.func.vmap(lambda x: (inside.append(level()), x)[1])(torch.ones(2))
@@ -254,7 +254,7 @@ def test_a_schedule_of_an_option_leaves_nothing_behind(name, option, values):
         expected = tolerance.outputs_and_gradients(op.fast, args, options)
         with Onlooker():
             assert_same(tolerance.outputs_and_gradients(op, args, options), expected)
-        counts.append((len(op._path.recipes), len(op._path.backward_recipes)))
+        counts.append((len(op._path.saved_sources), len(op._path.backward_sources)))
     assert set(counts) == {counts[0]}
 
 

@@ -64,7 +64,7 @@ def test_of_equal_maxima_the_first_has_the_gradient():
 MISTAKES = {
     "height": (dict(height=0), "height", "0"),
     "width": (dict(width=1), "width", "1", "2 or more"),
-    "another grid": (dict(height=6), "x", "6 x 7"),
+    "another grid": (dict(height=6), "x", "height * width = 42"),
     "mode": (dict(mode="sum"), "mode", "'sum'", "one of"),
     "no stride": (dict(stride=0), "stride", "1 to 8"),
     "too long a stride": (dict(stride=9), "stride", "1 to 8"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.support.cases import OPS, any_op
-from vlm_fast.ops.signature import Signature, TensorArgument
+from vlm_fast.ops.signature import Signature
+from vlm_fast.ops.signature_arguments import TensorArgument
 from vlm_fast.verification import tolerance
 
 MERGE, GATHER, MLP = (OPS[name] for name in ("merge_image_tokens", "gather_image_tokens", "mlp"))
@@ -197,7 +198,7 @@ MISTAKES = {
         PACK, {"features": lambda t: t[:0], "target": lambda t: t[:0]}, ValueError, "source no row",
     ),
     "resized tiles of another plan": (
-        RESIZED, {"features": lambda t: t[1:]}, ValueError, "targets (40, 4) (36, 4)",
+        RESIZED, {"features": lambda t: t[1:]}, ValueError, "targets (40, 4) 36",
     ),
     "weights of other taps": (RESIZED, {"weights": lambda t: t[1:]}, ValueError, "weights"),
     "three taps": (RESIZED, {"taps": lambda t: t[:, 1:]}, ValueError, "taps 3 4"),

@@ -28,7 +28,7 @@ from vlm_fast.kernels import _launcher
 from vlm_fast.kernels.image_tokens import image_token_slots
 from vlm_fast.ops.declaration import OPS
 from vlm_fast.verification import tolerance
-from vlm_fast.verification.summation_orders import OtherOrders
+from vlm_fast.verification.summation_orders import ReorderedRuns
 
 UPSTREAMS = ("dense", "padded rows", "transposed", "every other column", "expanded", "scalar")
 
@@ -91,7 +91,7 @@ def evaluated(op, args, options, upstream=None):
     triples = list(zip(*([*y, *dx] for y, dx in (ours, native, exact)), strict=True))
     assert names and not any(t is None for one in triples for t in one)
     plain = [lambda f=f: list(itertools.chain(*run(f))) for f in op.references]
-    return names, triples, OtherOrders(*plain)
+    return names, triples, ReorderedRuns(*plain)
 
 
 def without_unfair(ours, native, exact, *others):

@@ -20,7 +20,7 @@ def test_lora_resumes_to_the_last_bit(tmp_path, dtype):
     more = (*STAGE1, "--lora", "2", "--max-steps", "3")
     call("llava-stage2", folder, data, whole, *more)
     shutil.copytree(whole, broken)
-    last, _ = checkpoints.last_whole(broken)
+    last, _ = checkpoints.last_complete(broken)
     assert last.name == "checkpoint-3"
     shutil.rmtree(last)
     shutil.rmtree(broken / "adapter")

@@ -10,7 +10,7 @@ from tests.support import whole_models
 from tests.support.cases import DTYPES, every_case, every_op
 from vlm_fast.ops.declaration import OPS
 from vlm_fast.verification import tolerance
-from vlm_fast.verification.summation_orders import OtherOrder
+from vlm_fast.verification.summation_orders import RandomSumOrder
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -138,7 +138,7 @@ def test_other_orders_are_the_same_but_for_rounding(op, shape):
     wide = tolerance.convert(args, torch.Tensor.double)
     for plain in op.references:
         found = []
-        for order in (contextlib.nullcontext(), OtherOrder(3)):
+        for order in (contextlib.nullcontext(), RandomSumOrder(3)):
             with order:
                 found.append(tolerance.outputs_and_gradients(plain, wide, options))
         torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)

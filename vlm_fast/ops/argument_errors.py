@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from vlm_fast.ops.signature import HALF, NAMES, Signature, TensorArgument
+from vlm_fast.ops.signature import Signature
+from vlm_fast.ops.signature_arguments import HALF, NAMES, TensorArgument
 
+WORDS = {"and", "else", "if", "is", "not", "or", "None"}
 FLOATING = "a floating dtype (float32, bfloat16 or float16)"
 
 
@@ -82,8 +84,8 @@ class _Call:
         except _Found as found:
             return found.error
         for errors in (
-            self.of_options(), self.of_shapes(), self.of_dtypes(), self.of_devices(),
-            self.of_conditions(),
+            self.of_options(), self.of_conditions(of_options=True), self.of_shapes(),
+            self.of_dtypes(), self.of_devices(), self.of_conditions(of_options=False),
         ):  # fmt: skip
             for error in errors:
                 return error
@@ -196,6 +198,7 @@ class _Call:
             origins.update(dict.fromkeys(name for name in of_sizes if name))
             value = self.value_of(plain)
             known = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            known = known if plain.isidentifier() else f"{plain} = {known}"
             parts.append(f"1 or {known}" if size.startswith("1|") else known)
         parts = [part for part in parts if part]
         text = f"({', '.join(parts)}{',' * (len(parts) == 1)})"
@@ -203,8 +206,12 @@ class _Call:
         text += f" to match {' and '.join(others)}" if others else ""
         return f"{text}, or None" if argument.optional else text
 
-    def of_conditions(self) -> Iterator[TypeError | ValueError]:
+    def of_conditions(self, *, of_options: bool) -> Iterator[TypeError | ValueError]:
+        """Errors of conditions on options alone, or of the others."""
         for condition, said in self.signature.where.items():
+            names = set(re.findall(r"(?<!['\w.])[A-Za-z_]\w*(?!['\w])", condition)) - WORDS
+            if (names <= self.options.keys()) != of_options:
+                continue
             try:
                 holds = self.value_of(condition)
             except (ZeroDivisionError, AttributeError):

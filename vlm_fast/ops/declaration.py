@@ -27,11 +27,9 @@ files, ``kernels/<op>.py`` and ``vlm_fast/ops/<op>.py``, and one import line in 
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -42,35 +40,21 @@ from torch.utils import _pytree
 from vlm_fast.fallback import DISABLED, record_fallback, switches
 from vlm_fast.kernels._triton import AVAILABLE
 from vlm_fast.ops.argument_errors import mistake
+from vlm_fast.ops.autocast import autocast_device, without_autocast
+from vlm_fast.ops.cost import Cost as Cost
+from vlm_fast.ops.cost import nbytes as nbytes
 from vlm_fast.ops.docstrings import documented
-from vlm_fast.ops.registration import (
-    CallPath,
-    constant_while_compiling,
-    in_functorch,
-    refuse_forward_mode,
-)
+from vlm_fast.ops.registration import CallPath
+from vlm_fast.ops.sample_shapes import with_batch as with_batch
 from vlm_fast.ops.signature import Signature
+from vlm_fast.ops.transforms import constant_while_compiling, in_functorch, refuse_forward_mode
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 OPS: dict[str, Op[..., Any]] = {}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The least work of one call: FLOPs, and bytes read and written, of each pass."""
-
-    forward_flops: int
-    forward_bytes: int
-    backward_flops: int
-    backward_bytes: int
-
-
-def nbytes(*tensors: Tensor | None) -> int:
-    """Bytes of all tensors together; None counts as none."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}  # by name
 
 
 def no_kernel_for(x: Tensor) -> str | None:
@@ -123,7 +107,7 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **options: P.kwargs) -> R:
         values, settings = self._bind(args, options)
         try:
-            if self.autocasts and torch.is_autocast_enabled(_autocast_device(values[0])):
+            if self.autocasts and torch.is_autocast_enabled(autocast_device(values[0])):
                 return self._under_autocast(self, values, settings)
             if self._has_more_checks or not self._accepts(*values, **settings):
                 values = self.accepted(values, settings)
@@ -142,7 +126,7 @@ class Op(Generic[P, R]):
             RuntimeError: the kernels cannot serve this call.
         """
         values, settings = self._bind(args, options)
-        if self.autocasts and torch.is_autocast_enabled(_autocast_device(values[0])):
+        if self.autocasts and torch.is_autocast_enabled(autocast_device(values[0])):
             return self._under_autocast(self.fast, values, settings)
         values = self.accepted(values, settings)
         reason = self._why_not(values, settings)
@@ -221,7 +205,7 @@ class Op(Generic[P, R]):
         self, call: Callable[..., Any], values: tuple[Any, ...], settings: dict[str, Any]
     ) -> Any:
         # Cast here: register_autocast is skipped under torch.compile on torch 2.11.
-        device = _autocast_device(values[0])
+        device = autocast_device(values[0])
         dtype = torch.get_autocast_dtype(device)
 
         def to(value: Any) -> Any:
@@ -346,27 +330,6 @@ class Op(Generic[P, R]):
         return attach
 
 
-def with_batch(shape: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """A shape with another number of images or rows; with 0, none of them.
-
-    That number is the size named ``batch`` (``count`` counts over the whole batch), or the first
-    size of ``shape``.
-
-    Raises:
-        ValueError: No size is the number of images or rows.
-    """
-    new = dict(shape)
-    if "batch" in shape:
-        new["batch"] = batch
-        if "count" in shape:
-            new["count"] = shape["count"] // shape["batch"] * batch
-    elif "shape" in shape:
-        new["shape"] = (batch, *shape["shape"][1:])
-    else:
-        raise ValueError(f"which of {list(shape)} is the number of images or rows?")
-    return new
-
-
 def _canonical_of(signature: Signature) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
     """A function that makes lists of sequences, and of a tensor where a list is declared."""
     at = [
@@ -393,36 +356,11 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def _autocast_device(first: Any) -> str:
-    # Not a tensor: the op's own checks say so next.
-    return "cuda" if getattr(first, "is_cuda", False) else "cpu"
-
-
-@constant_while_compiling  # Dynamo of torch 2.11 does not trace this query
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
-def _without_autocast(reference: Callable[P, R]) -> Callable[P, R]:
-    """The reference as it is outside autocast, which would cast what it multiplies."""
-
-    @functools.wraps(reference)
-    def plain(*args: P.args, **options: P.kwargs) -> R:
-        first: Any = args[0] if args else next(iter(options.values()))
-        device = first.device.type
-        if not (_has_autocast(device) and torch.is_autocast_enabled(device)):
-            return reference(*args, **options)
-        with torch.autocast(device, enabled=False):
-            return reference(*args, **options)
-
-    return plain
-
-
 def op(
     *, where: Mapping[str, str] | None = None, **declared: Any
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Declare an op that keeps dtypes as they are under autocast."""
-    return lambda reference: Op(_without_autocast(reference), declared, where or {})
+    return lambda reference: Op(without_autocast(reference), declared, where or {})
 
 
 def index_op(
@@ -435,7 +373,7 @@ def index_op(
     """
 
     def declare(reference: Callable[P, R]) -> Op[P, R]:
-        declared_op = Op(_without_autocast(reference), declared, where or {})
+        declared_op = Op(without_autocast(reference), declared, where or {})
         declared_op.returns_indices = True
         declared_op._has_more_checks = True
         declared_op._canonical = lambda values: tuple(

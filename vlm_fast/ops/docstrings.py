@@ -6,7 +6,8 @@ import inspect
 import re
 import textwrap
 
-from vlm_fast.ops.signature import Signature, TensorArgument
+from vlm_fast.ops.signature import Signature
+from vlm_fast.ops.signature_arguments import TensorArgument
 
 SECTIONS = ("Args:", "Returns:", "Raises:")
 RAISED = {

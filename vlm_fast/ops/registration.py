@@ -1,106 +1,58 @@
-"""The call path of an op: cheap in plain eager, a registered torch op everywhere else.
+"""How an op is called: an ``autograd.Function`` in eager mode, a registered torch op otherwise.
 
-Plain eager calls go straight to an ``autograd.Function``. Compilation, dispatch modes, tensor
-subclasses and stand-ins without data go through ``torch.ops.vlm_fast.<name>``, whose fake is the
-forward itself run on fake tensors (launches are skipped there), so no op writes one.
+Compilation, dispatch modes, tensor subclasses, fake tensors and meta tensors go through
+``torch.ops.vlm_fast.<name>``. Its fake implementation is the forward itself, run on fake tensors
+without launching kernels, so no op writes one.
 
-The private torch names this needs are all in this file; tests check that they exist.
+The private names of torch that this needs are all here and in `transforms`; tests check that they
+exist.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from collections.abc import Callable
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.jit._builtins import _register_builtin
 from torch.library import Library, register_autograd, register_fake, register_vmap
 
 from vlm_fast.fallback import record_fast_call
+from vlm_fast.ops.schema import holds_list, schema_type
+from vlm_fast.ops.transforms import (
+    in_each,
+    in_functorch,
+    is_batched,
+    refuse_double_backward,
+    refuse_forward_mode,
+)
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-_functorch_level = torch._C._functorch.maybe_current_level
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 LIBRARY = Library("vlm_fast", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
-def constant_while_compiling(function: F) -> F:
-    """Let Dynamo run a function while it makes a graph, and take its result as a constant.
-
-    As ``torch.compiler.assume_constant_result`` does, without importing Dynamo for it.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-def in_functorch() -> bool:
-    """Whether grad, vmap and the like of torch.func are on the stack."""
-    return _functorch_level() is not None
-
-
-def is_batched(grads: Sequence[Tensor]) -> bool:
-    """Whether gradients came from ``is_grads_batched=True`` or ``jacobian(vectorize=True)``.
-
-    Both use a vmap of their own, which is older than that of torch.func and is not seen as one.
-    """
-    return any(map(_is_batched, grads))
-
-
-def in_each(call: Callable[..., list[Tensor]], grads: list[Tensor], kept: list[Any]) -> Any:
-    """``call(grads, kept)`` under the vmap of torch.func, in place of the older one."""
-    own = [_is_batched(grad) for grad in grads]
-    whole = [
-        torch._remove_batch_dim(grad, 1, 0, 0) if batched else grad
-        for grad, batched in zip(grads, own, strict=True)
-    ]
-    if is_batched(whole):
-        raise RuntimeError("vlm_fast: batched gradients inside batched gradients; use torch.func")
-    dims = ([0 if batched else None for batched in own], None)
-    return [torch._add_batch_dim(made, 0, 1) for made in torch.vmap(call, dims)(whole, kept)]
-
-
-def refuse_forward_mode(name: str) -> None:
-    """Registered ops give a zero tangent in forward mode, silently; so raise."""
-    if forward_ad._current_level >= 0:
-        raise RuntimeError(
-            f"vlm_fast.{name}: forward-mode AD (jvp) is not supported; "
-            f"use vlm_fast.ops.{name}.reference or vlm_fast.disabled()"
-        )
-
-
-def _refuse_double_backward(name: str) -> None:
-    raise RuntimeError(
-        f"vlm_fast.{name}: double backward is not supported; "
-        f"use vlm_fast.ops.{name}.reference or vlm_fast.disabled()"
-    )
-
-
 class CallPath:
-    """``path(values, settings)``: the result of the kernels, differentiable once."""
+    """Calls the kernels of an op: ``path(values, settings)``, differentiable once."""
 
     def __init__(self, op: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
         self.op, self.name = op, op.name
         self.forward, self.backward = forward, backward
-        self.needs: dict[tuple[Any, ...], Any] = {}
+        self.needs_grad: dict[tuple[Any, ...], Any] = {}
         self.none_needed = op.NeedsGrad(*[False] * len(op.tensors))
         annotations = [op.__signature__.parameters[name].annotation for name in op.tensors]
-        lists = [i for i, a in enumerate(annotations) if _holds_list(a)]
+        lists = [i for i, a in enumerate(annotations) if holds_list(a)]
         if len(lists) > 1:
             raise TypeError(f"{op.name}: at most one argument may be a list of tensors")
         self.list_at = lists[0] if lists else None
         self.single = op.__signature__.return_annotation is Tensor
         self.results = 1 if self.single else len(get_args(op.__signature__.return_annotation))
         self.function = _autograd_function(self)
-        self.recipes: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
-        self.backward_recipes: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
+        self.saved_sources: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
+        self.backward_sources: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
         self.registered = self._register(op, annotations)
 
     def __call__(self, values: tuple[Any, ...], settings: dict[str, Any]) -> Any:
@@ -137,34 +89,41 @@ class CallPath:
         return (*flat[:i], list(flat[i : i + count]), *flat[i + count :])
 
     def needs_of(self, flat: tuple[bool, ...], count: int) -> Any:
-        """Which gradients are wanted; of the list those of each tensor, or empty if none is."""
+        """Which arguments need a gradient; of a list a tuple, empty if no tensor of it does."""
         key: tuple[Any, ...] = flat
         if self.list_at is not None:
             i = self.list_at
             of_list = flat[i : i + count]
             key = (*flat[:i], of_list if any(of_list) else (), *flat[i + count :])
-        found = self.needs.get(key)
+        found = self.needs_grad.get(key)
         if found is None:
-            found = self.needs[key] = self.op.NeedsGrad(*key)
+            found = self.needs_grad[key] = self.op.NeedsGrad(*key)
         return found
 
     def gradients(
-        self, needs: tuple[bool, ...], count: int, kept: Any, grads: Any, settings: dict[str, Any]
+        self,
+        needs_grad: tuple[bool, ...],
+        count: int,
+        saved_tensors: Any,
+        grads: Any,
+        settings: dict[str, Any],
     ) -> tuple[Tensor | None, ...]:
-        """The flat gradients of one backward, None where not needed."""
+        """The flat gradients of one backward; None where none is needed."""
         device = "cuda" if grads[0].is_cuda else "cpu"
         if torch.is_autocast_enabled(device):
-            # The dtypes of the forward hold, wherever backward is called.
+            # Gradients have the dtypes of forward, even if backward runs under autocast.
             with torch.autocast(device, enabled=False):
-                return self.gradients(needs, count, kept, grads, settings)
-        found = self.backward(self.needs_of(needs, count), kept, *grads, **settings)
+                return self.gradients(needs_grad, count, saved_tensors, grads, settings)
+        found = self.backward(self.needs_of(needs_grad, count), saved_tensors, *grads, **settings)
         if self.list_at is not None:
             if found[self.list_at] is None:
                 found = (*found[: self.list_at], [None] * count, *found[self.list_at + 1 :])
             found = self.flatten(found)
-        if len(found) != len(needs):
-            raise TypeError(f"{self.name}: backward gave {len(found)} gradients of {len(needs)}")
-        return tuple([g if need else None for g, need in zip(found, needs)])  # noqa: B905
+        if len(found) != len(needs_grad):
+            raise TypeError(
+                f"{self.name}: backward gave {len(found)} gradients of {len(needs_grad)}"
+            )
+        return tuple([g if need else None for g, need in zip(found, needs_grad)])  # noqa: B905
 
     # ---- the registered op ----
 
@@ -172,74 +131,77 @@ class CallPath:
         self, flat: tuple[Any, ...], values: tuple[Any, ...], settings: dict[str, Any]
     ) -> Any:
         grad = torch.is_grad_enabled()
-        needs = [grad and v is not None and v.requires_grad for v in flat]
-        outputs = self.registered(*values, **settings, needs=needs)
+        needs_grad = [grad and v is not None and v.requires_grad for v in flat]
+        outputs = self.registered(*values, **settings, needs_grad=needs_grad)
         return outputs[0] if self.single else tuple(outputs[: self.results])
 
-    def _run(self, *values: Any, needs: list[bool], **settings: Any) -> list[Tensor]:
-        """Results, then what else backward needs; nothing is returned twice, nor an input."""
+    def _run(self, *values: Any, needs_grad: list[bool], **settings: Any) -> list[Tensor]:
+        """The results, then the other tensors that backward needs; none twice, and no input."""
         count = self.count(values)
-        result, saved = self.forward(self.needs_of(tuple(needs), count), *values, **settings)
+        result, saved = self.forward(self.needs_of(tuple(needs_grad), count), *values, **settings)
         results = [result] if self.single else list(result)
         known = [*self.flatten(values), *results]
-        recipe: list[int | None] = []
+        sources: list[int | None] = []
         for tensor in saved:
             at = next((i for i, v in enumerate(known) if v is tensor), None)
             if tensor is not None and at is None:
                 at = len(known)
                 known.append(tensor)
-            recipe.append(None if tensor is None else at)
-        self.recipes[self._key(needs, count, settings)] = tuple(recipe)
+            sources.append(None if tensor is None else at)
+        self.saved_sources[self._key(needs_grad, count, settings)] = tuple(sources)
         return known[len(self.flatten(values)) :]
 
-    def _key(self, needs: Any, count: int, settings: dict[str, Any]) -> tuple[Any, ...]:
-        # Not the sizes: hashing a symbolic one would fix it. Of a float only whether it is 0: a
-        # schedule gives a new one in every step, and none changes what is kept but by being 0.
+    def _key(self, needs_grad: Any, count: int, settings: dict[str, Any]) -> tuple[Any, ...]:
+        # Sizes are left out: hashing a symbolic size specialises on it. Of a float only whether it
+        # is 0 counts: a schedule gives a new value in every step, and what is saved depends on
+        # nothing else.
         plain = [
             (k, bool(v) if isinstance(v, float) else v)
             for k, v in settings.items()
             if isinstance(v, (str, float, bool))
         ]
-        return (tuple(needs), count, *sorted(plain))
+        return (tuple(needs_grad), count, *sorted(plain))
 
     def _run_backward(
         self,
         grads: list[Tensor],
-        kept: list[Tensor | None],
+        saved_tensors: list[Tensor | None],
         /,  # an option may be called "saved" too
         *,
         list_length: int,
-        needs: list[bool],
+        needs_grad: list[bool],
         **settings: Any,
     ) -> list[Tensor]:
-        """The gradients wanted; none is returned twice, nor one that came in."""
-        known: list[Tensor | None] = [*grads, *kept]
+        """The gradients that are needed; no tensor twice, and none that was an input."""
+        known: list[Tensor | None] = [*grads, *saved_tensors]
         came_in = len(known)
-        recipe: list[int | None] = []
-        for gradient in self.gradients(tuple(needs), list_length, kept, grads, settings):
+        sources: list[int | None] = []
+        for gradient in self.gradients(
+            tuple(needs_grad), list_length, saved_tensors, grads, settings
+        ):
             at = next((i for i, v in enumerate(known) if v is gradient), None)
             if gradient is not None and at is None:
-                # Two gradients may be parts of one buffer; torch wants results apart.
+                # Two gradients may be parts of one buffer; torch wants separate storage.
                 if any(v is not None and _share_storage(gradient, v) for v in known):
                     gradient = gradient.clone()
                 at = len(known)
                 known.append(gradient)
-            recipe.append(None if gradient is None else at)
-        self.backward_recipes[self._key(needs, list_length, settings)] = tuple(recipe)
+            sources.append(None if gradient is None else at)
+        self.backward_sources[self._key(needs_grad, list_length, settings)] = tuple(sources)
         return known[came_in:]  # type: ignore[return-value]  # those that came are not None
 
     def _register(self, op: Any, annotations: list[Any]) -> Any:
         arguments = ", ".join(
-            f"{_schema_type(a)} {n}" for a, n in zip(annotations, op.tensors, strict=True)
+            f"{schema_type(a)} {n}" for a, n in zip(annotations, op.tensors, strict=True)
         )
         options = "".join(
-            f"{_schema_type(op.__signature__.parameters[n].annotation)} {n}, " for n in op.defaults
+            f"{schema_type(op.__signature__.parameters[n].annotation)} {n}, " for n in op.defaults
         )
         name, backward_name = self.name, f"{self.name}_backward"
-        LIBRARY.define(f"{name}({arguments}, *, {options}bool[] needs) -> Tensor[]", tags=TAGS)
+        LIBRARY.define(f"{name}({arguments}, *, {options}bool[] needs_grad) -> Tensor[]", tags=TAGS)
         LIBRARY.define(
-            f"{backward_name}(Tensor[] gradients, Tensor?[] kept, *, {options}"
-            "int list_length, bool[] needs) -> Tensor[]",
+            f"{backward_name}(Tensor[] gradients, Tensor?[] saved_tensors, *, {options}"
+            "int list_length, bool[] needs_grad) -> Tensor[]",
             tags=TAGS,
         )
         for registered, run in ((name, self._run), (backward_name, self._run_backward)):
@@ -250,28 +212,32 @@ class CallPath:
 
         def setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
             settings = dict(keyword_only_inputs)
-            ctx.needs = settings.pop("needs")
+            ctx.needs_grad = settings.pop("needs_grad")
             ctx.settings, ctx.count = settings, self.count(inputs)
-            needs = self.needs_of(tuple(ctx.needs), ctx.count)
-            ctx.mark_non_differentiable(*[output[i] for i in op.results_without_gradient(needs)])
-            recipe = self.recipes[self._key(ctx.needs, ctx.count, settings)]
+            needs_grad = self.needs_of(tuple(ctx.needs_grad), ctx.count)
+            ctx.mark_non_differentiable(
+                *[output[i] for i in op.results_without_gradient(needs_grad)]
+            )
+            sources = self.saved_sources[self._key(ctx.needs_grad, ctx.count, settings)]
             available = (*self.flatten(inputs), *output)
-            ctx.save_for_backward(*[None if at is None else available[at] for at in recipe])
+            ctx.save_for_backward(*[None if at is None else available[at] for at in sources])
 
         def backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
             if torch.is_grad_enabled():  # create_graph=True
-                _refuse_double_backward(name)
-            came, kept = list(grads[: self.results]), list(ctx.saved_tensors)
-            flat = self._call_registered_backward(came, kept, ctx.settings, ctx.count, ctx.needs)
+                refuse_double_backward(name)
+            came, saved_tensors = list(grads[: self.results]), list(ctx.saved_tensors)
+            flat = self._call_registered_backward(
+                came, saved_tensors, ctx.settings, ctx.count, ctx.needs_grad
+            )
             return self.unflatten(flat, ctx.count)
 
         def double_backward(ctx: Any, *grads: Any) -> None:
-            _refuse_double_backward(name)
+            refuse_double_backward(name)
 
         register_autograd(f"vlm_fast::{name}", backward, setup_context=setup, lib=LIBRARY)
 
-        def of_each(info: Any, dims: Any, grads: Any, kept: Any, **keywords: Any) -> Any:
-            """Under vmap (batched gradients, vectorized Jacobians): one backward after another."""
+        def of_each(info: Any, dims: Any, grads: Any, saved_tensors: Any, **keywords: Any) -> Any:
+            """The backward under vmap (batched gradients): one backward per sample."""
 
             def part(i: int, values: Any, dims: Any) -> list[Tensor | None]:
                 pairs = zip(values, dims, strict=True)
@@ -279,7 +245,7 @@ class CallPath:
 
             made = [
                 self.registered_backward(
-                    part(i, grads, dims[0]), part(i, kept, dims[1]), **keywords
+                    part(i, grads, dims[0]), part(i, saved_tensors, dims[1]), **keywords
                 )
                 for i in range(info.batch_size)
             ]
@@ -291,23 +257,32 @@ class CallPath:
         return getattr(torch.ops.vlm_fast, name).default
 
     def _call_registered_backward(
-        self, grads: list[Tensor], kept: list[Any], settings: Any, count: int, needs: Any
+        self,
+        grads: list[Tensor],
+        saved_tensors: list[Any],
+        settings: Any,
+        count: int,
+        needs_grad: Any,
     ) -> tuple[Tensor | None, ...]:
-        """The flat gradients, of which the registered op returns those that are new."""
+        """The flat gradients, put together from those that the registered op returned as new."""
 
-        def made_of(grads: list[Tensor], kept: list[Any]) -> list[Tensor]:
+        def made_of(grads: list[Tensor], saved_tensors: list[Any]) -> list[Tensor]:
             made: list[Tensor] = self.registered_backward(
-                grads, kept, **settings, list_length=count, needs=list(needs)
+                grads, saved_tensors, **settings, list_length=count, needs_grad=list(needs_grad)
             )
             return made
 
-        made = in_each(made_of, grads, kept) if is_batched(grads) else made_of(grads, kept)
-        recipe = self.backward_recipes[self._key(needs, count, settings)]
-        available = (*grads, *kept, *made)
-        return tuple(None if at is None else available[at] for at in recipe)
+        made = (
+            in_each(made_of, grads, saved_tensors)
+            if is_batched(grads)
+            else made_of(grads, saved_tensors)
+        )
+        sources = self.backward_sources[self._key(needs_grad, count, settings)]
+        available = (*grads, *saved_tensors, *made)
+        return tuple(None if at is None else available[at] for at in sources)
 
     def _register_for_script(self, op: Any) -> None:
-        """A call of the op that torch.jit.script compiles is one of this overload, which calls it.
+        """Register an overload for torch.jit.script, which calls the op.
 
         A saved program needs ``import vlm_fast`` before it is loaded.
         """
@@ -315,7 +290,7 @@ class CallPath:
         for parameter in op.__signature__.parameters.values():
             if parameter.kind is parameter.KEYWORD_ONLY and "*" not in written:
                 written.append("*")
-            argument = f"{_schema_type(parameter.annotation)} {parameter.name}"
+            argument = f"{schema_type(parameter.annotation)} {parameter.name}"
             if isinstance(parameter.default, str):
                 argument += f'="{parameter.default}"'
             elif parameter.default is not parameter.empty:
@@ -333,59 +308,42 @@ def _autograd_function(path: CallPath) -> Any:
         @staticmethod
         def forward(ctx: Any, call: tuple[int, dict[str, Any]], *flat: Any) -> Any:
             count, settings = ctx.call = call
-            needs = path.needs_of(ctx.needs_input_grad[1:], count)
-            result, saved = path.forward(needs, *path.unflatten(flat, count), **settings)
+            needs_grad = path.needs_of(ctx.needs_input_grad[1:], count)
+            result, saved = path.forward(needs_grad, *path.unflatten(flat, count), **settings)
             ctx.save_for_backward(*saved)
             if path.single:
                 return _fresh(result)
             results = tuple(map(_fresh, result))
             ctx.mark_non_differentiable(
-                *[results[i] for i in path.op.results_without_gradient(needs)]
+                *[results[i] for i in path.op.results_without_gradient(needs_grad)]
             )
             return results
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
             if torch.is_grad_enabled():  # create_graph=True
-                _refuse_double_backward(path.name)
+                refuse_double_backward(path.name)
             count, settings = ctx.call
-            needs = ctx.needs_input_grad[1:]
+            needs_grad = ctx.needs_input_grad[1:]
             if in_functorch() or is_batched(grads):  # no kernel can read these
-                kept = list(ctx.saved_tensors)
+                saved_tensors = list(ctx.saved_tensors)
                 return None, *path._call_registered_backward(
-                    list(grads), kept, settings, count, needs
+                    list(grads), saved_tensors, settings, count, needs_grad
                 )
-            # An iterator that is used up holds nothing, and autograd lets go unless the graph is
-            # retained: what an op is done with is then freed before it allocates the next.
-            kept = iter(list(ctx.saved_tensors))  # type: ignore[assignment]
+            # A used-up iterator holds no tensors, and autograd frees them unless the graph is
+            # retained. So a tensor is freed before the op allocates the next one.
+            saved_tensors = iter(list(ctx.saved_tensors))  # type: ignore[assignment]
             ctx.maybe_clear_saved_tensors()
-            return None, *path.gradients(needs, count, kept, grads, settings)
+            return None, *path.gradients(needs_grad, count, saved_tensors, grads, settings)
 
     Function.__name__ = Function.__qualname__ = f"vlm_fast_{path.name}"
     return Function
 
 
 def _fresh(result: Tensor) -> Tensor:
-    # Autograd forbids in-place work on a view that a Function made; nn.Linear's result allows it.
+    # Autograd forbids in-place work on a view that a Function returned; on nn.Linear's it does not.
     return result.data if result._is_view() else result
 
 
 def _share_storage(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage()._cdata == other.untyped_storage()._cdata
-
-
-def _holds_list(annotation: Any) -> bool:
-    if get_origin(annotation) in (Union, UnionType):
-        return any(_holds_list(a) for a in get_args(annotation))
-    return get_origin(annotation) is not None and Tensor in get_args(annotation)
-
-
-def _schema_type(annotation: Any) -> str:
-    """The schema's word for an annotation; a tensor or a list of them is canonically a list."""
-    if _holds_list(annotation):
-        return "Tensor[]"
-    if get_origin(annotation) in (Union, UnionType):
-        kinds = [a for a in get_args(annotation) if a is not type(None)]
-        return _schema_type(kinds[0]) + "?"
-    words = {Tensor: "Tensor", str: "str", float: "float", int: "SymInt", bool: "bool"}
-    return words[annotation]

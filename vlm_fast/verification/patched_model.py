@@ -1,4 +1,4 @@
-"""``vlm_fast.verify(model, **inputs)``: the patched model against itself without the patch."""
+"""``vlm_fast.verify(model, **inputs)``: compare a patched model with itself without the patch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from vlm_fast.patching.media_masks import ProvidesMediaMask
 from vlm_fast.patching.models import anyres, image_token_merge
 from vlm_fast.patching.patched_module import PatchedModule
 from vlm_fast.verification import tolerance
-from vlm_fast.verification.model_runs import Run, is_float, judge_outputs, moved, run, seeded
+from vlm_fast.verification.model_runs import (
+    ModelRun,
+    is_float,
+    judge_outputs,
+    perturbed,
+    run,
+    seeded,
+)
 from vlm_fast.verification.tolerance import Verdict, judge_all
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -28,7 +35,13 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Connector:
-    """One connector: the verdicts on its output and on every gradient."""
+    """The verdicts on one connector.
+
+    Attributes:
+        name: of the module in the model.
+        what: names of the patch and of ops that were judged.
+        verdicts: on its outputs and on every gradient.
+    """
 
     name: str
     what: str
@@ -36,25 +49,26 @@ class Connector:
 
     @property
     def ok(self) -> bool:
+        """Whether all verdicts passed."""
         return all(verdict.ok for verdict in self.verdicts)
 
     def worst(self, kind: str) -> float:
-        """Largest error among the "output"s or the "gradient"s."""
+        """The largest error of verdicts whose name starts with "output" or "gradient"."""
         return max((v.error for v in self.verdicts if v.what.startswith(kind)), default=0.0)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The connectors, and what the whole model returned with the patch and without.
+    """The result of `verify`.
 
     Attributes:
-        connectors: those that the inputs reached.
-        unreached: names of patched connectors that they did not. A part of a connector that was
-            judged as a whole is not listed by itself.
+        connectors: verdicts on those that ``inputs`` ran.
+        unreached: names of patched connectors that ``inputs`` never ran. Submodules of a verified
+            connector are not listed.
         outputs: the verdict on each floating tensor that the model returned.
-        incomparable: why there are no verdicts on outputs, or None.
+        incomparable: why outputs were not judged, or None.
         output_error: largest difference between the first outputs with and without the patch.
-        output_scale: largest magnitude of the output without the patch.
+        output_scale: largest magnitude of the first output without the patch.
     """
 
     connectors: Sequence[Connector]
@@ -66,7 +80,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether a connector was reached, and nothing that was judged is wrong."""
+        """Whether a connector was reached and every verdict passed."""
         judged = [c.ok for c in self.connectors] + [v.ok for v in self.outputs]
         return bool(self.connectors) and all(judged)
 
@@ -95,19 +109,22 @@ NOTHING = "the model returned no floating tensor"
 
 
 def verify(model: nn.Module, **inputs: Any) -> Verification:
-    """Run a patched model on ``inputs`` and judge it and each connector, as `parity.judge` does.
+    """Run a patched model on ``inputs``, and judge its outputs and each connector.
 
-    Each connector is run on what reached it: with the patch, without it, and without it in float64;
-    outputs and gradients (to its inputs and parameters) are compared. One with active dropout is
-    judged without it.
+    Each connector is called with the arguments that reached it: with the patch, without it, and
+    without it in float64. Outputs and gradients of inputs and parameters are compared by
+    `tolerance.judge`. A connector with active dropout is judged in eval mode.
 
-    What the model returns with the patch may differ from what it returns without by what rounding
-    explains: as far as it moves, without the patch, where each connector's output is moved by the
-    error that it is allowed. Where dropout is active, outputs are not judged.
+    The model's outputs with the patch may differ from those without it as much as rounding
+    explains: as far as they move if each connector's output moves by its allowed error. With active
+    dropout, outputs are not judged.
 
-    The model runs four times in forward under the same random seed, and more often only before an
-    output is called wrong. Its parameters, gradients, buffers and mode are left as they were, as is
-    the random state.
+    The model runs forward four times under the same random seed, and more often only before an
+    output is called wrong. Parameters, gradients, buffers, mode and random state are not changed.
+
+    Args:
+        model: patched by `vlm_fast.patch`.
+        inputs: arguments of its forward.
 
     Raises:
         ValueError: nothing in ``model`` is patched.
@@ -115,7 +132,7 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
     connectors = dict(patched_modules(model))
     if not connectors:
         raise ValueError(f"{type(model).__name__} has no patched connector; call patch() first")
-    ours = run(model, inputs)  # as it is: hooks, which observe, may make a module fall back
+    ours = run(model, inputs)  # run without hooks first, because hooks can make a module fall back
     seen, merges, packs = _observed(model, connectors, inputs)
     with _without_patch(connectors):
         theirs = run(model, inputs)
@@ -154,8 +171,8 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
             if c.name in whole
         }
 
-        def rounded(draw: int) -> Run:
-            with _without_patch(connectors), moved(connectors, budgets, draw):
+        def rounded(draw: int) -> ModelRun:
+            with _without_patch(connectors), perturbed(connectors, budgets, draw):
                 return run(model, inputs)
 
         outputs = judge_outputs(ours, theirs, rounded)
@@ -169,7 +186,7 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
 def _observed(
     model: nn.Module, connectors: dict[str, nn.Module], inputs: dict[str, Any]
 ) -> tuple[dict[str, Arguments], list[Any], list[Any]]:
-    """The last arguments of each connector, and those of every merge and every pack."""
+    """The last arguments of each connector, and the arguments of every merge and every pack."""
     seen: dict[str, Arguments] = {}
     merges: list[tuple[Tensor, Tensor, Tensor]] = []
     packs: list[tuple[Any, ...]] = []
@@ -208,7 +225,7 @@ def _recorded_calls(module: Any, name: str, calls: list[Any]) -> Iterator[None]:
 def _verify_module(
     module: nn.Module, plain: nn.Module, arguments: Arguments
 ) -> tuple[list[Verdict], bool]:
-    """The verdicts, and whether the module drew random numbers and was judged without any."""
+    """The verdicts, and whether dropout was active, so that it was judged in eval mode."""
     (ours, drew), (_, plain_drew) = (_module_results(m, arguments) for m in (module, plain))
     random = drew or plain_drew
     with _evaluating(module, plain) if random else contextlib.nullcontext():
@@ -260,10 +277,10 @@ def _module_results(
 
 
 def _floats(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
-    """The arguments with ``change`` applied to floating tensors; a cache, say, is copied.
+    """The arguments with ``change`` applied to floating tensors, and others copied.
 
-    Of rows that are one in memory, as queries expanded over a batch, the one is changed: what it
-    has as a gradient is their sum.
+    Of an expanded tensor, such as queries expanded over a batch, only the one row in memory is
+    changed, so that its gradient is the sum over the rows.
     """
 
     def one(value: Any) -> Any:
@@ -285,7 +302,7 @@ def _verify_pack(features: Tensor, newline: Tensor | None, plan: Plan) -> list[V
 
 
 def _verify_merge(embeds: Tensor, features: Tensor, mask: Tensor) -> list[Verdict]:
-    # Rows are copied, so nothing less than equality is expected: native and exact are one.
+    # Merging copies rows, so the results must be equal.
     theirs = lambda e, f: e.masked_scatter(mask.unsqueeze(-1), f)  # noqa: E731
     ours = lambda e, f: ops.merge_image_tokens(e, f, mask)  # noqa: E731
     with torch.enable_grad():

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from vlm_fast.modules.parameter_access.module_calls import why_call_does_more
 from vlm_fast.modules.parameter_access.original_code import why_not_original_code
 from vlm_fast.ops.activations import activate
-from vlm_fast.ops.registration import constant_while_compiling
+from vlm_fast.ops.transforms import constant_while_compiling
 
 # By class name, so that transformers is never imported here. NewGELU and FastGELU write the tanh
 # approximation in Python; it is the same function.

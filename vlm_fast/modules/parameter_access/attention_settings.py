@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from vlm_fast.modules.parameter_access.original_code import class_before_patch
-from vlm_fast.ops.registration import constant_while_compiling
+from vlm_fast.ops.transforms import constant_while_compiling
 
 # Values of config._attn_implementation whose functions compute softmax attention.
 _IMPLEMENTATIONS = {

@@ -7,28 +7,16 @@ checked at every call, which takes a few microseconds, and the answer is a reada
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from vlm_fast.fallback import Switch
 from vlm_fast.modules.parameter_access.module_calls import why_call_does_more
 from vlm_fast.modules.parameter_access.sharded_parameters import is_zero3_partitioned
 
 # nn.MultiheadAttention's output projection has the second class; its forward is nn.Linear's.
 _LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_meta_parameters = Switch()
-
-
-def meta_parameters_allowed() -> AbstractContextManager[None]:
-    """Inside this context parameters on the meta device may be read, for counting operations.
-
-    Elsewhere a meta parameter is a placeholder: a wrapper keeps its values in another place.
-    """
-    return _meta_parameters.held()
 
 
 def why_not_direct(linear: nn.Module) -> str | None:
@@ -70,10 +58,18 @@ def why_not_readable(name: str, parameter: Tensor) -> str | None:
         return f"{name} holds a {type(parameter.data).__name__}"
     if is_zero3_partitioned(parameter):
         return f"{name} is partitioned by DeepSpeed ZeRO-3"
-    if parameter.is_meta and not _meta_parameters.on:
+    if parameter.is_meta and not _computes_shapes():
         return f"{name} is on the meta device"
     if parameter.layout is not torch.strided:
         return f"{name} has layout {parameter.layout}"
     if parameter.dtype not in _DTYPES:
         return f"{name} has dtype {parameter.dtype}"
     return None
+
+
+def _computes_shapes() -> bool:
+    """Whether the caller works inside ``torch.device("meta")``, so that only shapes are computed.
+
+    Outside it, a parameter on the meta device is one whose values a wrapper keeps elsewhere.
+    """
+    return not torch.compiler.is_compiling() and torch.get_default_device().type == "meta"

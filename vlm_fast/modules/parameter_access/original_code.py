@@ -17,7 +17,7 @@ from torch import nn
 
 from vlm_fast.modules.parameter_access.code_fingerprints import why_not_known_code
 from vlm_fast.modules.parameter_access.sharded_parameters import is_fsdp_class
-from vlm_fast.ops.registration import constant_while_compiling
+from vlm_fast.ops.transforms import constant_while_compiling
 
 # Functions that were found to be original. Only for classes that live as long as the process.
 _ORIGINAL: dict[tuple[type, str], Any] = {}

@@ -24,7 +24,7 @@ from vlm_fast.fallback import switches
 from vlm_fast.modules.parameter_access.original_code import names_used_by
 from vlm_fast.ops import merge_image_tokens
 from vlm_fast.ops.image_tokens import check_count
-from vlm_fast.ops.registration import constant_while_compiling
+from vlm_fast.ops.transforms import constant_while_compiling
 from vlm_fast.patching.deferred_tensor import DeferredTensor
 from vlm_fast.patching.patched_module import PatchedModule
 from vlm_fast.patching.placeholder_masks import MaskSpec, UnknownMaskMethod, probe_mask_method

@@ -1,4 +1,4 @@
-"""How serving engines merge image tokens: no library offers it, so the pattern is written here."""
+"""The merge of image tokens as serving engines write it; no library offers it as a function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlm_fast.benchmarks.providers.peer import Peer, Unavailable
 
 
 def running_count(embeds: Tensor, features: Any, mask: Tensor) -> Callable[..., Any]:
-    """A count along the sequence names each slot's row; gathered, then chosen, without a wait."""
+    """Number the slots with cumsum, gather a row for each, and select; the host does not wait."""
     if not isinstance(features, Tensor):
         raise Unavailable("takes the features of all images in one tensor")
 

@@ -1,4 +1,4 @@
-"""What a call of an op costs in Python beyond plain ATen: CPU time at tiny shapes."""
+"""The CPU time that a call of an op takes in Python beyond plain ATen, at tiny shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlm_fast.devtools import timing
 from vlm_fast.verification.tolerance import convert, differentiable
 
 Row = dict[str, Any]
-CALLS = 300  # a run; process time ticks too slowly for one call
+CALLS = 300  # in a run, because the clock of the process is too coarse for one call
 MODES = ("no gradients", "forward for gradients", "forward+backward")
 
 
@@ -42,7 +42,7 @@ def main(*, quick: bool = False, device: str = "cpu") -> list[Row]:
 
 
 def measure(*, runs: int, device: str) -> list[Row]:
-    """The best of ``runs``: what else the machine does only ever adds."""
+    """Return the best of ``runs`` of each call; other work on the machine can only add time."""
     torch.manual_seed(0)
     mask = torch.zeros(1, 8, dtype=torch.bool)
     mask[0, 2:6] = True
@@ -88,7 +88,7 @@ def _best(calls: list[Callable[[], None]], runs: int, device: str) -> list[float
     best = [float("inf")] * len(calls)
     for _ in range(runs):
         for i, call in enumerate(calls):
-            timing.wait(device)  # with the queue full, launches would wait
+            timing.wait(device)  # with a full queue, launches would wait for the GPU
             start = time.process_time()
             call()
             best[i] = min(best[i], time.process_time() - start)

@@ -1,6 +1,6 @@
-"""The merge of image features into a prompt, alone.
+"""The merge of image features into a prompt.
 
-``before`` is ``masked_scatter`` with the mask that transformers makes; ``after`` is
+``before`` is ``masked_scatter`` with the mask that transformers makes, ``after`` is
 `vlm_fast.ops.merge_image_tokens`.
 """
 
@@ -17,7 +17,7 @@ from vlm_fast import ops
 from vlm_fast.benchmarks.before_and_after import Part, measure, without_gradients
 
 IMAGE_TOKENS = 576
-# (batch, sequence, hidden), with an image in each row.
+# (batch, sequence, hidden); each row has an image.
 SHAPES = ((4, 2048, 4096), (2, 2048, 1024))
 
 

@@ -1,7 +1,7 @@
-"""This run against an earlier one of the same machine: where our ops became slower or larger.
+"""Compare a run with an earlier one of the same machine, and list ops that are slower or larger.
 
-Times are compared as shares of eager PyTorch's in the same run, so that a busy machine is no
-regression; bytes as they are.
+Times are compared as shares of eager PyTorch's time in the same run, so a busy machine is no
+regression. Bytes are compared directly.
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ from typing import Any
 
 from vlm_fast import terminal
 from vlm_fast.benchmarks.providers import EAGER, OURS
+from vlm_fast.benchmarks.result_rows import Row, by_provider
 from vlm_fast.verification import results_files
 
-Row = Mapping[str, Any]
-Key = tuple[str, ...]
-WHAT = ("op", "shape", "scale", "dtype", "mode")
 BYTES = ("saved_bytes", "peak_bytes")
-SLACK = 1.02  # of bytes: allocations are rounded
+SLACK = 1.02  # allowed growth of bytes, because allocations are rounded
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A results file.
+    """Read a results file.
 
     Raises:
-        ValueError: it cannot be read, is no results file, or is one of another schema; the message
-            says what to do.
+        ValueError: the file cannot be read, is not a results file, or has another schema. The
+            message says what to do.
     """
     try:
         content = json.loads(path.read_text())
@@ -45,16 +43,17 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def why_not(old: Mapping[str, Any], machine: str) -> str | None:
-    """Why the times of an earlier file say nothing about this machine."""
+    """The reason why an earlier file cannot be compared with a run on this machine, or None."""
     if old["machine"] != machine:
         return f"was measured on {old['machine']}, and this is {machine}"
     return None if old.get("ops") else "holds no rows of ops; measure them with --section ops"
 
 
 def regressions(old: Sequence[Row], new: Sequence[Row], allowed: float) -> Iterator[str]:
-    """A sentence for each row of ours that is slower than ``allowed`` (0.05: 5 %), or larger.
+    """Yield a sentence for each row of ours that is slower by more than ``allowed``, or larger.
 
-    Slower is claimed only where the quartiles of the two runs do not overlap.
+    ``allowed`` is a share: 0.05 is 5 %. A row is slower only if the quartiles of the two runs do
+    not overlap.
     """
     before, after = by_provider(old), by_provider(new)
     for key in after.keys() & before.keys():
@@ -74,15 +73,6 @@ def regressions(old: Sequence[Row], new: Sequence[Row], allowed: float) -> Itera
 
 def pairs(a: Mapping[str, Row], b: Mapping[str, Row]) -> Iterator[tuple[Row, Row]]:
     return ((rows[OURS], rows[EAGER]) for rows in (a, b))
-
-
-def by_provider(rows: Sequence[Row]) -> dict[Key, dict[str, Row]]:
-    found: dict[Key, dict[str, Row]] = {}
-    for row in rows:
-        if row["status"] == "measured":
-            key = tuple(str(row[name]) for name in WHAT)
-            found.setdefault(key, {})[row["provider"]] = row
-    return found
 
 
 def show(old: Mapping[str, Any], new: Sequence[Row], allowed: float) -> list[str]:

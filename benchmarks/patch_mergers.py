@@ -1,6 +1,6 @@
-"""Patch mergers and poolings: transformers' classes against the same patched, and their cores.
+"""Patch mergers and poolings of transformers, patched and not, and the ops in them.
 
-``before`` is what transformers does; ``after`` the op, or the same module patched.
+``before`` is transformers' code, ``after`` the op or the patched module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vlm_fast.benchmarks.before_and_after import Part, measure, without_gradient
 
 
 def internvl_core(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
-    """InternVL's shuffle and the LayerNorm behind it, of tiles with their CLS token."""
+    """InternVL's pixel shuffle and the LayerNorm after it, on tiles with a CLS token."""
     from transformers.models.internvl.modeling_internvl import InternVLModel
 
     features = 64 if quick else 1024
@@ -55,7 +55,7 @@ def internvl_core(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part
 
 
 def mergers(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
-    """Qwen2.5-VL's norm and merge without the MLP; projectors and poolings as they are patched."""
+    """Qwen2.5-VL's norm and merge without the MLP, then patched projectors and poolings."""
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
     features, patches = (64, 256) if quick else (1280, 2048 if device == "cpu" else 16384)

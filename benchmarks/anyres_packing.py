@@ -1,7 +1,8 @@
-"""Tiles of images packed and merged into the prompt: LLaVA-NeXT's way and LLaVA-OneVision's.
+"""AnyRes tiles, packed and merged into the prompt, as in LLaVA-NeXT and in LLaVA-OneVision.
 
-``before`` is transformers' ``pack_image_features``, ``cat`` and ``masked_scatter``; ``after`` packs
-in one movement and merges in another, as a patched model does; ``at once`` is `ops.anyres_merge`.
+``before`` is ``pack_image_features`` of transformers, ``cat`` and ``masked_scatter``. ``after``
+packs with one op and merges with another, as a patched model does. ``at once`` is
+`ops.anyres_merge`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TEXT = 128  # tokens a prompt has beside its image's
 
 
 def llava_next(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
-    """Base and 2 x 2 tiles of 576 tokens, an image a prompt."""
+    """A base tile and 2 x 2 tiles of 576 tokens, one image in each prompt."""
     from transformers import LlavaNextConfig
     from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
@@ -41,7 +42,7 @@ def llava_next(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
 
 
 def llava_onevision(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
-    """Base and 4 x 4 tiles of 729 tokens, resized to 81 x 81."""
+    """A base tile and 4 x 4 tiles of 729 tokens, resized to 81 x 81."""
     from transformers import LlavaOnevisionConfig, SiglipVisionConfig
     from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 

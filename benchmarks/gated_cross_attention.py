@@ -1,7 +1,7 @@
-"""Attention to interleaved media, and the layers of IDEFICS and Llama 3.2 Vision around it.
+"""Attention to interleaved media, and layers of IDEFICS and Llama 3.2 Vision that use it.
 
-``before`` is plain PyTorch with a mask of text by all latents, or the layer of transformers;
-``after`` is `vlm_fast.ops.media_cross_attention`, or the same layer patched.
+``before`` is plain PyTorch with a mask of text by all latents, or a layer of transformers.
+``after`` is `vlm_fast.ops.media_cross_attention`, or the patched layer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def dense_attention(
 
 
 def media_core(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
-    """q, k and v given; on a CPU 1024 tokens and 8 images, on a GPU 8 x 2048 and 1, 4, 16."""
+    """The op: 1024 tokens and 8 images on a CPU, 8 x 2048 tokens and 1 to 16 images on a GPU."""
     shapes = [(1, 1024, 8)] if device == "cpu" else [(8, 2048, n) for n in (1, 4, 16)]
     for batch, text, media in shapes:
         text = 128 if quick else text
@@ -92,8 +92,8 @@ def idefics_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]
 def mllama_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
     """A generated token of 4 samples in a cross-attention layer of Llama 3.2 11B Vision.
 
-    With what prepares its mask: transformers does so for all 512 tokens before it, once a step for
-    8 layers; an eighth of it is counted by running it in one call of eight.
+    This includes the preparation of its mask. transformers prepares it for all 512 earlier tokens,
+    once in a step for 8 layers. So one call in eight prepares it.
     """
     from transformers import DynamicCache
     from transformers.models.mllama import modeling_mllama as mllama
@@ -148,7 +148,7 @@ def mllama_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
 
 
 def idefics_resampler(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
-    """IDEFICS' resampler, six layers, of ViT-H features; on a CPU of one image, on a GPU of 8."""
+    """IDEFICS' resampler of six layers, on ViT-H features of one image on a CPU, of 8 on a GPU."""
     from transformers import IdeficsConfig
     from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 

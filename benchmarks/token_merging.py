@@ -1,8 +1,7 @@
-"""Token merging: pairs of similar tokens become their mean.
+"""Token Merging (arXiv 2210.09461): pairs of similar tokens become their mean.
 
-``before`` is Token Merging (arXiv 2210.09461) as a chain of plain PyTorch: normalise, product, max,
-argsort, gather, scatter_reduce, cat. ``after`` is `vlm_fast.ops.bipartite_match` and
-``merge_tokens``.
+``before`` is plain PyTorch: normalise, product, max, argsort, gather, scatter_reduce, cat.
+``after`` is `vlm_fast.ops.bipartite_match` and ``merge_tokens``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from vlm_fast.modules import MLPProjector, TokenMerger
 
 
 def plain_merging(x: Tensor, metric: Tensor, r: int) -> Tensor:
-    """The paper's steps, in PyTorch."""
+    """The steps of the paper in plain PyTorch."""
     with torch.no_grad():
         unit = metric / metric.norm(dim=-1, keepdim=True)
         best, nearest = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)
@@ -35,12 +34,12 @@ def plain_merging(x: Tensor, metric: Tensor, r: int) -> Tensor:
 
 
 def fused_merging(x: Tensor, metric: Tensor, r: int) -> Tensor:
-    """The same by two ops."""
+    """The same with two ops."""
     return ops.merge_tokens(x, ops.bipartite_match(metric, r=r))[0]
 
 
 def half_of_clip(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
-    """CLIP-L/336's 576 tokens to 288, compared by themselves and by keys 64 wide."""
+    """Merge 576 tokens of CLIP-L/336 into 288, by their own similarity and by keys of width 64."""
     images = 2 if quick else (32 if device == "cpu" else 64)
     x = torch.randn(images, 576, 1024, device=device, dtype=dtype, requires_grad=True)
     keys = torch.randn(images, 576, 64, device=device, dtype=dtype)
@@ -64,7 +63,7 @@ def half_of_clip(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]
 
 
 def before_a_projector(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
-    """LLaVA-1.5's projector, of all tokens and of the quarter that a `TokenMerger` leaves."""
+    """LLaVA-1.5's projector on all tokens, and on the quarter that a `TokenMerger` keeps."""
     width, images = (512, 1) if quick else (4096, 1 if device == "cpu" else 16)
     with torch.device(device):
         projector = MLPProjector(1024, width).to(dtype)

@@ -1,0 +1,40 @@
+"""Autocast around an op: its device, its dtype, and a reference that it does not touch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from vlm_fast.ops.transforms import constant_while_compiling
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def autocast_device(first: Any) -> str:
+    """The device type whose autocast applies to a call with this first argument."""
+    # Not a tensor: the op's own checks say so next.
+    return "cuda" if getattr(first, "is_cuda", False) else "cpu"
+
+
+@constant_while_compiling  # Dynamo of torch 2.11 does not trace this query
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+def without_autocast(reference: Callable[P, R]) -> Callable[P, R]:
+    """The reference as it is outside autocast, which would cast what it multiplies."""
+
+    @functools.wraps(reference)
+    def plain(*args: P.args, **options: P.kwargs) -> R:
+        first: Any = args[0] if args else next(iter(options.values()))
+        device = first.device.type
+        if not (_has_autocast(device) and torch.is_autocast_enabled(device)):
+            return reference(*args, **options)
+        with torch.autocast(device, enabled=False):
+            return reference(*args, **options)
+
+    return plain

@@ -1,0 +1,26 @@
+"""The types of a torch op schema, from Python annotations."""
+
+from __future__ import annotations
+
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from torch import Tensor
+
+
+def holds_list(annotation: Any) -> bool:
+    """Whether an annotation is a list of tensors, or a tensor or such a list."""
+    if get_origin(annotation) in (Union, UnionType):
+        return any(holds_list(a) for a in get_args(annotation))
+    return get_origin(annotation) is not None and Tensor in get_args(annotation)
+
+
+def schema_type(annotation: Any) -> str:
+    """The schema's type of an annotation; a tensor or a list of tensors is a list."""
+    if holds_list(annotation):
+        return "Tensor[]"
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = [a for a in get_args(annotation) if a is not type(None)]
+        return schema_type(kinds[0]) + "?"
+    words = {Tensor: "Tensor", str: "str", float: "float", int: "SymInt", bool: "bool"}
+    return words[annotation]
