@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlm_fast import ops
 from vlm_fast.benchmarks.before_and_after import Part, measure, without_gradients
-from vlm_fast.modules.anyres_packer import joined, pack_tiles
+from vlm_fast.modules.anyres_packer import concatenated, pack_tiles
 from vlm_fast.ops.anyres_plan import Plan, plan
 from vlm_fast.ops.anyres_tiling import Tiling, tile_count
 
@@ -75,7 +75,7 @@ def _pack_and_merge(
         return embeds.masked_scatter(mask.unsqueeze(-1), torch.cat(images))
 
     def after(made: Plan = made) -> Tensor:
-        packed = pack_tiles(joined(features.split(tiles)), newline, made)
+        packed = pack_tiles(concatenated(features.split(tiles)), newline, made)
         return ops.merge_image_tokens(embeds, packed, mask)
 
     def at_once(made: Plan = made) -> Tensor:

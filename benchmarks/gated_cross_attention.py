@@ -17,7 +17,7 @@ from torch import Tensor
 import vlm_fast
 from vlm_fast import ops
 from vlm_fast.benchmarks.before_and_after import Part, measure, without_gradients
-from vlm_fast.patching.media_masks import MediaSets
+from vlm_fast.patching.media_masks import MediaMask
 
 
 def dense_attention(
@@ -83,7 +83,7 @@ def idefics_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]
     called = {
         "before": lambda: before(x, None, images, mask, gate),
         "after": lambda: after(
-            x, None, images, mask, gate, media_sets=MediaSets.of(seen, seen.shape[:2])
+            x, None, images, mask, gate, media_mask=MediaMask.from_bool(seen, seen.shape[:2])
         ),
     }
     yield Part("IDEFICS-9B gated layer, a step, 8 images", without_gradients(called))
@@ -139,8 +139,8 @@ def mllama_step(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
 
     def new() -> Any:
         seen = mask[:, text:].flatten(2) == 1
-        sets = MediaSets.of(seen, seen.shape[:2])
-        return after(x, None, None, None, None, past_key_values=cache, media_sets=sets)
+        sets = MediaMask.from_bool(seen, seen.shape[:2])
+        return after(x, None, None, None, None, past_key_values=cache, media_mask=sets)
 
     called = {"before": old, "after": new}
     name = f"Llama-3.2-11B-Vision layer, a step of 4, {tiles * patches} keys"

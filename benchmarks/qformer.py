@@ -103,7 +103,7 @@ def _parts(
         steps["compiled"] = partial(step, torch.compile(before), weights["before"], **given)
         if "input_ids" not in given:
             sample = given["query_embeds"].contiguous(), given["encoder_hidden_states"]
-            graphed = QFormer.of(copy.deepcopy(before)).eval().capture_graph(*sample)
+            graphed = QFormer.from_module(copy.deepcopy(before)).eval().capture_graph(*sample)
             forwards["graphed"] = partial(graphed, *sample)
     known = [*weights["before"], *weights["after"], *given.values(), image]
     yield Part(f"{name}, forward", without_gradients(forwards))

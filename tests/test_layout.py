@@ -57,6 +57,12 @@ def test_imports_point_one_way(room):
         assert not upward, path
 
 
+@pytest.mark.parametrize("room", ["patching", "modules"])
+def test_modules_and_patches_reach_kernels_through_ops(room):
+    for path in sorted((PACKAGE / room).rglob("*.py")):
+        assert not any(n.startswith("vlm_fast.kernels") for n in imports(path)), path
+
+
 def test_loose_files_import_no_room():
     rooms = {f"vlm_fast.{name}" for name in ORDER}
     for name in LOOSE - {"__init__.py", "py.typed"}:

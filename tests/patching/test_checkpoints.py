@@ -48,7 +48,7 @@ PAIRS = {
     "LLaVA": (lambda: tiny_models.build("llava")[0], patched),
     "Aria": (lambda: tiny_models.build("aria")[0], patched),
     "QFormer": (lambda: QFormer(**SMALL), lambda module: module),
-    "QFormer.of": (lambda: tiny_qformers.blip2(**SMALL), QFormer.of),
+    "QFormer.from_module": (lambda: tiny_qformers.blip2(**SMALL), QFormer.from_module),
     "block": (lambda: GatedCrossAttentionBlock(dim=24, dim_visual=12), lambda module: module),
     "resampler": (lambda: PerceiverResampler(dim=24, num_latents=4), lambda module: module),
 }

@@ -96,7 +96,7 @@ def places(name):
     vlm_fast.patch(fast)
     roots, children, kinds = [], [], set()
     for path, module in patched_modules(fast):
-        base = type(module).patch.base
+        base = type(module).patch_spec.base
         if base in kinds:
             continue
         kinds.add(base)
@@ -323,7 +323,7 @@ def test_what_cannot_be_called_is_refused():
     with pytest.raises(ValueError, match=r"output_query: .* is not a class whose code was read"):
         qformer(**inputs)
     model = copy.deepcopy(own("QFormer")[1])
-    shared = modules.QFormer.of(model)
+    shared = modules.QFormer.from_module(model)
     for path in ("encoder", "encoder.layer.1", "encoder.layer.1.attention.output"):
         handle = model.get_submodule(path).register_forward_hook(lambda *_: None)
         with pytest.raises(ValueError, match="it has hooks"):
@@ -332,4 +332,4 @@ def test_what_cannot_be_called_is_refused():
     shared(**inputs)
     model.register_forward_pre_hook(lambda *_: None)
     with pytest.raises(ValueError, match="it has hooks"):
-        modules.QFormer.of(model)
+        modules.QFormer.from_module(model)

@@ -15,7 +15,7 @@ from tests.support.tiny_models import AUDIO, IMAGE, MODELS, build
 from tests.support.ways_to_run import tensors
 from vlm_fast.ops import image_tokens
 from vlm_fast.patching.models import image_token_merge
-from vlm_fast.patching.placeholder_masks import Form
+from vlm_fast.patching.placeholder_masks import MaskSpec
 
 PROJECTOR = {
     "llava", "llava of two layers", "llava of pixtral", "llava_next", "llava_next_video",
@@ -155,7 +155,7 @@ def logits_and_waits(model, inputs, asking):
 def test_merge_neither_waits_nor_leaks_its_type(name, monkeypatch):
     """As on CUDA, where the placeholders are counted by the merge, on the device."""
     model, inputs = build(name)
-    asking = [m for m in model.modules() if isinstance(image_token_merge.recognise(m), Form)]
+    asking = [m for m in model.modules() if isinstance(image_token_merge.recognise(m), MaskSpec)]
     logits, waits = logits_and_waits(model, inputs, asking)
     assert waits
 
@@ -167,7 +167,7 @@ def test_merge_neither_waits_nor_leaks_its_type(name, monkeypatch):
                 leaks.append((type(module).__name__, where))
 
     patch(name, model)
-    monkeypatch.setattr(image_token_merge, "_would_wait", lambda count: True)
+    monkeypatch.setattr(image_token_merge, "would_sync", lambda count: True)
     monkeypatch.setattr(image_tokens, "check_count", lambda *args: None)
     for module in model.modules():
         if any(module.children()):  # with hooks on its linears no projector would be fused

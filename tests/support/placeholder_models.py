@@ -306,9 +306,9 @@ SKIPPED = {
     Uncounted: "does not count image_features",
     InAList: "gives no masks of rows",
     InATuple: "gives no masks of rows",
-    ManyIds: "cannot be asked: TypeError",
+    ManyIds: "cannot be probed: TypeError",
     WithInnerFunctions: "has functions inside",
-    WithoutCode: "cannot be asked: AttributeError",
+    WithoutCode: "cannot be probed: AttributeError",
     Adds: "its forward expands the mask",
     AllAlone: "its forward merges by itself",
 }

@@ -15,7 +15,6 @@ from vlm_fast.advisor.model_shapes import ModelShape
 from vlm_fast.modules import (
     AnyResPacker,
     GatedCrossAttentionBlock,
-    LinearProjector,
     MLPProjector,
     PerceiverResampler,
     PixelShuffleProjector,
@@ -137,7 +136,7 @@ def _whole_image(point: DesignPoint) -> Any:
 
 
 def linear(point: DesignPoint) -> list[ConnectorModule]:
-    make = functools.partial(LinearProjector, point.model.tower.width, point.model.language.hidden)
+    make = functools.partial(nn.Linear, point.model.tower.width, point.model.language.hidden)
     return [ConnectorModule(make, _features(point, grid=True))]
 
 

@@ -93,7 +93,7 @@ def host_syncs(call: Callable[[], Any], device: str) -> int:
     CUDA. Only a GPU can prove the number.
     """
     if device == "cpu":
-        as_on_cuda = mock.patch.object(image_token_merge, "_would_wait", lambda count: True)
+        as_on_cuda = mock.patch.object(image_token_merge, "would_sync", lambda count: True)
         with as_on_cuda:
             return count_operations(call, _waits)
     torch.cuda.synchronize()

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.utils import _pytree
 
-from vlm_fast.fallback import DISABLED, count_fast, fell_back, policy
+from vlm_fast.fallback import DISABLED, record_fallback, record_fast_call, switches
 from vlm_fast.kernels._launcher import runs_triton
 from vlm_fast.kernels._triton import AVAILABLE
 from vlm_fast.ops.argument_errors import mistake
@@ -117,7 +117,7 @@ class Op(Generic[P, R]):
             return self._of_proxies(args, options, error)
         reason = self._why_not(values, settings)
         if reason is not None:
-            fell_back(self.name, reason)
+            record_fallback(self.name, reason)
             return self.reference(*values, **settings)
         if self.plain_on_cpu and not runs_triton(values[0]):
             return self._on_cpu(values, settings)
@@ -125,7 +125,7 @@ class Op(Generic[P, R]):
 
     def _on_cpu(self, values: tuple[Any, ...], settings: dict[str, Any]) -> Any:
         if not torch.compiler.is_compiling():  # as for the other ops, see `fallback.stats`
-            count_fast(self.name)
+            record_fast_call(self.name)
         return self.reference(*values, **settings)
 
     def fast(self, *args: P.args, **options: P.kwargs) -> R:
@@ -170,7 +170,7 @@ class Op(Generic[P, R]):
 
     def _why_not(self, values: tuple[Any, ...], settings: dict[str, Any]) -> str | None:
         first = values[0]
-        if policy.disabled:
+        if switches.disabled:
             return DISABLED
         if first.is_cuda:
             if not AVAILABLE:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlm_fast.fallback import policy
+from vlm_fast.fallback import switches
 from vlm_fast.kernels import image_tokens as kernels
 from vlm_fast.ops.declaration import Cost, nbytes, op
 
@@ -234,7 +234,7 @@ def check_count(name: str, argument: str, count: int, found: Tensor | int) -> No
     if isinstance(found, Tensor):
         if kernels.is_traced(found):
             return
-        if found.is_cuda and not policy.strict:
+        if found.is_cuda and not switches.strict:
             message = f"vlm_fast.{name}: {argument} has {count} rows, image_mask another count"
             torch._assert_async(found == count, message)
             return

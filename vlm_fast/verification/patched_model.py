@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vlm_fast import ops
 from vlm_fast.ops.anyres_plan import Plan
 from vlm_fast.patching import patched_modules
-from vlm_fast.patching.class_swap import Patched, swap_back
-from vlm_fast.patching.media_masks import GivesSets
+from vlm_fast.patching.class_swap import swap_back
+from vlm_fast.patching.media_masks import ProvidesMediaMask
 from vlm_fast.patching.models import anyres, image_token_merge
+from vlm_fast.patching.patched_module import PatchedModule
 from vlm_fast.verification import tolerance
 from vlm_fast.verification.model_runs import (
     ModelRun,
@@ -138,11 +139,13 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
     found, whole, unreached = [], [], []
     for name, module in connectors.items():
         what, verdicts = [], []
-        plain = module.unpatched() if name in seen and isinstance(module, Patched) else None
+        plain = (
+            module.unpatched_copy() if name in seen and isinstance(module, PatchedModule) else None
+        )
         if plain is not None:
             judged, random = _verify_module(module, plain, seen[name])
             dropout = " without dropout" if random else ""
-            what.append(type(module).patch.mixin.__name__ + dropout)
+            what.append(type(module).patch_spec.mixin.__name__ + dropout)
             verdicts += judged
             whole.append(name)
         if isinstance(module, anyres.FusedAnyRes) and packs:
@@ -153,7 +156,9 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
             verdicts += [v for merge in merges for v in _verify_merge(*merge)]
         if what:
             found.append(Connector(name, ", ".join(what), verdicts))
-        elif not _within(name, whole) and not (isinstance(module, GivesSets) and name in seen):
+        elif not _within(name, whole) and not (
+            isinstance(module, ProvidesMediaMask) and name in seen
+        ):
             unreached.append(name)
     outputs: list[Verdict] = []
     incomparable = NOTHING if not theirs.outputs else None
@@ -189,18 +194,32 @@ def _observed(
         module.register_forward_pre_hook(_keep(seen, name), with_kwargs=True)
         for name, module in connectors.items()
     ]
-    observer = lambda *tensors: merges.append(_detached(tensors))  # noqa: E731
-    pack_observer = lambda *arguments: packs.append(_detached(arguments))  # noqa: E731
-    image_token_merge.OBSERVERS.append(observer)
-    anyres.OBSERVERS.append(pack_observer)
     try:
-        run(model, inputs)
+        with (
+            _recorded_calls(image_token_merge, "merge_image_tokens", merges),
+            _recorded_calls(anyres, "pack_tiles", packs),
+        ):
+            run(model, inputs)
     finally:
-        image_token_merge.OBSERVERS.remove(observer)
-        anyres.OBSERVERS.remove(pack_observer)
         for hook in hooks:
             hook.remove()
     return seen, merges, packs
+
+
+@contextlib.contextmanager
+def _recorded_calls(module: Any, name: str, calls: list[Any]) -> Iterator[None]:
+    """Inside this context the arguments of each call of a module's function are recorded."""
+    function = getattr(module, name)
+
+    def recording(*arguments: Any) -> Any:
+        calls.append(_detached(arguments))
+        return function(*arguments)
+
+    setattr(module, name, recording)
+    try:
+        yield
+    finally:
+        setattr(module, name, function)
 
 
 def _verify_module(
@@ -282,7 +301,7 @@ def _verify_pack(features: Tensor, newline: Tensor | None, plan: Plan) -> list[V
         return tolerance.check(op, (features, newline, *plan.tables), {}, fast=op)
 
 
-def _verify_merge(embeds: Tensor, mask: Tensor, features: Tensor) -> list[Verdict]:
+def _verify_merge(embeds: Tensor, features: Tensor, mask: Tensor) -> list[Verdict]:
     # Merging copies rows, so the results must be equal.
     theirs = lambda e, f: e.masked_scatter(mask.unsqueeze(-1), f)  # noqa: E731
     ours = lambda e, f: ops.merge_image_tokens(e, f, mask)  # noqa: E731
@@ -306,7 +325,7 @@ def _without_patch(connectors: dict[str, nn.Module]) -> Iterator[None]:
     classes = {name: type(module) for name, module in connectors.items()}
     try:
         for module in connectors.values():
-            assert isinstance(module, Patched)
+            assert isinstance(module, PatchedModule)
             swap_back(module)
         yield
     finally:

@@ -136,7 +136,7 @@ def stage1_loss(
                 "temp of the model"
             )
     if qformer is None:
-        qformer = QFormer.of(model.qformer)
+        qformer = QFormer.from_module(model.qformer)
     mask = attention_mask.to(torch.int64)
 
     key_values = qformer.image_key_values(image_embeds)

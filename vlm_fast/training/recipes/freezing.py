@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_fast.patching.class_swap import Swapped, is_class, swap, swap_back
+from vlm_fast.patching.class_swap import SwappedClass, is_class, swap, swap_back
 
 # Vision encoders whose hidden states are the outputs of their layers, with nothing after the last.
 TOWERS = {"clip": ("CLIPVisionModel",), "siglip": ("SiglipVisionModel",)}
 
 
-class Frozen(Swapped):
+class Frozen(SwappedClass):
     """A module that stays in eval mode when its parent is switched to training.
 
     Gradients flow through it. Training loops call ``model.train()`` before every step, which would
@@ -64,7 +64,7 @@ class FrozenTower(Frozen):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-class Skipped(Swapped):
+class Skipped(SwappedClass):
     """A module whose output is not used. It returns NaN, so that a use would be noticed."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

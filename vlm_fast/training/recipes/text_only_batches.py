@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_fast.patching.sharding import is_sharded, touch_parameters
+from vlm_fast.modules.parameter_access.sharded_parameters import is_sharded
+from vlm_fast.patching.sharding import touch_parameters
 from vlm_fast.training.recipes.model_parts import ModelParts, find_parts
 
 IMAGES = ("pixel_values", "pixel_values_videos", "image_encoder_embeddings", "perceiver_embeddings",

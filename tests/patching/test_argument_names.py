@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from vlm_fast.patching.class_swap import Patched, swap, swap_back, why_not_read
-from vlm_fast.patching.parameters import Names, names_of
+from vlm_fast.patching.argument_names import ArgumentNames, match_arguments
+from vlm_fast.patching.class_swap import swap, swap_back
+from vlm_fast.patching.patched_module import PatchedModule, why_not_compatible
 
 
 class Early(nn.Module):
@@ -28,7 +29,7 @@ class Late(nn.Module):
         return "base", x, cache, flag, kwargs
 
 
-class Override(Patched):
+class Override(PatchedModule):
     """It computes where nobody asks for anything else, and knows both releases."""
 
     scale: float
@@ -95,29 +96,29 @@ def test_an_unknown_parameter_or_a_missing_one_is_a_reason():
         (any_number, "takes others, which was not read"),
         (lambda self, cache=None: cache, "does not take x"),
     ]:
-        reason = names_of(base, Override.forward)
+        reason = match_arguments(base, Override.forward)
         assert isinstance(reason, str) and said in reason
 
 
 def test_an_override_may_hand_on_what_it_does_not_know():
-    def override(self, *, mask=None, **passed_on):
-        return mask, passed_on
+    def override(self, *, mask=None, **forwarded):
+        return mask, forwarded
 
-    names = names_of(lambda self, ids, mask, window=1: None, override)
-    assert isinstance(names, Names)
-    assert names.given((1, 2), {"window": 3}) == {"ids": 1, "mask": 2, "window": 3}
-    assert names.given((1,), {}) is None  # a mask is missing
+    names = match_arguments(lambda self, ids, mask, window=1: None, override)
+    assert isinstance(names, ArgumentNames)
+    assert names.to_override((1, 2), {"window": 3}) == {"ids": 1, "mask": 2, "window": 3}
+    assert names.to_override((1,), {}) is None  # a mask is missing
 
 
 def test_an_attribute_that_is_read_and_missing_is_a_reason():
     class Reader(Override):
-        reads = ("linear.in_features",)
+        required_attributes = ("linear.in_features",)
 
     module = Late()
-    assert why_not_read(module, Override) is None
-    assert why_not_read(module, Reader) == "linear.in_features is missing"
+    assert why_not_compatible(module, Override) is None
+    assert why_not_compatible(module, Reader) == "linear.in_features is missing"
     module.linear = nn.Linear(2, 2)
-    assert why_not_read(module, Reader) is None
+    assert why_not_compatible(module, Reader) is None
 
 
 @pytest.mark.parametrize("revert", [False, True])

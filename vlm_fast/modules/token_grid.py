@@ -1,4 +1,4 @@
-"""The grid that a row of tokens is taken for: the square, where nobody says which grid it is."""
+"""Height and width of the grid that a sequence of tokens forms; merged tokens form none."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from torch import Tensor
 
 from vlm_fast.ops.argument_errors import check_tensor, wrong_value
 
-MERGED = "_vlm_fast_merged"  # on tokens that were merged and are no grid any more
+MERGED = "_vlm_fast_merged"  # attribute of a tensor whose tokens are no longer in grid order
 
 
 def mark_merged(x: Tensor) -> None:
-    """Say of these tokens that they are in no order; `grid_of` refuses them."""
+    """Mark tokens as being in no grid order, so that `grid_of` raises for them."""
     if not torch.compiler.is_compiling():
         setattr(x, MERGED, True)
 
 
 def grid_of(op: str, x: Tensor, height: Any = None, width: Any = None) -> tuple[Any, Any]:
-    """The height and width that were given, or else those of the square.
+    """The given height and width, or those of a square of as many tokens as ``x`` has.
+
+    Args:
+        op: name for error messages.
+        x: ``(batch, tokens, features)``.
 
     Raises:
-        TypeError: x is no tensor.
-        ValueError: a `TokenMerger` left these tokens, in no order. Seen where x is its output as it
-            came, in eager mode.
+        TypeError: x is not a tensor.
+        ValueError: x is the output of a `TokenMerger`, which is in no grid order. This is noticed
+            in eager mode, if x is that very tensor.
     """
     check_tensor(op, "x", x)
     if not torch.compiler.is_compiling() and getattr(x, MERGED, False):
@@ -36,8 +40,8 @@ def grid_of(op: str, x: Tensor, height: Any = None, width: Any = None) -> tuple[
 
 
 def side_of_square(tokens: Any) -> Any:
-    """The side of a square of so many tokens, rounded down; of a symbolic number a symbolic one.
+    """The side of a square of this many tokens, rounded down.
 
-    ``math.isqrt`` of a symbolic size ends the graph that torch.compile traces.
+    Not ``math.isqrt``, which breaks the graph of torch.compile for a symbolic size.
     """
     return int(tokens**0.5)
