@@ -128,7 +128,7 @@ def _cost_of_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cos
         return NO_COST.cost
     options = {name: value for name, value in kwargs.items() if name in op.defaults}
     cost = op.cost_of(*args, **options)
-    if any(kwargs["needs"]):
+    if any(kwargs["needs_grad"]):
         return cost
     return Cost(cost.forward_flops, cost.forward_bytes, 0, 0)
 
