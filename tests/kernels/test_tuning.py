@@ -2,11 +2,14 @@
 
 import time
 
+import pytest
 import torch
 
 from vlm_fast.devtools import timing, tuning
 from vlm_fast.kernels._launcher import KERNELS, Config
 from vlm_fast.ops.declaration import OPS
+
+pytestmark = pytest.mark.devices("interpreter")
 
 NAME = "spatial_pool_kernel"
 
