@@ -93,6 +93,7 @@ def test_what_torch_compile_ran_eagerly_is_no_row_of_its(quickly, monkeypatch):
     assert rows[0]["reason"].startswith("no graph was made")
 
 
+@pytest.mark.slow
 def test_counting_waits_does_not_stop_dynamo_from_compiling(quickly):
     """Under a dispatch mode dynamo gives a function up, and later passes would time eager."""
     rows = rows_of("gated_add", providers=["torch.compile"])

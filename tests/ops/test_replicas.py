@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from types import SimpleNamespace
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -65,6 +66,7 @@ def replicas_are_equal_bit_for_bit(rank, world, kind):
         assert torch.equal(first, parameter)
 
 
+@pytest.mark.multiprocess
 def test_on_two_ranks(tmp_path):
     replicas = [(replicas_are_equal_bit_for_bit, kind) for kind in CONNECTORS]
     on_ranks(tmp_path, [(ranks_choose_alike,), *replicas])
