@@ -117,14 +117,13 @@ def flat_needs(values, wanted):
     return flat, next((len(v) for v in values if isinstance(v, list)), 0)
 
 
-@pytest.mark.aten
-@every_case
-def test_only_wanted_gradients_are_computed(device, op, shape):
+def only_wanted_gradients_are_computed(device, op, shape, sizes_of):
+    """Of the subsets of gradients whose sizes ``sizes_of`` names, given how many there are."""
     args, options = op.sample(shape, device=device)
     values = op._accepts(*args, **{**op.defaults, **options})
     settings = {**op.defaults, **options}
     floating = [i for i, v in enumerate(values) if tolerance.differentiable([v])]
-    sizes = range(len(floating) + 1) if shape is usual_shape(op) else (0, len(floating))
+    sizes = sorted(sizes_of(len(floating)))
     names, triples, others = evaluated(op, args, options)
     first = names.index("gradient 0")
     for wanted in (c for size in sizes for c in itertools.combinations(floating, size)):
@@ -148,6 +147,25 @@ def test_only_wanted_gradients_are_computed(device, op, shape):
                     assert verdict.ok, (needs, verdict)
                     at += 1
             at += 0 if needed else len(tolerance.differentiable([value]))
+
+
+@pytest.mark.aten
+@every_op
+def test_only_wanted_gradients_are_computed(device, op):
+    """None, one, all but one, and all."""
+    only_wanted_gradients_are_computed(
+        device, op, usual_shape(op), lambda count: {0, 1, count - 1, count}
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.aten
+@every_case
+def test_other_subsets_of_gradients(device, op, shape):
+    usual = shape is usual_shape(op)
+    only_wanted_gradients_are_computed(
+        device, op, shape, lambda count: range(2, count - 1) if usual else {0, count}
+    )
 
 
 @any_op

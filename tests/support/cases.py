@@ -61,6 +61,7 @@ every_case_with = functools.partial(_cases, DIFFERENTIABLE.values())
 any_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
 any_case = _cases(OPS.values())
 any_case_with = functools.partial(_cases, OPS.values())
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 # The usual shape and the next one, which is slow: most often it has other optional arguments.
 two_shapes = pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow)])
 
