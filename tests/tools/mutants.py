@@ -4,13 +4,15 @@
     python -m tests.tools.mutants --list
 
 Every mutant is made in a scratch copy of the repository, where its tests run until the first one
-fails. The tests that it names must pass without it. Ends with 1 if a mutant survives.
+fails; that one must pass without the mutant. Ends with 1 if a mutant survives.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -198,7 +200,6 @@ class Copy:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.passed: dict[str, bool] = {}
         listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=ROOT, capture_output=True, text=True, check=True,
@@ -209,34 +210,37 @@ class Copy:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target, follow_symlinks=False)
 
-    def passes(self, tests: str) -> bool:
+    def first_failure(self, *arguments: str) -> str | None:
+        """The test that fails first, or None."""
         found = subprocess.run(
-            f"{sys.executable} -m pytest -qx -p no:cacheprovider -m 'not slow' {tests}",
-            shell=True, cwd=self.folder,
+            [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *arguments],
+            cwd=self.folder, capture_output=True, text=True,
             env={**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True, text=True,
         )  # fmt: skip
-        if found.returncode not in (0, 1):
-            raise RuntimeError(
-                f"{tests}: pytest ended with {found.returncode}: {found.stdout[-2000:]}"
-            )
-        return found.returncode == 0
+        if found.returncode == 0:
+            return None
+        failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", found.stdout, re.MULTILINE)
+        if failed is None:
+            raise RuntimeError(f"pytest {' '.join(arguments)}: {found.stdout}{found.stderr}")
+        return failed[1]
 
-    def kills(self, mutant: Mutant) -> str:
-        """ "killed" or "survived", or what is wrong with the mutant."""
+    def verdict(self, mutant: Mutant) -> str:
+        """By which test it is killed, which passes without it; or why by none."""
         path = self.folder / mutant.file
         text = path.read_text()
         if mutant.old not in text:
             return "its text is gone"
-        if mutant.tests not in self.passed:
-            self.passed[mutant.tests] = self.passes(mutant.tests)
-        if not self.passed[mutant.tests]:
-            return "its tests fail without it"
         path.write_text(text.replace(mutant.old, mutant.new, 1))
         try:
-            return "survived" if self.passes(mutant.tests) else "killed"
+            failed = self.first_failure("-m", "not slow", *shlex.split(mutant.tests))
         finally:
             path.write_text(text)
+        if failed is None:
+            return "survived"
+        device = ["--device", "interpreter"] if "interpreter" in mutant.tests else []
+        if self.first_failure(*device, failed) is not None:
+            return f"not tried: {failed} fails without it"
+        return f"killed by {failed}"
 
 
 def main(arguments: list[str]) -> int:
@@ -254,12 +258,10 @@ def main(arguments: list[str]) -> int:
         copy = Copy(Path(scratch))
         for mutant in chosen:
             start = time.monotonic()
-            said = copy.kills(mutant)
-            killed += said == "killed"
-            print(
-                f"{said:9} {mutant.name} ({mutant.file}, {time.monotonic() - start:.0f} s)",
-                flush=True,
-            )
+            said = copy.verdict(mutant)
+            killed += said.startswith("killed")
+            seconds = time.monotonic() - start
+            print(f"{mutant.name} ({mutant.file}, {seconds:.0f} s): {said}", flush=True)
     print(f"{killed} of {len(chosen)} killed")
     return int(killed < len(chosen))
 
