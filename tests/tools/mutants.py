@@ -70,9 +70,9 @@ MUTANTS = (
         NORM,
     ),
     Mutant(
-        "the mean's own rounding stays", "kernels/add_layer_norm.py",
-        "spread = tl.where(inside, z - mean[:, None] - rest[:, None], 0.0)",
-        "spread = tl.where(inside, z - mean[:, None], 0.0)",
+        "the variance is that of one pass over squares", "kernels/add_layer_norm.py",
+        "rstd = 1.0 / tl.sqrt(tl.sum(spread * spread, axis=1) / cols + eps)",
+        "rstd = 1.0 / tl.sqrt(tl.sum(z * z, axis=1) / cols - mean * mean + eps)",
         interpreted("test_add_layer_norm.py", "mean_far_above"),
     ),
     Mutant(
