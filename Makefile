@@ -88,7 +88,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-triton-* .venv-transformers-* build dist *.egg-info vlm_fast/_C*.so vlm_fast/_hopper.so
+	rm -rf .venv .venv-triton-* .venv-transformers-* build dist *.egg-info vlm_fast/_C*.so vlm_fast/_hopper*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)

@@ -22,7 +22,7 @@ import torch
 from vlm_fast.benchmarks import machine
 from vlm_fast.benchmarks.gpu_stages import STAGES, Results, Stage
 from vlm_fast.devtools.telemetry import Telemetry
-from vlm_fast.kernels import _configs, _triton, _user_table
+from vlm_fast.kernels import _triton
 from vlm_fast.verification import results_files
 
 TOTAL_SECONDS = 510.0
@@ -118,15 +118,12 @@ def main() -> int:
         )
         return 3
     if not results_files.IN_CLONE:
-        print("vlm_fast.benchmarks.gpu writes results and tables into a clone", file=sys.stderr)
+        print("vlm_fast.benchmarks.gpu writes results into a clone", file=sys.stderr)
         return 3
-    os.environ[_user_table.SWITCH] = "0"  # what is measured is what is shipped
     path = machine.results_file(machine.name("cuda"))
     results = run("cuda", path)
     if "OUT" in os.environ:  # where a borrowed machine hands files back
-        for written in (path, _configs.DIRECTORY / results.get("config_table", "")):
-            if written.is_file():
-                shutil.copy(written, os.environ["OUT"])
+        shutil.copy(path, os.environ["OUT"])
     print(f"written: {path.name}")
     return 0 if all(stage["status"] == "ok" for stage in results["stages"].values()) else 1
 

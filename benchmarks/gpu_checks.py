@@ -8,71 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_fast.devtools import tuning
 from vlm_fast.devtools.passes import step, with_upstream
 from vlm_fast.ops.declaration import FLOATS, OPS, Op
 from vlm_fast.verification import self_test
 from vlm_fast.verification.tolerance import convert, differentiable
 
 Failures = list[str]
-BATCH = 5  # of the large shapes; no other size equals it
-# More than 2^31 elements in the largest tensor, so that 32-bit offsets would wrap.
-LARGE: dict[str, dict[str, Any]] = {
-    "merge_image_tokens": {
-        "batch": BATCH, "sequence": 107_000, "hidden": 4096, "images": 1, "tokens": 576,
-    },
-    "gather_image_tokens": {
-        "batch": BATCH, "sequence": 107_000, "hidden": 4096, "images": 1, "tokens": 576,
-        "count": BATCH * 576,
-    },
-    "anyres_pack": {"batch": BATCH, "side": 54, "hidden": 4100, "sizes": ((324, 324),)},
-    "anyres_pack_resized": {
-        "batch": BATCH, "side": 54, "hidden": 4100, "sizes": ((324, 324),), "most": 9,
-    },
-    "anyres_merge": {
-        "batch": BATCH, "side": 54, "hidden": 4100, "sizes": ((324, 324),), "text": 576,
-    },
-    "cross_attention": {"batch": BATCH, "heads": 16, "shape": (64, 107_000), "d": 64},
-    "absorbed_cross_attention": {
-        "batch": BATCH, "queries": 32, "keys": 4096, "width": 114_688, "features": 64,
-        "heads": 1,
-    },
-    "add_layer_norm": {"shape": (BATCH, 107_000, 4096)},
-    "self_attention": {
-        "batch": BATCH, "tokens": 2176, "width": 64, "features": 70_016, "heads": 1094,
-    },
-    "stacked_linear": {"shape": (BATCH, 107_000, 64), "outs": (2048, 2048)},
-    "max_similarity": {"shape": (BATCH, 107_000, 4096), "texts": 64},
-    "mlp": {"shape": (BATCH, 107_000, 64), "hidden": 4096, "out": 64},
-    "act_linear": {"shape": (BATCH, 107_000, 4096), "out": 64},
-    "mlp_merge": {
-        "batch": BATCH, "sequence": 107_000, "images": 1, "tokens": 576, "inner": 64,
-        "middle": 64, "hidden": 4096,
-    },
-    "gated_mlp": {"shape": (BATCH, 107_000, 64), "hidden": 4096, "out": 64},
-    "gated_add": {"shape": (BATCH, 107_000, 4096)},
-    "gated_add_norm": {"shape": (BATCH, 107_000, 4096)},
-    "media_cross_attention": {
-        "batch": BATCH, "heads": 16, "queries": 107_000, "media": 16, "keys": 1024,
-        "tokens_per_media": 64, "d": 64,
-    },
-    "pixel_shuffle_norm": {
-        "batch": BATCH, "height": 460, "width": 460, "features": 2048, "norm": "layer",
-    },
-    "spatial_pool": {"batch": BATCH, "height": 460, "width": 460, "features": 2048},
-    "bipartite_match": {"batch": BATCH, "tokens": 107_000, "features": 4096, "r": 53_000},
-    "merge_tokens": {
-        "batch": BATCH, "tokens": 107_000, "features": 4096, "r": 53_000, "sized": True,
-    },
-    "unmerge_tokens": {"batch": BATCH, "tokens": 107_000, "features": 4096, "r": 53_000},
-}  # fmt: skip
-# Their tables number the rows of all samples together: a sample there is a share of the features.
-BY_FEATURES = {"anyres_pack", "anyres_pack_resized", "anyres_merge"}
-# No GEMM in them.
-EXACT = {
-    "merge_image_tokens", "gather_image_tokens", "add_layer_norm", "merge_tokens", "unmerge_tokens",
-    "pixel_shuffle_norm", "spatial_pool", *BY_FEATURES,
-}  # fmt: skip
+BATCH = 5  # of every op's large shape; no other size equals it
 LARGE_BYTES = 40 * 2**30  # what they need, gradients and copies included
 
 
@@ -198,14 +140,11 @@ def large(device: str) -> Failures:
     """Beyond 2^31 elements: results and gradients of each sample are as they are alone."""
     failures = []
     for name, op in OPS.items():
-        if name not in LARGE:
-            failures.append(f"{name}: no large shape is named for it")
-            continue
         torch.manual_seed(0)
-        args, options = op.sample(LARGE[name], torch.bfloat16, device)
+        args, options = op.sample(op.large_shape, torch.bfloat16, device)
         inputs = with_upstream(op, args, options)
         whole = step(op.fast, inputs, options)
-        sample, part = (_share, _share) if name in BY_FEATURES else (_sample, _part)
+        sample, part = (_share, _share) if op.large_along == "features" else (_sample, _part)
         for i in range(BATCH):
             alone = {k: v // BATCH if k == "count" else v for k, v in options.items()}
             args = tuple(sample(value, i) for value in inputs[:-1])
@@ -215,7 +154,7 @@ def large(device: str) -> Failures:
                 if found.numel() != BATCH * expected.numel():
                     continue  # the gradient of a weight: a sum over the samples
                 # A GEMM of another height may add up in another order.
-                allowed = 0.0 if name in EXACT else 2**-6 * expected.abs().max().item()
+                allowed = 0.0 if op.bitwise else 2**-6 * expected.abs().max().item()
                 error = (part(found, i).view(expected.shape) - expected).abs().max().item()
                 if not error <= allowed:
                     failures.append(f"{name}: tensor {j} of sample {i} is off by {error:.3g}")
@@ -246,17 +185,3 @@ def _sample(value: Any, i: int) -> Any:
     if not batched:
         return value
     return value[i : i + 1].detach().requires_grad_(value.requires_grad)
-
-
-def every_config(
-    device: str, deadline: float, names: Iterable[str] | None = None
-) -> tuple[list[tuning.Candidate], Failures]:
-    """Every config of every kernel, in bf16: a table may name any of them."""
-    candidates, failures = [], []
-    for candidate in tuning.prove(names, device=device, deadline=deadline):
-        candidates.append(candidate)
-        failures += [
-            f"{line}, with config {candidate.config} of {candidate.kernel}"
-            for line in candidate.failures
-        ]
-    return candidates, failures

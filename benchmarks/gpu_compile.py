@@ -22,32 +22,25 @@ from vlm_fast.devtools import ahead_of_time
 from vlm_fast.ops.declaration import FLOATS, OPS, Op
 from vlm_fast.verification import self_test
 
-Wanted = tuple[Mapping[str, Any], torch.dtype, bool]
+Wanted = tuple[Mapping[str, Any], torch.dtype]
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def wanted(op: Op[..., Any]) -> Iterator[Wanted]:
-    """Shapes and dtypes that the stages launch, and whether with every config.
-
-    Parity takes the table's config or the first, tuning all of them: at the shapes where it proves
-    them, and at the bench shapes where it times them.
-    """
+    """Shapes and dtypes that the stages launch."""
     for _, shape in self_test.shapes(op, full=True):
-        yield from ((shape, dtype, False) for dtype in FLOATS)
-    small = list(self_test.shapes(op, full=False))
-    for _, shape in (small[1], small[2], small[-1]):
-        yield shape, torch.bfloat16, True
+        yield from ((shape, dtype) for dtype in FLOATS)
     for shape in op.bench_shapes.values():
-        yield from ((shape, dtype, True) for dtype in (torch.bfloat16, torch.float32))
+        yield from ((shape, dtype) for dtype in (torch.bfloat16, torch.float32))
 
 
 def builds(name: str, dtype: torch.dtype, arch: str) -> Iterator[ahead_of_time.Build]:
     """Each different piece of code that one op launches in one dtype."""
     seen: set[Any] = set()
-    for shape, of, every_config in wanted(OPS[name]):
+    for shape, of in wanted(OPS[name]):
         if of is dtype:
             for launch in ahead_of_time.launches_at(OPS[name], shape, dtype):
-                for index in range(len(launch.kernel.configs) if every_config else 1):
+                for index in range(len(launch.kernel.configs)):
                     build = ahead_of_time.build_of(launch, arch, index)
                     if (key := (index, build.source.hash())) not in seen:
                         seen.add(key)

@@ -20,7 +20,6 @@ from vlm_fast.benchmarks import (
     gpu_compile,
     gpu_hopper,
     gpu_proof,
-    machine,
     merge,
     mergers,
     models,
@@ -29,8 +28,6 @@ from vlm_fast.benchmarks import (
     qformer,
     tokens,
 )
-from vlm_fast.devtools import tuning
-from vlm_fast.kernels import _configs
 from vlm_fast.verification import results_files
 
 Results = dict[str, Any]
@@ -58,48 +55,30 @@ def proof(results: Results, device: str, deadline: float) -> list[str]:
     """Every op in three dtypes at its test shapes and its named ones, and all that it must keep."""
     proofs, failures = gpu_proof.prove_all(device, deadline)
     results["parity"] = {name: found.parity for name, found in proofs.items()}
-    results["right_configs"] = gpu_proof.right_everywhere(proofs.values())
+    if device != "cpu":
+        failures += gpu_proof.never_launched(proofs.values())
     checks: dict[str, str] = {}
     for found in proofs.values():
         failures += found.parity["failures"]
         for check, lines in found.failures.items():
             failures += [f"{check}: {line}" for line in lines]
             checks[check] = "FAILED" if lines or checks.get(check) == "FAILED" else "ok"
-        # A table may name any config, and a graph any call: what fails there is no proof.
         found.parity["failures"] += [line for lines in found.failures.values() for line in lines]
     results["checks"] = checks
     return failures
 
 
 def hopper_gemms(results: Results, device: str, deadline: float) -> list[str]:
-    """Every config of the optional library, where there is one."""
+    """The optional GEMMs, where they are built."""
     cause = gpu_hopper.why_left_out(device)
     if cause is not None:
         results["hopper_gemms"] = f"left out: {cause}"
         return []
     failures = gpu_hopper.prove(device, deadline)
     results["hopper_gemms"] = "FAILED" if failures else "proven"
-    for name in gpu_hopper.OPS_WITH_GEMMS:  # what is wrong with a GEMM is wrong with both
-        if name in results.get("parity", {}):
-            results["parity"][name]["failures"] += failures
+    if "mlp" in results.get("parity", {}):
+        results["parity"]["mlp"]["failures"] += failures
     return failures
-
-
-def configs(results: Results, device: str, deadline: float) -> list[str]:
-    """Times of every config that is proven right, and the table of the winners."""
-    proven = results.get("hopper_gemms") == "proven"
-    rows = gpu_hopper.measure(device, deadline) if proven else []
-    right = results.get("right_configs", {})
-    more, finished = tuning.measure(right, device=device, deadline=deadline)
-    rows += more
-    results |= {"configs": rows, "configs_finished": finished}
-    if rows and device != "cpu":
-        name = _configs.table_name(torch.cuda.get_device_capability(), machine.name(device))
-        table = {"schema": _configs.SCHEMA, "kernels": tuning.selection(rows)}
-        machine.write(_configs.DIRECTORY / name, table)
-        _configs.forget()
-        results["config_table"] = name
-    return []
 
 
 def large(results: Results, device: str, deadline: float) -> list[str]:
@@ -197,7 +176,6 @@ STAGES = (
     Stage("compiling", 70, compiling),
     Stage("proof", 70, proof, needs_cuda=False),
     Stage("Hopper GEMMs", 10, hopper_gemms),
-    Stage("configs", 35, configs, timed=True),
     Stage("ops", 105, benchmark_ops, needs_cuda=False, timed=True),
     Stage("LLaVA", 25, model("llava"), needs_cuda=False, timed=True),
     Stage("Flamingo", 20, family(flamingo, 1.0), needs_cuda=False, timed=True),

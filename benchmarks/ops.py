@@ -147,7 +147,7 @@ class Case:
             found |= {name: late for name in COMPILED if name in found}
         for mode in MODES:
             if self.selection.has("modes", mode):
-                if mode != "forward" and self.op.discrete:
+                if mode != "forward" and self.op.returns_indices:
                     continue
                 inputs = [self._inputs(args, options, mode) for args, _ in samples]
                 yield from self._mode(mode, found, inputs, options, dtype, pace, step, thorough)

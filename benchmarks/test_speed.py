@@ -56,7 +56,7 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
     for op in OPS.values():
         peers = [peer.name for peer in providers.PEERS if peer.op == op.name]
         for shape, _ in ops.shapes_of(op, DEVICE, quick=QUICK):
-            for mode in MODES[:1] if op.discrete else MODES:
+            for mode in MODES[:1] if op.returns_indices else MODES:
                 for provider in (providers.OURS, providers.EAGER, *providers.COMPILED, *peers):
                     yield op.name, shape, mode, provider
 

@@ -5,14 +5,11 @@
 // same memory: a thread then holds four features, and the sum over tokens stays in its registers.
 #include "hopper_gelu.h"
 #include "hopper_gemm.h"
+#include "hopper_gemms.h"
 
 namespace vlm_fast {
 
-#if CONFIG == 1
-using Tiling = Tile<128, 128, PingPong>;  // features, tokens
-#elif CONFIG == 2
-using Tiling = Tile<64, 256, PingPong>;
-#endif
+namespace {
 
 template <int N>
 using Floats = cutlass::Array<float, N>;
@@ -69,15 +66,14 @@ struct First<Floats<N>> {
 using namespace cutlass::epilogue::fusion;
 namespace detail = cutlass::epilogue::collective::detail;
 using cute::seq;
-using Descriptor = EpilogueOf<Tiling, Element>;
-using Loaded = detail::AuxLoadDescriptor<Descriptor, ColumnMajor, Element>;
-using Stored = detail::AuxStoreDescriptor<Descriptor, ColumnMajor, Element>;
+using Loaded = detail::AuxLoadDescriptor<EpilogueTraits, ColumnMajor, Element>;
+using Stored = detail::AuxStoreDescriptor<EpilogueTraits, ColumnMajor, Element>;
 using Z = Sm90AuxLoad<Loaded::Stages, Loaded::EpilogueTile, Element, Loaded::Stride,
                       Loaded::SmemLayoutAtom, Loaded::CopyOpS2R>;
 using H = Sm90AuxStore<Stored::Stages, Stored::EpilogueTile, Element, kRound, Stored::Stride,
                        Stored::SmemLayoutAtom, Stored::CopyOpR2S>;
 constexpr bool kSumsTiles = false;  // who calls adds up the rows of the tiles
-using BiasSums = Sm90ColReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, Tiling::Shape,
+using BiasSums = Sm90ColReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, Tile,
                                   float, float, kRound, cute::Stride<cute::_1, cute::_0, int64_t>,
                                   4, true, kSumsTiles>;
 template <template <typename> class Function, typename Out = float>
@@ -93,22 +89,21 @@ using Visitor = Sm90TopologicalVisitor<
     Compute<Gelu>,            // 5
     H,                        // 6
     Compute<First, Element>>; // 7
-using GeluBackward = Gemm<Tiling, ColumnMajor, ColumnMajor, Element, ColumnMajor, Visitor>;
+using GeluBackward = Gemm<ColumnMajor, ColumnMajor, ColumnMajor, Visitor>;
 
-}  // namespace vlm_fast
+}  // namespace
 
-// dy (rows, outer) at a pitch of `dy_row` elements, weight (outer, cols), z and dz (rows, cols),
-// h (rows, cols) or null, bias_sums fp32 (tiles of rows, cols rounded up to tiles) or null.
-VLM_FAST_EXPORT(gelu_backward)
-(const void* dy, int64_t dy_row, const void* weight, const void* z, void* dz, void* h,
- void* bias_sums, int64_t rows, int64_t cols, int64_t outer, void* stream) {
-  using namespace vlm_fast;
-  const TransposedStride across{{}, cols, 0};
+const char* gelu_backward(const void* dy, int64_t dy_row, const void* weight, const void* z,
+                          void* dz, void* h, void* bias_sums, int64_t rows, int64_t hidden,
+                          int64_t out_features, void* stream) {
+  const TransposedStride across{{}, hidden, 0};
   const auto in = [](const void* pointer) { return static_cast<const Element*>(pointer); };
   const auto out = [](void* pointer) { return static_cast<Element*>(pointer); };
   return GeluBackward::run(
-      cols, rows, outer, {in(weight), {{}, cols, 0}, in(dy), {dy_row, {}, 0}},
+      hidden, rows, out_features, {in(weight), {{}, hidden, 0}, in(dy), {dy_row, {}, 0}},
       {{{}, {in(z), Element(0), across}, {}, {}, {bias_sums, 0.0f, {}}, {}, {out(h), across}, {}},
        nullptr, {}, out(dz), across},
       stream);
 }
+
+}  // namespace vlm_fast

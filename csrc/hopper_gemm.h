@@ -1,9 +1,5 @@
-// What the Hopper GEMMs share: CUTLASS 3.x, warp-specialised, TMA in and fp32 accumulators, with an
-// epilogue of their own.
-//
-// The C ABI is plain on purpose, no Python and no torch in it: one library serves every version of
-// both. All pointers are to device memory and 16-byte aligned, as are all rows; the caller has
-// checked. A function returns null, or what went wrong.
+// The GEMM that the Hopper kernels share: CUTLASS 3.x, warp-specialised, operands by TMA, fp32
+// accumulators, and an epilogue that the caller gives.
 #pragma once
 
 #include <cstdint>
@@ -18,14 +14,6 @@
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 #include "cutlass/kernel_hardware_info.hpp"
 
-#define VLM_FAST_NAMED(name, config) name##_##config
-#define VLM_FAST_NAME(name, config) VLM_FAST_NAMED(name, config)
-// The version of the signatures and the number of the config are in a name: a library of another
-// version lacks the function, rather than misreading its arguments.
-#define VLM_FAST_EXPORT(name) \
-  extern "C" __attribute__((visibility("default"))) const char* VLM_FAST_NAME( \
-      vlm_fast_v1_##name, CONFIG)
-
 namespace vlm_fast {
 
 using Element = cutlass::bfloat16_t;
@@ -38,43 +26,28 @@ using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
 inline constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 inline constexpr int kAlignment = 16 / sizeof(Element);
 
-// Two warp groups in turns, one in the main loop while the other is in its epilogue.
-struct PingPong {
-  using Main = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
-  using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
-};
+// The result is computed in tiles of 128 x 128 (TILE in kernels/_hopper.py) by two warp groups in
+// turns: one is in the main loop while the other is in its epilogue.
+using Tile = cute::Shape<cute::_128, cute::_128, cute::_64>;
+using MainSchedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
 
-// Two warp groups share a tile, twice as large; nothing hides the epilogue.
-struct Cooperative {
-  using Main = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
-  using Epilogue = cutlass::epilogue::TmaWarpSpecializedCooperative;
-};
+// What the nodes of an epilogue must know of it.
+using EpilogueTraits = cutlass::epilogue::collective::detail::EpilogueDescriptor<
+    Tile, cutlass::epilogue::collective::EpilogueTileAuto, void, Element, EpilogueSchedule>;
 
-template <int M, int N, typename Schedule_>
-struct Tile {
-  using Shape = cute::Shape<cute::Int<M>, cute::Int<N>, cute::_64>;
-  using Schedule = Schedule_;
-};
-
-// What nodes of an epilogue must know of it. `Out` is void where a node stores the result.
-template <typename Tile, typename Out>
-using EpilogueOf = cutlass::epilogue::collective::detail::EpilogueDescriptor<
-    typename Tile::Shape, cutlass::epilogue::collective::EpilogueTileAuto, void, Out,
-    typename Tile::Schedule::Epilogue>;
-
-template <typename Tile, typename LayoutA, typename LayoutB, typename Out, typename LayoutOut,
-          typename Visitor>
+template <typename LayoutA, typename LayoutB, typename LayoutOut, typename Visitor>
 struct Gemm {
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::Shape, Cluster,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, LayoutOut, kAlignment,
-      Out, LayoutOut, kAlignment, typename Tile::Schedule::Epilogue, Visitor>::CollectiveOp;
+      Element, LayoutOut, kAlignment, EpilogueSchedule, Visitor>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, LayoutA, kAlignment, Element,
-      LayoutB, kAlignment, float, typename Tile::Shape, Cluster,
+      LayoutB, kAlignment, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename Epilogue::SharedStorage))>,
-      typename Tile::Schedule::Main>::CollectiveOp;
+      MainSchedule>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
                                                       Epilogue>;
   using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;

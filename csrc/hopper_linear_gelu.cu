@@ -4,14 +4,11 @@
 // the same whether z is kept, computed again, or was never asked for.
 #include "hopper_gelu.h"
 #include "hopper_gemm.h"
+#include "hopper_gemms.h"
 
 namespace vlm_fast {
 
-#if CONFIG == 1
-using Tiling = Tile<128, 128, PingPong>;
-#elif CONFIG == 2
-using Tiling = Tile<64, 256, PingPong>;
-#endif
+namespace {
 
 template <typename T>
 struct Gelu;
@@ -27,29 +24,26 @@ struct Gelu<cutlass::Array<float, N>> {
 };
 
 using namespace cutlass::epilogue::fusion;
-using Descriptor = EpilogueOf<Tiling, Element>;
-using Stored = cutlass::epilogue::collective::detail::AuxStoreDescriptor<Descriptor, RowMajor,
+using Stored = cutlass::epilogue::collective::detail::AuxStoreDescriptor<EpilogueTraits, RowMajor,
                                                                         Element>;
-using Bias = Sm90RowBroadcast<0, Tiling::Shape, Element, float>;
+using Bias = Sm90RowBroadcast<0, Tile, Element, float>;
 using Preactivation = Sm90EVT<Sm90Compute<cutlass::plus, Element, float, kRound>, Sm90AccFetch, Bias>;
 using KeptZ = Sm90AuxStore<Stored::Stages, Stored::EpilogueTile, Element, kRound, Stored::Stride,
                            Stored::SmemLayoutAtom, Stored::CopyOpR2S>;
 using Visitor = Sm90EVT<Sm90Compute<Gelu, Element, float, kRound>, Sm90EVT<KeptZ, Preactivation>>;
-using LinearGelu = Gemm<Tiling, RowMajor, ColumnMajor, Element, RowMajor, Visitor>;
+using LinearGelu = Gemm<RowMajor, ColumnMajor, RowMajor, Visitor>;
 
-}  // namespace vlm_fast
+}  // namespace
 
-// x (rows, inner) at a pitch of `x_row` elements, weight (cols, inner), bias (cols,) or null,
-// z (rows, cols) or null, h (rows, cols).
-VLM_FAST_EXPORT(linear_gelu)
-(const void* x, int64_t x_row, const void* weight, const void* bias, void* z, void* h, int64_t rows,
- int64_t cols, int64_t inner, void* stream) {
-  using namespace vlm_fast;
-  const MatrixStride out{cols, {}, 0};
+const char* linear_gelu(const void* x, int64_t x_row, const void* weight, const void* bias, void* z,
+                        void* h, int64_t rows, int64_t hidden, int64_t inner, void* stream) {
+  const MatrixStride out{hidden, {}, 0};
   const auto in = [](const void* pointer) { return static_cast<const Element*>(pointer); };
   return LinearGelu::run(
-      rows, cols, inner, {in(x), {x_row, {}, 0}, in(weight), {inner, {}, 0}},
+      rows, hidden, inner, {in(x), {x_row, {}, 0}, in(weight), {inner, {}, 0}},
       {{{{{}, {in(bias)}, {}}, {static_cast<Element*>(z), out}}, {}},
        nullptr, {}, static_cast<Element*>(h), out},
       stream);
 }
+
+}  // namespace vlm_fast

@@ -109,10 +109,10 @@ def _score_gradients(
 def softmax_gradient(dp: Tensor, p: Tensor) -> Tensor:
     """The gradient of the scores from that of their softmax p, which is changed.
 
-    What dp is at the largest probability is taken off first, from all of its row: it cancels, and
-    where one key has all the weight only the rounding of dp would be left.
+    The mean of dp is subtracted twice: the second time it is nearly 0, so a row of the result sums
+    to 0 as nearly as fp32 can say, also where one key has all the weight.
     """
-    dp -= dp.gather(-1, p.argmax(-1, keepdim=True)).nan_to_num_(0, 0, 0)
+    dp -= torch.linalg.vecdot(dp, p)[..., None].nan_to_num_(0, 0, 0)
     return _softmax_backward(dp, p, -1, dp.dtype)
 
 

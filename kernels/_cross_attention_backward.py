@@ -148,9 +148,7 @@ def _over_keys(
     return dq1, dq2
 
 
-@kernel(
-    Config({"BLOCK_N": 64}, num_warps=8, num_stages=1),  # others spill somewhere
-)
+@kernel(Config({"BLOCK_N": 64}, num_warps=8, num_stages=1))  # others spill somewhere
 @triton.jit(do_not_specialize=[*SIZES, "keys2"])
 def cross_attention_backward_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
@@ -244,9 +242,12 @@ def cross_attention_backward_kernel(
         store_parts(dq_ptr, at, inside, dq1, dq2, d, D1, D2)
 
 
+# On an H200 the second config takes 195 us instead of 227 for heads of 128 features, 322 instead of
+# 282 for heads of 96, and longer for all narrower ones.
 @kernel(
     Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
     Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
+    choose=lambda d: int(d > 96),
 )
 @triton.jit(do_not_specialize=[*SIZES, "first"])
 def key_gradient_kernel(
@@ -336,7 +337,7 @@ def launch_backward(
     )  # fmt: skip
     shrunk, widths = shrink(q), (d, *head_parts(d))
     cross_attention_backward_kernel(
-        keys + keys2, lambda blocks: (batch * kv_heads * row_tiles,),
+        lambda blocks: (batch * kv_heads * row_tiles,),
         *shared, k, *strides(k), v, *strides(v), k2, *strides(k2), v2, *strides(v2), *masks,
         dq, *strides(dq), *(a for g in written for a in (g, *strides(g))),
         kv_heads, heads // kv_heads, queries, rows, keys, keys2, count, scale,
@@ -347,11 +348,12 @@ def launch_backward(
     for first, x, y, dx, dy in ((0, k, v, dk, dv), (keys, k2, v2, dk2, dv2)):
         if x is not None and dx is not None:
             key_gradient_kernel(
-                x.shape[2], _by_keys(x, shrunk),
+                _by_keys(x, shrunk),
                 *shared, x, *strides(x), y, *strides(y), *masks,
                 dx, *strides(dx), dy, *strides(dy),
                 kv_heads, heads // kv_heads, queries, rows, x.shape[2], first, count, scale,
                 *widths, row_block(q, rows) if d <= 64 else 16, shrunk, precision(),
+                size=d,
             )  # fmt: skip
 
 

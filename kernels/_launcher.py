@@ -1,9 +1,9 @@
-"""How a kernel is launched: its candidate configs, the device guard, and what tracing sees."""
+"""How a Triton kernel is launched: its block sizes, the device guard, and recorded launches."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,100 +12,83 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import _configs
 from ._triton import AVAILABLE, INTERPRETED
 
 KERNELS: dict[str, Kernel] = {}
+Grid = Callable[[dict[str, int]], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Config:
-    """One way to tile a kernel: its block sizes (powers of two), warps and pipeline stages."""
+    """How a kernel is tiled: its block sizes (powers of two), warps and pipeline stages."""
 
     blocks: dict[str, int]
     num_warps: int = 4
     num_stages: int = 3
 
+    @functools.cached_property
     def options(self) -> dict[str, int]:
+        """Keyword arguments of the launch."""
         return {
             **self.blocks,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
-            "enable_fp_fusion": True,  # said, because Triton 3.10 changes the default
+            "enable_fp_fusion": True,  # explicit, because Triton 3.10 changes the default
         }
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What one launch was given, or would have been: see `recording`."""
+    """A recorded launch: the kernel, its arguments by name, and its grid."""
 
     kernel: Kernel
     arguments: dict[str, Any]
-    size: int
-    grid: Callable[[dict[str, int]], tuple[int, ...]]
+    grid: Grid
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(a.dtype for a in self.arguments.values() if isinstance(a, Tensor))
-
-    def programs(self, index: int) -> tuple[int, ...]:
-        return self.grid(self.kernel.configs[index].blocks)
-
-    def again(self, index: int) -> None:
-        """Launch it with another config of its kernel."""
-        options = self.kernel.configs[index].options()
-        self.kernel.jit[self.programs(index)](*self.arguments.values(), **options)
+    def programs(self, config: int = 0) -> tuple[int, ...]:
+        """The grid with one of the kernel's configs."""
+        return self.grid(self.kernel.configs[config].blocks)
 
 
 class Kernel:
-    """A Triton kernel and its at most eight configs; the first is the default.
+    """A Triton kernel with its config; called as ``kernel(grid, *arguments)``.
 
-    Called as ``kernel(size, grid, *arguments)``: ``size`` is the length of the axis the choice of
-    config may depend on, ``grid`` a function of the config's blocks.
+    ``grid`` is a function of the config's blocks. A kernel may have a second config for some sizes:
+    ``choose`` then maps the ``size`` of a call to the index of a config.
     """
 
-    def __init__(self, jit: Any, configs: tuple[Config, ...]) -> None:
-        self.jit, self.configs = jit, configs
+    def __init__(
+        self, jit: Any, configs: tuple[Config, ...], choose: Callable[[int], int] | None = None
+    ) -> None:
+        self.jit, self.configs, self.choose = jit, configs, choose
         self.name: str = getattr(jit, "__name__", "absent")
         KERNELS[self.name] = self
-        _configs.SOURCES[self.name] = self.source
 
-    def __call__(
-        self, size: int, grid: Callable[[dict[str, int]], tuple[int, ...]], *arguments: Any
-    ) -> None:
-        tensor = next(a for a in arguments if isinstance(a, Tensor))
+    def __call__(self, grid: Grid, *arguments: Any, size: int = 0) -> None:
+        for tensor in arguments:
+            if isinstance(tensor, Tensor):
+                break
         if _recordings:
             named = dict(zip(self.jit.arg_names, arguments, strict=False))
             for launches in tuple(_recordings.values()):
-                launches.append(Launch(self, named, size, grid))
+                launches.append(Launch(self, named, grid))
         if is_traced(tensor):
             return
-        config = self.choose(tensor, size)
+        config = self.configs[0 if self.choose is None else self.choose(size)]
         programs = grid(config.blocks)
         if 0 in programs:
             return
-        with on_device_of(tensor):
-            self.jit[programs](*arguments, **config.options())
-
-    def choose(self, tensor: Tensor, size: int) -> Config:
-        """The config for this call: a pure function of kernel, dtype, size and GPU model."""
-        if not tensor.is_cuda:
-            return self.configs[0]
-        index = _configs.winner(self.name, tensor.dtype, size, tensor.device.index)
-        return self.configs[index if index < len(self.configs) else 0]
-
-    def source(self) -> str:
-        """A hash of the code, of what it calls, and of the configs: what a measured time is of."""
-        code = getattr(self.jit, "cache_key", "interpreted")
-        listed = [config.options() for config in self.configs]
-        return hashlib.sha256(f"{code} {listed}".encode()).hexdigest()[:16]
+        if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+            # Triton launches on the current device, which need not be the tensor's.
+            with torch.cuda.device(tensor.device):
+                self.jit[programs](*arguments, **config.options)
+        else:
+            self.jit[programs](*arguments, **config.options)
 
 
-def kernel(*configs: Config) -> Callable[[Any], Kernel]:
-    """Declare the configs of the ``triton.jit`` function below."""
-    if not 1 <= len(configs) <= 8:
-        raise ValueError(f"a kernel lists 1 to 8 configs, got {len(configs)}")
-    return lambda jit: Kernel(jit, configs)
+def kernel(*configs: Config, choose: Callable[[int], int] | None = None) -> Callable[[Any], Kernel]:
+    """Give the ``triton.jit`` function below its config, or several and how to choose by size."""
+    return lambda jit: Kernel(jit, configs, choose)
 
 
 def runs_triton(tensor: Tensor) -> bool:
@@ -114,7 +97,7 @@ def runs_triton(tensor: Tensor) -> bool:
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether this is a stand-in without data, for which only shapes are wanted."""
+    """Whether this is a fake or meta tensor: only shapes are wanted, nothing is computed."""
     return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
@@ -123,9 +106,9 @@ _recordings: dict[int, list[Launch]] = {}
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collect launches. With fake tensors nothing runs: kernels compile from this without a GPU.
+    """Collect the launches of the whole process: autograd runs a GPU's backward in its own thread.
 
-    Of the whole process: the backward of a GPU runs in a thread of autograd's own.
+    With fake tensors nothing runs; what is recorded then suffices to compile without a GPU.
     """
     launches: list[Launch] = []
     _recordings[id(launches)] = launches
@@ -136,14 +119,14 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    # Triton launches on the current device, which need not be the tensor's.
+    """Make the tensor's device the current one."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
 
 
 def precision() -> str:
-    """Of products in fp32, as the user lets cuBLAS take them."""
+    """Triton's precision of fp32 products, as the user lets cuBLAS take them."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 

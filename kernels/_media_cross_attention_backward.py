@@ -44,7 +44,7 @@ def _scores_and_dp(
     return s, scored, inner_product(do1, do2, v1, v2, D2, PRECISION)
 
 
-@kernel(Config({"BLOCK_N": 64}, num_warps=8, num_stages=1))  # others spill somewhere
+@kernel(Config({"BLOCK_N": 64}, num_warps=8, num_stages=1))
 @triton.jit(do_not_specialize=[*SIZES, "media"])
 def media_query_gradient_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
@@ -176,7 +176,7 @@ def media_reach_kernel(
     tl.store(at + 1, last)
 
 
-@kernel(Config({"BLOCK_N": 32}, num_warps=8, num_stages=1))  # others spill somewhere
+@kernel(Config({"BLOCK_N": 32}, num_warps=8, num_stages=1))
 @triton.jit(do_not_specialize=[*SIZES, "media"])
 def media_key_gradient_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
@@ -273,7 +273,7 @@ def launch_backward(
     if q_norm is not None and dq is not None:
         shares = q.new_empty(programs_of_rows, d, dtype=torch.float32)
     media_query_gradient_kernel(
-        tokens_per_media, lambda blocks: (programs_of_rows,),
+        lambda blocks: (programs_of_rows,),
         *shared, q_norm, stats, dq, *strides(dq), shares,
         kv_heads, group, queries, rows, media, tokens_per_media, count, scale, eps,
         attend, unattended, *widths, block, shrunk, precision(),
@@ -283,7 +283,7 @@ def launch_backward(
         return dq_norm
     reach = torch.empty(batch, media, 2, dtype=torch.int32, device=q.device)
     media_reach_kernel(
-        queries, lambda blocks: (batch * media,),
+        lambda blocks: (batch * media,),
         index, reach, queries, media, attend, unattended,
         min(1024, triton.next_power_of_2(queries)),
     )  # fmt: skip
@@ -293,7 +293,7 @@ def launch_backward(
         return (batch * kv_heads * media * triton.cdiv(tokens_per_media, tile),)
 
     media_key_gradient_kernel(
-        tokens_per_media, programs,
+        programs,
         *shared, reach, q_norm, stats, dk, *strides(dk), dv, *strides(dv),
         kv_heads, group, queries, media, tokens_per_media, count, scale, eps, attend, unattended,
         *widths, block, shrunk, precision(),

@@ -19,10 +19,12 @@ from ._triton import tl, triton
 MAX_PROGRAMS = 512  # of backward: four to a multiprocessor of the largest GPUs
 
 
+# On an H200 the second config takes 4.9 us instead of 5.3 for 32 rows, and 9.8 instead of 8.3 for
+# 2,048.
 @kernel(
     Config({"ELEMENTS": 2048}, num_warps=8),
     Config({"ELEMENTS": 1024}, num_warps=8),
-    Config({"ELEMENTS": 4096}, num_warps=16),
+    choose=lambda rows: int(rows <= 256),
 )
 @triton.jit(do_not_specialize=["rows", "tokens"])
 def add_layer_norm_kernel(
@@ -68,10 +70,7 @@ def add_layer_norm_kernel(
         tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
-@kernel(
-    Config({"ELEMENTS": 4096}, num_warps=16),
-    Config({"ELEMENTS": 2048}, num_warps=16),
-)
+@kernel(Config({"ELEMENTS": 2048}, num_warps=16))
 @triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def add_layer_norm_backward_kernel(
     dy_ptr, z_ptr,  # (rows, cols)
@@ -161,10 +160,10 @@ def add_layer_norm(
         statistics = z, mean, torch.empty_like(mean)
     block = triton.next_power_of_2(cols)
     add_layer_norm_kernel(
-        rows, lambda blocks: (triton.cdiv(rows, max(blocks["ELEMENTS"] // block, 1)),),
+        lambda blocks: (triton.cdiv(rows, max(blocks["ELEMENTS"] // block, 1)),),
         x, *x.stride()[:2], residual, *residual.stride()[:2], x_bias, weight, bias,
         seed, threshold(dropout), 1 / (1 - dropout), y, *(statistics or (None, None, None)),
-        rows, tokens, cols, eps, block,
+        rows, tokens, cols, eps, block, size=rows,
     )  # fmt: skip
     return y, statistics
 
@@ -206,7 +205,7 @@ def add_layer_norm_backward(
         for want in (want_weight, want_bias, want_x_bias)
     ]
     add_layer_norm_backward_kernel(
-        rows, lambda blocks: (programs,),
+        lambda blocks: (programs,),
         dy, z, mean, rstd, weight, seed, threshold(dropout), 1 / (1 - dropout), dz, dx, *shares,
         rows, rows_per_program, cols, triton.next_power_of_2(cols),
     )  # fmt: skip

@@ -20,12 +20,7 @@ MAX_PROGRAMS = 512  # of the newline's gradient, along the rows
 UNIT = tl.constexpr(2.0**-30)  # of weights
 
 
-@kernel(
-    Config({"BLOCK_COLS": 2048}, num_warps=4),
-    Config({"BLOCK_COLS": 4096}, num_warps=8),
-    Config({"BLOCK_COLS": 1024}, num_warps=4),
-    Config({"BLOCK_COLS": 8192}, num_warps=8),
-)
+@kernel(Config({"BLOCK_COLS": 2048}, num_warps=4))
 @triton.jit(do_not_specialize=["limit"])
 def pack_rows_kernel(
     source_ptr, source_stride,  # (limit or more, cols)
@@ -54,11 +49,7 @@ def pack_rows_kernel(
         tl.store(out_ptr + to * cols + col, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@kernel(
-    Config({"BLOCK_COLS": 1024}, num_warps=4),
-    Config({"BLOCK_COLS": 2048}, num_warps=8),
-    Config({"BLOCK_COLS": 512}, num_warps=2),
-)
+@kernel(Config({"BLOCK_COLS": 512}, num_warps=2))
 @triton.jit(do_not_specialize=["limit"])
 def blend_rows_kernel(
     source_ptr, source_stride,  # (limit, cols)
@@ -87,11 +78,7 @@ def blend_rows_kernel(
         tl.store(out_ptr + row * cols + col, x, mask=inside)
 
 
-@kernel(
-    Config({"BLOCK_ROWS": 16, "BLOCK_COLS": 256}, num_warps=4),
-    Config({"BLOCK_ROWS": 32, "BLOCK_COLS": 128}, num_warps=4),
-    Config({"BLOCK_ROWS": 8, "BLOCK_COLS": 512}, num_warps=4),
-)
+@kernel(Config({"BLOCK_ROWS": 8, "BLOCK_COLS": 512}, num_warps=4))
 @triton.jit(do_not_specialize=["limit", "rows", "rows_per_share"])
 def fill_gradient_kernel(
     dy_ptr, dy_stride,  # (rows or more, cols)
@@ -139,7 +126,7 @@ def pack_rows(
     out = matrix.new_empty(rows, cols, dtype=dtype)
     if runs_triton(source):
         pack_rows_kernel(
-            rows, lambda blocks: (rows,),
+            lambda blocks: (rows,),
             matrix, matrix.stride(0), index, slots, None, fill, out, limit, cols,
         )  # fmt: skip
     elif is_traced(source):
@@ -172,7 +159,7 @@ def merge_packed_rows(
     if runs_triton(embeds):
         count = index.shape[0]
         pack_rows_kernel(
-            count, lambda blocks: (count,),
+            lambda blocks: (count,),
             matrix, matrix.stride(0), index, None, slots, fill, out, limit, cols,
         )  # fmt: skip
         copy_text(text, mask, out)
@@ -205,7 +192,7 @@ def blend_rows(source: Tensor, taps: Tensor, weights: Tensor, fill: Tensor | Non
     out = matrix.new_empty(rows, cols)
     if runs_triton(source):
         blend_rows_kernel(
-            rows, lambda blocks: (rows,),
+            lambda blocks: (rows,),
             matrix, matrix.stride(0), taps, weights, fill, out, limit, cols,
         )  # fmt: skip
     elif is_traced(source):
@@ -242,7 +229,7 @@ def fill_gradient(
         share = dy.new_empty(shares, cols, dtype=torch.float32)
         if runs_triton(dy):
             fill_gradient_kernel(
-                rows, lambda blocks: (shares * triton.cdiv(cols, blocks["BLOCK_COLS"]),),
+                lambda blocks: (shares * triton.cdiv(cols, blocks["BLOCK_COLS"]),),
                 matrix, matrix.stride(0), index, index.stride(0), slots, share,
                 limit, rows, rows_per_share, cols,
             )  # fmt: skip

@@ -40,12 +40,7 @@ def halves(tokens: int, protected: int) -> Halves:
     return Halves((tokens + 1) // 2, tokens // 2, (protected + 1) // 2, protected // 2)
 
 
-@kernel(
-    Config({"BLOCK_A": 64, "BLOCK_B": 64, "BLOCK_K": 32}, num_warps=8),
-    Config({"BLOCK_A": 64, "BLOCK_B": 64, "BLOCK_K": 64}, num_warps=8),
-    Config({"BLOCK_A": 64, "BLOCK_B": 128, "BLOCK_K": 64}, num_warps=8),
-    Config({"BLOCK_A": 32, "BLOCK_B": 64, "BLOCK_K": 64}, num_warps=4),
-)
+@kernel(Config({"BLOCK_A": 64, "BLOCK_B": 64, "BLOCK_K": 32}, num_warps=8))
 @triton.jit(do_not_specialize=["count_a", "count_b", "first_a", "first_b"])
 def nearest_kernel(
     metric_ptr, metric_batch, metric_token,  # (batch, tokens, features), inner stride 1
@@ -205,11 +200,11 @@ def bipartite_match(metric: Tensor, r: int, protected: int) -> Match:
         kept = metric.new_empty(batch, count, dtype=torch.uint8)
         if r:
             closest_pairs_kernel(
-                count, lambda blocks: (batch * triton.cdiv(count, blocks["BLOCK"]),),
+                lambda blocks: (batch * triton.cdiv(count, blocks["BLOCK"]),),
                 best, kept, count, r,
             )  # fmt: skip
         merged_order_kernel(
-            tokens, lambda blocks: (batch * triton.cdiv(half.b + 1, blocks["BLOCK"]),),
+            lambda blocks: (batch * triton.cdiv(half.b + 1, blocks["BLOCK"]),),
             kept, nearest, *found, tokens, r, count, half.protected_a, half.protected_b,
         )  # fmt: skip
         return found
@@ -232,7 +227,7 @@ def find_nearest(metric: Tensor, half: Halves, best: Tensor, nearest: Tensor) ->
     count_a, count_b = half.a - half.protected_a, half.b - half.protected_b
     if runs_triton(metric):
         nearest_kernel(
-            count_a, lambda blocks: (batch * triton.cdiv(count_a, blocks["BLOCK_A"]),),
+            lambda blocks: (batch * triton.cdiv(count_a, blocks["BLOCK_A"]),),
             metric, *metric.stride()[:2], best, nearest, count_a, count_b,
             2 * half.protected_a, 2 * half.protected_b + 1, features, precision(),
         )  # fmt: skip

@@ -64,10 +64,7 @@ def _attend(
     return largest, total, acc1, acc2
 
 
-@kernel(
-    Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
-    Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
-)
+@kernel(Config({"BLOCK_N": 64}, num_warps=4, num_stages=2))
 @triton.jit(do_not_specialize=[*SIZES, "keys2", "splits"])
 def cross_attention_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
@@ -137,7 +134,7 @@ def cross_attention_kernel(
         store_parts(o_ptr, out_row, inside_rows, tl.trans(acc1), tl.trans(acc2), d, D1, D2)
 
 
-@kernel(Config({}, num_warps=1), Config({}, num_warps=2), Config({}, num_warps=4))
+@kernel(Config({}, num_warps=1))
 @triton.jit(do_not_specialize=["queries", "count", "splits"])
 def combine_splits_kernel(
     partial_ptr,  # (splits, count, d) fp32
@@ -272,7 +269,7 @@ def _launch_forward(
         out = q.new_empty(splits, count, d, dtype=torch.float32)
         stats = q.new_empty(splits, 2, count, dtype=torch.float32)
     cross_attention_kernel(
-        keys + keys2, lambda blocks: (programs * splits,),
+        lambda blocks: (programs * splits,),
         q, *strides(q), k, *strides(k), v, *strides(v), k2, *strides(k2), v2, *strides(v2),
         bias, *score_strides(bias, (batch, heads, queries, keys + keys2)),
         as_bytes(key_mask), *strides(key_mask, 2),
@@ -282,7 +279,7 @@ def _launch_forward(
     )  # fmt: skip
     if splits > 1:
         combine_splits_kernel(
-            count, lambda blocks: (count,), out, stats, o, heads, queries, count, splits,
+            lambda blocks: (count,), out, stats, o, heads, queries, count, splits,
             d, triton.next_power_of_2(d), triton.next_power_of_2(splits),
         )  # fmt: skip
 

@@ -49,10 +49,7 @@ def _load_y(y_ptr, row, inside_rows, col, inside_cols, y_batch, y_token, tokens,
     return tl.load(at, mask=kept[:, None] & inside_cols[None, :], other=0.0).to(tl.float32), kept
 
 
-@kernel(
-    Config({"ELEMENTS": 2048}, num_warps=8),
-    Config({"ELEMENTS": 4096}, num_warps=16),
-)
+@kernel(Config({"ELEMENTS": 2048}, num_warps=8))
 @triton.jit(do_not_specialize=["rows", "tokens"])
 def gated_add_kernel(
     x_ptr, x_batch, x_token,  # (batch, tokens, cols) at these strides, inner 1
@@ -104,10 +101,7 @@ def gated_add_kernel(
         tl.store(normed_ptr + offset, normed.to(normed_ptr.dtype.element_ty), mask=inside)
 
 
-@kernel(
-    Config({"ELEMENTS": 4096}, num_warps=16),
-    Config({"ELEMENTS": 2048}, num_warps=16),
-)
+@kernel(Config({"ELEMENTS": 4096}, num_warps=16))
 @triton.jit(do_not_specialize=["rows", "rows_per_program", "tokens"])
 def gated_add_backward_kernel(
     dh_ptr, dnormed_ptr, h_ptr,  # (rows, cols); the latter two of a norm only
@@ -206,7 +200,7 @@ def gated_add(
     mean = torch.empty_like(rstd) if norm == "layer" and rstd is not None else None
     block = triton.next_power_of_2(cols)
     gated_add_kernel(
-        rows, lambda blocks: (triton.cdiv(rows, max(blocks["ELEMENTS"] // block, 1)),),
+        lambda blocks: (triton.cdiv(rows, max(blocks["ELEMENTS"] // block, 1)),),
         x, *x.stride()[:2], y, *y.stride()[:2], gate, _bytes(row_mask), weight, bias,
         h, normed, mean, rstd, rows, tokens, cols, eps, gate.numel() > 1, norm, block,
     )  # fmt: skip
@@ -254,7 +248,7 @@ def gated_add_backward(
         for want in (want_gate, want_weight, want_bias)
     ]
     gated_add_backward_kernel(
-        rows, lambda blocks: (programs,),
+        lambda blocks: (programs,),
         dh, dnormed, h, *statistics, weight,
         y if want_gate else None, *(y.stride()[:2] if want_gate and y is not None else (0, 0)),
         gate, _bytes(row_mask), dx, dy, *shares, rows, rows_per_program, tokens, cols,

@@ -15,10 +15,7 @@ from ._triton import tl, triton
 from .mlp import activate, activation_backward
 
 
-@kernel(
-    Config({"BLOCK": 1024}, num_warps=4),
-    Config({"BLOCK": 2048}, num_warps=8),
-)
+@kernel(Config({"BLOCK": 1024}, num_warps=4))
 @triton.jit
 def gated_activation_kernel(
     gate_ptr, up_ptr, h_ptr,  # (count,)
@@ -33,10 +30,7 @@ def gated_activation_kernel(
     tl.store(h_ptr + at, (value * up).to(h_ptr.dtype.element_ty), mask=inside)
 
 
-@kernel(
-    Config({"BLOCK": 1024}, num_warps=4),
-    Config({"BLOCK": 2048}, num_warps=8),
-)
+@kernel(Config({"BLOCK": 1024}, num_warps=4))
 @triton.jit
 def gated_activation_backward_kernel(
     gate_ptr, up_ptr, dh_ptr,  # (count,)
@@ -69,7 +63,7 @@ def gated_activation(
     h = gate if overwrite else torch.empty_like(gate)
     count = gate.numel()
     gated_activation_kernel(
-        count, lambda blocks: (triton.cdiv(count, blocks["BLOCK"]),), gate, up, h, count, activation
+        lambda blocks: (triton.cdiv(count, blocks["BLOCK"]),), gate, up, h, count, activation
     )
     return h
 
@@ -86,7 +80,7 @@ def gated_activation_backward(
     dgate, h = torch.empty_like(dh), torch.empty_like(dh) if want_h else None
     count = gate.numel()
     gated_activation_backward_kernel(
-        count, lambda blocks: (triton.cdiv(count, blocks["BLOCK"]),),
+        lambda blocks: (triton.cdiv(count, blocks["BLOCK"]),),
         gate, up, dh, dgate, dh, h, count, activation,
     )  # fmt: skip
     return dgate, dh, h

@@ -52,14 +52,7 @@ def image_token_slots_kernel(
             tl.store(slots_ptr + slot, tl.zeros([BLOCK], dtype=tl.int32), mask=slot < capacity)
 
 
-@kernel(
-    Config({"BLOCK_COLS": 2048}, num_warps=4),
-    Config({"BLOCK_COLS": 4096}, num_warps=8),
-    Config({"BLOCK_COLS": 1024}, num_warps=4),
-    Config({"BLOCK_COLS": 1024}, num_warps=2),
-    Config({"BLOCK_COLS": 4096}, num_warps=4),
-    Config({"BLOCK_COLS": 8192}, num_warps=8),
-)
+@kernel(Config({"BLOCK_COLS": 2048}, num_warps=4))
 @triton.jit(do_not_specialize=["feature_rows", "first_slot"])
 def merge_image_tokens_kernel(
     features_ptr, features_stride,  # (feature_rows, cols) or None
@@ -96,12 +89,7 @@ def merge_image_tokens_kernel(
                     tl.store(out_ptr + row * cols + col, x, mask=inside)
 
 
-@kernel(
-    Config({"BLOCK_COLS": 2048}, num_warps=4),
-    Config({"BLOCK_COLS": 4096}, num_warps=8),
-    Config({"BLOCK_COLS": 1024}, num_warps=4),
-    Config({"BLOCK_COLS": 8192}, num_warps=8),
-)
+@kernel(Config({"BLOCK_COLS": 2048}, num_warps=4))
 @triton.jit(do_not_specialize=["first_slot"])
 def gather_image_tokens_kernel(
     source_ptr, source_stride,  # (rows, cols)
@@ -133,7 +121,7 @@ def image_token_slots(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor | int
             return slots, count
         batch, sequence = mask.shape
         image_token_slots_kernel(
-            mask.numel(), lambda blocks: (batch,),
+            lambda blocks: (batch,),
             mask.view(torch.uint8), slots, count, batch, sequence, capacity,
         )  # fmt: skip
         return slots, count
@@ -207,7 +195,7 @@ def gather_image_tokens(source: Tensor, slots: Tensor, first: int, out: Tensor) 
     cols = matrix.shape[1]
     if runs_triton(source):
         gather_image_tokens_kernel(
-            rows, lambda blocks: (rows,), matrix, matrix.stride(0), slots, first, out, cols
+            lambda blocks: (rows,), matrix, matrix.stride(0), slots, first, out, cols
         )
     elif is_traced(source):
         pass
@@ -263,7 +251,7 @@ def _merge(
     feature_rows = 0 if image is None else image.shape[0]
     programs = feature_rows + (0 if text is None else text.shape[0])
     merge_image_tokens_kernel(
-        mask.numel(), lambda blocks: (programs,),
+        lambda blocks: (programs,),
         image, 0 if image is None else image.stride(0), slots, first,
         text, 0 if text is None else text.stride(0), mask.contiguous().view(torch.uint8),
         out, feature_rows, cols, clear,

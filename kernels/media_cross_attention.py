@@ -54,9 +54,7 @@ def _attend_to_medium(
     return largest, total, acc1, acc2
 
 
-@kernel(
-    Config({"BLOCK_N": 32}, num_warps=4, num_stages=1),  # others spill somewhere
-)
+@kernel(Config({"BLOCK_N": 32}, num_warps=4, num_stages=1))  # others spill somewhere
 @triton.jit(do_not_specialize=[*SIZES, "media", "splits"])
 def media_cross_attention_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
@@ -256,7 +254,7 @@ def _launch_forward(
         out = q.new_empty(splits, count, d, dtype=torch.float32)
         stats = q.new_empty(splits, 2, count, dtype=torch.float32)
     media_cross_attention_kernel(
-        tokens_per_media, lambda blocks: (programs * splits,),
+        lambda blocks: (programs * splits,),
         q, *strides(q), k, *strides(k), v, *strides(v), index, q_norm, out, stats,
         kv_heads, heads // kv_heads, queries, rows, keys // tokens_per_media, tokens_per_media,
         count, splits, scale, eps, attend, unattended,
@@ -264,6 +262,6 @@ def _launch_forward(
     )  # fmt: skip
     if splits > 1:
         combine_splits_kernel(
-            count, lambda blocks: (count,), out, stats, o, heads, queries, count, splits,
+            lambda blocks: (count,), out, stats, o, heads, queries, count, splits,
             d, triton.next_power_of_2(d), triton.next_power_of_2(splits),
         )  # fmt: skip

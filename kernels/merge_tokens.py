@@ -17,11 +17,7 @@ from ._triton import tl, triton
 NATIVE = {torch.float32: 0, torch.bfloat16: 1}  # what the compiled code knows
 
 
-@kernel(
-    Config({"BLOCK_COLS": 1024}, num_warps=4),
-    Config({"BLOCK_COLS": 512}, num_warps=2),
-    Config({"BLOCK_COLS": 2048}, num_warps=8),
-)
+@kernel(Config({"BLOCK_COLS": 512}, num_warps=2))
 @triton.jit(do_not_specialize=["tokens", "merged"])
 def sum_tokens_kernel(
     x_ptr, x_batch, x_token,  # (batch, tokens, cols), inner stride 1
@@ -63,11 +59,7 @@ def sum_tokens_kernel(
         tl.store(out_ptr + row * cols + col, sums.to(out_ptr.dtype.element_ty), mask=col < cols)
 
 
-@kernel(
-    Config({"BLOCK_COLS": 1024}, num_warps=4),
-    Config({"BLOCK_COLS": 512}, num_warps=2),
-    Config({"BLOCK_COLS": 2048}, num_warps=8),
-)
+@kernel(Config({"BLOCK_COLS": 512}, num_warps=2))
 @triton.jit(do_not_specialize=["tokens", "merged"])
 def spread_tokens_kernel(
     y_ptr, y_batch, y_token,  # (batch, merged, cols), inner stride 1
@@ -94,7 +86,7 @@ def spread_tokens_kernel(
         tl.store(out_ptr + row * cols + col, found, mask=col < cols)
 
 
-@kernel(Config({"BLOCK_COLS": 1024}, num_warps=4), Config({"BLOCK_COLS": 512}, num_warps=2))
+@kernel(Config({"BLOCK_COLS": 512}, num_warps=2))
 @triton.jit(do_not_specialize=["tokens", "merged"])
 def row_products_kernel(
     x_ptr, x_batch, x_token,  # (batch, tokens, cols), inner stride 1
@@ -133,7 +125,7 @@ def sum_tokens(
     order, start = order.contiguous(), start.contiguous()
     if runs_triton(x):
         sum_tokens_kernel(
-            cols, lambda blocks: (batch * merged,),
+            lambda blocks: (batch * merged,),
             x, *x.stride()[:2], size, order, start, out, total, tokens, merged, cols, mean,
         )  # fmt: skip
     elif is_traced(x):
@@ -162,7 +154,7 @@ def spread_tokens(
     y, destination = dense(y), destination.contiguous()
     if runs_triton(y):
         spread_tokens_kernel(
-            cols, lambda blocks: (batch * tokens,),
+            lambda blocks: (batch * tokens,),
             y, *y.stride()[:2], destination, size, total, out, tokens, merged, cols,
         )  # fmt: skip
     elif is_traced(y):
@@ -188,7 +180,7 @@ def row_products(x: Tensor, y: Tensor, destination: Tensor) -> Tensor:
     x, y, destination = dense(x), dense(y), destination.contiguous()
     if runs_triton(x):
         row_products_kernel(
-            cols, lambda blocks: (batch * tokens,),
+            lambda blocks: (batch * tokens,),
             x, *x.stride()[:2], y, *y.stride()[:2], destination, products,
             tokens, y.shape[1], cols,
         )  # fmt: skip

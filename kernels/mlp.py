@@ -19,14 +19,7 @@ from ._triton import tl, triton
 ROWS_PER_PROGRAM = 128
 
 
-@kernel(
-    Config({"BLOCK_ROWS": 8, "BLOCK_COLS": 256}, num_warps=4),
-    Config({"BLOCK_ROWS": 4, "BLOCK_COLS": 512}, num_warps=4),
-    Config({"BLOCK_ROWS": 16, "BLOCK_COLS": 128}, num_warps=4),
-    Config({"BLOCK_ROWS": 16, "BLOCK_COLS": 256}, num_warps=8),
-    Config({"BLOCK_ROWS": 4, "BLOCK_COLS": 256}, num_warps=4),
-    Config({"BLOCK_ROWS": 8, "BLOCK_COLS": 128}, num_warps=2),
-)
+@kernel(Config({"BLOCK_ROWS": 16, "BLOCK_COLS": 128}, num_warps=4))
 @triton.jit(do_not_specialize=["rows", "tokens", "period"])
 def mlp_activation_backward_kernel(
     z_ptr,  # (images * period - gap, cols): `tokens` rows of an image, then a gap
@@ -63,12 +56,7 @@ def mlp_activation_backward_kernel(
 FEW_ROWS = 512  # 16 images of 32 queries: a launch less counts for more than cuBLAS's tiles
 
 
-@kernel(
-    Config({"BLOCK_ROWS": 32, "BLOCK_COLS": 64, "BLOCK_INNER": 64}, num_warps=4, num_stages=3),
-    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_INNER": 64}, num_warps=4, num_stages=4),
-    Config({"BLOCK_ROWS": 64, "BLOCK_COLS": 128, "BLOCK_INNER": 64}, num_warps=8, num_stages=3),
-    Config({"BLOCK_ROWS": 16, "BLOCK_COLS": 64, "BLOCK_INNER": 128}, num_warps=4, num_stages=3),
-)
+@kernel(Config({"BLOCK_ROWS": 32, "BLOCK_COLS": 64, "BLOCK_INNER": 64}, num_warps=4, num_stages=3))
 @triton.jit(do_not_specialize=["rows"])
 def linear_activation_kernel(
     x_ptr, x_row,  # (rows, inner) at this pitch
@@ -124,7 +112,7 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation
         return (triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(cols, blocks["BLOCK_COLS"]),)
 
     linear_activation_kernel(
-        rows, grid, x, x.stride(0), weight.contiguous(),
+        grid, x, x.stride(0), weight.contiguous(),
         bias if bias is None else bias.contiguous(), out,
         rows, inner, cols, activation, precision(),
     )  # fmt: skip
@@ -152,7 +140,6 @@ def mlp_activation_backward(
     chunks = triton.cdiv(rows, ROWS_PER_PROGRAM)
     dbias = dh.new_empty(chunks, cols, dtype=torch.float32) if want_dbias else None
     mlp_activation_backward_kernel(
-        rows,
         lambda blocks: (chunks, triton.cdiv(cols, blocks["BLOCK_COLS"])),
         z, dh, dh, h, dbias, rows, cols, tokens, period, activation, ROWS_PER_PROGRAM,
     )  # fmt: skip

@@ -76,11 +76,7 @@ def _load_parameter(ptr, channel, p, c, inside, cols, AFTER: tl.constexpr):
         return tl.load(ptr + c, mask=c < cols, other=0.0).to(tl.float32)[None, None, :]
 
 
-@kernel(
-    Config({"ELEMENTS": 4096}, num_warps=8),
-    Config({"ELEMENTS": 8192}, num_warps=8),
-    Config({"ELEMENTS": 2048}, num_warps=4),
-)
+@kernel(Config({"ELEMENTS": 4096}, num_warps=8))
 @triton.jit(do_not_specialize=["rows", "merged", "blocks"])
 def pixel_shuffle_kernel(
     x_ptr, x_batch, x_token,  # (batch, tokens, cols) at these strides, inner 1
@@ -113,11 +109,7 @@ def pixel_shuffle_kernel(
             tl.store(at_y, x, mask=patches[:, :, None] & inside)
 
 
-@kernel(
-    Config({"ELEMENTS": 4096}, num_warps=8),
-    Config({"ELEMENTS": 4096}, num_warps=16),
-    Config({"ELEMENTS": 2048}, num_warps=8),
-)
+@kernel(Config({"ELEMENTS": 4096}, num_warps=8))
 @triton.jit(do_not_specialize=["rows", "merged", "blocks"])
 def pixel_shuffle_norm_kernel(
     x_ptr, x_batch, x_token,  # (batch, tokens, cols) at these strides, inner 1
@@ -166,10 +158,7 @@ def pixel_shuffle_norm_kernel(
     tl.store(merged_row + channel[None, :, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@kernel(
-    Config({"ELEMENTS": 4096}, num_warps=16),
-    Config({"ELEMENTS": 4096}, num_warps=8),
-)
+@kernel(Config({"ELEMENTS": 4096}, num_warps=8))
 @triton.jit(do_not_specialize=["rows", "merged", "per_program", "blocks"])
 def pixel_shuffle_norm_backward_kernel(
     dy_ptr,  # (merged, FACTOR ** 2 * cols)
@@ -290,7 +279,7 @@ def pixel_shuffle_norm(
     positions, block = triton.next_power_of_2(blocks.positions), triton.next_power_of_2(cols)
     held = positions * block
     pixel_shuffle_norm_kernel(
-        merged, lambda sizes: (triton.cdiv(merged, max(sizes["ELEMENTS"] // held, 1)),),
+        lambda sizes: (triton.cdiv(merged, max(sizes["ELEMENTS"] // held, 1)),),
         x, *x.stride()[:2], blocks.index, weight, bias, y, mean, rstd,
         *_sizes(x.shape, blocks), cols, norm.eps,
         blocks.factor, blocks.by_channel, norm.kind, norm.after, positions, block,
@@ -322,7 +311,7 @@ def pixel_shuffle_norm_backward(
     ]
     tokens, rows, _, *across = _sizes(x.shape, blocks)
     pixel_shuffle_norm_backward_kernel(
-        merged, lambda sizes: (programs,),
+        lambda sizes: (programs,),
         dy, x, *x.stride()[:2], blocks.index, weight, mean, rstd, dx, x.shape[1] * cols, *shares,
         tokens, rows, merged, per_program, *across, cols,
         blocks.factor, blocks.by_channel, norm.kind, norm.after,
@@ -343,7 +332,7 @@ def _images(x: Tensor) -> Tensor:
 def _shuffle(x: Tensor, blocks: Blocks, y: Tensor, undo: bool) -> None:
     merged = y.shape[0]
     pixel_shuffle_kernel(
-        merged, lambda sizes: (merged,), x, *x.stride()[:2], blocks.index, y,
+        lambda sizes: (merged,), x, *x.stride()[:2], blocks.index, y,
         *_sizes(x.shape, blocks), x.shape[2], blocks.factor, blocks.by_channel, undo,
         triton.next_power_of_2(blocks.positions),
     )  # fmt: skip

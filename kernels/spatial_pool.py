@@ -57,11 +57,7 @@ def _near(source, near, size, pooled, STRIDE: tl.constexpr, BILINEAR: tl.constex
         return at, tl.where(at < pooled, 1.0, 0.0)
 
 
-@kernel(
-    Config({"TOKENS": 2, "COLS": 1024}, num_warps=8),
-    Config({"TOKENS": 2, "COLS": 1024}, num_warps=4),
-    Config({"TOKENS": 1, "COLS": 2048}, num_warps=4),
-)
+@kernel(Config({"TOKENS": 2, "COLS": 1024}, num_warps=8))
 @triton.jit(do_not_specialize=["rows"])
 def spatial_pool_kernel(
     x_ptr, x_batch, x_token,  # (batch, height * width, cols) at these strides, inner 1
@@ -103,11 +99,7 @@ def spatial_pool_kernel(
             tl.store(chosen_ptr + to, chosen.to(tl.uint8), mask=inside)
 
 
-@kernel(
-    Config({"TOKENS": 2, "COLS": 1024}, num_warps=8),
-    Config({"TOKENS": 2, "COLS": 1024}, num_warps=4),
-    Config({"TOKENS": 1, "COLS": 2048}, num_warps=4),
-)
+@kernel(Config({"TOKENS": 2, "COLS": 1024}, num_warps=8))
 @triton.jit(do_not_specialize=["rows"])
 def spatial_pool_backward_kernel(
     dpooled_ptr,  # (batch, pooled tokens, cols), dense
@@ -160,7 +152,7 @@ def spatial_pool(x: Tensor, pooling: Pooling, want_chosen: bool) -> tuple[Tensor
     pooled = x.new_empty(batch, height * width, cols)
     chosen = torch.empty_like(pooled, dtype=torch.uint8) if want_chosen else None
     spatial_pool_kernel(
-        rows, lambda blocks: (triton.cdiv(rows, blocks["TOKENS"]),),
+        lambda blocks: (triton.cdiv(rows, blocks["TOKENS"]),),
         x, *x.stride()[:2], pooled, chosen, rows, pooling.height, pooling.width, height, width,
         cols, pooling.mode, pooling.stride,
     )  # fmt: skip
@@ -176,7 +168,7 @@ def spatial_pool_backward(dpooled: Tensor, chosen: Tensor | None, pooling: Pooli
     dx = dpooled.new_empty(batch, tokens, cols)
     rows = batch * tokens
     spatial_pool_backward_kernel(
-        rows, lambda blocks: (triton.cdiv(rows, blocks["TOKENS"]),),
+        lambda blocks: (triton.cdiv(rows, blocks["TOKENS"]),),
         dpooled, chosen, dx, rows, pooling.height, pooling.width, *pooling.pooled, cols,
         pooling.mode, pooling.stride,
     )  # fmt: skip

@@ -14,7 +14,6 @@ from vlm_fast.benchmarks import (
     gpu,
     gpu_checks,
     gpu_compile,
-    machine,
     models,
     picture,
     report,
@@ -22,10 +21,9 @@ from vlm_fast.benchmarks import (
 )
 from vlm_fast.benchmarks.gpu_stages import STAGES, Stage
 from vlm_fast.benchmarks.models import pictures
-from vlm_fast.devtools import ahead_of_time, memory, timing, tuning
-from vlm_fast.kernels import _configs
+from vlm_fast.devtools import ahead_of_time, memory, timing
 from vlm_fast.kernels._triton import AVAILABLE
-from vlm_fast.ops.declaration import OPS
+from vlm_fast.ops.declaration import OPS, with_batch
 from vlm_fast.verification import results_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,99 +197,40 @@ def test_repeats_are_bitwise_equal():
     assert gpu_checks.repeats("cpu") == []
 
 
-def test_large_shapes_are_beyond_32_bits_and_named_for_every_op(monkeypatch):
-    assert gpu_checks.LARGE.keys() == OPS.keys()
-    for name, op in OPS.items():
+def test_large_shapes_are_beyond_32_bits():
+    for op in OPS.values():
         torch.set_default_device("meta")
         try:
-            args, options = op.sample(gpu_checks.LARGE[name], torch.bfloat16, "meta")
+            args, options = op.sample(op.large_shape, torch.bfloat16, "meta")
         finally:
             torch.set_default_device("cpu")
         cost = op.cost_of(*args, **options)
-        assert max(cost.forward_bytes, cost.backward_bytes) > 2**32
-    small = {"batch": 5, "sequence": 107, "hidden": 40, "images": 1, "tokens": 57}
-    shapes = {
-        "merge_image_tokens": small,
-        "gather_image_tokens": {**small, "count": 5 * 57},
-        "mlp": {"shape": (5, 107, 64), "hidden": 96, "out": 64},
-        "act_linear": {"shape": (5, 107, 64), "out": 48},
-        "mlp_merge": {**small, "inner": 24, "middle": 16},
-        "cross_attention": {"batch": 5, "heads": 2, "shape": (4, 17), "d": 16},
-        "absorbed_cross_attention": {
-            "batch": 5,
-            "queries": 4,
-            "keys": 17,
-            "width": 24,
-            "features": 32,
-            "heads": 2,
-        },
-        "anyres_pack": {"batch": 5, "side": 3, "hidden": 40, "sizes": ((6, 5),)},
-        "anyres_pack_resized": {
-            "batch": 5,
-            "side": 3,
-            "hidden": 40,
-            "sizes": ((6, 5),),
-            "most": 1,
-        },
-        "anyres_merge": {"batch": 5, "side": 3, "hidden": 40, "sizes": ((6, 5),), "text": 7},
-        "add_layer_norm": {"shape": (5, 17, 24)},
-        "gated_add": {"shape": (5, 17, 24)},
-        "gated_add_norm": {"shape": (5, 17, 24)},
-        "gated_mlp": {"shape": (5, 107, 64), "hidden": 96, "out": 64},
-        "media_cross_attention": {
-            "batch": 5,
-            "heads": 2,
-            "queries": 17,
-            "media": 2,
-            "keys": 14,
-            "tokens_per_media": 7,
-            "d": 16,
-        },
-        "self_attention": {"batch": 5, "tokens": 7, "width": 24, "features": 32, "heads": 2},
-        "stacked_linear": {"shape": (5, 17, 24), "outs": (16, 8)},
-        "pixel_shuffle_norm": {
-            "batch": 5,
-            "height": 4,
-            "width": 6,
-            "features": 24,
-            "norm": "layer",
-        },
-        "spatial_pool": {"batch": 5, "height": 4, "width": 6, "features": 24},
-        "max_similarity": {"shape": (5, 7, 16), "texts": 9},
-        "bipartite_match": {"batch": 5, "tokens": 17, "features": 24, "r": 7},
-        "merge_tokens": {"batch": 5, "tokens": 17, "features": 24, "r": 7, "sized": True},
-        "unmerge_tokens": {"batch": 5, "tokens": 17, "features": 24, "r": 7},
-    }
-    monkeypatch.setattr(gpu_checks, "LARGE", shapes)
+        assert max(cost.forward_bytes, cost.backward_bytes) > 2**32, op.name
+
+
+def test_parts_of_a_large_call_equal_calls_of_the_parts(monkeypatch):
+    batch = 11  # no size of a usual shape equals it
+    monkeypatch.setattr(gpu_checks, "BATCH", batch)
+    for op in OPS.values():
+        small = with_batch(op.usual_shape, batch)
+        small.pop("dropout", None)  # its mask depends on the place in the batch
+        if op.large_along == "features":
+            small["hidden"] = 2 * batch
+        monkeypatch.setattr(op, "large_shape", small)
     assert gpu_checks.large("cpu") == []
-    monkeypatch.setattr(OPS["mlp"], "fast", lambda x, *rest, **options: x * x[0, 0, 0])
+    right = OPS["mlp"].reference
+    monkeypatch.setattr(OPS["mlp"], "fast", lambda x, *rest, **o: right(x, *rest, **o) * x[0, 0])
     assert any(line.startswith("mlp: ") for line in gpu_checks.large("cpu"))
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
-def test_launches_are_collected_with_size_and_grid():
+def test_launches_are_collected_with_their_grid():
     for op in OPS.values():
         found = ahead_of_time.launches(op, (torch.bfloat16,))
         assert bool(found) == (op.name not in {"max_similarity", "stacked_linear"}), op.name
         for launch in found:
             for index in range(len(launch.kernel.configs)):
                 assert all(isinstance(n, int) for n in launch.programs(index))
-            assert launch.size > 0 and isinstance(launch.dtype, torch.dtype)
-
-
-def row(config, median, size=1024, spread=0.01):
-    times = {"median": median, "lower": median * (1 - spread), "upper": median * (1 + spread)}
-    return {"kernel": "k", "dtype": "bfloat16", "size": size, "config": config, **times}
-
-
-def test_only_a_clear_winner_enters_the_table(tmp_path):
-    rows = [row(0, 1.0), row(1, 0.8), row(2, 0.9)]  # clear
-    rows += [row(0, 1.0, size=2048), row(1, 0.99, size=2048)]  # within 2%
-    rows += [row(0, 1.0, size=4096, spread=0.3), row(1, 0.8, size=4096, spread=0.3)]  # overlapping
-    table = {"schema": _configs.SCHEMA, "kernels": tuning.selection(rows)}
-    path = tmp_path / "table.json"
-    machine.write(path, table)
-    assert _configs.read(path) == {"k": {"bfloat16": {"1024": 1, "2048": 0, "4096": 0}}}
 
 
 # ---- measuring ----

@@ -26,7 +26,6 @@ SAME = {  # what these print does not hang on the machine's mood
 TRITON = {
     "compile": ["compile", "--op", OP, "--arch", "sm_90", "--check", "--json"],
     "report": ["compile", "--op", OP, "--arch", "sm_90", "--report"],
-    "tune": ["tune", "--dry-run", "--op", OP, "--json"],
 }
 OTHERS = {
     "env": ["env", "--json"],

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.support.cases import OPS, usual_shape
+from tests.support.cases import OPS
 from tests.support.op_accuracy import judged
 from vlm_fast.kernels._dropout import keep_mask
 from vlm_fast.verification import tolerance
@@ -19,7 +19,7 @@ every_dropping_op = pytest.mark.parametrize("op", DROPPING.values(), ids=DROPPIN
 
 
 def sample(op, seed, device, p=0.25):
-    args, options = op.sample(usual_shape(op), device=device)
+    args, options = op.sample(op.usual_shape, device=device)
     at = op.tensors.index("seed")
     seed = torch.tensor([seed], device=device)
     return (*args[:at], seed, *args[at + 1 :]), {**options, "dropout": p}

@@ -1,5 +1,6 @@
-"""The way to the Hopper GEMMs and back, without a GPU: a stand-in takes the library's place."""
+"""How `mlp` calls the Hopper GEMMs, with functions in Python in place of the extension."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -7,11 +8,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import vlm_fast
-from tests.support.hopper_library import emulated
+from tests.support.hopper_library import PythonGemms, python_gemms
 from vlm_fast import ops
-from vlm_fast.kernels import _configs, _hopper
-from vlm_fast.modules import MLPProjector
+from vlm_fast.kernels import _hopper
 from vlm_fast.ops.declaration import OPS
 from vlm_fast.verification import tolerance
 
@@ -38,19 +37,18 @@ def right(args, options):
 @pytest.mark.parametrize("saved", ["all", "preactivation", "input"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_outputs_and_gradients_are_right(shape, saved):
-    for config in (1, 2):
-        with emulated(config) as library:
-            right(*sample(shape, saved=saved))
-        assert library.calls == [f"linear_gelu_{config}", f"gelu_backward_{config}"]
+    with python_gemms() as gemms:
+        right(*sample(shape, saved=saved))
+    assert gemms.calls == ["linear_gelu", "gelu_backward"]
 
 
 @pytest.mark.parametrize("saved", ["preactivation", "input"])
 def test_either_gemm_may_be_taken_alone(saved):
     # With gaps: what forward leaves must be what backward takes.
     for chosen in ("linear_gelu", "gelu_backward"):
-        with emulated({**dict.fromkeys(_hopper.GEMMS, 0), chosen: 1}) as library:
+        with python_gemms(chosen) as gemms:
             right(*sample(SHAPES["images with gaps"], saved=saved))
-        assert library.calls == [f"{chosen}_1"]
+        assert gemms.calls == [chosen]
 
 
 @pytest.mark.parametrize("wanted", ["x", "weight_1", "bias_1", "weight_2", "bias_2"])
@@ -58,7 +56,7 @@ def test_each_gradient_alone_is_that_of_all_together(wanted):
     args, options = sample(SHAPES["rows beyond a tile"])
     names = MLP.tensors
     leaves = [a.detach().requires_grad_() for a in args]
-    with emulated(1):
+    with python_gemms():
         y = ops.mlp(*leaves, **options)
         dy = torch.randn_like(y)
         every = dict(zip(names, torch.autograd.grad(y, leaves, dy), strict=True))
@@ -70,11 +68,11 @@ def test_each_gradient_alone_is_that_of_all_together(wanted):
 
 def test_without_gradients_no_preactivation_is_kept():
     args, options = sample(SHAPES["rows beyond a tile"])
-    with emulated(1) as library, torch.no_grad():
+    with python_gemms() as gemms, torch.no_grad():
         kept = []
-        library._linear_gelu = lambda tile, *rest: kept.append(rest[4])
+        gemms.linear_gelu = lambda *arguments: kept.append(arguments[4])
         ops.mlp(*args, **options)
-    assert kept == [None]
+    assert kept == [0]
 
 
 @pytest.mark.parametrize(
@@ -88,9 +86,9 @@ def test_without_gradients_no_preactivation_is_kept():
 def test_what_the_library_has_no_kernel_for_goes_the_usual_way(what, change, options):
     args, _ = sample(SHAPES["rows beyond a tile"])
     args = tuple(change(a) for a in args)
-    with emulated(1) as library:
+    with python_gemms() as gemms:
         right(args, options)
-    assert library.calls == []
+    assert gemms.calls == []
 
 
 @pytest.mark.parametrize(
@@ -100,17 +98,17 @@ def test_what_the_library_has_no_kernel_for_goes_the_usual_way(what, change, opt
 )  # fmt: skip
 def test_rows_that_tma_cannot_take_go_the_usual_way(shape):
     args, options = sample(shape)
-    with emulated(1) as library:
+    with python_gemms() as gemms:
         y = ops.mlp(*args, **options)
-    assert library.calls == []
+    assert gemms.calls == []
     assert torch.equal(y, ops.mlp(*args, **options))
 
 
 def test_only_the_sizes_of_a_gemm_decide_over_it():
     # out = 12 is no row of 16 bytes, but the first linear does not see it.
-    with emulated(1) as library:
+    with python_gemms() as gemms:
         right(*sample(dict(shape=(9, 8), hidden=16, out=12)))
-    assert library.calls == ["linear_gelu_1"]
+    assert gemms.calls == ["linear_gelu"]
 
 
 def test_tensors_between_the_aligned_addresses_are_copied():
@@ -121,100 +119,49 @@ def test_tensors_between_the_aligned_addresses_are_copied():
 
     moved = tuple(map(shifted, args))
     assert all(t.data_ptr() % 16 for t in moved)
-    with emulated(2) as library:
+    with python_gemms() as gemms:
         right(moved, options)
-    assert len(library.calls) == 2
+    assert len(gemms.calls) == 2
 
 
 def test_weights_and_gradients_in_other_orders_are_copied():
     (x, weight_1, bias_1, weight_2, bias_2), options = sample(SHAPES["rows beyond a tile"])
     across = lambda t: t.t().contiguous().t()  # noqa: E731
-    with emulated(1) as library:
+    with python_gemms() as gemms:
         right((across(x), across(weight_1), bias_1, across(weight_2), bias_2), options)
         leaf = x.clone().requires_grad_()
         found = ops.mlp(leaf, weight_1, bias_1, weight_2, bias_2)
         (one,) = torch.autograd.grad(found.sum(), leaf, retain_graph=True)  # dy of stride 0
         (other,) = torch.autograd.grad(found, leaf, torch.ones_like(found))
     assert torch.equal(one, other)
-    assert len(library.calls) == 5
+    assert len(gemms.calls) == 5
 
 
-def test_rows_go_to_their_slots_and_negative_ones_nowhere():
-    torch.manual_seed(0)
-    h, weight, bias = torch.randn(5, 16), torch.randn(24, 16), torch.randn(24)
-    h, weight, bias = (t.bfloat16() for t in (h, weight, bias))
-    out = torch.full((9, 32), 7.0, dtype=torch.bfloat16)
-    slots = torch.tensor([6, -1, 0, 8, 3], dtype=torch.int32)
-    with emulated(1):
-        _hopper.linear_scatter(1, h, weight, bias, slots, out[:, :24])
-    expected = out.new_full((9, 32), 7.0)
-    y = torch.nn.functional.linear(h.float(), weight.float(), bias.float()).bfloat16()
-    kept = slots >= 0
-    expected[slots[kept].long(), :24] = y[kept]
-    assert torch.equal(out, expected)
+def test_an_error_of_the_extension_is_raised():
+    def failing(*arguments):
+        raise RuntimeError("vlm_fast linear_gelu: invalid argument")
 
-
-MERGE = OPS["mlp_merge"]
-SMALL = dict(batch=2, sequence=30, images=2, tokens=9, inner=24, middle=136, hidden=40)
-
-
-@pytest.mark.parametrize("saved", ["all", "preactivation", "input"])
-def test_the_second_linear_writes_into_the_slots(saved):
-    for config in (1, 2):
-        with emulated(config) as library:
-            args, options = MERGE.sample({**SMALL, "saved": saved}, torch.bfloat16)
-            failures = [v for v in tolerance.check(MERGE, args, options) if not v.ok]
-        assert not failures, failures
-        assert library.calls == [
-            f"{name}_{config}" for name in ("linear_gelu", "linear_scatter", "gelu_backward")
-        ]
-
-
-def test_embeddings_of_another_dtype_are_merged_behind_the_projector():
-    (embeds, *rest), _ = MERGE.sample(SMALL, torch.bfloat16)
-    with emulated(1) as library:
-        out = ops.mlp_merge(embeds.float(), *rest)
-    assert library.calls == ["linear_gelu_1"]
-    assert out.dtype is torch.float32
-    rows = ops.mlp(*rest[:-1])
-    assert torch.equal(out, ops.merge_image_tokens(embeds.float(), rows, rest[-1]))
-
-
-def test_a_projector_merges_what_it_projects():
-    torch.manual_seed(0)
-    projector = MLPProjector(24, 136, 40, activation="silu", saved="input")
-    (embeds, x, *_, mask), _ = MERGE.sample(SMALL)
-    expected = ops.merge_image_tokens(embeds, projector(x), mask)
-    with vlm_fast.strict():  # no fallback
-        assert torch.equal(projector.merge(embeds, x, mask), expected)
-    seen = []
-    projector.linear_2.register_forward_hook(lambda *_: seen.append(1))
-    assert torch.equal(projector.merge(embeds, x, mask), expected)
-    assert seen  # a child that is not plain is called
-
-
-def test_an_error_of_the_library_names_the_function():
     args, options = sample(SHAPES["one row"])
-    with emulated(2) as library:
-        library._linear_gelu = lambda *arguments: b"invalid argument"
-        with pytest.raises(RuntimeError, match="linear_gelu, config 2: invalid argument"):
+    with python_gemms() as gemms:
+        gemms.linear_gelu = failing
+        with pytest.raises(RuntimeError, match="linear_gelu: invalid argument"):
             ops.mlp(*args, **options)
 
 
 @pytest.mark.parametrize("saved", ["all", "preactivation", "input"])
 def test_stand_ins_without_data_get_the_shapes_and_no_call(saved):
     args, options = sample(SHAPES["images with gaps"], saved=saved)
-    needs = MLP.Needs(*[True] * 5)
+    needs = MLP.NeedsGrad(*[True] * 5)
     settings = {**MLP.defaults, **options}
-    for config in (1, {**dict.fromkeys(_hopper.GEMMS, 0), "gelu_backward": 1}):
-        with emulated(config) as library:
+    for chosen in (("linear_gelu", "gelu_backward"), ("gelu_backward",)):
+        with python_gemms(*chosen) as gemms:
             y, kept = MLP._forward(needs, *args, **settings)
-            before = len(library.calls)
+            before = len(gemms.calls)
             with FakeTensorMode(allow_non_fake_inputs=False) as mode:
                 fakes = [mode.from_tensor(a) for a in args]
                 fake_y, fake_kept = MLP._forward(needs, *fakes, **settings)
                 found = MLP._path.backward(needs, fake_kept, fake_y, **settings)
-            assert len(library.calls) == before
+            assert len(gemms.calls) == before
         for real, fake in zip((y, *kept), (fake_y, *fake_kept), strict=True):
             assert (real is None) == (fake is None)
             if real is not None:
@@ -222,40 +169,24 @@ def test_stand_ins_without_data_get_the_shapes_and_no_call(saved):
         assert [g.shape for g in found] == [a.shape for a in args]
 
 
-def test_tables_choose_and_nothing_measured_is_cublas(monkeypatch):
-    x = torch.randn(600, 8).bfloat16()
+@pytest.mark.parametrize("rows", [0, 1, 127, 128, 3071, 3072])
+def test_the_number_of_rows_decides(monkeypatch, rows):
+    x = torch.empty(rows, 8, dtype=torch.bfloat16)
+    assert not _hopper.takes_linear_gelu(x, rows, 8, 8)  # there is no extension, or no Hopper GPU
     monkeypatch.setattr(_hopper, "runs_here", lambda like: True)
-    for table, config in (({}, 0), ({"512": 2}, 2), ({"512": 7}, 0), ({"512": 0, "8192": 1}, 0)):
-        entries = {"linear_gelu": {"bfloat16": table}}
-        monkeypatch.setattr(_configs, "_table", lambda device, entries=entries: entries)
-        _configs.winner.cache_clear()
-        assert _hopper.LINEAR_GELU.choose(x, 600, (8, 8)) == config
-    _configs.winner.cache_clear()
+    assert _hopper.takes_linear_gelu(x, rows, 8, 8) == (rows >= 3072)
+    assert _hopper.takes_gelu_backward(x, rows, 8, 8) == (rows >= 128)
 
 
-def test_the_library_is_refused_where_it_lacks_a_function(monkeypatch, tmp_path):
-    # Any library will do that is not this one.
-    other = next(Path(torch.__file__).parent.glob("lib/libc10*.so"))
-    for path, said in ((other, "built from other sources"), (tmp_path / "none.so", "not built")):
-        _hopper.load.cache_clear()
-        _hopper.why_absent.cache_clear()
-        monkeypatch.setattr(_hopper, "LIBRARY", path)
-        assert said in _hopper.why_absent()
-    _hopper.load.cache_clear()
-    _hopper.why_absent.cache_clear()
-
-
-@pytest.mark.parametrize("gemm", _hopper.GEMMS.values(), ids=_hopper.GEMMS.keys())
-def test_python_and_cuda_list_the_same_functions_tiles_and_arguments(gemm):
-    source = (CSRC / f"hopper_{gemm.name}.cu").read_text()
-    tiles = re.findall(r"CONFIG == (\d+)\nusing Tiling = Tile<(\d+), (\d+), (\w+)>", source)
-    schedules = {"PingPong": "ping-pong", "Cooperative": "cooperative"}
-    assert [
-        (int(n), _hopper.Tile(int(rows), int(cols), schedules[schedule]))
-        for n, rows, cols, schedule in tiles
-    ] == [*enumerate(gemm.configs)][1:]
-    (arguments,) = re.findall(rf"VLM_FAST_EXPORT\({gemm.name}\)\n\((.*?)\) {{", source, re.DOTALL)
-    kinds = ["int64_t" if "int64_t" in a else "void*" for a in arguments.split(",")]
-    names = {"int64_t": _hopper.TYPES["i"], "void*": _hopper.TYPES["p"]}
-    assert [names[kind] for kind in kinds] == gemm.argument_types
-    assert f"vlm_fast_v{_hopper.ABI}_##name" in (CSRC / "hopper_gemm.h").read_text()
+def test_the_functions_in_python_have_the_arguments_of_the_extension():
+    bindings = (CSRC / "hopper_bindings.cpp").read_text()
+    for name in ("linear_gelu", "gelu_backward"):
+        (body,) = re.findall(rf'm\.def\(\s*"{name}",(.*?)without_gil\);', bindings, re.DOTALL)
+        theirs = [a.removesuffix("_ptr") for a in re.findall(r'py::arg\("(\w+)"\)', body)]
+        theirs = ["out_features" if a == "out" else a for a in theirs]
+        assert theirs == list(inspect.signature(getattr(PythonGemms(), name)).parameters)
+    tile = re.search(
+        r"using Tile = cute::Shape<cute::_(\d+), cute::_(\d+),",
+        (CSRC / "hopper_gemm.h").read_text(),
+    )
+    assert tile.groups() == (str(_hopper.TILE),) * 2

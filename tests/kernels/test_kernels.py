@@ -19,7 +19,6 @@ from tests.support.cases import (
     every_op,
     shape_id,
     two_shapes,
-    usual_shape,
 )
 from tests.support.guard_bands import LAYOUTS, GuardBands
 from tests.support.op_accuracy import evaluated, judged, verdict_on
@@ -48,7 +47,7 @@ def test_parity_without_gradients(device, op, shape, dtype):
         run = lambda f, args: dict(enumerate(each(f(*args, **options))))  # noqa: E731
         ours = run(op.fast, args)
         exact = run(op.reference, tolerance.convert(args, Tensor.double))
-        plain = [functools.partial(run, f, args) for f in op.plain_orders]
+        plain = [functools.partial(run, f, args) for f in op.references]
         verdicts = tolerance.judge_all(ours, plain[0], exact, outputs=ours, rounding=plain[1:])
     assert verdicts and all(v.ok for v in verdicts), verdicts
     bands.check()
@@ -120,7 +119,7 @@ def flat_needs(values, wanted):
 def only_wanted_gradients_are_computed(device, op, shape, sizes_of):
     """Of the subsets of gradients whose sizes ``sizes_of`` names, given how many there are."""
     args, options = op.sample(shape, device=device)
-    values = op._accepts(*args, **{**op.defaults, **options})
+    values = op.accepted(args, {**op.defaults, **options})
     settings = {**op.defaults, **options}
     floating = [i for i, v in enumerate(values) if tolerance.differentiable([v])]
     sizes = sorted(sizes_of(len(floating)))
@@ -154,7 +153,7 @@ def only_wanted_gradients_are_computed(device, op, shape, sizes_of):
 def test_only_wanted_gradients_are_computed(device, op):
     """None, one, all but one, and all."""
     only_wanted_gradients_are_computed(
-        device, op, usual_shape(op), lambda count: {0, 1, count - 1, count}
+        device, op, op.usual_shape, lambda count: {0, 1, count - 1, count}
     )
 
 
@@ -162,7 +161,7 @@ def test_only_wanted_gradients_are_computed(device, op):
 @pytest.mark.aten
 @every_case
 def test_other_subsets_of_gradients(device, op, shape):
-    usual = shape is usual_shape(op)
+    usual = shape is op.usual_shape
     only_wanted_gradients_are_computed(
         device, op, shape, lambda count: range(2, count - 1) if usual else {0, count}
     )
@@ -170,7 +169,7 @@ def test_other_subsets_of_gradients(device, op, shape):
 
 @any_op
 def test_repeats_are_identical(device, op):
-    args, options = op.sample(usual_shape(op), torch.bfloat16, device)
+    args, options = op.sample(op.usual_shape, torch.bfloat16, device)
     first, other = [tolerance.outputs_and_gradients(op.fast, args, options) for _ in range(2)]
     for tensor, again in zip(first[0] + first[1], other[0] + other[1], strict=True):
         assert torch.equal(tensor, again) if tensor is not None else again is None
@@ -185,7 +184,7 @@ def deterministic_algorithms():
 
 @any_op
 def test_deterministic_algorithms_are_obeyed(device, op, deterministic_algorithms):
-    judged(op, *op.sample(usual_shape(op), device=device))
+    judged(op, *op.sample(op.usual_shape, device=device))
 
 
 def test_every_kernel_is_launched_where_triton_runs(device):
@@ -209,7 +208,7 @@ def test_every_kernel_is_launched_where_triton_runs(device):
 @pytest.mark.parametrize("beyond", [-15, -1, 0, 1, 5000])
 def test_slots_with_a_wrong_count_are_safe_addresses(device, beyond):
     op = OPS["merge_image_tokens"]
-    (_, _, mask), _ = op.sample(usual_shape(op), device=device)
+    (_, _, mask), _ = op.sample(op.usual_shape, device=device)
     true = mask.flatten().nonzero().flatten()
     with GuardBands() as bands:
         mask = bands.lay_out(mask, "dense")
@@ -237,14 +236,14 @@ def test_features_of_another_dtype(device, shape, features_dtype):
 def test_tables_out_of_range_are_safe_addresses(device, name, wild):
     """What names no row is a newline on the way there, and gives zeros on the way back."""
     op = OPS[name]
-    args, options = op.sample(usual_shape(op), device=device)
+    args, options = op.sample(op.usual_shape, device=device)
     named = dict(zip(op.tensors, args, strict=True))
     forth, back = ("taps", "targets") if "taps" in named else ("source", "target")
     named[forth][::3], named[back][::3] = wild, wild
     with GuardBands() as bands, torch.no_grad():
         args = tuple(bands.lay_out(value, "dense", i) for i, value in enumerate(named.values()))
-        values, settings = op._accepts(*args, **options), {**op.defaults, **options}
-        needs = op.Needs(*[v is not None and v.is_floating_point() for v in values])
+        values, settings = op.accepted(args, {**op.defaults, **options}), {**op.defaults, **options}
+        needs = op.NeedsGrad(*[v is not None and v.is_floating_point() for v in values])
         result, kept = op._path.forward(needs, *values, **settings)
         gradients = op._path.backward(needs, kept, torch.ones_like(result), **settings)
     bands.check()

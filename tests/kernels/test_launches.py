@@ -41,8 +41,7 @@ def launches(model, **given):
 
 
 def test_a_qformer_launches_two_thirds_of_transformers(monkeypatch):
-    # As many layers as BLIP-2's, and more queries than a head is wide: nothing is absorbed, as for
-    # few images on a GPU. The count does not depend on the widths.
+    # As many layers as BLIP-2's. The count does not depend on the widths.
     sizes = dict(
         hidden_size=16, num_attention_heads=1, intermediate_size=16, num_hidden_layers=12,
         encoder_hidden_size=16,

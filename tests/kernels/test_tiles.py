@@ -1,4 +1,4 @@
-"""Kernels are right at every tile size, not only at that of their first config."""
+"""Kernels are right at other tile sizes than their own."""
 
 from __future__ import annotations
 
@@ -7,35 +7,34 @@ import dataclasses
 import pytest
 import torch
 
-from tests.support.cases import any_case, any_op, usual_shape
+from tests.support.cases import any_case, any_op
 from tests.support.op_accuracy import judged
-from tests.support.selection import slow_but
 from vlm_fast.kernels import _launcher
 
 pytestmark = pytest.mark.devices("interpreter", "cuda")
 
 
-def use(monkeypatch, config_of):
+def use(monkeypatch, changed):
+    """Launch every kernel with other block sizes: ``changed(size)`` in the place of each."""
     for kernel in _launcher.KERNELS.values():
-        config = config_of(kernel)
-        monkeypatch.setattr(kernel, "choose", lambda tensor, size, config=config: config)
+        configs = tuple(
+            dataclasses.replace(c, blocks={name: changed(n) for name, n in c.blocks.items()})
+            for c in kernel.configs
+        )
+        monkeypatch.setattr(kernel, "configs", configs)
 
 
-@pytest.mark.parametrize("index", slow_but([1, 2, 3], range(1, 8)))
+@pytest.mark.parametrize(
+    "changed", [lambda size: max(size // 2, 1), lambda size: size * 2], ids=["half", "double"]
+)
 @any_op
-def test_every_config(device, monkeypatch, op, index):
-    use(monkeypatch, lambda kernel: kernel.configs[index % len(kernel.configs)])
-    judged(op, *op.sample(usual_shape(op), torch.bfloat16, device), layout="padded rows")
+def test_other_tile_sizes(device, monkeypatch, op, changed):
+    use(monkeypatch, changed)
+    judged(op, *op.sample(op.usual_shape, torch.bfloat16, device), layout="padded rows")
 
 
 @any_case
 def test_many_small_tiles(device, monkeypatch, op, shape):
-    """Test shapes fit into one tile of most configs; with these, every loop goes round."""
-
-    def small(kernel):
-        first = kernel.configs[0]
-        blocks = {name: min(size, 16) for name, size in first.blocks.items()}
-        return dataclasses.replace(first, blocks=blocks)
-
-    use(monkeypatch, small)
+    """Test shapes fit into one tile of most kernels; with these, every loop has several rounds."""
+    use(monkeypatch, lambda size: min(size, 16))
     judged(op, *op.sample(shape, torch.bfloat16, device), layout="padded rows")

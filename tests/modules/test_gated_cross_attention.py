@@ -191,7 +191,7 @@ def test_nothing_of_text_by_latents_is_allocated():
     index = torch.arange(text)[None] // (text // images) + 1
     op = vlm_fast.ops.media_cross_attention
     settings = dict(op.defaults, tokens_per_media=latents)
-    needs = op.Needs(True, True, True, False, False)
+    needs = op.NeedsGrad(True, True, True, False, False)
     with Watch():
         o, kept = op._path.forward(needs, q, k, v, index, None, **settings)
         op._path.backward(needs, kept, torch.ones_like(o), **settings)

@@ -41,7 +41,7 @@ def test_autocast_is_that_of_the_reference(op, shape, dtype, inside):
     ours, native = within(op), within(op.reference)
     assert [t.dtype for t in ours] == [t.dtype for t in native]
     assert {t.dtype for t in ours[results_of(op) :]} == {torch.float32}
-    assert (ours[0].dtype == dtype) == (op.autocasts and not op.uncast)
+    assert (ours[0].dtype == dtype) == (op.autocasts and not op.not_autocast)
 
     def named(tensors):
         # The gradient was rounded to the dtype of the region before it became fp32.
@@ -91,7 +91,7 @@ def test_disabled_is_what_is_fast_under_autocast(op, given, dtype):
             with vlm_fast.disabled():
                 plain = each(op(*args, **options))
             assert [t.dtype for t in plain] == [t.dtype for t in fast]
-        if op.discrete:
+        if op.returns_indices:
             outside = op.reference(*args, **options)
             with torch.autocast("cpu", dtype):
                 assert_equal(op.reference(*args, **options), outside)
@@ -128,7 +128,7 @@ def test_cosines_are_in_fp32_under_autocast(how, dtype):
     with torch.autocast("cpu", dtype):
         found = HOW[how](op, x)
     assert_equal(found, expected)
-    assert all(verdict.ok for verdict in op.judge(found, x, r=144, protected=0))
+    assert all(verdict.ok for verdict in op.verify(found, x, r=144, protected=0))
 
 
 @pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")

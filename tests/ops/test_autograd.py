@@ -15,8 +15,9 @@ from torch.utils.checkpoint import (
 )
 
 import vlm_fast
-from tests.support.cases import OPS, each, enlarged, every_case, every_op, usual_shape
+from tests.support.cases import OPS, each, every_case, every_op
 from tests.support.recording_mode import Onlooker
+from vlm_fast.ops.declaration import with_batch
 from vlm_fast.verification import tolerance
 
 
@@ -42,7 +43,7 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize("registered", [False, True], ids=["direct", "registered"])
 @every_op
 def test_double_backward_raises(op, registered):
-    args, options = leaves(op, usual_shape(op))
+    args, options = leaves(op, op.usual_shape)
     if registered:
         with Onlooker():
             result = op(*args, **options)
@@ -57,7 +58,7 @@ def test_double_backward_raises(op, registered):
 
 @every_op
 def test_forward_mode_raises(op):
-    args, options = op.sample(usual_shape(op))
+    args, options = op.sample(op.usual_shape)
     with forward_ad.dual_level():
         dual = tolerance.convert(args, lambda t: forward_ad.make_dual(t, torch.ones_like(t)))
         for call in (op, op.fast):
@@ -76,7 +77,7 @@ def test_forward_mode_raises(op):
 @pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
 @every_op
 def test_torch_func_transforms_use_the_reference(op):
-    args, options = op.sample(usual_shape(op))
+    args, options = op.sample(op.usual_shape)
     first, rest = args[0], args[1:]
 
     def results(call):
@@ -117,7 +118,7 @@ def test_checkpointing_changes_nothing(op, shape, reentrant):
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "computed again"])
 @every_op
 def test_selective_checkpointing_obeys_its_policy(op, kept, monkeypatch):
-    args, options = leaves(op, usual_shape(op))
+    args, options = leaves(op, op.usual_shape)
     flat, tensors = flattened(op, args, options)
     expected = gradients(lambda *a: op(*a, **options), args)
     wanted = CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.MUST_RECOMPUTE
@@ -148,7 +149,7 @@ def selectively_checkpointed(wished, wanted, call, *tensors):
 
 @every_op
 def test_gradients_of_the_reference_are_those_of_differences(op):
-    args, options = leaves(op, usual_shape(op))
+    args, options = leaves(op, op.usual_shape)
     args = tolerance.convert(args, lambda t: t.detach().double().requires_grad_())
     flat, tensors = flattened(op.reference, args, options)
     differentiable = tolerance.differentiable(args)
@@ -199,8 +200,8 @@ def keeps_an_input(op, shape):
     """A rearrangement of its rows need not."""
     args, options = op.sample(shape)
     settings = {**op.defaults, **options}
-    values = op._accepts(*args, **settings)
-    needs = op.Needs(*[bool(tolerance.differentiable([v])) for v in values])
+    values = op.accepted(args, settings)
+    needs = op.NeedsGrad(*[bool(tolerance.differentiable([v])) for v in values])
     kept = op._path.forward(needs, *values, **settings)[1]
     inputs = {t.untyped_storage()._cdata for t in tensors_of(values)}
     return any(t is not None and t.untyped_storage()._cdata in inputs for t in kept)
@@ -247,7 +248,7 @@ def test_the_graph_is_all_that_keeps_inputs(op, shape):
 @every_op
 def test_no_rows_leave_a_graph_with_zero_gradients(op):
     """A rank without images: an empty result, and zeros, not None, for every parameter."""
-    args, options = leaves(op, enlarged(usual_shape(op), 0))
+    args, options = leaves(op, with_batch(op.usual_shape, 0))
     result = op(*args, **options)
     expected = op.reference(*args, **options)
     for ours, theirs in zip(each(result), each(expected), strict=True):
@@ -261,7 +262,7 @@ def test_no_rows_leave_a_graph_with_zero_gradients(op):
 
 @every_op
 def test_tensors_by_keyword_keep_their_gradients(op):
-    args, options = leaves(op, usual_shape(op))
+    args, options = leaves(op, op.usual_shape)
     by_keyword = lambda *a: op(**dict(zip(op.tensors, a, strict=True)), **options)  # noqa: E731
     assert_equal(gradients(by_keyword, args), gradients(lambda *a: op(*a, **options), args))
 
@@ -290,7 +291,7 @@ def in_registered(registered):
 @pytest.mark.parametrize("registered", [False, True], ids=["direct", "registered"])
 @every_op
 def test_batched_gradients_are_one_after_another(op, registered):
-    args, options = leaves(op, usual_shape(op))
+    args, options = leaves(op, op.usual_shape)
     inputs = tolerance.differentiable(args)
     with in_registered(registered):
         results = [r for r in each(op(*args, **options)) if r.requires_grad]

@@ -78,13 +78,3 @@ def test_cross_attention_without_queries_or_keys_of_a_source(sizes, bias):
     found, expected = (attempted(f, given, {}) for f in (op, op.reference))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
-
-
-@pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
-def test_features_of_width_0_are_attended_to_as_their_biases():
-    op = OPS["absorbed_cross_attention"]
-    args, options = op.sample(dict(batch=2, queries=3, keys=5, width=Nought(), features=8, heads=2))
-    assert args[5].any()
-    out = op(*args, **options)
-    torch.testing.assert_close(out, args[5].expand_as(out))
-    assert "width 0" in op.why_not(*args, **options)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vlm_fast
-from tests.support.cases import OPS, any_case, any_op, each, usual_shape
+from tests.support.cases import OPS, any_case, any_op, each
 from vlm_fast.kernels import _launcher
 from vlm_fast.modules.parameter_access import linear
 from vlm_fast.verification import tolerance
@@ -22,7 +22,7 @@ UNSERVED = torch.float64
 def unserved_calls():
     """Valid calls that the fast path cannot serve, with the reason it gives."""
     for op in OPS.values():
-        args, options = op.sample(usual_shape(op), UNSERVED)
+        args, options = op.sample(op.usual_shape, UNSERVED)
         reason = op.why_not(*args, **options)
         if reason is not None:
             yield pytest.param(op, args, options, reason, id=op.name)
@@ -80,7 +80,7 @@ def test_fast_never_falls_back(op, args, options, reason):
 
 @any_op
 def test_disabled_uses_the_reference_silently(op, monkeypatch):
-    args, options = op.sample(usual_shape(op))
+    args, options = op.sample(op.usual_shape)
     called = []
     reference = op.reference
     monkeypatch.setattr(op, "reference", lambda *a, **k: called.append(op) or reference(*a, **k))
@@ -98,7 +98,7 @@ def test_disabled_uses_the_reference_silently(op, monkeypatch):
 @any_op
 def test_reference_never_takes_the_fast_path(op, monkeypatch):
     monkeypatch.setattr(op._path, "forward", lambda *a, **k: pytest.fail("the fast path ran"))
-    args, options = op.sample(usual_shape(op))
+    args, options = op.sample(op.usual_shape)
     op.reference(*args, **options)
     with vlm_fast.disabled():
         op(*args, **options)
@@ -134,7 +134,7 @@ def test_environment_switches(monkeypatch, value, strict):
 @any_op
 def test_the_served_dtypes_are_right_also_when_chosen(op):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        args, options = op.sample(usual_shape(op), dtype)
+        args, options = op.sample(op.usual_shape, dtype)
         assert all(v.ok for v in tolerance.check(op, args, options, fast=op))
 
 
@@ -207,7 +207,7 @@ def test_nobody_sees_another_ones_end_of_a_recording():
 
 def test_compiled_code_follows_the_switches():
     op = OPS["max_similarity"]
-    args, _ = op.sample(usual_shape(op))
+    args, _ = op.sample(op.usual_shape)
     graphs = []
 
     def keep(graph, inputs):

@@ -60,7 +60,7 @@ def test_similarity_of_all_queries_is_never_in_memory():
 
 @pytest.mark.parametrize("queries, size", [(256, 1), (257, 2)])
 def test_one_byte_a_pair_is_kept(queries, size):
-    needs = declared.Needs(True, True)
+    needs = declared.NeedsGrad(True, True)
     with torch.no_grad():
         kept = declared._path.forward(needs, torch.randn(3, queries, 4), torch.randn(5, 4))[1]
     assert [t.element_size() * t.numel() for t in kept[2:]] == [15 * size, 0]

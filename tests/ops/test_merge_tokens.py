@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ops.test_saved_bytes import peak_bytes, saved_bytes
-from tests.support.cases import OPS, usual_shape
+from tests.support.cases import OPS
 from vlm_fast import ops
 from vlm_fast.kernels.bipartite_match import TILE
 from vlm_fast.verification import tolerance
@@ -25,7 +25,7 @@ def test_any_match_is_a_partition_and_conserves_sizes(tokens, r, protected, seed
     metric = torch.randint(-2, 3, (2, tokens, 3), generator=generator).float()
     size = torch.randint(1, 100, (2, tokens), generator=generator).float()
     match = ops.bipartite_match.fast(metric, r=r, protected=protected)
-    assert all(v.ok for v in MATCH.judge(match, metric, r=r, protected=protected))
+    assert all(v.ok for v in MATCH.verify(match, metric, r=r, protected=protected))
     merged, total = ops.merge_tokens.fast(metric, match, size)
     assert torch.equal(total.sum(1), size.sum(1))
     assert merged.shape[1] == tokens - min(r, (tokens - protected) // 2)
@@ -47,20 +47,20 @@ def spoilt(match, how):
 
 @pytest.mark.parametrize("how", ["another partner", "order", "start"])
 def test_a_spoilt_match_is_found_out(how):
-    (metric,), options = MATCH.sample(usual_shape(MATCH))
+    (metric,), options = MATCH.sample(MATCH.usual_shape)
     match = MATCH.fast(metric, **options)
     options = {**MATCH.defaults, **options}
-    assert all(v.ok for v in MATCH.judge(match, metric, **options))
-    assert not all(v.ok for v in MATCH.judge(spoilt(match, how), metric, **options))
+    assert all(v.ok for v in MATCH.verify(match, metric, **options))
+    assert not all(v.ok for v in MATCH.verify(spoilt(match, how), metric, **options))
 
 
 def test_worse_pairs_are_found_out():
     """A match that is a match, but of tokens that are less alike."""
-    (metric,), options = MATCH.sample(usual_shape(MATCH))
+    (metric,), options = MATCH.sample(MATCH.usual_shape)
     options = {**MATCH.defaults, **options}
     for other in (metric.roll(2, 1), torch.randn_like(metric)):
         match = MATCH.fast(other, **options)
-        assert not all(v.ok for v in MATCH.judge(match, metric, **options))
+        assert not all(v.ok for v in MATCH.verify(match, metric, **options))
 
 
 @pytest.mark.parametrize(

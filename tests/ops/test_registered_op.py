@@ -14,14 +14,13 @@ from tests.support.cases import (
     any_case,
     any_op,
     each,
-    enlarged,
     every_case,
     every_op,
     two_shapes,
-    usual_shape,
 )
 from tests.support.recording_mode import Onlooker
 from vlm_fast.ops import registration
+from vlm_fast.ops.declaration import with_batch
 from vlm_fast.verification import tolerance
 
 # All but AOTAutograd at fixed sizes, which test_compiled_is_eager_bit_for_bit goes through.
@@ -43,7 +42,7 @@ def registered_call(op, shape):
     args, options = op.sample(shape)
     args = tolerance.convert(args, lambda t: t.detach().requires_grad_())
     settings = {**op.defaults, **options}
-    values = op._accepts(*args, **settings)
+    values = op.accepted(args, settings)
     needs = [v is not None and v.requires_grad for v in op._path.flatten(values)]
     return op._path, values, {**settings, "needs": needs}
 
@@ -51,14 +50,14 @@ def registered_call(op, shape):
 @pytest.mark.parametrize("check", OPCHECKS)
 @any_op
 def test_opcheck_of_forward(op, check):
-    path, values, keywords = registered_call(op, usual_shape(op))
+    path, values, keywords = registered_call(op, op.usual_shape)
     opcheck(path.registered, values, keywords, test_utils=check)
 
 
 @pytest.mark.parametrize("check", OPCHECKS)
 @every_op
 def test_opcheck_of_backward(op, check):
-    path, values, keywords = registered_call(op, usual_shape(op))
+    path, values, keywords = registered_call(op, op.usual_shape)
     needs = keywords.pop("needs")
     with torch.no_grad():
         result, kept = path.forward(
@@ -100,7 +99,7 @@ def test_compiled_is_eager_bit_for_bit(op, number):
 
 @any_op
 def test_compiled_by_inductor(op):
-    args, options = op.sample(usual_shape(op))
+    args, options = op.sample(op.usual_shape)
     graphs = CompileCounterWithBackend("inductor")
     compiled = torch.compile(lambda *a: 2 * op(*a, **options), fullgraph=True, backend=graphs)
     assert_same(
@@ -112,7 +111,7 @@ def test_compiled_by_inductor(op):
 
 @every_op
 def test_compiled_under_autocast(op):
-    args, options = op.sample(usual_shape(op))
+    args, options = op.sample(op.usual_shape)
 
     def call(*values):
         with torch.autocast("cpu", torch.bfloat16):
@@ -130,7 +129,7 @@ def test_other_sizes_compile_at_most_once_more(op):
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op, fullgraph=True, backend=graphs)
     for factor in (2, 3, 4, 5):
-        args, options = op.sample(enlarged(usual_shape(op), factor))
+        args, options = op.sample(with_batch(op.usual_shape, 3 * factor))
         assert_same(
             tolerance.outputs_and_gradients(compiled, args, options),
             tolerance.outputs_and_gradients(op.fast, args, options),
@@ -140,7 +139,7 @@ def test_other_sizes_compile_at_most_once_more(op):
 
 @any_op
 def test_exported_program_is_plain_pytorch(op):
-    args, options = op.sample(usual_shape(op))
+    args, options = op.sample(op.usual_shape)
 
     class Model(torch.nn.Module):
         def forward(self, *args):
@@ -206,7 +205,7 @@ def mesh():
 def test_dtensors_are_refused(op, mesh, everything):
     from torch.distributed.tensor import DTensor, Replicate
 
-    args, options = op.sample(usual_shape(op))
+    args, options = op.sample(op.usual_shape)
 
     def distributed(value):
         if value is None:

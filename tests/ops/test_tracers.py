@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import vlm_fast
 from tests.support import tiny_llava, tiny_qformers
-from tests.support.cases import any_op, each, usual_shape
+from tests.support.cases import any_op, each
 from tests.support.small_connectors import SMALL
 from tests.support.tiny_models import build
 from vlm_fast import modules, ops
@@ -45,10 +45,10 @@ def flat_call(op, args, options):
 
 @any_op
 def test_a_traced_op_is_its_reference(op):
-    call, tensors = flat_call(op, *op.sample(usual_shape(op)))
+    call, tensors = flat_call(op, *op.sample(op.usual_shape))
     traced = torch.jit.trace(call, tensors, check_trace=False)
     assert "vlm_fast::" not in str(traced.graph)
-    other = flat_call(op, *op.sample(usual_shape(op)))[1]  # of the same sizes, masks and all
+    other = flat_call(op, *op.sample(op.usual_shape))[1]  # of the same sizes, masks and all
     assert_close(traced(*other), call(*other))
 
 
@@ -185,7 +185,7 @@ def test_a_traced_attention_is_in_operators_of_onnx():
 
 @any_op
 def test_a_symbolic_trace_calls_the_op(op):
-    call, tensors = flat_call(op, *op.sample(usual_shape(op)))
+    call, tensors = flat_call(op, *op.sample(op.usual_shape))
     tracer = torch.fx.Tracer()
     names = [f"t{i}" for i in range(len(tensors))]
     root = eval(f"lambda {', '.join(names)}: call({', '.join(names)})", {"call": call})

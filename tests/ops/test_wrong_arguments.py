@@ -1,11 +1,15 @@
-"""Mistakes of the caller: an error that names op, argument, value and expectation, and no work."""
+"""Wrong calls: an error names op, argument, value and expectation, and no work is begun.
+
+Most wrong calls follow from each op's declared signature; `MISTAKES` are others.
+"""
 
 import inspect
 
 import pytest
 import torch
 
-from tests.support.cases import OPS, any_op, usual_shape
+from tests.support.cases import OPS, any_op
+from vlm_fast.ops.signature import Signature, TensorArgument
 from vlm_fast.verification import tolerance
 
 MERGE, GATHER, MLP = (OPS[name] for name in ("merge_image_tokens", "gather_image_tokens", "mlp"))
@@ -14,42 +18,15 @@ PACK, RESIZED, PACK_MERGE = (
 )
 
 
-NO_MISTAKES = [
-    ("add_layer_norm", "seed", "no dimension"),
-    ("cross_attention", "seed", "no dimension"),
-    ("gated_add", "gate", "one dimension more"),
-    ("gated_add", "gate", "no dimension"),
-    ("gated_add_norm", "gate", "one dimension more"),
-    ("gated_add_norm", "gate", "no dimension"),
-    ("gated_mlp", "x", "one dimension more"),
-    ("act_linear", "z", "one dimension more"),
-    ("mlp", "x", "one dimension more"),
-    ("mlp_merge", "x", "one dimension more"),
-    ("bipartite_match", "metric", "one feature more"),
-    ("merge_tokens", "x", "one feature more"),
-    ("unmerge_tokens", "merged", "one feature more"),
-    ("pixel_shuffle_norm", "x", "one dimension more"),
-    ("spatial_pool", "x", "one dimension more"),
-    ("spatial_pool", "x", "one feature more"),
-    ("stacked_linear", "x", "one dimension more"),
-    ("merge_image_tokens", "image_features", "one dimension more"),
-    ("gather_image_tokens", "hidden_states", "one feature more"),
-    *(
-        (name, "features", "one dimension more")
-        for name in ("anyres_pack", "anyres_pack_resized", "anyres_merge")
-    ),
-    ("anyres_pack", "source", "one feature more"),  # another packed row
-    ("anyres_merge", "source", "one feature more"),  # counted later, against the mask
-]
-
-
-def tensors_of(value):
-    return [t for v in value for t in (v if isinstance(v, list) else [v]) if t is not None]
+def tensors_of(values):
+    """All tensors among arguments, those of lists too."""
+    flat = [t for v in values for t in (v if isinstance(v, list) else [v])]
+    return [t for t in flat if isinstance(t, torch.Tensor)]
 
 
 def assert_refused(op, args, options, exceptions, *words):
     """Both `op` and `op.fast` raise, say the words, and neither compute nor change anything."""
-    before = [t.clone() for t in tensors_of(args) if isinstance(t, torch.Tensor)]
+    before = [t.clone() for t in tensors_of(args)]
     for call in (op, op.fast):
         with pytest.raises(exceptions) as error:
             call(*args, **options)
@@ -57,9 +34,7 @@ def assert_refused(op, args, options, exceptions, *words):
         message = str(error.value)
         assert message.startswith(f"vlm_fast.{op.name}: ")
         assert "expected" in message and all(word in message for word in words), message
-    for tensor, copy in zip(
-        [t for t in tensors_of(args) if isinstance(t, torch.Tensor)], before, strict=True
-    ):
+    for tensor, copy in zip(tensors_of(args), before, strict=True):
         assert tensor.is_meta or torch.equal(tensor, copy)
 
 
@@ -69,34 +44,36 @@ def no_work(monkeypatch):
         monkeypatch.setattr(op._path, "forward", lambda *a, **k: pytest.fail("work was begun"))
 
 
-def each_argument(op):
-    """Options, and for each argument its name, value and how to replace it; of a list the first.
-
-    Not those that the shape leaves out, nor the seed, which nothing reads without dropout.
-    """
-    args, options = op.sample(usual_shape(op))
-    for i, name in enumerate(op.tensors):
-        value = args[i]
-        if value is None or name == "seed":
-            continue
-
-        def replaced(new, i=i, value=value):
-            new = [new, *value[1:]] if isinstance(value, list) else new
-            return (*args[:i], new, *args[i + 1 :])
-
-        yield name, value[0] if isinstance(value, list) else value, replaced, options
+def each_tensor(op):
+    """Of a sample: declaration, value, and arguments with another value in its place."""
+    args, options = op.sample(op.usual_shape)
+    args = op.accepted(args, {**op.defaults, **options})
+    for i, (name, declared) in enumerate(op.signature.tensors.items()):
+        if isinstance(declared, TensorArgument) and not declared.is_list:
+            elements = [(declared, args[i], lambda new, i=i: (*args[:i], new, *args[i + 1 :]))]
+        else:
+            each = declared if isinstance(declared, list) else [declared] * len(args[i])
+            elements = [
+                (each[j], args[i][j], lambda new, i=i, j=j: (
+                    *args[:i], [*args[i][:j], new, *args[i][j + 1 :]], *args[i + 1 :]
+                ))
+                for j in range(len(args[i]))
+            ]  # fmt: skip
+        for argument, value, replaced in elements:
+            if value is not None:
+                yield name, argument, value, replaced, options
 
 
 @pytest.mark.parametrize("wrong", ["words", 3, [1.5]], ids=repr)
 @any_op
-def test_what_is_no_tensor(op, wrong, no_work):
-    for name, _, replaced, options in each_argument(op):
+def test_not_a_tensor(op, wrong, no_work):
+    for name, _, _, replaced, options in each_tensor(op):
         assert_refused(op, replaced(wrong), options, TypeError, name)
 
 
 @any_op
-def test_what_is_missing(op, no_work):
-    args, options = op.sample(usual_shape(op))
+def test_missing_argument(op, no_work):
+    args, options = op.sample(op.usual_shape)
     parameters = op.__signature__.parameters
     required = [name for name in op.tensors if parameters[name].default is inspect.Parameter.empty]
     for call in (op, op.fast):
@@ -106,45 +83,83 @@ def test_what_is_missing(op, no_work):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.complex64, torch.bool], ids=str)
 @any_op
-def test_dtypes_without_meaning(op, dtype, no_work):
-    for name, value, replaced, options in each_argument(op):
-        if value is not None and value.dtype != dtype:
+def test_dtype_that_is_not_declared(op, dtype, no_work):
+    for name, argument, value, replaced, options in each_tensor(op):
+        if str(dtype).removeprefix("torch.") not in argument.dtypes:
             assert_refused(op, replaced(value.to(dtype)), options, TypeError, name, str(dtype))
 
 
 @pytest.mark.parametrize("op", [pytest.param(o, id=n) for n, o in OPS.items() if o.tensors[1:]])
 def test_another_device(op, no_work):
-    for _, value, replaced, options in each_argument(op):
-        if value is not None:
-            assert_refused(op, replaced(value.to("meta")), options, ValueError, "meta", "cpu")
+    for _, _, value, replaced, options in each_tensor(op):
+        assert_refused(op, replaced(value.to("meta")), options, ValueError, "meta", "cpu")
 
 
-@pytest.mark.parametrize("change", ["one feature more", "one dimension more", "no dimension"])
-@any_op
-def test_shapes_that_do_not_fit(op, change, no_work):
-    told = 0
-    for name, value, replaced, options in each_argument(op):
-        if value is None:
-            continue
-        if change == "one feature more":
-            wrong = torch.cat([value, value[..., :1]], -1)
-        else:
-            wrong = value[None] if change == "one dimension more" else value.flatten()[0]
-        if any(op.name == o and name == n and change == c for o, n, c in NO_MISTAKES):
-            told += 1
-            continue
-        # The error may name the other side of the mismatch.
-        assert_refused(op, replaced(wrong), options, ValueError)
-        told += 1
-    assert told or len(op.tensors) == 1
+def shared_sizes(signature: Signature, argument: TensorArgument):
+    """Indices from the right of those sizes that another tensor, an option or a number fixes."""
+    others = [s for a in signature.flat() if a is not argument for s in a.sizes or ()]
+    fixed = (argument.sizes or ())[1 if argument.leading else 0 :]
+    for i, size in enumerate(reversed(fixed)):
+        if not size.isidentifier() or size in others or size in signature.option_names:
+            yield i + 1
 
 
 @any_op
-def test_unknown_options(op, no_work):
-    args, options = op.sample(usual_shape(op))
+def test_size_that_does_not_match(op, no_work):
+    checked = 0
+    for _, argument, value, replaced, options in each_tensor(op):
+        for i in shared_sizes(op.signature, argument):
+            if value.shape[-i] > 0:
+                larger = torch.cat([value, value.narrow(-i, 0, 1)], -i)
+                # The error may name the other tensor of the two.
+                assert_refused(op, replaced(larger), options, ValueError)
+                checked += 1
+    shapes = [a.sizes for a in op.signature.flat() if a.sizes is not None]
+    assert checked or len(shapes) == 1
+
+
+@any_op
+def test_number_of_dimensions(op, no_work):
+    for _, argument, value, replaced, options in each_tensor(op):
+        if argument.sizes is None:
+            continue
+        if argument.leading is None:
+            assert_refused(op, replaced(value[None]), options, ValueError)
+        if len(argument.sizes) - bool(argument.leading) > 0:
+            assert_refused(op, replaced(value.flatten()[0]), options, ValueError)
+
+
+@any_op
+def test_unknown_option(op, no_work):
+    args, options = op.sample(op.usual_shape)
     for call in (op, op.fast):
         with pytest.raises(TypeError, match="flavour"):
             call(*args, **options, flavour="vanilla")
+
+
+@any_op
+def test_option_out_of_range(op, no_work):
+    args, options = op.sample(op.usual_shape)
+    for name, option in op.signature.options.items():
+        if option.choices:
+            wrong = [("vanilla", ValueError)]
+        else:
+            wrong = [("vanilla", TypeError), (True, TypeError)]
+            wrong += [(option.least - 1, ValueError)] * (option.least > -float("inf"))
+            wrong += [(option.below, ValueError)] * (option.below < float("inf"))
+        for value, error in wrong:
+            value = int(value) if option.integer and isinstance(value, float) else value
+            assert_refused(op, args, {**options, name: value}, error, name, repr(value))
+
+
+@any_op
+def test_usual_calls_take_the_fast_predicate(op):
+    """The compiled predicate accepts every test shape, so that no valid call is examined twice."""
+    for shape in op.test_shapes:
+        args, options = op.sample(shape)
+        settings = {**op.defaults, **options}
+        values = op.accepted(args, settings)
+        assert op.signature.accepts(*values, **settings), shape
 
 
 MISTAKES = {
@@ -174,7 +189,9 @@ MISTAKES = {
     ),
     "newline that broadcasts": (PACK, {"image_newline": lambda t: t[:1]}, ValueError, "(1,) (17,)"),
     "tiles of another plan": (PACK, {"features": lambda t: t[1:]}, ValueError, "target 32"),
-    "tables of another width": (PACK, {"source": lambda t: t[:, None]}, ValueError, "source rows"),
+    "tables of another width": (
+        PACK, {"source": lambda t: t[:, None]}, ValueError, "source (packed,)",
+    ),
     "wide tables": (PACK, {"target": lambda t: t.long()}, TypeError, "target int64 int32"),
     "packed without rows": (
         PACK, {"features": lambda t: t[:0], "target": lambda t: t[:0]}, ValueError, "source no row",
@@ -203,7 +220,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes(mistake):
     op, changes, exception, words = MISTAKES[mistake]
-    args, options = op.sample(usual_shape(op))
+    args, options = op.sample(op.usual_shape)
     named = dict(zip(op.tensors, args, strict=True))
     args = [changes.get(name, lambda t: t)(value) for name, value in named.items()]
     assert_refused(op, args, options, exception, *words.split())
@@ -211,19 +228,19 @@ def test_mistakes(mistake):
 
 @pytest.mark.parametrize("option, value", [("activation", "swish"), ("saved", "everything")])
 def test_unknown_values_of_options(option, value, no_work):
-    args, options = MLP.sample(usual_shape(MLP))
+    args, options = MLP.sample(MLP.usual_shape)
     assert_refused(MLP, args, {**options, option: value}, ValueError, option, repr(value), "one of")
 
 
 @pytest.mark.parametrize("count", [-1, 14, 16, 112])
 def test_counts_that_do_not_fit_the_mask(count):
-    args, options = GATHER.sample(usual_shape(GATHER))
+    args, options = GATHER.sample(GATHER.usual_shape)
     assert_refused(GATHER, args, {**options, "count": count}, ValueError, "count", str(count))
 
 
 def test_a_wrong_count_leaves_no_trace():
     """After the error the same arguments, corrected, give the right result and gradients."""
-    (embeds, features, mask), options = MERGE.sample(usual_shape(MERGE))
+    (embeds, features, mask), options = MERGE.sample(MERGE.usual_shape)
     with pytest.raises(ValueError, match="image_features"):
         MERGE(embeds, features[1:], mask)
     assert all(v.ok for v in tolerance.check(MERGE, (embeds, features, mask), options))

@@ -25,12 +25,7 @@ def shape_id(shape: dict[str, Any]) -> str:
     return "-".join(f"{name}{text(value)}" for name, value in shape.items())
 
 
-DIFFERENTIABLE = {name: op for name, op in OPS.items() if not op.discrete}
-
-
-def usual_shape(op: Op[..., Any]) -> dict[str, Any]:
-    """A test shape beyond the degenerate first: odd, and larger than one of anything."""
-    return op.test_shapes[1]
+DIFFERENTIABLE = {name: op for name, op in OPS.items() if not op.returns_indices}
 
 
 def _cases(
@@ -49,7 +44,7 @@ def _cases(
                 found.append(pytest.param(op, shape, id=case))
                 continue
             for index, (key, value) in enumerate(values.items()):
-                marks = [pytest.mark.slow] if index and shape is not usual_shape(op) else []
+                marks = [pytest.mark.slow] if index and shape is not op.usual_shape else []
                 found.append(pytest.param(op, shape, value, id=f"{case}-{key}", marks=marks))
     return pytest.mark.parametrize("op, shape" if name is None else f"op, shape, {name}", found)
 
@@ -84,14 +79,3 @@ def has_compiled_code(op: Op[..., Any]) -> bool:
     imported = vars(sys.modules[op.__module__]).values()
     homes = {getattr(v, "__module__", None) or getattr(v, "__name__", None) for v in imported}
     return any(hasattr(sys.modules.get(home), "native") for home in homes if home)
-
-
-def enlarged(shape: dict[str, Any], factor: int) -> dict[str, Any]:
-    """The shape with ``factor`` times the rows or images; with 0, none of them."""
-    new = dict(shape)
-    for name in {"batch", "count"} & shape.keys():
-        new[name] = factor * shape[name]
-    if "shape" in shape:
-        new["shape"] = (factor * shape["shape"][0], *shape["shape"][1:])
-    assert factor == 1 or new != shape, f"which of {list(shape)} is the number of images or rows?"
-    return new

@@ -1,7 +1,7 @@
-"""A stand-in for the library of Hopper GEMMs: its functions, over the same addresses, on a CPU.
+"""The functions of the extension vlm_fast._hopper in Python, for tests on a CPU.
 
-What it is given is what the library would be given: addresses, sizes and pitches, nothing else. It
-refuses what the library could not take, and leaves NaN wherever the library writes nothing.
+They take what the extension takes: addresses, sizes and pitches. They refuse what the extension
+cannot take, and leave NaN wherever it writes nothing.
 """
 
 import contextlib
@@ -11,9 +11,10 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from vlm_fast.kernels import _configs, _hopper
+from vlm_fast.kernels import _hopper
 
 NAN = float("nan")
+ROWS = {"linear_gelu": "LINEAR_GELU_ROWS", "gelu_backward": "GELU_BACKWARD_ROWS"}
 
 
 def matrix(address, rows, cols, pitch=None, dtype=torch.bfloat16):
@@ -25,76 +26,46 @@ def matrix(address, rows, cols, pitch=None, dtype=torch.bfloat16):
     return torch.frombuffer(memory, dtype=dtype).as_strided((rows, cols), (pitch, 1))
 
 
-class Emulated:
-    """Has the functions as attributes, and counts what was called."""
+class PythonGemms:
+    """Has the functions of the extension, and lists the calls."""
 
     def __init__(self):
         self.calls = []
 
-    def __getattr__(self, symbol):
-        prefix = f"vlm_fast_v{_hopper.ABI}_"
-        name, config = symbol.removeprefix(prefix).rsplit("_", 1)
-        if not symbol.startswith(prefix) or name not in _hopper.GEMMS:
-            raise AttributeError(symbol)
-        tile = _hopper.GEMMS[name].configs[int(config)]
-
-        def function(*arguments):
-            kinds = _hopper.GEMMS[name].argument_types
-            assert len(arguments) == len(kinds)
-            for argument, kind in zip(arguments, kinds, strict=True):
-                kind(argument)  # what ctypes would make of it
-            self.calls.append(symbol.removeprefix(prefix))
-            return getattr(self, f"_{name}")(tile, *arguments)
-
-        return function
-
-    def _linear_gelu(self, tile, x, x_row, weight, bias, z, h, rows, cols, inner, stream):
-        sums = matrix(x, rows, inner, x_row).float() @ matrix(weight, cols, inner).float().t()
-        sums = (sums + matrix(bias, 1, cols).float() if bias else sums).bfloat16()
+    def linear_gelu(self, x, x_row, weight, bias, z, h, rows, hidden, inner, stream):
+        self.calls.append("linear_gelu")
+        sums = matrix(x, rows, inner, x_row).float() @ matrix(weight, hidden, inner).float().t()
+        sums = (sums + matrix(bias, 1, hidden).float() if bias else sums).bfloat16()
         if z:
-            matrix(z, rows, cols).copy_(sums)
-        matrix(h, rows, cols).copy_(F.gelu(sums.float()))
+            matrix(z, rows, hidden).copy_(sums)
+        matrix(h, rows, hidden).copy_(F.gelu(sums.float()))
 
-    def _gelu_backward(
-        self, tile, dy, dy_row, weight, z, dz, h, bias_sums, rows, cols, outer, stream
+    def gelu_backward(
+        self, dy, dy_row, weight, z, dz, h, bias_sums, rows, hidden, out_features, stream
     ):
-        kept = matrix(z, rows, cols).float()
-        dh = matrix(dy, rows, outer, dy_row).float() @ matrix(weight, outer, cols).float()
+        self.calls.append("gelu_backward")
+        kept = matrix(z, rows, hidden).float()
+        weight = matrix(weight, out_features, hidden).float()
+        dh = matrix(dy, rows, out_features, dy_row).float() @ weight
         through = torch.ops.aten.gelu_backward(dh, kept)
-        matrix(dz, rows, cols).copy_(through)
+        matrix(dz, rows, hidden).copy_(through)
         if h:
-            matrix(h, rows, cols).copy_(F.gelu(kept))
+            matrix(h, rows, hidden).copy_(F.gelu(kept))
         if bias_sums:
-            # Its tiles lie across: tile.rows features by tile.cols tokens.
-            padded = -(-cols // tile.rows) * tile.rows
-            tiles = -(-rows // tile.cols)
+            padded = -(-hidden // _hopper.TILE) * _hopper.TILE
+            tiles = -(-rows // _hopper.TILE)
             sums = matrix(bias_sums, tiles, padded, dtype=torch.float32).fill_(NAN)
             for i in range(tiles):
-                sums[i, :cols] = through[i * tile.cols : (i + 1) * tile.cols].sum(0)
-
-    def _linear_scatter(
-        self, tile, h, h_row, weight, bias, slots, out, out_row, rows, cols, inner, stream
-    ):
-        y = matrix(h, rows, inner, h_row).float() @ matrix(weight, cols, inner).float().t()
-        y = y + matrix(bias, 1, cols).float() if bias else y
-        memory = (ctypes.c_int32 * rows).from_address(slots)
-        for row, slot in enumerate(memory):
-            if slot >= 0:
-                to = (ctypes.c_char * (cols * 2)).from_address(out + slot * out_row * 2)
-                torch.frombuffer(to, dtype=torch.bfloat16).copy_(y[row])
+                sums[i, :hidden] = through[i * _hopper.TILE : (i + 1) * _hopper.TILE].sum(0)
 
 
 @contextlib.contextmanager
-def emulated(config):
-    """The library as if a Hopper GPU were here and the tables named this config; yields it."""
-    library = Emulated()
-
-    def winner(name, dtype, size, device):
-        return config[name] if isinstance(config, dict) else config
-
+def python_gemms(*names):
+    """As if a Hopper GPU were here, with these GEMMs (by default both) at every size."""
+    gemms = PythonGemms()
+    chosen = {ROWS[name]: 1 if name in (names or ROWS) else 2**62 for name in ROWS}
     with (
-        mock.patch.object(_hopper, "load", lambda: library),
-        mock.patch.object(_hopper, "runs_here", lambda like: True),
-        mock.patch.object(_configs, "winner", winner),
+        mock.patch.multiple(_hopper, native=gemms, runs_here=lambda like: True, **chosen),
+        mock.patch.object(_hopper, "why_absent", None),
     ):
-        yield library
+        yield gemms

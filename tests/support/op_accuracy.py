@@ -23,7 +23,7 @@ def judged(op, args, options, *, layout="dense", upstream="dense", fair=False):
     """
     with GuardBands() as bands:
         args = tuple(bands.lay_out(value, layout, i) for i, value in enumerate(args))
-        if op.discrete:
+        if op.returns_indices:
             verdicts = tolerance.check(op, args, options)
             assert verdicts and all(v.ok for v in verdicts), verdicts
             bands.check()
@@ -70,7 +70,7 @@ def evaluated(op, args, options, upstream=None):
     ]  # fmt: skip
     triples = list(zip(*([*y, *dx] for y, dx in (ours, native, exact)), strict=True))
     assert names and not any(t is None for one in triples for t in one)
-    plain = [lambda f=f: list(itertools.chain(*run(f))) for f in op.plain_orders]
+    plain = [lambda f=f: list(itertools.chain(*run(f))) for f in op.references]
     return names, triples, OtherOrders(*plain)
 
 

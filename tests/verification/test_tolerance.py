@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support import whole_models
-from tests.support.cases import DTYPES, every_case, every_op, usual_shape
+from tests.support.cases import DTYPES, every_case, every_op
 from tests.support.selection import slow_but
 from vlm_fast.ops.declaration import OPS
 from vlm_fast.verification import tolerance
@@ -90,7 +90,7 @@ def test_operands_of_fewer_bits_are_seen():
 @every_op
 def test_a_thousandth_more_is_seen(op, dtype):
     """Of every result; in 16 bits, where an ulp is more than that, a twentieth."""
-    args, options = op.sample(usual_shape(op), dtype)
+    args, options = op.sample(op.usual_shape, dtype)
     factor = 1.001 if dtype is FP32 else 1.05
     wrong = lambda *args, **options: _scaled(op.fast(*args, **options), factor)  # noqa: E731
     verdicts = tolerance.check(op, args, options, fast=wrong)
@@ -137,7 +137,7 @@ def test_other_orders_are_the_same_but_for_rounding(op, shape):
     """In float64, so that an order that pairs the wrong factors is off by far more."""
     args, options = op.sample(shape)
     wide = tolerance.convert(args, torch.Tensor.double)
-    for plain in op.plain_orders:
+    for plain in op.references:
         found = []
         for order in (contextlib.nullcontext(), OtherOrder(3)):
             with order:

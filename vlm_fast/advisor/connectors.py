@@ -150,8 +150,7 @@ CONNECTORS = {
         Connector(
             "qformer", "Q-Former", ("queries", "12 layers", "projection"), lambda model: [32],
             modules.qformer, free=True,
-            ops=("self_attention", "absorbed_cross_attention", "cross_attention", "stacked_linear",
-                 "mlp", "add_layer_norm"),
+            ops=("self_attention", "cross_attention", "stacked_linear", "mlp", "add_layer_norm"),
             results=(
                 ("models.blip2", "Q-Former, ", 1408), ("qformer", "BLIP-2, ", 1408),
                 ("qformer", "BLIP-2 with ViT-L, ", 1024),

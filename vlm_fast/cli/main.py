@@ -19,7 +19,6 @@ from vlm_fast.cli.data import data
 from vlm_fast.cli.options import Exit, Json, OpArgument, OpOption, known_op, print_json, stop
 from vlm_fast.cli.profile import profile
 from vlm_fast.cli.recipe import recipe
-from vlm_fast.cli.tune import tune
 from vlm_fast.devtools import ahead_of_time, environment, roofline_report
 from vlm_fast.devtools.occupancy import GPUS
 from vlm_fast.kernels import _native, _triton
@@ -195,7 +194,7 @@ def compile_(
         raise typer.Exit(Exit.FAILURE)
 
 
-for command in (advise, profile, recipe, tune):
+for command in (advise, profile, recipe):
     app.command()(command)
 app.add_typer(data)
 

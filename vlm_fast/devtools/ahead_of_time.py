@@ -236,7 +236,7 @@ def launches_at(op: Op[..., Any], shape: Mapping[str, Any], dtype: torch.dtype) 
     with FakeTensorMode(), torch.no_grad(), recording() as found:
         values, settings = stand_ins(op, shape, dtype)
         op.fast(*values, **settings)
-        if not op.discrete:
+        if not op.returns_indices:
             with_gradients(op, values, settings)
     return found
 
@@ -259,7 +259,7 @@ def with_gradients(
 
     Past autograd: in a CPU build of torch its engine knows no CUDA device, not even of stand-ins.
     """
-    path, values = op._path, op._accepts(*values, **settings)
+    path, values = op._path, op.accepted(values, settings)
     count = path.count(values)
     needs = tuple(isinstance(v, Tensor) and v.is_floating_point() for v in path.flatten(values))
     result, kept = path.forward(path.needs_of(needs, count), *values, **settings)
@@ -299,8 +299,8 @@ def _build(launch: Launch, index: int, arch: str, backend: Any) -> Build:
     jit, config = launch.kernel.jit, launch.kernel.configs[index]
     bind = create_function_from_signature(jit.signature, jit.params, backend)
     arguments = tree_map_only(Tensor, _Address, launch.arguments)
-    bound = bind(**arguments, **config.options())
-    options, *parts = jit._pack_args(backend, config.options(), *bound)
+    bound = bind(**arguments, **config.options)
+    options, *parts = jit._pack_args(backend, config.options, *bound)
     source = ASTSource(jit, *parts)
     signature = _describe(jit.params, source, config)
     return Build(launch.kernel, signature, index, arch, source, options.__dict__)

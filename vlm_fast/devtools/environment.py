@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 
 import vlm_fast
-from vlm_fast.kernels import _configs, _hopper, _native, _triton, _user_table
+from vlm_fast.kernels import _hopper, _native, _triton
 
 PACKAGES = (
     "transformers", "accelerate", "peft", "pillow", "openai", "xformers", "liger-kernel", "numpy",
     "nvidia-ml-py",
 )  # fmt: skip
 SWITCHES = (
-    "VLM_FAST_STRICT", "VLM_FAST_DISABLE", "VLM_FAST_USER_TABLE", "VLM_FAST_CACHE_DIR",
-    "VLM_FAST_BUILD_EXT", "VLM_FAST_CUTLASS", "TRITON_INTERPRET",
+    "VLM_FAST_STRICT", "VLM_FAST_DISABLE", "VLM_FAST_BUILD_EXT", "VLM_FAST_CUTLASS",
+    "TRITON_INTERPRET",
 )  # fmt: skip
 
 
@@ -54,7 +54,6 @@ def facts() -> Iterator[Fact]:
     yield _extension()
     yield _hopper_gemms()
     yield _compiler()
-    yield from _config_tables()
     for package in PACKAGES:
         version = version_of(package)
         yield Fact(package, version or "not installed (optional)")
@@ -176,9 +175,9 @@ def _extension() -> Fact:
 
 
 def _hopper_gemms() -> Fact:
-    cause = _hopper.why_absent()
+    cause = _hopper.why_absent
     if cause is None:
-        return Fact("Hopper GEMMs", f"present ({len(_hopper.GEMMS)}); used where a table says so")
+        return Fact("Hopper GEMMs", "present; used from the number of rows where they are faster")
     return Fact(
         "Hopper GEMMs", "absent (optional); cuBLAS and a pass serve", cause,
         "with nvcc, for sm_90 alone: VLM_FAST_CUTLASS=1 pip install --no-build-isolation "
@@ -204,44 +203,3 @@ def _compiler() -> Fact:
     if not header.exists():
         return Fact("c compiler", compiler, "Python.h is missing; Triton needs it", remedy)
     return Fact("c compiler", compiler)
-
-
-def _config_tables() -> Iterator[Fact]:
-    """The tables in force, shipped and the user's, and the verdict on the latter's directory."""
-    yield _cache_directory()
-    if not torch.cuda.is_available():
-        yield Fact("config table", "not needed without a GPU")
-        return
-    name = _configs.table_name(
-        torch.cuda.get_device_capability(), torch.cuda.get_device_properties(0).name
-    )
-    kernels = _configs.read(_configs.DIRECTORY / name)
-    if kernels:
-        yield Fact("config table", f"{name} ({len(kernels)} kernels)")
-    else:
-        cause, remedy = f"no {name} is shipped", "make gpu measures and writes it"
-        yield Fact("config table", "default configs", cause, remedy)
-    own = _user_table.find(name, _configs.SOURCES)
-    if own.kernels:
-        stale = f", {len(own.stale)} of another source left out" if own.stale else ""
-        value = f"{len(own.kernels)} kernels, before those shipped{stale}; digest {own.digest}"
-        yield Fact("user's config table", value)
-    else:
-        cause = own.reason if own.wrong else ""
-        yield Fact(
-            "user's config table", "not used" if cause else own.reason, cause, "vlm-fast tune"
-        )
-
-
-def _cache_directory() -> Fact:
-    name, remedy = "cache directory", "set VLM_FAST_CACHE_DIR to a directory of your own"
-    try:
-        path = _user_table.directory()
-        reason = _user_table.distrust(path)
-    except FileNotFoundError:
-        reason = why_not_writable(path)
-        if not reason:
-            return Fact(name, f"{path}, not made yet")
-    except (OSError, ValueError) as error:
-        return Fact(name, "not used", str(error), remedy)
-    return Fact(name, "not used", reason, remedy) if reason else Fact(name, f"{path}, private")

@@ -48,10 +48,10 @@ def pieces(
     with FakeTensorMode(), torch.no_grad(), recording() as launches:
         values, settings = ahead_of_time.stand_ins(op, shape, dtype)
         with _Work(launches) as work:
-            values = op._accepts(*values, **settings)
+            values = op.accepted(values, settings)
             op._path.forward(op._path.none_needed, *values, **settings)
         forward = work.pieces(backward=False)
-        if op.discrete:
+        if op.returns_indices:
             return forward
         with _Work(launches) as work:
             ahead_of_time.with_gradients(op, values, settings, between=work.restart)

@@ -31,7 +31,6 @@ TARGETS = {
     "bipartite_match": (0.80, 0.80),
     "merge_tokens": (0.80, 0.88),
     "cross_attention": (0.85, 0.78),
-    "absorbed_cross_attention": (0.75, 0.70),
     "pixel_shuffle_norm": (0.93, 0.88),
     "add_layer_norm": (0.94, 0.90),
     "gated_add": (0.93, 0.90),
@@ -132,7 +131,7 @@ def report(
     for op, label, pieces, cost in counted:
         own = [_use(op, label, piece, next(resources)) for piece in pieces if piece.launch]
         uses += own
-        for backward in (False,) if op.discrete else (False, True):
+        for backward in (False,) if op.returns_indices else (False, True):
             of_pass = [piece for piece in pieces if piece.backward == backward]
             used = [use for use in own if use.backward == backward]
             passes.append(_pass(op, label, backward, of_pass, used, cost, given))

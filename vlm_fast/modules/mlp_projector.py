@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.fused_sequence import fused_mlp, why_not_fused
-from vlm_fast.modules.parameter_access.activation import activation_module, activation_of
+from vlm_fast.modules.fused_sequence import fused_mlp
+from vlm_fast.modules.parameter_access.activation import activation_module
 from vlm_fast.modules.parameter_access.chain import chain_of
 from vlm_fast.ops.mlp import SAVED
 
@@ -85,24 +85,15 @@ class MLPProjector(nn.Module):
     def merge(self, inputs_embeds: Tensor, x: Tensor, image_mask: Tensor) -> Tensor:
         """``inputs_embeds`` with the projected rows of ``x`` where the mask is true, in order.
 
-        Through `vlm_fast.ops.mlp_merge` where the children are plain; else the projector's rows are
-        merged by `vlm_fast.ops.merge_image_tokens`.
-
         Args:
             inputs_embeds, image_mask: ``(batch, sequence, out_features)`` and, bool,
                 ``(batch, sequence)``.
             x: ``(..., in_features)``.
 
         Raises:
-            TypeError, ValueError: as `vlm_fast.ops.mlp_merge`.
+            TypeError, ValueError: as `vlm_fast.ops.merge_image_tokens`.
         """
-        if why_not_fused(self.linear_1, self.act, self.linear_2, x) is not None:
-            return ops.merge_image_tokens(inputs_embeds, self(x), image_mask)
-        first, second = self.linear_1, self.linear_2
-        return ops.mlp_merge(
-            inputs_embeds, x, first.weight, first.bias, second.weight, second.bias, image_mask,
-            activation=cast(str, activation_of(self.act)), saved=self.saved,
-        )  # fmt: skip
+        return ops.merge_image_tokens(inputs_embeds, self(x), image_mask)
 
     def extra_repr(self) -> str:
         return f"saved={self.saved!r}"

@@ -1,8 +1,5 @@
 """The functional ops; importing this declares them."""
 
-from vlm_fast.ops.absorbed_cross_attention import (
-    absorbed_cross_attention as absorbed_cross_attention,
-)
 from vlm_fast.ops.act_linear import act_linear as act_linear
 from vlm_fast.ops.add_layer_norm import add_layer_norm as add_layer_norm
 from vlm_fast.ops.anyres_merge import anyres_merge as anyres_merge
@@ -20,7 +17,6 @@ from vlm_fast.ops.media_cross_attention import media_cross_attention as media_cr
 from vlm_fast.ops.merge_tokens import merge_tokens as merge_tokens
 from vlm_fast.ops.merge_tokens import unmerge_tokens as unmerge_tokens
 from vlm_fast.ops.mlp import mlp as mlp
-from vlm_fast.ops.mlp_merge import mlp_merge as mlp_merge
 from vlm_fast.ops.pixel_shuffle_norm import pixel_shuffle_norm as pixel_shuffle_norm
 from vlm_fast.ops.self_attention import self_attention as self_attention
 from vlm_fast.ops.spatial_pool import spatial_pool as spatial_pool

@@ -7,13 +7,26 @@ from torch import Tensor
 
 from vlm_fast.kernels import anyres_pack as kernels
 from vlm_fast.kernels.image_tokens import clear_image_tokens, image_token_slots
-from vlm_fast.ops.anyres_pack import anyres_pack, check_rows, check_table, nothing, sample_plan
-from vlm_fast.ops.argument_errors import wrong_value
+from vlm_fast.ops.anyres_pack import anyres_pack, nothing, sample_plan
 from vlm_fast.ops.declaration import Cost, nbytes, op
-from vlm_fast.ops.image_tokens import check_count, check_sequence, likeness, no_rows, row_count
+from vlm_fast.ops.image_tokens import check_count, likeness, no_rows, row_count
 
 
-@op
+@op(
+    inputs_embeds="floating (batch, sequence, hidden)",
+    features="floating (*rows, hidden)",
+    image_newline="floating (hidden) or None",
+    source="int32 (packed)",
+    target="int32 (prod(rows))",
+    image_mask="bool (batch, sequence)",
+    where={
+        "len(rows) > 0": "features: (..., hidden) of two dimensions or more",
+        "prod(rows) > 0 or packed == 0": "source: no entry, because features has no row",
+        "packed <= batch * sequence": (
+            "source: at most {batch * sequence} entries, the positions of image_mask"
+        ),
+    },
+)
 def anyres_merge(
     inputs_embeds: Tensor,
     features: Tensor,
@@ -22,80 +35,65 @@ def anyres_merge(
     target: Tensor,
     image_mask: Tensor,
 ) -> Tensor:
-    """``merge_image_tokens(inputs_embeds, anyres_pack(...), image_mask)`` in one movement.
+    """Pack tiles and merge them into the prompt in one movement.
 
-    The packed rows exist nowhere but in their slots.
+    The same as ``merge_image_tokens(inputs_embeds, anyres_pack(...), image_mask)``, but the packed
+    rows exist only at their positions in the result.
 
     Args:
-        inputs_embeds, image_mask: as of `merge_image_tokens`.
-        features, image_newline, source, target: as of `anyres_pack`; any floating dtype, cast to
-            that of ``inputs_embeds``.
+        features: The rows of all tiles of all images, in order; cast to the dtype of
+            ``inputs_embeds``.
+        image_newline: The row between packed rows, cast to the dtype of ``features``; None gives
+            zeros.
+        source: The row of ``features`` that each packed row copies, as for `anyres_pack`.
+        target: The packed row of each row of ``features``, as for `anyres_pack`.
+        image_mask: True at the positions that take the packed rows, in order.
 
     Returns:
         ``(batch, sequence, hidden)`` in the dtype of ``inputs_embeds``, freshly allocated.
 
     Raises:
-        TypeError, ValueError: as of both; the mask must have as many slots as there are packed
-            rows. Where that is checked on CUDA is said at `merge_image_tokens`.
+        ValueError: Also if the mask has not as many True entries as there are packed rows, as
+            `merge_image_tokens` checks it.
     """
     packed = anyres_pack.reference(features, image_newline, source, target)
     return inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), packed.to(inputs_embeds.dtype))
 
 
-@anyres_merge.accepts
-def accepts(inputs_embeds, features, image_newline, source, target, image_mask):
-    name = "anyres_merge"
-    check_sequence(name, "inputs_embeds", inputs_embeds, image_mask)
-    check_rows(name, features, image_newline)
-    hidden = inputs_embeds.shape[-1]
-    if features.shape[-1] != hidden:
-        wanted = f"(..., {hidden}) to match inputs_embeds[..., {hidden}]"
-        raise wrong_value(name, "features", features, wanted)
-    if features.device != inputs_embeds.device:
-        wanted = f"{inputs_embeds.device}, where inputs_embeds is"
-        raise wrong_value(name, "features", features, wanted)
-    check_table(name, "source", source, features)
-    check_table(name, "target", target, features, row_count(features))
-    if source.shape[0] > image_mask.numel():
-        wanted = f"at most {image_mask.numel()} entries, the positions of image_mask"
-        raise wrong_value(name, "source", source, wanted)
-    return inputs_embeds, features, image_newline, source, target, image_mask
-
-
-@anyres_merge.requires
-def requires(inputs_embeds, features, image_newline, source, target, image_mask):
+@anyres_merge.fallback_reason
+def fallback_reason(inputs_embeds, features, image_newline, source, target, image_mask):
     return no_rows(inputs_embeds) or nothing(features, source)
 
 
 @anyres_merge.forward
-def forward(needs, inputs_embeds, features, image_newline, source, target, image_mask):
+def forward(needs_grad, inputs_embeds, features, image_newline, source, target, image_mask):
     slots, found = image_token_slots(image_mask, source.shape[0])
     check_count("anyres_merge", "source", source.shape[0], found)
     out = kernels.merge_packed_rows(
         inputs_embeds, image_mask, slots, features, source, image_newline
     )
-    of_images = needs.features or needs.image_newline
+    of_images = needs_grad.features or needs_grad.image_newline
     return out, (
-        image_mask if needs.inputs_embeds else None,
-        slots if needs.inputs_embeds or of_images else None,
-        target if needs.features else None,
-        source if needs.image_newline else None,
+        image_mask if needs_grad.inputs_embeds else None,
+        slots if needs_grad.inputs_embeds or of_images else None,
+        target if needs_grad.features else None,
+        source if needs_grad.image_newline else None,
         likeness(features) if of_images else None,
-        image_newline.new_empty(0) if needs.image_newline else None,
+        image_newline.new_empty(0) if needs_grad.image_newline else None,
     )
 
 
 @anyres_merge.backward
-def backward(needs, kept, dy):
-    mask, slots, target, source, shape, newline = kept
+def backward(needs_grad, saved_tensors, dy):
+    mask, slots, target, source, shape, newline = saved_tensors
     dembeds = dfeatures = dnewline = None
-    if needs.inputs_embeds:
+    if needs_grad.inputs_embeds:
         dembeds = clear_image_tokens(dy, mask, slots)
-    if needs.features:
+    if needs_grad.features:
         dfeatures = kernels.pack_rows(
             dy, target, None, slots=slots, limit=slots.shape[0], dtype=shape.dtype
         ).view(*shape.shape[:-1], dy.shape[-1])
-    if needs.image_newline:
+    if needs_grad.image_newline:
         dnewline = kernels.fill_gradient(dy, source, row_count(shape), newline.dtype, slots=slots)
     return dembeds, dfeatures, dnewline, None, None, None
 
@@ -110,11 +108,14 @@ def cost(inputs_embeds, features, image_newline, source, target, image_mask):
 
 
 @anyres_merge.inputs(
-    test=[
-        dict(batch=1, side=1, hidden=1, sizes=((2, 1),), text=1),
-        dict(batch=3, side=2, hidden=17, sizes=((4, 3), (1, 4), None), text=5),
+    smallest=dict(batch=1, side=1, hidden=1, sizes=((2, 1),), text=1),
+    usual=dict(batch=3, side=2, hidden=17, sizes=((4, 3), (1, 4), None), text=5),
+    others=[
         dict(batch=1, side=2, hidden=100, sizes=((5, 2),), text=9, newline=False),
     ],
+    large=dict(batch=5, side=54, hidden=4100, sizes=((324, 324),), text=576),
+    bitwise=True,
+    large_along="features",
     bench={
         "LLaVA-NeXT, 8 x 4096": dict(
             batch=8, side=24, hidden=4096, sizes=((48, 48),), text=4096 - 2928

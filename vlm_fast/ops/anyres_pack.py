@@ -8,36 +8,42 @@ from torch import Tensor
 from vlm_fast.kernels import anyres_pack as kernels
 from vlm_fast.ops.anyres_plan import MAX_ROWS, ONE, lone_taps, plan
 from vlm_fast.ops.anyres_tiling import Tiling, tile_count
-from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
 from vlm_fast.ops.declaration import Cost, nbytes, op
 from vlm_fast.ops.image_tokens import likeness, row_count
 
 
-@op
+@op(
+    features="floating (*rows, hidden)",
+    image_newline="floating (hidden) or None",
+    source="int32 (packed)",
+    target="int32 (prod(rows))",
+    where={
+        "len(rows) > 0": "features: (..., hidden) of two dimensions or more",
+        "prod(rows) > 0 or packed == 0": "source: no entry, because features has no row",
+    },
+)
 def anyres_pack(
     features: Tensor, image_newline: Tensor | None, source: Tensor, target: Tensor
 ) -> Tensor:
-    """The rows of ``features`` that ``source`` names, in its order, with newlines between.
+    """Pack the tiles of images of any resolution into rows of tokens, with newlines between.
 
     Mirrors ``pack_image_features`` of transformers' ``LlavaNextModel`` (unpadding, row order across
-    tiles, a newline a row, the base tile first) and the ``cat`` over images after it: call it as
-    ``anyres_pack(features, image_newline, *plan.tables)`` with a `vlm_fast.ops.anyres_plan.plan`.
+    tiles, a newline after each row, the base tile first) and the concatenation over images after
+    it. Call it as ``anyres_pack(features, image_newline, *plan.tables)`` with a plan of
+    `vlm_fast.ops.anyres_plan.plan`.
 
     Args:
-        features: ``(..., hidden)``, floating: the rows of all tiles of all images, in order.
-        image_newline: ``(hidden,)``, floating, cast to the dtype of ``features``; or None, zeros.
-        source: ``(packed,)`` int32, the row of ``features`` each packed row is. Whatever is no row
-            of it, as -1, is a newline. No row may be named twice.
-        target: ``(rows,)`` int32, its inverse: the packed row of each row of ``features``, -1 for
-            one that is cut off. Read for the gradient.
+        features: The rows of all tiles of all images, in order.
+        image_newline: The row between packed rows, cast to the dtype of ``features``; None gives
+            zeros.
+        source: The row of ``features`` that each packed row copies. A number that is no row, such
+            as -1, is a newline. No row may be named twice.
+        target: The inverse: the packed row of each row of ``features``, -1 for a row that is cut
+            off. Read by backward.
 
     Returns:
         ``(packed, hidden)`` in the dtype of ``features``, freshly allocated, with gradients to
         ``features`` and ``image_newline``.
-
-    Raises:
-        TypeError: an argument is no tensor or of a wrong dtype.
-        ValueError: shapes or devices do not fit.
     """
     rows = features.flatten(0, -2)
     is_row = (source >= 0) & (source < rows.shape[0])
@@ -45,37 +51,28 @@ def anyres_pack(
     return torch.where(is_row[:, None], rows.index_select(0, source * is_row), newline)
 
 
-@anyres_pack.accepts
-def accepts(features, image_newline, source, target):
-    name = "anyres_pack"
-    check_rows(name, features, image_newline)
-    check_table(name, "source", source, features)
-    check_table(name, "target", target, features, row_count(features))
-    return features, image_newline, source, target
-
-
-@anyres_pack.requires
-def requires(features, image_newline, source, target):
+@anyres_pack.fallback_reason
+def fallback_reason(features, image_newline, source, target):
     return nothing(features, source)
 
 
 @anyres_pack.forward
-def forward(needs, features, image_newline, source, target):
+def forward(needs_grad, features, image_newline, source, target):
     return kernels.pack_rows(features, source, image_newline), (
-        target if needs.features else None,
-        source if needs.image_newline else None,
-        likeness(features) if needs.features or needs.image_newline else None,
-        image_newline.new_empty(0) if needs.image_newline else None,
+        target if needs_grad.features else None,
+        source if needs_grad.image_newline else None,
+        likeness(features) if needs_grad.features or needs_grad.image_newline else None,
+        image_newline.new_empty(0) if needs_grad.image_newline else None,
     )
 
 
 @anyres_pack.backward
-def backward(needs, kept, dy):
-    target, source, shape, newline = kept
+def backward(needs_grad, saved_tensors, dy):
+    target, source, shape, newline = saved_tensors
     dfeatures = dnewline = None
-    if needs.features:
+    if needs_grad.features:
         dfeatures = kernels.pack_rows(dy, target, None).view(*shape.shape[:-1], dy.shape[-1])
-    if needs.image_newline:
+    if needs_grad.image_newline:
         dnewline = kernels.fill_gradient(dy, source, row_count(shape), newline.dtype)
     return dfeatures, dnewline, None, None
 
@@ -89,11 +86,14 @@ def cost(features, image_newline, source, target):
 
 
 @anyres_pack.inputs(
-    test=[
-        dict(batch=1, side=1, hidden=1, sizes=((2, 1),)),
-        dict(batch=3, side=2, hidden=17, sizes=((4, 3), (1, 4), None)),
+    smallest=dict(batch=1, side=1, hidden=1, sizes=((2, 1),)),
+    usual=dict(batch=3, side=2, hidden=17, sizes=((4, 3), (1, 4), None)),
+    others=[
         dict(batch=1, side=2, hidden=100, sizes=((5, 2),), newline=False),
     ],
+    large=dict(batch=5, side=54, hidden=4100, sizes=((324, 324),)),
+    bitwise=True,
+    large_along="features",
     bench={
         "LLaVA-NeXT, 16 x 2928": dict(batch=16, side=24, hidden=4096, sizes=((48, 48),)),
         "LLaVA-NeXT, 1 x 2928": dict(batch=1, side=24, hidden=4096, sizes=((48, 48),)),
@@ -106,7 +106,18 @@ def inputs(batch, side, hidden, sizes, *, newline=True):
     return features, torch.randn(hidden) if newline else None, *tables
 
 
-@op
+@op(
+    features="floating (*rows, hidden)",
+    image_newline="floating (hidden) or None",
+    taps="int32 (packed, 4)",
+    weights="int32 (packed, 4)",
+    targets="int32 (prod(rows), 4)",
+    target_weights="int32 (prod(rows), 4)",
+    where={
+        "len(rows) > 0": "features: (..., hidden) of two dimensions or more",
+        "prod(rows) > 0 or packed == 0": "taps: no entry, because features has no row",
+    },
+)
 def anyres_pack_resized(
     features: Tensor,
     image_newline: Tensor | None,
@@ -115,24 +126,24 @@ def anyres_pack_resized(
     targets: Tensor,
     target_weights: Tensor,
 ) -> Tensor:
-    """As `anyres_pack`, each packed row a weighted sum of four: the stitched grids are resized.
+    """Pack tiles as `anyres_pack` does, and resize each stitched grid bilinearly.
 
-    Mirrors ``pack_image_features`` of transformers' ``LlavaOnevisionModel`` (``anyres_max_9``),
-    whose ``interpolate(mode="bilinear")`` runs after the unpadding.
+    Each packed row is a weighted sum of four rows of ``features``. Mirrors ``pack_image_features``
+    of transformers' ``LlavaOnevisionModel`` (``anyres_max_9``), whose
+    ``interpolate(mode="bilinear")`` runs after the unpadding. Sums are fp32 and rounded once.
 
     Args:
-        features, image_newline: as of `anyres_pack`.
-        taps: ``(packed, 4)`` int32, rows of ``features``; what is no row, as -1, is left out. A
-            packed row whose first tap is none is a newline.
-        weights: ``(packed, 4)`` int32, of the taps, in units of 2**-30.
-        targets, target_weights: ``(rows, 4)`` int32: the same matrix transposed, the packed rows
-            that each row of ``features`` is a tap of. Read for the gradient.
+        features: The rows of all tiles of all images, in order.
+        image_newline: The row between packed rows, cast to the dtype of ``features``; None gives
+            zeros.
+        taps: Rows of ``features``. A number that is no row, such as -1, adds nothing; if the first
+            tap is no row, the packed row is a newline.
+        weights: Weights of the taps, in units of 2**-30.
+        targets: The transposed matrix: the packed rows that each row of ``features`` is a tap of.
+            Read by backward, with ``target_weights``.
 
     Returns:
-        ``(packed, hidden)``; sums are fp32 and rounded once to the dtype of ``features``.
-
-    Raises:
-        TypeError, ValueError: as `anyres_pack`.
+        ``(packed, hidden)`` in the dtype of ``features``.
     """
     rows = features.flatten(0, -2)
     count, wide = rows.shape[0], torch.promote_types(rows.dtype, torch.float32)
@@ -143,42 +154,30 @@ def anyres_pack_resized(
     return torch.where(at[:, :1] < count, blended.to(rows.dtype), newline)
 
 
-@anyres_pack_resized.accepts
-def accepts_resized(features, image_newline, taps, weights, targets, target_weights):
-    name = "anyres_pack_resized"
-    check_rows(name, features, image_newline)
-    check_table(name, "taps", taps, features, width=(4,))
-    packed = taps.shape[0]
-    check_table(name, "weights", weights, features, packed, (4,))
-    check_table(name, "targets", targets, features, row_count(features), (4,))
-    check_table(name, "target_weights", target_weights, features, row_count(features), (4,))
-    return features, image_newline, taps, weights, targets, target_weights
-
-
-@anyres_pack_resized.requires
-def requires_resized(features, image_newline, taps, weights, targets, target_weights):
+@anyres_pack_resized.fallback_reason
+def fallback_reason_resized(features, image_newline, taps, weights, targets, target_weights):
     return nothing(features, taps)
 
 
 @anyres_pack_resized.forward
-def forward_resized(needs, features, image_newline, taps, weights, targets, target_weights):
+def forward_resized(needs_grad, features, image_newline, taps, weights, targets, target_weights):
     return kernels.blend_rows(features, taps, weights, image_newline), (
-        targets if needs.features else None,
-        target_weights if needs.features else None,
-        taps if needs.image_newline else None,
-        likeness(features) if needs.features or needs.image_newline else None,
-        image_newline.new_empty(0) if needs.image_newline else None,
+        targets if needs_grad.features else None,
+        target_weights if needs_grad.features else None,
+        taps if needs_grad.image_newline else None,
+        likeness(features) if needs_grad.features or needs_grad.image_newline else None,
+        image_newline.new_empty(0) if needs_grad.image_newline else None,
     )
 
 
 @anyres_pack_resized.backward
-def backward_resized(needs, kept, dy):
-    targets, target_weights, taps, shape, newline = kept
+def backward_resized(needs_grad, saved_tensors, dy):
+    targets, target_weights, taps, shape, newline = saved_tensors
     dfeatures = dnewline = None
-    if needs.features:
+    if needs_grad.features:
         dfeatures = kernels.blend_rows(dy, targets, target_weights, None)
         dfeatures = dfeatures.view(*shape.shape[:-1], dy.shape[-1])
-    if needs.image_newline:
+    if needs_grad.image_newline:
         dnewline = kernels.fill_gradient(dy, taps.select(1, 0), row_count(shape), newline.dtype)
     return dfeatures, dnewline, None, None, None, None
 
@@ -193,11 +192,14 @@ def cost_resized(features, image_newline, taps, weights, targets, target_weights
 
 
 @anyres_pack_resized.inputs(
-    test=[
-        dict(batch=1, side=2, hidden=1, sizes=((4, 4),), most=1),
-        dict(batch=3, side=2, hidden=17, sizes=((5, 4), (1, 2), None), most=1),
+    smallest=dict(batch=1, side=2, hidden=1, sizes=((4, 4),), most=1),
+    usual=dict(batch=3, side=2, hidden=17, sizes=((5, 4), (1, 2), None), most=1),
+    others=[
         dict(batch=1, side=2, hidden=100, sizes=((4, 3),), most=1, newline=False),
     ],
+    large=dict(batch=5, side=54, hidden=4100, sizes=((324, 324),), most=9),
+    bitwise=True,
+    large_along="features",
     bench={
         "LLaVA-OneVision, 8 x 17 tiles": dict(
             batch=8, side=27, hidden=3584, sizes=((108, 108),), most=9
@@ -224,43 +226,6 @@ def sample_plan(batch, side, sizes, newline, most=None):
     known = [size or (side, side) for size in images]
     made = plan(known, tiling, tiles=tiles, device=torch.get_default_device())
     return [table.clone() for table in made.tables], made.counts, sum(tiles)
-
-
-def check_rows(name, features, image_newline):
-    named = dict(features=features, image_newline=image_newline)
-    for argument, value in named.items():
-        if value is None and argument == "image_newline":
-            continue
-        if not isinstance(value, Tensor):
-            raise not_a_tensor(name, argument, value)
-        if not value.is_floating_point():
-            raise wrong_type(name, argument, value, "a floating dtype")
-    if features.ndim < 2:
-        raise wrong_value(name, "features", features, "(..., hidden) of two dimensions or more")
-    if image_newline is None:
-        return
-    if image_newline.shape != features.shape[-1:]:
-        wanted = f"{tuple(features.shape[-1:])} to match features[..., {features.shape[-1]}]"
-        raise wrong_value(name, "image_newline", image_newline, wanted)
-    if image_newline.device != features.device:
-        wanted = f"{features.device}, where features is"
-        raise wrong_value(name, "image_newline", image_newline, wanted)
-
-
-def check_table(name, argument, table, features, length=None, width=()):
-    if not isinstance(table, Tensor):
-        raise not_a_tensor(name, argument, table)
-    if table.dtype != torch.int32:
-        raise wrong_type(name, argument, table, "torch.int32, as anyres_plan.plan makes it")
-    if table.ndim != 1 + len(width) or table.shape[1:] != width:
-        raise wrong_value(name, argument, table, f"{('rows', *width)}")
-    if length is not None and table.shape[0] != length:
-        wanted = f"{(length, *width)}, of a plan for as many rows as there are here"
-        raise wrong_value(name, argument, table, wanted)
-    if table.device != features.device:
-        raise wrong_value(name, argument, table, f"{features.device}, where features is")
-    if row_count(features) == 0 and table.shape[0] > 0:
-        raise wrong_value(name, argument, table, "no entry, as features has no row")
 
 
 def nothing(features, table):

@@ -7,41 +7,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_fast.kernels import bipartite_match as kernels
-from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
-from vlm_fast.ops.declaration import FLOATS, Cost, discrete_op, nbytes
+from vlm_fast.ops.declaration import Cost, index_op, nbytes, no_kernel_for
 from vlm_fast.ops.verdict import ULPS, Verdict
 
 MAX_TOKENS = 2**30 - 1  # numbers of tokens are int32, and a token's is below twice that of its pair
 
 
-@discrete_op
+@index_op(
+    metric="floating (batch, tokens, features)",
+    r="int from 0",
+    protected="int from 0",
+    where={"protected <= tokens": "protected: 0 to {tokens}, the tokens"},
+)
 def bipartite_match(metric: Tensor, *, r: int, protected: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of similar tokens, to be merged by `merge_tokens`: Token Merging, arXiv 2210.09461.
+    """Find pairs of similar tokens for `merge_tokens`: ToMe's bipartite soft matching.
 
-    Tokens of even number are A, those of odd number B. Each A is paired with the B that is nearest
-    by the cosine of ``metric``, and the ``r`` closest pairs merge. Of equal similarities the lower
-    number comes first, among B and among A; a similarity that is NaN comes last.
+    Token Merging, arXiv 2210.09461. Tokens with an even number form set A, those with an odd number
+    set B. Each token of A is paired with the token of B that is nearest by the cosine of ``metric``
+    (taken in fp32), and the ``r`` closest pairs merge. Among equal similarities the lower number
+    comes first; a similarity that is NaN comes last. Nothing is differentiated, as in the paper.
+    Dtypes other than fp32, fp16 and bf16 fall back.
 
     Args:
-        metric: ``(batch, tokens, features)``, floating: what tokens are compared by, such as the
-            keys of attention or the tokens themselves. Cosines are taken in fp32. No gradient.
-        r: how many tokens less, at most half of those that are not protected; more is taken for
-            that most, ``(tokens - protected) // 2``.
-        protected: so many first tokens (a CLS token, registers) stay as they are: they are not
+        metric: What tokens are compared by, such as the keys of attention or the tokens themselves.
+        r: By how many tokens the number of tokens falls; at most ``(tokens - protected) // 2``, and
+            more counts as that.
+        protected: How many first tokens (a CLS token, registers) stay as they are. They are not
             merged, and nothing is merged into them.
 
-    dtypes other than fp32, fp16 and bf16 fall back. Nothing is differentiated, as in the paper.
-
-    Returns three int32 tensors, the match, for ``merged = tokens - r`` tokens. These are, as in the
-    paper, the A that are left, in their order, then all B, in theirs:
-
+    Returns:
+        Three int32 tensors, the match, for ``merged = tokens - r`` merged tokens. Merged tokens are
+        ordered as in the paper: the tokens of A that remain, then all tokens of B.
         destination ``(batch, tokens)``: the merged token that each token becomes part of.
-        order ``(batch, tokens)``: all tokens, those of a merged token side by side, its B first.
-        start ``(batch, merged + 1)``: where in ``order`` those of each merged token begin.
-
-    Raises:
-        TypeError: metric is no tensor or not floating, r or protected no int.
-        ValueError: metric has not three dimensions, r is negative, protected is not 0 to tokens.
+        order ``(batch, tokens)``: all tokens, grouped by merged token, the token of B first.
+        start ``(batch, merged + 1)``: where in ``order`` each merged token's group begins.
     """
     batch, tokens, _ = metric.shape
     r = merged_away(tokens, r, protected)
@@ -67,41 +66,20 @@ def _similarity(metric: Tensor, protected: int) -> Tensor:
     return a @ b.transpose(1, 2)
 
 
-@bipartite_match.accepts
-def accepts(metric, *, r, protected):
-    name = "bipartite_match"
-    if not isinstance(metric, Tensor):
-        raise not_a_tensor(name, "metric", metric)
-    if metric.ndim != 3:
-        raise wrong_value(name, "metric", metric, "(batch, tokens, features)")
-    if not metric.is_floating_point():
-        raise wrong_type(name, "metric", metric, "a floating dtype (float32, bfloat16 or float16)")
-    for option, value in (("r", r), ("protected", protected)):
-        if isinstance(value, (bool, float, str, Tensor)):  # a symbolic int is none of these
-            raise wrong_type(name, option, value, "an int")
-    if r < 0:
-        raise wrong_value(name, "r", r, "0 or more (tokens less)")
-    if not 0 <= protected <= metric.shape[1]:
-        raise wrong_value(name, "protected", protected, f"0 to {metric.shape[1]}, the tokens")
-    return (metric.detach(),)
-
-
-@bipartite_match.requires
-def requires(metric, *, r, protected):
-    if metric.dtype not in FLOATS:
-        return f"{metric.dtype} has no kernels here (float32, bfloat16 and float16 have)"
+@bipartite_match.fallback_reason
+def fallback_reason(metric, *, r, protected):
     if metric.shape[1] > MAX_TOKENS:
         return f"more than {MAX_TOKENS} tokens"
-    return None
+    return no_kernel_for(metric)
 
 
 @bipartite_match.forward
-def forward(needs, metric, *, r, protected):
+def forward(needs_grad, metric, *, r, protected):
     r = merged_away(metric.shape[1], r, protected)
     return kernels.bipartite_match(metric, r, protected), ()
 
 
-@bipartite_match.judges
+@bipartite_match.verifier
 def judge(found, metric, *, r, protected):
     """Every choice is as good as the best but for the rounding that plain PyTorch's has too.
 
@@ -150,12 +128,13 @@ def cost(metric, *, r, protected):
 
 
 @bipartite_match.inputs(
-    test=[
-        dict(batch=1, tokens=1, features=1, r=0),
-        dict(batch=3, tokens=17, features=24, r=5, protected=1),
+    smallest=dict(batch=1, tokens=1, features=1, r=0),
+    usual=dict(batch=3, tokens=17, features=24, r=5, protected=1),
+    others=[
         dict(batch=1, tokens=134, features=40, r=60),
         dict(batch=1, tokens=9, features=5, r=100, protected=2),
     ],
+    large=dict(batch=5, tokens=107_000, features=4096, r=53000),
     bench={
         "CLIP-L/336, 64 images, half": dict(batch=64, tokens=576, features=1024, r=288),
         "CLIP-L/336, 128 images, keys of 64": dict(batch=128, tokens=576, features=64, r=288),

@@ -8,13 +8,28 @@ from torch import Tensor
 from vlm_fast.kernels._cross_attention_aten import bias_gradient
 from vlm_fast.kernels._dropout import keep_mask
 from vlm_fast.kernels.cross_attention import attention_backward, attention_forward
-from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
-from vlm_fast.ops.declaration import FLOATS, Cost, linear_op, nbytes
+from vlm_fast.ops.declaration import Cost, linear_op, nbytes, no_kernel_for
 
 MAX_HEAD_SIZE = 128
 
 
-@linear_op
+@linear_op(
+    q="floating (batch, heads, queries, d)",
+    k="like q (batch, kv_heads, keys, d)",
+    v="like q (batch, kv_heads, keys, d)",
+    k2="like q (batch, kv_heads, keys2, d) or None",
+    v2="like q (batch, kv_heads, keys2, d) or None",
+    bias="like q or float32 (1|batch, 1|heads, 1|queries, 1|keys + keys2) or None",
+    key_mask="bool (batch, keys + keys2) or None",
+    seed="int64 one element or None",
+    dropout="number in [0, 1), needs seed",
+    where={
+        "(k2 is None) == (v2 is None)": "v2: a tensor with k2, and None without",
+        "heads % kv_heads == 0 if kv_heads else heads == 0": (
+            "k: a number of heads that divides the {heads} heads of q"
+        ),
+    },
+)
 def cross_attention(
     q: Tensor,
     k: Tensor,
@@ -28,33 +43,25 @@ def cross_attention(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """``softmax(scale q k^T + bias) v``, of few queries and of keys that may come in two parts.
+    """Attention of few queries to keys of one or two sources: ``softmax(scale q k^T + bias) v``.
 
     Mirrors the attention of transformers' ``Blip2QFormerMultiHeadAttention`` and
-    ``Idefics2PerceiverAttention``; the perceiver's keys, of image and of latents, are never
-    concatenated (Flamingo, arXiv 2204.14198).
+    ``Idefics2PerceiverAttention``. The Perceiver's keys, of the image and of the latents (Flamingo,
+    arXiv 2204.14198), are never concatenated. Tensors have any strides: a stride of 0 is read as it
+    is, a last stride other than 1 costs a copy. A query that sees no key, or whose scores are all
+    -inf, gives zeros. Dtypes other than fp32, fp16 and bf16, and d above 128, fall back.
 
     Args:
-        q: ``(batch, heads, queries, d)``; d is at most 128, larger falls back.
-        k, v: ``(batch, kv_heads, keys, d)``; ``heads`` is a multiple of ``kv_heads``, and
-            consecutive heads share one (arXiv 2305.13245).
-        k2, v2: ``(batch, kv_heads, keys2, d)``, attended after k and v, or None.
-        bias: ``(batch, heads, queries, keys + keys2)``, any size 1, added to the scores; of q's
-            dtype or fp32. With a gradient, that of all scores is formed.
-        key_mask: bool ``(batch, keys + keys2)``, True where a key is seen.
-        seed: one int64, for ``dropout`` (see `vlm_fast.kernels._dropout`).
-        scale: of the scores, ``d ** -0.5`` by default.
-        dropout: of probabilities, in [0, 1).
+        k: Consecutive heads of q share a head of k and v (arXiv 2305.13245).
+        k2: A second source of keys, attended after k and v.
+        bias: Added to the scores. Its gradient forms all scores.
+        key_mask: True where a key is seen.
+        seed: For dropout of probabilities (see `vlm_fast.kernels._dropout`).
+        scale: Factor of the scores, ``d ** -0.5`` by default.
+        dropout: The probability that an attention probability is zeroed.
 
-    All floating, of one dtype (fp32, fp16 or bf16; others fall back) and one device, with any
-    strides: those of 0 are read as they are, a last one other than 1 costs a copy. A query that
-    sees no key, or whose scores are all -Inf, gives zeros.
-
-    Returns ``(batch, heads, queries, d)``, in memory ``(batch, queries, heads, d)``.
-
-    Raises:
-        TypeError: an argument is no tensor, of another dtype, or missing (v2, seed).
-        ValueError: shapes do not fit, devices differ, or dropout is not in [0, 1).
+    Returns:
+        ``(batch, heads, queries, d)``, in memory ``(batch, queries, heads, d)``.
     """
     batch, heads, queries, d = q.shape
     kv_heads = k.shape[1]
@@ -78,103 +85,11 @@ def cross_attention(
     return o.view(q.shape).transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@cross_attention.accepts
-def accepts(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
-    # One pass over the usual case; what is wrong is found out afterwards.
-    try:
-        dtype, device = q.dtype, q.device
-        batch, heads, _, d = q.shape
-        images, kv_heads, _, d_k = k.shape
-        if (
-            batch == images
-            and d == d_k
-            and heads % kv_heads == 0
-            and v.shape == k.shape
-            and k.dtype is dtype
-            and v.dtype is dtype
-            and k.device == device
-            and v.device == device
-            and dtype.is_floating_point
-            and 0 <= dropout < 1
-            and k2 is v2 is bias is key_mask is seed is None
-            and dropout == 0
-        ):
-            return q, k, v, k2, v2, bias, key_mask, seed
-    except (AttributeError, ValueError, TypeError, ZeroDivisionError):
-        pass
-    mistake = _mistake(q, k, v, k2, v2, bias, key_mask, seed, dropout)
-    if mistake is not None:
-        raise mistake
-    return q, k, v, k2, v2, bias, key_mask, seed
-
-
-def _mistake(q, k, v, k2, v2, bias, key_mask, seed, dropout):
-    name = "cross_attention"
-    optional = dict(k2=k2, v2=v2, bias=bias, key_mask=key_mask, seed=seed)
-    named = dict(q=q, k=k, v=v, **optional)
-    for argument, value in named.items():
-        if not isinstance(value, Tensor) and not (value is None and argument in optional):
-            return not_a_tensor(name, argument, value)
-    if not isinstance(dropout, (int, float)):
-        return wrong_type(name, "dropout", dropout, "a number in [0, 1)")
-    if not 0 <= dropout < 1:
-        return wrong_value(name, "dropout", dropout, "a number in [0, 1)")
-    if (k2 is None) != (v2 is None):
-        missing = "k2" if k2 is None else "v2"
-        return wrong_type(name, missing, None, "a Tensor, or neither k2 nor v2")
-    if seed is None and dropout > 0:
-        return wrong_type(name, "seed", seed, "one int64, which dropout needs")
-    for argument, value in named.items():
-        if value is not None and argument not in ("key_mask", "seed") and value.ndim != 4:
-            return wrong_value(name, argument, value, "four dimensions, (batch, heads, tokens, d)")
-    batch, heads, queries, d = q.shape
-    keys = k.shape[2]
-    if k.shape != (batch, k.shape[1], keys, d):
-        return wrong_value(name, "k", k, f"({batch}, kv_heads, keys, {d}) to match q")
-    kv_heads = k.shape[1]
-    if heads % kv_heads if kv_heads else heads:
-        return wrong_value(name, "k", k, f"(*, a divisor of the {heads} heads of q, *, *)")
-    if v.shape != k.shape:
-        return wrong_value(name, "v", v, f"{tuple(k.shape)} as k has")
-    if k2 is not None:
-        if k2.shape != (batch, kv_heads, k2.shape[2], d):
-            return wrong_value(name, "k2", k2, f"({batch}, {kv_heads}, keys2, {d}) to match k")
-        if v2.shape != k2.shape:
-            return wrong_value(name, "v2", v2, f"{tuple(k2.shape)} as k2 has")
-        keys = keys + k2.shape[2]
-    if bias is not None:
-        scores = (batch, heads, queries, keys)
-        if any(n not in (1, m) for n, m in zip(bias.shape, scores, strict=True)):
-            return wrong_value(name, "bias", bias, f"{scores}, or 1 in place of any size")
-    if key_mask is not None and key_mask.shape != (batch, keys):
-        return wrong_value(name, "key_mask", key_mask, f"({batch}, {keys}), one for each key")
-    if seed is not None and seed.shape not in ((), (1,)):
-        return wrong_value(name, "seed", seed, "one int64")
-    if not q.is_floating_point():
-        return wrong_type(name, "q", q, "a floating dtype (float32, bfloat16 or float16)")
-    for argument in ("k", "v", "k2", "v2"):
-        value = named[argument]
-        if value is not None and value.dtype != q.dtype:
-            return wrong_type(name, argument, value, f"{q.dtype} as q has")
-    if bias is not None and bias.dtype not in (q.dtype, torch.float32):
-        return wrong_type(name, "bias", bias, f"{q.dtype} as q has, or torch.float32")
-    if key_mask is not None and key_mask.dtype != torch.bool:
-        return wrong_type(name, "key_mask", key_mask, "torch.bool")
-    if seed is not None and seed.dtype != torch.int64:
-        return wrong_type(name, "seed", seed, "torch.int64")
-    for argument, value in named.items():
-        if value is not None and value.device != q.device:
-            return wrong_value(name, argument, value, f"{q.device}, where q is")
-    return None
-
-
-@cross_attention.requires
-def requires(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
-    if q.dtype not in FLOATS:
-        return f"{q.dtype} has no kernels here (float32, bfloat16 and float16 have)"
+@cross_attention.fallback_reason
+def fallback_reason(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
     if not 1 <= q.shape[3] <= MAX_HEAD_SIZE:
-        return f"head size {q.shape[3]} is not 1 to {MAX_HEAD_SIZE} (no more is tiled)"
-    return None
+        return f"head size {q.shape[3]} is not 1 to {MAX_HEAD_SIZE}"
+    return no_kernel_for(q)
 
 
 def safe_softmax(scores: Tensor) -> Tensor:
@@ -192,32 +107,33 @@ def score_scale(scale: float | None, d: int) -> float:
 
 
 @cross_attention.forward
-def forward(needs, q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
+def forward(needs_grad, q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
     scale = score_scale(scale, q.shape[3])
     o = attention_forward(
         q, k, v, k2, v2, bias, key_mask, seed, scale=scale, dropout=dropout
     )  # fmt: skip
-    if not any(needs):
+    if not any(needs_grad):
         return o, ()
     # Inputs alone: what the forward found of the scores is found again.
     return o, (q, k, v, k2, v2, bias, key_mask, seed if dropout > 0 else None)
 
 
 @cross_attention.backward
-def backward(needs, kept, do, *, scale, dropout):
-    q, k, v, k2, v2, bias, key_mask, seed = kept
+def backward(needs_grad, saved_tensors, do, *, scale, dropout):
+    q, k, v, k2, v2, bias, key_mask, seed = saved_tensors
     scale = score_scale(scale, q.shape[3])
     found = attention_backward(
         do, q, k, v, k2, v2, bias, key_mask, seed, scale=scale, dropout=dropout,
-        want_q=needs.q, want_kv=needs.k or needs.v, want_kv2=needs.k2 or needs.v2,
+        want_q=needs_grad.q, want_kv=needs_grad.k or needs_grad.v,
+        want_kv2=needs_grad.k2 or needs_grad.v2,
     )  # fmt: skip
     dbias = None
-    if needs.bias:
+    if needs_grad.bias:
         dbias = bias_gradient(
             do, q, k, v, k2, v2, bias, key_mask, seed, scale, dropout
         )  # fmt: skip
     gradients = (*found, dbias, None, None)
-    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+    return tuple(g if need else None for g, need in zip(gradients, needs_grad, strict=True))
 
 
 @cross_attention.cost
@@ -234,11 +150,11 @@ def cost(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
 
 
 @cross_attention.inputs(
-    test=[
-        dict(batch=1, heads=1, shape=(1, 1), d=1),
-        dict(
-            batch=2, heads=2, shape=(3, 17), keys2=5, d=24, bias="full", hidden=True, dropout=0.25
-        ),
+    smallest=dict(batch=1, heads=1, shape=(1, 1), d=1),
+    usual=dict(
+        batch=2, heads=2, shape=(3, 17), keys2=5, d=24, bias="full", hidden=True, dropout=0.25
+    ),
+    others=[
         dict(batch=1, heads=2, shape=(32, 257), d=64),
         dict(batch=3, heads=4, kv_heads=2, shape=(5, 19), d=16, hidden=True, blind=1),
         dict(batch=2, heads=2, shape=(7, 33), keys2=7, d=40, bias="keys"),
@@ -246,6 +162,7 @@ def cost(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
         dict(batch=1, heads=4, kv_heads=1, shape=(9, 40), keys2=9, d=96),
         dict(batch=1, heads=1, shape=(96, 96), d=32),
     ],
+    large=dict(batch=5, heads=16, shape=(64, 107_000), d=64),
     bench={
         "BLIP-2, 64 images": dict(batch=64, heads=12, shape=(32, 257), d=64),
         "BLIP-2, 1 image": dict(batch=1, heads=12, shape=(32, 257), d=64),

@@ -1,21 +1,28 @@
 """How an op is declared: the reference is the op, and what makes it fast is attached to it.
 
-    @op
-    def name(x: Tensor, ..., *, option=...) -> Tensor:      the semantics, the fallback, the docs
-    @name.accepts    -> canonical positional arguments, or TypeError/ValueError before any launch
-    @name.requires   -> None, or why the fast path cannot serve this (valid) call
-    @name.forward    (needs, x, ..., *, option) -> (result, tensors that backward needs)
-    @name.backward   (needs, kept, dy, *, option) -> one gradient or None per positional argument
-    @name.constants  (needs) -> numbers of the results that then have no gradient; none by default
-    @name.judges     (results, x, ..., *, option) -> verdicts; of a `discrete_op`, in its place
-    @name.rounds_like  plain PyTorch once more, in the kernels' order of products, where that counts
-    @name.cost       (x, ..., *, option) -> Cost of the forward and of the backward
-    @name.inputs(test=[...], bench={...}) over one builder of arguments
+    @op(x="floating (..., in)", weight="like x (out, in)", activation=("gelu", "silu"))
+    def name(x, weight, *, activation="gelu"):    the meaning, the fallback, the documentation
 
-``needs`` has a field per tensor argument: whether its gradient is wanted; of a list of tensors
-whether each one's is, or an empty tuple where none is. ``kept`` can be unpacked
-once; a tensor of it is freed when the op drops it, unless the graph is retained. Parity, contract,
-compile, budget and benchmark suites loop over `OPS`; an op is two files and one import line.
+    @name.forward       (needs_grad, x, ..., *, option) -> (result, tensors saved for backward)
+    @name.backward      (needs_grad, saved_tensors, dy, *, option) -> a gradient or None per tensor
+    @name.cost          (x, ..., *, option) -> Cost of forward and backward
+    @name.inputs(usual=, empty=, large=, others=, bench=) over one builder of arguments
+
+    Optional:
+    @name.check                  an error for what the declared signature cannot say, or None
+    @name.fallback_reason        why the kernels cannot serve a valid call, or None
+    @name.non_differentiable     (needs_grad) -> indices of results without a gradient
+    @name.alternative_reference  a reference that multiplies in the kernels' order
+    @name.verifier               of an `index_op`: judges results for which there is no tolerance
+    name.autocast_exempt("x")    of a `linear_op`: arguments that autocast does not cast
+
+`vlm_fast.ops.signature` describes how arguments are declared. ``needs_grad.<argument>`` is True if
+that argument needs a gradient; for a list of tensors it holds one bool per tensor, or it is an
+empty tuple if none needs one. ``saved_tensors`` can be unpacked only once, so that each tensor is
+freed as soon as backward stops using it (unless the graph is retained).
+
+All suites (parity, gradients, compilation, budgets, benchmarks) loop over `OPS`. A new op is two
+files, ``kernels/<op>.py`` and ``vlm_fast/ops/<op>.py``, and one import line in ``ops/__init__.py``.
 """
 
 from __future__ import annotations
@@ -34,12 +41,15 @@ from torch.utils import _pytree
 
 from vlm_fast.fallback import DISABLED, fell_back, policy
 from vlm_fast.kernels._triton import AVAILABLE
+from vlm_fast.ops.argument_errors import mistake
+from vlm_fast.ops.docstrings import documented
 from vlm_fast.ops.registration import (
     CallPath,
     constant_while_compiling,
     in_functorch,
     refuse_forward_mode,
 )
+from vlm_fast.ops.signature import Signature
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,7 +60,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Cost:
-    """The least work one call can do: FLOPs and bytes to and from memory, each pass apart."""
+    """The least work of one call: FLOPs, and bytes read and written, of each pass."""
 
     forward_flops: int
     forward_bytes: int
@@ -59,15 +69,34 @@ class Cost:
 
 
 def nbytes(*tensors: Tensor | None) -> int:
+    """Bytes of all tensors together; None counts as none."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-class Op(Generic[P, R]):
-    """Three callables: ``op(...)`` chooses, ``op.fast(...)`` and ``op.reference(...)`` do not."""
+def no_kernel_for(x: Tensor) -> str | None:
+    """None, or why no kernel takes a tensor: its dtype or its layout."""
+    if x.dtype not in FLOATS:
+        return f"{x.dtype} has no kernels here (float32, bfloat16 and float16 have)"
+    if x.layout is not torch.strided or x.is_nested:
+        return f"the tensor is not dense (layout {x.layout})"
+    return None
 
-    def __init__(self, reference: Callable[P, R]) -> None:
+
+class Op(Generic[P, R]):
+    """An op: ``op(...)`` chooses between ``op.fast(...)``, the kernels, and ``op.reference(...)``.
+
+    Attributes:
+        name: of the op, of its two files and of its registration in ``torch.ops.vlm_fast``.
+        tensors: names of the tensor arguments.
+        defaults: options and their default values.
+        signature: what arguments the op accepts.
+        references: the reference and alternatives that multiply in another order.
+    """
+
+    def __init__(
+        self, reference: Callable[P, R], declared: Mapping[str, Any], where: Mapping[str, str]
+    ) -> None:
         self.name = reference.__name__
-        self.__doc__ = reference.__doc__
         self.__name__ = self.__qualname__ = self.name
         self.__module__ = reference.__module__
         self.__signature__ = inspect.signature(reference, eval_str=True)
@@ -75,15 +104,20 @@ class Op(Generic[P, R]):
         parameters = self.__signature__.parameters.values()
         self.tensors = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
         self.defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-        self.Needs = namedtuple(f"{self.name}_needs", self.tensors)  # type: ignore[misc]
+        self.signature = Signature(self.name, self.tensors, tuple(self.defaults), declared, where)
+        self.__doc__ = documented(reference.__doc__ or "", self.signature)
+        self.NeedsGrad = namedtuple(f"{self.name}_needs_grad", self.tensors)  # type: ignore[misc]
         self.autocasts = False
-        self.uncast: tuple[str, ...] = ()
-        self.discrete = False
-        self.plain_orders: list[Callable[..., Any]] = [reference]
-        self.judge: Callable[..., list[Any]] | None = None
-        self.constant: Callable[[Any], tuple[int, ...]] = lambda needs: ()
-        self._accepts: Callable[..., tuple[Any, ...]] = lambda *args, **options: args
-        self._requires: Callable[..., str | None] = lambda *args, **options: None
+        self.not_autocast: tuple[str, ...] = ()
+        self.returns_indices = False
+        self.references: list[Callable[..., Any]] = [reference]
+        self.verify: Callable[..., list[Any]] | None = None
+        self.results_without_gradient: Callable[[Any], tuple[int, ...]] = lambda needs_grad: ()
+        self._accepts = self.signature.accepts
+        self._check: Callable[..., Exception | None] | None = None
+        self._fallback_reason: Callable[..., str | None] | None = None
+        self._canonical = _canonical_of(self.signature)
+        self._has_more_checks = self._canonical is not None
         OPS[self.name] = self
 
     def __call__(self, *args: P.args, **options: P.kwargs) -> R:
@@ -91,9 +125,10 @@ class Op(Generic[P, R]):
         try:
             if self.autocasts and torch.is_autocast_enabled(_autocast_device(values[0])):
                 return self._under_autocast(self, values, settings)
-            values = self._accepts(*values, **settings)
-        except (TypeError, ValueError) as mistake:
-            return self._of_stand_ins(args, options, mistake)
+            if self._has_more_checks or not self._accepts(*values, **settings):
+                values = self.accepted(values, settings)
+        except (TypeError, ValueError) as error:
+            return self._of_proxies(args, options, error)
         reason = self._why_not(values, settings)
         if reason is not None:
             fell_back(self.name, reason)
@@ -101,20 +136,42 @@ class Op(Generic[P, R]):
         return self._path(values, settings)
 
     def fast(self, *args: P.args, **options: P.kwargs) -> R:
-        """The kernels, never the reference; raises where they cannot serve the call."""
+        """Call the kernels, never the reference.
+
+        Raises:
+            RuntimeError: the kernels cannot serve this call.
+        """
         values, settings = self._bind(args, options)
         if self.autocasts and torch.is_autocast_enabled(_autocast_device(values[0])):
             return self._under_autocast(self.fast, values, settings)
-        values = self._accepts(*values, **settings)
+        values = self.accepted(values, settings)
         reason = self._why_not(values, settings)
         if reason is not None and reason is not DISABLED:
             raise RuntimeError(f"vlm_fast.{self.name}: {reason}")
         return self._path(values, settings)
 
     def why_not(self, *args: P.args, **options: P.kwargs) -> str | None:
-        """The reason this call would be served by the reference, or None."""
+        """Why the reference would serve this call instead of the kernels; None if they would."""
         values, settings = self._bind(args, options)
-        return self._why_not(self._accepts(*values, **settings), settings)
+        return self._why_not(self.accepted(values, settings), settings)
+
+    def accepted(self, values: tuple[Any, ...], settings: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments in canonical form: sequences as lists, detached for an `index_op`.
+
+        Raises:
+            TypeError, ValueError: the arguments do not match the declared signature.
+        """
+        if self._canonical is not None:
+            values = self._canonical(values)
+        if not self._accepts(*values, **settings):
+            error: Exception | None = mistake(self.signature, values, settings)
+            if error is not None:
+                raise error
+        if self._check is not None:
+            error = self._check(*values, **settings)
+            if error is not None:
+                raise error
+        return values
 
     def _why_not(self, values: tuple[Any, ...], settings: dict[str, Any]) -> str | None:
         first = values[0]
@@ -130,14 +187,16 @@ class Op(Generic[P, R]):
         if torch.jit.is_tracing():
             return "a program that torch.jit.trace records holds plain PyTorch"
         if in_functorch():
-            refuse_forward_mode(self.name)  # jvp; the others are served
+            refuse_forward_mode(self.name)  # jvp is refused; the other transforms are served
             return "inside a torch.func transform"
-        return self._requires(*values, **settings)
+        if self._fallback_reason is None:
+            return no_kernel_for(first)
+        return self._fallback_reason(*values, **settings)
 
     def _bind(
         self, args: tuple[Any, ...], options: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Every tensor in its position, every option present; tensors may come by keyword."""
+        """Every tensor in its position and every option by name; tensors may come by keyword."""
         if len(args) == len(self.tensors):
             if not options:
                 return args, self.defaults
@@ -147,33 +206,31 @@ class Op(Generic[P, R]):
         bound.apply_defaults()
         return bound.args, dict(bound.kwargs)
 
-    def _of_stand_ins(
-        self, args: tuple[Any, ...], options: dict[str, Any], mistake: Exception
-    ) -> Any:
-        """The call of a tracer, whose arguments stand for others; without a tracer raise."""
+    def _of_proxies(self, args: tuple[Any, ...], options: dict[str, Any], error: Exception) -> Any:
+        """Record the call if a tracer made it with proxies in place of tensors; else raise."""
         proxies = [v for v in _pytree.tree_leaves((args, options)) if isinstance(v, Proxy)]
-        if proxies:  # torch.fx.symbolic_trace: its graph calls the op, as it calls torch's own
+        if proxies:  # the graph of torch.fx.symbolic_trace calls the op as it calls torch's own
             return proxies[0].tracer.create_proxy("call_function", self, args, options)
         sizes = [name for name, value in options.items() if isinstance(value, Tensor)]
         if torch.jit.is_tracing() and sizes and not set(sizes) & set(self.tensors):
             # torch.jit.trace makes tensors of sizes; it warns that their values are recorded.
             return self(*args, **{**options, **{name: int(options[name]) for name in sizes}})
-        raise mistake
+        raise error
 
     def _under_autocast(
         self, call: Callable[..., Any], values: tuple[Any, ...], settings: dict[str, Any]
     ) -> Any:
-        # By hand: register_autocast is skipped under torch.compile on torch 2.11.
+        # Cast here: register_autocast is skipped under torch.compile on torch 2.11.
         device = _autocast_device(values[0])
         dtype = torch.get_autocast_dtype(device)
 
         def to(value: Any) -> Any:
-            if isinstance(value, list):
+            if isinstance(value, (list, tuple)):
                 return [to(v) for v in value]
             return value.to(dtype) if isinstance(value, Tensor) and value.dtype in FLOATS else value
 
         named = zip(self.tensors, values, strict=True)
-        cast = [value if name in self.uncast else to(value) for name, value in named]
+        cast = [value if name in self.not_autocast else to(value) for name, value in named]
         with torch.autocast(device, enabled=False):
             return call(*cast, **settings)
 
@@ -183,12 +240,12 @@ class Op(Generic[P, R]):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Random arguments, and options, of a named or test shape.
+        """Random arguments and options of a declared shape.
 
-        They are made in ``dtype`` rather than converted: a conversion would lose their strides.
+        They are made in ``dtype`` and not converted, because a conversion would lose their strides.
         """
         options = {name: value for name, value in shape.items() if name in self.defaults}
-        # A size may be an option too: a grid's.
+        # A size of the builder may be an option too, as the height of a grid is.
         taken = inspect.signature(self.make_inputs).parameters
         sizes = {n: value for n, value in shape.items() if n not in options or n in taken}
         before = torch.get_default_dtype()
@@ -201,53 +258,134 @@ class Op(Generic[P, R]):
 
     # ---- attached by the declaration ----
 
-    def accepts(self, check: Callable[..., tuple[Any, ...]]) -> None:
-        self._accepts = check
+    def check(self, check: Callable[..., Exception | None]) -> None:
+        """Attach ``check(x, ..., *, option)``, which returns the error of a wrong call or None."""
+        self._check = check
+        self._has_more_checks = True
 
-    def requires(self, unsupported: Callable[..., str | None]) -> None:
-        self._requires = unsupported
+    def fallback_reason(self, reason: Callable[..., str | None]) -> None:
+        """Attach ``reason(x, ..., *, option)``: why the kernels cannot serve a call, or None."""
+        self._fallback_reason = reason
 
     def forward(self, forward: Callable[..., tuple[Any, tuple[Tensor | None, ...]]]) -> None:
+        """Attach the forward: ``(needs_grad, x, ..., *, option) -> (result, saved tensors)``."""
         self._forward = forward
-        if self.discrete:
-            self.backward(lambda needs, kept, *gradients, **options: (None,) * len(needs))
+        if self.returns_indices:
+            self.backward(lambda needs_grad, saved, *dys, **options: (None,) * len(needs_grad))
 
     def backward(self, backward: Callable[..., tuple[Any, ...]]) -> None:
+        """Attach the backward: a gradient or None for each tensor argument."""
         self._path = CallPath(self, self._forward, backward)
 
-    def constants(self, constant: Callable[[Any], tuple[int, ...]]) -> None:
-        """Which results, of several, hang on nothing whose gradient is wanted: ``(needs)``."""
-        self.constant = constant
+    def non_differentiable(self, indices: Callable[[Any], tuple[int, ...]]) -> None:
+        """Attach ``indices(needs_grad)``: results that depend on no input that needs a gradient."""
+        self.results_without_gradient = indices
 
-    def leaves_alone(self, *names: str) -> None:
-        """Tensor arguments of a linear op that autocast does not cast."""
-        self.uncast = names
+    def autocast_exempt(self, *names: str) -> None:
+        """Name tensor arguments of a `linear_op` that autocast does not cast."""
+        self.not_autocast = names
 
-    def judges(self, judge: Callable[..., list[Any]]) -> None:
-        """Of a discrete op: ``judge(results, *args, **options)``, one `parity.Verdict` or more."""
-        self.judge = judge
+    def verifier(self, verify: Callable[..., list[Any]]) -> None:
+        """Attach ``verify(results, x, ..., *, option)``, which returns one `Verdict` or more."""
+        self.verify = verify
 
-    def rounds_like(self, plain: Callable[..., R]) -> None:
-        """The reference in an order of products that rounds otherwise; its error is allowed too."""
-        self.plain_orders.append(plain)
+    def alternative_reference(self, reference: Callable[..., R]) -> None:
+        """Attach a second reference that multiplies in the kernels' order.
+
+        It rounds differently from the first, and its error is allowed too.
+        """
+        self.references.append(reference)
 
     def cost(self, cost: Callable[..., Cost]) -> None:
+        """Attach ``cost(x, ..., *, option)``."""
         self._cost = cost
 
     def cost_of(self, *args: P.args, **options: P.kwargs) -> Cost:
-        """FLOPs and bytes of this call."""
+        """FLOPs and bytes of one call."""
         values, settings = self._bind(args, options)
         return self._cost(*values, **settings)
 
     def inputs(
-        self, test: Iterable[Mapping[str, Any]], bench: Mapping[str, Mapping[str, Any]]
+        self,
+        *,
+        smallest: Mapping[str, Any],
+        usual: Mapping[str, Any],
+        others: Iterable[Mapping[str, Any]] = (),
+        large: Mapping[str, Any],
+        large_along: str = "batch",
+        bitwise: bool = False,
+        bench: Mapping[str, Mapping[str, Any]],
     ) -> Callable[[Callable[..., tuple[Any, ...]]], None]:
-        """Name the shapes once: the proof suites take ``test``, the benchmark ``bench``."""
+        """Declare the shapes of an op's arguments, over one function that makes the arguments.
+
+        `with_batch` says which size is the number of images or rows.
+
+        Args:
+            smallest: A shape with as many sizes of 1 as possible.
+            usual: A shape of odd sizes. Tests that need one shape take this.
+            others: More shapes for tests: strides, options, borders of tiles.
+            large: A shape with more than 2**31 elements, for a GPU.
+            large_along: "batch" or "features": along what a part of the large call equals a call of
+                that part.
+            bitwise: Whether that part is equal bit for bit, as where there is no GEMM.
+            bench: Shapes of real models, by name.
+
+        Raises:
+            ValueError: No size is the number of images or rows.
+        """
+        for shape in (smallest, usual, *others, large, *bench.values()):
+            with_batch(shape, 1)
 
         def attach(make: Callable[..., tuple[Any, ...]]) -> None:
-            self.make_inputs, self.test_shapes, self.bench_shapes = make, list(test), dict(bench)
+            self.make_inputs = make
+            self.test_shapes = [smallest, usual, *others]
+            self.usual_shape, self.large_shape = usual, large
+            self.large_along, self.bitwise = large_along, bitwise
+            self.bench_shapes = dict(bench)
 
         return attach
+
+
+def with_batch(shape: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """A shape with another number of images or rows; with 0, none of them.
+
+    That number is the size named ``batch`` (``count`` counts over the whole batch), or the first
+    size of ``shape``.
+
+    Raises:
+        ValueError: No size is the number of images or rows.
+    """
+    new = dict(shape)
+    if "batch" in shape:
+        new["batch"] = batch
+        if "count" in shape:
+            new["count"] = shape["count"] // shape["batch"] * batch
+    elif "shape" in shape:
+        new["shape"] = (batch, *shape["shape"][1:])
+    else:
+        raise ValueError(f"which of {list(shape)} is the number of images or rows?")
+    return new
+
+
+def _canonical_of(signature: Signature) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
+    """A function that makes lists of sequences, and of a tensor where a list is declared."""
+    at = [
+        i for i, declared in enumerate(signature.tensors.values())
+        if isinstance(declared, list) or declared.is_list
+    ]  # fmt: skip
+    if not at:
+        return None
+    (i,) = at
+
+    def canonical(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        value = values[i]
+        if isinstance(value, Tensor):
+            return (*values[:i], [value], *values[i + 1 :])
+        if isinstance(value, tuple):
+            return (*values[:i], list(value), *values[i + 1 :])
+        return values
+
+    return canonical
 
 
 @constant_while_compiling  # Dynamo of torch 2.11 takes every compilation for an export
@@ -256,11 +394,11 @@ def _is_exporting() -> bool:
 
 
 def _autocast_device(first: Any) -> str:
-    # Not a tensor: said by the op's own checks, which come next.
+    # Not a tensor: the op's own checks say so next.
     return "cuda" if getattr(first, "is_cuda", False) else "cpu"
 
 
-@constant_while_compiling  # Dynamo of torch 2.11 does not trace what it asks
+@constant_while_compiling  # Dynamo of torch 2.11 does not trace this query
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
@@ -280,24 +418,42 @@ def _without_autocast(reference: Callable[P, R]) -> Callable[P, R]:
     return plain
 
 
-def op(reference: Callable[P, R]) -> Op[P, R]:
-    """Declare an op that leaves dtypes alone under autocast."""
-    return Op(_without_autocast(reference))
+def op(
+    *, where: Mapping[str, str] | None = None, **declared: Any
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Declare an op that keeps dtypes as they are under autocast."""
+    return lambda reference: Op(_without_autocast(reference), declared, where or {})
 
 
-def discrete_op(reference: Callable[P, R]) -> Op[P, R]:
-    """Declare an op that chooses: its results are numbers of things, and have no gradient.
+def index_op(
+    *, where: Mapping[str, str] | None = None, **declared: Any
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Declare an op whose results are indices, which have no gradient.
 
-    Rounding may turn a choice, so there is no tolerance for it; `judges` says what is right. Its
-    ``accepts`` detaches what it chooses by.
+    Rounding may change which index is chosen, so there is no tolerance: `Op.verifier` says what is
+    right. Nothing is differentiated; the op's reference detaches its arguments.
     """
-    declared = Op(_without_autocast(reference))
-    declared.discrete = True
-    return declared
+
+    def declare(reference: Callable[P, R]) -> Op[P, R]:
+        declared_op = Op(_without_autocast(reference), declared, where or {})
+        declared_op.returns_indices = True
+        declared_op._has_more_checks = True
+        declared_op._canonical = lambda values: tuple(
+            [v.detach() if isinstance(v, Tensor) else v for v in values]
+        )
+        return declared_op
+
+    return declare
 
 
-def linear_op(reference: Callable[P, R]) -> Op[P, R]:
-    """Declare an op that autocast treats like ``nn.Linear``: computed and returned in its dtype."""
-    declared = Op(reference)
-    declared.autocasts = True
-    return declared
+def linear_op(
+    *, where: Mapping[str, str] | None = None, **declared: Any
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Declare an op that autocast treats like ``nn.Linear``: it computes and returns its dtype."""
+
+    def declare(reference: Callable[P, R]) -> Op[P, R]:
+        declared_op = Op(reference, declared, where or {})
+        declared_op.autocasts = True
+        return declared_op
+
+    return declare

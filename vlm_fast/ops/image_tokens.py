@@ -10,36 +10,37 @@ from torch import Tensor
 
 from vlm_fast.fallback import policy
 from vlm_fast.kernels import image_tokens as kernels
-from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
 from vlm_fast.ops.declaration import Cost, nbytes, op
 
 MAX_ROWS = 2**31 - 1  # slots are int32
 
 
-@op
+@op(
+    inputs_embeds="floating (batch, sequence, hidden)",
+    image_features="list of floating (..., hidden)",
+    image_mask="bool (batch, sequence)",
+)
 def merge_image_tokens(
     inputs_embeds: Tensor, image_features: Tensor | Sequence[Tensor], image_mask: Tensor
 ) -> Tensor:
-    """``inputs_embeds`` with the rows of ``image_features``, in order, where the mask is true.
+    """Scatter image features into the placeholder positions of ``inputs_embeds``.
 
     Mirrors ``inputs_embeds.masked_scatter(mask.unsqueeze(-1), features.to(inputs_embeds.dtype))``
-    of transformers' LLaVA-type models, with a checked count and without anything of the hidden
-    size beside the result. Out of place, deterministic, gradients to both.
+    of transformers' LLaVA-type models, but checks the count and forms nothing of the hidden size
+    beside the result. Out of place, deterministic, with gradients to both.
 
     Args:
-        inputs_embeds: ``(batch, sequence, hidden)``, floating.
-        image_features: ``(..., hidden)``, or a list of such tensors (one an image); any floating
-            dtype, cast to that of ``inputs_embeds``.
-        image_mask: ``(batch, sequence)``, bool.
+        image_features: One tensor, or a list with one per image. Cast to the dtype of
+            ``inputs_embeds``.
+        image_mask: True at the positions that take the rows of the features, in order.
 
     Returns:
         ``(batch, sequence, hidden)`` in the dtype of ``inputs_embeds``, freshly allocated.
 
     Raises:
-        TypeError: an argument is no tensor or of a wrong dtype.
-        ValueError: shapes or devices do not fit, or the mask has not as many slots as there are
-            feature rows. On CUDA that count is checked on the device, without a synchronisation (a
-            device-side assertion), and on the host only under `vlm_fast.strict`.
+        ValueError: Also if the mask has not as many True entries as there are feature rows. On CUDA
+            that count is checked on the device without a synchronisation (a device-side assertion),
+            and on the host only under `vlm_fast.strict`.
     """
     hidden = inputs_embeds.shape[-1]
     images = [image_features] if isinstance(image_features, Tensor) else image_features
@@ -48,61 +49,42 @@ def merge_image_tokens(
     return inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), every)
 
 
-@merge_image_tokens.accepts
-def accepts(inputs_embeds, image_features, image_mask):
-    name = "merge_image_tokens"
-    check_sequence(name, "inputs_embeds", inputs_embeds, image_mask)
-    if isinstance(image_features, Tensor):
-        image_features = [image_features]
-    elif not isinstance(image_features, Sequence):
-        raise not_a_tensor(name, "image_features", image_features)
-    hidden, rows = inputs_embeds.shape[-1], 0
-    for i, image in enumerate(image_features):
-        argument = "image_features" if len(image_features) == 1 else f"image_features[{i}]"
-        if not isinstance(image, Tensor):
-            raise not_a_tensor(name, argument, image)
-        if image.ndim == 0 or image.shape[-1] != hidden:
-            wanted = f"(..., {hidden}) to match inputs_embeds[..., {hidden}]"
-            raise wrong_value(name, argument, image, wanted)
-        if not image.is_floating_point():
-            raise wrong_type(name, argument, image, "a floating dtype")
-        if image.device != inputs_embeds.device:
-            wanted = f"{inputs_embeds.device}, where inputs_embeds is"
-            raise wrong_value(name, argument, image, wanted)
+@merge_image_tokens.check
+def check(inputs_embeds, image_features, image_mask):
+    rows = 0
+    for image in image_features:
         rows += row_count(image)
     if rows > image_mask.numel():
-        raise ValueError(
-            f"vlm_fast.{name}: image_features has {rows} rows, expected at most "
+        return ValueError(
+            f"vlm_fast.merge_image_tokens: image_features has {rows} rows, expected at most "
             f"{image_mask.numel()}, the positions of image_mask"
         )
-    # One empty block stands for no images, so that a gradient path to the features remains.
-    features = list(image_features) or [inputs_embeds.new_empty(0, hidden)]
-    return inputs_embeds, features, image_mask
+    return None
 
 
-@merge_image_tokens.requires
-def requires(inputs_embeds, image_features, image_mask):
+@merge_image_tokens.fallback_reason
+def fallback_reason(inputs_embeds, image_features, image_mask):
     return no_rows(inputs_embeds)
 
 
 @merge_image_tokens.forward
-def forward(needs, inputs_embeds, image_features, image_mask):
+def forward(needs_grad, inputs_embeds, image_features, image_mask):
     count = sum(row_count(image) for image in image_features)
     slots, found = kernels.image_token_slots(image_mask, count)
     check_count("merge_image_tokens", "image_features", count, found)
     out = kernels.merge_image_tokens(inputs_embeds, image_features, image_mask, slots)
-    wanted = needs.inputs_embeds or needs.image_features
+    wanted = needs_grad.inputs_embeds or needs_grad.image_features
     return out, (
-        image_mask if needs.inputs_embeds else None,
+        image_mask if needs_grad.inputs_embeds else None,
         slots if wanted else None,
-        *(likeness(image) if needs.image_features else None for image in image_features),
+        *(likeness(image) if needs_grad.image_features else None for image in image_features),
     )
 
 
 @merge_image_tokens.backward
-def backward(needs, kept, dy):
-    mask, slots, *likenesses = kept
-    dembeds = kernels.clear_image_tokens(dy, mask, slots) if needs.inputs_embeds else None
+def backward(needs_grad, saved_tensors, dy):
+    mask, slots, *likenesses = saved_tensors
+    dembeds = kernels.clear_image_tokens(dy, mask, slots) if needs_grad.inputs_embeds else None
     first = 0
     dfeatures: list[Tensor | None] = []
     for likeness in likenesses:
@@ -127,14 +109,16 @@ def cost(inputs_embeds, image_features, image_mask):
 
 
 @merge_image_tokens.inputs(
-    test=[
-        dict(batch=1, sequence=1, hidden=1, images=1, tokens=1),
-        dict(batch=3, sequence=37, hidden=17, images=1, tokens=5),
+    smallest=dict(batch=1, sequence=1, hidden=1, images=1, tokens=1),
+    usual=dict(batch=3, sequence=37, hidden=17, images=1, tokens=5),
+    others=[
         dict(batch=2, sequence=50, hidden=100, images=2, tokens=9),
         dict(batch=2, sequence=8, hidden=64, images=2, tokens=4),
         dict(batch=1, sequence=7, hidden=24, images=0, tokens=0),
         dict(batch=2, sequence=30, hidden=40, images=3, tokens=4, as_list=True),
     ],
+    large=dict(batch=5, sequence=107_000, hidden=4096, images=1, tokens=576),
+    bitwise=True,
     bench={
         "LLaVA-1.5-7B, 8 x 2944": dict(batch=8, sequence=2944, hidden=4096, images=1, tokens=576),
         "LLaVA-1.5-7B, 16 x 1024": dict(batch=16, sequence=1024, hidden=4096, images=1, tokens=576),
@@ -148,54 +132,50 @@ def inputs(batch, sequence, hidden, images, tokens, *, as_list=False):
     return torch.randn(batch, sequence, hidden), list(features) if as_list else features, mask
 
 
-@op
+@op(
+    hidden_states="floating (batch, sequence, hidden)",
+    image_mask="bool (batch, sequence)",
+    count="int from 0",
+    where={
+        "count <= batch * sequence": "count: 0 to {batch * sequence}, the positions of image_mask",
+    },
+)
 def gather_image_tokens(hidden_states: Tensor, image_mask: Tensor, *, count: int) -> Tensor:
-    """The rows of ``hidden_states`` where the mask is true, in order: the inverse of the merge.
+    """Gather the rows of ``hidden_states`` where the mask is True: the inverse of the merge.
 
-    Mirrors ``hidden_states[image_mask]``, without its host synchronisation: the caller, who placed
+    Mirrors ``hidden_states[image_mask]`` without its host synchronisation: the caller, who placed
     the images, says how many rows there are.
 
     Args:
-        hidden_states: ``(batch, sequence, hidden)``, floating.
-        image_mask: ``(batch, sequence)``, bool.
-        count: how many entries of the mask are true.
+        image_mask: True at the positions to gather.
+        count: How many entries of the mask are True.
 
     Returns:
         ``(count, hidden)``, freshly allocated, differentiable.
 
     Raises:
-        TypeError, ValueError: as `merge_image_tokens`.
+        ValueError: Also if ``count`` is wrong, as `merge_image_tokens` checks it.
     """
     return hidden_states[image_mask]
 
 
-@gather_image_tokens.accepts
-def gather_accepts(hidden_states, image_mask, *, count):
-    name = "gather_image_tokens"
-    check_sequence(name, "hidden_states", hidden_states, image_mask)
-    if not 0 <= count <= image_mask.numel():
-        wanted = f"0 to {image_mask.numel()}, the positions of image_mask"
-        raise wrong_value(name, "count", count, wanted)
-    return hidden_states, image_mask
-
-
-@gather_image_tokens.requires
-def gather_requires(hidden_states, image_mask, *, count):
+@gather_image_tokens.fallback_reason
+def gather_fallback_reason(hidden_states, image_mask, *, count):
     return no_rows(hidden_states)
 
 
 @gather_image_tokens.forward
-def gather_forward(needs, hidden_states, image_mask, *, count):
+def gather_forward(needs_grad, hidden_states, image_mask, *, count):
     slots, found = kernels.image_token_slots(image_mask, count)
     check_count("gather_image_tokens", "count", count, found)
     out = hidden_states.new_empty(count, hidden_states.shape[-1])
     kernels.gather_image_tokens(hidden_states, slots, 0, out)
-    return out, (image_mask, slots) if needs.hidden_states else (None, None)
+    return out, (image_mask, slots) if needs_grad.hidden_states else (None, None)
 
 
 @gather_image_tokens.backward
-def gather_backward(needs, kept, dy, *, count):
-    mask, slots = kept
+def gather_backward(needs_grad, saved_tensors, dy, *, count):
+    mask, slots = saved_tensors
     return kernels.place_image_tokens(dy, mask, slots), None
 
 
@@ -206,11 +186,13 @@ def gather_cost(hidden_states, image_mask, *, count):
 
 
 @gather_image_tokens.inputs(
-    test=[
-        dict(batch=1, sequence=1, hidden=1, images=1, tokens=1, count=1),
-        dict(batch=3, sequence=37, hidden=17, images=1, tokens=5, count=15),
+    smallest=dict(batch=1, sequence=1, hidden=1, images=1, tokens=1, count=1),
+    usual=dict(batch=3, sequence=37, hidden=17, images=1, tokens=5, count=15),
+    others=[
         dict(batch=1, sequence=7, hidden=24, images=0, tokens=0, count=0),
     ],
+    large=dict(batch=5, sequence=107_000, hidden=4096, images=1, tokens=576, count=2880),
+    bitwise=True,
     bench={
         "LLaVA-1.5-7B, 8 x 2944": dict(
             batch=8, sequence=2944, hidden=4096, images=1, tokens=576, count=4608
@@ -233,23 +215,6 @@ def placeholders(batch: int, sequence: int, images: int, tokens: int) -> Tensor:
             start = image * tokens + text_before
             mask[sample, start : start + tokens] = True
     return mask
-
-
-def check_sequence(name: str, argument: str, rows: Tensor, mask: Tensor) -> None:
-    for label, value in ((argument, rows), ("image_mask", mask)):
-        if not isinstance(value, Tensor):
-            raise not_a_tensor(name, label, value)
-    if rows.ndim != 3:
-        raise wrong_value(name, argument, rows, "(batch, sequence, hidden)")
-    if not rows.is_floating_point():
-        raise wrong_type(name, argument, rows, "a floating dtype")
-    if mask.dtype != torch.bool:
-        raise wrong_type(name, "image_mask", mask, "torch.bool")
-    if mask.shape != rows.shape[:2]:
-        wanted = f"{tuple(rows.shape[:2])}, the batch and sequence of {argument}"
-        raise wrong_value(name, "image_mask", mask, wanted)
-    if mask.device != rows.device:
-        raise wrong_value(name, "image_mask", mask, f"{rows.device}, where {argument} is")
 
 
 def row_count(image: Tensor) -> int:

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_fast.kernels._launcher import is_traced
-from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
-from vlm_fast.ops.declaration import FLOATS, Cost, linear_op, nbytes
+from vlm_fast.ops.declaration import Cost, linear_op, nbytes, no_kernel_for
 
 # Elements of a tile of (images, queries, texts): on a CPU it stays in the second-level cache, on a
 # GPU in the second-level cache too, but is large enough to fill the tensor cores.
@@ -21,65 +20,36 @@ TILE = {"cpu": 2**18, "cuda": 2**22}
 SPARSE = 16
 
 
-@linear_op
+@linear_op(
+    images="floating (image_count, queries, features)",
+    texts="like images (text_count, features)",
+    where={"queries > 0": "images: (images, queries, features) with at least one query"},
+)
 def max_similarity(images: Tensor, texts: Tensor) -> Tensor:
-    """``out[a, c] = max over q of <images[a, q], texts[c]>``.
+    """The image-text similarity of BLIP-2: ``out[a, c] = max over q of <images[a, q], texts[c]>``.
 
-    The image-text similarity of BLIP-2 (arXiv 2301.12597, section 3.2): of all query outputs, the
-    one nearest to the text counts. Beyond a tile, the scores of all queries are never in memory;
-    backward keeps the number of the winning query, one byte a pair (two above 256 queries, four
-    above 32768). Of equal scores the first wins, as in ``torch.max``.
+    BLIP-2, arXiv 2301.12597, section 3.2: of all query outputs of an image, the one nearest to the
+    text counts. Beyond a tile, the scores of all queries are never in memory. Backward keeps the
+    index of the winning query, one byte a pair (two above 256 queries, four above 32768). Among
+    equal scores the first wins, as in ``torch.max``. Dtypes other than fp32, fp16 and bf16 fall
+    back.
 
-    Args:
-        images: ``(images, queries, features)``; any strides.
-        texts: ``(texts, features)``; any strides.
-
-    Both floating, of one dtype (fp32, fp16 or bf16; others fall back) and one device. Returns
-    ``(images, texts)`` in that dtype, or autocast's.
-
-    Raises:
-        TypeError: an argument is not a tensor, not floating, or dtypes differ.
-        ValueError: shapes do not fit, an image has no queries, or devices differ.
+    Returns:
+        ``(image_count, text_count)``, in the dtype of ``images`` or autocast's.
     """
     return torch.matmul(images, texts.t()).max(dim=1).values
 
 
-@max_similarity.accepts
-def accepts(images, texts):
-    for name, value in (("images", images), ("texts", texts)):
-        if not isinstance(value, Tensor):
-            raise not_a_tensor("max_similarity", name, value)
-    if images.ndim != 3 or images.shape[1] == 0:
-        raise wrong_value(
-            "max_similarity", "images", images, "(images, queries, features), 1 query at least"
-        )
-    if texts.ndim != 2 or texts.shape[1] != images.shape[2]:
-        wanted = f"(texts, {images.shape[2]}), the features of images"
-        raise wrong_value("max_similarity", "texts", texts, wanted)
-    if not images.is_floating_point():
-        raise wrong_type("max_similarity", "images", images, "a floating dtype")
-    if texts.dtype != images.dtype:
-        raise wrong_type("max_similarity", "texts", texts, f"{images.dtype} as images has")
-    if texts.device != images.device:
-        raise wrong_value("max_similarity", "texts", texts, f"{images.device}, where images is")
-    return images, texts
-
-
-@max_similarity.requires
-def requires(images, texts):
-    if images.dtype not in FLOATS:
-        return f"{images.dtype} is not served here (float32, bfloat16 and float16 are)"
-    for name, value in (("images", images), ("texts", texts)):
-        if value.layout is not torch.strided or value.is_nested:
-            return f"{name} is not a dense tensor (layout {value.layout})"
-    return None
+@max_similarity.fallback_reason
+def fallback_reason(images, texts):
+    return no_kernel_for(images) or no_kernel_for(texts)
 
 
 @max_similarity.forward
-def forward(needs, images, texts):
+def forward(needs_grad, images, texts):
     count, queries, _ = images.shape
     out = images.new_empty(count, texts.shape[0])
-    winner = torch.empty_like(out, dtype=_number_dtype(queries)) if any(needs) else None
+    winner = torch.empty_like(out, dtype=_number_dtype(queries)) if any(needs_grad) else None
     if not is_traced(images):
         columns = texts.t()
         for part in _parts(count, queries * texts.shape[0], images):
@@ -91,23 +61,23 @@ def forward(needs, images, texts):
     if winner is None:
         return out, (None, None, None, None)
     return out, (
-        images if needs.texts else None,
-        texts if needs.images else None,
+        images if needs_grad.texts else None,
+        texts if needs_grad.images else None,
         winner,
-        images.new_empty(count, queries, 0) if needs.images else None,  # the shape alone
+        images.new_empty(count, queries, 0) if needs_grad.images else None,  # the shape alone
     )
 
 
 @max_similarity.backward
-def backward(needs, kept, dy):
-    images, texts, winner, like = kept
+def backward(needs_grad, saved_tensors, dy):
+    images, texts, winner, like = saved_tensors
     count, queries, _ = (images if like is None else like).shape
     traced = is_traced(dy)
     sparse = not (traced or dy.is_cuda) and queries >= SPARSE and dy.numel() > 0
     if sparse and all(operand is None or _is_finite(operand) for operand in (images, texts)):
         return _sum_winners(dy, winner, images, texts, queries)
-    dimages = dy.new_empty(count, queries, texts.shape[1]) if needs.images else None
-    dtexts = dy.new_empty(winner.shape[1], images.shape[2]) if needs.texts else None
+    dimages = dy.new_empty(count, queries, texts.shape[1]) if needs_grad.images else None
+    dtexts = dy.new_empty(winner.shape[1], images.shape[2]) if needs_grad.texts else None
     if traced:
         return dimages, dtexts
     # Each gradient is split along its own rows: no sum is cut into parts, so none is rounded twice.
@@ -193,13 +163,14 @@ def cost(images, texts):
 
 
 @max_similarity.inputs(
-    test=[
-        dict(shape=(1, 1, 1), texts=1),
-        dict(shape=(3, 5, 17), texts=4),
+    smallest=dict(shape=(1, 1, 1), texts=1),
+    usual=dict(shape=(3, 5, 17), texts=4),
+    others=[
         dict(shape=(7, 32, 24), texts=11),
         dict(shape=(40, 33, 8), texts=200),
         dict(shape=(2, 300, 9), texts=5),
     ],
+    large=dict(shape=(5, 107_000, 4096), texts=64),
     bench={
         "64 images x 64 texts": dict(shape=(64, 32, 256), texts=64),
         "64 x 512 texts": dict(shape=(64, 32, 256), texts=512),

@@ -9,16 +9,35 @@ from vlm_fast.fallback import policy
 from vlm_fast.kernels._launcher import is_traced
 from vlm_fast.kernels._media_mask import media_seen
 from vlm_fast.kernels.media_cross_attention import media_attention_backward, media_attention_forward
-from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
 from vlm_fast.ops.cross_attention import MAX_HEAD_SIZE, safe_softmax, score_scale
-from vlm_fast.ops.declaration import FLOATS, Cost, linear_op, nbytes
+from vlm_fast.ops.declaration import Cost, linear_op, nbytes, no_kernel_for
 
 ATTEND = ("latest", "all_previous", "listed")
 UNATTENDED = ("zero", "uniform", "everything")
 MAX_LISTED = 63  # bits of an index that are no sign
 
 
-@linear_op
+@linear_op(
+    q="floating (batch, heads, queries, d)",
+    k="like q (batch, kv_heads, keys, d)",
+    v="like q (batch, kv_heads, keys, d)",
+    media_index="int64 (batch, queries)",
+    q_norm="like q or float32 (d) or None",
+    tokens_per_media="int from 1",
+    attend=ATTEND,
+    unattended=UNATTENDED,
+    where={
+        "heads % kv_heads == 0 if kv_heads else heads == 0": (
+            "k: a number of heads that divides the {heads} heads of q"
+        ),
+        "keys % tokens_per_media == 0": (
+            "k: keys that are a multiple of {tokens_per_media}, tokens_per_media"
+        ),
+        f"attend != 'listed' or keys // tokens_per_media <= {MAX_LISTED}": (
+            f"k: at most {MAX_LISTED} media, the bits of an index"
+        ),
+    },
+)
 def media_cross_attention(
     q: Tensor,
     k: Tensor,
@@ -32,43 +51,38 @@ def media_cross_attention(
     scale: float | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """``softmax(scale q k^T) v`` over the keys of those media that a token of text may see.
+    """Attention of text tokens to the media that they may see: ``softmax(scale q k^T) v``.
 
     Mirrors the masked cross-attention of OpenFlamingo (Flamingo, arXiv 2204.14198, section 3.1.3)
     and, over tiles, transformers' ``MllamaTextCrossAttention`` and the cross-attention of
-    ``IdeficsAttention``. Work and memory are those of the media seen: no mask and no score of text
-    by all keys is formed.
+    ``IdeficsAttention``. Work and memory grow with the media that are seen: no mask and no scores
+    of all text tokens by all keys are formed. Tensors have any strides; a last stride other than 1
+    costs a copy. Dtypes other than fp32, fp16 and bf16, and d above 128, fall back.
 
     Args:
-        q: ``(batch, heads, queries, d)``; d is at most 128, larger falls back.
-        k, v: ``(batch, kv_heads, media * tokens_per_media, d)``, medium after medium; ``heads`` is
-            a multiple of ``kv_heads``, and consecutive heads share one (arXiv 2305.13245).
-        media_index: int64 ``(batch, queries)``. For "latest" and "all_previous" how many media
-            there were up to this token, as ``(input_ids == image_token).cumsum(1)``; for "listed" a
-            set of media, bit m standing for medium m of at most 63.
-        q_norm: ``(d,)``, of q's dtype or fp32: the weight of an RMSNorm (arXiv 1910.07467) of every
-            query's head, rounded to q's dtype before it as Llama's is; or None. Keys come normed:
-            many tokens read them, and what is remembered of them should be.
-        tokens_per_media: keys of one medium.
-        attend: what a token sees: "latest", the last of its media (Flamingo); "all_previous", all
-            of them; "listed", those in its set.
-        unattended: what a token with no media gets: "zero"; "uniform", the mean of all values
-            (OpenFlamingo with ``only_attend_immediate_media=False``, IDEFICS); "everything",
+        k: ``keys`` is ``media * tokens_per_media``, one medium after the other. Consecutive heads
+            of q share a head of k and v (arXiv 2305.13245).
+        media_index: For "latest" and "all_previous" the number of media up to this token, as
+            ``(input_ids == image_token).cumsum(1)``. For "listed" a set of media: bit m stands for
+            medium m, of at most 63.
+        q_norm: The weight of an RMSNorm (arXiv 1910.07467) of each query's head, in Llama's form.
+            Keys come normed.
+        tokens_per_media: Keys of one medium.
+        attend: What a token sees. "latest": the last of its media (Flamingo). "all_previous": all
+            of them. "listed": those in its set.
+        unattended: What a token without media gets. "zero"; "uniform": the mean of all values
+            (OpenFlamingo with ``only_attend_immediate_media=False``, IDEFICS); "everything":
             attention to all media (Llama 3.2).
-        scale: of the scores, ``d ** -0.5`` by default.
-        eps: added to the mean square of a query.
+        scale: Factor of the scores, ``d ** -0.5`` by default.
+        eps: Added to the mean square of a query.
 
-    All floating, of one dtype (fp32, fp16 or bf16; others fall back) and one device, with any
-    strides; a last one other than 1 costs a copy.
-
-    Returns ``(batch, heads, queries, d)``, in memory ``(batch, queries, heads, d)``.
+    Returns:
+        ``(batch, heads, queries, d)``, in memory ``(batch, queries, heads, d)``.
 
     Raises:
-        TypeError: an argument is no tensor, or of another dtype.
-        ValueError: shapes do not fit, devices differ, an option is unknown, or an index names media
-            that are not there. On CUDA indices are checked on the device, without a
-            synchronisation (a device-side assertion), and on the host only under
-            `vlm_fast.strict`; what is not there is never read.
+        ValueError: Also if an index names media that do not exist. On CUDA indices are checked on
+            the device without a synchronisation (a device-side assertion), and on the host only
+            under `vlm_fast.strict`; media that do not exist are never read.
     """
     batch, heads, queries, d = q.shape
     kv_heads, keys = k.shape[1:3]
@@ -99,77 +113,18 @@ def media_cross_attention(
     return o.view(q.shape).transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@media_cross_attention.accepts
-def accepts(q, k, v, media_index, q_norm, *, tokens_per_media, attend, unattended, scale, eps):
-    mistake = _mistake(q, k, v, media_index, q_norm, tokens_per_media, attend, unattended)
-    if mistake is not None:
-        raise mistake
-    return q, k, v, media_index, q_norm
-
-
-def _mistake(q, k, v, media_index, q_norm, tokens_per_media, attend, unattended):
-    name = "media_cross_attention"
-    named = dict(q=q, k=k, v=v, media_index=media_index, q_norm=q_norm)
-    for argument, value in named.items():
-        if not isinstance(value, Tensor) and not (value is None and argument == "q_norm"):
-            return not_a_tensor(name, argument, value)
-    if attend not in ATTEND:
-        return wrong_value(name, "attend", attend, f"one of {ATTEND}")
-    if unattended not in UNATTENDED:
-        return wrong_value(name, "unattended", unattended, f"one of {UNATTENDED}")
-    if isinstance(tokens_per_media, bool) or not isinstance(tokens_per_media, (int, torch.SymInt)):
-        return wrong_type(name, "tokens_per_media", tokens_per_media, "a positive int")
-    if tokens_per_media < 1:
-        return wrong_value(name, "tokens_per_media", tokens_per_media, "a positive int")
-    for argument in ("q", "k", "v"):
-        if named[argument].ndim != 4:
-            wanted = "four dimensions, (batch, heads, tokens, d)"
-            return wrong_value(name, argument, named[argument], wanted)
-    batch, heads, queries, d = q.shape
-    kv_heads, keys = k.shape[1:3]
-    if k.shape != (batch, kv_heads, keys, d):
-        return wrong_value(name, "k", k, f"({batch}, kv_heads, keys, {d}) to match q")
-    if heads % kv_heads if kv_heads else heads:
-        return wrong_value(name, "k", k, f"(*, a divisor of the {heads} heads of q, *, *)")
-    if keys % tokens_per_media:
-        wanted = f"(*, *, a multiple of the {tokens_per_media} tokens_per_media, *)"
-        return wrong_value(name, "k", k, wanted)
-    if attend == "listed" and keys // tokens_per_media > MAX_LISTED:
-        return wrong_value(name, "k", k, f"at most {MAX_LISTED} media, the bits of an index")
-    if v.shape != k.shape:
-        return wrong_value(name, "v", v, f"{tuple(k.shape)} as k has")
-    if media_index.shape != (batch, queries):
-        wanted = f"({batch}, {queries}), one index for each query"
-        return wrong_value(name, "media_index", media_index, wanted)
-    if q_norm is not None and q_norm.shape != (d,):
-        return wrong_value(name, "q_norm", q_norm, f"({d},) to match q")
-    if not q.is_floating_point():
-        return wrong_type(name, "q", q, "a floating dtype (float32, bfloat16 or float16)")
-    for argument in ("k", "v"):
-        if named[argument].dtype != q.dtype:
-            return wrong_type(name, argument, named[argument], f"{q.dtype} as q has")
-    if q_norm is not None and q_norm.dtype not in (q.dtype, torch.float32):
-        return wrong_type(name, "q_norm", q_norm, f"{q.dtype} as q has, or torch.float32")
-    if media_index.dtype != torch.int64:
-        return wrong_type(name, "media_index", media_index, "torch.int64")
-    for argument, value in named.items():
-        if value is not None and value.device != q.device:
-            return wrong_value(name, argument, value, f"{q.device}, where q is")
-    return None
-
-
-@media_cross_attention.requires
-def requires(q, k, v, media_index, q_norm, *, tokens_per_media, attend, unattended, scale, eps):
-    if q.dtype not in FLOATS:
-        return f"{q.dtype} has no kernels here (float32, bfloat16 and float16 have)"
+@media_cross_attention.fallback_reason
+def fallback_reason(
+    q, k, v, media_index, q_norm, *, tokens_per_media, attend, unattended, scale, eps
+):
     if not 1 <= q.shape[3] <= MAX_HEAD_SIZE:
-        return f"head size {q.shape[3]} is not 1 to {MAX_HEAD_SIZE} (no more is tiled)"
-    return None
+        return f"head size {q.shape[3]} is not 1 to {MAX_HEAD_SIZE}"
+    return no_kernel_for(q)
 
 
 @media_cross_attention.forward
 def forward(
-    needs, q, k, v, media_index, q_norm, *, tokens_per_media, attend, unattended, scale, eps
+    needs_grad, q, k, v, media_index, q_norm, *, tokens_per_media, attend, unattended, scale, eps
 ):  # fmt: skip
     _check_index(media_index, k.shape[2] // tokens_per_media, attend)
     o = media_attention_forward(
@@ -177,21 +132,21 @@ def forward(
         unattended=unattended, scale=score_scale(scale, q.shape[3]), eps=eps,
     )  # fmt: skip
     # Inputs alone: what the forward found of the scores is found again.
-    return o, (q, k, v, media_index, q_norm) if any(needs) else ()
+    return o, (q, k, v, media_index, q_norm) if any(needs_grad) else ()
 
 
 @media_cross_attention.backward
-def backward(needs, kept, do, *, tokens_per_media, attend, unattended, scale, eps):
-    q, k, v, media_index, q_norm = kept
+def backward(needs_grad, saved_tensors, do, *, tokens_per_media, attend, unattended, scale, eps):
+    q, k, v, media_index, q_norm = saved_tensors
     dq, dk, dv, dq_norm = media_attention_backward(
         do, q, k, v, media_index, q_norm, tokens_per_media=tokens_per_media, attend=attend,
         unattended=unattended, scale=score_scale(scale, q.shape[3]), eps=eps,
-        want_q=needs.q or needs.q_norm, want_kv=needs.k or needs.v,
+        want_q=needs_grad.q or needs_grad.q_norm, want_kv=needs_grad.k or needs_grad.v,
     )  # fmt: skip
     if dq_norm is not None:
         dq_norm = dq_norm.to(q_norm.dtype)
     found = (dq, dk, dv, None, dq_norm)
-    return tuple(g if need else None for g, need in zip(found, needs, strict=True))
+    return tuple(g if need else None for g, need in zip(found, needs_grad, strict=True))
 
 
 def _check_index(index: Tensor, media: int, attend: str) -> None:
@@ -235,9 +190,9 @@ _LLAMA = dict(
 
 
 @media_cross_attention.inputs(
-    test=[
-        dict(batch=1, heads=1, queries=1, media=1, keys=1, tokens_per_media=1, d=1),
-        dict(batch=2, heads=2, queries=19, media=3, keys=27, tokens_per_media=9, d=24, before=3),
+    smallest=dict(batch=1, heads=1, queries=1, media=1, keys=1, tokens_per_media=1, d=1),
+    usual=dict(batch=2, heads=2, queries=19, media=3, keys=27, tokens_per_media=9, d=24, before=3),
+    others=[
         dict(
             batch=1, heads=2, kv_heads=1, queries=9, media=3, keys=51, tokens_per_media=17, d=40,
             before=3, attend="all_previous", unattended="uniform",
@@ -251,6 +206,7 @@ _LLAMA = dict(
             before=-1, attend="listed", sets="all",
         ),
     ],
+    large=dict(batch=5, heads=16, queries=107_000, media=16, keys=1024, tokens_per_media=64, d=64),
     bench={
         "OpenFlamingo-9B, 8 x 2048, 1 image": dict(media=1, keys=64, before=32, **_FLAMINGO),
         "OpenFlamingo-9B, 8 x 2048, 4 images": dict(media=4, keys=256, before=32, **_FLAMINGO),

@@ -9,37 +9,45 @@ from torch import Tensor
 
 from vlm_fast.kernels import merge_tokens as kernels
 from vlm_fast.kernels.bipartite_match import match_of_pairs
-from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
-from vlm_fast.ops.declaration import FLOATS, Cost, nbytes, op
+from vlm_fast.ops.declaration import Cost, nbytes, op
 
 PARTS = ("destination", "order", "start")
 
 
-@op
+@op(
+    x="floating (batch, tokens, features)",
+    match=dict(
+        destination="int32 (batch, tokens)",
+        order="int32 (batch, tokens)",
+        start="int32 (batch, starts)",
+    ),
+    size="like x or float32 (batch, tokens) or None",
+    where={
+        "1 <= starts <= tokens + 1": "start: (batch, merged + 1) of at most {tokens} merged tokens"
+    },
+)
 def merge_tokens(
     x: Tensor, match: Sequence[Tensor], size: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Each merged token is the mean of its tokens, weighted by how many each of them stands for.
+    """Average the tokens that a match groups: each merged token is their weighted mean.
 
-    Token Merging, arXiv 2210.09461, section 3. Sums are taken in fp32 and in a fixed order, a B
-    token first; a token that is alone comes through unchanged.
+    Token Merging, arXiv 2210.09461, section 3. Sums are taken in fp32 and in a fixed order, a token
+    of B first; a token that is alone in its group passes unchanged. The sum of sizes is kept, and
+    exactly so for whole numbers below 2**24. Dtypes other than fp32, fp16 and bf16 fall back.
+    Gradients go to x and to size.
 
     Args:
-        x: ``(batch, tokens, features)``; rows at any pitch are not copied.
-        match: of ``batch`` and ``tokens``, by `bipartite_match`.
-        size: ``(batch, tokens)`` of x's dtype or fp32, positive: what each token stands for, as an
-            earlier merge returned it. None is 1 for each.
+        x: Rows at any pitch are not copied.
+        match: What `bipartite_match` returned.
+        size: How many tokens each token stands for, as an earlier merge returned it, positive. None
+            means 1 for each.
 
-    dtypes other than fp32, fp16 and bf16 fall back. Gradients go to x and to size.
-
-    Returns the merged tokens ``(batch, merged, features)`` in x's dtype, and their sizes
-    ``(batch, merged)`` in that of size, fp32 without. The sum of sizes is kept; exactly, where
-    they are whole numbers below 2^24.
+    Returns:
+        The merged tokens ``(batch, merged, features)`` in x's dtype, and their sizes ``(batch,
+        merged)`` in the dtype of size, or fp32.
 
     Raises:
-        TypeError: an argument is no tensor, x not floating, size or match of another dtype.
-        ValueError: shapes do not fit, or devices differ.
-        IndexError: the match has a number out of range; on CUDA its row is left out instead.
+        IndexError: The match has a number out of range. On CUDA its row is left out instead.
     """
     destination, _, start = match
     batch, _, features = x.shape
@@ -55,49 +63,26 @@ def merge_tokens(
     return mean, total.to(total.dtype if size is None else size.dtype)
 
 
-@merge_tokens.accepts
-def accepts(x, match, size):
-    name = "merge_tokens"
-    match = _checked(name, "x", x, match)
-    if x.shape[:2] != match[0].shape:
-        raise wrong_value(name, "x", x, f"{(*match[0].shape, x.shape[2])} to match destination")
-    if size is not None:
-        if not isinstance(size, Tensor):
-            raise not_a_tensor(name, "size", size)
-        if size.shape != x.shape[:2]:
-            raise wrong_value(name, "size", size, f"{tuple(x.shape[:2])}, one for each token")
-        if size.dtype not in (x.dtype, torch.float32):
-            raise wrong_type(name, "size", size, f"{x.dtype} as x has, or torch.float32")
-        if size.device != x.device:
-            raise wrong_value(name, "size", size, f"{x.device}, where x is")
-    return x, match, size
-
-
-@merge_tokens.requires
-def requires(x, match, size):
-    return _why_not(x)
-
-
 @merge_tokens.forward
-def forward(needs, x, match, size):
+def forward(needs_grad, x, match, size):
     destination, order, start = match
     wide = None if size is None else size.float().contiguous()
     out, total = kernels.sum_tokens(x, order, start, wide, mean=True)
     assert total is not None
     result = total if size is None else total.to(size.dtype)
-    if not (needs.x or needs.size):
+    if not (needs_grad.x or needs_grad.size):
         return (out, result), ()
-    of_size = (x, order, start) if needs.size else (None, None, None)
+    of_size = (x, order, start) if needs_grad.size else (None, None, None)
     return (out, result), (destination, size, total, *of_size)
 
 
 @merge_tokens.backward
-def backward(needs, kept, dout, dtotal):
-    destination, size, total, x, order, start = kept
+def backward(needs_grad, saved_tensors, dout, dtotal):
+    destination, size, total, x, order, start = saved_tensors
     wide = None if size is None else size.float().contiguous()
-    dx = kernels.spread_tokens(dout, destination, wide, total) if needs.x else None
+    dx = kernels.spread_tokens(dout, destination, wide, total) if needs_grad.x else None
     dsize = None
-    if needs.size:
+    if needs_grad.size:
         # mean' = (x - mean) / total: the inner product with the mean is the mean of inner products.
         products = kernels.row_products(x, dout, destination)
         mean, _ = kernels.sum_tokens(products.unsqueeze(2), order, start, wide, mean=True)
@@ -107,9 +92,9 @@ def backward(needs, kept, dout, dtotal):
     return dx, None, dsize
 
 
-@merge_tokens.constants
-def constants(needs):
-    return () if needs.size else (1,)  # counts, or sums of what has no gradient
+@merge_tokens.non_differentiable
+def constants(needs_grad):
+    return () if needs_grad.size else (1,)  # counts, or sums of what has no gradient
 
 
 @merge_tokens.cost
@@ -125,12 +110,14 @@ def cost(x, match, size):
 
 
 @merge_tokens.inputs(
-    test=[
-        dict(batch=1, tokens=1, features=1, r=0),
-        dict(batch=3, tokens=7, features=17, r=3, sized=True),
+    smallest=dict(batch=1, tokens=1, features=1, r=0),
+    usual=dict(batch=3, tokens=7, features=17, r=3, sized=True),
+    others=[
         dict(batch=1, tokens=5, features=1152, r=2),
         dict(batch=2, tokens=8, features=100, r=4, sized=True),
     ],
+    large=dict(batch=5, tokens=107_000, features=4096, r=53000, sized=True),
+    bitwise=True,
     bench={
         "CLIP-L/336, 64 images, half": dict(batch=64, tokens=576, features=1024, r=288),
         "SigLIP, 32 images, half, sized": dict(
@@ -148,51 +135,45 @@ def inputs(batch, tokens, features, r, *, sized=False):
     return x, _some_match(batch, tokens, r), size
 
 
-@op
+@op(
+    merged="floating (batch, merged_tokens, features)",
+    match=dict(
+        destination="int32 (batch, tokens)",
+        order="int32 (batch, tokens)",
+        start="int32 (batch, merged_tokens + 1)",
+    ),
+    where={"merged_tokens <= tokens": "merged: at most {tokens} merged tokens, as destination has"},
+)
 def unmerge_tokens(merged: Tensor, match: Sequence[Tensor]) -> Tensor:
-    """Each token becomes a copy of the merged token that it went into.
+    """Copy each merged token to all tokens of its group.
 
-    What Token Merging does for dense prediction (arXiv 2303.17604, section 3.2). Its gradient is
-    the sum over the tokens of a merged token, in fp32 and in a fixed order.
+    Token Merging for dense prediction, arXiv 2303.17604, section 3.2. The gradient of a merged
+    token is the sum over its group, in fp32 and in a fixed order. Dtypes other than fp32, fp16 and
+    bf16 fall back.
 
     Args:
-        merged: ``(batch, merged, features)``.
-        match: by `bipartite_match`, for so many merged tokens.
+        match: What `bipartite_match` returned for this number of merged tokens.
 
-    dtypes other than fp32, fp16 and bf16 fall back. Returns ``(batch, tokens, features)``.
+    Returns:
+        ``(batch, tokens, features)``.
 
     Raises:
-        TypeError, ValueError, IndexError: as `merge_tokens`.
+        IndexError: The match has a number out of range. On CUDA its row is left out instead.
     """
     rows = match[0].long().unsqueeze(2).expand(-1, -1, merged.shape[2])
     return merged.gather(1, rows)
 
 
-@unmerge_tokens.accepts
-def accepts_unmerge(merged, match):
-    name = "unmerge_tokens"
-    match = _checked(name, "merged", merged, match)
-    expected = (match[0].shape[0], match[2].shape[1] - 1)
-    if merged.shape[:2] != expected:
-        raise wrong_value(name, "merged", merged, f"{(*expected, merged.shape[2])} to match start")
-    return merged, match
-
-
-@unmerge_tokens.requires
-def requires_unmerge(merged, match):
-    return _why_not(merged)
-
-
 @unmerge_tokens.forward
-def forward_unmerge(needs, merged, match):
+def forward_unmerge(needs_grad, merged, match):
     destination, order, start = match
-    kept = (order, start) if needs.merged else (None, None)
-    return kernels.spread_tokens(merged, destination), kept
+    saved_tensors = (order, start) if needs_grad.merged else (None, None)
+    return kernels.spread_tokens(merged, destination), saved_tensors
 
 
 @unmerge_tokens.backward
-def backward_unmerge(needs, kept, dout):
-    return kernels.sum_tokens(dout, *kept, mean=False)[0], None
+def backward_unmerge(needs_grad, saved_tensors, dout):
+    return kernels.sum_tokens(dout, *saved_tensors, mean=False)[0], None
 
 
 @unmerge_tokens.cost
@@ -203,11 +184,13 @@ def cost_unmerge(merged, match):
 
 
 @unmerge_tokens.inputs(
-    test=[
-        dict(batch=1, tokens=1, features=1, r=0),
-        dict(batch=3, tokens=7, features=17, r=3),
+    smallest=dict(batch=1, tokens=1, features=1, r=0),
+    usual=dict(batch=3, tokens=7, features=17, r=3),
+    others=[
         dict(batch=1, tokens=8, features=100, r=4),
     ],
+    large=dict(batch=5, tokens=107_000, features=4096, r=53000),
+    bitwise=True,
     bench={"CLIP-L/336, 64 images, half": dict(batch=64, tokens=576, features=1024, r=288)},
 )
 def inputs_unmerge(batch, tokens, features, r):
@@ -221,43 +204,3 @@ def _some_match(batch, tokens, r):
     closeness = (number * 7919 % 1009).to(torch.float32)
     partner = number * 104729 // 11 % max(half_b, 1)
     return list(match_of_pairs(closeness, partner, r, tokens))
-
-
-def _checked(name, argument, x, match):
-    """The match as a list, once x and the match fit themselves."""
-    if not isinstance(x, Tensor):
-        raise not_a_tensor(name, argument, x)
-    if x.ndim != 3:
-        raise wrong_value(name, argument, x, f"(batch, {argument} tokens, features)")
-    if not x.is_floating_point():
-        raise wrong_type(name, argument, x, "a floating dtype (float32, bfloat16 or float16)")
-    if not isinstance(match, (list, tuple)) or len(match) != len(PARTS):
-        got = f"a {type(match).__name__} of {len(match)}" if hasattr(match, "__len__") else match
-        raise TypeError(
-            f"vlm_fast.{name}: match is {got}, expected the three tensors of bipartite_match"
-        )
-    for part, value in zip(PARTS, match, strict=True):
-        label = f"match ({part})"
-        if not isinstance(value, Tensor):
-            raise not_a_tensor(name, label, value)
-        if value.ndim != 2:
-            raise wrong_value(name, label, value, "two dimensions, the first of them batch")
-        if value.dtype != torch.int32:
-            raise wrong_type(name, label, value, "torch.int32")
-        if value.device != x.device:
-            raise wrong_value(name, label, value, f"{x.device}, where {argument} is")
-    destination, order, start = match
-    if order.shape != destination.shape:
-        wanted = f"{tuple(destination.shape)} as destination has"
-        raise wrong_value(name, "match (order)", order, wanted)
-    batch, tokens = destination.shape
-    if start.shape[0] != batch or not 1 <= start.shape[1] <= tokens + 1:
-        wanted = f"({batch}, merged + 1) of at most {tokens} merged tokens"
-        raise wrong_value(name, "match (start)", start, wanted)
-    return list(match)
-
-
-def _why_not(x):
-    if x.dtype not in FLOATS:
-        return f"{x.dtype} has no kernels here (float32, bfloat16 and float16 have)"
-    return None

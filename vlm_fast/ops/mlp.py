@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,13 +13,20 @@ from vlm_fast.kernels import _hopper
 from vlm_fast.kernels._activation import ACTIVATIONS
 from vlm_fast.kernels._launcher import runs_triton
 from vlm_fast.kernels.mlp import FEW_ROWS, activate, linear_activation, mlp_activation_backward
-from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
-from vlm_fast.ops.declaration import FLOATS, Cost, linear_op, nbytes
+from vlm_fast.ops.declaration import Cost, linear_op, nbytes
 
 SAVED = ("all", "preactivation", "input")
 
 
-@linear_op
+@linear_op(
+    x="floating (..., in)",
+    weight_1="like x (hidden, in)",
+    bias_1="like x (hidden) or None",
+    weight_2="like x (out, hidden)",
+    bias_2="like x (out) or None",
+    activation=ACTIVATIONS,
+    saved=SAVED,
+)
 def mlp(
     x: Tensor,
     weight_1: Tensor,
@@ -31,124 +37,33 @@ def mlp(
     activation: str = "gelu",
     saved: str = "preactivation",
 ) -> Tensor:
-    """``linear(act(linear(x, weight_1, bias_1)), weight_2, bias_2)``.
+    """Two linears with an activation between: ``linear(act(linear(x, w1, b1)), w2, b2)``.
 
-    Mirrors transformers' ``LlavaMultiModalProjector``; GELU (arXiv 1606.08415) is the exact erf
-    form unless ``activation`` says otherwise.
+    Mirrors transformers' ``LlavaMultiModalProjector``. GELU (arXiv 1606.08415) is the exact erf
+    form unless ``activation`` says otherwise. Dtypes other than fp32, fp16 and bf16 fall back.
 
     Args:
-        x: ``(..., in)``; any strides. Rows at one pitch, as in ``hidden[:, 1:]``, are not copied
-            in forward, except where the optional GEMM for Hopper takes them.
-        weight_1, bias_1: ``(hidden, in)`` and ``(hidden,)`` or None.
-        weight_2, bias_2: ``(out, hidden)`` and ``(out,)`` or None.
-        activation: "gelu", "gelu_tanh", "quick_gelu", "silu" or "relu".
-        saved: what backward keeps. "all": x, the pre-activation z and the activation, as eager;
-            "preactivation": x and z; "input": x alone, z is computed again (one more GEMM).
+        x: Rows at one pitch, as in ``hidden[:, 1:]``, are read without a copy in forward, except by
+            the optional GEMM for Hopper.
+        saved: What backward keeps. "all": x, the pre-activation z and the activation, as eager
+            PyTorch does. "preactivation": x and z. "input": x alone; backward computes z again, at
+            the cost of one more GEMM.
 
-    All floating, of one dtype (fp32, fp16 or bf16; others fall back) and one device. Returns
-    ``(..., out)`` in that dtype, or autocast's.
-
-    Raises:
-        TypeError: an argument is not a tensor, not floating, or of another dtype than x.
-        ValueError: shapes do not fit, devices differ, or an option is unknown.
+    Returns:
+        ``(..., out)``, in x's dtype or autocast's.
     """
     return F.linear(activate(F.linear(x, weight_1, bias_1), activation), weight_2, bias_2)
 
 
-@mlp.accepts
-def accepts(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
-    check("mlp", x, weight_1, bias_1, weight_2, bias_2, activation, saved)
-    return x, weight_1, bias_1, weight_2, bias_2
-
-
-def check(name, x, weight_1, bias_1, weight_2, bias_2, activation, saved):
-    """Raise what is wrong with a projector's arguments, in the name of an op."""
-    # One pass over the usual case, at a microsecond; what is wrong is found out afterwards.
-    try:
-        dtype, device = x.dtype, x.device
-        hidden, inner = weight_1.shape
-        out, hidden_2 = weight_2.shape
-        if (
-            x.shape[-1] == inner
-            and hidden == hidden_2
-            and weight_1.dtype is dtype
-            and weight_2.dtype is dtype
-            and weight_1.device == device
-            and weight_2.device == device
-            and dtype.is_floating_point
-            and activation in ACTIVATIONS
-            and saved in SAVED
-            and (bias_1 is None or _fits(bias_1, hidden, dtype, device))
-            and (bias_2 is None or _fits(bias_2, out, dtype, device))
-        ):
-            return
-    except (AttributeError, ValueError, IndexError, TypeError):
-        pass
-    raise _mistake(name, x, weight_1, bias_1, weight_2, bias_2, activation, saved)
-
-
-def _fits(bias, features, dtype, device):
-    return bias.shape == (features,) and bias.dtype is dtype and bias.device == device
-
-
-def _mistake(op, x, weight_1, bias_1, weight_2, bias_2, activation, saved):
-    named = dict(x=x, weight_1=weight_1, bias_1=bias_1, weight_2=weight_2, bias_2=bias_2)
-    for name, value in named.items():
-        if not isinstance(value, Tensor) and not (value is None and name.startswith("bias")):
-            return not_a_tensor(op, name, value)
-    present = {name: value for name, value in named.items() if value is not None}
-    if activation not in ACTIVATIONS:
-        return wrong_value(op, "activation", activation, f"one of {ACTIVATIONS}")
-    if saved not in SAVED:
-        return wrong_value(op, "saved", saved, f"one of {SAVED}")
-    if x.ndim < 1:
-        return wrong_value(op, "x", x, "(..., in), at least one dimension")
-    for name in ("weight_1", "weight_2"):
-        if named[name].ndim != 2:
-            return wrong_value(op, name, named[name], "two dimensions, (out, in)")
-    if weight_1.shape[1] != x.shape[-1]:
-        wanted = f"(*, {x.shape[-1]}) to match x[..., {x.shape[-1]}]"
-        return wrong_value(op, "weight_1", weight_1, wanted)
-    hidden, out = weight_1.shape[0], weight_2.shape[0]
-    if weight_2.shape[1] != hidden:
-        wanted = f"(*, {hidden}) to match weight_1 ({hidden}, *)"
-        return wrong_value(op, "weight_2", weight_2, wanted)
-    for name, features in (("bias_1", hidden), ("bias_2", out)):
-        if name in present and present[name].shape != (features,):
-            return wrong_value(op, name, present[name], f"({features},) or None")
-    if not x.is_floating_point():
-        return wrong_type(op, "x", x, "a floating dtype (float32, bfloat16 or float16)")
-    for name, value in present.items():
-        if value.dtype != x.dtype:
-            return wrong_type(op, name, value, f"{x.dtype} as x has")
-        if value.device != x.device:
-            return wrong_value(op, name, value, f"{x.device}, where x is")
-    return wrong_type(op, "arguments", named, "dense tensors")
-
-
-@mlp.requires
-def requires(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
-    return unsupported(x)
-
-
-def unsupported(x: Tensor) -> str | None:
-    """None, or why the kernels cannot serve this input."""
-    if x.dtype not in FLOATS:
-        return f"{x.dtype} has no kernels here (float32, bfloat16 and float16 have)"
-    if x.layout is not torch.strided or x.is_nested:
-        return f"x is not a dense tensor (layout {x.layout})"
-    return None
-
-
 @mlp.forward
-def forward(needs, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
-    # z, if it is not kept, is gone before the second GEMM allocates.
-    h, kept = activated(needs, x, weight_1, bias_1, weight_2, activation, saved)
-    return F.linear(h, weight_2, bias_2), kept
+def forward(needs_grad, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
+    # z, if it is not saved, is freed before the second GEMM allocates.
+    h, saved_tensors = _activated(needs_grad, x, weight_1, bias_1, weight_2, activation, saved)
+    return F.linear(h, weight_2, bias_2), saved_tensors
 
 
-def activated(
-    needs: Any,
+def _activated(
+    needs_grad: Any,
     x: Tensor,
     weight_1: Tensor,
     bias_1: Tensor | None,
@@ -156,64 +71,57 @@ def activated(
     activation: str,
     saved: str,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """What the second linear takes, and what `backward` needs."""
-    if not any(needs) and x.dtype is not torch.float32 and runs_triton(x):
+    """The input of the second linear, and the tensors that backward needs."""
+    if not any(needs_grad) and x.dtype is not torch.float32 and runs_triton(x):
         rows = math.prod(x.shape[:-1])
         if 0 < rows <= FEW_ROWS and x.shape[-1] > 0:
             few = x.reshape(rows, x.shape[-1])
             few = few if few.stride(1) == 1 else few.contiguous()
             h = linear_activation(few, weight_1, bias_1, activation)
             return h.view(*x.shape[:-1], h.shape[1]), ()
-    inner = needs.x or needs.weight_1 or needs.bias_1
+    inner = needs_grad.x or needs_grad.weight_1 or needs_grad.bias_1
     rebuild = saved == "input"
-    keep_z = not rebuild and (inner or needs.weight_2)
+    keep_z = not rebuild and (inner or needs_grad.weight_2)
     z, h = _first_linear(x, weight_1, bias_1, weight_2, activation, keep_z, inner)
-    if not any(needs):
+    if not any(needs_grad):
         return h, ()
     return h, (
-        x if needs.weight_1 or rebuild else None,
-        weight_1 if needs.x or rebuild else None,
+        x if needs_grad.weight_1 or rebuild else None,
+        weight_1 if needs_grad.x or rebuild else None,
         bias_1 if rebuild else None,
         weight_2 if inner else None,
         z,
-        h if saved == "all" and needs.weight_2 else None,
+        h if saved == "all" and needs_grad.weight_2 else None,
     )
 
 
 @mlp.backward
-def backward(needs, kept, dy, *, activation, saved):
-    return gradients(needs, kept, dy, activation, saved)
-
-
-def gradients(
-    needs: Any, kept: Sequence[Any], dy: Tensor, activation: str, saved: str
-) -> tuple[Tensor | None, ...]:
-    """The gradients of a projector's arguments, from what `activated` kept."""
-    x, weight_1, bias_1, weight_2, z, h = kept
+def backward(needs_grad, saved_tensors, dy, *, activation, saved):
+    x, weight_1, bias_1, weight_2, z, h = saved_tensors
     leading, dy = dy.shape[:-1], _rows(dy)
     if saved == "input":
-        whole = _takes_whole_rows(x, weight_1, weight_2, activation)
+        whole = _takes_whole_rows(x, weight_2, activation)
         z = F.linear(x.contiguous() if whole else _gemm_input(x), weight_1, bias_1)
-    want_h = needs.weight_2 and h is None
+    want_h = needs_grad.weight_2 and h is None
     dx = dweight_1 = dbias_1 = dweight_2 = None
-    if needs.x or needs.weight_1 or needs.bias_1:
+    if needs_grad.x or needs_grad.weight_1 or needs_grad.bias_1:
         dz, fresh_h, dbias_1 = _second_linear_backward(
-            z, dy, weight_2, leading, activation, want_h, needs.bias_1
+            z, dy, weight_2, leading, activation, want_h, needs_grad.bias_1
         )
         z = None
         h = fresh_h if want_h else h
     elif want_h:
         h = activate(_without_gaps(z, leading), activation)
     # Largest temporaries first out: h is gone before dz is used, dz before anything else.
-    if needs.weight_2:
+    if needs_grad.weight_2:
         dweight_2 = torch.mm(dy.t(), _rows(h))
     h = fresh_h = None
-    if needs.weight_1:
+    if needs_grad.weight_1:
         dweight_1 = torch.mm(dz.t(), _rows(x))
-    if needs.x:
+    if needs_grad.x:
         dx = torch.mm(dz, weight_1)
         dx = dx if len(leading) == 1 else dx.view(*leading, dx.shape[1])
-    return dx, dweight_1, dbias_1, dweight_2, dy.sum(0) if needs.bias_2 else None
+    return dx, dweight_1, dbias_1, dweight_2, dy.sum(0) if needs_grad.bias_2 else None
 
 
 def _first_linear(
@@ -227,20 +135,13 @@ def _first_linear(
 ) -> tuple[Tensor | None, Tensor]:
     """``z``, if it is kept, and its activation."""
     leading, (hidden, inner) = x.shape[:-1], weight.shape
-
-    def plain() -> tuple[Tensor | None, Tensor]:
-        whole = backward and _takes_whole_rows(x, weight, weight_2, activation)
-        z = F.linear(x.contiguous() if whole else _gemm_input(x), weight, bias)
-        rows = z if z.ndim == x.ndim else _without_gaps(z, leading)
-        return z if keep_z else None, activate(rows, activation, overwrite=not keep_z)
-
-    def fused(config: int) -> tuple[Tensor | None, Tensor]:
-        z, h = _hopper.linear_gelu(config, _rows(x), weight, bias, keep_z=keep_z)
+    if activation == "gelu" and _hopper.takes_linear_gelu(x, math.prod(leading), inner, hidden):
+        z, h = _hopper.linear_gelu(_rows(x), weight, bias, keep_z=keep_z)
         return None if z is None else z.view(*leading, hidden), h.view(*leading, hidden)
-
-    if activation != "gelu":
-        return plain()
-    return _hopper.LINEAR_GELU(x, math.prod(leading), (inner, hidden), plain, fused)
+    whole = backward and _takes_whole_rows(x, weight_2, activation)
+    z = F.linear(x.contiguous() if whole else _gemm_input(x), weight, bias)
+    rows = z if z.ndim == x.ndim else _without_gaps(z, leading)
+    return z if keep_z else None, activate(rows, activation, overwrite=not keep_z)
 
 
 def _second_linear_backward(
@@ -254,28 +155,21 @@ def _second_linear_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``dz``, the activation and the gradient of the first bias; dy ``(rows, out)``."""
     tokens, period = _tokens_and_period(z, leading)
-    rows, (out, hidden) = dy.shape[0], weight.shape
-
-    def plain() -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return mlp_activation_backward(
-            z, torch.mm(dy, weight), tokens, period, activation,
-            want_h=want_h, want_dbias=want_dbias,
-        )  # fmt: skip
-
-    def fused(config: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rows, hidden = dy.shape[0], weight.shape[1]
+    if tokens == period and _takes_whole_rows(dy, weight, activation):
         return _hopper.gelu_backward(
-            config, z.view(rows, hidden), dy, weight, want_h=want_h, want_dbias=want_dbias
+            z.view(rows, hidden), dy, weight, want_h=want_h, want_dbias=want_dbias
         )
+    return mlp_activation_backward(
+        z, torch.mm(dy, weight), tokens, period, activation, want_h=want_h, want_dbias=want_dbias
+    )
 
-    if activation != "gelu" or tokens != period:
-        return plain()
-    return _hopper.GELU_BACKWARD(z, rows, (out, hidden), plain, fused)
 
-
-def _takes_whole_rows(x: Tensor, weight_1: Tensor, weight_2: Tensor, activation: str) -> bool:
+def _takes_whole_rows(rows: Tensor, weight_2: Tensor, activation: str) -> bool:
     """Whether backward's GEMM will take z, which then must have no gaps."""
-    rows = math.prod(x.shape[:-1])
-    return activation == "gelu" and bool(_hopper.GELU_BACKWARD.choose(x, rows, weight_2.shape))
+    out, hidden = weight_2.shape
+    count = math.prod(rows.shape[:-1])
+    return activation == "gelu" and _hopper.takes_gelu_backward(rows, count, hidden, out)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -335,9 +229,9 @@ def cost(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
 
 
 @mlp.inputs(
-    test=[
-        dict(shape=(1, 1), hidden=1, out=1),
-        dict(shape=(3, 17), hidden=5, out=9, activation="silu"),
+    smallest=dict(shape=(1, 1), hidden=1, out=1),
+    usual=dict(shape=(3, 17), hidden=5, out=9, activation="silu"),
+    others=[
         dict(shape=(257, 24), hidden=100, out=40),
         dict(shape=(2, 65, 72), hidden=80, out=33, activation="gelu_tanh", saved="input"),
         dict(shape=(3, 17, 24), drop_first=1, hidden=136, out=16, saved="all"),
@@ -345,6 +239,7 @@ def cost(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
         dict(shape=(5, 24), hidden=300, out=24, activation="quick_gelu"),
         dict(shape=(140, 16), hidden=48, out=8, activation="relu", bias=False),
     ],
+    large=dict(shape=(5, 107_000, 64), hidden=4096, out=64),
     bench={
         "LLaVA-1.5-7B, 1 image": dict(shape=(1, 577, 1024), drop_first=1, hidden=4096, out=4096),
         "LLaVA-1.5-7B, 8 images": dict(shape=(8, 577, 1024), drop_first=1, hidden=4096, out=4096),

@@ -13,8 +13,7 @@ from vlm_fast.fallback import policy
 from vlm_fast.kernels import pixel_shuffle_norm as kernels
 from vlm_fast.kernels._launcher import is_traced
 from vlm_fast.kernels._patch_blocks import Blocks, Norm
-from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
-from vlm_fast.ops.declaration import FLOATS, Cost, nbytes, op
+from vlm_fast.ops.declaration import Cost, nbytes, no_kernel_for, op
 
 NAME = "pixel_shuffle_norm"
 NORMS = ("none", "layer", "rms", "gemma")
@@ -23,7 +22,29 @@ MAX_FEATURES = 8192
 MAX_FACTOR = 8
 
 
-@op
+@op(
+    x="floating (..., tokens, features)",
+    weight="like x or float32 (features * factor ** (2 * norm_after)) or None",
+    bias="like weight (features * factor ** (2 * norm_after)) or None",
+    index="int32 or int64 (blocks, factor ** 2) or None",
+    factor=f"int from 1 to {MAX_FACTOR}",
+    norm=NORMS,
+    layout=LAYOUTS,
+    where={
+        "index is not None or (height > 0 and height % factor == 0)": (
+            "height: a multiple of the factor {factor}, above 0"
+        ),
+        "index is not None or (width > 0 and width % factor == 0)": (
+            "width: a multiple of the factor {factor}, above 0"
+        ),
+        "index is not None or tokens == height * width": (
+            "x: (..., {height * width}, features), a grid of {height} x {width} tokens"
+        ),
+        "norm != 'none' or weight is None": "weight: None without a norm",
+        "norm == 'layer' or bias is None": "bias: None, except for a LayerNorm",
+        "norm == 'none' or weight is not None": "weight: a tensor for the norm {norm}",
+    },
+)
 def pixel_shuffle_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -38,39 +59,40 @@ def pixel_shuffle_norm(
     layout: str = "patch",
     eps: float = 1e-5,
 ) -> Tensor:
-    """``factor x factor`` patches side by side in one token (space-to-depth), normed.
+    """Merge ``factor x factor`` patches into one token (space-to-depth), and norm them.
 
     Mirrors ``pixel_shuffle`` of transformers' InternVL, Idefics3 and Llama 4 with the norm of the
-    projector behind it, and the patch mergers of Qwen-VL and Mistral 3. The shuffle is where the
-    norm reads from: nothing is copied. Gradients to x, weight and bias.
+    projector behind it, and the patch mergers of Qwen-VL and Mistral 3. The norm reads the patches
+    where they are, so nothing is copied. Statistics are fp32. Gradients go to x, weight and bias.
+    Dtypes other than fp32, fp16 and bf16, and more than 8192 normed features in a block (factor and
+    features rounded up to powers of two), fall back.
 
     Args:
-        x: ``(..., height * width, features)``, a grid in row-major order; rows at any pitch, as in
-            ``hidden[:, 1:]``, are not copied.
-        weight, bias: ``(features,)``, or ``(factor ** 2 * features,)`` with ``norm_after``; of x's
-            dtype or fp32. Without a norm None; a bias is LayerNorm's only.
-        index: int32 or int64 ``(blocks, factor ** 2)``, for what is no grid (images of several
-            sizes, windows): the rows of x, of all images together, that make a block. A row may be
-            left out (its gradient is 0), and is in one block at most: that is not looked for.
-        height, width: the grid, multiples of ``factor``; with an index unread. Blocks of
-            consecutive tokens are a grid of width ``factor``.
-        factor: patches along a side of a block, at most 8.
-        norm: "none"; "layer" (arXiv 1607.06450); "rms" (arXiv 1910.07467), in Llama's form, rounded
-            to x's dtype before the weight; "gemma", with weight + 1 and one rounding at the end.
-        norm_after: whether a merged token is normed as a whole, or each of its patches.
-        layout: of a merged token. "patch": channel ``(dy * factor + dx) * features + c``, of
-            nearly all models; "channel": ``c * factor ** 2 + dy * factor + dx``, of ``F.unfold``.
-        eps: added to the variance, or to the mean square.
+        x: A grid in row-major order. Rows at any pitch, as in ``hidden[:, 1:]``, are not copied.
+        weight: Of the norm: a token's features, or a merged token's with ``norm_after``.
+        bias: Of a LayerNorm only.
+        index: For tokens that form no grid (images of several sizes, windows): the rows of x, of
+            all images together, that make each block. A row may be left out (its gradient is 0),
+            and is in one block at most; that is not checked.
+        height: Of the grid, a multiple of ``factor``. Ignored with an index. Blocks of consecutive
+            tokens are a grid of width ``factor``.
+        width: Of the grid, a multiple of ``factor``. Ignored with an index.
+        factor: Patches along a side of a block.
+        norm: "none"; "layer" (arXiv 1607.06450); "rms" (arXiv 1910.07467) in Llama's form, which
+            rounds to x's dtype before it multiplies by the weight; "gemma", which multiplies by
+            weight + 1 and rounds once.
+        norm_after: True to norm a merged token as a whole, False to norm each patch.
+        layout: Order of a merged token's channels. "patch": ``(dy * factor + dx) * features + c``,
+            as in nearly all models. "channel": ``c * factor ** 2 + dy * factor + dx``, as in
+            ``F.unfold``.
+        eps: Added to the variance, or to the mean square.
 
-    More than 8192 features in a block of a norm (each side rounded up to a power of two), and
-    dtypes other than fp32, fp16 and bf16, fall back. Statistics are fp32. Returns ``(..., height *
-    width / factor ** 2, factor ** 2 * features)``, or ``(blocks, factor ** 2 * features)``, of x's
-    dtype: blocks in row-major order, or in that of the index.
+    Returns:
+        ``(..., height * width / factor ** 2, factor ** 2 * features)``, blocks in row-major order;
+        or ``(blocks, factor ** 2 * features)`` in the order of the index. Of x's dtype.
 
     Raises:
-        TypeError: an argument is no tensor, or of a dtype not named here.
-        ValueError: shapes do not fit, the grid is empty or does not divide, devices differ, an
-            option is unknown, or an index names a row that is not there (on CUDA a device-side
+        ValueError: Also if an index names a row that x does not have (on CUDA a device-side
             assertion, and an error on the host only under `vlm_fast.strict`).
     """
     if index is None:
@@ -99,85 +121,13 @@ def _normed(x, weight, bias, norm, eps):
     return (weight * unit.to(x.dtype)).to(x.dtype)
 
 
-@pixel_shuffle_norm.accepts
-def accepts(x, weight, bias, index, **options):
-    mistake = _mistake(x, weight, bias, index, **options)
-    if mistake is not None:
-        raise mistake
-    return x, weight, bias, index
-
-
-def _mistake(x, weight, bias, index, *, height, width, factor, norm, norm_after, layout, eps):
-    named = dict(x=x, weight=weight, bias=bias, index=index)
-    for argument, value in named.items():
-        if not isinstance(value, Tensor) and not (value is None and argument != "x"):
-            return not_a_tensor(NAME, argument, value)
-    if norm not in NORMS:
-        return wrong_value(NAME, "norm", norm, f"one of {NORMS}")
-    if layout not in LAYOUTS:
-        return wrong_value(NAME, "layout", layout, f"one of {LAYOUTS}")
-    if factor < 1 or factor > MAX_FACTOR:
-        return wrong_value(NAME, "factor", factor, f"1 to {MAX_FACTOR}")
-    if x.ndim < 2:
-        return wrong_value(NAME, "x", x, "(..., tokens, features)")
-    if index is not None:
-        if index.ndim != 2 or index.shape[1] != factor**2:
-            wanted = f"(blocks, {factor**2}), the rows of x in a block"
-            return wrong_value(NAME, "index", index, wanted)
-        if index.dtype not in (torch.int32, torch.int64):
-            return wrong_type(NAME, "index", index, "torch.int32 or torch.int64")
-    else:
-        for argument, value in (("height", height), ("width", width)):
-            if value < 1 or value % factor:
-                wanted = f"a multiple of the factor {factor}, above 0"
-                return wrong_value(NAME, argument, value, wanted)
-        if x.shape[-2] != height * width:
-            wanted = f"(..., {height * width}, features), a grid of {height} x {width} tokens"
-            return wrong_value(NAME, "x", x, wanted)
-    return _mistake_of_dtypes(x, weight, bias, norm) or _mistake_of_norm(
-        x, weight, bias, norm, x.shape[-1] * (factor**2 if norm_after else 1)
-    ) or _elsewhere(x, named)  # fmt: skip
-
-
-def _mistake_of_dtypes(x, weight, bias, norm):
-    if not x.is_floating_point():
-        return wrong_type(NAME, "x", x, "a floating dtype (float32, bfloat16 or float16)")
-    if weight is not None and weight.dtype not in (x.dtype, torch.float32):
-        return wrong_type(NAME, "weight", weight, f"{x.dtype} as x has, or torch.float32")
-    if weight is not None and bias is not None and bias.dtype != weight.dtype:
-        return wrong_type(NAME, "bias", bias, f"{weight.dtype} as weight has")
-    return None
-
-
-def _mistake_of_norm(x, weight, bias, norm, features):
-    if norm == "none" and weight is not None:
-        return wrong_value(NAME, "weight", weight, "None without a norm")
-    if norm != "layer" and bias is not None:
-        return wrong_value(NAME, "bias", bias, "None, of all but a LayerNorm")
-    if norm != "none" and weight is None:
-        return wrong_value(NAME, "weight", weight, f"({features},) for the norm {norm!r}")
-    for argument, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.shape != (features,):
-            return wrong_value(NAME, argument, value, f"({features},), what is normed together")
-    return None
-
-
-def _elsewhere(x, named):
-    for argument, value in named.items():
-        if value is not None and value.device != x.device:
-            return wrong_value(NAME, argument, value, f"{x.device}, where x is")
-    return None
-
-
-@pixel_shuffle_norm.requires
-def requires(x, weight, bias, index, *, factor, norm, **options):
-    if x.dtype not in FLOATS:
-        return f"{x.dtype} has no kernels here (float32, bfloat16 and float16 have)"
+@pixel_shuffle_norm.fallback_reason
+def fallback_reason(x, weight, bias, index, *, factor, norm, **options):
     if norm != "none":
         held = _power_of_two(factor**2) * _power_of_two(x.shape[-1])
         if held > MAX_FEATURES:
-            return f"{held} features of a block are more than {MAX_FEATURES}, what a program holds"
-    return None
+            return f"{held} features of a block are more than {MAX_FEATURES}, the most per program"
+    return no_kernel_for(x)
 
 
 def rows_of_blocks(
@@ -203,13 +153,15 @@ def _power_of_two(n):
 
 
 @pixel_shuffle_norm.forward
-def forward(needs, x, weight, bias, index, *, height, width, factor, norm, norm_after, layout, eps):
+def forward(
+    needs_grad, x, weight, bias, index, *, height, width, factor, norm, norm_after, layout, eps
+):
     if index is not None:
         index = index.contiguous()
         _check_rows(index, math.prod(x.shape[:-1]))
     blocks = Blocks(factor, height, width, index, layout == "channel")
     shape = _merged_shape(x, index, factor)
-    wanted = any(needs)
+    wanted = any(needs_grad)
     if x.numel() == 0 or math.prod(shape) == 0:
         return x.new_zeros(shape), (_likeness(x), index, weight, None, None) if wanted else ()
     if norm == "none":
@@ -223,24 +175,26 @@ def forward(needs, x, weight, bias, index, *, height, width, factor, norm, norm_
 
 
 @pixel_shuffle_norm.backward
-def backward(needs, kept, dy, *, height, width, factor, norm, norm_after, layout, eps):
-    x, index, weight, mean, rstd = kept
+def backward(
+    needs_grad, saved_tensors, dy, *, height, width, factor, norm, norm_after, layout, eps
+):
+    x, index, weight, mean, rstd = saved_tensors
     blocks = Blocks(factor, height, width, index, layout == "channel")
     shape = (*x.shape[:-1], dy.shape[-1] // factor**2)
     if dy.numel() == 0 or math.prod(shape) == 0:
-        parameters = [torch.zeros_like(weight) if need else None for need in needs[1:3]]
-        return dy.new_zeros(shape) if needs.x else None, *parameters, None
+        parameters = [torch.zeros_like(weight) if need else None for need in needs_grad[1:3]]
+        return dy.new_zeros(shape) if needs_grad.x else None, *parameters, None
     dy = dy.contiguous().view(-1, dy.shape[-1])
     if norm == "none":
         return kernels.pixel_unshuffle(dy, blocks, shape), None, None, None
     dx, dweight, dbias = kernels.pixel_shuffle_norm_backward(
         dy, x, weight.contiguous(), mean, rstd, blocks, Norm(norm, norm_after, eps),
-        want_x=needs.x, want_weight=needs.weight, want_bias=needs.bias,
+        want_x=needs_grad.x, want_weight=needs_grad.weight, want_bias=needs_grad.bias,
     )  # fmt: skip
     return (
         dx,
-        dweight.to(weight.dtype) if needs.weight else None,
-        dbias.to(weight.dtype) if needs.bias else None,
+        dweight.to(weight.dtype) if needs_grad.weight else None,
+        dbias.to(weight.dtype) if needs_grad.bias else None,
         None,
     )
 
@@ -283,9 +237,9 @@ def cost(x, weight, bias, index, *, norm, **options):
 
 
 @pixel_shuffle_norm.inputs(
-    test=[
-        dict(batch=1, height=1, width=1, features=1, factor=1, norm="gemma", eps=0.01),
-        dict(batch=3, height=4, width=6, features=17, norm="layer"),
+    smallest=dict(batch=1, height=1, width=1, features=1, factor=1, norm="gemma", eps=0.01),
+    usual=dict(batch=3, height=4, width=6, features=17, norm="layer"),
+    others=[
         dict(batch=2, height=6, width=6, features=24, factor=3, drop_first=1),
         dict(
             batch=2, height=1, width=11, features=40, indexed=True, norm="rms", norm_after=False,
@@ -293,6 +247,8 @@ def cost(x, weight, bias, index, *, norm, **options):
         ),
         dict(batch=1, height=6, width=2, features=72, norm="layer", norm_after=False),
     ],
+    large=dict(batch=5, height=460, width=460, features=2048, norm='layer'),
+    bitwise=True,
     bench={
         "InternVL, 64 tiles": dict(
             batch=64, height=32, width=32, features=1024, drop_first=1, norm="layer"

@@ -90,7 +90,7 @@ class CallPath:
         self.op, self.name = op, op.name
         self.forward, self.backward = forward, backward
         self.needs: dict[tuple[Any, ...], Any] = {}
-        self.none_needed = op.Needs(*[False] * len(op.tensors))
+        self.none_needed = op.NeedsGrad(*[False] * len(op.tensors))
         annotations = [op.__signature__.parameters[name].annotation for name in op.tensors]
         lists = [i for i, a in enumerate(annotations) if _holds_list(a)]
         if len(lists) > 1:
@@ -145,7 +145,7 @@ class CallPath:
             key = (*flat[:i], of_list if any(of_list) else (), *flat[i + count :])
         found = self.needs.get(key)
         if found is None:
-            found = self.needs[key] = self.op.Needs(*key)
+            found = self.needs[key] = self.op.NeedsGrad(*key)
         return found
 
     def gradients(
@@ -253,7 +253,7 @@ class CallPath:
             ctx.needs = settings.pop("needs")
             ctx.settings, ctx.count = settings, self.count(inputs)
             needs = self.needs_of(tuple(ctx.needs), ctx.count)
-            ctx.mark_non_differentiable(*[output[i] for i in op.constant(needs)])
+            ctx.mark_non_differentiable(*[output[i] for i in op.results_without_gradient(needs)])
             recipe = self.recipes[self._key(ctx.needs, ctx.count, settings)]
             available = (*self.flatten(inputs), *output)
             ctx.save_for_backward(*[None if at is None else available[at] for at in recipe])
@@ -339,7 +339,9 @@ def _autograd_function(path: CallPath) -> Any:
             if path.single:
                 return _fresh(result)
             results = tuple(map(_fresh, result))
-            ctx.mark_non_differentiable(*[results[i] for i in path.op.constant(needs)])
+            ctx.mark_non_differentiable(
+                *[results[i] for i in path.op.results_without_gradient(needs)]
+            )
             return results
 
         @staticmethod

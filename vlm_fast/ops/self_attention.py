@@ -9,12 +9,27 @@ from torch import Tensor
 from vlm_fast.kernels._cross_attention_aten import bias_gradient
 from vlm_fast.kernels._packed_weights import input_gradient, linears, parameter_gradients
 from vlm_fast.kernels.cross_attention import attention_backward, attention_forward
-from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
 from vlm_fast.ops.cross_attention import MAX_HEAD_SIZE, cross_attention, score_scale
-from vlm_fast.ops.declaration import FLOATS, Cost, linear_op, nbytes
+from vlm_fast.ops.declaration import Cost, linear_op, nbytes, no_kernel_for
 
 
-@linear_op
+@linear_op(
+    x="floating (batch, tokens, width)",
+    parameters=dict(
+        weight_q="like x (features, width)",
+        weight_k="like x (features, width)",
+        weight_v="like x (features, width)",
+        bias_q="like x (features)",
+        bias_k="like x (features)",
+        bias_v="like x (features)",
+    ),
+    bias="floating (1|batch, 1|heads, 1|tokens, 1|tokens) or None",
+    key_mask="bool (batch, tokens) or None",
+    seed="int64 one element or None",
+    heads="int from 1",
+    dropout="number in [0, 1), needs seed",
+    where={"features % heads == 0": "heads: a divisor of the {features} features of the weights"},
+)
 def self_attention(
     x: Tensor,
     parameters: list[Tensor],
@@ -26,29 +41,23 @@ def self_attention(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """``cross_attention(q, k, v)`` with q, k and v three linears of ``x``.
+    """Multi-head self-attention with its three projections: one GEMM, then one attention kernel.
 
-    Mirrors the self-attention of transformers' ``Blip2QFormerMultiHeadAttention``. On a GPU the
-    three weights are put together for each pass, and not kept.
+    Mirrors the self-attention of transformers' ``Blip2QFormerMultiHeadAttention``:
+    `cross_attention` of three linears of ``x``. On a GPU the three weights are concatenated in each
+    pass; the concatenation is not kept. A query that sees no key gives zeros. Dtypes other than
+    fp32, fp16 and bf16, and heads of more than 128 features, fall back.
 
     Args:
-        x: ``(batch, tokens, width)``.
-        parameters: query, key and value weights ``(heads * d, width)``, then their biases
-            ``(heads * d,)``.
-        bias: added to the scores, broadcast to ``(batch, heads, tokens, tokens)``. With a gradient,
-            that of all scores is formed.
-        key_mask: bool ``(batch, tokens)``, True where a token is seen; a query seeing none gives 0.
-        seed: one int64, for dropout of probabilities (see `vlm_fast.kernels._dropout`).
-        heads: how many the features are split into, of at most 128 each; else it falls back.
-        scale: of the scores, ``d ** -0.5`` by default.
-        dropout: probability in [0, 1).
+        bias: Added to the scores. Its gradient forms all scores.
+        key_mask: True where a token is seen.
+        seed: For dropout of probabilities (see `vlm_fast.kernels._dropout`).
+        heads: The number of heads that the features are split into.
+        scale: Factor of the scores, ``(features / heads) ** -0.5`` by default.
+        dropout: The probability that an attention probability is zeroed.
 
-    All floating, of one dtype (fp32, fp16 or bf16; others fall back) and one device. Returns
-    ``(batch, tokens, heads * d)``.
-
-    Raises:
-        TypeError: an argument is no tensor, not floating, or of another dtype than x.
-        ValueError: shapes do not fit, devices differ, dropout without a seed or not in [0, 1).
+    Returns:
+        ``(batch, tokens, features)``.
     """
     weights, biases = parameters[:3], parameters[3:]
     q, k, v = (
@@ -65,107 +74,22 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.view(batch, tokens, heads, features // heads).transpose(1, 2)
 
 
-@self_attention.accepts
-def accepts(x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
-    try:
-        dtype, device = x.dtype, x.device
-        batch, tokens, width = x.shape
-        features = parameters[0].shape[0]
-        if (
-            len(parameters) == 6
-            and features % heads == 0
-            and dtype.is_floating_point
-            and all(p.dtype is dtype and p.device == device for p in parameters)
-            and all(p.shape == (features, width) for p in parameters[:3])
-            and all(p.shape == (features,) for p in parameters[3:])
-            and (bias is None or _reaches(bias, (batch, heads, tokens, tokens), device))
-            and (
-                key_mask is None
-                or (
-                    key_mask.shape == (batch, tokens)
-                    and key_mask.dtype is torch.bool
-                    and key_mask.device == device
-                )
-            )
-            and 0 <= dropout < 1
-            and (dropout == 0 or (seed.dtype is torch.int64 and seed.numel() == 1))
-        ):
-            return x, list(parameters), bias, key_mask, seed
-    except (AttributeError, ValueError, TypeError, IndexError, ZeroDivisionError):
-        pass
-    raise _mistake(x, parameters, bias, key_mask, seed, heads, dropout)
-
-
-def _reaches(bias, shape, device):
-    return (
-        bias.ndim == 4
-        and bias.is_floating_point()
-        and bias.device == device
-        and all(have in (1, want) for have, want in zip(bias.shape, shape, strict=True))
-    )
-
-
-def _mistake(x, parameters, bias, key_mask, seed, heads, dropout):
-    op = "self_attention"
-    if not isinstance(parameters, (list, tuple)):
-        return not_a_tensor(op, "parameters", parameters)
-    names = ("weight_q", "weight_k", "weight_v", "bias_q", "bias_k", "bias_v")
-    if len(parameters) != 6:
-        return wrong_value(op, "parameters", len(parameters), f"six: {', '.join(names)}")
-    named = dict(x=x, **{f"parameters ({n})": p for n, p in zip(names, parameters, strict=True)})
-    optional = dict(bias=bias, key_mask=key_mask, seed=seed)
-    for name, value in {**named, **optional}.items():
-        if not isinstance(value, Tensor) and not (value is None and name in optional):
-            return not_a_tensor(op, name, value)
-    if x.ndim != 3:
-        return wrong_value(op, "x", x, "three dimensions, (batch, tokens, width)")
-    batch, tokens, width = x.shape
-    first = parameters[0]
-    features = first.shape[0] if first.ndim else 0
-    if type(heads) is not int or heads < 1 or features % heads:
-        return wrong_value(op, "heads", heads, f"a divisor of {features}, the weights' outputs")
-    for i, (name, value) in enumerate(list(named.items())[1:]):
-        wanted = (features, width) if i < 3 else (features,)
-        if value.shape != wanted:
-            return wrong_value(op, name, value, f"{wanted}")
-    if not x.is_floating_point():
-        return wrong_type(op, "x", x, "a floating dtype (float32, bfloat16 or float16)")
-    for name, value in named.items():
-        if value.dtype != x.dtype:
-            return wrong_type(op, name, value, f"{x.dtype} as x has")
-    if key_mask is not None and key_mask.shape != (batch, tokens):
-        return wrong_value(op, "key_mask", key_mask, f"({batch}, {tokens}) or None")
-    if key_mask is not None and key_mask.dtype is not torch.bool:
-        return wrong_type(op, "key_mask", key_mask, "torch.bool")
-    if not 0 <= dropout < 1:
-        return wrong_value(op, "dropout", dropout, "a probability in [0, 1)")
-    if dropout > 0 and (seed is None or seed.dtype is not torch.int64 or seed.numel() != 1):
-        return wrong_value(op, "seed", seed, "one int64, as dropout needs")
-    for name, value in {**named, **optional}.items():
-        if value is not None and value.device != x.device:
-            return wrong_value(op, name, value, f"{x.device}, where x is")
-    reach = f"floating, broadcasting to ({batch}, {heads}, {tokens}, {tokens})"
-    return wrong_value(op, "bias", bias, reach)
-
-
-@self_attention.requires
-def requires(x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
-    if x.dtype not in FLOATS:
-        return f"{x.dtype} has no kernels here (float32, bfloat16 and float16 have)"
+@self_attention.fallback_reason
+def fallback_reason(x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
     d = parameters[0].shape[0] // heads
     if d > MAX_HEAD_SIZE:
         return f"heads of {d} features are more than {MAX_HEAD_SIZE}"
-    return None
+    return no_kernel_for(x)
 
 
 @self_attention.forward
-def forward(needs, x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
+def forward(needs_grad, x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
     batch, tokens, width = x.shape
     features = parameters[0].shape[0]
     qkv = linears(x.reshape(batch * tokens, width), parameters[:3], parameters[3:])
     qkv = qkv.view(batch, tokens, 3 * features)
     q, k, v = _parts(qkv, heads)
-    wanted = needs.x or needs.parameters or needs.bias
+    wanted = needs_grad.x or needs_grad.parameters or needs_grad.bias
     o = attention_forward(
         q, k, v, None, None, bias, key_mask, seed,
         scale=score_scale(scale, features // heads), dropout=dropout,
@@ -174,24 +98,24 @@ def forward(needs, x, parameters, bias, key_mask, seed, *, heads, scale, dropout
     if not wanted:
         return out, ()
     return out, (
-        x if needs.parameters else None,
-        *(parameters[:3] if needs.x else (None, None, None)),
+        x if needs_grad.parameters else None,
+        *(parameters[:3] if needs_grad.x else (None, None, None)),
         qkv, bias, key_mask, seed if dropout > 0 else None,
     )  # fmt: skip
 
 
 @self_attention.backward
-def backward(needs, kept, dout, *, heads, scale, dropout):
-    x, *weights, qkv, bias, key_mask, seed = kept
+def backward(needs_grad, saved_tensors, dout, *, heads, scale, dropout):
+    x, *weights, qkv, bias, key_mask, seed = saved_tensors
     batch, tokens, features = dout.shape
     q, k, v = _parts(qkv, heads)
     do, scale = _heads(dout.contiguous(), heads), score_scale(scale, features // heads)
     dx = dparameters = dbias = None
-    if needs.bias:
+    if needs_grad.bias:
         dbias = bias_gradient(
             do, q, k, v, None, None, bias, key_mask, seed, scale, dropout
         )  # fmt: skip
-    if not (needs.x or needs.parameters):
+    if not (needs_grad.x or needs_grad.parameters):
         return None, None, dbias, None, None
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     attention_backward(
@@ -199,12 +123,12 @@ def backward(needs, kept, dout, *, heads, scale, dropout):
         want_q=True, want_kv=True, want_kv2=False, into=_parts(dqkv, heads),
     )  # fmt: skip
     rows = dqkv.view(batch * tokens, 3 * features)
-    if needs.x:
+    if needs_grad.x:
         dx = input_gradient(rows, weights)
         dx = dx.view(batch, tokens, dx.shape[1])
-    if needs.parameters:
+    if needs_grad.parameters:
         x = x.reshape(batch * tokens, x.shape[2])
-        dparameters = parameter_gradients(rows, x, [features] * 3, needs.parameters)
+        dparameters = parameter_gradients(rows, x, [features] * 3, needs_grad.parameters)
         if dparameters[4] is not None:  # a key's bias shifts all scores of a query alike
             dparameters[4].mul_(0)
     return dx, dparameters, dbias, None, None
@@ -235,12 +159,13 @@ def cost(x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
 
 
 @self_attention.inputs(
-    test=[
-        dict(batch=1, tokens=1, width=1, features=1, heads=1),
-        dict(batch=3, tokens=5, width=24, features=16, masked=True, heads=2),
+    smallest=dict(batch=1, tokens=1, width=1, features=1, heads=1),
+    usual=dict(batch=3, tokens=5, width=24, features=16, masked=True, heads=2),
+    others=[
         dict(batch=2, tokens=33, width=72, features=48, biased=True, heads=3, scale=0.3),
         dict(batch=2, tokens=9, width=24, features=32, heads=2, dropout=0.25),
     ],
+    large=dict(batch=5, tokens=2176, width=64, features=70016, heads=1094),
     bench={
         "BLIP-2 Q-Former, 64 images": dict(batch=64, tokens=32, width=768, features=768, heads=12),
         "BLIP-2 Q-Former, 1 image": dict(batch=1, tokens=32, width=768, features=768, heads=12),

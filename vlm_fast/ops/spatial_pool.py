@@ -11,39 +11,46 @@ from torch import Tensor
 from vlm_fast.kernels import spatial_pool as kernels
 from vlm_fast.kernels._launcher import dense
 from vlm_fast.kernels.spatial_pool import Pooling
-from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
-from vlm_fast.ops.declaration import FLOATS, Cost, nbytes, op
+from vlm_fast.ops.declaration import Cost, nbytes, op
 
 NAME = "spatial_pool"
 MODES = ("avg", "max", "bilinear")
 MAX_STRIDE = 8
 
 
-@op
+@op(
+    x="floating (..., height * width, features)",
+    height="int from 1",
+    width="int from 1",
+    mode=MODES,
+    stride=f"int from 1 to {MAX_STRIDE}",
+    where={
+        "mode == 'bilinear' or height >= stride": "height: {stride} or more, at this stride",
+        "mode == 'bilinear' or width >= stride": "width: {stride} or more, at this stride",
+        "x.ndim > 2": "x: (..., {height * width}, features) of three dimensions or more",
+    },
+)
 def spatial_pool(
     x: Tensor, *, height: int, width: int, mode: str = "avg", stride: int = 2
 ) -> Tensor:
-    """A grid of tokens, each ``stride x stride`` of them become one.
+    """Pool a grid of tokens by ``stride x stride`` windows.
 
     Mirrors the pooling of transformers' LLaVA-NeXT-Video ("avg", "max"), LLaVA-OneVision
-    ("bilinear"), Gemma 3 and PerceptionLM ("avg"), which go through a copy with channels first.
+    ("bilinear"), Gemma 3 and PerceptionLM ("avg"), which copy the tokens to channels first. Sums
+    are fp32. The gradient of a maximum goes to the first of equal values, as in PyTorch. Dtypes
+    other than fp32, fp16 and bf16 fall back.
 
     Args:
-        x: ``(..., height * width, features)``, a grid in row-major order, floating; rows at any
-            pitch, as in ``hidden[:, 1:]``, are not copied.
-        height, width: the grid.
-        mode: "avg" or "max" of windows side by side, rows and columns that fill none left out;
+        x: A grid in row-major order. Rows at any pitch, as in ``hidden[:, 1:]``, are not copied.
+        height: Rows of the grid.
+        width: Columns of the grid.
+        mode: "avg" or "max" of adjacent windows; rows and columns that fill no window are left out.
             "bilinear": resized to ``ceil(height / stride) x ceil(width / stride)`` from two by two
-            neighbours, pixels being areas (``align_corners=False``).
-        stride: the side of a window, or how many times fewer rows and columns; at most 8.
+            neighbours (``align_corners=False``).
+        stride: The side of a window, or the factor by which rows and columns become fewer.
 
-    Dtypes other than fp32, fp16 and bf16 fall back; sums are fp32. Returns ``(..., pooled height *
-    pooled width, features)``, of x's dtype. The gradient of a maximum goes to the first of equals,
-    as in PyTorch.
-
-    Raises:
-        TypeError: x is no tensor, or not floating.
-        ValueError: x is no such grid, none is left of it, or an option is unknown.
+    Returns:
+        ``(..., pooled height * pooled width, features)``, of x's dtype.
     """
     image = x.unflatten(-2, (height, width)).flatten(0, -4).permute(0, 3, 1, 2)
     size = Pooling(height, width, mode, stride).pooled
@@ -56,59 +63,25 @@ def spatial_pool(
     return image.permute(0, 2, 3, 1).reshape(*x.shape[:-2], math.prod(size), x.shape[-1])
 
 
-@spatial_pool.accepts
-def accepts(x, *, height, width, mode, stride):
-    mistake = _mistake(x, height, width, mode, stride)
-    if mistake is not None:
-        raise mistake
-    return (x,)
-
-
-def _mistake(x, height, width, mode, stride):
-    if not isinstance(x, Tensor):
-        return not_a_tensor(NAME, "x", x)
-    if not x.is_floating_point():
-        return wrong_type(NAME, "x", x, "a floating dtype (float32, bfloat16 or float16)")
-    if mode not in MODES:
-        return wrong_value(NAME, "mode", mode, f"one of {MODES}")
-    if stride < 1 or stride > MAX_STRIDE:
-        return wrong_value(NAME, "stride", stride, f"1 to {MAX_STRIDE}")
-    least = 1 if mode == "bilinear" else stride
-    for argument, value in (("height", height), ("width", width)):
-        if value < least:
-            return wrong_value(NAME, argument, value, f"{least} or more, at a stride of {stride}")
-    if x.ndim < 3 or x.shape[-2] != height * width:
-        wanted = f"(..., {height * width}, features), grids of {height} x {width} tokens"
-        return wrong_value(NAME, "x", x, wanted)
-    return None
-
-
-@spatial_pool.requires
-def requires(x, **options):
-    if x.dtype not in FLOATS:
-        return f"{x.dtype} has no kernels here (float32, bfloat16 and float16 have)"
-    return None
-
-
 @spatial_pool.forward
-def forward(needs, x, *, height, width, mode, stride):
+def forward(needs_grad, x, *, height, width, mode, stride):
     pooling = Pooling(height, width, mode, stride)
     shape = (*x.shape[:-2], math.prod(pooling.pooled), x.shape[-1])
     if x.numel() == 0:
         return x.new_empty(shape), (None,)
     x = dense(x)
     x = x if x.ndim == 3 else x.flatten(0, -3)
-    pooled, chosen = kernels.spatial_pool(x, pooling, needs.x and mode == "max")
-    return pooled.view(shape), (chosen if needs.x else None,)
+    pooled, chosen = kernels.spatial_pool(x, pooling, needs_grad.x and mode == "max")
+    return pooled.view(shape), (chosen if needs_grad.x else None,)
 
 
 @spatial_pool.backward
-def backward(needs, kept, dy, *, height, width, mode, stride):
+def backward(needs_grad, saved_tensors, dy, *, height, width, mode, stride):
     leading, features = dy.shape[:-2], dy.shape[-1]
     shape = (*leading, height * width, features)
     if dy.numel() == 0:
         return (dy.new_empty(shape),)
-    (chosen,) = kept
+    (chosen,) = saved_tensors
     dpooled = dy.contiguous().view(math.prod(leading), dy.shape[-2], features)
     pooling = Pooling(height, width, mode, stride)
     return (kernels.spatial_pool_backward(dpooled, chosen, pooling).view(shape),)
@@ -128,13 +101,15 @@ def cost(x, *, height, width, mode, stride):
 
 
 @spatial_pool.inputs(
-    test=[
-        dict(batch=1, height=1, width=1, features=1, stride=1),
-        dict(batch=3, height=5, width=7, features=17),
+    smallest=dict(batch=1, height=1, width=1, features=1, stride=1),
+    usual=dict(batch=3, height=5, width=7, features=17),
+    others=[
         dict(batch=2, height=4, width=9, features=24, mode="max"),
         dict(batch=2, height=5, width=9, features=40, drop_first=1, mode="bilinear"),
         dict(batch=2, height=5, width=7, features=40, mode="bilinear", stride=3),
     ],
+    large=dict(batch=5, height=460, width=460, features=2048),
+    bitwise=True,
     bench={
         "Gemma-3, 8 images": dict(batch=8, height=64, width=64, features=1152, stride=4),
         "LLaVA-OneVision, 32 frames": dict(

@@ -9,107 +9,72 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_fast.kernels._packed_weights import input_gradient, linears, parameter_gradients
-from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
-from vlm_fast.ops.declaration import FLOATS, Cost, linear_op, nbytes
+from vlm_fast.ops.argument_errors import wrong_value
+from vlm_fast.ops.declaration import Cost, linear_op, nbytes
 
 
-@linear_op
+@linear_op(
+    x="floating (..., in)",
+    parameters="list of like x",
+)
 def stacked_linear(x: Tensor, parameters: list[Tensor]) -> Tensor:
-    """``cat([linear(x, weight, bias) for ...], dim=-1)``, as keys and values of many layers are.
+    """Several linears of one input as one GEMM: ``cat([linear(x, w, b), ...], dim=-1)``.
 
-    On a GPU the weights are put together for each pass, and not kept. Every gradient has memory of
-    its own.
+    Used for the keys and values of many layers. On a GPU the weights are concatenated in each pass;
+    the concatenation is not kept. Every gradient has memory of its own. Dtypes other than fp32,
+    fp16 and bf16 fall back.
 
     Args:
-        x: ``(..., in)``.
         parameters: n weights ``(out_i, in)``, then n biases ``(out_i,)``.
 
-    All floating, of one dtype (fp32, fp16 or bf16; others fall back) and one device. Returns
-    ``(..., sum of out_i)``.
-
-    Raises:
-        TypeError: an argument is no tensor, not floating, or of another dtype than x.
-        ValueError: shapes do not fit, or devices differ.
+    Returns:
+        ``(..., sum of out_i)``, in x's dtype or autocast's.
     """
     count = len(parameters) // 2
     pairs = zip(parameters[:count], parameters[count:], strict=True)
     return torch.cat([F.linear(x, weight, bias) for weight, bias in pairs], dim=-1)
 
 
-@stacked_linear.accepts
-def accepts(x, parameters):
-    mistake = _mistake(x, parameters)
-    if mistake is not None:
-        raise mistake
-    return x, list(parameters)
-
-
-def _mistake(x, parameters):
-    name = "stacked_linear"
-    if not isinstance(x, Tensor):
-        return not_a_tensor(name, "x", x)
-    if not isinstance(parameters, (list, tuple)):
-        return not_a_tensor(name, "parameters", parameters)
-    count = len(parameters) // 2
+@stacked_linear.check
+def check(x, parameters):
+    name, count = "stacked_linear", len(parameters) // 2
     if not count or len(parameters) % 2:
-        return wrong_value(name, "parameters", len(parameters), "as many weights as biases")
-    if x.ndim < 1:
-        return wrong_value(name, "x", x, "(..., in), at least one dimension")
-    if not x.is_floating_point():
-        return wrong_type(name, "x", x, "a floating dtype (float32, bfloat16 or float16)")
+        return wrong_value(name, "the length of parameters", len(parameters), "2 n, n above 0")
     for i, value in enumerate(parameters):
-        if not isinstance(value, Tensor):
-            return not_a_tensor(name, f"parameters[{i}]", value)
-    for i, value in enumerate(parameters):
-        argument = f"parameters[{i}]"
-        if i < count and (value.ndim != 2 or value.shape[1] != x.shape[-1]):
-            return wrong_value(name, argument, value, f"(*, {x.shape[-1]}) to match x")
-        if i >= count and value.shape != parameters[i - count].shape[:1]:
-            return wrong_value(
-                name, argument, value, f"{tuple(parameters[i - count].shape[:1])}, a bias"
-            )
-        if value.dtype != x.dtype:
-            return wrong_type(name, argument, value, f"{x.dtype} as x has")
-        if value.device != x.device:
-            return wrong_value(name, argument, value, f"{x.device}, where x is")
-    return None
-
-
-@stacked_linear.requires
-def requires(x, parameters):
-    if x.dtype not in FLOATS:
-        return f"{x.dtype} has no kernels here (float32, bfloat16 and float16 have)"
+        wanted = ("*", x.shape[-1]) if i < count else tuple(parameters[i - count].shape[:1])
+        if value.ndim != len(wanted) or value.shape[-1] != wanted[-1]:
+            return wrong_value(name, f"parameters[{i}]", value, f"{wanted} to match")
     return None
 
 
 @stacked_linear.forward
-def forward(needs, x, parameters):
+def forward(needs_grad, x, parameters):
     count = len(parameters) // 2
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = linears(rows, parameters[:count], parameters[count:])
     y = y.view(*x.shape[:-1], y.shape[-1])
-    if not any(needs):
+    if not any(needs_grad):
         return y, ()
     return y, (
-        x if needs.parameters else None,
-        *(weight if needs.x else None for weight in parameters[:count]),
-        *(bias if needs.parameters else None for bias in parameters[count:]),
+        x if needs_grad.parameters else None,
+        *(weight if needs_grad.x else None for weight in parameters[:count]),
+        *(bias if needs_grad.parameters else None for bias in parameters[count:]),
     )
 
 
 @stacked_linear.backward
-def backward(needs, kept, dy):
-    x, *parameters = kept
+def backward(needs_grad, saved_tensors, dy):
+    x, *parameters = saved_tensors
     count = len(parameters) // 2
     rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
     dx = dparameters = None
-    if needs.x:
+    if needs_grad.x:
         dx = input_gradient(rows, parameters[:count])
         dx = dx.view(*dy.shape[:-1], dx.shape[-1])
-    if needs.parameters:
+    if needs_grad.parameters:
         sizes = [bias.shape[0] for bias in parameters[count:]]
         x = x.reshape(rows.shape[0], x.shape[-1])
-        dparameters = parameter_gradients(rows, x, sizes, needs.parameters)
+        dparameters = parameter_gradients(rows, x, sizes, needs_grad.parameters)
     return dx, dparameters
 
 
@@ -126,11 +91,12 @@ def cost(x, parameters):
 
 
 @stacked_linear.inputs(
-    test=[
-        dict(shape=(1, 1), outs=(1,)),
-        dict(shape=(3, 17), outs=(5, 9)),
+    smallest=dict(shape=(1, 1), outs=(1,)),
+    usual=dict(shape=(3, 17), outs=(5, 9)),
+    others=[
         dict(shape=(2, 33, 24), outs=(16, 16, 8)),
     ],
+    large=dict(shape=(5, 107_000, 64), outs=(2048, 2048)),
     bench={
         "BLIP-2 keys and values, 16 images": dict(shape=(16, 257, 1408), outs=(768,) * 12),
         "BLIP-2 keys and values, 1 image": dict(shape=(1, 257, 1408), outs=(768,) * 12),

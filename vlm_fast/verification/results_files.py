@@ -28,7 +28,7 @@ RESULTS = (PACKAGE / "benchmarks" / "results").resolve()
 IN_CLONE = PACKAGE not in RESULTS.parents
 
 # These decide how a kernel is launched, not what it computes.
-PLUMBING = {"_configs.py", "_launcher.py", "_native.py", "_triton.py", "_user_table.py"}
+PLUMBING = {"_launcher.py", "_native.py", "_triton.py"}
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def commit() -> str | None:
     git = ("git", "-C", str(PACKAGE.parent))
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        # Results files are what a measurement writes; they do not make it another tree.
-        changes = ("status", "--porcelain", "--", ":!benchmarks/results", ":!vlm_fast/configs")
+        # A measurement writes results files; they do not make it another tree.
+        changes = ("status", "--porcelain", "--", ":!benchmarks/results")
         status = subprocess.run([*git, *changes], capture_output=True, text=True)
     except OSError:
         return None

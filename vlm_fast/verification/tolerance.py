@@ -214,9 +214,9 @@ def check(
     ``args`` are in the working dtype and on the device under test. With ``inference`` the outputs
     of a call without gradients too: some ops launch other kernels then.
     """
-    if op.judge is not None:
+    if op.verify is not None:
         found = (fast or op.fast)(*args, **options)
-        return op.judge(found, *args, **{**op.defaults, **options})
+        return op.verify(found, *args, **{**op.defaults, **options})
     without = " without gradients"
 
     def run(f: Callable[..., Any], args: Sequence[Any] = args) -> Results:
@@ -233,6 +233,6 @@ def check(
             result = (fast or op.fast)(*args, **options)
         results = result if isinstance(result, tuple) else (result,)
         ours |= {f"output {i}{without}": r for i, r in enumerate(results)}
-    plain, *rounding = (functools.partial(run, f) for f in op.plain_orders)
+    plain, *rounding = (functools.partial(run, f) for f in op.references)
     exact = run(op.reference, convert(args, Tensor.double))
     return judge_all(ours, plain, exact, outputs=outputs, rounding=rounding)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from vlm_fast import ops
 from vlm_fast.modules.parameter_access.activation import activation_of
 from vlm_fast.modules.parameter_access.attention_settings import dropout_of_attention, scale_of
-from vlm_fast.ops.absorbed_cross_attention import absorbs
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -168,45 +167,18 @@ def cross_attention_block(
     if sequences != images:  # several sequences an image, image by image: more queries of it
         q = q.reshape(images, -1, features)
     key, value = attention.key, attention.value
-    if (
-        inputs.plain
-        and inputs.image_bias is None
-        and not inputs.projected
-        and _absorbed(q, image, heads)
-    ):
-        attended = ops.absorbed_cross_attention(
-            q, image, key.weight, key.bias, value.weight, value.bias, mask, seed,
-            heads=heads, scale=scale_of(attention), dropout=dropout,
-        )  # fmt: skip
+    if inputs.projected:
+        k, v = image.chunk(2, dim=-1)
+    elif inputs.plain:
+        k, v = ops.stacked_linear(image, parameters_of((key, value))).chunk(2, dim=-1)
     else:
-        if inputs.projected:
-            k, v = image.chunk(2, dim=-1)
-        elif inputs.plain:
-            k, v = ops.stacked_linear(image, parameters_of((key, value))).chunk(2, dim=-1)
-        else:
-            k, v = key(image), value(image)
-        attended = _joined(
-            ops.cross_attention(
-                _by_head(q, heads),
-                _by_head(k, heads),
-                _by_head(v, heads),
-                None,
-                None,
-                inputs.image_bias,
-                mask,
-                seed,
-                scale=scale_of(attention),
-                dropout=dropout,
-            )
-        )
-    attended = attended.reshape(sequences, tokens, features)
+        k, v = key(image), value(image)
+    attended = ops.cross_attention(
+        _by_head(q, heads), _by_head(k, heads), _by_head(v, heads), None, None, inputs.image_bias,
+        mask, seed, scale=scale_of(attention), dropout=dropout,
+    )  # fmt: skip
+    attended = _joined(attended).reshape(sequences, tokens, features)
     return _add_and_norm(block.output, attended, queries, inputs, CROSS_OUTPUT)
-
-
-def _absorbed(q: Tensor, image: Tensor, heads: int) -> bool:
-    images, queries, features = q.shape
-    keys, width = image.shape[1:]
-    return absorbs(queries, keys, width, features // heads, images, on_gpu=image.is_cuda)
 
 
 def _feed_forward(

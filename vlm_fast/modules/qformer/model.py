@@ -56,7 +56,7 @@ class QFormer(nn.Module):
 
     Queries attend to each other (and to a text behind them), then to the image, then pass a feed
     forward network of their own: arXiv 2301.12597, section 3.1. Keys and values of the image come
-    from one GEMM for all layers, or are absorbed into the queries where that is less work.
+    from one GEMM for all layers.
 
     Args:
         hidden_size: features of a token; num_hidden_layers, num_attention_heads,

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vlm_fast import ops
 from vlm_fast.modules.qformer.layer import SEEDS, dropout_of, parameters_of
-from vlm_fast.ops.absorbed_cross_attention import absorbs
 from vlm_fast.ops.argument_errors import not_a_tensor, wrong_value
 
 OP = "QFormer"
@@ -75,21 +74,11 @@ def images_of_layers(
     """
     if image is None and projected is None:
         return [(None, False)] * len(encoder.layer)
-    if projected is None and image is not None:
-        crossing = next(filter(None, map(_crossattention, encoder.layer)), None)
-        if crossing is None or not plain:
-            return [(image, False)] * len(encoder.layer)
-        heads, features = crossing.attention.num_attention_heads, hidden.shape[2]
-        images, keys, width = image.shape
-        of_an_image = queries * max(hidden.shape[0] // max(images, 1), 1)
-        if absorbs(of_an_image, keys, width, features // heads, images, on_gpu=image.is_cuda):
-            return [(image, False)] * len(encoder.layer)
+    if projected is None and not (plain and any(map(_crosses, encoder.layer))):
+        return [(image, False)] * len(encoder.layer)
     found = projected.layers if projected is not None else keys_and_values(encoder, image, plain)
     layers = iter(found)
-    return [
-        (None, False) if _crossattention(layer) is None else (next(layers), True)
-        for layer in encoder.layer
-    ]
+    return [(next(layers), True) if _crosses(layer) else (None, False) for layer in encoder.layer]
 
 
 def keys_and_values(encoder: Any, image: Any, plain: bool) -> Sequence[Tensor]:
@@ -104,6 +93,10 @@ def keys_and_values(encoder: Any, image: Any, plain: bool) -> Sequence[Tensor]:
 
 def _crossattention(layer: Any) -> Any:
     return getattr(layer, "crossattention", None)
+
+
+def _crosses(layer: Any) -> bool:
+    return _crossattention(layer) is not None
 
 
 def drops(layers: Sequence[Any]) -> bool:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm_fast.ops.argument_errors import not_a_tensor, once, wrong_type, wrong_value
+from vlm_fast.ops.argument_errors import no_double_backward, not_a_tensor, wrong_type, wrong_value
 
 LIGER = importlib.util.find_spec("liger_kernel") is not None
 # Logits in memory at a time: enough rows for a GEMM to be efficient at a vocabulary of 30,000.
@@ -124,7 +124,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            raise once("itg_loss")
+            raise no_double_backward("itg_loss")
         return grad
 
 
@@ -192,7 +192,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph; once_differentiable would give constants
-            raise once("itg_loss")
+            raise no_double_backward("itg_loss")
         found: list[Tensor | None] = []
         saved = ctx.saved_tensors
         for kept, undo in zip(saved[::2], saved[1::2], strict=True):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm_fast.ops.argument_errors import once, wrong_value
+from vlm_fast.ops.argument_errors import no_double_backward, wrong_value
 from vlm_fast.training.losses import rank_exchange
 from vlm_fast.training.losses.contrastive import check_number, check_pairs
 from vlm_fast.training.losses.cross_entropy import LOGITS
@@ -107,7 +107,7 @@ class _SigmoidLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph; once_differentiable would give constants
-            raise once("siglip_loss")
+            raise no_double_backward("siglip_loss")
         images, texts, scale, bias = ctx.saved_tensors
         batches, world, group = ctx.ring
         weight = grad * (world.size / sum(batches))
