@@ -12,44 +12,43 @@ CPU_TORCH = torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
 # Releases of transformers beside the pinned one, under which every family is run.
 TRANSFORMERS := 4.57.6 5.8.1 5.24.0
 
-.PHONY: test machines interpreted compiled ahead budgets released versions released-pinned \
-  $(TRANSFORMERS:%=released-%) bench bench-full docs check gpu hopper lint clean torch-cpu
+.PHONY: test test-slow compile-all budgets released versions $(TRANSFORMERS:%=released-%) machines \
+  bench bench-full docs check gpu hopper lint clean torch-cpu
 
 # The budgets of kernels are of one compiler, the oldest that is served; it lies beside .venv.
 BUDGETS_TRITON := $(shell sed -n 's/^BUDGETS_TRITON = "\([^"]*\)".*/\1/p' vlm_fast/devtools/budgets.py)
 OVERLAY := .venv-triton-$(BUDGETS_TRITON)
-
-# Triton is either interpreted or compiled for the life of a process, so the suite takes two at once,
-# and a third, after the shorter of them, for what only compiles and what runs for long. Then come
-# the families, a process for each release.
-LAST := $(addprefix tests/,devtools/test_ahead_of_time.py benchmarks/test_benchmarks.py \
-  patching/test_checkpoints.py modules/test_mixed_dtypes.py modules/test_qformer.py \
-  patching/test_replaced_code.py cli/test_wheel.py)
 FAMILIES := tests/patching/test_released_families.py
-CHANGED := tests/patching/test_changed_code.py
 
-test: $(INSTALLED)
-	@$(MAKE) --jobs=2 --output-sync=target interpreted compiled ahead released
-	@echo "make test: all processes passed"
+# Two processes at once. A file stays in one of them, for what it prepares once; kernels in the
+# interpreter prepare nothing.
+WORKERS ?= 2
+PYTEST := PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest -n $(WORKERS) \
+  --dist loadfile --no-loadscope-reorder
+INTERPRETER := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --device interpreter
 
-interpreted: $(INSTALLED)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
+# All that a commit is held to within minutes.
+test: $(INSTALLED) $(OVERLAY)/installed
+	$(PYTEST) -m "not slow"
+	$(INTERPRETER) -m "not slow"
 
-compiled: $(INSTALLED)
-	$(BIN)/python -m pytest tests --ignore=tests/interpreted \
-	  $(patsubst %,--ignore=%,$(LAST) $(FAMILIES) $(CHANGED))
+# The rest: other shapes and models, full sizes, whole trainings, the wheel, all architectures,
+# and the families under other releases of transformers.
+test-slow: $(INSTALLED) $(OVERLAY)/installed
+	$(PYTEST) -m slow
+	$(INTERPRETER) -m slow
+	$(MAKE) released
 
-ahead: $(INSTALLED) $(OVERLAY)/installed
-	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest $(LAST)
+# Every kernel with every config for all architectures, within the budgets.
+compile-all: $(INSTALLED) $(OVERLAY)/installed
+	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest tests/devtools/test_ahead_of_time.py
 
 # Rewrites vlm_fast/devtools/budgets.json, like a lock file, by the compiler that it is for.
 budgets: $(INSTALLED) $(OVERLAY)/installed
 	PYTHONPATH=$(CURDIR)/$(OVERLAY):$(CURDIR) $(BIN)/python -m vlm_fast.devtools.budgets
 
-released: $(TRANSFORMERS:%=released-%) released-pinned
-
-released-pinned: $(INSTALLED)
-	$(BIN)/python -m pytest $(FAMILIES) $(CHANGED)
+released: $(INSTALLED) $(TRANSFORMERS:%=.venv-transformers-%/installed)
+	@$(MAKE) --jobs=$(WORKERS) --output-sync=target $(TRANSFORMERS:%=released-%)
 
 $(TRANSFORMERS:%=released-%): released-%: .venv-transformers-%/installed
 	PYTHONPATH=$(CURDIR)/$(<D):$(CURDIR) $(BIN)/python -m pytest $(FAMILIES)
@@ -62,8 +61,8 @@ versions: $(INSTALLED)
 	$(BIN)/python -m tests.tools.releases $(RELEASES)
 
 # What follows from the processor: the suite with less of this one, other threads, and as a job in the
-# background, a line of counts each. A few files: make machines TESTS=tests/modules/test_qformer.py; kernels
-# in the interpreter: TRITON_INTERPRET=1 make machines TESTS=tests/interpreted
+# background, a line of counts each. A few files: make machines TESTS=tests/modules/test_qformer.py;
+# kernels in the interpreter: make machines TESTS="--device interpreter"
 TESTS ?= tests
 
 machines: $(INSTALLED)

@@ -93,7 +93,7 @@ def suites(results: Results, device: str, deadline: float) -> list[str]:
     if importlib.util.find_spec("pytest") is None:
         results["suites"] = "left out: pytest is not installed"
         return []
-    return _process(["-m", "pytest", "-q", "-x", "tests/gpu"], deadline, results, "suites")
+    return _process(["-m", "pytest", "-q", "-x", "--device", "cuda"], deadline, results, "suites")
 
 
 def memcheck(results: Results, device: str, deadline: float) -> list[str]:

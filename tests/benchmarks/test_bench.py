@@ -108,6 +108,7 @@ def test_a_function_that_torch_compile_left_eager_is_not_timed(quickly, monkeypa
     assert rows[0]["reason"].startswith("no graph was made")
 
 
+@pytest.mark.slow
 def test_counting_waits_does_not_stop_dynamo_from_compiling(quickly):
     """Under a dispatch mode Dynamo stops compiling, and later passes would time eager code."""
     rows = rows_of("gated_add", providers=["torch.compile"])

@@ -47,12 +47,14 @@ def quick(tmp_path_factory):
     return found.stdout, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_quick_run_measures_every_op_and_proves_the_patched_model(quick):
     _, results = quick
     assert {row["op"] for row in results["ops"]} == set(OPS)
     assert all(row["median"] > 0 and row["rounds"] >= 3 for row in results["ops"])
 
 
+@pytest.mark.slow
 def test_patched_models_give_the_same_results(quick):
     _, results = quick
     assert results["models"].keys() == models.MODELS.keys()
@@ -63,6 +65,7 @@ def test_patched_models_give_the_same_results(quick):
         assert found["finished"]
 
 
+@pytest.mark.slow
 def test_rows_are_of_one_shape(quick):
     """The row "before" of a part comes first, then its other states."""
     _, results = quick
@@ -83,6 +86,7 @@ def rows_of(found, part):
     return [row for row in found["rows"] if row["part"] == part]
 
 
+@pytest.mark.slow
 def test_the_patch_saves_waits_bytes_and_operations(quick):
     _, results = quick
     models = results["models"]
@@ -99,18 +103,21 @@ def test_the_patch_saves_waits_bytes_and_operations(quick):
         assert bool(rows_of(models[name], "a generated token")) == (name in ("idefics", "mllama"))
 
 
+@pytest.mark.slow
 def test_output_is_plain_when_piped(quick):
     text, _ = quick
     assert text.isascii() and "\x1b" not in text
     assert "verify passed" in text
 
 
+@pytest.mark.slow
 def test_results_name_no_path_of_this_machine(quick):
     _, results = quick
     assert str(ROOT) not in json.dumps(results)
     assert str(Path.home()) + "/" not in json.dumps(results)
 
 
+@pytest.mark.slow
 def test_the_gpu_run_without_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -163,6 +170,7 @@ def test_all_stages_have_time():
     assert sum(stage.seconds for stage in STAGES if stage.name != "suites") <= gpu.TOTAL_SECONDS
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
 def test_a_launch_finds_its_compiled_kernel(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -13,6 +13,7 @@ import pytest
 from vlm_fast.cli import main
 from vlm_fast.kernels._triton import AVAILABLE
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 OP = "gather_image_tokens"
 SAME = {  # what these print does not hang on the machine's mood

@@ -52,6 +52,7 @@ def assert_same(model, inputs, dtype):
 FULL = dict(num_hidden_layers=12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "implementation, dtype", [("eager", torch.float32), ("sdpa", torch.bfloat16)], ids=str
 )
@@ -64,6 +65,7 @@ def test_blip2_at_full_size(implementation, dtype):
     assert_same(blip2(implementation, **FULL), inputs, dtype)
 
 
+@pytest.mark.slow
 def test_instructblip_at_full_size():
     inputs = dict(
         input_ids=torch.randint(5, 99, (1, 8)),

@@ -179,6 +179,7 @@ def sharded_state_dict_is_whole(rank, world, name):
         assert torch.equal(p.full_tensor(), plain.state_dict()[name] * 2)
 
 
+@pytest.mark.multiprocess
 def test_state_dicts_of_fsdp2(tmp_path):
     names = ("BLIP-2", "QFormer", "LLaVA")
     on_ranks(tmp_path, [(sharded_state_dict_is_whole, name) for name in names])

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import vlm_fast
 from tests.support import tiny_flamingos, tiny_llava, tiny_models, tiny_qformers
+from tests.support.selection import slow_but
 from vlm_fast.modules import GatedCrossAttentionBlock, PerceiverResampler, QFormer
 from vlm_fast.patching import class_swap, patched_modules
 
@@ -46,7 +47,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", slow_but(["QFormer", "block", "patched Llama 3.2", "patched Aria"], MODELS)
+)
 @pytest.mark.parametrize("knows", ["hook", "child"])
 def test_a_model_that_its_own_parts_know_is_collected(name, knows):
     """By a hook that holds the model, or a child that holds its parent."""

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlm_fast
 from tests.support.distributed_helpers import start
+from tests.support.selection import slow_but
 from tests.support.tiny_models import AUDIO, IMAGE, MODELS, build
 from tests.support.ways_to_run import tensors
 from vlm_fast.ops import image_tokens
@@ -215,7 +216,7 @@ def graphs_of(name):
     return graphs
 
 
-@pytest.mark.parametrize("name", ["vipllava", "deepseek_vl"])
+@pytest.mark.parametrize("name", slow_but(["vipllava"], ["vipllava", "deepseek_vl"]))
 def test_compiled_whole(name):
     graphs = graphs_of(name)
     assert graphs["patched"] == 1 < graphs["plain"]
@@ -226,6 +227,8 @@ def merger_compiles_into_one_graph(number):
     assert graphs["patched"] == 1 < graphs["plain"]
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_a_merger_compiled_whole():
     """In a process of its own: after all other tests Dynamo breaks its graph, reset or not."""
     start(merger_compiles_into_one_graph, (), 1)

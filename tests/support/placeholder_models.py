@@ -289,8 +289,8 @@ class AllAlone(Model):
         return self.embed(input_ids).masked_scatter(mask, features)
 
 
-SERVED = {Model, Expanded, TokenIsGiven, Moves, Flat}
-EQUAL = {Expands, Selects}  # merged plainly, and counted
+SERVED = (Model, Expanded, TokenIsGiven, Moves, Flat)
+EQUAL = (Expands, Selects)  # merged plainly, and counted
 SKIPPED = {
     Renamed: "takes ids, embeds, image_features",
     TokenMayBeLeft: "need not be given token_id",

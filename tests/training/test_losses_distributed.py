@@ -380,5 +380,6 @@ CHECKS = [
 ]
 
 
+@pytest.mark.multiprocess
 def test_on_ranks(tmp_path):
     on_ranks(tmp_path, CHECKS, worlds=(1, 2, 3, 4))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from tests.support import photographs, tiny_blip2, tiny_flamingos, tiny_llava, tiny_processors
+from tests.support.selection import slow_but
 from vlm_fast.cli import main
 from vlm_fast.training.data import ReplacedRecordWarning
 from vlm_fast.training.recipes import checkpoints, run
@@ -262,7 +263,7 @@ def test_bad_records_are_named_and_left_out_as_asked(tmp_path, data, model):
     assert "10 too long" in found.output and "has no good record" in found.output
 
 
-@pytest.mark.parametrize("name", ["llava-stage1", "blip2-stage2"])
+@pytest.mark.parametrize("name", slow_but(["llava-stage1"], ["llava-stage1", "blip2-stage2"]))
 def test_a_picture_that_the_processor_refuses_is_named_or_left_out_as_asked(
     monkeypatch, tmp_path, data, name
 ):
@@ -304,8 +305,8 @@ def test_a_picture_that_the_processor_refuses_is_named_or_left_out_as_asked(
     [
         (torch.bfloat16, ()),
         (torch.bfloat16, ("--lora", "2")),
-        (torch.float32, ("--dtype", "bfloat16")),
-        (torch.bfloat16, ("--dtype", "float32", "--no-patch")),
+        pytest.param(torch.float32, ("--dtype", "bfloat16"), marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, ("--dtype", "float32", "--no-patch"), marks=pytest.mark.slow),
     ],
     ids=["bf16", "bf16 lora", "fp32 in bf16", "bf16 in fp32"],
 )
@@ -332,6 +333,7 @@ def test_a_model_is_saved_in_the_dtype_it_came_in(tmp_path, data, dtype, more):
         assert kept["multi_modal_projector.linear_1.weight"].dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blip2-stage1", "blip2-stage2", "flamingo"])
 def test_other_recipes_run_and_resume(tmp_path, data, name):
     torch.manual_seed(0)
@@ -354,6 +356,7 @@ def test_other_recipes_run_and_resume(tmp_path, data, name):
         assert load_file(whole / "stage1_head.safetensors")["temperature"].shape == ()
 
 
+@pytest.mark.slow
 def test_a_seed_decides_everything(tmp_path, data):
     """The head of generation, wrong partners and the order of the data too."""
     torch.manual_seed(0)
@@ -366,6 +369,7 @@ def test_a_seed_decides_everything(tmp_path, data):
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_though_some_batches_have_no_image(tmp_path, data, model):
     content = json.loads(data[0].read_text())
     for record in content[::2]:

@@ -1,7 +1,4 @@
-"""Kernels are right at other tile sizes than their own.
-
-Imported by the suites where Triton runs; see kernel_properties.py.
-"""
+"""Kernels are right at other tile sizes than their own."""
 
 from __future__ import annotations
 
@@ -11,8 +8,10 @@ import pytest
 import torch
 
 from tests.support.cases import any_case, any_op
-from tests.support.kernel_properties import judged
+from tests.support.op_accuracy import judged
 from vlm_fast.kernels import _launcher
+
+pytestmark = pytest.mark.devices("interpreter", "cuda")
 
 
 def use(monkeypatch, changed):

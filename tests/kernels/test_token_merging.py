@@ -1,12 +1,15 @@
-"""Token merging is the paper's algorithm, wherever it runs; see kernel_properties.py."""
+"""Token merging is the paper's algorithm, on each device."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from tests.support.guard_bands import GuardBands
 from vlm_fast import ops
 from vlm_fast.verification import tolerance
+
+pytestmark = [pytest.mark.devices("cpu", "interpreter", "cuda"), pytest.mark.aten]
 
 WIDTH = 6
 
@@ -144,8 +147,6 @@ def test_nothing_merges_into_nothing(device, shape):
 
 @pytest.mark.parametrize("part", range(3), ids=["destination", "order", "start"])
 def test_numbers_out_of_range_touch_nothing(device, part):
-    from tests.support.guard_bands import GuardBands
-
     with GuardBands() as bands:
         x = bands.lay_out(torch.randn(1, 6, 40, device=device), "dense")
         match = [bands.lay_out(t, "dense") for t in ops.bipartite_match.fast(x, r=2)]

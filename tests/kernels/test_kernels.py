@@ -1,8 +1,4 @@
-"""What holds for the fast path of every op, wherever it runs.
-
-Imported by the suites of one device each: compiled code on the CPU (test_cpu_path.py), Triton's
-interpreter (interpreted/) and CUDA (gpu/). They provide the fixture ``device``.
-"""
+"""What holds for the fast path of every op, on each device."""
 
 from __future__ import annotations
 
@@ -14,104 +10,35 @@ import torch
 from torch import Tensor
 
 from tests.support.cases import (
-    any_case,
+    DTYPES,
+    any_case_with,
     any_op,
     each,
     every_case,
-    every_dtype,
+    every_case_with,
     every_op,
     shape_id,
+    two_shapes,
 )
-from tests.support.exact_softmax import ExactSoftmaxBackward
 from tests.support.guard_bands import LAYOUTS, GuardBands
+from tests.support.op_accuracy import evaluated, judged, verdict_on
 from vlm_fast.kernels import _launcher
 from vlm_fast.kernels.image_tokens import image_token_slots
 from vlm_fast.ops.declaration import OPS
 from vlm_fast.verification import tolerance
-from vlm_fast.verification.summation_orders import ReorderedRuns
 
+pytestmark = pytest.mark.devices("cpu", "interpreter", "cuda")
 UPSTREAMS = ("dense", "padded rows", "transposed", "every other column", "expanded", "scalar")
 
 
-def judged(op, args, options, *, layout="dense", upstream="dense", fair=False):
-    """Outputs and gradients meet the tolerance rule, and no memory around them is touched.
-
-    With ``fair``, nothing is asked of elements that plain PyTorch makes infinite or NaN where its
-    own float64 does not, or the other way round, if ours are like one of the two. (So are its
-    GELU of +Inf, NaN in fp32, and intermediates that overflow in fp16.) Of plain PyTorch in other
-    orders of its sums, ours may then be infinite or NaN as any.
-    """
-    with GuardBands() as bands:
-        args = tuple(bands.lay_out(value, layout, i) for i, value in enumerate(args))
-        if op.returns_indices:
-            verdicts = tolerance.check(op, args, options)
-            assert verdicts and all(v.ok for v in verdicts), verdicts
-            bands.check()
-            return
-
-        def make_upstream(result: Tensor) -> Tensor:
-            grad = tolerance.random_upstream(result)
-            if upstream == "scalar":
-                return grad.new_full((), 0.75).expand_as(grad)
-            return bands.lay_out(grad, upstream)
-
-        names, found, others = evaluated(op, args, options, make_upstream)
-    for i, (name, tensors) in enumerate(zip(names, found, strict=True)):
-        verdict = verdict_on(name, tensors, (other[i] for other in others), fair=fair)
-        assert verdict.ok, verdict
-    bands.check()
-
-
-def verdict_on(name, tensors, others, *, fair=False):
-    gradient = name.startswith("gradient")
-    if not fair:
-        return tolerance.judge(name, *tensors, gradient=gradient, others=others)
-    verdict = tolerance.judge(name, *without_unfair(*tensors), gradient=gradient)
-    if not verdict.ok:
-        (*tensors,) = without_unfair(*tensors, *others)
-        verdict = tolerance.judge(name, *tensors[:3], gradient=gradient, others=tensors[3:])
-    return verdict
-
-
-def evaluated(op, args, options, upstream=None):
-    """Names of all results and gradients; of each ours, plain PyTorch's and float64's; and plain
-    PyTorch's as it rounds otherwise, a list of all of them at a time.
-    """
-
-    def run(f, args=args):
-        return tolerance.outputs_and_gradients(f, args, options, upstream=upstream)
-
-    ours, native = run(op.fast), run(op.reference)
-    with ExactSoftmaxBackward():
-        exact = run(op.reference, tolerance.convert(args, Tensor.double))
-    names = [
-        f"{kind} {i}" for kind, part in zip(("output", "gradient"), ours, strict=True)
-        for i in range(len(part))
-    ]  # fmt: skip
-    triples = list(zip(*([*y, *dx] for y, dx in (ours, native, exact)), strict=True))
-    assert names and not any(t is None for one in triples for t in one)
-    plain = [lambda f=f: list(itertools.chain(*run(f))) for f in op.references]
-    return names, triples, ReorderedRuns(*plain)
-
-
-def without_unfair(ours, native, exact, *others):
-    def kind(x):  # finite, NaN, +Inf or -Inf
-        return torch.where(x.isnan(), 2, x.isposinf().int() - x.isneginf().int())
-
-    plain = torch.stack([kind(x) for x in (native, exact.to(ours.dtype), *others)])
-    differ, alike = (plain != plain[0]).any(0), (plain == kind(ours)).any(0)
-    alike |= native.isnan() & ours.isinf()  # an overflow of plain PyTorch that met an Inf or a 0
-    return [t.masked_fill(differ & alike, 0) for t in (ours, native, exact, *others)]
-
-
-@every_dtype
-@any_case
+@pytest.mark.aten
+@any_case_with("dtype", DTYPES)
 def test_parity(device, op, shape, dtype):
     judged(op, *op.sample(shape, dtype, device), layout="padded rows", upstream="padded rows")
 
 
-@every_dtype
-@every_case
+@pytest.mark.aten
+@every_case_with("dtype", DTYPES)
 def test_parity_without_gradients(device, op, shape, dtype):
     """Where nothing is kept another path may be taken."""
     args, options = op.sample(shape, dtype, device)
@@ -126,17 +53,21 @@ def test_parity_without_gradients(device, op, shape, dtype):
     bands.check()
 
 
+@pytest.mark.aten
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "padded rows"])
+@two_shapes
 @any_op
-def test_layouts_of_inputs(device, op, layout):
-    for shape in op.test_shapes[1:3]:
+def test_layouts_of_inputs(device, op, number, layout):
+    for shape in op.test_shapes[number : number + 1]:
         judged(op, *op.sample(shape, torch.bfloat16, device), layout=layout)
 
 
+@pytest.mark.aten
 @pytest.mark.parametrize("upstream", UPSTREAMS)
+@two_shapes
 @every_op
-def test_layouts_of_upstream_gradients(device, op, upstream):
-    for shape in op.test_shapes[1:3]:
+def test_layouts_of_upstream_gradients(device, op, number, upstream):
+    for shape in op.test_shapes[number : number + 1]:
         judged(op, *op.sample(shape, device=device), upstream=upstream)
 
 
@@ -161,20 +92,21 @@ def one_element(x: Tensor, value: float) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("values", HOSTILE)
-@any_case
+@any_case_with("values", HOSTILE)
 def test_hostile_values(device, op, shape, values):
     args, options = op.sample(shape, device=device)
     if args[0].numel():
-        hostile = HOSTILE[values](args[0])
+        hostile = values(args[0])
         finite = bool(hostile.isfinite().all())
         judged(op, (hostile, *args[1:]), options, fair=not finite)
 
 
-@any_case
-def test_overflow_in_fp16(device, op, shape):
-    args, options = op.sample(shape, torch.float16, device)
-    judged(op, (args[0] * 2e4, *args[1:]), options, fair=True)
+@two_shapes
+@any_op
+def test_overflow_in_fp16(device, op, number):
+    for shape in op.test_shapes[number : number + 1]:
+        args, options = op.sample(shape, torch.float16, device)
+        judged(op, (args[0] * 2e4, *args[1:]), options, fair=True)
 
 
 def flat_needs(values, wanted):
@@ -184,13 +116,13 @@ def flat_needs(values, wanted):
     return flat, next((len(v) for v in values if isinstance(v, list)), 0)
 
 
-@every_case
-def test_only_wanted_gradients_are_computed(device, op, shape):
+def only_wanted_gradients_are_computed(device, op, shape, sizes_of):
+    """Of the subsets of gradients whose sizes ``sizes_of`` names, given how many there are."""
     args, options = op.sample(shape, device=device)
     values = op.accepted(args, {**op.defaults, **options})
     settings = {**op.defaults, **options}
     floating = [i for i, v in enumerate(values) if tolerance.differentiable([v])]
-    sizes = range(len(floating) + 1) if shape is op.usual_shape else (0, len(floating))
+    sizes = sorted(sizes_of(len(floating)))
     names, triples, others = evaluated(op, args, options)
     first = names.index("gradient 0")
     for wanted in (c for size in sizes for c in itertools.combinations(floating, size)):
@@ -216,6 +148,25 @@ def test_only_wanted_gradients_are_computed(device, op, shape):
             at += 0 if needed else len(tolerance.differentiable([value]))
 
 
+@pytest.mark.aten
+@every_op
+def test_only_wanted_gradients_are_computed(device, op):
+    """None, one, all but one, and all."""
+    only_wanted_gradients_are_computed(
+        device, op, op.usual_shape, lambda count: {0, 1, count - 1, count}
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.aten
+@every_case
+def test_other_subsets_of_gradients(device, op, shape):
+    usual = shape is op.usual_shape
+    only_wanted_gradients_are_computed(
+        device, op, shape, lambda count: range(2, count - 1) if usual else {0, count}
+    )
+
+
 @any_op
 def test_repeats_are_identical(device, op):
     args, options = op.sample(op.usual_shape, torch.bfloat16, device)
@@ -236,7 +187,9 @@ def test_deterministic_algorithms_are_obeyed(device, op, deterministic_algorithm
     judged(op, *op.sample(op.usual_shape, device=device))
 
 
-def launched(device: str) -> set[str]:
+def test_every_kernel_is_launched_where_triton_runs(device):
+    runs = _launcher.runs_triton(torch.empty(1, device=device))
+    missing = set(_launcher.KERNELS) if runs else set()
     with _launcher.recording() as launches:
         for op in OPS.values():
             for shape in op.test_shapes:
@@ -245,14 +198,13 @@ def launched(device: str) -> set[str]:
                 args, options = op.sample(shape, torch.bfloat16, device)
                 with torch.no_grad():  # another path may be taken
                     op.fast(*args, **options)
-    return {launch.kernel.name for launch in launches}
+                missing -= {launch.kernel.name for launch in launches}
+                if runs and not missing:
+                    return
+    assert not missing and (runs or not launches)
 
 
-def test_every_kernel_is_launched_where_triton_runs(device):
-    runs = _launcher.runs_triton(torch.empty(1, device=device))
-    assert launched(device) == (set(_launcher.KERNELS) if runs else set())
-
-
+@pytest.mark.aten
 @pytest.mark.parametrize("beyond", [-15, -1, 0, 1, 5000])
 def test_slots_with_a_wrong_count_are_safe_addresses(device, beyond):
     op = OPS["merge_image_tokens"]
@@ -266,6 +218,7 @@ def test_slots_with_a_wrong_count_are_safe_addresses(device, beyond):
     assert slots.tolist() == (true.tolist() + max(beyond, 0) * [0])[: len(slots)]
 
 
+@pytest.mark.aten
 @pytest.mark.parametrize("features_dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", OPS["merge_image_tokens"].test_shapes, ids=shape_id)
 def test_features_of_another_dtype(device, shape, features_dtype):
@@ -277,6 +230,7 @@ def test_features_of_another_dtype(device, shape, features_dtype):
     judged(op, (embeds, features, mask), options, layout="padded rows")
 
 
+@pytest.mark.aten
 @pytest.mark.parametrize("wild", [-(2**31), -2, 10**6, 2**31 - 1])
 @pytest.mark.parametrize("name", ["anyres_pack", "anyres_pack_resized", "anyres_merge"])
 def test_tables_out_of_range_are_safe_addresses(device, name, wild):

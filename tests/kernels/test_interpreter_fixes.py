@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
 import triton
 import triton.language as tl
+
+pytestmark = pytest.mark.devices("interpreter")
 
 BF16 = torch.bfloat16
 LENGTH = 64

@@ -1,5 +1,6 @@
 """How many kernels a forward launches: ATen's that do work, and those recorded here."""
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -8,6 +9,8 @@ from tests.support.tiny_qformers import blip2
 from vlm_fast.kernels import _launcher
 from vlm_fast.kernels._launcher import recording
 from vlm_fast.ops.declaration import OPS
+
+pytestmark = pytest.mark.devices("interpreter")
 
 FREE = {"_unsafe_view", "detach", "lift_fresh"}
 

@@ -1,30 +1,15 @@
-"""The compiled CPU code, if it is built, and its stand-in from ATen."""
-
-import sys
+"""The compiled code of the CPU on large tensors, with one thread and with several."""
 
 import pytest
 import torch
 
-from tests.support.dropout_properties import *  # noqa: F403
-from tests.support.kernel_properties import *  # noqa: F403
-from tests.support.token_merging_properties import *  # noqa: F403
-from vlm_fast.kernels._native import native
-from vlm_fast.ops.declaration import OPS
+from tests.support.cases import OPS
 from vlm_fast.verification import tolerance
-
-
-@pytest.fixture(params=["ATen", *(["native"] if native is not None else [])])
-def device(request, monkeypatch):
-    if request.param == "ATen":
-        for name, module in list(sys.modules.items()):
-            if name.startswith("vlm_fast.kernels.") and hasattr(module, "native"):
-                monkeypatch.setattr(module, "native", None)
-    return "cpu"
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("mebibytes", [1, 17, 33])
-def test_large_rows_in_threads(device, mebibytes, threads):
+def test_large_rows_in_threads(mebibytes, threads):
     """From where the compiled code starts threads, bypasses the cache, asks for huge pages."""
     hidden = 4095
     rows = (mebibytes << 20) // (2 * hidden)

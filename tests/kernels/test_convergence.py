@@ -9,6 +9,8 @@ pytest.importorskip("transformers")
 from tests.support.captioned_models import FAMILIES
 from tests.support.captioned_training import fused_training_is_unfused_training
 
+pytestmark = pytest.mark.devices("cuda")
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

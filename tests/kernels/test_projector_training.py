@@ -2,11 +2,14 @@
 
 import copy
 
+import pytest
 import torch
 
 import vlm_fast
 from tests.support.convergence import adamw, distance
 from vlm_fast.modules import MLPProjector
+
+pytestmark = pytest.mark.devices("interpreter")
 
 STEPS = 5
 

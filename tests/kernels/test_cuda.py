@@ -1,14 +1,12 @@
-"""Every kernel on CUDA: the properties of all devices, and what only a GPU can show."""
+"""What only a GPU can show of every op: graphs, streams, host syncs, and repeats."""
 
+import pytest
 import torch
 
-from tests.support.add_layer_norm_properties import *  # noqa: F403
 from tests.support.cases import any_case, each
-from tests.support.dropout_properties import *  # noqa: F403
-from tests.support.kernel_properties import *  # noqa: F403
-from tests.support.tile_properties import *  # noqa: F403
-from tests.support.token_merging_properties import *  # noqa: F403
 from vlm_fast.verification import tolerance
+
+pytestmark = pytest.mark.devices("cuda")
 
 
 def prepared(op, shape, device):

@@ -1,7 +1,4 @@
-"""What holds for every op that drops: one mask forward and backward, a function of the seed.
-
-Imported by the suites of one device each; see kernel_properties.py.
-"""
+"""What holds for every op that drops: one mask forward and backward, a function of the seed."""
 
 from __future__ import annotations
 
@@ -11,9 +8,11 @@ import pytest
 import torch
 
 from tests.support.cases import OPS
-from tests.support.kernel_properties import judged
+from tests.support.op_accuracy import judged
 from vlm_fast.kernels._dropout import keep_mask
 from vlm_fast.verification import tolerance
+
+pytestmark = pytest.mark.devices("cpu", "interpreter", "cuda")
 
 DROPPING = {name: op for name, op in OPS.items() if "dropout" in op.defaults}
 every_dropping_op = pytest.mark.parametrize("op", DROPPING.values(), ids=DROPPING.keys())

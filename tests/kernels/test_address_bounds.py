@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
+
+pytestmark = pytest.mark.devices("interpreter")
 
 
 @triton.jit

@@ -1,16 +1,15 @@
-"""What holds for `add_layer_norm` beyond what holds for every op.
-
-Imported by the suites of one device each; see kernel_properties.py.
-"""
+"""What holds for `add_layer_norm` beyond what holds for every op."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.support.kernel_properties import judged
+from tests.support.op_accuracy import judged
 from vlm_fast.kernels import add_layer_norm as kernels
 from vlm_fast.ops.declaration import OPS
+
+pytestmark = pytest.mark.devices("cpu", "interpreter", "cuda")
 
 ADD_LAYER_NORM = OPS["add_layer_norm"]
 FP32 = torch.float32
