@@ -12,40 +12,43 @@ CPU_TORCH = torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
 # Releases of transformers beside the pinned one, under which every family is run.
 TRANSFORMERS := 4.57.6 5.8.1 5.24.0
 
-.PHONY: test machines interpreted compiled ahead released versions released-pinned \
-  $(TRANSFORMERS:%=released-%) bench check gpu hopper lint clean torch-cpu
+.PHONY: test test-slow compile-all budgets released versions $(TRANSFORMERS:%=released-%) machines \
+  bench bench-full docs check gpu hopper lint clean torch-cpu
 
 # The budgets of kernels are of one compiler, the oldest that is served; it lies beside .venv.
-BUDGETS_TRITON := $(shell sed -n 's/^BUDGETS_TRITON = "\([^"]*\)".*/\1/p' vlm_fast/devtools/ahead_of_time.py)
+BUDGETS_TRITON := $(shell sed -n 's/^BUDGETS_TRITON = "\([^"]*\)".*/\1/p' vlm_fast/devtools/budgets.py)
 OVERLAY := .venv-triton-$(BUDGETS_TRITON)
-
-# Triton is either interpreted or compiled for the life of a process, so the suite takes two at once,
-# and a third, after the shorter of them, for what only compiles and what runs for long. Then come
-# the families, a process for each release.
-LAST := $(addprefix tests/,devtools/test_ahead_of_time.py benchmarks/test_benchmarks.py \
-  patching/test_checkpoints.py modules/test_mixed_dtypes.py modules/test_qformer.py \
-  patching/test_replaced_code.py cli/test_wheel.py)
 FAMILIES := tests/patching/test_released_families.py
-CHANGED := tests/patching/test_changed_code.py
 
-test: $(INSTALLED)
-	@$(MAKE) --jobs=2 --output-sync=target interpreted compiled ahead released
-	@echo "make test: all processes passed"
+# Two processes at once. A file stays in one of them, for what it prepares once; kernels in the
+# interpreter prepare nothing.
+WORKERS ?= 2
+PYTEST := PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest -n $(WORKERS) \
+  --dist loadfile --no-loadscope-reorder
+INTERPRETER := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --device interpreter
 
-interpreted: $(INSTALLED)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
+# All that a commit is held to within minutes.
+test: $(INSTALLED) $(OVERLAY)/installed
+	$(PYTEST) -m "not slow"
+	$(INTERPRETER) -m "not slow"
 
-compiled: $(INSTALLED)
-	$(BIN)/python -m pytest tests --ignore=tests/interpreted \
-	  $(patsubst %,--ignore=%,$(LAST) $(FAMILIES) $(CHANGED))
+# The rest: other shapes and models, full sizes, whole trainings, the wheel, all architectures,
+# and the families under other releases of transformers.
+test-slow: $(INSTALLED) $(OVERLAY)/installed
+	$(PYTEST) -m slow
+	$(INTERPRETER) -m slow
+	$(MAKE) released
 
-ahead: $(INSTALLED) $(OVERLAY)/installed
-	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest $(LAST)
+# Every kernel with every config for all architectures, within the budgets.
+compile-all: $(INSTALLED) $(OVERLAY)/installed
+	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest tests/devtools/test_ahead_of_time.py
 
-released: $(TRANSFORMERS:%=released-%) released-pinned
+# Rewrites vlm_fast/devtools/budgets.json, like a lock file, by the compiler that it is for.
+budgets: $(INSTALLED) $(OVERLAY)/installed
+	PYTHONPATH=$(CURDIR)/$(OVERLAY):$(CURDIR) $(BIN)/python -m vlm_fast.devtools.budgets
 
-released-pinned: $(INSTALLED)
-	$(BIN)/python -m pytest $(FAMILIES) $(CHANGED)
+released: $(INSTALLED) $(TRANSFORMERS:%=.venv-transformers-%/installed)
+	@$(MAKE) --jobs=$(WORKERS) --output-sync=target $(TRANSFORMERS:%=released-%)
 
 $(TRANSFORMERS:%=released-%): released-%: .venv-transformers-%/installed
 	PYTHONPATH=$(CURDIR)/$(<D):$(CURDIR) $(BIN)/python -m pytest $(FAMILIES)
@@ -58,16 +61,26 @@ versions: $(INSTALLED)
 	$(BIN)/python -m tests.tools.releases $(RELEASES)
 
 # What follows from the processor: the suite with less of this one, other threads, and as a job in the
-# background, a line of counts each. A few files: make machines TESTS=tests/modules/test_qformer.py; kernels
-# in the interpreter: TRITON_INTERPRET=1 make machines TESTS=tests/interpreted
+# background, a line of counts each. A few files: make machines TESTS=tests/modules/test_qformer.py;
+# kernels in the interpreter: make machines TESTS="--device interpreter"
 TESTS ?= tests
 
 machines: $(INSTALLED)
 	$(BIN)/python -m tests.tools.machines $(TESTS)
 
-# Peers that are missing are left out; for xformers and Liger: pip install -e '.[bench]'.
+# Libraries that are not installed are left out; for xformers and Liger: pip install -e '.[bench]'.
 bench: $(INSTALLED)
-	$(BIN)/vlm-fast bench --section all
+	$(BIN)/vlm-fast bench
+
+bench-full: $(INSTALLED)
+	$(BIN)/vlm-fast bench --full
+
+# The site is built from the docstrings that the package has at run time.
+DOCS_PACKAGES = $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+
+docs: $(INSTALLED)
+	$(PIP) $(DOCS_PACKAGES)
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/python -m mkdocs build --strict
 
 check: $(INSTALLED)
 	$(BIN)/vlm-fast check
@@ -89,7 +102,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-triton-* .venv-transformers-* build dist *.egg-info vlm_fast/_C*.so vlm_fast/_hopper*.so
+	rm -rf .venv .venv-triton-* .venv-transformers-* build dist site *.egg-info vlm_fast/_C*.so vlm_fast/_hopper*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)

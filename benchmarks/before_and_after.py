@@ -1,4 +1,4 @@
-"""Pieces of a model before and after, in turns: time, memory, waits, launches; a row a state."""
+"""Time pieces of a model in several states, such as before and after a patch, in turns."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from vlm_fast import terminal
 from vlm_fast.benchmarks import machine
 from vlm_fast.devtools import memory, timing
 from vlm_fast.devtools.launches import launches
-from vlm_fast.devtools.operations import operations
+from vlm_fast.devtools.operations import count_operations
 
 Calls = dict[str, Callable[[], Any]]  # "before", "after" and others
 Row = dict[str, Any]
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
-COMPILED = ("compiled", "graphed")  # autograd and the dispatcher see another program in them
+COMPILED = ("compiled", "graphed")  # states whose operations and saved bytes are not counted
 
 
 class Part(NamedTuple):
-    """One thing to do, in several ways: "before" and "after" a patch, and others.
+    """One piece of work in several states: "before" and "after" a patch, and others.
 
     Attributes:
-        known: what the calls are given; of what they keep for backward, it does not count.
+        name: of the piece.
+        calls: a function for each state.
+        known: inputs of the calls, which do not count as saved for backward.
     """
 
     name: str
@@ -35,7 +37,7 @@ class Part(NamedTuple):
     known: Sequence[Tensor] = ()
 
 
-Parts = Callable[[str, torch.dtype, bool], Iterator[Part]]  # of device, dtype, whether quick
+Parts = Callable[[str, torch.dtype, bool], Iterator[Part]]  # of device, dtype, quick
 
 
 def without_gradients(calls: Calls) -> Calls:
@@ -52,9 +54,10 @@ def measure(
     seconds: float = 20.0,
     deadline: float = math.inf,
 ) -> dict[str, Any]:
-    """Measure, about ``seconds`` a part, print a table, and return what was found.
+    """Measure each part for about ``seconds``, print a table, and return rows and dtype.
 
-    No part is begun after ``deadline`` (of ``time.monotonic``); "finished" says whether all were.
+    No part is begun after ``deadline`` (of ``time.monotonic``). "finished" in the result says
+    whether all parts were measured.
     """
     seconds = 0.2 if quick else seconds
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,7 +79,7 @@ def measure(
 def compare_all(
     parts: Iterable[Part], device: str, seconds: float, deadline: float = math.inf
 ) -> tuple[list[Row], bool]:
-    """The rows of all parts, and whether all were begun before the deadline."""
+    """Return the rows of all parts, and whether all were begun before the deadline."""
     rows: list[Row] = []
     for part in parts:
         if time.monotonic() > deadline:
@@ -86,11 +89,11 @@ def compare_all(
 
 
 def compare(part: Part, device: str, seconds: float) -> list[Row]:
-    """A row for each way of doing the part: all in turns, then each for itself.
+    """Return a row for each state of the part.
 
-    Times are of the host's clock, from an idle device until its work is done. ``first_seconds`` is
-    the first call in this process, with what it compiles, loads and allocates. What does not apply
-    is None: kernels on a CPU, and what autograd keeps of a compiled program.
+    The states are timed in turns, by the host's clock, from an idle device until its work is done.
+    ``first_seconds`` is the first call in this process, which compiles, loads and allocates.
+    Launches on a CPU, and the saved bytes of a compiled program, are None.
     """
     first = {state: timing.once(call, device) for state, call in part.calls.items()}
     times = timing.interleaved(
@@ -113,8 +116,8 @@ def compare(part: Part, device: str, seconds: float) -> list[Row]:
                 "saved_bytes": memory.saved_bytes(call, part.known) if seen else None,
                 "peak_bytes": peak,
                 "transient_bytes": peak - results,
-                "synchronisations": memory.synchronisations(call, device),
-                "operations": operations(call) if seen and device == "cpu" else None,
+                "synchronisations": memory.host_syncs(call, device),
+                "operations": count_operations(call) if seen and device == "cpu" else None,
                 "launches": launches(call, device),
             }
         )

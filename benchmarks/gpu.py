@@ -1,8 +1,8 @@
-"""``python -m vlm_fast.benchmarks.gpu``: everything that only a GPU can show, in one command.
+"""``python -m vlm_fast.benchmarks.gpu``: all checks and times that need a GPU, in nine minutes.
 
-Stages, each with a share of the time, and the whole within nine minutes. What is found is written
-after every stage, so that whatever ends a run early leaves the results so far. Exit codes: 0 ok,
-1 a stage failed, 3 no GPU, no Triton or no clone of the repository.
+The run has stages, each with a share of the time. Results are written after each stage, so a run
+that ends early leaves the results so far. Exit codes: 0 ok, 1 a stage failed, 3 no GPU, no Triton
+or no clone of the repository.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GRACE = 10.0
 
 @contextlib.contextmanager
 def limit(deadline: float, grace: float) -> Iterator[None]:
-    """Break off what does not look at its deadline, a little after it."""
+    """Raise TimeoutError ``grace`` seconds after the deadline, in code that does not check it."""
 
     def out_of_time(number: int, frame: object) -> None:
         raise TimeoutError("out of time")
@@ -47,7 +47,7 @@ def limit(deadline: float, grace: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
-    """Collect the names of the kernels that Triton compiles and does not find in its cache."""
+    """Collect the names of kernels that Triton compiles because they are not in its cache."""
     found: list[str] = []
     if not _triton.AVAILABLE:
         yield found

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the ops: each check returns its failures, one line each."""
+"""Checks of the ops that need a GPU; each returns its failures, one line each."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vlm_fast.verification import self_test
 from vlm_fast.verification.tolerance import convert, differentiable
 
 Failures = list[str]
-BATCH = 5  # of every op's large shape; no other size equals it
-LARGE_BYTES = 40 * 2**30  # what they need, gradients and copies included
+BATCH = 5  # of every op's large shape; no other size is 5
+LARGE_BYTES = 40 * 2**30  # memory that the large shapes need, with gradients and copies
 
 
 def cases(
     device: str, names: Iterable[str] | None = None
 ) -> Iterator[tuple[str, Op[..., Any], tuple[Any, ...], dict[str, Any]]]:
-    """Every op at its first named shape in every dtype: a sample, or a small one on a CPU."""
+    """Yield every op in every dtype at one sample of its first named shape, smaller on a CPU."""
     for op in (OPS[name] for name in names or OPS):
         shape = self_test.one_sample(next(iter(op.bench_shapes.values())))
         if device == "cpu":
@@ -37,7 +37,7 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def repeats(device: str, names: Iterable[str] | None = None) -> Failures:
-    """Ten calls on the same inputs give the same bits; on a CPU, where less can race, three."""
+    """Ten calls on the same inputs give the same bits; on a CPU three calls."""
     failures, more = [], 2 if device == "cpu" else 9
     for label, op, args, options in cases(device, names):
         inputs = with_upstream(op, args, options)
@@ -48,7 +48,7 @@ def repeats(device: str, names: Iterable[str] | None = None) -> Failures:
 
 
 def no_synchronisation(device: str, names: Iterable[str] | None = None) -> Failures:
-    """Forward and backward under torch's own guard against waiting for the device."""
+    """Forward and backward raise no error in torch's mode that forbids host synchronisations."""
     failures = []
     for label, op, args, options in cases(device, names):
         inputs = with_upstream(op, args, options)
@@ -65,7 +65,7 @@ def no_synchronisation(device: str, names: Iterable[str] | None = None) -> Failu
 
 
 def side_stream(device: str, names: Iterable[str] | None = None) -> Failures:
-    """Work goes to the current stream, behind what is there: inputs arrive late."""
+    """Ops run on the current stream, after the work that is queued there and fills their inputs."""
     failures = []
     for label, op, args, options in cases(device, names):
         inputs = with_upstream(op, args, options)
@@ -83,7 +83,7 @@ def side_stream(device: str, names: Iterable[str] | None = None) -> Failures:
 
 
 def cuda_graphs(device: str, names: Iterable[str] | None = None) -> Failures:
-    """Captured once, replayed on other inputs: the bits of an ordinary call."""
+    """A captured CUDA graph, replayed on other inputs, gives the bits of an ordinary call."""
     failures = []
     for label, op, args, options in cases(device, names):
         inputs = with_upstream(op, args, options)
@@ -137,7 +137,7 @@ def _copy(targets: tuple[Any, ...], sources: tuple[Any, ...]) -> None:
 
 
 def large(device: str) -> Failures:
-    """Beyond 2^31 elements: results and gradients of each sample are as they are alone."""
+    """With more than 2^31 elements, each sample has the results and gradients of its own call."""
     failures = []
     for name, op in OPS.items():
         torch.manual_seed(0)
@@ -153,7 +153,7 @@ def large(device: str) -> Failures:
             for j, (expected, found) in enumerate(zip(parts, whole, strict=True)):
                 if found.numel() != BATCH * expected.numel():
                     continue  # the gradient of a weight: a sum over the samples
-                # A GEMM of another height may add up in another order.
+                # A GEMM with another number of rows may sum in another order.
                 allowed = 0.0 if op.bitwise else 2**-6 * expected.abs().max().item()
                 error = (part(found, i).view(expected.shape) - expected).abs().max().item()
                 if not error <= allowed:
@@ -165,7 +165,7 @@ def large(device: str) -> Failures:
 
 
 def _part(tensor: Tensor, i: int) -> Tensor:
-    """The share of sample i in a tensor whose rows lie in the order of the samples."""
+    """The part of sample i in a tensor whose rows are in the order of the samples."""
     rows = tensor.shape[0] // BATCH
     return tensor[i * rows : (i + 1) * rows]
 

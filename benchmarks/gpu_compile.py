@@ -1,8 +1,7 @@
-"""What the GPU run will launch, compiled beforehand into Triton's cache, on all cores.
+"""Compile the kernels of the GPU run into Triton's cache beforehand, on all cores.
 
-One by one, as they are first launched, the kernels of all shapes would take longer than the whole
-run has. The workers see no GPU: what is launched is recorded on tensors without data, as for
-`vlm_fast.devtools.ahead_of_time`.
+Compiled one by one at their first launch, they would take longer than the whole run. The workers
+use no GPU: launches are recorded on tensors without data, as in `vlm_fast.devtools.ahead_of_time`.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def wanted(op: Op[..., Any]) -> Iterator[Wanted]:
 
 
 def builds(name: str, dtype: torch.dtype, arch: str) -> Iterator[ahead_of_time.Build]:
-    """Each different piece of code that one op launches in one dtype."""
+    """The distinct builds that one op launches in one dtype."""
     seen: set[Any] = set()
     for shape, of in wanted(OPS[name]):
         if of is dtype:
@@ -48,16 +47,16 @@ def builds(name: str, dtype: torch.dtype, arch: str) -> Iterator[ahead_of_time.B
 
 
 def compile_one(name: str, dtype: torch.dtype, arch: str) -> int:
-    """How many builds of an op in a dtype are in the cache now."""
+    """Compile the builds of an op in a dtype, and return how many are in the cache."""
     return sum(1 for build in builds(name, dtype, arch) if build.compile())
 
 
 def compile_all(
     arch: str, deadline: float, names: list[str] | None = None, workers: int | None = None
 ) -> tuple[int, list[str]]:
-    """How many builds are in the cache, and what went wrong; nothing begins after the deadline."""
+    """Return how many builds are in the cache, and the failures; none begins after the deadline."""
     tasks = [(name, dtype, arch) for name in names or OPS for dtype in FLOATS]
-    # What takes longest first, so that no core waits for one at the end.
+    # The slowest first, so that no core is idle at the end.
     tasks.sort(key=lambda task: -len(list(wanted(OPS[task[0]]))))
     count, failures = 0, []
     with mock.patch.dict(os.environ, HIDDEN):  # the workers inherit it

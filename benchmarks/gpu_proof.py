@@ -1,7 +1,7 @@
-"""What only has to be right on a GPU, not fast: a process an op, several at a time.
+"""Checks of the ops on a GPU, with a process for each op and several at a time.
 
-One process would take longer than the whole run has, most of it in Python; and an op that breaks
-its process's device leaves the others theirs.
+One process would take longer than the whole run, mostly in Python. An op that breaks the CUDA
+context of its process does not affect the others.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def prove(name: str, device: str, deadline: float) -> Proof:
 def prove_all(
     device: str, deadline: float, names: Iterable[str] | None = None, workers: int = WORKERS
 ) -> tuple[dict[str, Proof], list[str]]:
-    """The proofs of ops, and a line for each op that has none."""
+    """The results of the checks by op, and a line for each op without results."""
     calls = {name: (name, device, deadline) for name in names or OPS}
     return each(prove, calls, deadline, workers)
 
@@ -89,7 +89,7 @@ def never_launched(proofs: Iterable[Proof]) -> list[str]:
 def memcheck(
     deadline: float, names: Iterable[str] | None = None, workers: int = WORKERS
 ) -> list[str] | None:
-    """Two test shapes of every op under compute-sanitizer; None where that is not installed."""
+    """Check two test shapes of every op under compute-sanitizer; None if it is not installed."""
     tool = shutil.which(SANITIZER) or shutil.which(SANITIZER, path="/usr/local/cuda/bin")
     if tool is None:
         return None
@@ -99,7 +99,7 @@ def memcheck(
 
 
 def memcheck_cases(name: str) -> None:
-    """What compute-sanitizer watches."""
+    """Check an op at two test shapes, in the process that compute-sanitizer watches."""
     for label, shape in itertools.islice(self_test.shapes(OPS[name], full=False), 1, 3):
         case = self_test.check(OPS[name], label, shape, torch.bfloat16, "cuda")
         if not case.ok:
@@ -108,7 +108,7 @@ def memcheck_cases(name: str) -> None:
 
 def _memcheck(tool: str, name: str, deadline: float) -> list[str]:
     watched = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", MEMCHECK]
-    # In one block of the caching allocator, no access is out of bounds.
+    # Without the caching allocator each tensor has its own block, so an access beyond it is found.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
@@ -126,7 +126,7 @@ def _memcheck(tool: str, name: str, deadline: float) -> list[str]:
 def each(
     function: Callable[..., T], calls: Mapping[str, tuple[Any, ...]], deadline: float, workers: int
 ) -> tuple[dict[str, T], list[str]]:
-    """Every call in a process of its own; a line for each that gives nothing until the deadline."""
+    """Run each call in its own process; return the results, and a line for each without one."""
     found: dict[str, T] = {}
     failures: list[str] = []
     with (
@@ -139,7 +139,7 @@ def each(
                 found[name] = future.result()
             except TimeoutError:
                 failures.append(f"{name}: out of time")
-            except Exception as error:  # of the process, or that it ended
+            except Exception as error:  # raised in the process, or because it died
                 failures.append(f"{name}: {type(error).__name__}: {error}")
     return found, failures
 
@@ -148,7 +148,7 @@ def _alone(function: Callable[..., T], call: tuple[Any, ...], deadline: float) -
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError
-    # A pool of one: of a bare process, neither a result nor its death would be told.
+    # A pool of one process returns the result, and notices if the process dies.
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     future = pool.submit(function, *call)
     try:

@@ -1,4 +1,4 @@
-"""The stages of the GPU run, in the order of their worth, and what each adds to the results."""
+"""The stages of the GPU run, the most important first, and what each adds to the results."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Any
 import torch
 
 from vlm_fast.benchmarks import (
-    anyres,
-    flamingo,
+    anyres_packing,
+    gated_cross_attention,
     gpu_checks,
     gpu_compile,
     gpu_hopper,
     gpu_proof,
-    merge,
-    mergers,
+    image_token_merge,
     models,
+    op_overhead,
     ops,
-    overhead,
+    patch_mergers,
     qformer,
-    tokens,
+    token_merging,
 )
 from vlm_fast.verification import results_files
 
@@ -35,7 +35,7 @@ Results = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """A function of results, device and deadline: adds to the results, returns its failures."""
+    """A stage: ``run(results, device, deadline)`` adds to the results and returns its failures."""
 
     name: str
     seconds: float
@@ -45,7 +45,7 @@ class Stage:
 
 
 def compiling(results: Results, device: str, deadline: float) -> list[str]:
-    """What the other stages launch, on all cores: one by one it would take all the time."""
+    """Compile the kernels of the other stages, on all cores."""
     major, minor = torch.cuda.get_device_capability()
     results["compiled"], failures = gpu_compile.compile_all(f"sm_{major}{minor}", deadline)
     return failures
@@ -89,15 +89,15 @@ def large(results: Results, device: str, deadline: float) -> list[str]:
 
 
 def suites(results: Results, device: str, deadline: float) -> list[str]:
-    """The test suites for a GPU, where pytest is installed."""
+    """Run the tests for a GPU, if pytest is installed."""
     if importlib.util.find_spec("pytest") is None:
         results["suites"] = "left out: pytest is not installed"
         return []
-    return _process(["-m", "pytest", "-q", "-x", "tests/gpu"], deadline, results, "suites")
+    return _process(["-m", "pytest", "-q", "-x", "--device", "cuda"], deadline, results, "suites")
 
 
 def memcheck(results: Results, device: str, deadline: float) -> list[str]:
-    """A reduced parity run under compute-sanitizer, every allocation for itself."""
+    """Check some shapes of every op under compute-sanitizer, without the caching allocator."""
     failures = gpu_proof.memcheck(deadline)
     if failures is None:
         results["memcheck"] = f"left out: {gpu_proof.SANITIZER} is not on PATH"
@@ -137,7 +137,7 @@ def benchmark_ops(results: Results, device: str, deadline: float) -> list[str]:
 
 
 def model(name: str) -> Callable[[Results, str, float], list[str]]:
-    """A whole model before and after."""
+    """A stage that measures a whole model before and after the patch."""
 
     def run(results: Results, device: str, deadline: float) -> list[str]:
         found = models.main(
@@ -153,7 +153,7 @@ def model(name: str) -> Callable[[Results, str, float], list[str]]:
 
 
 def family(module: ModuleType, seconds: float) -> Callable[[Results, str, float], list[str]]:
-    """A benchmark of pieces before and after."""
+    """A stage that measures pieces of models before and after the patch."""
 
     def run(results: Results, device: str, deadline: float) -> list[str]:
         found = module.main(
@@ -166,24 +166,24 @@ def family(module: ModuleType, seconds: float) -> Callable[[Results, str, float]
 
 
 def benchmark_overhead(results: Results, device: str, deadline: float) -> list[str]:
-    results["overhead"] = overhead.main(device=device, quick=True)
+    results["op_overhead"] = op_overhead.main(device=device, quick=True)
     return []
 
 
-# Their times are what an H200 with 16 cores took. What comes last is lost where time runs out.
-# Together they have all the time there is, but for the suites, which take what is left.
+# The seconds are those of an H200 with 16 cores. If time runs out, the last stages do not run.
+# Together they fill the whole time; "suites" takes what is left.
 STAGES = (
     Stage("compiling", 70, compiling),
     Stage("proof", 70, proof, needs_cuda=False),
     Stage("Hopper GEMMs", 10, hopper_gemms),
     Stage("ops", 105, benchmark_ops, needs_cuda=False, timed=True),
     Stage("LLaVA", 25, model("llava"), needs_cuda=False, timed=True),
-    Stage("Flamingo", 20, family(flamingo, 1.0), needs_cuda=False, timed=True),
+    Stage("Flamingo", 20, family(gated_cross_attention, 1.0), needs_cuda=False, timed=True),
     Stage("Q-Former", 25, family(qformer, 1.0), needs_cuda=False, timed=True),
-    Stage("merge", 4, family(merge, 0.5), needs_cuda=False, timed=True),
-    Stage("AnyRes", 10, family(anyres, 1.0), needs_cuda=False, timed=True),
-    Stage("mergers", 14, family(mergers, 1.0), needs_cuda=False, timed=True),
-    Stage("tokens", 14, family(tokens, 1.0), needs_cuda=False, timed=True),
+    Stage("merge", 4, family(image_token_merge, 0.5), needs_cuda=False, timed=True),
+    Stage("AnyRes", 10, family(anyres_packing, 1.0), needs_cuda=False, timed=True),
+    Stage("mergers", 14, family(patch_mergers, 1.0), needs_cuda=False, timed=True),
+    Stage("tokens", 14, family(token_merging, 1.0), needs_cuda=False, timed=True),
     Stage("BLIP-2", 18, model("blip2"), needs_cuda=False, timed=True),
     Stage("IDEFICS", 18, model("idefics"), needs_cuda=False, timed=True),
     Stage("Llama 3.2 Vision", 18, model("mllama"), needs_cuda=False, timed=True),

@@ -1,10 +1,9 @@
-"""Where and under what conditions results were measured, and the file that holds them."""
+"""The head of a results file (machine, versions, commit), its name, and how it is written."""
 
 from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from vlm_fast import __version__
+from vlm_fast.atomic_write import write_atomically
 from vlm_fast.devtools import environment
 from vlm_fast.kernels import _native
 from vlm_fast.ops.declaration import OPS
@@ -26,7 +26,7 @@ def name(device: str) -> str:
 
 
 def description(device: str) -> dict[str, Any]:
-    """The head of a results file, which `vlm_fast.verification.results_files` reads."""
+    """Return the head of a results file, which `vlm_fast.verification.results_files` reads."""
     described = {
         "schema": results_files.SCHEMA,
         "device": device,
@@ -51,12 +51,7 @@ def results_file(machine: str) -> Path:
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """All or nothing: a reader, or an interruption, never meets half a file."""
+    """Write a results file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # A number that is none is not JSON: an error here and not at the reader's.
-        scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    # NaN is not JSON: raise here, and not in whoever reads the file.
+    write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""Every op at its named shapes, in each pass, against every provider that can compute it here."""
+"""Time every op at its named shapes, in each pass, by every provider that can compute it here."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from vlm_fast.verification.self_test import one_sample, shrink
 
 Row = dict[str, Any]
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
-INPUTS = 2  # sets in rotation
-COMPILING = 5.0  # seconds, before one was seen
+INPUTS = 2  # sets of random inputs, used in rotation
+COMPILING = 5.0  # seconds that the first compilation is expected to take
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What is measured; None is everything."""
+    """What to measure; None selects everything."""
 
     ops: Sequence[str] | None = None
     shapes: Sequence[str] | None = None
@@ -44,7 +44,14 @@ class Selection:
 
 @dataclass
 class Pace:
-    """Shares of the time for what is left to do, and what compiling has taken so far."""
+    """Decides whether torch.compile still fits into the time of a run.
+
+    Attributes:
+        steps: cases in the run; each has an equal share of the time.
+        start, end: of ``time.monotonic``.
+        compiled: functions compiled so far.
+        seconds: that they took together.
+    """
 
     steps: int
     start: float
@@ -57,7 +64,7 @@ class Pace:
         return cls(max(steps, 1), time.monotonic(), float("inf") if deadline is None else deadline)
 
     def allows_compiling(self, step: int) -> bool:
-        """Whether one more fits into the share of this step."""
+        """Whether one more compilation ends within the share of this step."""
         if self.end == float("inf"):
             return True
         share_ends = self.start + (step + 1) / self.steps * (self.end - self.start)
@@ -72,7 +79,7 @@ class Pace:
 def shapes_of(
     op: Op[..., Any], device: str, *, quick: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The named shapes: on a CPU one sample of each, with ``quick`` the first alone and smaller."""
+    """The named shapes; on a CPU one sample of each; with ``quick`` the first one, made smaller."""
     for label, shape in op.bench_shapes.items():
         if quick:
             yield label, shrink(one_sample(shape))
@@ -81,7 +88,7 @@ def shapes_of(
 
 
 def scale(device: str, *, quick: bool) -> str:
-    """What became of the named shapes."""
+    """How the named shapes were changed, in words."""
     if quick:
         return "one sample, sizes / 8"
     return "one sample" if device == "cpu" else "whole"
@@ -96,14 +103,16 @@ def measure(
     deadline: float | None = None,
     thorough: bool = True,
 ) -> Iterator[tuple[Row, list[float]]]:
-    """A row per op, shape, pass and provider, and the seconds behind it, in the order of the ops.
+    """Yield a row for each op, shape, pass and provider, with the seconds of each call.
 
     Args:
-        seconds: about how long the providers of one pass take turns.
-        deadline: of ``time.monotonic``. Where the run falls behind, what would have to be compiled
-            is left out and says so.
-        thorough: else torch.compile takes the first shape of an op alone, and launches are counted
-            there alone.
+        selection: of ops, shapes, passes, providers and dtype.
+        device: "cpu" or "cuda".
+        quick: small sizes and few repeats.
+        seconds: for which the providers of one pass take turns, about.
+        deadline: of ``time.monotonic``. When the run falls behind, torch.compile is left out, and
+            its rows say so.
+        thorough: False uses torch.compile, and counts launches, at the first shape of an op only.
     """
     seconds = seconds or (0.1 if quick else 2.0)
     best = timing.ceilings(device, selection.dtype or DTYPE[device])
@@ -143,7 +152,7 @@ class Case:
         found = providers.of(self.op, *samples[0], self.device)
         found = {name: f for name, f in found.items() if self.selection.has("providers", name)}
         if not thorough:
-            late: Any = Unavailable("the first shape of an op alone is compiled in this run")
+            late: Any = Unavailable("this run compiles an op at its first shape only")
             found |= {name: late for name in COMPILED if name in found}
         for mode in MODES:
             if self.selection.has("modes", mode):
@@ -173,7 +182,7 @@ class Case:
             "dtype": str(dtype).removeprefix("torch."),
             "mode": mode,
         }
-        # The last shape would make this one a dynamic shape, and the last pass might have served.
+        # After another shape, Dynamo would compile for dynamic shapes, or reuse what it compiled.
         torch._dynamo.reset()
         calls: dict[str, Callable[..., Any]] = {}
         cold: dict[str, float] = {}
@@ -183,7 +192,7 @@ class Case:
                 lacks[name] = str(function)
                 continue
             if name in COMPILED and not pace.allows_compiling(step):
-                # Nor in the passes that come: what is compiled for them is not this.
+                # The later passes are left out too: each would have to be compiled.
                 found[name] = late = Unavailable(
                     "left out: compiling would overrun this run's time"
                 )
@@ -195,7 +204,7 @@ class Case:
                 cold[name] = _first_call(call, inputs, self.device)
                 if name in COMPILED and _graphs() == graphs:
                     raise Unavailable("no graph was made: this would be eager again")
-            except Exception as error:  # a provider that cannot is a row that says so
+            except Exception as error:  # the row of this provider gives the reason
                 found[name] = reason = Unavailable.because(error)
                 lacks[name] = str(reason)
                 continue
@@ -236,9 +245,9 @@ class Case:
 
     def _waits(self, name: str, call: Callable[..., Any], args: tuple[Any, ...]) -> int | None:
         if self.device == "cpu" and name in COMPILED:
-            # Counted there under a dispatch mode, under which dynamo gives a function up for good.
+            # They are counted under a dispatch mode, in which Dynamo stops compiling the function.
             return None
-        return memory.synchronisations(lambda: call(*args), self.device)
+        return memory.host_syncs(lambda: call(*args), self.device)
 
     def _launches(self, call: Callable[..., Any], args: tuple[Any, ...]) -> int | None:
         return launches(lambda: call(*args), self.device)
@@ -285,7 +294,7 @@ def _costs(
     mode: str,
     device: str,
 ) -> Row:
-    """What a call takes besides time; bytes kept for backward are those of the forward."""
+    """Bytes of a call: saved by the forward for backward, at the peak, and beyond its results."""
     saved = 0
     if mode == "forward+backward":
         leaves = [t for a in args[:-1] for t in (a if isinstance(a, list) else [a])]
@@ -300,7 +309,7 @@ def _costs(
 
 
 def _compared(ours: Times | None, theirs: Times, name: str) -> Row:
-    """How many times as long it takes as ours, and whether that may be claimed."""
+    """How many times as long it takes as ours, and whether the quartiles are apart."""
     if ours is None or name == OURS:
         return {"ours_is": "", "times_faster": None}
     return {
@@ -321,7 +330,7 @@ def main(
     add: Callable[[Row], None] = lambda row: None,
     **options: Any,
 ) -> list[Row]:
-    """Measure, print a table, and return the rows; each goes to ``add`` as it is found."""
+    """Measure, print a table, and return the rows; ``add`` is called with each row at once."""
     selection = selection or Selection()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[Row] = []
@@ -335,7 +344,7 @@ def main(
 
 
 def show(rows: Sequence[Row], device: str) -> None:
-    """A line a row that was measured; then why the others were not, each reason once."""
+    """Print a line for each measured row, then why the others were not measured."""
     columns = (
         "op", "shape", "pass", "", "median", "quartiles", "of floor", "GB/s", "TFLOP/s",
         "saved MB", "peak MB", "waits", "ours is", "times",
@@ -357,13 +366,18 @@ def show(rows: Sequence[Row], device: str) -> None:
     threads = ", one thread" if device == "cpu" else ""
     words = sorted({row["dtype"] for row in rows} | {row["scale"] for row in rows})
     terminal.show(f"ops on {machine.name(device)}{threads}, {', '.join(words)}", columns, cells)
+    show_unavailable(rows)
+
+
+def show_unavailable(rows: Sequence[Row]) -> None:
+    """Print why providers could not be measured, each reason once."""
     lacks: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["status"] != "measured":
             of = lacks.setdefault((row["provider"], row["reason"]), [])
             of += [row["op"]] if row["op"] not in of else []
     terminal.show(
-        "not available",
-        ("", "of", "why"),
+        "not measured",
+        ("provider", "ops", "reason"),
         [(name, ", ".join(of), why) for (name, why), of in lacks.items()],
     )

@@ -1,4 +1,4 @@
-"""Q-Formers of transformers, without and with ``vlm_fast.patch``."""
+"""Q-Formers of transformers, before and after ``vlm_fast.patch``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import vlm_fast
 from vlm_fast.benchmarks.before_and_after import Part, measure, without_gradients
 from vlm_fast.modules import QFormer
 
-BATCH = {"cpu": (4,), "cuda": (1, 64, 8)}  # in order of worth
+BATCH = {"cpu": (4,), "cuda": (1, 64, 8)}  # the most important first
 # (name, keys, width of the image features, text tokens)
 SHAPES = (
     ("BLIP-2", 257, 1408, 0),
@@ -29,7 +29,7 @@ SMALL = {"hidden_size": 96, "num_attention_heads": 2, "num_hidden_layers": 2}
 
 
 def model(width: int, text: int, **changes: int) -> nn.Module:
-    """The Q-Former of its default config but for the changes, with random weights."""
+    """A Q-Former with random weights and its default config, except for ``changes``."""
     if text:
         from transformers import InstructBlipQFormerConfig
         from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerModel
@@ -44,7 +44,7 @@ def model(width: int, text: int, **changes: int) -> nn.Module:
 
 
 def inputs(model: Any, batch: int, keys: int, width: int, text: int) -> dict[str, Tensor]:
-    """As the whole model calls it: one set of queries for all, a mask that hides nothing."""
+    """The arguments as in the whole model: the same queries for all images, an open mask."""
     device, dtype = model.device, model.dtype
     query = torch.randn(1, 32, model.config.hidden_size, device=device, dtype=dtype)
     given = dict(
@@ -59,7 +59,7 @@ def inputs(model: Any, batch: int, keys: int, width: int, text: int) -> dict[str
 
 
 def qformers(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
-    """On a CPU BLIP-2's, of 4 images; on a GPU all, of 1, 64 and 8."""
+    """BLIP-2's Q-Former with 4 images on a CPU; all Q-Formers with 1, 64 and 8 on a GPU."""
     for name, keys, width, text in SHAPES[:1] if device == "cpu" or quick else SHAPES:
         torch.manual_seed(0)
         before = model(width, text, **(SMALL if quick else {})).to(device, dtype)
@@ -73,10 +73,10 @@ def qformers(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
 def _parts(
     name: str, before: nn.Module, after: nn.Module, given: dict[str, Tensor], device: str
 ) -> Iterator[Part]:
-    """Forward and training step; on a GPU compiled and graphed forwards too."""
+    """Forward and training step; on a GPU also compiled forwards and CUDA graphs."""
     image = given["encoder_hidden_states"].detach().requires_grad_()
     trained = {**given, "encoder_hidden_states": image}
-    # Random: through the last LayerNorm, equal gradients are zeros, and their rounding subnormal.
+    # Random, because the last LayerNorm turns a constant gradient into zeros and subnormal numbers.
     with torch.no_grad():
         upstream = torch.randn_like(before(**given).last_hidden_state)
 
@@ -103,7 +103,7 @@ def _parts(
         steps["compiled"] = partial(step, torch.compile(before), weights["before"], **given)
         if "input_ids" not in given:
             sample = given["query_embeds"].contiguous(), given["encoder_hidden_states"]
-            graphed = QFormer.of(copy.deepcopy(before)).eval().capture_graph(*sample)
+            graphed = QFormer.from_module(copy.deepcopy(before)).eval().capture_graph(*sample)
             forwards["graphed"] = partial(graphed, *sample)
     known = [*weights["before"], *weights["after"], *given.values(), image]
     yield Part(f"{name}, forward", without_gradients(forwards))

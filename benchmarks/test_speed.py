@@ -1,15 +1,11 @@
-"""The ops in pytest-benchmark's store, for histories and for failing on a regression::
+"""Each op, pass and provider as a benchmark of pytest-benchmark, which stores and compares runs::
 
-    pytest benchmarks --benchmark-autosave
-    pytest benchmarks --benchmark-compare --benchmark-compare-fail=median:10%
-
-Alternatives are timed in turns, as everywhere here, and their times then handed to the store.
+pytest benchmarks --benchmark-autosave
+pytest benchmarks --benchmark-compare --benchmark-compare-fail=median:10%
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,39 +13,13 @@ import pytest
 import torch
 
 from vlm_fast.benchmarks import ops, providers
+from vlm_fast.benchmarks.providers import Unavailable
 from vlm_fast.devtools import timing
-from vlm_fast.devtools.passes import MODES
+from vlm_fast.devtools.passes import CALLS, MODES, with_upstream
 from vlm_fast.ops.declaration import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-QUICK = DEVICE == "cpu"
-
-
-class Replay:
-    """A clock that tells durations taken before: two readings for each."""
-
-    def __init__(self) -> None:
-        self.readings: Iterator[float] = iter(())
-
-    def of(self, seconds: list[float]) -> None:
-        starts = itertools.accumulate(seconds, initial=0.0)
-        self.readings = itertools.chain.from_iterable(
-            (start, start + taken) for start, taken in zip(starts, seconds, strict=False)
-        )
-
-    def __call__(self) -> float:
-        return next(self.readings)
-
-
-replay = Replay()
-
-
-@functools.lru_cache(maxsize=1)
-def measured(op: str, shape: str, mode: str) -> dict[str, tuple[dict[str, Any], list[float]]]:
-    selection = ops.Selection([op], [shape], [mode])
-    with timing.one_thread():
-        found = ops.measure(selection, device=DEVICE, quick=QUICK)
-        return {row["provider"]: (row, seconds) for row, seconds in found}
+QUICK = DEVICE == "cpu"  # sizes that a CPU computes in milliseconds
 
 
 def cases() -> Iterator[tuple[str, str, str, str]]:
@@ -61,13 +31,26 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
                     yield op.name, shape, mode, provider
 
 
-@pytest.mark.benchmark(timer=replay)
 @pytest.mark.parametrize(("op", "shape", "mode", "provider"), cases())
 def test_speed(benchmark: Any, op: str, shape: str, mode: str, provider: str) -> None:
-    row, seconds = measured(op, shape, mode)[provider]
-    if row["status"] != "measured":
-        pytest.skip(row["reason"])
+    torch.manual_seed(0)
+    torch._dynamo.reset()  # after another shape, Dynamo would compile for dynamic shapes
+    sizes = dict(ops.shapes_of(OPS[op], DEVICE, quick=QUICK))[shape]
+    args, options = OPS[op].sample(sizes, ops.DTYPE[DEVICE], DEVICE)
+    function = providers.of(OPS[op], args, options, DEVICE)[provider]
+    if isinstance(function, Unavailable):
+        pytest.skip(str(function))
+    call = CALLS[mode](function, options)
+    inputs = args if mode == "forward" else with_upstream(OPS[op], args, options)
+    try:
+        call(*inputs)  # compiles, and allocates
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+    def until_done() -> None:
+        call(*inputs)
+        timing.wait(DEVICE)
+
     benchmark.group = f"{op}, {shape}, {mode}"
-    benchmark.extra_info.update(row)
-    replay.of(seconds)
-    benchmark.pedantic(lambda: None, rounds=len(seconds))
+    with timing.one_thread():
+        benchmark(until_done)

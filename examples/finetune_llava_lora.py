@@ -1,14 +1,14 @@
 """Fine-tune a patched LLaVA: LoRA on its language model, its projector in full.
 
-python examples/finetune_llava_lora.py                 # a tiny made-up model, on any machine
+python examples/finetune_llava_lora.py                 # a tiny random model, on any machine
 python examples/finetune_llava_lora.py --model llava-hf/llava-1.5-7b-hf --lr 2e-4 --steps 1000 \
     --data conversations.json --images pictures/       # yours, in LLaVA's conversation JSON
 """
 
 import argparse
 
-import given
 import torch
+import toy_models
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -23,9 +23,9 @@ def main() -> Trainer:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--output", default="llava-lora")
     chosen = parser.parse_args()
-    model, examples, collator = given.llava(chosen.model, chosen.data, chosen.images)
+    model, examples, collator = toy_models.llava(chosen.model, chosen.data, chosen.images)
 
-    # First patch, then wrap: PEFT trains a copy of the projector, and copies the patched one.
+    # Patch before wrapping: PEFT trains a copy of the projector, which must be the patched one.
     print(vlm_fast.patch(model))
     lora = LoraConfig(
         r=16, lora_alpha=32, target_modules=r".*language_model.*\.[qkvo]_proj",
@@ -42,7 +42,7 @@ def main() -> Trainer:
     trainer = Trainer(model, settings, train_dataset=examples, data_collator=collator)
     trainer.train()
 
-    # The adapter and the projector; plain PEFT loads them, with or without vlm_fast.
+    # This saves adapter and projector; PEFT can load them without vlm_fast.
     model.save_pretrained(chosen.output)
     for name, reason in vlm_fast.explain(model).items():
         print(f"{name}: {reason or 'fused'}")

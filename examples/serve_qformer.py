@@ -1,14 +1,14 @@
-"""Serve a Q-Former: one replayed CUDA graph on a GPU, plain calls without; and how long it takes.
+"""Serve a Q-Former by replaying a CUDA graph (plain calls without a GPU), and time the requests.
 
-python examples/serve_qformer.py                                     # tiny and made up
+python examples/serve_qformer.py                                     # a tiny random model
 python examples/serve_qformer.py --model Salesforce/blip2-opt-2.7b --batch 8
 """
 
 import argparse
 import time
 
-import given
 import torch
+import toy_models
 
 from vlm_fast.modules import QFormer
 
@@ -20,10 +20,10 @@ def main() -> tuple[torch.Tensor, torch.Tensor]:
     parser.add_argument("--requests", type=int, default=200)
     chosen = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    blip2 = given.blip2(chosen.model)
+    blip2 = toy_models.blip2(chosen.model)
 
-    # The same parameters, on the fast ops; a graph holds one batch size, so pad the last batch.
-    qformer = QFormer.of(blip2.qformer.to(device)).eval()
+    # The same parameters, on the fused ops. A graph has a fixed batch size: pad the last batch.
+    qformer = QFormer.from_module(blip2.qformer.to(device)).eval()
     width = blip2.config.qformer_config.encoder_hidden_size
     tokens = blip2.vision_model.embeddings.num_positions
     features = torch.randn(chosen.batch, tokens, width, device=device)
@@ -37,7 +37,7 @@ def main() -> tuple[torch.Tensor, torch.Tensor]:
     milliseconds = []
     with torch.no_grad():
         for request in range(-10, chosen.requests):  # the first ten warm up
-            features = torch.randn_like(features)  # your vision tower's, of a request
+            features = torch.randn_like(features)  # in real use: the output of the vision encoder
             begun = time.perf_counter()
             served = serve(queries, features)
             if device == "cuda":

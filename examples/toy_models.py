@@ -1,7 +1,7 @@
-"""What the examples are given: a model and data of yours, or tiny ones made up.
+"""Models and data for the examples: your own, or a tiny random model with made-up pictures.
 
-Made up are random weights and pictures of one colour, whose name is the caption: enough for a loss
-to fall within seconds on a CPU.
+Each made-up picture has one colour, and its caption is the name of the colour. That is enough for
+a loss to fall within seconds on a CPU.
 """
 
 import torch
@@ -19,7 +19,7 @@ from vlm_fast.training.data import Captions, Collator, Conversations
 SIDE, PATCHES, BEGIN, END, IMAGE, NAMES = 28, 16, 1, 2, 3, 8  # NAMES: the first of 8 colours
 SMALL = dict(
     hidden_size=48, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2,
-    initializer_range=0.1,  # small models with small weights would hardly see their pictures
+    initializer_range=0.1,  # with the default the pictures hardly change the output
 )  # fmt: skip
 TOWER = dict(SMALL, image_size=SIDE, patch_size=7)
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -27,7 +27,7 @@ QFORMER = dict(SMALL, vocab_size=32, encoder_hidden_size=48, **NO_DROPOUT)
 
 
 def llava(name: str, data: str, images: str):
-    """A LLaVA, its examples, and what makes a batch of them (None: they are only to be stacked)."""
+    """A LLaVA model, training examples, and a collator (None: the default one stacks them)."""
     if name:
         collator = Collator(AutoProcessor.from_pretrained(name), max_length=2048)
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -41,7 +41,7 @@ def llava(name: str, data: str, images: str):
 
 
 def retrieval(name: str, data: str, images: str):
-    """A BLIP-2 of the first stage, pictures with captions, and what makes a batch of them."""
+    """A BLIP-2 model for the first stage, pictures with captions, and a collate function."""
     if name:
         processor = AutoProcessor.from_pretrained(name)
 
@@ -64,7 +64,7 @@ def retrieval(name: str, data: str, images: str):
 
 
 def blip2(name: str):
-    """A BLIP-2 of the second stage, in inference."""
+    """A BLIP-2 model of the second stage, in eval mode."""
     if name:
         return Blip2ForConditionalGeneration.from_pretrained(name).eval()
     torch.manual_seed(0)
@@ -77,13 +77,13 @@ def blip2(name: str):
 
 
 def _with_queries(model):
-    """Transformers makes them zeros, all alike."""
+    """Initialize the queries at random; transformers initializes all of them with zeros."""
     torch.nn.init.normal_(model.query_tokens)
     return model
 
 
 def _colours(before: list[int], count: int = 64):
-    """Noisy pictures in the 8 colours that have all or nothing of red, green and blue."""
+    """Noisy pictures in the 8 colours whose red, green and blue are each fully on or off."""
     colour = torch.arange(count) % 8
     shades = torch.stack([(colour >> k) & 1 for k in range(3)], 1)[..., None, None] * 2.0 - 1
     examples = []

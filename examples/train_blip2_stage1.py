@@ -1,14 +1,14 @@
-"""BLIP-2's first stage on several processes, with wrong partners from the batches of all.
+"""Train BLIP-2's first stage on several processes, with negatives from all of their batches.
 
-torchrun --nproc_per_node 2 examples/train_blip2_stage1.py     # tiny and made up, by gloo or NCCL
+torchrun --nproc_per_node 2 examples/train_blip2_stage1.py     # a tiny random model; gloo or NCCL
 torchrun --nproc_per_node 8 examples/train_blip2_stage1.py --batch 100 --lr 1e-4 --epochs 10 \
     --model FOLDER --data conversations.json --images pictures # of a Blip2ForImageTextRetrieval
 """
 
 import argparse
 
-import given
 import torch
+import toy_models
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
@@ -16,7 +16,7 @@ from vlm_fast.training.losses import LanguageModelHead, freeze, stage1_loss
 
 
 class Stage1(torch.nn.Module):
-    """The model and its three losses: DistributedDataParallel wants them within one forward."""
+    """The model and its three losses in one forward, as DistributedDataParallel requires."""
 
     def __init__(self, model):
         super().__init__()
@@ -37,7 +37,7 @@ def main() -> None:
     for name, default in dict(own, batch=8, epochs=6, lr=2e-3).items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     chosen = parser.parse_args()
-    model, pairs, collate = given.retrieval(chosen.model, chosen.data, chosen.images)
+    model, pairs, collate = toy_models.retrieval(chosen.model, chosen.data, chosen.images)
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     loader = DataLoader(pairs, chosen.batch, shuffle=True, drop_last=True, collate_fn=collate)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dropout import keep_mask, kept, threshold
-from ._launcher import Config, kernel, runs_triton
+from ._dropout import kept, threshold
+from ._launcher import Config, kernel
 from ._triton import tl, triton
 
 MAX_PROGRAMS = 512  # of backward: four to a multiprocessor of the largest GPUs
@@ -149,8 +149,6 @@ def add_layer_norm(
     x, residual: ``(batch, tokens, cols)``, inner stride 1; parameters ``(cols,)``, contiguous;
     ``seed`` is None without dropout.
     """
-    if not runs_triton(residual):
-        return _aten(x, residual, weight, bias, x_bias, seed, eps, dropout)
     batch, tokens, cols = residual.shape
     rows = batch * tokens
     y = residual.new_empty(residual.shape)
@@ -189,11 +187,6 @@ def add_layer_norm_backward(
     one tensor where their dtypes are one.
     """
     z, mean, rstd = statistics
-    if not runs_triton(dy):
-        return _aten_backward(
-            dy, statistics, weight, bias, seed, dropout, x_dtype,
-            want_x, want_residual, want_weight, want_bias, want_x_bias,
-        )  # fmt: skip
     rows, cols = dy.shape
     shared = seed is None and x_dtype == z.dtype
     dz = torch.empty_like(z) if want_residual or (shared and want_x) else None
@@ -211,48 +204,3 @@ def add_layer_norm_backward(
     )  # fmt: skip
     dx = dz if shared and want_x else dx
     return dx, dz if want_residual else None, *(None if s is None else s.sum(0) for s in shares)
-
-
-def _survivors(seed: Tensor, dropout: float, rows: int, cols: int) -> Tensor:
-    """What dropout multiplies by."""
-    row, col = (torch.arange(n, device=seed.device) for n in (rows, cols))
-    keep = keep_mask(seed, dropout, col, row[:, None], row.new_zeros(()))
-    return keep.to(torch.float32).div_(1 - dropout)
-
-
-def _aten(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None,
-    seed: Tensor | None, eps: float, dropout: float,
-) -> tuple[Tensor, Statistics]:  # fmt: skip
-    cols = residual.shape[2]
-    # Temporaries are written over: a pass each, and no more memory than eager's.
-    if seed is not None:
-        z = _survivors(seed, dropout, residual.shape[0] * residual.shape[1], cols).view(x.shape)
-        z = z.mul_(x if x_bias is None else x.float() + x_bias).add_(residual)
-    elif x_bias is None:
-        z = x + residual
-    else:
-        z = x + x_bias
-        z = z.add_(residual) if z.dtype == residual.dtype else z + residual
-    z = z.to(residual.dtype).contiguous()
-    y, mean, rstd = torch.native_layer_norm(z, (cols,), weight, bias, eps)
-    return y, (z.view(-1, cols), mean.view(-1, 1), rstd.view(-1, 1))
-
-
-def _aten_backward(
-    dy: Tensor, statistics: Statistics, weight: Tensor, bias: Tensor | None, seed: Tensor | None,
-    dropout: float, x_dtype: torch.dtype,
-    want_x: bool, want_residual: bool, want_weight: bool, want_bias: bool, want_x_bias: bool,
-) -> tuple[Any, ...]:  # fmt: skip
-    z, mean, rstd = statistics
-    rows, cols = z.shape
-    wants = [want_x or want_residual or want_x_bias, want_weight, want_bias]
-    dz, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dy, z, (cols,), mean, rstd, weight, weight if bias is None else bias, wants
-    )
-    dx = dz
-    if seed is not None and (want_x or want_x_bias):
-        dx = _survivors(seed, dropout, rows, cols).mul_(dz).to(dz.dtype)
-    dx_bias = dx.sum(0, dtype=torch.float32) if want_x_bias else None
-    dx = dx.to(x_dtype) if want_x else None
-    return dx, dz if want_residual else None, dweight, dbias, dx_bias

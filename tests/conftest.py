@@ -1,26 +1,27 @@
-"""Shared fixtures, and guards against suites that test nothing."""
+"""The ``--device`` option, what every process of the suite sets, and shared fixtures."""
 
 import copy
 import os
 import signal
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 import torch._functorch.config
 
 pytest.register_assert_rewrite(
-    "tests.support.add_layer_norm_properties",
     "tests.support.captioned_training",
-    "tests.support.dropout_properties",
     "tests.support.guard_bands",
-    "tests.support.kernel_properties",
-    "tests.support.tile_properties",
+    "tests.support.op_accuracy",
 )
 
 # Inductor's cache does not see what a custom op became: that of an earlier version is no use.
-_inductor_cache = tempfile.TemporaryDirectory(prefix="vlm_fast-inductor-")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
+# The processes of one run share theirs.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _inductor_cache = tempfile.TemporaryDirectory(prefix="vlm_fast-inductor-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
 
 # Results of registered ops that alias are an error: newer torch's default, but under CI alone.
 if hasattr(torch._functorch.config, "error_on_custom_op_aliasing"):
@@ -35,32 +36,61 @@ LEVELS = {"default": "SSE41", "avx2": "AVX2"}
 if os.environ.get("ATEN_CPU_CAPABILITY") in LEVELS:
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", LEVELS[os.environ["ATEN_CPU_CAPABILITY"]])
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Each has a process of its own: `python -m pytest tests/interpreted`, `python -m pytest tests/gpu`.
-collect_ignore = ["interpreted", "gpu"]
+KERNELS = Path(__file__).parent / "kernels"
+
+
+# ---- the device ----
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=("cpu", "interpreter", "cuda"),
+        default="cpu",
+        help="cpu runs all tests; interpreter (Triton's) and cuda run those of tests/kernels "
+        "that are marked for them",
+    )
+
+
+def pytest_configure(config):
+    """Triton is either interpreted or compiled for the life of a process."""
+    device = config.getoption("device")
+    if device == "interpreter":
+        if "triton" in sys.modules:
+            raise pytest.UsageError("--device interpreter: Triton was imported already")
+        os.environ["TRITON_INTERPRET"] = "1"
+        from tests.support import address_bounds, interpreter_fixes
+
+        interpreter_fixes.apply()
+        address_bounds.enforce()
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        raise pytest.UsageError("TRITON_INTERPRET=1 is set: run tests with --device interpreter")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: there is no CUDA device")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Nothing but the suites of kernels runs on other devices than the CPU."""
+    if config.getoption("device") != "cpu":
+        around = {KERNELS, *KERNELS.parents}
+        return (collection_path not in around and KERNELS not in collection_path.parents) or None
+    return None
 
 
 def pytest_collection_modifyitems(config, items):
-    repeats = [item for item in items if runs_twice(item)]
-    config.hook.pytest_deselected(items=repeats)
-    gone = set(repeats)
+    others = [item for item in items if config.getoption("device") not in devices(item)]
+    config.hook.pytest_deselected(items=others)
+    gone = set(others)
     items[:] = [item for item in items if item not in gone]
-    for item in items:
-        if any("empty parameter set" in mark.kwargs.get("reason", "") for mark in item.own_markers):
-            raise pytest.UsageError(f"{item.nodeid} has nothing to run on")
-        if INTERPRETED and item.path.parent.name != "interpreted":
-            raise pytest.UsageError(f"{item.nodeid} needs a process without TRITON_INTERPRET")
 
 
-def runs_twice(item):
-    """Whether it is without the compiled code of an op that has none: the same test again."""
-    from tests.support.cases import has_compiled_code
-    from vlm_fast.kernels._native import native
+def devices(item):
+    """The devices that a test is for."""
+    marker = item.get_closest_marker("devices")
+    return marker.args if marker else ("cpu",)
 
-    chosen = item.callspec.params if hasattr(item, "callspec") else {}
-    op = chosen.get("op")
-    without = chosen.get("device") == "ATen" and native is not None
-    return without and op is not None and not has_compiled_code(op)
+
+# ---- fixtures ----
 
 
 @pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["shell", "background"])
@@ -78,7 +108,7 @@ def fresh_state(monkeypatch):
 
     torch.manual_seed(0)
     for switch in ("strict_switch", "disabled_switch"):
-        monkeypatch.setattr(fallback.policy, switch, fallback.Switch())
+        monkeypatch.setattr(fallback.switches, switch, fallback.Switch())
     for record in ("_fast", "_fallbacks", "_warned"):
         empty = copy.copy(getattr(fallback, record))
         empty.clear()

@@ -19,7 +19,9 @@ ORDER = (
     "cli", "advisor", "training", "devtools", "verification", "patching", "modules", "ops",
     "kernels",
 )  # fmt: skip
-LOOSE = {"__init__.py", "fallback.py", "py.typed", "signals.py", "terminal.py"}
+LOOSE = {
+    "__init__.py", "atomic_write.py", "fallback.py", "py.typed", "signals.py", "terminal.py",
+}  # fmt: skip
 LINKED = ("benchmarks", "csrc", "kernels")  # top-level folders that are installed under the package
 LONGEST = 400
 TABLES = {"tests/support/tiny_models.py": 450}  # a table of models is longer, and read by the row
@@ -53,6 +55,12 @@ def test_imports_point_one_way(room):
     for path in files:
         upward = [n for n in imports(path) if ".".join(n.split(".")[:2]) in before]
         assert not upward, path
+
+
+@pytest.mark.parametrize("room", ["patching", "modules"])
+def test_modules_and_patches_reach_kernels_through_ops(room):
+    for path in sorted((PACKAGE / room).rglob("*.py")):
+        assert not any(n.startswith("vlm_fast.kernels") for n in imports(path)), path
 
 
 def test_loose_files_import_no_room():
@@ -151,7 +159,10 @@ for module in pkgutil.walk_packages(vlm_fast.__path__, "vlm_fast."):
 
 def test_import_brings_no_transformers_and_touches_no_device():
     found = run(
-        EVERYTHING + "import torch\n"
+        "import sys, vlm_fast\n"
+        "assert not any(name.startswith('vlm_fast.training') for name in sys.modules)\n"
+        + EVERYTHING
+        + "import torch\n"
         "assert not torch.cuda.is_initialized()\n"
         "heavy = {'transformers', 'peft', 'accelerate', 'deepspeed', 'matplotlib', 'openai'}\n"
         "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"

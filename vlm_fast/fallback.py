@@ -1,7 +1,7 @@
-"""The switches and counters of the whole process: strict, disabled, warnings, statistics.
+"""Fallbacks to plain PyTorch: process-wide switches, warnings and call counts.
 
-Environment: ``VLM_FAST_STRICT=1`` turns every fallback into an error, ``VLM_FAST_DISABLE=1`` sends
-every call to its reference. Both are read here, once, at import.
+Two environment variables are read once, at import: ``VLM_FAST_STRICT=1`` turns every fallback into
+an error, ``VLM_FAST_DISABLE=1`` makes every op run its reference.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ import torch
 
 
 class VlmFastFallbackWarning(UserWarning):
-    """A call that the fast path cannot serve was served by plain PyTorch instead."""
+    """Warned once per op and reason: a call ran as plain PyTorch instead of the fused op."""
 
 
 class VlmFastFallbackError(RuntimeError):
-    """The same under `strict`."""
+    """Raised under `strict` where a call would run as plain PyTorch instead of the fused op."""
 
 
-def _switch(name: str) -> bool:
+def environment_switch(name: str) -> bool:
+    """Whether the environment variable ``name`` is on: 1, true, on or yes.
+
+    Unset, empty, 0, false, off and no mean off. Anything else gives a warning and means off.
+    """
     value = os.environ.get(name, "").strip().lower()
     if value in ("", "0", "false", "off", "no"):
         return False
@@ -35,16 +39,16 @@ def _switch(name: str) -> bool:
 
 
 class Switch:
-    """On while anyone holds it. Threads and tasks may leave in another order than they came."""
+    """A flag that is on while at least one thread or task is inside a `held` context."""
 
     def __init__(self, on: bool = False) -> None:
-        self.on = on  # a plain attribute, which compiled graphs guard
+        self.on = on  # a plain attribute: compiled graphs guard on it
         self._holders = int(on)
         self._lock = threading.RLock()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the switch within."""
+        """Turn the switch on inside this context. Contexts may end in any order."""
         self._add(1)
         try:
             yield
@@ -52,7 +56,7 @@ class Switch:
             self._add(-1)
 
     def _add(self, count: int) -> None:
-        if torch.compiler.is_compiling():  # Dynamo knows no locks; it replays both assignments
+        if torch.compiler.is_compiling():  # Dynamo cannot trace locks; it replays both assignments
             self._holders += count
             self.on = self._holders > 0
             return
@@ -61,10 +65,12 @@ class Switch:
             self.on = self._holders > 0
 
 
-class _Policy:
+class _Switches:
+    """The switches `strict` and `disabled` of the process."""
+
     def __init__(self) -> None:
-        self.strict_switch = Switch(_switch("VLM_FAST_STRICT"))
-        self.disabled_switch = Switch(_switch("VLM_FAST_DISABLE"))
+        self.strict_switch = Switch(environment_switch("VLM_FAST_STRICT"))
+        self.disabled_switch = Switch(environment_switch("VLM_FAST_DISABLE"))
 
     @property
     def strict(self) -> bool:
@@ -75,7 +81,7 @@ class _Policy:
         return self.disabled_switch.on
 
 
-policy = _Policy()
+switches = _Switches()
 _fast: Counter[str] = Counter()
 _fallbacks: defaultdict[str, Counter[str]] = defaultdict(Counter)
 _warned: set[tuple[str, str]] = set()
@@ -85,28 +91,29 @@ DISABLED = "disabled by vlm_fast.disabled() or VLM_FAST_DISABLE"
 
 @contextlib.contextmanager
 def strict() -> Iterator[None]:
-    """Raise `VlmFastFallbackError` where a call would fall back.
+    """Inside this context a call that would fall back raises `VlmFastFallbackError`.
 
-    Holds for the whole process, until the last thread or task that is within has left.
+    The whole process is affected, until the last thread or task has left its context.
     """
-    with policy.strict_switch.held():
+    with switches.strict_switch.held():
         yield
 
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Send every call to its reference.
+    """Inside this context every op runs its plain PyTorch reference.
 
-    Holds for the whole process, until the last thread or task that is within has left.
+    The whole process is affected, until the last thread or task has left its context.
     """
-    with policy.disabled_switch.held():
+    with switches.disabled_switch.held():
         yield
 
 
 def stats(*, reset: bool = False) -> dict[str, dict[str, object]]:
     """Calls so far: ``{name: {"fast": count, "fallback": {reason: count}}}``.
 
-    Calls inside a compiled graph are not counted: Python does not see them.
+    Calls inside a compiled graph are not counted, because they do not run Python. ``reset`` sets
+    all counts to zero afterwards.
     """
     names = sorted({*_fast, *_fallbacks})
     counts: dict[str, dict[str, object]] = {
@@ -118,15 +125,22 @@ def stats(*, reset: bool = False) -> dict[str, dict[str, object]]:
     return counts
 
 
-def count_fast(name: str) -> None:
+def record_fast_call(name: str) -> None:
+    """Count a call of an op that ran on its fused path."""
     _fast[name] += 1
 
 
-def fell_back(name: str, reason: str) -> None:
-    """Count a fallback; warn the first time, raise under `strict`."""
+def record_fallback(name: str, reason: str) -> None:
+    """Count a fallback of ``name`` and warn the first time; under `strict` raise instead.
+
+    Nothing happens under `disabled` and while compiling.
+
+    Raises:
+        VlmFastFallbackError: under `strict`.
+    """
     if reason is DISABLED or torch.compiler.is_compiling():
         return
-    if policy.strict:
+    if switches.strict:
         raise VlmFastFallbackError(f"vlm_fast.{name}: {reason}")
     _fallbacks[name][reason] += 1
     if (name, reason) not in _warned:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, which end what runs for long without losing what it has."""
+"""Handle SIGINT and SIGTERM, so that a long run can stop without losing its results."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def handled(handler: Callable[[int, Any], Any] = signal.default_int_handler) -> Iterator[None]:
-    """Inside, both signals call ``handler``; by default they raise KeyboardInterrupt.
+    """Inside this context SIGINT and SIGTERM call ``handler``.
 
-    Also where the process began with SIGINT ignored, as in the background of a shell script. Only
-    for the main thread.
+    The default handler raises KeyboardInterrupt.
+
+    This holds even if the process was started with SIGINT ignored, as shells do for background
+    jobs. Only the main thread may use it. The former handlers are restored at the end.
     """
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:

@@ -1,4 +1,4 @@
-"""Tables and progress: rich in a terminal, plain aligned text when piped; tables as CSV files."""
+"""Print tables and progress bars: styled in a terminal, plain text in a pipe; write CSV files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table. Piped, it has a line a row, however wide."""
+    """Print a table. In a pipe each row is one line, whatever its width."""
     cells = [[str(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         table = Table(*columns, title=title, title_justify="left")
@@ -33,7 +33,10 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -
 
 @contextmanager
 def counter(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A function of how many are done, of how many: a bar on stderr if that is a terminal."""
+    """Yield a function ``update(done, total)`` that draws a progress bar on stderr.
+
+    It draws nothing if stderr is not a terminal. ``what`` is the label of the bar.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda done, total: None
@@ -44,9 +47,10 @@ def counter(what: str) -> Iterator[Callable[[int, int | None], None]]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """A line a row, under the names of all of them; a list is joined by semicolons.
+    """Write rows as a CSV file, whose columns are all keys of all rows, in order of appearance.
 
-    What a spreadsheet would take for a formula gets an apostrophe before it.
+    The items of a list are joined by semicolons. A cell that a spreadsheet would take for a formula
+    gets an apostrophe before it.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="") as file:
@@ -65,7 +69,7 @@ def _csv_cell(value: object) -> object:
 
 
 def why_not_writable(path: Path) -> str | None:
-    """Why a file cannot be written there, or None; nothing is written to find out."""
+    """Why a file cannot be written at ``path``, or None. Checks permissions, writes nothing."""
     if path.is_dir():
         return f"{path} is a directory: name a file in it"
     folder = path.parent

@@ -1,4 +1,4 @@
-"""Whole models of transformers, without and with ``vlm_fast.patch``, end to end."""
+"""Whole models of transformers, before and after ``vlm_fast.patch``."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def main(
     names: Iterable[str] = MODELS, *, quick: bool = False, device: str | None = None,
     seconds: float = 10.0, deadline: float = math.inf, found: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure, about ``seconds`` a part, print tables, and return what was found of each model.
+    """Measure each part of each model for about ``seconds``, print tables, return the results.
 
-    No model and no part is begun after ``deadline`` (of ``time.monotonic``); "finished" says
-    whether all parts were, and a model that was not begun is missing. What is found goes into
-    ``found`` as it is found, for whoever is interrupted.
+    No model and no part is begun after ``deadline`` (of ``time.monotonic``). "finished" says
+    whether all parts of a model were measured; a model that was not begun is missing. The results
+    are added to ``found`` one by one, so an interrupted caller has those so far.
     """
     seconds = 0.2 if quick else seconds
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,7 +51,7 @@ def main(
 def measure(
     architecture: Architecture, size: str, device: str, seconds: float, deadline: float = math.inf
 ) -> dict[str, Any]:
-    """The proof, then every part without and with the patch, in turns."""
+    """Compare the patched model with the unpatched one, then time every part of both in turns."""
     dtype = DTYPE[device]
     model, words = architecture.build(device, dtype, size)
     given, source = architecture.inputs(model, size, architecture.batch[size])
@@ -76,7 +76,7 @@ def measure(
 
 
 def states_of(model: nn.Module) -> States:
-    """The model, and one that shares every tensor with it and is patched."""
+    """The model as "before", and a patched copy that shares every tensor with it as "after"."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     patched = copy.deepcopy(model, dict(shared))  # its memo: what is in it is not copied
     vlm_fast.patch(patched, strict=True)

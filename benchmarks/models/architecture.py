@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from vlm_fast.benchmarks.before_and_after import Part
 
-VOCABULARY = 1024  # an embedding of the real one's size is no connector's business
-WORKING_BYTES = 8 * 2**30  # activations, a second prompt, what the allocator does not give back
+VOCABULARY = 1024  # smaller than the real one, because embeddings are not measured
+WORKING_BYTES = 8 * 2**30  # for activations, a second prompt, and fragmentation
 Inputs = dict[str, Tensor]
 States = Mapping[str, nn.Module]  # "before" and "after"
 
@@ -52,26 +52,26 @@ class Architecture:
     more: Callable[[States, Inputs], Iterable[Part]] = lambda states, given: ()
 
     def size_for(self, device: str, *, quick: bool) -> str:
-        """The largest size that this device runs in reasonable time."""
+        """The largest size that this device runs in a reasonable time."""
         if quick:
             return "small"
         return "connector" if device == "cpu" or self.layers_that_fit() == 0 else "whole"
 
     def layers_that_fit(self) -> int:
-        """Of the whole language model, on the current CUDA device in bf16."""
+        """How many layers of the whole language model fit on the current CUDA device in bf16."""
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         one, two = (self._bytes(n * self.period) for n in (1, 2))
         groups = 1 + (total - WORKING_BYTES - one) // (two - one)
         return max(0, min(self.layers, groups * self.period))
 
     def _bytes(self, layers: int) -> int:
-        """Parameters, and the gradients of three steps, which the proof holds at once."""
+        """Bytes of the parameters and of the gradients of three steps, which `proof` holds."""
         with torch.device("meta"):
             parameters = list(self.make("whole", layers).parameters())
         return sum(2 * p.numel() * (4 if p.requires_grad else 1) for p in parameters)
 
     def build(self, device: str, dtype: torch.dtype, size: str) -> tuple[nn.Module, str]:
-        """The model, and what it is in words."""
+        """Build the model; return it and its description."""
         layers = self.layers_that_fit() if size == "whole" else None
         torch.manual_seed(0)
         before = torch.get_default_dtype()
@@ -89,7 +89,7 @@ class Architecture:
 
 
 def open_gates(model: nn.Module) -> None:
-    """No gate at its initial 0, behind which nothing would be seen, and no learned query."""
+    """Set gates to 0.5 and queries to random values; at their initial 0 nothing would pass."""
     for name, parameter in model.named_parameters():
         last = name.rpartition(".")[2]
         if "gate" in last or "alpha" in last:
@@ -99,13 +99,13 @@ def open_gates(model: nn.Module) -> None:
 
 
 def text(batch: int, tokens: int) -> Tensor:
-    """Random words of no special meaning."""
+    """Random token ids without special tokens."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(10, VOCABULARY, (batch, tokens), generator=generator)
 
 
 def with_images(batch: int, words: int, images: int, token: int) -> Inputs:
-    """Prompts that place an image's ``images`` tokens each elsewhere; labels on the words."""
+    """Prompts with ``images`` image tokens, at another place in each; labels are on the words."""
     ids = text(batch, words + images)
     for sample in range(batch):
         start = 5 + sample % (words - 10)
@@ -118,7 +118,7 @@ def with_images(batch: int, words: int, images: int, token: int) -> Inputs:
 
 
 def on(given: Inputs, model: nn.Module) -> Inputs:
-    """The arguments where the model is, images in its dtype."""
+    """The arguments on the device of the model, with floating tensors in its dtype."""
     parameter = next(model.parameters())
     return {
         name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)

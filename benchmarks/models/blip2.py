@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from vlm_fast.benchmarks.models import pictures
+from vlm_fast.benchmarks.models import photograph
 from vlm_fast.benchmarks.models.architecture import (
     VOCABULARY,
     Architecture,
@@ -16,7 +16,7 @@ from vlm_fast.benchmarks.models.architecture import (
 )
 
 IMAGE_TOKEN, QUERIES, WORDS = 7, 32, 32
-# Of the tower, the Q-Former, the language model.
+# Changes of the configs of the tower, the Q-Former and the language model.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "whole": (
         {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39,
@@ -58,11 +58,11 @@ def make(size: str, layers: int | None) -> nn.Module:
 
 
 def inputs(model: Any, size: str, batch: int) -> tuple[Inputs, str]:
-    found, source = pictures.prepared(
+    found, source = photograph.preprocessed(
         "blip", "BlipImageProcessorPil", size={"height": 224, "width": 224}
     )
     pixels = found.get("pixel_values")
-    pixels = pictures.by_torch(224) if pixels is None else pixels
+    pixels = photograph.resized(224) if pixels is None else pixels
     given = with_images(batch, WORDS, QUERIES, IMAGE_TOKEN)
     return on({**given, "pixel_values": pixels.repeat(batch, 1, 1, 1)}, model), source
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_fast.benchmarks.models import pictures
+from vlm_fast.benchmarks.models import photograph
 from vlm_fast.benchmarks.models.architecture import VOCABULARY, Architecture, Inputs, on, text
 
 IMAGES, WORDS = 2, 64
-# Of the language model, the tower, the resampler.
+# Changes of the configs of the language model, the tower and the resampler.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "whole": (
         {"num_hidden_layers": 32, "cross_layer_interval": 4},
@@ -48,10 +48,10 @@ def make(size: str, layers: int | None) -> nn.Module:
 
 
 def inputs(model: Any, size: str, batch: int) -> tuple[Inputs, str]:
-    """Images one after the other; words see the last before them, the first words none."""
+    """Several images; a word attends to the last image before it, the first words to none."""
     side = SIZES[size][1].get("image_size", 224)
-    pixels, source = pictures.prepared("idefics", "IdeficsImageProcessorPil", image_size=side)
-    pixels = pixels if len(pixels) else pictures.by_torch(side)
+    pixels, source = photograph.preprocessed("idefics", "IdeficsImageProcessorPil", image_size=side)
+    pixels = pixels if len(pixels) else photograph.resized(side)
     ids = text(batch, WORDS)
     seen = torch.zeros(batch, WORDS, IMAGES, dtype=torch.long)
     for image in range(IMAGES):

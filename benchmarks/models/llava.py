@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast.benchmarks.before_and_after import Part, without_gradients
-from vlm_fast.benchmarks.models import pictures
+from vlm_fast.benchmarks.models import photograph
 from vlm_fast.benchmarks.models.architecture import (
     VOCABULARY,
     Architecture,
@@ -65,18 +65,18 @@ def make(size: str, layers: int | None) -> nn.Module:
 
 def inputs(model: Any, size: str, batch: int) -> tuple[Inputs, str]:
     side = SIDE[size]
-    found, source = pictures.prepared(
+    found, source = photograph.preprocessed(
         "clip", "CLIPImageProcessorPil", size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
     )  # fmt: skip
     pixels = found.get("pixel_values")
-    pixels = pictures.by_torch(side) if pixels is None else pixels
+    pixels = photograph.resized(side) if pixels is None else pixels
     given = with_images(batch, WORDS, (side // PATCH) ** 2, IMAGE_TOKEN)
     return on({**given, "pixel_values": pixels.repeat(batch, 1, 1, 1)}, model), source
 
 
 def merges(states: States, given: Inputs) -> Iterator[Part]:
-    """The lines of LlavaModel.forward between projector and language model."""
+    """The part of LlavaModel.forward between projector and language model."""
     some: Any = states["before"]
     embeds = some.get_input_embeddings()(given["input_ids"]).detach().requires_grad_()
     features = torch.randn_like(embeds[given["input_ids"] == IMAGE_TOKEN]).requires_grad_()

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_fast.benchmarks.models import pictures
+from vlm_fast.benchmarks.models import photograph
 from vlm_fast.benchmarks.models.architecture import VOCABULARY, Architecture, Inputs, on, text
 
 TILES, WORDS = 4, 64
 ROTATION = dict(rope_type="default", rope_theta=5e5)
-# Of the language model, the tower.
+# Changes of the configs of the language model and the tower.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "whole": (
         {"num_hidden_layers": 40},
@@ -51,11 +51,11 @@ def make(size: str, layers: int | None) -> nn.Module:
 
 
 def inputs(model: Any, size: str, batch: int) -> tuple[Inputs, str]:
-    """Words see all tiles, but those before the image, which see none."""
+    """Words attend to all tiles, except words before the image, which attend to none."""
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     side = SIZES[size][1]["image_size"]
-    found, source = pictures.prepared(
+    found, source = photograph.preprocessed(
         "mllama", "MllamaImageProcessorPil", side=2 * side, size={"height": side, "width": side},
         max_image_tiles=TILES, image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD,
     )  # fmt: skip
@@ -75,7 +75,7 @@ def inputs(model: Any, size: str, batch: int) -> tuple[Inputs, str]:
 
 
 def _by_torch(side: int) -> Inputs:
-    tiles = pictures.by_torch(2 * side).unfold(2, side, side).unfold(3, side, side)
+    tiles = photograph.resized(2 * side).unfold(2, side, side).unfold(3, side, side)
     return {
         "pixel_values": tiles.permute(0, 2, 3, 1, 4, 5).reshape(1, 1, TILES, 3, side, side),
         "aspect_ratio_ids": torch.full((1, 1), 6),  # 2 x 2

@@ -1,4 +1,4 @@
-"""What is measured of a whole model: its connectors in place, prefill, a token, a training step."""
+"""The measured parts of a whole model: connectors, prefill, a generated token, a training step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def parts_of(architecture: Architecture, states: States, given: Inputs) -> Iterator[Part]:
-    """``states`` are two models that share every tensor, without and with the patch."""
+    """Yield the parts; ``states`` are two models that share all tensors, before and after."""
     shared = [*states["before"].parameters(), *states["before"].buffers(), *given.values()]
     for words, kind in architecture.connectors.items():
         yield from _connector(words, kind, states, given, shared)
@@ -49,7 +49,7 @@ def prompt(given: Inputs) -> Inputs:
 def _connector(
     words: str, kind: str, states: States, given: Inputs, shared: list[Tensor]
 ) -> Iterator[Part]:
-    """A module on what reaches it in a training step."""
+    """A module on the inputs that it gets in a training step."""
     forward: dict[str, Callable[[], Any]] = {}
     both: dict[str, Callable[[], Any]] = {}
     known = list(shared)
@@ -66,7 +66,7 @@ def _connector(
 
 
 def _reaching(module: nn.Module, model: nn.Module, given: Inputs) -> Arguments:
-    """The module's arguments, as leaves that want a gradient where the model's do."""
+    """The module's arguments in a training step, as leaves that need gradients as in the model."""
     found: list[Arguments] = []
 
     def leaf(value: Any) -> Any:
@@ -95,7 +95,7 @@ _MADE: dict[tuple[Any, ...], Tensor] = {}
 
 
 def _upstream(result: Tensor) -> Tensor:
-    """The same numbers whenever a result is of this shape, made once."""
+    """An upstream gradient for results of this shape; made once, so all states get the same."""
     key = result.shape, result.dtype, result.device
     if key not in _MADE:
         _MADE[key] = tolerance.random_upstream(result)
@@ -103,9 +103,9 @@ def _upstream(result: Tensor) -> Tensor:
 
 
 def next_token(model: Any, given: Inputs) -> Callable[[], Tensor]:
-    """The step after a prefill, as ``generate`` takes it; the cache is as after the prefill again.
+    """Return the step after a prefill, as in ``generate``; each call restores the cache first.
 
-    A cache appends by making longer tensors, so the ones it had before are still whole.
+    A cache appends by making longer tensors, so its tensors from after the prefill are unchanged.
     """
     options: dict[str, Any] = {**prompt(given), "use_cache": True}
     ids = options.pop("input_ids")

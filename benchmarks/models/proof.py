@@ -1,4 +1,4 @@
-"""That a patched model is the same: logits, every gradient, generated tokens, repeats."""
+"""Compare a patched model with the unpatched one: logits, gradients, generated tokens, repeats."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ NEW_TOKENS = 8
 
 
 def proof(model: nn.Module, given: Inputs, *, exact: bool) -> dict[str, Any]:
-    """Results with the patch against those without it; the model is left without.
+    """Compare the results of the model with and without the patch; it is unpatched afterwards.
 
-    ``exact`` runs a copy in float64 too, and judges logits and all gradients by `parity.judge_all`.
+    With ``exact`` a copy runs in float64, and `tolerance.judge_all` judges logits and all
+    gradients.
     """
     plain = _results(model, given)
     with vlm_fast.patch(model, strict=True) as report:
@@ -48,7 +49,7 @@ def proof(model: nn.Module, given: Inputs, *, exact: bool) -> dict[str, Any]:
 
 
 def line(found: dict[str, Any]) -> str:
-    """The proof in a line."""
+    """The comparison in one line of text."""
     logits = "equal" if found["logits_equal"] else f"differ by {found['logits_error']:.3g}"
     gradients = "equal"
     if found["largest_gradient_error"] > 0:
@@ -95,7 +96,7 @@ def _repeats(model: nn.Module, given: Inputs, first: dict[str, Any]) -> bool:
 
 
 def _judged(model: nn.Module, given: Inputs, patched: dict[str, Any]) -> dict[str, Any]:
-    """How many tensors are within the budget of the rule, and why the others are not."""
+    """How many tensors pass the tolerance rule, and why the others do not."""
     wide = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
     output, exact = _backward(copy.deepcopy(model).double(), wide)
     exact |= {"logits": output.logits.detach()}
@@ -116,7 +117,7 @@ def _judged(model: nn.Module, given: Inputs, patched: dict[str, Any]) -> dict[st
 def _largest_gradient_error(
     plain: dict[str, Tensor], patched: dict[str, Tensor]
 ) -> dict[str, float | str]:
-    """As a share of the largest element of any gradient, and in which parameter's it is."""
+    """The largest error as a share of the largest gradient, and the parameter that has it."""
     if plain.keys() != patched.keys():
         worst, where = float("inf"), ", ".join(sorted(plain.keys() ^ patched.keys()))
     else:

@@ -1,8 +1,8 @@
-"""Who else can compute an op: plain PyTorch, torch.compile, and the libraries that offer it.
+"""Providers of an op: ours, plain PyTorch, torch.compile, and libraries that compute the same.
 
-``of(op, args, options, device)`` gives every provider of an op: a function of the op's arguments,
-or the reason why there is none on this machine. A library's reason is found here where the library
-is missing, and at its first call where it is not.
+``of(op, args, options, device)`` returns every provider of an op: a function of the op's
+arguments, or the reason why it cannot run here. That a library is missing is found here; other
+reasons appear at the first call.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ from typing import Any
 
 import torch
 
-from vlm_fast.benchmarks.providers import attention, norms, projectors, tokens
+from vlm_fast.benchmarks.providers import attention, image_token_merge, norms, projectors
 from vlm_fast.benchmarks.providers.peer import Peer, Unavailable
 from vlm_fast.ops.declaration import Op
 
 OURS, EAGER = "vlm_fast", "eager"
 COMPILED = {"torch.compile": None, "torch.compile (max-autotune)": "max-autotune-no-cudagraphs"}
-PEERS: tuple[Peer, ...] = (*attention.PEERS, *norms.PEERS, *projectors.PEERS, *tokens.PEERS)
+PEERS: tuple[Peer, ...] = (
+    *attention.PEERS,
+    *norms.PEERS,
+    *projectors.PEERS,
+    *image_token_merge.PEERS,
+)
 NAMES = (OURS, EAGER, *COMPILED, *dict.fromkeys(peer.name for peer in PEERS))
 
 Providers = dict[str, Callable[..., Any] | Unavailable]
@@ -30,7 +35,7 @@ __all__ = ["COMPILED", "EAGER", "NAMES", "OURS", "PEERS", "Providers", "Unavaila
 def of(
     op: Op[..., Any], args: tuple[Any, ...], options: Mapping[str, Any], device: str
 ) -> Providers:
-    """The providers of one call of an op, ours first; those of `COMPILED` are not compiled yet."""
+    """The providers of one call of an op, ours first; those in `COMPILED` compile at first call."""
     found: Providers = {OURS: op, EAGER: op.reference}
     for name, mode in COMPILED.items():
         found[name] = torch.compile(op.reference, mode=mode)
@@ -51,5 +56,5 @@ def _made(
         return peer.make(*args, **options)
     except Unavailable as reason:
         return reason
-    except Exception as error:  # whatever a library does when it is asked
+    except Exception as error:  # a library may raise anything
         return Unavailable.because(error)

@@ -1,4 +1,4 @@
-"""Attention of PyTorch, by backend and by mask, of xformers and of flash-attn."""
+"""Attention of PyTorch (by backend and by mask), xformers and flash-attn."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ON_GPUS = ("SDPA (cuDNN)", "SDPA (efficient)")
 
 
 def plain(*args: Any, dropout: float = 0.0, **options: Any) -> None:
-    """Refuse what is more than q, k and v: a second set of keys, a bias, a mask, dropout."""
+    """Raise `Unavailable` for a second set of keys, a bias, a mask or dropout."""
     if any(a is not None for a in args[3:7]) or dropout:
         raise Unavailable("not the same with a bias, a mask, a second set of keys or dropout")
 
@@ -51,7 +51,7 @@ def sdpa(backend: SDPBackend | None) -> Function:
 
 
 def by_tokens(library: str, function: str, scale_name: str) -> Function:
-    """A library that takes tokens before heads."""
+    """A function of a library whose tensors have tokens before heads."""
 
     def make(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Function:
         plain(q, k, *rest, **options)
@@ -80,7 +80,7 @@ def dense_mask(
     tokens_per_media: int, attend: str = "latest", unattended: str = "zero",
     scale: float | None = None, eps: float = 1e-6,
 ) -> Function:  # fmt: skip
-    """SDPA with a mask of text by keys; where no medium is seen its rows are anything."""
+    """SDPA with a mask of text by keys; rows that attend to no medium are undefined."""
     seen = media_seen(index, k.shape[2] // tokens_per_media, attend)
     if unattended != "zero":
         seen = seen | ~seen.any(-1, keepdim=True)
@@ -101,7 +101,7 @@ def block_mask(
     tokens_per_media: int, attend: str = "latest", unattended: str = "zero",
     scale: float | None = None, eps: float = 1e-6,
 ) -> Function:  # fmt: skip
-    """FlexAttention, compiled, with the blocks that its mask leaves."""
+    """Compiled FlexAttention with a block mask."""
     seen = media_seen(index, k.shape[2] // tokens_per_media, attend)
     grouped = q.shape[1] != k.shape[1]
 

@@ -1,4 +1,4 @@
-"""Norms of Liger and Apex, with what our ops do in the same pass done by ATen before or after."""
+"""Norms of Liger and Apex; ATen does the rest of our ops before or after them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def liger_layer() -> Norm:
 
 def liger_rms() -> Norm:
     ops: Any = importlib.import_module("liger_kernel.ops.rms_norm")
-    # Not in place: what comes back into the residual is read again.
+    # Not in place, because the gradient of the residual is read again.
     return lambda x, weight, bias, eps: ops.LigerRMSNormFunction.apply(
         x, weight, eps, 0.0, "llama", False
     )
@@ -35,7 +35,7 @@ def apex_layer() -> Norm:
 
 
 def added(library: Callable[[], Norm]) -> Callable[..., Any]:
-    """``add_layer_norm``: the sum by ATen, then their norm."""
+    """``add_layer_norm``: the sum by ATen, then the library's norm."""
 
     def make(*args: Any, dropout: float = 0.0, eps: float = 1e-12) -> Callable[..., Any]:
         if dropout:
@@ -55,7 +55,7 @@ def added(library: Callable[[], Norm]) -> Callable[..., Any]:
 
 
 def gated(kind: str, library: Callable[[], Norm]) -> Callable[..., Any]:
-    """``gated_add_norm``: the gate by ATen, then their norm."""
+    """``gated_add_norm``: the gate by ATen, then the library's norm."""
 
     def make(*args: Any, norm: str = "layer", eps: float = 1e-5) -> Callable[..., Any]:
         if norm != kind:
@@ -75,7 +75,7 @@ def gated(kind: str, library: Callable[[], Norm]) -> Callable[..., Any]:
 
 
 def shuffled(kind: str, library: Callable[[], Norm]) -> Callable[..., Any]:
-    """``pixel_shuffle_norm``: the shuffle by ATen, their norm on the side that asks for it."""
+    """``pixel_shuffle_norm``: the shuffle by ATen, and the library's norm before or after it."""
 
     def make(*args: Any, norm: str = "none", **options: Any) -> Callable[..., Any]:
         if norm != kind:

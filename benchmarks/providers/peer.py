@@ -1,4 +1,4 @@
-"""A library's, or a pattern's, way to compute an op."""
+"""How a library, or a known pattern of plain PyTorch, computes an op."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class Unavailable(Exception):
-    """Why a provider cannot compute this call on this machine."""
+    """Raised, or returned, with the reason why a provider cannot compute a call on this machine."""
 
     @classmethod
     def because(cls, error: BaseException) -> Unavailable:
-        """The first line of another error, with its kind."""
+        """Make one of another error: its type and the first line of its message."""
         if isinstance(error, cls):
             return error
         line = next(iter(str(error).strip().splitlines()), "")
@@ -21,10 +21,19 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """``make(*args, **options)`` gives a function of the same arguments, or raises.
+    """A library's function for an op.
 
-    Masks and indices that a caller would make once for all layers are made in ``make``, and so are
+    ``make(*args, **options)`` returns a function of the same arguments, or raises `Unavailable`.
+    Masks and indices that a caller would make once for all layers are made in ``make``, so they are
     not timed.
+
+    Attributes:
+        name: of the provider in tables.
+        op: name of the op.
+        make: see above.
+        package: that must be installed, if any.
+        cuda_only: whether it runs on GPUs only.
+        same: False for a provider that computes another function, as its name says.
     """
 
     name: str
@@ -32,3 +41,4 @@ class Peer:
     make: Callable[..., Callable[..., Any]]
     package: str | None = None
     cuda_only: bool = False
+    same: bool = True

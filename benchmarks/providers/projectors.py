@@ -1,7 +1,7 @@
 """Multi-layer perceptrons of QuACK, flash-attn, TransformerEngine and Liger.
 
-Fused GELU is the tanh form nearly everywhere; such a provider says so in its name: it computes
-another function.
+Most libraries fuse the tanh form of GELU, which is another function; the name of such a provider
+says so.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def liger_glu(*args: Any, **options: Any) -> Callable[..., Any]:
 
 PEERS = (
     Peer("QuACK", "mlp", quack, package="quack", cuda_only=True),
-    Peer("flash-attn (tanh)", "mlp", flash_attn, package="flash_attn", cuda_only=True),
+    Peer("flash-attn (tanh)", "mlp", flash_attn, package="flash_attn", cuda_only=True, same=False),
     Peer(
         "TransformerEngine", "mlp", transformer_engine, package="transformer_engine", cuda_only=True
     ),

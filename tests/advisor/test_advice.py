@@ -11,11 +11,10 @@ from typer.testing import CliRunner
 import vlm_fast
 from vlm_fast import advisor, ops
 from vlm_fast.advisor import connectors, cost_counter, language_model, published_results
-from vlm_fast.advisor.connector_modules import Point, gated_blocks
+from vlm_fast.advisor.connector_modules import DesignPoint, gated_blocks
 from vlm_fast.advisor.connectors import CONNECTORS
 from vlm_fast.advisor.model_shapes import MODELS
-from vlm_fast.cli import advisor_options
-from vlm_fast.cli.main import main
+from vlm_fast.cli import advisor_options, main
 from vlm_fast.modules import MLPProjector, PooledMLPProjector
 from vlm_fast.ops.declaration import OPS, Cost
 from vlm_fast.verification import results_files
@@ -42,7 +41,7 @@ def on_meta(*shape):
 
 @pytest.mark.parametrize("saved", ["all", "preactivation", "input"])
 def test_the_mlp_costs_what_its_op_says(saved):
-    work = connectors.work(Point(LLAVA, "mlp", 576, prompts=2, saved=saved))
+    work = connectors.connector_cost(DesignPoint(LLAVA, "mlp", 576, prompts=2, saved=saved))
     weights = [on_meta(4096, 1024), on_meta(4096), on_meta(4096, 4096), on_meta(4096)]
     assert work.cost == ops.mlp.cost_of(on_meta(2, 576, 1024), *weights, saved=saved)
     assert work.parameters == sum(w.numel() for w in weights)
@@ -60,12 +59,12 @@ def test_merging_costs_its_rounds_and_an_mlp_of_what_is_left():
         x, size = ops.merge_tokens(x, match, size)
     weights = [on_meta(4096, 1024), on_meta(4096), on_meta(4096, 4096), on_meta(4096)]
     parts.append(ops.mlp.cost_of(x, *weights))
-    found = connectors.work(Point(LLAVA, "merge", 144)).cost
-    assert found == functools.reduce(cost_counter.added, parts)
+    found = connectors.connector_cost(DesignPoint(LLAVA, "merge", 144)).cost
+    assert found == functools.reduce(cost_counter.add_costs, parts)
 
 
 def test_aten_counts_by_torch_and_views_move_nothing():
-    work = cost_counter.count(
+    work = cost_counter.count_cost(
         lambda: torch.nn.Linear(8, 4, bias=False),
         lambda: (torch.randn(3, 8, requires_grad=True).view(3, 8),),
     )
@@ -74,7 +73,7 @@ def test_aten_counts_by_torch_and_views_move_nothing():
 
 
 def test_pooling_before_the_second_linear_is_counted_as_it_runs():
-    work = cost_counter.count(
+    work = cost_counter.count_cost(
         lambda: PooledMLPProjector(64, 96, stride=2),
         lambda: (torch.randn(1, 16, 64, requires_grad=True),),
     )
@@ -91,7 +90,7 @@ def test_counted_bytes_for_backward_are_those_a_real_step_keeps():
     module = MLPProjector(64, 96, saved="all")
     x = torch.randn(2, 16, 64, requires_grad=True)
     kept = saved_bytes(lambda: module(x), [x, *module.parameters()])
-    counted = cost_counter.count(
+    counted = cost_counter.count_cost(
         lambda: MLPProjector(64, 96, saved="all"),
         lambda: (torch.randn(2, 16, 64, requires_grad=True),),
     )
@@ -110,11 +109,12 @@ def test_parameters_on_meta_are_not_read_outside_of_a_count():
 def test_every_connector_of_every_model_can_be_counted(name):
     model = MODELS[name]
     assert model.connector in CONNECTORS
-    assert CONNECTORS[model.connector].counts(model)
+    assert CONNECTORS[model.connector].token_counts(model)
     deep = {"qformer", "resampler", "gated"}  # those of LLaVA are counted elsewhere
     for connector in CONNECTORS.values():
-        for tokens in [] if connector.name in deep else connector.counts(model)[:1]:
-            assert connectors.work(Point(model, connector.name, tokens, text=4)).parameters > 0
+        for tokens in [] if connector.name in deep else connector.token_counts(model)[:1]:
+            point = DesignPoint(model, connector.name, tokens, text=4)
+            assert connectors.connector_cost(point).parameters > 0
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_numbers_of_tokens_that_can_be_had(name, connector, tokens, reason):
     assert found is None if reason is None else reason in found
     if reason is not None:
         with pytest.raises(ValueError, match=reason):
-            connectors.work(Point(MODELS[name], connector, tokens))
+            connectors.connector_cost(DesignPoint(MODELS[name], connector, tokens))
 
 
 def test_shapes_are_those_of_the_default_configs():
@@ -198,8 +198,8 @@ def test_text_tokens_left_of_the_context():
 
 def test_an_option_holds_what_the_cost_models_say():
     for option in options("dialogue").values():
-        point = Point(LLAVA, option.connector, option.seen_tokens, images=8, text=256)
-        assert option.cost == connectors.work(point, BF16).cost
+        point = DesignPoint(LLAVA, option.connector, option.seen_tokens, images=8, text=256)
+        assert option.cost == connectors.connector_cost(point, BF16).cost
         sequence = 8 * option.visual_tokens + 256
         assert option.prefill_flops == language_model.prefill_flops(LLAVA.language, sequence)
         beside = 0 if option.visual_tokens else 8 * (2 * 8 * 64 * 4096 * 2)
@@ -280,10 +280,15 @@ def test_wrong_questions(given, message):
 # ---- the command ----
 
 
+TWO = ("--connector", "mlp", "--connector", "qformer")
+
+
 def test_command_prints_table_and_reasons_or_json():
-    text = call("--connectors", "mlp,qformer", "--context", "4096", "--memory", "24GB").stdout
+    text = call(
+        "--connector", "mlp", "--connector", "qformer", "--context", "4096", "--memory", "24GB"
+    ).stdout
     assert text.isascii() and "3520" in text and "4064" in text and "+ " in text
-    found = json.loads(call("--connectors", "mlp,qformer", "--context", "4096", "--json").stdout)
+    found = json.loads(call(*TWO, "--context", "4096", "--json").stdout)
     assert [o["connector"] for o in found["options"]] == ["mlp", "qformer"]
     option = options(context=4096)["mlp", 576]
     assert found["options"][0]["cost"] == dataclasses.asdict(option.cost)
@@ -292,9 +297,9 @@ def test_command_prints_table_and_reasons_or_json():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--scenario", "x"), "no scenario is called 'x'; there are documents"),
-        (("--model", "x"), "no model is called 'x'; there are llava-1.5-7b"),
-        (("--connectors", "mlp,x"), "no connector is called 'x'; there are linear"),
+        (("--scenario", "x"), "'x' is not one of 'documents'"),
+        (("--model", "x"), "'x' is not one of 'llava-1.5-7b'"),
+        (("--connector", "mlp", "--connector", "x"), "'x' is not one of 'linear'"),
         (("--memory", "24 parsec"), "write it like 24GB or 24GiB"),
         (("--images", "0"), "greater than or equal to 1"),
     ],

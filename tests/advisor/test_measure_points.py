@@ -8,23 +8,27 @@ from tests.support.tiny_profile import TINY, groups, setting
 from tests.support.tiny_profile import tiny as tiny  # an autouse fixture
 from vlm_fast.advisor import measure_points, profile_points
 from vlm_fast.advisor.connectors import CONNECTORS
-from vlm_fast.advisor.pareto import front
+from vlm_fast.advisor.pareto import pareto_front
 
 
 def test_a_front_is_what_nothing_beats():
-    assert front([(1, 4), (2, 2), (4, 1), (3, 3), (2, 5)]) == [0, 1, 2]
-    assert front([(1, 1), (1, 1)]) == [0, 1]
-    assert front([(1, 2), (1, 1)]) == [1]
-    assert front([]) == []
+    assert pareto_front([(1, 4), (2, 2), (4, 1), (3, 3), (2, 5)]) == [0, 1, 2]
+    assert pareto_front([(1, 1), (1, 1)]) == [0, 1]
+    assert pareto_front([(1, 2), (1, 1)]) == [1]
+    assert pareto_front([]) == []
 
 
 def test_own_numbers_of_tokens_and_small_work_come_first():
-    order = groups(tokens=(5, 9, 36), batches=(1, 2), names="mlp,pool,merge,gated")
-    rows = [[(r.point.prompts, r.point.tokens in CONNECTORS[r.point.connector].counts(TINY))
-             for r in g.rows] for g in order if isinstance(g, profile_points.Group)]  # fmt: skip
+    order = groups(tokens=(5, 9, 36), batches=(1, 2), names=("mlp", "pool", "merge", "gated"))
+    points = [g for g in order if isinstance(g, profile_points.PointGroup)]
+    rows = [
+        [(r.point.prompts, r.point.tokens in CONNECTORS[r.point.connector].token_counts(TINY))
+         for r in group.rows]
+        for group in points
+    ]  # fmt: skip
     firsts = [row[0] for row in rows]
     assert firsts == sorted(firsts, key=lambda r: (r[0], not r[1]))
-    layers = [g for g in order if isinstance(g, profile_points.Layer)]
+    layers = [g for g in order if isinstance(g, profile_points.LayerGroup)]
     sizes = [(g.rows[0].language.tokens, g.rows[0].point.prompts) for g in layers]
     assert len(sizes) == len(set(sizes))
     assert {(8 + n, b) for n in (0, 5, 9, 36) for b in (1, 2)} == set(sizes)
@@ -33,8 +37,8 @@ def test_own_numbers_of_tokens_and_small_work_come_first():
 def test_levels_make_a_difference_to_training_alone():
     levels = ("all", "input")
     count = {
-        mode: sum(len(g.rows) for g in groups(mode, (36,), levels=levels, names="mlp,linear")
-                  if isinstance(g, profile_points.Group))
+        mode: sum(len(g.rows) for g in groups(mode, (36,), levels=levels, names=("mlp", "linear"))
+                  if isinstance(g, profile_points.PointGroup))
         for mode in ("forward", "training")
     }  # fmt: skip
     assert count == {"forward": 2, "training": 3}
@@ -42,26 +46,29 @@ def test_levels_make_a_difference_to_training_alone():
 
 def test_what_there_is_no_time_for_says_so():
     order = groups()
-    for _ in measure_points.sweep(order, setting(deadline=time.monotonic() - 1)):
+    for _ in measure_points.measure_all(order, setting(deadline=time.monotonic() - 1)):
         pass
-    measure_points.finish(order, setting())
+    measure_points.complete_rows(order, setting())
     for group in order:
         for row in group.rows:
             assert row.not_measured.startswith("out of time: about")
-            assert row.times is None and row.seconds is None and not row.on_front
+            assert row.times is None and row.seconds is None and not row.on_pareto_front
             assert row.language.basis == "modelled"
             assert row.language.seconds == row.language.flops / 1e10
 
 
 def test_lengths_that_were_not_timed_take_the_rate_of_the_nearest():
-    order = groups(tokens=(36,), names="mlp,gated")
-    short = min((g for g in order if isinstance(g, profile_points.Layer)),
+    order = groups(tokens=(36,), names=("mlp", "gated"))
+    short = min((g for g in order if isinstance(g, profile_points.LayerGroup)),
                 key=lambda g: g.rows[0].language.tokens)  # fmt: skip
-    for _ in measure_points.sweep([short], setting()):
+    for _ in measure_points.measure_all([short], setting()):
         pass
-    measure_points.finish(order, setting())
+    measure_points.complete_rows(order, setting())
     rows = {
-        r.point.connector: r for g in order if isinstance(g, profile_points.Group) for r in g.rows
+        r.point.connector: r
+        for g in order
+        if isinstance(g, profile_points.PointGroup)
+        for r in g.rows
     }
     timed, other = rows["gated"].language, rows["mlp"].language
     assert timed.basis == "measured" and timed.seconds == 2 * timed.layer.median
@@ -73,13 +80,16 @@ def test_an_error_of_one_group_leaves_the_others(monkeypatch):
     def broken(point):
         raise RuntimeError("no such luck\nmore")
 
-    order = groups(names="mlp,linear,pool")
+    order = groups(names=("mlp", "linear", "pool"))
     mlp = CONNECTORS["mlp"]
     monkeypatch.setitem(CONNECTORS, "mlp", type(mlp)(**{**vars(mlp), "pieces": broken}))
-    for _ in measure_points.sweep(order, setting()):
+    for _ in measure_points.measure_all(order, setting()):
         pass
     rows = {
-        r.point.connector: r for g in order if isinstance(g, profile_points.Group) for r in g.rows
+        r.point.connector: r
+        for g in order
+        if isinstance(g, profile_points.PointGroup)
+        for r in g.rows
     }
     assert rows["mlp"].not_measured == "RuntimeError: no such luck"
     assert rows["pool"].times is not None

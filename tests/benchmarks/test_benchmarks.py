@@ -1,4 +1,4 @@
-"""The benchmark and the GPU run, as far as they go on a CPU."""
+"""The benchmark and the GPU run, as far as a CPU can run them."""
 
 import json
 import os
@@ -15,12 +15,11 @@ from vlm_fast.benchmarks import (
     gpu_checks,
     gpu_compile,
     models,
-    picture,
-    report,
     suite,
 )
 from vlm_fast.benchmarks.gpu_stages import STAGES, Stage
-from vlm_fast.benchmarks.models import pictures
+from vlm_fast.benchmarks.models import photograph
+from vlm_fast.benchmarks.result_rows import FAMILIES
 from vlm_fast.devtools import ahead_of_time, memory, timing
 from vlm_fast.kernels._triton import AVAILABLE
 from vlm_fast.ops.declaration import OPS, with_batch
@@ -48,13 +47,15 @@ def quick(tmp_path_factory):
     return found.stdout, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_quick_run_measures_every_op_and_proves_the_patched_model(quick):
     _, results = quick
     assert {row["op"] for row in results["ops"]} == set(OPS)
     assert all(row["median"] > 0 and row["rounds"] >= 3 for row in results["ops"])
 
 
-def test_patched_models_are_the_same(quick):
+@pytest.mark.slow
+def test_patched_models_give_the_same_results(quick):
     _, results = quick
     assert results["models"].keys() == models.MODELS.keys()
     for found in results["models"].values():
@@ -64,10 +65,11 @@ def test_patched_models_are_the_same(quick):
         assert found["finished"]
 
 
+@pytest.mark.slow
 def test_rows_are_of_one_shape(quick):
-    """A part's "before" comes first, then what it is compared with."""
+    """The row "before" of a part comes first, then its other states."""
     _, results = quick
-    families = ["merge", "qformer", "flamingo", "anyres", "mergers", "tokens"]
+    families = list(FAMILIES)
     every = [*results["models"].values(), *(results[family] for family in families)]
     for found in every:
         assert all(row.keys() == every[0]["rows"][0].keys() for row in found["rows"])
@@ -84,7 +86,8 @@ def rows_of(found, part):
     return [row for row in found["rows"] if row["part"] == part]
 
 
-def test_what_the_patch_is_for_shows(quick):
+@pytest.mark.slow
+def test_the_patch_saves_waits_bytes_and_operations(quick):
     _, results = quick
     models = results["models"]
     before, after = rows_of(models["llava"], "merge, forward+backward")
@@ -100,19 +103,22 @@ def test_what_the_patch_is_for_shows(quick):
         assert bool(rows_of(models[name], "a generated token")) == (name in ("idefics", "mllama"))
 
 
+@pytest.mark.slow
 def test_output_is_plain_when_piped(quick):
     text, _ = quick
     assert text.isascii() and "\x1b" not in text
     assert "verify passed" in text
 
 
+@pytest.mark.slow
 def test_results_name_no_path_of_this_machine(quick):
     _, results = quick
     assert str(ROOT) not in json.dumps(results)
     assert str(Path.home()) + "/" not in json.dumps(results)
 
 
-def test_gpu_run_says_what_it_lacks():
+@pytest.mark.slow
+def test_the_gpu_run_without_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     found = python("vlm_fast.benchmarks.gpu")
@@ -164,8 +170,9 @@ def test_all_stages_have_time():
     assert sum(stage.seconds for stage in STAGES if stage.name != "suites") <= gpu.TOTAL_SECONDS
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
-def test_what_is_launched_is_found_compiled(monkeypatch, tmp_path):
+def test_a_launch_finds_its_compiled_kernel(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     name, forever = "gather_image_tokens", float("inf")
     count, failures = gpu_compile.compile_all("sm_90", forever, [name], workers=1)
@@ -180,7 +187,7 @@ def test_what_is_launched_is_found_compiled(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
-def test_what_time_did_not_reach_is_said():
+def test_builds_after_the_deadline_are_reported():
     count, failures = gpu_compile.compile_all("sm_90", 0.0, ["gated_add"], workers=1)
     assert count == 0 and failures == ["out of time: 3 of 3 not compiled"]
 
@@ -252,77 +259,11 @@ def test_bytes_and_waits_are_those_of_a_known_call():
     y = torch.randn(100_000)
     assert memory.peak_bytes(lambda: y + 1, "cpu") == pytest.approx(400_000, rel=1e-3)
     assert memory.peak_bytes(lambda: (y + 1) * 2, "cpu") == pytest.approx(800_000, rel=1e-3)
-    assert memory.synchronisations(lambda: (y.sum().item(), y.nonzero(), y + 1), "cpu") == 2
-    assert memory.synchronisations(lambda: (y[y > 0], y[torch.tensor([1])]), "cpu") == 1
+    assert memory.host_syncs(lambda: (y.sum().item(), y.nonzero(), y + 1), "cpu") == 2
+    assert memory.host_syncs(lambda: (y[y > 0], y[torch.tensor([1])]), "cpu") == 1
 
 
-def test_photograph_becomes_what_the_tower_takes():
-    found, source = pictures.prepared("blip", "BlipImageProcessorPil")
+def test_the_photograph_is_preprocessed_for_a_tower():
+    found, source = photograph.preprocessed("blip", "BlipImageProcessorPil")
     assert found["pixel_values"].std() > 0.1 and "astronaut" in source
-    assert pictures.by_torch(28).shape == (1, 3, 28, 28)
-
-
-# ---- README and docs ----
-
-
-def test_pages_show_what_results_hold_and_nothing_else(quick, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    _, results = quick
-    readme, page = tmp_path / "README.md", tmp_path / "measured.md"
-    markers = "<!-- {0}:begin -->\nold\n<!-- {0}:end -->\n"
-    readme.write_text("top\n" + markers.format("charts") + markers.format("results") + "end\n")
-    page.write_text(markers.format("measured"))
-
-    def written(result):
-        monkeypatch.setattr(results_files, "read_results", lambda: [result])
-        report.main(readme, page, tmp_path)
-        return readme.read_text(), page.read_text()
-
-    text, measured = written({**results, "quick": False})
-    assert "old" not in text and text.startswith("top\n") and text.endswith("end\n")
-    assert "(speed.svg)" in text and "(memory.svg)" in text
-    assert "No GPU has run this yet" in text
-    for name in OPS:
-        assert f"| {name} |" in measured
-    for words in picture.FAMILIES.values():
-        assert f"### {words[0].upper()}{words[1:]}" in measured
-    charts = [(tmp_path / f"{name}.svg").read_bytes() for name in picture.CHARTS]
-    assert (text, measured) == written({**results, "quick": False})
-    assert charts == [(tmp_path / f"{name}.svg").read_bytes() for name in picture.CHARTS]
-    text, measured = written(results)  # quick: worth nothing
-    assert "| " not in text.partition("results:begin")[2] and "| " not in measured
-
-
-def test_losses_are_published():
-    before = {
-        "part": "x",
-        "state": "before",
-        "median": 1.0,
-        "peak_bytes": 10**6,
-        "saved_bytes": 640,
-    }
-    after = {
-        **before,
-        "state": "after",
-        "median": 1.5,
-        "peak_bytes": 13 * 10**5,
-        "ours_is": "slower",
-    }
-    after["saved_bytes"] = 2940  # four times nothing is nothing
-    rows = [before, after, {**before, "part": "y"}, {**before, "part": "y", "state": "after"}]
-    rows[3]["ours_is"] = "same"
-    op = {
-        "op": "mlp", "shape": "s", "mode": "forward", "provider": "eager", "status": "measured",
-        "ours_is": "slower", "times_faster": 0.8,
-    }  # fmt: skip
-    lines = report.losses({"merge": {"rows": rows}, "ops": [op]}).splitlines()[2:]
-    assert lines == [
-        "| merge | x | takes 1.50 times as long |",
-        "| merge | x | 1.30 of the peak memory |",
-        "| mlp | s, forward | takes 1.25 times as long as eager |",
-    ]
-
-
-def test_markers_must_stand_once():
-    with pytest.raises(ValueError, match="once, found 0 times"):
-        report.between("nothing here", "results", "x")
+    assert photograph.resized(28).shape == (1, 3, 28, 28)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main
 from vlm_fast.kernels import _triton
 from vlm_fast.ops.declaration import OPS
 from vlm_fast.verification import results_files, self_test
@@ -60,7 +60,7 @@ def test_ops_tell_current_proof_from_older_and_from_none(monkeypatch):
     results = [result("Old", {**now, "ops/mlp.py": "0"}), result("New", now)]
     monkeypatch.setattr(results_files, "read_results", lambda: results)
     rows = {row["op"]: row for row in json.loads(call("ops", "--json").stdout)}
-    assert rows["mlp"]["gpu"] == ["proven on New", "proven on Old, at an older source"]
+    assert rows["mlp"]["gpu"] == ["verified on New", "verified on Old, with an older source"]
     assert rows["merge_image_tokens"]["gpu"] == ["never run on a GPU"]
     assert "bfloat16" in rows["mlp"]["dtypes"] and "float64" not in rows["mlp"]["dtypes"]
 
@@ -92,7 +92,7 @@ def test_check_passes_here():
 
 def test_check_prints_what_failed_and_by_how_much(monkeypatch):
     wrong = Verdict("gradient 1", 0.5, 0.25, "error 0.5 above 0.25")
-    monkeypatch.setattr(self_test.parity, "check", lambda *_, **__: [wrong])
+    monkeypatch.setattr(self_test.tolerance, "check", lambda *_, **__: [wrong])
     found = call("check", "mlp")
     assert found.exit_code == main.Exit.FAILURE
     line = next(line for line in found.stdout.splitlines() if "gradient 1" in line)
@@ -104,7 +104,7 @@ def test_a_call_without_gradients_is_judged_too(monkeypatch):
     right = OPS["mlp"].fast
     halved = lambda *a, **o: right(*a, **o) * (1.0 if torch.is_grad_enabled() else 0.5)  # noqa: E731
     monkeypatch.setattr(OPS["mlp"], "fast", halved)
-    (line,) = next(self_test.run(["mlp"], device="cpu")).failures()
+    (line,) = next(self_test.run(["mlp"], device="cpu", thorough=False)).failures()
     assert "output 0 without gradients" in line
 
 
@@ -112,10 +112,23 @@ def test_a_case_that_raises_is_a_failure(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(self_test.parity, "check", broken)
+    monkeypatch.setattr(self_test.tolerance, "check", broken)
     case = next(self_test.run(["mlp"], device="cpu"))
     assert not case.ok
     assert case.failures()[0].endswith("raised RuntimeError: no such luck")
+
+
+def test_three_test_shapes_of_every_op_are_checked_and_all_when_thorough():
+    for op in OPS.values():
+        few = [shape for _, shape in self_test.shapes(op, full=False, thorough=False)]
+        every = [shape for _, shape in self_test.shapes(op, full=False)]
+        assert few == [*op.test_shapes[:2], *op.test_shapes[2:][-1:]] and len(few) >= 2
+        assert every[: len(op.test_shapes)] == list(op.test_shapes)
+        assert len(every) == len(op.test_shapes) + len(op.bench_shapes)
+    few, every = (
+        self_test.count(["mlp"], device="cpu", thorough=thorough) for thorough in (False, True)
+    )
+    assert few == len(list(self_test.run(["mlp"], device="cpu", thorough=False))) == 9 < every
 
 
 def test_named_shapes_are_small_on_a_cpu_and_whole_on_a_gpu():
@@ -130,7 +143,7 @@ def test_named_shapes_are_small_on_a_cpu_and_whole_on_a_gpu():
 def test_an_unknown_op_is_a_usage_error_that_names_the_known(command):
     found = call(*command, "nope")
     assert found.exit_code == main.Exit.USAGE
-    assert "no op is called 'nope'" in found.output
+    assert "'nope' is not one of" in found.output
     assert "gather_image_tokens" in found.output.replace("\n", "")
 
 

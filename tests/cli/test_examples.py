@@ -46,7 +46,7 @@ def run(name, *arguments):
 
 def test_every_script_is_here_and_short():
     scripts = {path.stem: path.read_text() for path in EXAMPLES.glob("*.py")}
-    assert set(scripts) == {*SCRIPTS, "given"}
+    assert set(scripts) == {*SCRIPTS, "toy_models"}
     assert all(len(scripts[name].splitlines()) <= 60 for name in SCRIPTS)
     assert all(name in (EXAMPLES / "README.md").read_text() for name in scripts)
 
@@ -58,7 +58,7 @@ def test_lora_of_a_patched_llava_loads_in_plain_peft(tmp_path):
     assert losses[-1] < 0.9 * losses[0]
     assert set(vlm_fast.explain(trainer.model).values()) == {None}
 
-    base, examples, _ = module("given").llava("", "", "")
+    base, examples, _ = module("toy_models").llava("", "", "")
     assert not vlm_fast.explain(base)
     batch = torch.utils.data.default_collate(examples[:8])
     plain = PeftModel.from_pretrained(base, tmp_path).eval()
@@ -82,10 +82,10 @@ def test_lora_of_a_model_and_data_in_folders(tmp_path):
 
 def test_pairs_of_a_model_and_data_in_folders(tmp_path):
     """Of one length on every rank."""
-    module("given").retrieval("", "", "")[0].save_pretrained(tmp_path / "model")
+    module("toy_models").retrieval("", "", "")[0].save_pretrained(tmp_path / "model")
     tiny_processors.blip2().save_pretrained(tmp_path / "model")
     records, images = photographs.write(tmp_path, longest=32, views=("whole",))
-    model, pairs, collate = module("given").retrieval(str(tmp_path / "model"), records, images)
+    model, pairs, collate = module("toy_models").retrieval(str(tmp_path / "model"), records, images)
     batch = collate([pairs[0], pairs[5]])
     assert len(pairs) == len(photographs.PHOTOGRAPHS)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 32)
@@ -125,7 +125,7 @@ def test_stage1_on_two_processes(tmp_path):
     assert len(losses) == 6 and losses[-1] < 0.9 * losses[0], said
     assert not (tmp_path / "said-1").read_text()
 
-    before = dict(module("given").retrieval("", "", "")[0].named_parameters())
+    before = dict(module("toy_models").retrieval("", "", "")[0].named_parameters())
     trained = Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "model")
     for name, value in trained.named_parameters():
         assert torch.equal(value, before[name]) == name.startswith("vision_model."), name

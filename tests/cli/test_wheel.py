@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main
 from vlm_fast.kernels._triton import AVAILABLE
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 OP = "gather_image_tokens"
 SAME = {  # what these print does not hang on the machine's mood
@@ -29,7 +30,7 @@ TRITON = {
 OTHERS = {
     "env": ["env", "--json"],
     "bench": ["bench", "--quick", "--op", OP, "--provider", "eager", "--json", "bench.json"],
-    "profile": ["profile", "--connectors", "linear", "--tokens", "576", "--budget", "1"],
+    "profile": ["profile", "--connector", "linear", "--tokens", "576", "--budget", "1"],
 }
 COMMANDS = SAME | OTHERS | (TRITON if AVAILABLE else {})
 
@@ -133,8 +134,9 @@ def test_the_wheel_knows_the_gpus_on_which_ops_were_verified(both):
     (_, installed), _ = both
     rows = {row["op"]: row for row in json.loads(installed["ops"][1])}
     result = json.loads((ROOT / "benchmarks" / "results" / "NVIDIA_H200.json").read_text())
-    assert result["parity"]
-    assert all(result["machine"] in " ".join(rows[op]["gpu"]) for op in result["parity"])
+    checked = result["parity"].keys() & rows.keys()  # an older file names deleted ops too
+    assert checked
+    assert all(result["machine"] in " ".join(rows[op]["gpu"]) for op in checked)
 
 
 def test_env_finds_the_same_facts(both):

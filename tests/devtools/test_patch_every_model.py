@@ -87,5 +87,6 @@ def test_models_are_patched_and_the_summary_says_what_ran(tmp_path):
     assert "calls were fused" in said
 
 
+@pytest.mark.slow
 def test_without_the_plugin_they_are_not(tmp_path):
     assert "patched" not in run(tmp_path)

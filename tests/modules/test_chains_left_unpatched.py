@@ -19,7 +19,7 @@ from tests.support.chain_structures import (
 )
 from tests.support.randomised_modules import gradients, stirred
 from vlm_fast.modules import SequentialProjector
-from vlm_fast.modules.parameter_access.activation import activation_of
+from vlm_fast.modules.parameter_access.activation import activation_name
 
 # ---- activations told by their code ----
 
@@ -63,10 +63,10 @@ def test_which_activations_are_known():
         def forward(self, x):
             return (x * 1.702).sigmoid() * x
 
-    assert activation_of(QuickGELU()) == activation_of(FlippedQuickGelu()) == "quick_gelu"
+    assert activation_name(QuickGELU()) == activation_name(FlippedQuickGelu()) == "quick_gelu"
     written = (OtherSlope, QuickGELUOfAnother, ScaledGELU, QuickGELUOfItself)
     for kind in (*written, CalledGELU, CalledQuickGELU):
-        assert activation_of(kind()) is None
+        assert activation_name(kind()) is None
         unknown = f"its activation {kind.__name__} is not one the kernels know"
         with pytest.warns(UserWarning, match="no connector of"):
             skipped = vlm_fast.patch(NamedMlp(kind())).skipped

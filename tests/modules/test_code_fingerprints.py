@@ -79,7 +79,10 @@ def test_code_without_a_file_has_none(tmp_path):
 
 def test_only_models_of_transformers_are_asked():
     assert code_fingerprints.name_of(ast.NodeVisitor, "visit") is None
-    assert code_fingerprints.why_not_read(ast.NodeVisitor, "visit", ast.NodeVisitor.visit) is None
+    assert (
+        code_fingerprints.why_not_known_code(ast.NodeVisitor, "visit", ast.NodeVisitor.visit)
+        is None
+    )
 
 
 @pytest.mark.skipif(
@@ -96,7 +99,9 @@ def test_every_method_of_this_release_is_one_that_was_read():
             continue  # of another release
         definer = getattr(module, kind, None)
         if definer is not None and method in vars(definer):
-            assert code_fingerprints.why_not_read(definer, method, vars(definer)[method]) is None
+            assert (
+                code_fingerprints.why_not_known_code(definer, method, vars(definer)[method]) is None
+            )
             found += 1
     assert found > 50
 
@@ -106,6 +111,6 @@ def test_a_reason_names_the_method_and_the_release(monkeypatch):
 
     forward = inspect.unwrap(IdeficsMLP.forward)
     monkeypatch.setattr(sys.modules[code_fingerprints.__name__], "KNOWN", {})
-    reason = code_fingerprints.why_not_read(IdeficsMLP, "forward", forward)
+    reason = code_fingerprints.why_not_known_code(IdeficsMLP, "forward", forward)
     release = transformers.__version__
     assert reason == f"IdeficsMLP.forward of transformers {release} is not code that was read"

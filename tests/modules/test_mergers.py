@@ -19,8 +19,8 @@ from vlm_fast.modules import (
     PooledNormProjector,
     SpatialPool,
 )
-from vlm_fast.modules.parameter_access.norm import GemmaRMSNorm, RMSNorm
-from vlm_fast.patching.models.internvl import Unshuffled
+from vlm_fast.modules.parameter_access.norm import RMSNorm
+from vlm_fast.patching.models.internvl import DeferredPixelShuffle
 
 
 def qwen(family, name, after=False):
@@ -135,7 +135,10 @@ def test_own_norms_are_transformers(dtype):
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
     from transformers.models.mistral3.modeling_mistral3 import Mistral3RMSNorm
 
-    for ours, theirs in ((RMSNorm(24), Mistral3RMSNorm(24)), (GemmaRMSNorm(24), Gemma3RMSNorm(24))):
+    for ours, theirs in (
+        (RMSNorm(24), Mistral3RMSNorm(24)),
+        (RMSNorm(24, unit_offset=True), Gemma3RMSNorm(24)),
+    ):
         theirs = stirred(theirs).to(dtype)
         ours.load_state_dict(theirs.state_dict())
         x = torch.randn(2, 5, 24, dtype=dtype)
@@ -288,7 +291,9 @@ def waiting():
     x = torch.randn(2, 4, 4, 3)
     from transformers.models.internvl.modeling_internvl import InternVLModel
 
-    return x.reshape(2, 2, 2, 12).as_subclass(Unshuffled), InternVLModel.pixel_shuffle(None, x)
+    return x.reshape(2, 2, 2, 12).as_subclass(DeferredPixelShuffle), InternVLModel.pixel_shuffle(
+        None, x
+    )
 
 
 @pytest.mark.parametrize(
@@ -315,7 +320,7 @@ def test_who_looks_sees_it_shuffled(look):
 def test_asking_for_its_shape_does_not_shuffle_it():
     unshuffled, _ = waiting()
     assert unshuffled.shape == (2, 2, 2, 12) and unshuffled.size(3) == 12 and unshuffled.ndim == 4
-    assert type(unshuffled.reshape(2, -1, 12)) is Unshuffled
+    assert type(unshuffled.reshape(2, -1, 12)) is DeferredPixelShuffle
     assert vlm_fast.stats().get("pixel_shuffle_norm", {"fast": 0})["fast"] == 0
 
 

@@ -9,6 +9,7 @@ import torch
 
 import vlm_fast
 from tests.support.mixed_dtypes import BF16, FP32, arranged, assert_alike, cast, norms, run
+from tests.support.selection import REPRESENTATIVES, slow_but
 from tests.support.tiny_models import MODELS, build
 from vlm_fast import modules
 
@@ -16,6 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning"),
     pytest.mark.filterwarnings("ignore:no connector of"),
 ]
+every_model = pytest.mark.parametrize("name", slow_but(REPRESENTATIVES, MODELS))
 both_ways = pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP32, BF16)], ids=["bf16", "fp32"])
 
 
@@ -52,7 +54,7 @@ def of_dtypes(connector, dtypes, changed):
 
 
 @both_ways
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 def test_connectors(name, dtypes):
     model, inputs = build(name)
     fast = copy.deepcopy(model)
@@ -72,7 +74,7 @@ def test_connectors(name, dtypes):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 def test_whole_models(name, autocast):
     model, inputs = build(name)
     names = ["all in fp32"] * autocast

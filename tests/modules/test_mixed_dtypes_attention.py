@@ -13,10 +13,12 @@ import torch
 import vlm_fast
 from tests.support import tiny_flamingos, tiny_qformers
 from tests.support.mixed_dtypes import ARRANGEMENTS, arranged, cast, dtypes, run
-from vlm_fast.verification.summation_orders import OtherOrders
+from tests.support.selection import slow_but
+from vlm_fast.verification.summation_orders import ReorderedRuns
 
 pytestmark = pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
 NAMES = ["idefics", "mllama", *tiny_qformers.FAMILIES]
+QUICK = ["idefics", "mllama", next(iter(tiny_qformers.FAMILIES))]
 
 
 def built(name):
@@ -36,7 +38,7 @@ def error(found, exact):
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(QUICK, NAMES))
 def test_whole_models(name, arrangement, autocast):
     model, inputs = built(name)
     plain, ours, dtype = arranged(model, arrangement)
@@ -50,7 +52,7 @@ def test_whole_models(name, arrangement, autocast):
     assert dtypes(found) == dtypes(theirs)
     exact = run(copy.deepcopy(plain).double(), (), cast(inputs, torch.float64)).found
     apart = error(found.found, exact)
-    draws = itertools.chain([theirs], OtherOrders(lambda: again(plain)))
+    draws = itertools.chain([theirs], ReorderedRuns(lambda: again(plain)))
     assert any(apart <= 1.5 * error(one.found, exact) for one in draws)  # as `parity.judge` of rms
 
 

@@ -52,6 +52,7 @@ def assert_same(model, inputs, dtype):
 FULL = dict(num_hidden_layers=12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "implementation, dtype", [("eager", torch.float32), ("sdpa", torch.bfloat16)], ids=str
 )
@@ -64,6 +65,7 @@ def test_blip2_at_full_size(implementation, dtype):
     assert_same(blip2(implementation, **FULL), inputs, dtype)
 
 
+@pytest.mark.slow
 def test_instructblip_at_full_size():
     inputs = dict(
         input_ids=torch.randint(5, 99, (1, 8)),
@@ -150,7 +152,7 @@ def test_expanded_queries_are_one_sequence_each(count):
     """Two sequences an image, or as many as images: as many come out as went in."""
     model = blip2(**SMALL)
     query, image = torch.randn(1, 5, 48).expand(4, -1, -1), images(count, 17, 40)
-    qformer = QFormer.of(model)
+    qformer = QFormer.from_module(model)
     found = qformer(query, None, None, image).last_hidden_state
     expected = qformer(
         query.contiguous(), None, None, image.repeat_interleave(4 // count, 0)
@@ -162,7 +164,7 @@ def test_expanded_queries_without_an_image():
     model = blip2(**SMALL, cross_attention_frequency=100)
     for layer in model.encoder.layer:
         vars(layer)["_modules"].pop("crossattention", None)
-    out = QFormer.of(model)(torch.randn(1, 5, 48).expand(3, -1, -1)).last_hidden_state
+    out = QFormer.from_module(model)(torch.randn(1, 5, 48).expand(3, -1, -1)).last_hidden_state
     assert out.shape == (3, 5, 48)
 
 
@@ -170,7 +172,7 @@ def test_expanded_queries_without_an_image():
 def test_any_active_dropout_is_seeded(part):
     model = blip2(**SMALL, hidden_dropout_prob=0.5)
     getattr(model.encoder.layer[0], part).train()
-    qformer = QFormer.of(model)
+    qformer = QFormer.from_module(model)
     given = (torch.randn(2, 5, 48), None, None, images(2, 17, 40))
     first, second = (qformer(*given).last_hidden_state for _ in range(2))
     assert first.isfinite().all() and not torch.equal(first, second)
@@ -194,7 +196,7 @@ def test_module_has_the_keys_of_the_checkpoint():
 
 def test_module_equals_transformers():
     model = blip2(text=True, **SMALL)
-    ours, shared = same_weights(model, use_qformer_text_input=True), QFormer.of(model)
+    ours, shared = same_weights(model, use_qformer_text_input=True), QFormer.from_module(model)
     query, image = torch.randn(3, 9, 48), images(3, 17, 40)
     mask = ones_but(3, 9, (1, 2))
     expected = model(query, 5, mask, image, ones_but(3, 17))
@@ -210,7 +212,7 @@ def test_module_equals_transformers():
 
 
 def test_shared_keys_and_values_and_several_sequences_an_image():
-    qformer = QFormer.of(blip2(text=True, **SMALL))
+    qformer = QFormer.from_module(blip2(text=True, **SMALL))
     image = images(3, 17, 40)
     sequences = torch.randn(3, 2, 9, 48)  # two texts an image
     projected = qformer.image_key_values(image)
@@ -233,7 +235,7 @@ def test_shared_keys_and_values_and_several_sequences_an_image():
 
 def test_generating_text_after_the_queries_is_the_multimodal_causal_mask():
     """Queries see queries, text sees queries and earlier text: two passes equal one."""
-    qformer = QFormer.of(blip2(text=True, **SMALL))
+    qformer = QFormer.from_module(blip2(text=True, **SMALL))
     query, text, image = torch.randn(2, 5, 48), torch.randn(2, 7, 48), images(2, 17, 40)
     padding = ones_but(2, 7, (1, 2))
     first = qformer(query, encoder_hidden_states=image, keep=True)
@@ -251,7 +253,7 @@ def test_generating_text_after_the_queries_is_the_multimodal_causal_mask():
 
 
 def test_dropout_trains_and_repeats_with_the_seed():
-    qformer = QFormer.of(blip2(**SMALL)).train()
+    qformer = QFormer.from_module(blip2(**SMALL)).train()
     query, image = torch.randn(2, 5, 48), images(2, 17, 40)
 
     def run(seed):
@@ -272,7 +274,7 @@ def test_compute_dtype_is_of_the_work_not_of_the_weights():
     model = blip2(**SMALL)
     query, image = torch.randn(2, 5, 48), images(2, 17, 40)
     exact = model(query_embeds=query, encoder_hidden_states=image).last_hidden_state
-    qformer = QFormer.of(model, compute_dtype=torch.bfloat16)
+    qformer = QFormer.from_module(model, compute_dtype=torch.bfloat16)
     out = qformer(query, encoder_hidden_states=image).last_hidden_state
     assert out.dtype == torch.float32
     assert 1e-4 < (out - exact).abs().max() < 0.1
@@ -293,7 +295,7 @@ def test_children_that_are_not_plain_are_called():
     query, image = torch.randn(2, 5, 48), images(2, 17, 40)
     expected = model(query_embeds=query, encoder_hidden_states=image).last_hidden_state
     with pytest.warns(vlm_fast.VlmFastFallbackWarning, match="Doubled is not a plain nn.Linear"):
-        out = QFormer.of(model)(query, encoder_hidden_states=image).last_hidden_state
+        out = QFormer.from_module(model)(query, encoder_hidden_states=image).last_hidden_state
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -301,7 +303,7 @@ def test_parameters_have_memory_of_their_own():
     qformer = QFormer(**{k: v for k, v in SMALL.items() if k != "vocab_size"}).eval()
     model = blip2(**SMALL)
     vlm_fast.patch(model)
-    for module in (qformer, qformer.double(), model, QFormer.of(blip2(**SMALL))):
+    for module in (qformer, qformer.double(), model, QFormer.from_module(blip2(**SMALL))):
         for parameter in module.parameters():
             own = parameter.untyped_storage().nbytes()
             assert own == parameter.numel() * parameter.element_size()
@@ -324,7 +326,7 @@ def test_parameters_have_memory_of_their_own():
     ],
 )
 def test_mistakes_are_named(change, named):
-    qformer = QFormer.of(blip2(**SMALL))
+    qformer = QFormer.from_module(blip2(**SMALL))
     right = dict(query_embeds=torch.randn(2, 5, 48), encoder_hidden_states=images(2, 17, 40))
     qformer(**right)
     with pytest.raises((TypeError, ValueError), match=rf"vlm_fast.QFormer: {named}"):
@@ -333,4 +335,4 @@ def test_mistakes_are_named(change, named):
 
 def test_a_graph_needs_a_gpu():
     with pytest.raises(RuntimeError, match="not on a CUDA device"):
-        QFormer.of(blip2(**SMALL)).capture_graph(torch.randn(2, 5, 48), images(2, 17, 40))
+        QFormer.from_module(blip2(**SMALL)).capture_graph(torch.randn(2, 5, 48), images(2, 17, 40))

@@ -8,7 +8,7 @@ import vlm_fast
 from tests.support import reference_blip2
 from tests.support.tiny_blip2 import parts
 from tests.support.tiny_qformers import SMALL, blip2, images, instructblip, ones_but
-from vlm_fast.training import losses as objectives
+from vlm_fast.training import losses
 from vlm_fast.training.losses import blip2_stage1 as stage1
 
 SCALES = [2.0**power for power in range(20, -1, -1)]
@@ -25,7 +25,7 @@ def stage_1(fast, dtype):
 
     def loss():
         if fast:
-            return objectives.stage1_loss(
+            return losses.stage1_loss(
                 model, image_embeds, ids, mask, lm_head=head, bos_token_id=60
             ).loss
         negatives = ((every + 1) % BATCH, (every - 1) % BATCH)

@@ -12,9 +12,9 @@ from tests.support.tiny_anyres import PINPOINTS, SIDE, TILE
 from tests.support.tiny_models import build
 from vlm_fast import ops
 from vlm_fast.modules import AnyResPacker
-from vlm_fast.modules.anyres_packer import joined
+from vlm_fast.modules.anyres_packer import concatenated
 from vlm_fast.ops import anyres_plan, anyres_tiling
-from vlm_fast.patching.models import anyres as patching
+from vlm_fast.patching.models import anyres_result
 from vlm_fast.verification import tolerance
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -195,13 +195,13 @@ class Reversal(torch.autograd.Function):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_parts_of_a_split_are_not_copied(requires_grad):
     x = torch.randn(6, 4, 8, requires_grad=requires_grad) * 1
-    whole = joined(x.split([2, 1, 3]))
+    whole = concatenated(x.split([2, 1, 3]))
     assert whole.data_ptr() == x.data_ptr() and torch.equal(whole, x)
     assert whole.requires_grad == requires_grad
     with torch.inference_mode():
         x = torch.randn(6, 4, 8)
-        assert joined(x.split([2, 4])).data_ptr() == x.data_ptr()
-        assert joined(x.split([2, 4])[:1]).data_ptr() == x.data_ptr()
+        assert concatenated(x.split([2, 4])).data_ptr() == x.data_ptr()
+        assert concatenated(x.split([2, 4])[:1]).data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("tokens", [2, 4])
@@ -211,7 +211,7 @@ def test_single_tiles_may_have_any_stride(images, tokens):
     big = torch.randn(images, tokens, 1, 3)
     parts = [image.transpose(0, 1) for image in big]
     assert all(part.is_contiguous() and part.stride(0) != 3 * tokens for part in parts)
-    whole = joined(parts)
+    whole = concatenated(parts)
     assert torch.equal(whole, torch.cat(parts))
     assert whole.data_ptr() == big.data_ptr() and whole.is_contiguous()  # and nothing is copied
 
@@ -224,7 +224,7 @@ def test_other_parts_are_concatenated():
         [b, a, c], [a, c], [a, a], [a, b.clone(), c], [a, b.detach(), c], [a, b, x[3:]],
         list(wide.split([2, 4])), [t.detach() for t in (a, c)], [a, b],
     ):  # fmt: skip
-        assert torch.equal(joined(parts), torch.cat(parts))
+        assert torch.equal(concatenated(parts), torch.cat(parts))
 
 
 @pytest.mark.parametrize(
@@ -237,14 +237,14 @@ def test_gradients_take_the_way_of_the_values(between):
     upstream = torch.randn(6, 4, 8)
     found = [
         torch.autograd.grad(f(between(leaf * 1).split([2, 4])), leaf, upstream)[0]
-        for f in (joined, torch.cat)
+        for f in (concatenated, torch.cat)
     ]
     assert torch.equal(*found)
 
 
 def test_cat_of_all_images_is_what_was_packed():
     whole = torch.randn(9, 4, requires_grad=True) * 1
-    images = patching._images(whole, [2, 3, 4])
+    images = anyres_result.split_images(whole, [2, 3, 4])
     assert torch.cat(images) is whole and torch.cat(images, dim=0) is whole
     assert torch.cat(tuple(images)) is whole
     for parts in (images[:2], images[::-1], [*images, whole], [whole[:2], *images[1:]]):

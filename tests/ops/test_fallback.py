@@ -13,7 +13,6 @@ import torch
 import vlm_fast
 from tests.support.cases import OPS, any_case, any_op, each
 from vlm_fast.kernels import _launcher
-from vlm_fast.modules.parameter_access import linear
 from vlm_fast.verification import tolerance
 
 UNSERVED = torch.float64
@@ -105,7 +104,7 @@ def test_reference_never_takes_the_fast_path(op, monkeypatch):
 
 
 def test_switches_nest_and_survive_errors():
-    state = vlm_fast.fallback.policy
+    state = vlm_fast.fallback.switches
     for manager, name in ((vlm_fast.strict, "strict"), (vlm_fast.disabled, "disabled")):
         with pytest.raises(KeyError), manager():
             with manager():
@@ -122,12 +121,12 @@ def test_environment_switches(monkeypatch, value, strict):
     monkeypatch.setenv("VLM_FAST_STRICT", value)
     monkeypatch.setenv("VLM_FAST_DISABLE", value)
     # A second copy of the module, since the switches are read at import.
-    spec = importlib.util.spec_from_file_location("policy", vlm_fast.fallback.__file__)
+    spec = importlib.util.spec_from_file_location("fallback", vlm_fast.fallback.__file__)
     module = importlib.util.module_from_spec(spec)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         spec.loader.exec_module(module)
-    assert (module.policy.strict, module.policy.disabled) == (strict, strict)
+    assert (module.switches.strict, module.switches.disabled) == (strict, strict)
     assert len(caught) == (2 if value == "maybe" else 0)
 
 
@@ -140,17 +139,12 @@ def test_the_served_dtypes_are_right_also_when_chosen(op):
 
 def switches():
     """Every switch of the process: what holds it, and whether it is on."""
-    state = vlm_fast.fallback.policy
+    state = vlm_fast.fallback.switches
     return {
         "strict": (vlm_fast.strict, lambda: state.strict),
         "disabled": (vlm_fast.disabled, lambda: state.disabled),
-        "shapes_alone": (linear.shapes_alone, reads_the_meta_device),
         "recording": (_launcher.recording, lambda: bool(_launcher._recordings)),
     }
-
-
-def reads_the_meta_device():
-    return linear.why_not_plain(torch.nn.Linear(2, 2, device="meta")) is None
 
 
 @pytest.mark.parametrize("name", switches())
@@ -228,6 +222,6 @@ def test_compiled_code_follows_the_switches():
             with vlm_fast.disabled(), vlm_fast.strict():
                 outside(*args)
     torch.compile(within, backend=keep, fullgraph=True)(*args)
-    assert not vlm_fast.fallback.policy.disabled
+    assert not vlm_fast.fallback.switches.disabled
     plain = [torch.matmul in targets for targets in graphs]
     assert plain == [False, True, True], graphs

@@ -16,6 +16,7 @@ from tests.support.cases import (
     each,
     every_case,
     every_op,
+    two_shapes,
 )
 from tests.support.recording_mode import Onlooker
 from vlm_fast.ops import registration, transforms
@@ -47,16 +48,16 @@ def registered_call(op, shape):
 
 
 @pytest.mark.parametrize("check", OPCHECKS)
-@any_case
-def test_opcheck_of_forward(op, shape, check):
-    path, values, keywords = registered_call(op, shape)
+@any_op
+def test_opcheck_of_forward(op, check):
+    path, values, keywords = registered_call(op, op.usual_shape)
     opcheck(path.registered, values, keywords, test_utils=check)
 
 
 @pytest.mark.parametrize("check", OPCHECKS)
-@every_case
-def test_opcheck_of_backward(op, shape, check):
-    path, values, keywords = registered_call(op, shape)
+@every_op
+def test_opcheck_of_backward(op, check):
+    path, values, keywords = registered_call(op, op.usual_shape)
     needs = keywords.pop("needs_grad")
     with torch.no_grad():
         result, kept = path.forward(
@@ -83,9 +84,10 @@ def assert_same(ours, theirs):
             assert one.dtype == other.dtype and torch.equal(one, other)
 
 
-@any_case
-def test_compiled_is_eager_bit_for_bit(op, shape):
-    args, options = op.sample(shape)
+@two_shapes
+@any_op
+def test_compiled_is_eager_bit_for_bit(op, number):
+    args, options = op.sample(op.test_shapes[number])
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda *a: op(*a, **options), fullgraph=True, backend=graphs)
     assert_same(
@@ -238,8 +240,8 @@ def test_every_op_is_registered():
 @pytest.mark.parametrize(
     "name, option, values",
     [
-        ("add_layer_norm", "dropout", [0.1 + i / 100 for i in range(5)]),
-        ("add_layer_norm", "eps", [10.0**-i for i in range(2, 7)]),
+        ("cross_attention", "dropout", [0.1 + i / 100 for i in range(5)]),
+        ("gated_add_norm", "eps", [10.0**-i for i in range(2, 7)]),
         ("cross_attention", "scale", [0.1 + i / 100 for i in range(5)]),
     ],
 )

@@ -1,5 +1,6 @@
 """Replicas stay equal bit for bit, however late one of them is."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -29,5 +30,6 @@ def replicas_are_equal_bit_for_bit(rank, world, kind):
         assert torch.equal(first, parameter)
 
 
+@pytest.mark.multiprocess
 def test_on_two_ranks(tmp_path):
     on_ranks(tmp_path, [(replicas_are_equal_bit_for_bit, kind) for kind in CONNECTORS])

@@ -12,7 +12,7 @@ from tests.patching.test_supported_models import step
 from tests.support.tiny_anyres import ragged
 from tests.support.ways_to_run import tensors
 from vlm_fast.patching.models import anyres as patching
-from vlm_fast.patching.models import image_token_merge
+from vlm_fast.patching.models import anyres_result, image_token_merge
 
 MIXINS = {
     "llava_next": "FusedAnyResMerge",
@@ -69,16 +69,16 @@ def test_marked_images_do_not_leave_the_model():
 
     model.model.get_image_features = keep
     output = model(**inputs)
-    assert inside == [patching.PackedImage] * 2
+    assert inside == [anyres_result.PackedImage] * 2
     assert [type(image) for image in packed] == [torch.Tensor] * 2
     assert all(type(t) is torch.Tensor for _, t in tensors(dict(output)))
     for image, rows in zip(packed, features.pooler_output, strict=True):
         assert torch.equal(image, rows) and torch.equal(torch.cat([image, rows])[len(rows) :], rows)
         assert not {"whole", "place"} & vars(image).keys()
-    assert patching._merging.get() is None
+    assert patching._packed_images.get() is None
     with pytest.raises(ValueError, match="positive"):
         model(**inputs | {"image_sizes": inputs["image_sizes"] * 0})
-    assert patching._merging.get() is None
+    assert patching._packed_images.get() is None
 
 
 @pytest.mark.parametrize("name", MIXINS)
@@ -107,9 +107,9 @@ def test_options_of_the_tower_reach_it_in_generation():
 @pytest.mark.parametrize(
     "returned, answer",
     [
-        (lambda rows: ([rows], torch.tensor([len(rows)])), patching.Answer(True, False)),
-        (lambda rows: [rows], patching.Answer(False, False)),
-        (lambda rows: ([rows[0]], torch.tensor([2])), patching.Answer(True, True)),
+        (lambda rows: ([rows], torch.tensor([len(rows)])), anyres_result.PackResult(True, False)),
+        (lambda rows: [rows], anyres_result.PackResult(False, False)),
+        (lambda rows: ([rows[0]], torch.tensor([2])), anyres_result.PackResult(True, True)),
         (lambda rows: torch.stack([rows]), "ValueError: it returns neither"),
         (lambda rows: ([rows], [len(rows)]), "AttributeError"),
         (lambda rows: ([rows], torch.tensor([9])), "ValueError: it returns neither"),
@@ -123,11 +123,11 @@ def test_what_the_base_returns_is_asked(returned, answer):
             return returned(image_features[0][0])
 
     if isinstance(answer, str):
-        why = patching.why_not_packed(Packs())
-        assert why.startswith("pack_image_features cannot be asked: " + answer)
+        why = anyres_result.why_not_packed(Packs())
+        assert why.startswith("pack_image_features cannot be probed: " + answer)
     else:
-        assert patching._answer(Packs.pack_image_features) == answer
-        assert patching.why_not_packed(Packs()) is None
+        assert anyres_result.probe_pack_method(Packs.pack_image_features) == answer
+        assert anyres_result.why_not_packed(Packs()) is None
 
 
 @pytest.mark.parametrize("counts", [True, False])
@@ -136,7 +136,7 @@ def test_it_returns_what_the_base_returns(counts, flat, monkeypatch):
     """As in releases where counts are left out, or an image of one tile is flat."""
     model = model_of("llava_next")
     vlm_fast.patch(model)
-    monkeypatch.setattr(type(model), "answer", patching.Answer(counts, flat))
+    monkeypatch.setattr(type(model), "pack_result", anyres_result.PackResult(counts, flat))
     options = dict(image_newline=torch.randn(24), vision_feature_select_strategy="full")
     found = model.pack_image_features([torch.randn(5, 16, 24)], [[32, 32]], **options)
     assert isinstance(found, tuple if counts else list)

@@ -7,7 +7,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import vlm_fast
-from vlm_fast.patching.attention_interface import attend
+from vlm_fast.patching.attention_interface import attention_forward
 
 BATCH, HEADS, QUERIES, KEYS, D = 2, 4, 5, 7, 8
 
@@ -29,7 +29,8 @@ def module_of(causal=False, groups=1):
 def same(query, key, value, mask, module=None, **options):
     module = module or module_of()
     ours, theirs = (
-        f(module, query, key, value, mask, **options)[0] for f in (attend, sdpa_attention_forward)
+        f(module, query, key, value, mask, **options)[0]
+        for f in (attention_forward, sdpa_attention_forward)
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     return vlm_fast.stats(reset=True).get("cross_attention", {"fast": 0})["fast"]
@@ -93,5 +94,5 @@ def test_what_sdpa_refuses_is_refused_in_its_words():
         with pytest.raises(RuntimeError) as theirs:
             sdpa_attention_forward(module_of(), *given, mask)
         with pytest.raises(RuntimeError) as ours:
-            attend(module_of(), *given, mask)
+            attention_forward(module_of(), *given, mask)
         assert str(ours.value) == str(theirs.value)

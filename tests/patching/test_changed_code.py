@@ -19,8 +19,9 @@ from tests.support.changed_code import File
 from tests.support.families import build
 from tests.support.ways_to_run import forward, generated, labels
 from tests.tools.releases import served
-from vlm_fast.patching import FAMILIES, class_swap
-from vlm_fast.patching.class_swap import Patched, _overridden
+from vlm_fast.patching import class_swap
+from vlm_fast.patching.families import FAMILIES
+from vlm_fast.patching.patched_module import PatchedModule, overridden_methods
 
 RELEASE = "5.17.0"
 pytestmark = [
@@ -86,7 +87,7 @@ class Model:
         return True
 
     def why_wrong(self, fast, plain, theirs):
-        class_swap._made.clear()  # as in a process that has not patched these classes before
+        class_swap._swapped_classes.clear()  # as in a new process
         try:
             report = vlm_fast.patch(fast)
         except Exception as error:
@@ -102,12 +103,14 @@ class Model:
 
 
 def served_by(module):
-    return type(module).patch.mixin if isinstance(module, Patched) else None
+    return type(module).patch_spec.mixin if isinstance(module, PatchedModule) else None
 
 
 def methods(model):
     """File, class and name of every method that the mixin replaces or restates."""
-    for name in dict.fromkeys([*_overridden(model.kind, model.mixin), *model.mixin.restates]):
+    for name in dict.fromkeys(
+        [*overridden_methods(model.kind, model.mixin), *model.mixin.mirrored_methods]
+    ):
         if hasattr(model.kind, name):
             definer = next(base for base in model.kind.__mro__ if name in vars(base))
             yield File(sys.modules[definer.__module__]), definer.__name__, name

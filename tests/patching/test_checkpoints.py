@@ -48,7 +48,7 @@ PAIRS = {
     "LLaVA": (lambda: tiny_models.build("llava")[0], patched),
     "Aria": (lambda: tiny_models.build("aria")[0], patched),
     "QFormer": (lambda: QFormer(**SMALL), lambda module: module),
-    "QFormer.of": (lambda: tiny_qformers.blip2(**SMALL), QFormer.of),
+    "QFormer.from_module": (lambda: tiny_qformers.blip2(**SMALL), QFormer.from_module),
     "block": (lambda: GatedCrossAttentionBlock(dim=24, dim_visual=12), lambda module: module),
     "resampler": (lambda: PerceiverResampler(dim=24, num_latents=4), lambda module: module),
 }
@@ -179,6 +179,7 @@ def sharded_state_dict_is_whole(rank, world, name):
         assert torch.equal(p.full_tensor(), plain.state_dict()[name] * 2)
 
 
+@pytest.mark.multiprocess
 def test_state_dicts_of_fsdp2(tmp_path):
     names = ("BLIP-2", "QFormer", "LLaVA")
     on_ranks(tmp_path, [(sharded_state_dict_is_whole, name) for name in names])

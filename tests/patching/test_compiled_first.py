@@ -12,6 +12,7 @@ import torch
 
 import vlm_fast
 from tests.support.distributed_helpers import start
+from tests.support.selection import slow_but
 from tests.support.tiny_models import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,10 +45,11 @@ def one_graph(number):
         torch.testing.assert_close(compiled(**inputs)[0], expected, rtol=1e-4, atol=2e-6)
 
 
-def test_one_graph_at_once():
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("first", slow_but([0], range(0, len(ONE_GRAPH), 3)))
+def test_one_graph_at_once(first):
     """In processes of their own, where no test compiled or called a model before."""
-    for first in range(0, len(ONE_GRAPH), 3):
-        start(one_graph_of, (first,), min(3, len(ONE_GRAPH) - first))
+    start(one_graph_of, (first,), min(3, len(ONE_GRAPH) - first))
 
 
 def one_graph_of(number, first):
@@ -65,6 +67,7 @@ assert model.model.multi_modal_projector.linear_1.weight.grad is not None
 """
 
 
+@pytest.mark.slow
 def test_one_graph_in_a_fresh_interpreter_forward_and_backward():
     found = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},

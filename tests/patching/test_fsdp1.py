@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import pytest
 import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -42,6 +43,7 @@ def whole_model_is_the_unpatched_one(rank, world, name, original, in_fp32):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0.04 * scale)
 
 
+@pytest.mark.multiprocess
 def test_on_two_ranks(tmp_path):
     checks = [
         (whole_model_is_the_unpatched_one, name, original, in_fp32)

@@ -48,7 +48,7 @@ def test_a_wrong_count_raises_wherever_the_mask_goes(kind, rows, monkeypatch):
     vlm_fast.patch(model)
     with pytest.raises(ValueError, match="do not match"):
         run(model, rows)
-    monkeypatch.setattr(image_token_merge, "_would_wait", lambda tensor: True)
+    monkeypatch.setattr(image_token_merge, "would_sync", lambda tensor: True)
     where = "merge_image_tokens: image_" if kind in SERVED else "get_placeholder_mask: "
     with pytest.raises(ValueError, match=f"{where}features has {rows} rows, expected 3"):
         run(model, rows)
@@ -120,7 +120,7 @@ def test_a_class_is_read_with_its_checks_on(monkeypatch):
     assert vlm_fast.patch(model).patched and os.environ[SWITCH] == "1"
     for ours, theirs in zip(run(model, 5), unchecked, strict=True):
         assert torch.equal(ours, theirs)
-    monkeypatch.setattr(image_token_merge, "_would_wait", lambda tensor: True)
+    monkeypatch.setattr(image_token_merge, "would_sync", lambda tensor: True)
     with pytest.raises(ValueError, match="image_features has 5 rows, expected 3"):
         run(model, 5)
     monkeypatch.delenv(SWITCH)

@@ -100,10 +100,10 @@ def test_nothing_is_kept_of_a_generation_that_ended():
     _, fast, given = pair("idefics")
     with torch.inference_mode():
         found = fast.generate(**given, max_new_tokens=3, return_dict_in_generate=True)
-    assert len(image_kv_cache._kept) == 1
+    assert len(image_kv_cache._generations) == 1
     del found
     gc.collect()
-    assert not image_kv_cache._kept
+    assert not image_kv_cache._generations
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

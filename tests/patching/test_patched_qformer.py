@@ -232,7 +232,7 @@ def test_layers_of_a_shared_qformer_are_checkpointed_as_they_were():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     query, image = torch.randn(2, 5, 48), images(2, 17, 40).requires_grad_()
-    qformer = QFormer.of(model)
+    qformer = QFormer.from_module(model)
 
     def step():
         model.zero_grad()
@@ -357,4 +357,4 @@ def test_the_attention_interface_with_text():
 
 def test_recognised_by_the_module():
     with pytest.raises(ValueError, match="without 'layernorm'"):
-        QFormer.of(torch.nn.Linear(2, 2))
+        QFormer.from_module(torch.nn.Linear(2, 2))

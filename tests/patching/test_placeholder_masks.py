@@ -13,7 +13,7 @@ from vlm_fast.patching import placeholder_masks
 from vlm_fast.patching.class_swap import swap
 from vlm_fast.patching.models import image_token_merge
 from vlm_fast.patching.models.image_token_merge import FusedMerge
-from vlm_fast.patching.placeholder_masks import Form, NotRead
+from vlm_fast.patching.placeholder_masks import MaskSpec, UnknownMaskMethod
 
 CLASSES = {kind.__name__: kind for kind in placeholder_sources.classes()}
 SERVED = {"4.57.6": 31, "5.8.1": 43, "5.17.0": 62, "5.24.0": 85}  # of 41, 57, 81 and 105
@@ -21,11 +21,11 @@ SERVED = {"4.57.6": 31, "5.8.1": 43, "5.17.0": 62, "5.24.0": 85}  # of 41, 57, 8
 
 def by_asking(method):
     try:
-        form = placeholder_masks.read(inspect.unwrap(method))
-    except NotRead as reason:
+        form = placeholder_masks.probe_mask_method(inspect.unwrap(method))
+    except UnknownMaskMethod as reason:
         return str(reason)
-    ids = tuple(".".join(path) for path in form.ids)
-    return ids, {name: ids[index] for name, index in form.counted}, form.expanded
+    ids = tuple(".".join(path) for path in form.id_paths)
+    return ids, {name: ids[index] for name, index in form.counted_features}, form.expanded
 
 
 def by_source(method):
@@ -51,7 +51,7 @@ def test_source_and_answers_agree():
 def test_masks_go_straight_to_the_merge():
     astray = {}
     for name, kind in CLASSES.items():
-        if isinstance(image_token_merge.recognise(torch.nn.Module.__new__(kind)), Form):
+        if isinstance(image_token_merge.recognise(torch.nn.Module.__new__(kind)), MaskSpec):
             try:
                 assert placeholder_sources.follow_masks(kind.forward) >= 1, name
             except placeholder_sources.Unknown as reason:
@@ -65,20 +65,20 @@ def test_every_served_class_gives_its_own_masks_and_merges():
     ids, embeds = torch.randint(0, 6, (3, 40)), torch.randn(3, 40, 5)
     for name, kind in CLASSES.items():
         form = image_token_merge.recognise(torch.nn.Module.__new__(kind))
-        if not isinstance(form, Form):
+        if not isinstance(form, MaskSpec):
             continue
         model = torch.nn.Module.__new__(kind)
         torch.nn.Module.__init__(model)
         given = dict.fromkeys(form.arguments)
-        for number, path in enumerate(dict.fromkeys(form.ids)):
+        for number, path in enumerate(dict.fromkeys(form.id_paths)):
             if path[0] in given:
                 given[path[0]] = number
                 continue
             if not hasattr(model, path[0]):
                 setattr(model, path[0], SimpleNamespace())
             setattr(getattr(model, path[0]), path[1], number)
-        numbers = [list(dict.fromkeys(form.ids)).index(path) for path in form.ids]
-        rows = {name: int((ids == numbers[index]).sum()) for name, index in form.counted}
+        numbers = [list(dict.fromkeys(form.id_paths)).index(path) for path in form.id_paths]
+        rows = {name: int((ids == numbers[index]).sum()) for name, index in form.counted_features}
         given |= {name: torch.randn(1, count, 5) for name, count in rows.items()}
         expected = listed(model.get_placeholder_mask(ids, inputs_embeds=embeds, **given))
         swap(model, FusedMerge, form)
@@ -87,14 +87,14 @@ def test_every_served_class_gives_its_own_masks_and_merges():
         for ours, theirs in zip(masks, expected, strict=True):
             assert ours.shape == theirs.shape and torch.equal(ours[:], theirs), name
         vlm_fast.stats(reset=True)
-        for argument, index in form.counted:
+        for argument, index in form.counted_features:
             source = given[argument]
             merged = embeds.masked_scatter(masks[index], source)
             assert torch.equal(merged, embeds.masked_scatter(expected[index], source)), name
             with pytest.raises(ValueError, match="do not match"):
                 wrong = {argument: source[:, 1:]}
                 model.get_placeholder_mask(ids, inputs_embeds=embeds, **given | wrong)
-        assert vlm_fast.stats()["merge_image_tokens"]["fast"] == len(form.counted), name
+        assert vlm_fast.stats()["merge_image_tokens"]["fast"] == len(form.counted_features), name
 
 
 def listed(answer):
@@ -103,6 +103,6 @@ def listed(answer):
 
 def test_most_classes_are_served():
     found = [image_token_merge.recognise(torch.nn.Module.__new__(k)) for k in CLASSES.values()]
-    served = sum(isinstance(form, Form) for form in found)
+    served = sum(isinstance(form, MaskSpec) for form in found)
     assert served >= 0.7 * len(found)
     assert served == SERVED.get(transformers.__version__, served)

@@ -4,6 +4,7 @@ process."""
 import copy
 import warnings
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -139,5 +140,6 @@ CHECKS = [
 ]
 
 
+@pytest.mark.multiprocess
 def test_on_two_ranks(tmp_path):
     on_ranks(tmp_path, CHECKS)

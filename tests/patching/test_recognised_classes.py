@@ -16,9 +16,9 @@ import transformers
 from torch import nn
 
 from vlm_fast.modules.fused_sequence import is_linear
-from vlm_fast.modules.parameter_access.chain import Chain, chain_of
+from vlm_fast.modules.parameter_access.chain import Chain, find_chain
 from vlm_fast.patching.models import anyres, image_token_merge
-from vlm_fast.patching.placeholder_masks import Form
+from vlm_fast.patching.placeholder_masks import MaskSpec
 
 RELEASE = "5.17"
 of_release = pytest.mark.skipif(
@@ -173,7 +173,7 @@ def test_no_class_is_missing():
 @pytest.mark.parametrize("name", sorted(MERGE | NO_MERGE.keys()))
 def test_merges(name):
     found = image_token_merge.recognise(nn.Module.__new__(of_transformers(name, ASKING[name])))
-    assert isinstance(found, Form) if name in MERGE else found == NO_MERGE[name]
+    assert isinstance(found, MaskSpec) if name in MERGE else found == NO_MERGE[name]
 
 
 @pytest.mark.parametrize("name", sorted(MERGING.keys() - ASKING.keys()))
@@ -191,9 +191,9 @@ def test_a_model_that_merges_by_itself_is_named(name):
 @pytest.mark.parametrize("name", PACKING)
 def test_packs_of_tiles(name):
     module = nn.Module.__new__(of_transformers(name, PACKING[name]))
-    assert anyres.packs(module) == (name in PACK)
+    assert anyres.is_anyres_model(module) == (name in PACK)
     merge = image_token_merge.recognise(module)
-    merges = name in PACK and isinstance(merge, Form)
+    merges = name in PACK and isinstance(merge, MaskSpec)
     assert anyres.recognise(module) == (merge if merges else None)
     assert anyres.recognise_packing(module) == (() if name in PACK and not merges else None)
 
@@ -206,7 +206,7 @@ def test_projectors(name):
     with torch.device("meta"):
         arguments = MADE_FROM[name](config) if name in MADE_FROM else [config()]
         module = of_transformers(name, model_type)(*arguments)
-        found = chain_of(module)
+        found = find_chain(module)
     if isinstance(PROJECTORS[name], tuple):
         assert isinstance(found, Chain), found
         assert found.calls[:-3] == PROJECTORS[name]

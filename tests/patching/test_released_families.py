@@ -1,6 +1,7 @@
 """Every family under the installed release of transformers: equal to unpatched, or left alone.
 
-`make test` runs this under several releases; docs/releases.md says what is served in which.
+`make test` runs this under the pinned release and `make test-slow` under three more;
+docs/releases.md says what is served in which.
 """
 
 import pytest

@@ -17,13 +17,9 @@ import vlm_fast
 from tests.support import reference_flamingo, tiny_flamingos, tiny_models, tiny_qformers
 from tests.support.chain_structures import TimmMlp, mlp
 from tests.support.randomised_modules import stirred
+from tests.support.selection import REPRESENTATIVES, slow_but
 from vlm_fast import modules
 from vlm_fast.patching import patched_modules
-
-TINY = [
-    "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3", "idefics3", "cohere2_vision",
-    "llama4", "gemma3", "llava_next_video", "llava_onevision", "aria", "llava", "llava_next",
-]  # fmt: skip
 
 
 def tiny(name):
@@ -65,7 +61,7 @@ def resampler():
 
 
 MODELS = {
-    **{name: functools.partial(tiny, name) for name in TINY},
+    **{name: functools.partial(tiny, name) for name in REPRESENTATIVES},
     "blip2": qformer,
     "instructblip": qformer_with_text,
     "idefics": lambda: (tiny_flamingos.idefics(), tiny_flamingos.idefics_inputs()),
@@ -96,7 +92,7 @@ def places(name):
     vlm_fast.patch(fast)
     roots, children, kinds = [], [], set()
     for path, module in patched_modules(fast):
-        base = type(module).patch.base
+        base = type(module).patch_spec.base
         if base in kinds:
             continue
         kinds.add(base)
@@ -214,9 +210,10 @@ def pre_hook(module):
 
 
 CHANGES = [subclass, adapt, own_forward, hook, pre_hook]
+every_change = pytest.mark.parametrize("change", slow_but([subclass, hook], CHANGES))
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@every_change
 @pytest.mark.parametrize("name", MODELS)
 def test_a_changed_child_runs(name, change):
     model, inputs = built(name)
@@ -229,7 +226,7 @@ def test_a_changed_child_runs(name, change):
         assert_alike(fast, plain, inputs)
 
 
-@pytest.mark.parametrize("change", [own_forward, hook, pre_hook])
+@pytest.mark.parametrize("change", slow_but([pre_hook], [own_forward, hook, pre_hook]))
 @pytest.mark.parametrize("name", MODELS)
 def test_a_changed_connector_runs_as_it_is_called(name, change):
     """Hooks of a patched module see the arguments of its class, and what they change counts."""
@@ -291,7 +288,7 @@ def callable_children(module):
     ]
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@every_change
 @pytest.mark.parametrize("name", OWN)
 def test_a_changed_child_of_this_packages_modules_runs(name, change):
     module, plain, inputs = own(name)
@@ -323,7 +320,7 @@ def test_what_cannot_be_called_is_refused():
     with pytest.raises(ValueError, match=r"output_query: .* is not a class whose code was read"):
         qformer(**inputs)
     model = copy.deepcopy(own("QFormer")[1])
-    shared = modules.QFormer.of(model)
+    shared = modules.QFormer.from_module(model)
     for path in ("encoder", "encoder.layer.1", "encoder.layer.1.attention.output"):
         handle = model.get_submodule(path).register_forward_hook(lambda *_: None)
         with pytest.raises(ValueError, match="it has hooks"):
@@ -332,4 +329,4 @@ def test_what_cannot_be_called_is_refused():
     shared(**inputs)
     model.register_forward_pre_hook(lambda *_: None)
     with pytest.raises(ValueError, match="it has hooks"):
-        modules.QFormer.of(model)
+        modules.QFormer.from_module(model)

@@ -174,6 +174,7 @@ def a_unit_of_fsdp2(rank, world, make, inside):
         torch.testing.assert_close(whole(one.grad), other.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.multiprocess
 def test_on_two_ranks(tmp_path):
     on_ranks(
         tmp_path, [(a_unit_of_fsdp2, make, inside) for make in (pair, own) for inside in (0, 1)]

@@ -220,6 +220,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("checks", CHECKS)
 def test_on_two_ranks(tmp_path, checks):
     on_ranks(tmp_path, CHECKS[checks])

@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlm_fast
 from tests.support.distributed_helpers import start
+from tests.support.selection import slow_but
 from tests.support.tiny_models import AUDIO, IMAGE, MODELS, build
 from tests.support.ways_to_run import tensors
 from vlm_fast.patching.models import image_token_merge
-from vlm_fast.patching.placeholder_masks import Form
+from vlm_fast.patching.placeholder_masks import MaskSpec
 
 PROJECTOR = {
     "llava", "llava of two layers", "llava of pixtral", "llava_next", "llava_next_video",
@@ -155,7 +156,7 @@ def logits_and_waits(model, inputs, asking):
 def test_merge_neither_waits_nor_leaks_its_type(name, monkeypatch):
     """As on CUDA, where the placeholders are counted by the merge, on the device."""
     model, inputs = build(name)
-    asking = [m for m in model.modules() if isinstance(image_token_merge.recognise(m), Form)]
+    asking = [m for m in model.modules() if isinstance(image_token_merge.recognise(m), MaskSpec)]
     logits, waits = logits_and_waits(model, inputs, asking)
     assert waits
 
@@ -167,7 +168,7 @@ def test_merge_neither_waits_nor_leaks_its_type(name, monkeypatch):
                 leaks.append((type(module).__name__, where))
 
     patch(name, model)
-    monkeypatch.setattr(image_token_merge, "_would_wait", lambda count: True)
+    monkeypatch.setattr(image_token_merge, "would_sync", lambda count: True)
     merge = sys.modules[vlm_fast.ops.merge_image_tokens.__module__]
     monkeypatch.setattr(merge, "check_count", lambda *args: None)
     for module in model.modules():
@@ -216,7 +217,7 @@ def graphs_of(name):
     return graphs
 
 
-@pytest.mark.parametrize("name", ["vipllava", "deepseek_vl"])
+@pytest.mark.parametrize("name", slow_but(["vipllava"], ["vipllava", "deepseek_vl"]))
 def test_compiled_whole(name):
     graphs = graphs_of(name)
     assert graphs["patched"] == 1 < graphs["plain"]
@@ -227,6 +228,8 @@ def merger_compiles_into_one_graph(number):
     assert graphs["patched"] == 1 < graphs["plain"]
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_a_merger_compiled_whole():
     """In a process of its own: after all other tests Dynamo breaks its graph, reset or not."""
     start(merger_compiles_into_one_graph, (), 1)

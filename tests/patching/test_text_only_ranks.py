@@ -5,6 +5,7 @@ Qwen3-VL has mergers in its deep stack, LLaVA-OneVision a newline beside its pro
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -63,6 +64,7 @@ def a_parameter_is_touched(rank, world):
     assert vlm_fast.touch_parameters(copy.deepcopy(newline)).item() == 0
 
 
+@pytest.mark.multiprocess
 def test_on_two_ranks(tmp_path):
     checks = [
         (text_alone_trains_on, name, sharded, kinds)

@@ -251,6 +251,8 @@ def compiles_into_one_graph(number):
     assert graphs.frame_count == 1, dict(counters["graph_break"])
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_compiled_whole_in_one_graph():
     """In processes of their own: after all other tests Dynamo breaks graphs, reset or not."""
     start(compiles_into_one_graph, (), len(COMPILED))

@@ -190,6 +190,7 @@ def pictures_and_videos_train_as_one_process(rank, world, name, prepared):
         same_gradients(fast, plain)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(not INSTALLED, reason="deepspeed is not installed, see above")
 def test_on_two_ranks(tmp_path):
     checks = [

@@ -40,7 +40,7 @@ from vlm_fast.verification import tolerance
 
 AFTER = ("verify", "a copy, unpatched", "reverted", "patched after its first call")
 ALL = frozenset([*WAYS, "hooks", *AFTER])
-# What `make test` runs of each family, and of one that is served as an earlier one is.
+# What the suite runs of each family, and of one that is served as an earlier one is.
 QUICK = ALL - {"sampling", "reentrant checkpointing", "bfloat16", "disabled generation"}
 FEW = frozenset(
     ["training step", "greedy generation", "generation from another layer", "hooks", "verify",

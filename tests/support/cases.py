@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from vlm_fast import ops as ops
+from vlm_fast.kernels._triton import INTERPRETED
 from vlm_fast.ops.declaration import OPS, Op
 from vlm_fast.verification import tolerance
 from vlm_fast.verification.tolerance import Results
@@ -24,26 +26,42 @@ def shape_id(shape: dict[str, Any]) -> str:
     return "-".join(f"{name}{text(value)}" for name, value in shape.items())
 
 
-DIFFERENTIABLE = {name: op for name, op in OPS.items() if not op.returns_indices}
+# The ops that have a forward and a backward of their own here; the others are their reference.
+OWN = {name: op for name, op in OPS.items() if INTERPRETED or not op.plain_on_cpu}
+DIFFERENTIABLE = {name: op for name, op in OWN.items() if not op.returns_indices}
 
 
-def _cases(declared: Iterable[Op[..., Any]]) -> Any:
-    return pytest.mark.parametrize(
-        "op, shape",
-        [
-            pytest.param(op, shape, id=f"{op.name}-{shape_id(shape)}")
-            for op in declared
-            for shape in op.test_shapes
-        ],
-    )
+def _cases(
+    declared: Iterable[Op[..., Any]], name: str | None = None, values: dict[str, Any] | None = None
+) -> Any:
+    """Parametrises ``op`` and ``shape``: every op at each of its test shapes.
+
+    With ``name``, every one of ``values`` is passed under it as well. Beside an op's usual shape
+    all values but the first are slow: `make test` leaves them to `make test-slow`.
+    """
+    found = []
+    for op in declared:
+        for shape in op.test_shapes:
+            case = f"{op.name}-{shape_id(shape)}"
+            if values is None:
+                found.append(pytest.param(op, shape, id=case))
+                continue
+            for index, (key, value) in enumerate(values.items()):
+                marks = [pytest.mark.slow] if index and shape is not op.usual_shape else []
+                found.append(pytest.param(op, shape, value, id=f"{case}-{key}", marks=marks))
+    return pytest.mark.parametrize("op, shape" if name is None else f"op, shape, {name}", found)
 
 
 # What asks for gradients loops over the differentiable ops, all else over any.
 every_op = pytest.mark.parametrize("op", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys())
 every_case = _cases(DIFFERENTIABLE.values())
-any_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
-any_case = _cases(OPS.values())
+every_case_with = functools.partial(_cases, DIFFERENTIABLE.values())
+any_op = pytest.mark.parametrize("op", OWN.values(), ids=OWN.keys())
+any_case = _cases(OWN.values())
+any_case_with = functools.partial(_cases, OWN.values())
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+# The usual shape and the next one, which is slow: most often it has other optional arguments.
+two_shapes = pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow)])
 
 
 def each(result: Any) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import vlm_fast
 from vlm_fast.verification import tolerance
-from vlm_fast.verification.summation_orders import OtherOrders
+from vlm_fast.verification.summation_orders import ReorderedRuns
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # By name: which modules change their dtype, and what the model has before and after.
@@ -116,7 +116,7 @@ def assert_alike(run_plain, fast, exact):
     assert dtypes(fast) == dtypes(plain)
     if all(t is None or torch.equal(t, fast.found[n]) for n, t in plain.found.items()):
         return
-    true_values, others = exact().found, OtherOrders(lambda: run_plain().found)
+    true_values, others = exact().found, ReorderedRuns(lambda: run_plain().found)
     for name, theirs in plain.found.items():
         if theirs is None:
             continue

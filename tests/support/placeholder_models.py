@@ -289,8 +289,8 @@ class AllAlone(Model):
         return self.embed(input_ids).masked_scatter(mask, features)
 
 
-SERVED = {Model, Expanded, TokenIsGiven, Moves, Flat}
-EQUAL = {Expands, Selects}  # merged plainly, and counted
+SERVED = (Model, Expanded, TokenIsGiven, Moves, Flat)
+EQUAL = (Expands, Selects)  # merged plainly, and counted
 SKIPPED = {
     Renamed: "takes ids, embeds, image_features",
     TokenMayBeLeft: "need not be given token_id",
@@ -306,9 +306,9 @@ SKIPPED = {
     Uncounted: "does not count image_features",
     InAList: "gives no masks of rows",
     InATuple: "gives no masks of rows",
-    ManyIds: "cannot be asked: TypeError",
+    ManyIds: "cannot be probed: TypeError",
     WithInnerFunctions: "has functions inside",
-    WithoutCode: "cannot be asked: AttributeError",
+    WithoutCode: "cannot be probed: AttributeError",
     Adds: "its forward expands the mask",
     AllAlone: "its forward merges by itself",
 }

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import vlm_fast
-from vlm_fast.patching.class_swap import Patched
+from vlm_fast.patching.patched_module import PatchedModule
 from vlm_fast.verification import tolerance
 
 Inputs = dict[str, Any]
@@ -148,9 +148,11 @@ def hookable(model: nn.Module) -> list[str]:
     """The first linear in the first innermost connector of each class."""
     found = {}
     for name, module in model.named_modules():
-        if not isinstance(module, Patched) or isinstance(module, transformers.PreTrainedModel):
+        if not isinstance(module, PatchedModule) or isinstance(
+            module, transformers.PreTrainedModel
+        ):
             continue
-        if any(isinstance(m, Patched) for m in list(module.modules())[1:]):
+        if any(isinstance(m, PatchedModule) for m in list(module.modules())[1:]):
             continue
         linears = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
         if linears:

@@ -4,7 +4,7 @@
 if one fails. A setting is what ATen and oneDNN are told that the processor can do, how MKL sums,
 how many threads there are, and whether SIGINT was ignored at the start, as it is in the
 background of a shell script. Triton's interpreter is a suite of its own:
-``TRITON_INTERPRET=1``, tests/interpreted.
+``python -m tests.tools.machines --device interpreter``.
 """
 
 from __future__ import annotations
@@ -79,4 +79,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["tests"]))
+    sys.exit(main(sys.argv[1:]))

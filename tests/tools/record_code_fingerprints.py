@@ -25,7 +25,6 @@ from tests.tools import releases
 from vlm_fast.modules.parameter_access import (
     activation,
     code_fingerprints,
-    module_tree,
     norm,
     original_code,
 )
@@ -33,8 +32,8 @@ from vlm_fast.patching.models import patch_merger, pixel_shuffle
 
 # Classes that are told by their names, wherever they are defined.
 NAMED = (
-    *module_tree._RMS_NORMS, *norm._GEMMA, *patch_merger.MERGERS.values(),
-    *patch_merger.UNFOLDING.values(), *patch_merger.UNFOLDERS.values(),
+    *norm.LLAMA_RMS_NORMS, *norm.GEMMA_RMS_NORMS, *patch_merger.MERGERS.values(),
+    *patch_merger.UNFOLDING_PROJECTORS.values(), *patch_merger.UNFOLDING_MERGERS.values(),
     *pixel_shuffle.GATED.values(),
 )  # fmt: skip
 
@@ -62,7 +61,7 @@ def asked() -> set[str]:
 
     import vlm_fast
 
-    original_code.why_not_read = note
+    original_code.why_not_known_code = note
     warnings.simplefilter("ignore")
     for case in CASES:
         try:

@@ -32,7 +32,7 @@ RELEASES = (
     "4.49.0", "4.53.3", "4.56.2", "4.57.6", "5.0.0", "5.4.0", "5.8.1", "5.12.1", "5.14.1",
     "5.17.0", "5.20.2", "5.24.0",
 )  # fmt: skip
-SERVED = ROOT / "tests" / "served.json"
+SERVED = ROOT / "tests" / "tools" / "served.json"
 Cell = dict[str, Any]
 
 

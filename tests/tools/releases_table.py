@@ -1,4 +1,4 @@
-"""The tables of releases in docs and README, made from `tests/tools/served.json`."""
+"""The tables of docs/releases.md, made from `tests/tools/served.json`."""
 
 from __future__ import annotations
 
@@ -8,55 +8,18 @@ from typing import Any
 
 from tests.tools.releases import RELEASES, ROOT
 from vlm_fast.benchmarks.report import between
+from vlm_fast.benchmarks.support_matrix import served_words as words
 
-PAGE, README = ROOT / "docs" / "releases.md", ROOT / "README.md"
+PAGE = ROOT / "docs" / "releases.md"
 Cell = dict[str, Any]
 Cells = dict[str, dict[str, Cell]]
 
-# What a mixin serves, in a word or two; of others their name stands in the tables.
-WORDS = {
-    "FusedShuffleMerge": ("merge", "pixel shuffle"),
-    "FusedNormedMLP": ("projector",),
-    "FusedPatchMerger": ("patch merger",),
-    "FusedUnfoldingMerger": ("patch merger",),
-    "FusedConnector": ("pixel shuffle",),
-    "FusedGatedProjector": ("pixel shuffle",),
-    "FusedShuffleMLP": ("pixel shuffle",),
-    "FusedPooledNorm": ("pooling",),
-    "FusedPooledMLP": ("pooling", "projector"),
-    "FusedPooler": ("pooling",),
-    "FusedPooledFrames": ("merge", "tiles", "pooling"),
-    "FusedFrameProjector": ("projector",),
-    "FusedMLP": ("projector",),
-    "FusedAnyResMerge": ("merge", "tiles"),
-    "FusedAnyRes": ("tiles",),
-    "FusedMerge": ("merge",),
-    "FusedQFormerModel": ("Q-Former",),
-    "FusedQFormerEncoder": ("Q-Former",),
-    "FusedQFormerLayer": ("Q-Former",),
-    "FusedIdeficsPerceiver": ("resampler",),
-    "FusedIdefics2Perceiver": ("resampler",),
-    "FusedAriaProjector": ("resampler",),
-    "FusedKosmosProjection": ("resampler",),
-    "FusedGatedMLP": ("gated MLP",),
-    "FusedIdeficsModel": ("gated layers",),
-    "FusedIdeficsLayer": ("gated layers",),
-    "FusedMllamaModel": ("gated layers",),
-    "FusedMllamaLayer": ("gated layers",),
-}
 ABSENT = "-"
 
 
-def words(cell: Cell | None) -> tuple[str, ...]:
-    """What is served, in the order of its ways through a model; nothing where there is no cell."""
-    served = (cell or {}).get("served", [])
-    found = {word for kind in served for word in WORDS.get(kind, (kind,))}
-    return tuple(sorted(found, key=lambda word: (word not in ("merge", "tiles"), word)))
-
-
 def write(cells: Cells) -> None:
-    PAGE.write_text(between(PAGE.read_text(), "releases", page(cells)))
-    README.write_text(between(README.read_text(), "releases", summary(cells)))
+    text = between(PAGE.read_text(), "releases", page(cells))
+    PAGE.write_text(between(text, "families", summary(cells)))
 
 
 def page(cells: Cells) -> str:
@@ -67,7 +30,8 @@ def page(cells: Cells) -> str:
         for reason in reasons:
             if reason not in notes:
                 notes.append(reason)
-        return "".join(f" [{notes.index(reason) + 1}]" for reason in reasons)
+        numbers = ", ".join(str(notes.index(reason) + 1) for reason in reasons)
+        return f" ({numbers})" if numbers else ""
 
     def shown(cell: Cell | None) -> str:
         if cell is None:

@@ -31,7 +31,7 @@ def drawn(monkeypatch):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("of", [None, QFormer.of], ids=["made", "kept"])
+@pytest.mark.parametrize("of", [None, QFormer.from_module], ids=["made", "kept"])
 def test_stage1(drawn, of, smoothing):
     model, head, image_embeds, ids, mask = parts(5)
     image_embeds.requires_grad_()

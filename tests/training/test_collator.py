@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from tests.support import photographs, tiny_llava, tiny_processors
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main
 from vlm_fast.training.data import BadRecord, Collator, Conversations, Example, Turn
 
 PICTURE = Image.new("RGB", (40, 30), "orange")
@@ -171,7 +171,7 @@ def test_what_is_too_long_is_cut_at_the_end_but_not_in_the_image():
 
 def test_a_processors_own_image_token_in_the_text_is_refused():
     given = example("<image>\nRead <|image|> aloud", "no")
-    with pytest.raises(BadRecord, match=r"<\|image\|> 1 times in the text, came 2"):
+    with pytest.raises(BadRecord, match=r"<\|image\|> 1 times in the text, got 2"):
         Collator(tiny_processors.mllama(), format="v1")([given])
 
 
@@ -229,11 +229,11 @@ def test_the_check_finds_what_is_too_long_for_a_processor(tmp_path):
     assert found.exit_code == main.Exit.FAILURE
     content = json.loads(found.stdout)
     assert content["counts"] == {"too long": len(names)} and content["good"] == 0
-    assert [fault["id"] for fault in content["faults"]] == names
+    assert [issue["id"] for issue in content["faults"]] == names
     for arguments, words in (
         (("--processor", tmp_path / "no"), "--processor: there is no folder"),
         (("--processor", images), "--processor: "),
-        (("--format", "v0"), "--processor: format is 'v0'"),
+        (("--format", "v0"), "'v0' is not one of 'plain', 'v1', 'chat'"),
     ):
         found = call(*arguments)
         assert found.exit_code == main.Exit.USAGE and words in found.stderr, found.output

@@ -14,6 +14,7 @@ from tests.support.captioned_training import (
 from tests.support.convergence import distance
 from vlm_fast.ops.declaration import OPS
 
+pytestmark = pytest.mark.slow
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 

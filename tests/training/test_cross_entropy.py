@@ -27,7 +27,7 @@ def text(batch=3, tokens=7, hidden=8, vocabulary=50):
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("rows_at_a_time", [1, 4, 1000])
 def test_generation(monkeypatch, dtype, smoothing, with_bias, rows_at_a_time):
-    monkeypatch.setitem(cross_entropy.LOGITS, "cpu", 50 * rows_at_a_time)
+    monkeypatch.setitem(cross_entropy.LOGITS_AT_ONCE, "cpu", 50 * rows_at_a_time)
     hidden, weight, labels, bias = text()
 
     def of(function, **options):
@@ -154,7 +154,7 @@ def test_a_gradient_of_the_gradient_is_refused(monkeypatch):
 
 
 def test_generation_has_no_tensor_of_all_logits(monkeypatch):
-    monkeypatch.setitem(cross_entropy.LOGITS, "cpu", 16 * 4000)
+    monkeypatch.setitem(cross_entropy.LOGITS_AT_ONCE, "cpu", 16 * 4000)
     hidden, weight, labels, bias = text(batch=8, tokens=65, hidden=16, vocabulary=4000)
     inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
 

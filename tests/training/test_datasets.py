@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from tests.support import photographs
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main
 from vlm_fast.training.data import (
     BadRecord,
     Captions,
     Conversations,
-    UnreadablePicture,
+    ReplacedRecordWarning,
     check,
     datasets,
 )
@@ -39,37 +39,37 @@ def said(*turns):
     return {"id": "a", "conversations": list(turns)}
 
 
-# What is wrong, its kind, and the words for where, what was expected and what came.
+# What is wrong, its kind, and the words for where, what was expected and what got.
 BAD = {
-    "a string": ("oops", "wrong type", "record 1, record: .*expected an object, came 'oops'"),
-    "no id": ({"conversations": []}, "missing key", "record 1, id: .*came keys 'conversations'"),
+    "a string": ("oops", "wrong type", "record 1, record: .*expected an object, got 'oops'"),
+    "no id": ({"conversations": []}, "missing key", "record 1, id: .*got keys 'conversations'"),
     "no conversations": (
-        {"id": 7}, "missing key", r"record 1 \(id '7'\), conversations: .*came keys 'id'",
+        {"id": 7}, "missing key", r"record 1 \(id '7'\), conversations: .*got keys 'id'",
     ),
-    "an id that is true": (GOOD | {"id": True}, "wrong type", "id: .*whole number, came True"),
-    "two images": (PICTURED | {"image": ["0.png"]}, "wrong type", "image: .*came a list of 1"),
-    "turns by name": (GOOD | {"conversations": {}}, "wrong type", "list of turns, came an object"),
-    "no turns": (said(), "empty conversation", "conversations: .*came a list of 0"),
-    "a turn that is text": (said("hello"), "wrong type", r"conversations\[0\]: .*came 'hello'"),
-    "no value": (said({"from": "human"}), "missing key", r"\[0\]\.value: .*came keys 'from'"),
-    "no from": (said({"value": "x"}), "missing key", r"\[0\]\.from: .*came keys 'value'"),
+    "an id that is true": (GOOD | {"id": True}, "wrong type", "id: .*whole number, got True"),
+    "two images": (PICTURED | {"image": ["0.png"]}, "wrong type", "image: .*got a list of 1"),
+    "turns by name": (GOOD | {"conversations": {}}, "wrong type", "list of turns, got an object"),
+    "no turns": (said(), "empty conversation", "conversations: .*got a list of 0"),
+    "a turn that is text": (said("hello"), "wrong type", r"conversations\[0\]: .*got 'hello'"),
+    "no value": (said({"from": "human"}), "missing key", r"\[0\]\.value: .*got keys 'from'"),
+    "no from": (said({"value": "x"}), "missing key", r"\[0\]\.from: .*got keys 'value'"),
     "null as text": (said(HUMAN, GPT | {"value": None}), "wrong type", r"\[1\]\.value: .*null"),
     "half a letter": (said(HUMAN, GPT | {"value": "\ud800"}), "not Unicode", r"\[1\]\.value"),
-    "a stranger": (said(HUMAN | {"from": "user"}, GPT), "unknown role", "'gpt', came 'user'"),
-    "two questions": (said(HUMAN, HUMAN), "roles", r"\[1\]\.from: .*expected 'gpt'.*came 'human'"),
+    "a stranger": (said(HUMAN | {"from": "user"}, GPT), "unknown role", "'gpt', got 'user'"),
+    "two questions": (said(HUMAN, HUMAN), "roles", r"\[1\]\.from: .*expected 'gpt'.*got 'human'"),
     "the answer first": (said(GPT, HUMAN), "roles", r"\[0\]\.from: .*expected 'human'"),
     "no last answer": (said(HUMAN, GPT, HUMAN), "roles", "an answer to the last question"),
-    "an empty answer": (record("Who?", " \n"), "empty answer", r"\[1\]\.value: .*text, came"),
+    "an empty answer": (record("Who?", " \n"), "empty answer", r"\[1\]\.value: .*text, got"),
     "an empty question": (record("", "me"), "empty question", r"\[0\]\.value"),
-    "no <image>": (record("Who?", "me", image="0.png"), "image count", "1 <image>.*came 0"),
+    "no <image>": (record("Who?", "me", image="0.png"), "image count", "1 <image>.*got 0"),
     "<image> twice": (
-        record("<image><image>", "me", image="0.png"), "image count", "1 <image>.*came 2",
+        record("<image><image>", "me", image="0.png"), "image count", "1 <image>.*got 2",
     ),
-    "<image> of none": (record("<image>", "me"), "image count", "0 <image>, with no image, came 1"),
+    "<image> of none": (record("<image>", "me"), "image count", "0 <image>, with no image, got 1"),
     "<image> in an answer": (
-        record("Who?", "<image>", image="0.png"), "image count", r"\[1\]\.value: .*came 1",
+        record("Who?", "<image>", image="0.png"), "image count", r"\[1\]\.value: .*got 1",
     ),
-    "up": (PICTURED | {"image": "../0.png"}, "path", "came '../0.png', which leads upwards"),
+    "up": (PICTURED | {"image": "../0.png"}, "path", "got '../0.png', which leads upwards"),
     "up in the middle": (PICTURED | {"image": "a\\..\\..\\0.png"}, "path", "leads upwards"),
     "absolute": (PICTURED | {"image": "/etc/passwd"}, "path", "'/etc/passwd', which is absolute"),
     "another drive": (PICTURED | {"image": "C:0.png"}, "path", "which is absolute"),
@@ -77,15 +77,15 @@ BAD = {
 }  # fmt: skip
 # These have the right shape; what is wrong is the picture.
 BAD_PICTURES = {
-    "missing": ("nowhere.png", "missing image", "a file in .*came 'nowhere.png', no such file"),
-    "a folder": ("folder", "missing image", "came 'folder', a folder"),
+    "missing": ("nowhere.png", "missing image", "a file in .*got 'nowhere.png', no such file"),
+    "a folder": ("folder", "missing image", "got 'folder', a folder"),
     "truncated": (
         "truncated.jpg",
         "unreadable image",
-        "came 'truncated.jpg': OSError: .*truncated",
+        "got 'truncated.jpg': OSError: .*truncated",
     ),
     "text": ("text.png", "unreadable image", "UnidentifiedImageError"),
-    "broken within": ("broken.png", "unreadable image", "came 'broken.png': "),
+    "broken within": ("broken.png", "unreadable image", "got 'broken.png': "),
 }
 
 
@@ -120,8 +120,8 @@ def test_a_bad_record_is_named_and_stops_or_is_skipped(tmp_path, images, name, l
         Conversations(path, images)
     data = Conversations(path, images, on_bad="skip")
     assert [one.id for one in data] == ["a", "b"] and data.records.total == 3
-    assert [fault.kind for fault in data.faults] == [kind]
-    assert data.faults == [stopped.value.fault] and data.faults[0].index == 1
+    assert [issue.kind for issue in data.issues] == [kind]
+    assert data.issues == [stopped.value.issue] and data.issues[0].index == 1
 
 
 @pytest.mark.parametrize("name", BAD_PICTURES)
@@ -134,11 +134,11 @@ def test_a_bad_picture_is_found_beforehand_and_in_training(tmp_path, images, nam
         check(path, images, on_bad="stop")
     found = check(path, images)
     assert (found.total, found.good) == (3, 2)
-    assert [fault.kind for fault in found.faults] == [kind]
+    assert [issue.kind for issue in found.issues] == [kind]
     stopping, skipping = (Conversations(path, images, on_bad=how) for how in ("stop", "skip"))
     with pytest.raises(BadRecord, match=words):
         stopping[1]
-    with pytest.warns(UnreadablePicture, match=words):
+    with pytest.warns(ReplacedRecordWarning, match=words):
         assert skipping[1].id == "b"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
@@ -147,9 +147,9 @@ def test_a_bad_picture_is_found_beforehand_and_in_training(tmp_path, images, nam
 
 
 TORN = {
-    "an object": ('{"id": 1}', "top level: .*expected a list, came an object of 1"),
-    "a number": ("7", "expected a list, came 7"),
-    "empty": ("", "not JSON: .*came Expecting value: line 1 column 1"),
+    "an object": ('{"id": 1}', "top level: .*expected a list, got an object of 1"),
+    "a number": ("7", "expected a list, got 7"),
+    "empty": ("", "not JSON: .*got Expecting value: line 1 column 1"),
     "torn": (json.dumps([GOOD, GOOD])[:-20], "not JSON: "),
     "not closed": (json.dumps([GOOD])[:-1], "not JSON: .*delimiter"),
     "a comma too much": (json.dumps([GOOD])[:-1] + ",]", "not JSON: "),
@@ -170,12 +170,12 @@ def test_a_file_that_is_no_list_of_json_stops_always(tmp_path, images, name):
 
 def test_bytes_that_are_no_utf_8(tmp_path):
     (tmp_path / "data.json").write_bytes(b'["\xff"]')
-    with pytest.raises(BadRecord, match=r"JSON in UTF-8, came .*0xff"):
+    with pytest.raises(BadRecord, match=r"JSON in UTF-8, got .*0xff"):
         Records(tmp_path / "data.json", on_bad="skip")
     lines = tmp_path / "data.jsonl"
     lines.write_bytes(b'\xff\n{"id": \n\n' + json.dumps(GOOD).encode())
     data = Records(lines, on_bad="skip")
-    assert [fault.index for fault in data.faults] == [0, 1] and data[0].index == 2
+    assert [issue.index for issue in data.issues] == [0, 1] and data[0].index == 2
 
 
 @pytest.mark.parametrize("lines", [False, True])
@@ -223,8 +223,8 @@ def test_a_duplicate_id_is_a_warning(tmp_path, images):
     path = written(tmp_path, GOOD, PICTURED, GOOD | {"id": "c"})
     data = Conversations(path, images)
     assert len(data) == 3
-    assert [str(fault) for fault in data.faults] == [
-        "record 1 (id 'a'), id: duplicate id: expected an id of its own, came that of record 0"
+    assert [str(issue) for issue in data.issues] == [
+        "record 1 (id 'a'), id: duplicate id: expected an id of its own, got that of record 0"
     ]
 
 
@@ -238,7 +238,7 @@ def test_what_happens_as_pictures_vanish(tmp_path, images):
     loader = DataLoader(data, batch_size=None, num_workers=2, collate_fn=lambda one: one.id)
     assert list(loader) == ["0", "2", "2"] and data.replaced == 1
     shutil.rmtree(images)
-    with pytest.warns(UnreadablePicture), pytest.raises(BadRecord, match="record 1"):
+    with pytest.warns(ReplacedRecordWarning), pytest.raises(BadRecord, match="record 1"):
         data[2]
     assert data.replaced == 3
 
@@ -269,8 +269,8 @@ def test_each_file_is_decoded_once(tmp_path, images, monkeypatch):
     assert opened == [images / "0.png"]
     # One bad picture of several records is a fault of each.
     (images / "0.png").unlink()
-    faults = check(path, images).faults
-    assert [(fault.index, fault.id) for fault in faults] == [(n, str(n)) for n in range(5)]
+    issues = check(path, images).issues
+    assert [(issue.index, issue.id) for issue in issues] == [(n, str(n)) for n in range(5)]
     read = Records(path)
     monkeypatch.setattr(Path, "read_bytes", None)
     monkeypatch.setattr(Path, "open", None)

@@ -1,4 +1,4 @@
-"""The parts of making instruction data: annotations, answers, the journal, the pace."""
+"""The parts of making instruction data: annotations, answers, the resume log, the rate limit."""
 
 import json
 import re
@@ -8,10 +8,10 @@ import pytest
 
 from tests.support.coco_annotations import BOXES, CAPTIONS
 from vlm_fast.training.data import BadRecord
-from vlm_fast.training.data.generation import Box, Scene, TokenBucket, read_scenes
-from vlm_fast.training.data.generation.answers import BadAnswer, record
+from vlm_fast.training.data.generation import Box, RateLimit, Scene, read_scenes
+from vlm_fast.training.data.generation.answers import BadAnswer, parse_answer
 from vlm_fast.training.data.generation.prompts import EXAMPLE, messages
-from vlm_fast.training.data.generation.resume_log import Journal
+from vlm_fast.training.data.generation.resume_log import ResumeLog
 
 
 def written(folder, boxes=BOXES):
@@ -33,9 +33,9 @@ def test_scenes_have_boxes_as_shares_of_the_picture(tmp_path):
 
 ANNOTATIONS = {
     "not JSON": ("{", "captions.json: not JSON"),
-    "a list": ([], "captions.json: images: annotation: expected a list, came a list of 0"),
-    "no images": ({"annotations": []}, "images: annotation: expected a list, came null"),
-    "an image": ({"images": [3]}, r"images\[0\]: annotation: expected an object, came 3"),
+    "a list": ([], "captions.json: images: annotation: expected a list, got a list of 0"),
+    "no images": ({"annotations": []}, "images: annotation: expected a list, got null"),
+    "an image": ({"images": [3]}, r"images\[0\]: annotation: expected an object, got 3"),
     "no name": ({"images": [{"id": 7}]}, r"images\[0\].file_name: .* a file's name"),
     "upwards": (
         {"images": [{**CAPTIONS["images"][0], "file_name": "../7.png"}]}, "which leads upwards",
@@ -45,7 +45,7 @@ ANNOTATIONS = {
     ),
     "another image": (
         {**CAPTIONS, "annotations": [{"image_id": 3, "caption": "x"}]},
-        r"annotations\[0\].image_id: annotation: expected the id of one of the images, came 3",
+        r"annotations\[0\].image_id: annotation: expected the id of one of the images, got 3",
     ),
     "no caption": (
         {**CAPTIONS, "annotations": [{"image_id": 7, "caption": " "}]}, r"annotations\[0\].caption",
@@ -64,10 +64,10 @@ def test_annotations_of_another_shape_are_named(tmp_path, name):
 
 @pytest.mark.parametrize(
     "change, words",
-    [({"category_id": 5}, r"annotations\[0\].category_id: .* one of the categories, came 5"),
-     ({"bbox": [1, 2, 3]}, r"annotations\[0\].bbox: .* width, height, came '\[1, 2, 3\]'"),
+    [({"category_id": 5}, r"annotations\[0\].category_id: .* one of the categories, got 5"),
+     ({"bbox": [1, 2, 3]}, r"annotations\[0\].bbox: .* width, height, got '\[1, 2, 3\]'"),
      ({"bbox": [1, 2, 3, "4"]}, r"annotations\[0\].bbox: "),
-     ({"image_id": "7"}, r"annotations\[0\].image_id: .* a whole number, came '7'")],
+     ({"image_id": "7"}, r"annotations\[0\].image_id: .* a whole number, got '7'")],
 )  # fmt: skip
 def test_boxes_of_another_shape_are_named(tmp_path, change, words):
     one = {**BOXES["annotations"][0], **change}
@@ -76,16 +76,16 @@ def test_boxes_of_another_shape_are_named(tmp_path, change, words):
 
 
 BAD = {
-    "no JSON": ("I would rather not", "expected JSON, came 'I would rather not'"),
-    "no list": ('{"question": "x", "answer": "y"}', "expected a list of 1, came an object of 2"),
+    "no JSON": ("I would rather not", "expected JSON, got 'I would rather not'"),
+    "no list": ('{"question": "x", "answer": "y"}', "expected a list of 1, got an object of 2"),
     "two": (json.dumps([{"question": "x", "answer": "y"}] * 2), "expected a list of 1"),
-    "no answer": ('[{"question": "x"}]', "[0].answer: expected text, came null"),
-    "an empty one": ('[{"question": "x", "answer": " "}]', "[0].answer: expected text, came ' '"),
-    "text in it": ('["x"]', "[0]: expected an object, came 'x'"),
+    "no answer": ('[{"question": "x"}]', "[0].answer: expected text, got null"),
+    "an empty one": ('[{"question": "x", "answer": " "}]', "[0].answer: expected text, got ' '"),
+    "text in it": ('["x"]', "[0]: expected an object, got 'x'"),
     "a placeholder": ('[{"question": "x", "answer": "<image>"}]', "expected no <image> in"),
     "half a letter": ('[{"question": "x", "answer": "\\ud800"}]', "text that UTF-8 can hold"),
-    "nested": ("[" * 100_000, "expected JSON, came '[[["),
-    "nothing": (" ", "expected text, came nothing"),
+    "nested": ("[" * 100_000, "expected JSON, got '[[["),
+    "nothing": (" ", "expected text, got nothing"),
 }
 
 
@@ -93,10 +93,10 @@ BAD = {
 def test_an_answer_is_not_what_was_asked_for(name):
     text, words = BAD[name]
     with pytest.raises(BadAnswer, match=re.escape(words)):
-        record(EXAMPLE, "reasoning", text)
+        parse_answer(EXAMPLE, "reasoning", text)
     for few in ("[]", '[{"question": "x", "answer": "y"}]'):
         with pytest.raises(BadAnswer, match="expected a list of 2 to 10"):
-            record(EXAMPLE, "conversation", few)
+            parse_answer(EXAMPLE, "conversation", few)
 
 
 def test_answers_are_records():
@@ -104,45 +104,49 @@ def test_answers_are_records():
         '[{"question": "x", "answer": "y"}]',
         '```json\n[{"question": "x ", "answer": "y"}]\n```',
     ):
-        said = record(EXAMPLE, "reasoning", text)["conversations"]
+        said = parse_answer(EXAMPLE, "reasoning", text)["conversations"]
         assert said[0]["value"] in ("x\n<image>", "<image>\nx") and said[1]["value"] == "y"
     scenes = [replace(EXAMPLE, id=number) for number in range(50)]
-    first = [record(scene, "detail", "A dog.")["conversations"][0]["value"] for scene in scenes]
-    assert first == [record(s, "detail", "A cat.")["conversations"][0]["value"] for s in scenes]
+    first = [
+        parse_answer(scene, "detail", "A dog.")["conversations"][0]["value"] for scene in scenes
+    ]
+    assert first == [
+        parse_answer(s, "detail", "A cat.")["conversations"][0]["value"] for s in scenes
+    ]
     assert len(set(first)) > 10  # all questions, the image before and after
 
 
-def test_a_journal_of_something_else_is_not_written_on(tmp_path):
-    path, subject = tmp_path / "out.json.journal", {"model": "m"}
-    with Journal(path, subject) as ours:
+def test_a_resume_log_of_something_else_is_not_written_on(tmp_path):
+    path, log_header = tmp_path / "out.json.resume.jsonl", {"model": "m"}
+    with ResumeLog(path, log_header) as ours:
         ours.add("7-detail", failed="no")
         with pytest.raises(ValueError, match="another process is writing"):
-            Journal(path, subject)
+            ResumeLog(path, log_header)
     content = path.read_bytes()
     head, entry = content.splitlines()
     broken = b"\n".join([head, b"{", entry, b""])
     for wrong, model, words in (
-        (content, "other", "is a journal of model 'm', expected one of model 'other'"),
-        (b"hello\n", "m", "is no journal in line 1"),
-        (b"hello", "m", "is no journal"),
-        (b'{"a": 1}\n', "m", "is no journal, expected one of model 'm'"),
-        (broken, "m", "is no journal in line 2"),
+        (content, "other", "is a resume log of model 'm', expected one of model 'other'"),
+        (b"hello\n", "m", "is no resume log in line 1"),
+        (b"hello", "m", "is no resume log"),
+        (b'{"a": 1}\n', "m", "is no resume log, expected one of model 'm'"),
+        (broken, "m", "is no resume log in line 2"),
     ):
         path.write_bytes(wrong)
         with pytest.raises(ValueError, match=re.escape(words)):
-            Journal(path, {"model": model})
+            ResumeLog(path, {"model": model})
         assert path.read_bytes() == wrong
     # A first line that was torn is that of a run that had asked nothing.
     path.write_bytes(head[:10])
-    with Journal(path, subject) as again:
+    with ResumeLog(path, log_header) as again:
         assert not again.entries
     # Wherever its last line is torn, the others are there and the next one is whole.
     for length in range(len(head) + 1, len(content)):
         path.write_bytes(content[:length])
-        with Journal(path, subject) as torn:
+        with ResumeLog(path, log_header) as torn:
             assert not torn.entries
             torn.add("8-detail", failed="no")
-        with Journal(path, subject) as read:
+        with ResumeLog(path, log_header) as read:
             assert list(read.entries) == ["8-detail"]
 
 
@@ -158,31 +162,31 @@ class Clock:
         self.now += seconds
 
 
-@pytest.mark.parametrize("rate, burst", [(60, 1), (7, 1), (120, 5), (0.5, 1)])
-def test_no_minute_has_more_than_the_rate(rate, burst):
+@pytest.mark.parametrize("rate", [60, 7, 120, 0.5])
+def test_no_minute_has_more_than_the_rate(rate):
     clock = Clock()
-    bucket = TokenBucket(rate, burst, clock=clock, sleep=clock.sleep)
+    limit = RateLimit(rate, clock=clock, sleep=clock.sleep)
     times = []
     for number in range(300):
         clock.now += 13.7 if number % 50 == 49 else 0.01  # work, and a long pause
-        bucket.take()
+        limit.wait()
         times.append(clock.now)
     for start in times:
-        assert sum(start <= at < start + 60 for at in times) <= rate + burst
+        assert sum(start <= at < start + 60 for at in times) <= rate + 1
     # And it is not slower than it must be.
     assert times[-1] - times[0] <= 300 * 60 / rate + 300 * 0.01 + 6 * 13.7
 
 
 def test_it_waits_as_long_as_it_must():
     clock = Clock()
-    bucket = TokenBucket(6, clock=clock, sleep=clock.sleep)
-    bucket.take()
+    limit = RateLimit(6, clock=clock, sleep=clock.sleep)
+    limit.wait()
     assert clock.now == 100.0
-    bucket.take()
+    limit.wait()
     assert clock.now == pytest.approx(110.0)
-    for wrong in (dict(rate=0), dict(rate=-1), dict(rate=float("nan")), dict(rate=1, burst=0.5)):
-        with pytest.raises(ValueError, match="expected above 0 and at least 1"):
-            TokenBucket(**wrong)
+    for wrong in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="expected more than 0"):
+            RateLimit(wrong)
 
 
 def as_it_is(folder, *, box=None, captions=CAPTIONS, **change):
@@ -191,8 +195,8 @@ def as_it_is(folder, *, box=None, captions=CAPTIONS, **change):
     boxes = {**BOXES, "annotations": [one, *BOXES["annotations"][1:]]}
     paths = written(folder, boxes)
     paths[0].write_text(json.dumps(captions))
-    faults = []
-    return read_scenes(*paths, faults=faults), faults
+    issues = []
+    return read_scenes(*paths, issues=issues), issues
 
 
 NO_BOXES = {
@@ -206,32 +210,32 @@ NO_BOXES = {
 
 @pytest.mark.parametrize("name", NO_BOXES)
 def test_what_is_no_box_in_its_picture_is_left_out_and_named(tmp_path, name):
-    scenes, faults = as_it_is(tmp_path, box=NO_BOXES[name])
+    scenes, issues = as_it_is(tmp_path, box=NO_BOXES[name])
     assert [box.name for box in scenes[0].boxes] == ["chair"] and scenes[1].id == 8
-    assert [(fault.kind, fault.id) for fault in faults] == [("no box", "7")]
-    assert faults[0].field == "instances.json: annotations[0].bbox"
+    assert [(issue.kind, issue.id) for issue in issues] == [("no box", "7")]
+    assert issues[0].field == "instances.json: annotations[0].bbox"
 
 
 def test_a_missing_box_stops_nothing(tmp_path):
     for place, count in ((0, 1), (2, 0)):  # the last is of a picture that nobody described
         boxes = json.loads(json.dumps(BOXES))
         del boxes["annotations"][place]["bbox"]
-        faults = []
-        scenes = read_scenes(*written(tmp_path, boxes), faults=faults)
-        assert len(scenes[0].boxes) == 2 - count and len(faults) == count
-    scenes, faults = as_it_is(tmp_path, bbox=None)
-    assert len(scenes[0].boxes) == 1 and "came nothing" in str(faults[0])
+        issues = []
+        scenes = read_scenes(*written(tmp_path, boxes), issues=issues)
+        assert len(scenes[0].boxes) == 2 - count and len(issues) == count
+    scenes, issues = as_it_is(tmp_path, bbox=None)
+    assert len(scenes[0].boxes) == 1 and "got nothing" in str(issues[0])
 
 
 def test_a_box_that_reaches_out_of_its_picture_ends_at_the_edge(tmp_path):
-    scenes, faults = as_it_is(tmp_path, box=[150, 50, 500, 500])
-    assert scenes[0].boxes[0] == Box("dog", 0.75, 0.5, 1.0, 1.0) and not faults
+    scenes, issues = as_it_is(tmp_path, box=[150, 50, 500, 500])
+    assert scenes[0].boxes[0] == Box("dog", 0.75, 0.5, 1.0, 1.0) and not issues
 
 
 def test_a_crowd_is_told_as_a_group(tmp_path):
-    scenes, faults = as_it_is(tmp_path, iscrowd=1)
+    scenes, issues = as_it_is(tmp_path, iscrowd=1)
     assert scenes[0].boxes[0].name == "group of dog"
-    assert [(fault.kind, fault.id) for fault in faults] == [("crowd", "7")]
+    assert [(issue.kind, issue.id) for issue in issues] == [("crowd", "7")]
     assert as_it_is(tmp_path, iscrowd=0)[1] == []
     assert "'group of'" in messages(scenes[0], "detail")[0]["content"]
     assert "group of dog: [0.250, " in messages(scenes[0], "detail")[3]["content"]
@@ -241,20 +245,20 @@ def test_two_pictures_with_one_id_are_both_left_out(tmp_path):
     first = CAPTIONS["images"][0]
     for change, left in (({"file_name": "z.png"}, [8]), ({"width": 99}, [8]), ({}, [7, 8])):
         images = [*CAPTIONS["images"], {**first, **change}]
-        scenes, faults = as_it_is(tmp_path, captions={**CAPTIONS, "images": images})
+        scenes, issues = as_it_is(tmp_path, captions={**CAPTIONS, "images": images})
         assert [scene.id for scene in scenes] == left
-        kinds = [(fault.kind, fault.field, fault.came) for fault in faults]
+        kinds = [(issue.kind, issue.field, issue.actual) for issue in issues]
         wanted = ("duplicate id", "captions.json: images[3].id")
-        came = "7, that of images[0] too: neither is used"
-        assert kinds == ([(*wanted, came)] if change else [])
+        actual = "7, that of images[0] too: neither is used"
+        assert kinds == ([(*wanted, actual)] if change else [])
 
 
 def test_two_categories_with_one_id_are_both_left_out(tmp_path):
     boxes = {**BOXES, "categories": [*BOXES["categories"], {"id": 1, "name": "cat"}]}
-    faults = []
-    scenes = read_scenes(*written(tmp_path, boxes), faults=faults)
+    issues = []
+    scenes = read_scenes(*written(tmp_path, boxes), issues=issues)
     assert [box.name for box in scenes[0].boxes] == ["chair"]
-    assert [fault.kind for fault in faults] == ["duplicate id", "no category"]
+    assert [issue.kind for issue in issues] == ["duplicate id", "no category"]
 
 
 def test_without_a_list_of_faults_a_warning_counts_them(tmp_path):

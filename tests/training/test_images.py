@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageChops, PngImagePlugin
 from typer.testing import CliRunner
 
 from tests.support import photographs
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main
 from vlm_fast.training.data import BadRecord, Captions, Conversations, check
 
 HEIGHT, WIDTH = 32, 48
@@ -205,7 +205,7 @@ def test_grey_whose_white_nobody_knows_is_a_fault(tmp_path, kind):
     with pytest.raises(BadRecord, match=r"image: unknown range: .*'a\.tif': .*mode [IF]"):
         read(tmp_path, content, "a.tif")
     found = check(tmp_path / "data.json", tmp_path)
-    assert [fault.kind for fault in found.faults] == ["unknown range"]
+    assert [issue.kind for issue in found.issues] == ["unknown range"]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LAB", "HSV", "RGBX"])

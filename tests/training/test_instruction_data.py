@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from tests.support.chat_server import completion, good, serving
 from tests.support.coco_annotations import BOXES, CAPTIONS
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main
 from vlm_fast.training.data import check
-from vlm_fast.training.data.generation import KINDS, Endpoint, TokenBucket, Unavailable
+from vlm_fast.training.data.generation import KINDS, Endpoint, RateLimit, Unavailable
 from vlm_fast.training.data.generation.answers import BadAnswer
 
 KEY = "sk-a-secret-that-nobody-may-see"
@@ -64,8 +64,8 @@ def generate(coco, *more, url="http://127.0.0.1:9/v1", rate=10**9):
     return found
 
 
-def journal(coco):
-    return [json.loads(line) for line in (coco / "out.json.journal").read_bytes().splitlines()]
+def logged(coco):
+    return [json.loads(line) for line in (coco / "out.json.resume.jsonl").read_bytes().splitlines()]
 
 
 def assert_no_key(coco, found, caplog):
@@ -84,7 +84,7 @@ def test_every_question_is_asked_once_and_the_answers_are_good_records(server, c
         "why": None, "out": str(coco / "out.json"),
     }  # fmt: skip
     result = check(coco / "out.json", coco / "images")
-    assert (result.total, result.good, result.faults) == (6, 6, [])
+    assert (result.total, result.good, result.issues) == (6, 6, [])
     records = json.loads((coco / "out.json").read_text())
     assert [one["id"] for one in records] == [f"{n}-{kind}" for n in (7, 8) for kind in KINDS]
     assert [len(one["conversations"]) for one in records] == [2, 2, 8] * 2
@@ -99,11 +99,11 @@ def test_every_question_is_asked_once_and_the_answers_are_good_records(server, c
     assert (coco / "out.json").read_bytes() == before
     # One kind and the first pictures can come first; a larger limit goes on.
     (coco / "out.json").unlink()
-    (coco / "out.json.journal").unlink()
+    (coco / "out.json.resume.jsonl").unlink()
     for limit, asked in ((1, 7), (2, 8)):
-        generate(coco, "--kinds", "reasoning", "--limit", limit, url=server.url)
+        generate(coco, "--kind", "reasoning", "--limit", limit, url=server.url)
         assert len(server.requests) == asked
-    assert [entry.get("task") for entry in journal(coco)] == [None, "7-reasoning", "8-reasoning"]
+    assert [entry.get("task") for entry in logged(coco)] == [None, "7-reasoning", "8-reasoning"]
 
 
 def test_what_the_model_is_told(server, coco):
@@ -141,23 +141,23 @@ def test_an_endpoint_that_gives_up_stops_the_run_and_loses_nothing(server, coco)
 
 def test_a_bad_answer_is_asked_for_again_then_recorded_and_named(server, coco):
     server.replies = [completion("no"), completion(None), good, completion("no"), completion("{}")]
-    options = ("--kinds", "reasoning", "--again", 2)
+    options = ("--kind", "reasoning", "--again", 2)
     found = generate(coco, *options, url=server.url)
     assert len(server.requests) == 6 and found.exit_code == 0  # the last was good
     asked = [[message["content"] for message in one["messages"][4:]] for one in server.requests]
     # The model sees what it said, if it said something, and what is wrong with it.
     assert asked[0] == asked[2] == asked[3] == []
     assert asked[1][0] == asked[4][0] == "no" and asked[5][0] == "{}"
-    assert all("expected JSON, came 'no'" in asked[n][1] for n in (1, 4))
-    assert "expected a list of 1, came an object of 0" in asked[5][1]
-    (coco / "out.json.journal").unlink()
+    assert all("expected JSON, got 'no'" in asked[n][1] for n in (1, 4))
+    assert "expected a list of 1, got an object of 0" in asked[5][1]
+    (coco / "out.json.resume.jsonl").unlink()
     (coco / "out.json").unlink()
     server.replies = [good, *[completion("no")] * 3]
     for _ in range(2):  # what failed is not asked again
         found = generate(coco, *options, url=server.url)
         assert found.exit_code == main.Exit.FAILURE and len(server.requests) == 10
-        assert "8-reasoning: expected JSON, came 'no'" in found.stdout
-    assert [sorted(entry) for entry in journal(coco)[1:]] == [
+        assert "8-reasoning: expected JSON, got 'no'" in found.stdout
+    assert [sorted(entry) for entry in logged(coco)[1:]] == [
         ["record", "task"], ["failed", "task"],
     ]  # fmt: skip
     assert check(coco / "out.json", coco / "images").good == 1
@@ -199,8 +199,8 @@ def test_a_question_that_is_refused_is_recorded_and_the_others_are_asked(server,
 def test_an_answer_that_has_the_key_is_kept_without_it(server, coco, caplog):
     text = f"A dog. {KEY} A chair."
     server.replies = [completion(text), completion(text), completion(f"[{KEY}")]
-    found = generate(coco, "--kinds", "detail,reasoning", "--limit", 2, url=server.url)
-    assert journal(coco)[1]["record"]["conversations"][1]["value"] == "A dog. [the key] A chair."
+    found = generate(coco, "--kind", "detail", "--kind", "reasoning", "--limit", 2, url=server.url)
+    assert logged(coco)[1]["record"]["conversations"][1]["value"] == "A dog. [the key] A chair."
     assert_no_key(coco, found, caplog)
 
 
@@ -220,7 +220,7 @@ def test_no_connection(server):
 
 
 @pytest.mark.usefixtures("inherited_sigint")
-def test_control_c_leaves_a_journal_that_is_gone_on_with(server, coco):
+def test_control_c_leaves_a_resume_log(server, coco):
     def interrupting(asked):
         os.kill(os.getpid(), signal.SIGINT)
         return good(asked)
@@ -229,24 +229,27 @@ def test_control_c_leaves_a_journal_that_is_gone_on_with(server, coco):
     found = generate(coco, url=server.url)
     assert found.exit_code == main.Exit.INTERRUPTED
     assert "interrupted; run the same command again to go on" in found.stderr
-    assert [entry.get("task") for entry in journal(coco)] == [None, "7-detail", "7-reasoning"]
+    assert [entry.get("task") for entry in logged(coco)] == [None, "7-detail", "7-reasoning"]
     assert len(json.loads((coco / "out.json").read_text())) == 2
     # Torn, as by a lost machine.
-    path = coco / "out.json.journal"
+    path = coco / "out.json.resume.jsonl"
     path.write_bytes(path.read_bytes()[:-10])
     assert generate(coco, url=server.url).exit_code == 0
     assert len(server.requests) == 3 + 5
     assert len(json.loads((coco / "out.json").read_text())) == 6
-    assert len({entry.get("task") for entry in journal(coco)}) == 7
+    assert len({entry.get("task") for entry in logged(coco)}) == 7
 
 
 def test_requests_are_as_far_apart_as_the_rate_says(server, coco, monkeypatch):
     waited = []
     monkeypatch.setattr(
-        TokenBucket.__init__, "__kwdefaults__", dict(clock=lambda: sum(waited), sleep=waited.append)
+        RateLimit.__init__, "__kwdefaults__", dict(clock=lambda: sum(waited), sleep=waited.append)
     )
+    # A retry of the client is a request too.
+    server.replies = [good, (503, SOON, b"busy")]
     assert generate(coco, "--limit", 3, url=server.url, rate=20).exit_code == 0
-    assert waited == [pytest.approx(3.0)] * 2
+    assert len(server.requests) == 4
+    assert waited == [pytest.approx(3.0)] * 3
 
 
 def test_a_dry_run_needs_no_key_and_asks_and_writes_nothing(server, coco, monkeypatch):
@@ -290,8 +293,8 @@ def test_wrong_arguments_are_named(server, coco):
         (("--boxes", coco / "no.json"), "--boxes: there is no file"),
         (("--images", coco / "no"), "--images: there is no folder"),
         (("--out", coco / "no" / "out.json"), "--out: there is no directory"),
-        (("--out", coco / "old.json"), "and no journal of it: choose another"),
-        (("--kinds", "detail,poem"), "--kinds: 'poem', expected some of detail, reasoning"),
+        (("--out", coco / "old.json"), "and no resume log of it: choose another"),
+        (("--kind", "poem"), "'poem' is not one of 'detail'"),
         (("--limit", "0"), "limit"),
         (("--rate", "0"), "rate"),
     ):
@@ -314,11 +317,11 @@ def test_a_picture_that_is_not_there_is_said_before_anything_is_paid(server, coc
     assert not server.requests
 
 
-def test_a_journal_of_another_model_is_a_wrong_argument(server, coco):
+def test_a_resume_log_of_another_model_is_a_wrong_argument(server, coco):
     generate(coco, "--limit", 1, url=server.url)
     found = generate(coco, "--model", "other", url=server.url)
     assert found.exit_code == main.Exit.USAGE
-    assert "--out: " in found.stderr and "is a journal of model 'm', " in found.stderr
+    assert "--out: " in found.stderr and "is a resume log of model 'm', " in found.stderr
     assert len(server.requests) == 1
 
 
@@ -334,4 +337,4 @@ def test_annotations_left_out_are_told_and_counted_before_anything_is_paid(serve
     for more in ("--dry-run", "--limit=1"):
         content = json.loads(generate(coco, more, "--json", url=server.url).stdout)
         assert content["annotations"] == {"no box": 1, "crowd": 1}
-        assert [fault["id"] for fault in content["faults"]] == ["7", "7"]
+        assert [issue["id"] for issue in content["faults"]] == ["7", "7"]

@@ -1,4 +1,4 @@
-"""The objectives on gloo processes: what they give and what they send back, on 1 to 4 ranks."""
+"""The losses on gloo processes: what they give and what they send back, on 1 to 4 ranks."""
 
 import re
 from unittest import mock
@@ -12,9 +12,9 @@ from torch import nn
 import vlm_fast
 from tests.support import reference_blip2, reference_siglip, tiny_blip2
 from tests.support.distributed_helpers import on_ranks
-from vlm_fast.training import losses as objectives
+from vlm_fast.training import losses
 from vlm_fast.training.losses import blip2_stage1, rank_exchange
-from vlm_fast.training.losses.cross_entropy import LOGITS
+from vlm_fast.training.losses.cross_entropy import LOGITS_AT_ONCE
 
 BATCH, QUERIES, WIDTH = 3, 5, 8
 MIXED_DTYPES = [
@@ -52,7 +52,7 @@ def contrast_is_that_of_one_process(rank, world, local_loss, smoothing, dtype):
 
     own = slice(rank * BATCH, (rank + 1) * BATCH)
     with vlm_fast.disabled() if dtype == torch.float64 else vlm_fast.strict():
-        loss, i2t, t2i = objectives.itc_loss(
+        loss, i2t, t2i = losses.itc_loss(
             *towers(images[own], texts[own]), label_smoothing=smoothing, local_loss=local_loss
         )
     torch.testing.assert_close(i2t, logits[own])
@@ -76,7 +76,7 @@ def contrast_under_ddp(rank, world):
     wanted = torch.autograd.grad(expected, list(plain.parameters()))
     wrapped = nn.parallel.DistributedDataParallel(plain)
     own = slice(rank * BATCH, (rank + 1) * BATCH)
-    objectives.itc_loss(*wrapped(images[own], texts[own])).loss.backward()
+    losses.itc_loss(*wrapped(images[own], texts[own])).loss.backward()
     for parameter, exact in zip(plain.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, exact)
 
@@ -95,12 +95,12 @@ def rows_are_exchanged(rank, world):
     for rows in choices.values():
         (wanted,) = torch.autograd.grad((whole[rows] * weights).sum(), whole)
         tensor = whole[own].detach().requires_grad_()
-        found = objectives.exchange_rows(tensor, rows[rank])
+        found = losses.exchange_rows(tensor, rows[rank])
         assert torch.equal(found, whole[rows[rank]])
         (gradient,) = torch.autograd.grad((found * weights[rank]).sum(), tensor)
         torch.testing.assert_close(gradient, wanted[own])
         numbers = torch.arange(world * BATCH)[own]
-        assert torch.equal(objectives.exchange_rows(numbers, rows[rank]), rows[rank])
+        assert torch.equal(losses.exchange_rows(numbers, rows[rank]), rows[rank])
 
 
 def only_rows_asked_for_travel(rank, world):
@@ -111,7 +111,7 @@ def only_rows_asked_for_travel(rank, world):
     )  # fmt: skip
     try:
         last = world * BATCH - 1
-        objectives.exchange_rows(torch.randn(BATCH, 2), torch.tensor([last, rank * BATCH]))
+        losses.exchange_rows(torch.randn(BATCH, 2), torch.tensor([last, rank * BATCH]))
     finally:
         dist.all_to_all_single = transport
     assert sent == ([] if world == 1 else [world - 1 if rank == world - 1 else 0])
@@ -122,7 +122,7 @@ def rows_beyond_the_last_are_refused_everywhere(rank, world):
         for wrong in (-1, world * BATCH):
             rows = torch.tensor([0, wrong if rank == 0 else 1])
             with pytest.raises(ValueError, match=rf"exchange_rows: rows .* {world * BATCH - 1}"):
-                objectives.exchange_rows(torch.randn(BATCH, 2), rows)
+                losses.exchange_rows(torch.randn(BATCH, 2), rows)
 
 
 def uneven_sizes_are_refused_everywhere(rank, world):
@@ -132,15 +132,15 @@ def uneven_sizes_are_refused_everywhere(rank, world):
     for batch in (sizes, [0, *sizes[1:]]):
         features = torch.randn(batch[rank], QUERIES, 4), torch.randn(batch[rank], 4)
         with pytest.raises(ValueError) as error:
-            objectives.itc_loss(*features, 0.1)
+            losses.itc_loss(*features, 0.1)
         assert f"batch is {batch} on ranks 0 to {world - 1}" in str(error.value)
     queries = QUERIES + rank
     with pytest.raises(ValueError, match="queries is"):
-        objectives.itc_loss(torch.randn(2, queries, 4), torch.randn(2, 4), 0.1)
+        losses.itc_loss(torch.randn(2, queries, 4), torch.randn(2, 4), 0.1)
     model, head, *batch = tiny_blip2.parts(2, tokens=6 + rank)
     lengths = re.escape(str([6 + r for r in range(world)]))
     with pytest.raises(ValueError, match=rf"stage1_loss: text tokens is {lengths} on ranks"):
-        objectives.stage1_loss(model, *batch, lm_head=head, bos_token_id=60)
+        losses.stage1_loss(model, *batch, lm_head=head, bos_token_id=60)
 
 
 def other_dtypes_are_refused_everywhere(rank, world):
@@ -154,22 +154,22 @@ def other_dtypes_are_refused_everywhere(rank, world):
         with vlm_fast.disabled():  # which serves all of them
             for local in (True, False):
                 with pytest.raises(ValueError, match=rf"itc_loss: dtype is {named} on ranks"):
-                    objectives.itc_loss(*features, 0.1, local_loss=local)
+                    losses.itc_loss(*features, 0.1, local_loss=local)
             with pytest.raises(ValueError, match=rf"exchange_rows: dtype of tensor is {named}"):
-                objectives.exchange_rows(features[1], torch.tensor([0, 2]))
+                losses.exchange_rows(features[1], torch.tensor([0, 2]))
         model, head, images, *texts = tiny_blip2.parts(2)
         for module in (model.vision_projection, model.text_projection):
             module.to(dtype)
         with pytest.raises(ValueError, match=rf"stage1_loss: dtype of image features is {named}"):
-            objectives.stage1_loss(model, images, *texts, lm_head=head, bos_token_id=60)
+            losses.stage1_loss(model, images, *texts, lm_head=head, bos_token_id=60)
     with pytest.raises(ValueError, match="exchange_rows: rows of tensor is"):
-        objectives.exchange_rows(torch.ones(2 + rank, 4), torch.tensor([0, 1]))
+        losses.exchange_rows(torch.ones(2 + rank, 4), torch.tensor([0, 1]))
     model, head, images, *texts = tiny_blip2.parts(2)
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=rank > 0),
         pytest.raises(ValueError, match="stage1_loss: dtype of image features is"),
     ):
-        objectives.stage1_loss(model, images, *texts, lm_head=head, bos_token_id=60)
+        losses.stage1_loss(model, images, *texts, lm_head=head, bos_token_id=60)
 
 
 def a_penalty_on_gradients_crosses_ranks(rank, world):
@@ -183,7 +183,7 @@ def a_penalty_on_gradients_crosses_ranks(rank, world):
     for local in (True, False):
         inputs = [x[own].detach().requires_grad_() for x in whole]
         with vlm_fast.disabled():
-            loss = objectives.itc_loss(inputs[0][:, None], inputs[1], 0.5, local_loss=local).loss
+            loss = losses.itc_loss(inputs[0][:, None], inputs[1], 0.5, local_loss=local).loss
             first = torch.autograd.grad(loss, inputs, create_graph=True)
         # A rank's loss counts for its share of the mean; penalties of ranks are added.
         found = torch.autograd.grad(sum((g / world).square().sum() for g in first), inputs)
@@ -199,10 +199,10 @@ def the_check_of_sizes_can_be_left_out(rank, world):
         gathered.append(tensor) or gather(tensor, *rest)
     )
     try:
-        objectives.itc_loss(*features, 0.1)
-        objectives.itc_loss(*features, 0.1, check_sizes=False)
-        objectives.siglip_loss(*siglip_features(2), 10.0, -10.0)
-        objectives.siglip_loss(*siglip_features(2), 10.0, -10.0, check_sizes=False)
+        losses.itc_loss(*features, 0.1)
+        losses.itc_loss(*features, 0.1, check_sizes=False)
+        losses.siglip_loss(*siglip_features(2), 10.0, -10.0)
+        losses.siglip_loss(*siglip_features(2), 10.0, -10.0, check_sizes=False)
     finally:
         rank_exchange._all_gather = gather
     checks = [t for t in gathered if t.dtype == torch.int64]
@@ -228,8 +228,8 @@ def siglip_is_that_of_one_process(rank, world, batches, dtype):
 
     own = slice(sum(batches[:rank]), sum(batches[: rank + 1]))
     inputs = [x.detach().requires_grad_() for x in (*(f[own] for f in features), *numbers)]
-    with mock.patch.dict(LOGITS, cpu=4):  # not all logits of a block at once
-        found = objectives.siglip_loss(*inputs)
+    with mock.patch.dict(LOGITS_AT_ONCE, cpu=4):  # not all logits of a block at once
+        found = losses.siglip_loss(*inputs)
         gradients = torch.autograd.grad(found * weights[rank], inputs)
     for number in (found, *gradients[2:]):
         dist.all_reduce(number.detach())
@@ -251,7 +251,7 @@ def texts_travel_one_batch_at_a_time(rank, world):
     )[1]  # fmt: skip
     try:
         with reference_siglip.Largest() as largest:
-            loss = objectives.siglip_loss(images, texts, 10.0, -5.0)
+            loss = losses.siglip_loss(images, texts, 10.0, -5.0)
             forward = len(sent)
             loss.backward()
     finally:
@@ -274,10 +274,10 @@ def siglip_refuses_what_cannot_travel(rank, world):
     ):
         features = torch.ones(rank, width, dtype=dtype)
         with pytest.raises(ValueError, match=rf"siglip_loss: .*{re.escape(words)} on ranks 0"):
-            objectives.siglip_loss(features, features, 10.0, -10.0)
-        objectives.siglip_loss(*siglip_features(2), 10.0, -10.0)  # and the ranks are still in step
+            losses.siglip_loss(features, features, 10.0, -10.0)
+        losses.siglip_loss(*siglip_features(2), 10.0, -10.0)  # and the ranks are still in step
     with pytest.raises(ValueError, match="one row at least"):
-        objectives.siglip_loss(torch.ones(0, 4), torch.ones(0, 4), 10.0, -10.0)
+        losses.siglip_loss(torch.ones(0, 4), torch.ones(0, 4), 10.0, -10.0)
 
 
 def negatives_come_from_all_ranks(rank, world):
@@ -285,7 +285,7 @@ def negatives_come_from_all_ranks(rank, world):
         return
     counts = torch.zeros(2 * world)
     for _ in range(200):
-        drawn = objectives.hard_negatives(torch.zeros(2, 2 * world), 2 * rank)
+        drawn = losses.hard_negatives(torch.zeros(2, 2 * world), 2 * rank)
         assert (drawn != 2 * rank + torch.arange(2)).all()
         counts += torch.bincount(drawn, minlength=2 * world)
     assert (counts > 0).all()
@@ -297,17 +297,17 @@ def a_group_of_some_ranks(rank, world):
     group = dist.new_group([0, world - 1])
     if rank in (0, world - 1):
         rows = torch.arange(4)
-        found = objectives.exchange_rows(torch.tensor([rank, rank + 10]), rows, group)
+        found = losses.exchange_rows(torch.tensor([rank, rank + 10]), rows, group)
         assert found.tolist() == [0, 10, world - 1, world + 9]
         images, texts = siglip_features(4)
         own = slice(2, 4) if rank else slice(0, 2)
-        loss = objectives.siglip_loss(images[own], texts[own], 10.0, -5.0, group=group)
+        loss = losses.siglip_loss(images[own], texts[own], 10.0, -5.0, group=group)
         torch.testing.assert_close(
             loss, reference_siglip.of_images(images, texts, 10.0, -5.0)[own].mean()
         )
     else:
         with pytest.raises(ValueError, match="group"):
-            objectives.exchange_rows(torch.zeros(2), torch.zeros(1, dtype=torch.int64), group)
+            losses.exchange_rows(torch.zeros(2), torch.zeros(1, dtype=torch.int64), group)
 
 
 def stage1_is_that_of_one_process(rank, world):
@@ -330,7 +330,7 @@ def stage1_is_that_of_one_process(rank, world):
     wanted = torch.autograd.grad(expected[0], parameters, allow_unused=True)
     original, blip2_stage1.hard_negatives = blip2_stage1.hard_negatives, fixed
     try:
-        found = objectives.stage1_loss(
+        found = losses.stage1_loss(
             model,
             image_embeds[own],
             ids[own],
@@ -340,9 +340,9 @@ def stage1_is_that_of_one_process(rank, world):
         )
     finally:
         blip2_stage1.hard_negatives = original
-    losses = torch.stack([x.detach() for x in found])
-    dist.all_reduce(losses)
-    torch.testing.assert_close(losses / world, torch.stack([x.detach() for x in expected]))
+    summed = torch.stack([x.detach() for x in found])
+    dist.all_reduce(summed)
+    torch.testing.assert_close(summed / world, torch.stack([x.detach() for x in expected]))
     gradients = torch.autograd.grad(found.loss, parameters, allow_unused=True)
     for gradient, exact in zip(gradients, wanted, strict=True):
         assert (gradient is None) == (exact is None)
@@ -380,5 +380,6 @@ CHECKS = [
 ]
 
 
+@pytest.mark.multiprocess
 def test_on_ranks(tmp_path):
     on_ranks(tmp_path, CHECKS, worlds=(1, 2, 3, 4))

@@ -117,7 +117,7 @@ def test_layers_after_the_features_are_never_run():
     assert all(torch.equal(tensor, keys[name]) for name, tensor in model.state_dict().items())
     # Who asks for a layer that is not run sees that it was not.
     assert features(model, -1)[0].isnan().all()
-    recipes.thaw(model)
+    recipes.unfreeze(model)
     assert not any(isinstance(module, Frozen | Skipped) for module in model.modules())
     with torch.no_grad():
         assert torch.equal(model(**prompt()).logits, expected)
@@ -137,7 +137,7 @@ def features(model, layer):
 def test_as_many_layers_are_skipped_as_are_unused(layer, unused):
     model = llava(vision_feature_layer=layer) if isinstance(layer, list) else llava()
     expected = features(model, layer)
-    found = recipes.frozen.skip_unused(model.model.vision_tower, layer)
+    found = recipes.freezing.skip_unused(model.model.vision_tower, layer)
     assert found == [*(f"encoder.layers.{i}" for i in unused), "post_layernorm"]
     assert all(torch.equal(a, b) for a, b in zip(expected, features(model, layer), strict=True))
 
@@ -194,7 +194,7 @@ def test_a_batch_without_an_image_gives_zero_gradients(case):
     loss.backward()
     connector = [
         parameter
-        for _, parameter, part in RECIPES[name].parts(model).of_parameters(model)
+        for _, parameter, part in RECIPES[name].parts(model).label_parameters(model)
         if part == "connector"
     ]
     assert connector and all(p.grad is not None and not p.grad.any() for p in connector)
@@ -344,7 +344,7 @@ def test_a_model_goes_from_stage_to_stage():
         learning = {n for n, p in model.named_parameters() if p.requires_grad}
         assert learning == {n for n, _ in model.named_parameters() if LEARNS[name](n)}
     assert len(model.model._forward_pre_hooks) == len(model._load_state_dict_pre_hooks) == 1
-    recipes.thaw(model)
+    recipes.unfreeze(model)
     assert type(model.model.vision_tower) is type(llava().model.vision_tower)
 
 

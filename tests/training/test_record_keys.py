@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from vlm_fast.cli.main import main
-from vlm_fast.training.data import BadRecord, Captions, Conversations, UnusedKey, check
+from vlm_fast.cli import main
+from vlm_fast.training.data import BadRecord, Captions, Conversations, UnusedKeyWarning, check
 
 QUESTION, ANSWER = {"from": "human", "value": "Who?"}, {"from": "gpt", "value": "me"}
 TEXT = {"id": "a", "conversations": [QUESTION, ANSWER]}
@@ -60,7 +60,7 @@ def test_other_content_is_a_fault_that_names_its_key(tmp_path, images, base, key
     data = Conversations(path, images, on_bad="skip")
     assert [one.id for one in data] == ["a", "b"]
     found = check(path, images)
-    assert [fault.field for fault in found.faults if not fault.is_warning] == [key]
+    assert [issue.field for issue in found.issues if not issue.is_warning] == [key]
     assert (found.total, found.good) == (3, 2)
 
 
@@ -80,13 +80,13 @@ def test_placeholders_of_other_media(tmp_path, images, token):
         path = written(tmp_path, PICTURED, bad)
         with pytest.raises(BadRecord, match=rf"conversations\[{number}\]\.value: other content"):
             Conversations(path, images)
-        assert [fault.came for fault in check(path, images).faults] == [repr(token)]
+        assert [issue.actual for issue in check(path, images).issues] == [repr(token)]
 
 
 def test_what_people_write_about_is_no_placeholder(tmp_path, images):
     words = "Use <b>, <video controls>, </video>, <img>, a<b>c and <point x=1> here."
     good = {**TEXT, "conversations": [{**QUESTION, "value": words}, ANSWER]}
-    assert check(written(tmp_path, good), images).faults == []
+    assert check(written(tmp_path, good), images).issues == []
 
 
 @pytest.mark.parametrize("key", METADATA)
@@ -99,7 +99,7 @@ def test_metadata_and_what_is_empty_are_passed_over(tmp_path, images, key):
 def test_another_name_of_the_image_is_no_other_content(tmp_path, images):
     same = {"image_url": "http://cocodataset.org/train/0.png", "url": "http://x/9.jpg",
             "file_name": "0.png", "image_path": "/data/coco/0.png"}  # fmt: skip
-    assert check(written(tmp_path, {**PICTURED, **same}), images).faults == []
+    assert check(written(tmp_path, {**PICTURED, **same}), images).issues == []
     for key, value in same.items():  # but without an image it would be lost
         with pytest.raises(BadRecord, match=rf"{key}: other content"):
             Conversations(written(tmp_path, {**TEXT, key: value}), images)
@@ -109,15 +109,17 @@ def test_an_unknown_key_is_told_once_and_the_record_used(tmp_path, images):
     records = [{**TEXT, "id": str(n), "rationale": f"since {n}"} for n in range(1, 4)]
     records[2]["conversations"] = [QUESTION, {**ANSWER, "thought": ["long"]}]
     path = written(tmp_path, TEXT, *records)
-    with pytest.warns(UnusedKey, match=r"record 1 \(id '1'\), rationale: .*; 3 records have it"):
+    with pytest.warns(
+        UnusedKeyWarning, match=r"record 1 \(id '1'\), rationale: .*; 3 records have it"
+    ):
         data = Conversations(path, images)
     assert len(data) == 4
     found = check(path, images)
-    assert found.good == 4 and all(fault.is_warning for fault in found.faults)
-    assert [(fault.kind, fault.field) for fault in found.faults] == [
+    assert found.good == 4 and all(issue.is_warning for issue in found.issues)
+    assert [(issue.kind, issue.field) for issue in found.issues] == [
         ("unknown key", "rationale"), ("unknown key", "conversations[].thought"),
     ]  # fmt: skip
-    with pytest.warns(UnusedKey, match="caption: unknown key"):
+    with pytest.warns(UnusedKeyWarning, match="caption: unknown key"):
         Captions(written(tmp_path, {**PICTURED, "caption": "a dog"}), images)
 
 
@@ -129,6 +131,6 @@ def test_the_command_counts_them(tmp_path, images):
     content = json.loads(found.stdout)
     assert found.exit_code == main.Exit.FAILURE
     assert content["counts"] == {"other content": 3, "unknown key": 1} and content["good"] == 2
-    assert [fault["field"] for fault in content["faults"]] == [
+    assert [issue["field"] for issue in content["faults"]] == [
         "video", "system", "audio", "rationale",
     ]  # fmt: skip

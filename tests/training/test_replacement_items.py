@@ -10,15 +10,15 @@ from typer.testing import CliRunner
 
 from tests.support import tiny_processors
 from tests.support.processors_of_models import PROCESSORS
-from vlm_fast.cli.main import main
+from vlm_fast.cli import main
 from vlm_fast.training.data import (
     BadRecord,
     Captions,
     Collator,
     Conversations,
     Example,
+    ReplacedRecordWarning,
     Turn,
-    UnreadablePicture,
     check,
 )
 from vlm_fast.training.recipes.captions import CaptionCollator
@@ -30,7 +30,7 @@ SIZES = {
     "flat": (7, 1501),
     "last": (28, 28),
 }
-WORDS = r"refused by the processor: .*came '{}\.png': ValueError: .*aspect ratio.*200"
+WORDS = r"refused by the processor: .*got '{}\.png': ValueError: .*aspect ratio.*200"
 
 
 @pytest.fixture
@@ -61,11 +61,11 @@ def answers(processor, batch):
 def test_the_check_names_each(data, processor):
     collate = Collator(processor, format="v1")
     found = check(*data, collate=collate)
-    assert [(fault.index, fault.id, fault.field, fault.kind) for fault in found.faults] == [
+    assert [(issue.index, issue.id, issue.field, issue.kind) for issue in found.issues] == [
         (1, "thin", "image", "refused by the processor"),
         (3, "flat", "image", "refused by the processor"),
     ]
-    assert found.good == 3 and "'thin.png': ValueError: " in found.faults[0].came
+    assert found.good == 3 and "'thin.png': ValueError: " in found.issues[0].actual
     with pytest.raises(BadRecord, match=r"record 1 \(id 'thin'\), image: " + WORDS.format("thin")):
         check(*data, collate=collate, on_bad="stop")
 
@@ -103,7 +103,9 @@ def test_the_next_that_is_taken_stands_in_for_it(data, processor, size, workers)
     if workers:
         found = list(loader)
     else:
-        with pytest.warns(UnreadablePicture, match=r"record 1 \(id 'thin'\), image: refused by"):
+        with pytest.warns(
+            ReplacedRecordWarning, match=r"record 1 \(id 'thin'\), image: refused by"
+        ):
             found = list(loader)
     learned = [answer for batch in found for answer in answers(processor, batch)]
     assert learned == ["good", "other", "other", "last", "last"]
@@ -114,11 +116,11 @@ def test_after_the_last_comes_the_first_and_none_is_an_error(data, processor):
     records = json.loads(data[0].read_text())
     collate = Collator(processor, format="v1")
     data[0].write_text(json.dumps([records[0], records[1]]))
-    with pytest.warns(UnreadablePicture):
+    with pytest.warns(ReplacedRecordWarning):
         batch = collate([Conversations(*data, on_bad="skip")[1]])
     assert answers(processor, batch) == ["good"]
     data[0].write_text(json.dumps([records[1], records[3]]))
-    with pytest.warns(UnreadablePicture), pytest.raises(BadRecord, match="refused by the proc"):
+    with pytest.warns(ReplacedRecordWarning), pytest.raises(BadRecord, match="refused by the proc"):
         collate([Conversations(*data, on_bad="skip")[0]])
 
 
@@ -131,7 +133,9 @@ def test_one_that_is_too_long_is_stood_in_for_too(data):
         Conversations(*data, on_bad="skip"), batch_size=2,
         collate_fn=Collator(processor, max_length=220),
     )  # fmt: skip
-    with pytest.warns(UnreadablePicture, match=r"record 0 \(id 'good'\), conversations: too long"):
+    with pytest.warns(
+        ReplacedRecordWarning, match=r"record 0 \(id 'good'\), conversations: too long"
+    ):
         batch = next(iter(loader))
     assert answers(processor, batch) == ["thin", "thin"]
 
@@ -165,7 +169,7 @@ def test_captions_and_their_collator(data):
     ):
         list(DataLoader(Captions(*data), batch_size=2, collate_fn=collate))
     captions = Captions(*data, on_bad="skip")
-    with pytest.warns(UnreadablePicture):
+    with pytest.warns(ReplacedRecordWarning):
         batches = list(DataLoader(captions, batch_size=5, collate_fn=collate))
     assert captions.replaced == 2 and batches[0]["pixel_values"].shape[0] == 5
 
@@ -192,7 +196,7 @@ def test_memory_is_no_fault_of_a_record(data, monkeypatch):
 
 def test_an_example_travels_without_its_data_set(data):
     one = Conversations(*data, on_bad="skip")[0]
-    assert one.instead is not None and one.file == "good.png" and one.index == 0
+    assert one.replacement is not None and one.file == "good.png" and one.index == 0
     sent = pickle.dumps(one)
     assert len(sent) < 2 * len(pickle.dumps(one.image)) + 2000
-    assert pickle.loads(sent).instead is None
+    assert pickle.loads(sent).replacement is None

@@ -13,7 +13,7 @@ from transformers import SiglipConfig, SiglipModel
 from tests.support import reference_siglip
 from tests.support.reference_blip2 import judged
 from vlm_fast.training import losses
-from vlm_fast.training.losses.cross_entropy import LOGITS
+from vlm_fast.training.losses.cross_entropy import LOGITS_AT_ONCE
 
 START = (10.0, -10.0)  # of SigLIP's scale and bias
 
@@ -30,7 +30,7 @@ def plain(*inputs):
 @pytest.mark.parametrize("scale, bias", [START, (117.0, -13.0), (1000.0, -10.0)])
 @pytest.mark.parametrize("batch, logits", [(1, 100), (7, 100), (7, 14), (7, 1)])
 def test_siglip(monkeypatch, batch, logits, scale, bias, dtype):
-    monkeypatch.setitem(LOGITS, "cpu", logits)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", logits)
     numbers = torch.tensor(scale), torch.tensor(bias)
     judged(losses.siglip_loss, plain, [*features(batch), *numbers], dtype)
 
@@ -107,7 +107,7 @@ def test_siglip_is_differentiable_once():
 
 
 def test_siglip_has_no_tensor_of_all_logits(monkeypatch):
-    monkeypatch.setitem(LOGITS, "cpu", 64)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 64)
     images, texts = (x.requires_grad_() for x in features(32, width=2))
     with reference_siglip.Largest() as ours:
         losses.siglip_loss(images, texts, *START).backward()

@@ -111,10 +111,10 @@ def test_a_rounding_error_that_the_model_amplifies_is_ok():
     model, inputs = patched()
     plain = llava()
     with torch.no_grad():
-        moved = [torch.sin(1e5 * m(**inputs).logits) for m in (model, plain)]
+        perturbed = [torch.sin(1e5 * m(**inputs).logits) for m in (model, plain)]
     found = vlm_fast.verify(Amplifies(model), **inputs)
     assert found.ok, found
-    assert (moved[0] - moved[1]).abs().max() > 1e-3  # far more than the last bits of this
+    assert (perturbed[0] - perturbed[1]).abs().max() > 1e-3  # far more than the last bits of this
 
 
 # ---- dropout ----
@@ -239,11 +239,11 @@ def test_a_cache_that_is_given_stays():
 
 
 def test_results_of_other_places_or_shapes_are_no_ok():
-    one = model_runs.Run({"a": torch.zeros(2)}, False)
-    other = model_runs.Run({"a": torch.zeros(2), "b": torch.zeros(2)}, False)
+    one = model_runs.ModelRun({"a": torch.zeros(2)}, False)
+    other = model_runs.ModelRun({"a": torch.zeros(2), "b": torch.zeros(2)}, False)
     (verdict,) = model_runs.judge_outputs(one, other, lambda draw: other)
     assert not verdict.ok and verdict.what == "b"
-    wide = model_runs.Run({"a": torch.zeros(3)}, False)
+    wide = model_runs.ModelRun({"a": torch.zeros(3)}, False)
     assert not model_runs.judge_outputs(one, wide, lambda draw: wide)[0].ok
 
 

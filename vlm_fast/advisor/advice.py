@@ -1,4 +1,4 @@
-"""Which connector, and how many visual tokens: what can be chosen, in order, and why."""
+"""Rank connectors and numbers of visual tokens for a use, with reasons."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from vlm_fast.advisor.connector_modules import Point
-from vlm_fast.advisor.connectors import CONNECTORS, media_bytes, work
+from vlm_fast.advisor.connector_modules import DesignPoint
+from vlm_fast.advisor.connectors import CONNECTORS, connector_cost, media_bytes
 from vlm_fast.advisor.language_model import (
     key_value_bytes,
     language_parameters,
@@ -17,77 +17,24 @@ from vlm_fast.advisor.language_model import (
     tower_parameters,
 )
 from vlm_fast.advisor.model_shapes import ModelShape, model_shape
+from vlm_fast.advisor.option import Option
 from vlm_fast.advisor.pros_and_cons import reasons
-from vlm_fast.advisor.published_results import Measurement, measurements
-from vlm_fast.ops.declaration import Cost
+from vlm_fast.advisor.published_results import measurements
 from vlm_fast.ops.mlp import SAVED
 
-MOST_WINDOWS = 2  # of the numbers of tokens that pooling can give, advice lists the largest
-
-
-@dataclass(frozen=True)
-class Option:
-    """One connector at one number of tokens, for one request unless said otherwise.
-
-    Attributes:
-        connector, title: its name, and in prose; own: whether the model was published with it.
-        visual_tokens: of an image, in the language model's sequence.
-        seen_tokens: of an image, that the language model sees, in its sequence or beside it.
-        patches: of an image, that the tower computes.
-        compression: patches to a seen token.
-        text_tokens_left: what the context leaves for text.
-        parameters: of the connector.
-        cost: of the connector's forward and backward: FLOPs and bytes.
-        saved_bytes: what its backward keeps, by the ``saved`` level where there are levels.
-        prefill_flops: of the language model for images and text; prefill_flops_of_images: the part
-            that would not be there without the images; prefill_bytes: its weights, and the keys and
-            values it writes.
-        key_value_bytes: of images and text, while the request lasts.
-        weight_bytes: of the whole model, once.
-        memory_bytes: the weights, and keys and values of all requests.
-        most_requests: how many fit into the memory; None where none was given.
-        infeasible: why it cannot be had, or None.
-        measured: what results files say of it.
-        reasons_for, reasons_against: to be read.
-    """
-
-    connector: str
-    title: str
-    own: bool
-    visual_tokens: int
-    seen_tokens: int
-    patches: int
-    compression: float
-    text_tokens_left: int
-    parameters: int
-    cost: Cost
-    saved_bytes: dict[str, int]
-    prefill_flops: int
-    prefill_flops_of_images: int
-    prefill_bytes: int
-    key_value_bytes: int
-    weight_bytes: int
-    memory_bytes: int
-    most_requests: int | None
-    infeasible: str | None
-    measured: tuple[Measurement, ...] = ()
-    reasons_for: tuple[str, ...] = ()
-    reasons_against: tuple[str, ...] = ()
-
-    @property
-    def flops(self) -> int:
-        """Of connector and prefill, forward."""
-        return self.cost.forward_flops + self.prefill_flops
+MOST_WINDOWS = 2  # largest numbers of tokens listed for connectors that offer many, such as pooling
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is wanted: a rule that orders the options.
+    """A use of a model, and how options are ranked for it.
 
     Attributes:
-        title: in prose; rule: the order in words.
-        order: the same as a key; the least comes first.
-        images, requests: what is taken where nobody says.
+        title: in prose.
+        rule: the order in words.
+        order: sort key of an option; the smallest comes first.
+        images: default number of images per prompt.
+        requests: default number of concurrent requests.
     """
 
     title: str
@@ -102,7 +49,7 @@ SCENARIOS = {
         "documents and fine detail",
         "the most tokens seen of an image; of as many, what is not linear (LLaVA-1.5's MLP read "
         "better than LLaVA's linear: arXiv 2310.03744, section 3.2); then the fewest FLOPs",
-        lambda o: (-o.seen_tokens, not CONNECTORS[o.connector].bends, o.flops),
+        lambda o: (-o.seen_tokens, not CONNECTORS[o.connector].nonlinear, o.flops),
     ),
     "concurrency": Scenario(
         "many requests at once",
@@ -127,7 +74,14 @@ SCENARIOS = {
 
 @dataclass(frozen=True)
 class Advice:
-    """The options in order, the best first, those that cannot be had last; and what was asked."""
+    """The ranked options and the question that they answer.
+
+    Attributes:
+        scenario, model, context, memory, images, requests, text, dtype: see `advise`.
+        rule: the order in words.
+        source: where the numbers of the model's shape come from.
+        options: the best first, infeasible ones last.
+    """
 
     scenario: str
     rule: str
@@ -143,12 +97,12 @@ class Advice:
 
     @property
     def best(self) -> Option | None:
-        """The first, unless that cannot be had either."""
+        """The first option, or None if no option is feasible."""
         first = self.options[0] if self.options else None
         return None if first is None or first.infeasible else first
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Plain data for JSON."""
         return asdict(self)
 
 
@@ -166,32 +120,33 @@ def advise(
 ) -> Advice:
     """Rank the connectors for a use.
 
-    Nothing is run: FLOPs and bytes are those of the ops' cost models, with the modules on the meta
-    device (`vlm_fast.advisor.cost_counter`); measured figures are those that results files hold.
+    Nothing is computed: FLOPs and bytes are those of the ops' cost models, with the modules on the
+    meta device (`vlm_fast.advisor.cost_counter`). Measured times come from results files.
 
-    The rules. An option that leaves fewer than ``text`` tokens of the context, or needs more than
-    ``memory``, comes last, with the reason. The others are ordered
+    An option that leaves fewer than ``text`` tokens of the context, or needs more than ``memory``,
+    comes last, with the reason. The others are ordered
 
-    - documents: by the most tokens seen of an image, then what is not linear, then fewest FLOPs;
+    - documents: by the most seen tokens per image, then nonlinear connectors, then fewest FLOPs;
     - concurrency: by the least memory for all requests (weights once, keys and values of each);
     - dialogue: by the most tokens left for text, then fewest FLOPs;
     - iteration: by the fewest parameters to train, then fewest parts, then fewest FLOPs.
 
-    FLOPs are of connector and prefill. Memory counts weights, keys and values in ``dtype``; no
-    activations. The order says nothing of how well a model answers: tokens seen stand for that.
+    FLOPs are those of connector and prefill. Memory counts weights, keys and values in ``dtype``,
+    but no activations. Answer quality is not known; the number of seen tokens stands for it.
 
     Args:
         scenario: "documents", "concurrency", "dialogue" or "iteration".
-        model: the name of a shape (`vlm_fast.advisor.MODELS`), or a shape.
-        context: tokens of the language model's sequence; its own longest by default.
-        memory: bytes for weights, keys and values; None: no limit.
-        images: in a prompt; requests: at once. By default as the scenario has them.
-        text: tokens of text that a request needs, its answer included.
+        model: a `ModelShape` or its name in `vlm_fast.advisor.MODELS`.
+        context: length of the language model's sequence in tokens; None is the model's maximum.
+        memory: bytes for weights, keys and values; None means no limit.
+        images: per prompt; None is the scenario's default.
+        requests: at the same time; None is the scenario's default.
+        text: text tokens that a request needs, including its answer.
         dtype: of weights, keys and values.
-        connectors: names to choose from; all of `vlm_fast.advisor.CONNECTORS` by default.
+        connectors: names to choose from; None means all of `vlm_fast.advisor.CONNECTORS`.
 
     Raises:
-        ValueError: an unknown name, or a number out of its range.
+        ValueError: a name is unknown, or a number is out of range.
     """
     shape = model_shape(model) if isinstance(model, str) else model
     names = list(CONNECTORS) if connectors is None else list(connectors)
@@ -208,11 +163,13 @@ def advise(
         if value < lowest:
             raise ValueError(f"{name} is {value}, expected {lowest} or more")
     found = [
-        _option(Point(shape, name, tokens, images, text=text), context, memory, requests, dtype)
+        _option(
+            DesignPoint(shape, name, tokens, images, text=text), context, memory, requests, dtype
+        )
         for name in names
-        for tokens in CONNECTORS[name].counts(shape)[:MOST_WINDOWS]
+        for tokens in CONNECTORS[name].token_counts(shape)[:MOST_WINDOWS]
     ]
-    explained = [_explained(option, found, shape, context, scenario) for option in found]
+    explained = [_with_reasons(option, found, shape, context, scenario) for option in found]
     ordered = sorted(explained, key=lambda o: (o.infeasible is not None, *chosen.order(o)))
     return Advice(
         scenario, chosen.rule, shape.title, shape.source, context, memory, images, requests, text,
@@ -227,15 +184,17 @@ def _check_names(argument: str, names: Iterable[str], known: Iterable[str]) -> N
 
 
 def _option(
-    point: Point, context: int, memory: int | None, requests: int, dtype: torch.dtype
+    point: DesignPoint, context: int, memory: int | None, requests: int, dtype: torch.dtype
 ) -> Option:
     model, connector = point.model, CONNECTORS[point.connector]
     language = model.language
     in_sequence = point.tokens if connector.in_sequence else 0
     sequence = point.images * in_sequence + point.text
-    done = work(point, dtype)
-    levels = SAVED if connector.saves else ("",)
-    saved = {level: work(replace(point, saved=level), dtype).saved_bytes for level in levels}
+    done = connector_cost(point, dtype)
+    levels = SAVED if connector.has_levels else ("",)
+    saved = {
+        level: connector_cost(replace(point, saved=level), dtype).saved_bytes for level in levels
+    }
     held = sequence * key_value_bytes(language, dtype) + point.images * media_bytes(point, dtype)
     of_models = language_parameters(language) + tower_parameters(model.tower)
     weights = (of_models + done.parameters) * dtype.itemsize
@@ -245,7 +204,7 @@ def _option(
     option = Option(
         connector=connector.name,
         title=connector.title,
-        own=connector.name == model.connector,
+        published=connector.name == model.connector,
         visual_tokens=in_sequence,
         seen_tokens=point.tokens,
         patches=patches,
@@ -268,7 +227,7 @@ def _option(
 
 
 def _why_infeasible(
-    option: Option, point: Point, context: int, memory: int | None, requests: int
+    option: Option, point: DesignPoint, context: int, memory: int | None, requests: int
 ) -> str | None:
     if option.text_tokens_left < point.text:
         taken = context - option.text_tokens_left
@@ -287,7 +246,7 @@ def _why_infeasible(
     return None
 
 
-def _explained(
+def _with_reasons(
     option: Option, others: list[Option], model: ModelShape, context: int, scenario: str
 ) -> Option:
     good, bad = reasons(option, others, model, context, scenario)

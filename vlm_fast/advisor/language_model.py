@@ -1,4 +1,4 @@
-"""The language model's share of a visual token: prefill, keys and values, weights."""
+"""Cost of visual tokens in the language model: prefill, keys and values, weights."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.advisor.cost_counter import Ledger
-from vlm_fast.advisor.model_shapes import LanguageModel, Tower
+from vlm_fast.advisor.cost_counter import CostCounter
+from vlm_fast.advisor.model_shapes import LanguageModel, VisionTower
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's attention, each token seeing those up to itself."""
+    """Causal attention by torch, with grouped queries if there are fewer key heads."""
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
 class LanguageLayer(nn.Module):
-    """A decoder layer of this shape: the matrices of Llama's (or OPT's), its norms and attention.
+    """A decoder layer with the matrices, norms and attention of Llama or OPT, to time and count.
 
-    Stands for one when it is timed and counted: random weights, and no rotation of positions.
+    Weights are random and positions are not rotated.
 
     Args:
-        language: the shape.
-        attention: of q ``(batch, heads, tokens, d)`` and k, v ``(batch, kv_heads, tokens, d)``.
-
-    Shapes: ``(batch, tokens, hidden)`` to the same.
+        language: shapes.
+        attention: function of q ``(batch, heads, tokens, d)`` and k, v ``(batch, kv_heads, tokens,
+            d)``.
     """
 
     def __init__(self, language: LanguageModel, attention: Attention = causal) -> None:
@@ -49,6 +48,7 @@ class LanguageLayer(nn.Module):
         self.down = nn.Linear(language.intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(batch, tokens, hidden)`` to the same shape."""
         d = self.shape.head_dim
         normed = self.norms[0](x)
         q, k, v = (
@@ -63,32 +63,33 @@ class LanguageLayer(nn.Module):
 
 
 def prefill_flops(language: LanguageModel, tokens: int) -> int:
-    """FLOPs of all layers for one sequence of so many tokens.
+    """FLOPs of all layers for one sequence of ``tokens`` tokens.
 
-    Matrix products by torch's formulas, attention by the cost model of ``ops.cross_attention``, all
-    pairs counted though half of them are masked. Embedding and head, which sees one token, are not.
+    Matrix products are counted by torch's formulas, attention by the cost model of
+    ``ops.cross_attention`` with all pairs, though half of them are masked. The embedding and the
+    head, which processes one token, are not counted.
     """
     return step_flops(language, tokens, backward=False)
 
 
 @functools.lru_cache(maxsize=1024)
 def step_flops(language: LanguageModel, tokens: int, backward: bool) -> int:
-    """`prefill_flops`, with ``backward`` those of the gradient of its input too, layers frozen."""
+    """`prefill_flops`, plus the gradient of the input through frozen layers if ``backward``."""
     if tokens == 0:
         return 0
     with torch.device("meta"), torch.set_grad_enabled(backward):
         layer = LanguageLayer(language, ops.cross_attention).requires_grad_(False)
         x = torch.empty(1, tokens, language.hidden, requires_grad=backward)
-        with Ledger() as ledger:
+        with CostCounter() as counter:
             y = layer(x)
-            ledger.backward = True
+            counter.backward = True
             if backward:
                 y.backward(torch.empty_like(y))
-    return language.layers * (ledger.cost.forward_flops + ledger.cost.backward_flops)
+    return language.layers * (counter.cost.forward_flops + counter.cost.backward_flops)
 
 
 def attention_flops(language: LanguageModel, tokens: int) -> int:
-    """The part of `prefill_flops` that grows with the square of the tokens."""
+    """The part of `prefill_flops` that grows with the square of the number of tokens."""
     shape = (1, language.heads, tokens, language.head_dim)
     with torch.device("meta"):
         q = torch.empty(shape)
@@ -96,13 +97,13 @@ def attention_flops(language: LanguageModel, tokens: int) -> int:
 
 
 def key_value_bytes(language: LanguageModel, dtype: torch.dtype) -> int:
-    """Bytes of one token in the cache: keys and values of all layers."""
+    """Bytes that one token takes in the cache: keys and values of all layers."""
     return 2 * language.layers * language.kv_heads * language.head_dim * dtype.itemsize
 
 
 @functools.lru_cache(maxsize=64)
 def language_parameters(language: LanguageModel) -> int:
-    """Parameters of the layers, the embedding and the head."""
+    """Number of parameters of the layers, the embedding and the head."""
     with torch.device("meta"):
         layer = sum(p.numel() for p in LanguageLayer(language).parameters())
     embeddings = language.vocabulary * language.hidden * (1 if language.tied else 2)
@@ -110,8 +111,8 @@ def language_parameters(language: LanguageModel) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def tower_parameters(tower: Tower) -> int:
-    """Parameters of the layers of a plain vision transformer of this shape."""
+def tower_parameters(tower: VisionTower) -> int:
+    """Number of parameters of the layers of a plain vision transformer of this shape."""
     with torch.device("meta"):
         layer = nn.TransformerEncoderLayer(tower.hidden, 1, tower.intermediate)
     return tower.layers * sum(p.numel() for p in layer.parameters())

@@ -1,4 +1,4 @@
-"""Measure the points of a profile, as many as there is time for."""
+"""Measure the points of a profile, as many as the time allows."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from vlm_fast.advisor.connector_modules import Piece
+from vlm_fast.advisor.connector_modules import ConnectorModule
 from vlm_fast.advisor.connectors import CONNECTORS
 from vlm_fast.advisor.language_model import LanguageLayer
-from vlm_fast.advisor.pareto import front
-from vlm_fast.advisor.profile_points import Group, Layer, Row, timed_flops
+from vlm_fast.advisor.pareto import pareto_front
+from vlm_fast.advisor.profile_points import LayerGroup, PointGroup, ProfileRow, timed_flops
 from vlm_fast.devtools import memory, timing
 from vlm_fast.devtools.timing import Times
 
 ROUNDS = (3, 60)
-RUNS = ROUNDS[0] + 2  # of each call: a warm-up, the rounds, one for its memory
-SLACK = 1.5  # times longer than at the rate of a large matrix product
+RUNS = ROUNDS[0] + 2  # calls of each module: a warm-up, the fewest rounds, and one for its memory
+SLACK = 1.5  # measured time relative to the rate of a large matrix product, as an estimate
 
 
 @dataclass(frozen=True)
-class Setting:
+class MeasureSettings:
     """How to measure.
 
     Attributes:
-        device, dtype: of everything; flops_per_second: of a matrix product there, as measured.
-        deadline: of ``time.monotonic``; a group is begun if it seems to end before.
-        seconds: for each group, where that is more than the fewest rounds take.
-        traces: a folder for a trace of one step of each connector, or None.
+        device: "cpu" or "cuda".
+        dtype: of everything.
+        flops_per_second: measured rate of a large matrix product.
+        deadline: a value of ``time.monotonic``; a group that would take longer is not started.
+        seconds: time for each group; the fewest rounds may take longer.
+        traces: folder for a trace of one step of each connector, or None.
     """
 
     device: str
@@ -46,10 +48,12 @@ class Setting:
     traces: Path | None = None
 
 
-def sweep(groups: Sequence[Group | Layer], setting: Setting) -> Iterator[Group | Layer]:
-    """Measure groups in order, filling in their rows; each is yielded when it is done with.
+def measure_all(
+    groups: Sequence[PointGroup | LayerGroup], setting: MeasureSettings
+) -> Iterator[PointGroup | LayerGroup]:
+    """Measure groups in order and fill in their rows; yield each group when it is finished.
 
-    What cannot be measured says why: out of time, or the error that it raised.
+    Rows that cannot be measured get the reason: out of time, or the error.
     """
     for group in groups:
         left = setting.deadline - time.monotonic()
@@ -59,21 +63,21 @@ def sweep(groups: Sequence[Group | Layer], setting: Setting) -> Iterator[Group |
             why = f"out of time: about {seconds:.0f} s, {max(0.0, left):.0f} s left"
         else:
             try:
-                if isinstance(group, Layer):
+                if isinstance(group, LayerGroup):
                     _measure_layer(group, setting)
                 else:
                     _measure(group, setting)
-            except RuntimeError as error:  # out of memory among them
+            except RuntimeError as error:  # such as out of memory
                 why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        if isinstance(group, Group):
+        if isinstance(group, PointGroup):
             for row in group.rows:
                 row.not_measured = None if row.times is not None else why
         yield group
 
 
-def finish(groups: Sequence[Group | Layer], setting: Setting) -> None:
-    """Add up the shares of each row, and mark the Pareto points of each batch."""
-    rows = [row for group in groups if isinstance(group, Group) for row in group.rows]
+def complete_rows(groups: Sequence[PointGroup | LayerGroup], setting: MeasureSettings) -> None:
+    """Compute totals of each row, and mark the Pareto points of each batch size."""
+    rows = [row for group in groups if isinstance(group, PointGroup) for row in group.rows]
     timed = {}
     for row in rows:
         share = row.language
@@ -98,27 +102,34 @@ def finish(groups: Sequence[Group | Layer], setting: Setting) -> None:
             for row in ready
             if row.seconds is not None and row.memory_bytes is not None
         ]
-        for i in front([aim for _, aim in aims]):
-            aims[i][0].on_front = True
+        for i in pareto_front([aim for _, aim in aims]):
+            aims[i][0].on_pareto_front = True
 
 
 @dataclass
 class _Call:
-    """A piece that has been made; its step, and its forward alone."""
+    """A module with its arguments.
+
+    Attributes:
+        step: one forward, in training also backward.
+        forward: one forward with gradients enabled.
+        known: parameters and arguments, which do not count as saved memory.
+        count: number of such modules in the model.
+    """
 
     step: Callable[[], Any]
     forward: Callable[[], Any]
     known: list[Tensor]
-    times: int
+    count: int
 
 
-def _measure(group: Group, setting: Setting) -> None:
+def _measure(group: PointGroup, setting: MeasureSettings) -> None:
     torch.manual_seed(0)
     training = group.rows[0].mode == "training"
     calls = {
         (r, p): _call(piece, setting, training)
         for r, row in enumerate(group.rows)
-        for p, piece in enumerate(CONNECTORS[row.point.connector].pieces(row.point))
+        for p, piece in enumerate(CONNECTORS[row.point.connector].make_modules(row.point))
     }
     found = _interleaved(calls, setting)
     for r, row in enumerate(group.rows):
@@ -128,7 +139,7 @@ def _measure(group: Group, setting: Setting) -> None:
             _trace(row, [call for call, _ in own], setting)
 
 
-def _measure_layer(group: Layer, setting: Setting) -> None:
+def _measure_layer(group: LayerGroup, setting: MeasureSettings) -> None:
     row = group.rows[0]
     training, language = row.mode == "training", row.point.model.language
 
@@ -139,20 +150,20 @@ def _measure_layer(group: Layer, setting: Setting) -> None:
         size = (row.point.prompts, row.language.tokens, language.hidden)
         return (torch.randn(size, requires_grad=training),)
 
-    call = _call(Piece(layer, x), setting, training)
+    call = _call(ConnectorModule(layer, x), setting, training)
     (times,) = _interleaved({"layer": call}, setting).values()
     for row in group.rows:
         row.language.layer = times
 
 
-def _interleaved(calls: dict[Any, _Call], setting: Setting) -> dict[Any, Times]:
+def _interleaved(calls: dict[Any, _Call], setting: MeasureSettings) -> dict[Any, Times]:
     return timing.interleaved(
         {name: call.step for name, call in calls.items()}, [()], device=setting.device,
         seconds=setting.seconds, rounds=ROUNDS, wall=True,
     )  # fmt: skip
 
 
-def _call(piece: Piece, setting: Setting, training: bool) -> _Call:
+def _call(piece: ConnectorModule, setting: MeasureSettings, training: bool) -> _Call:
     before = torch.get_default_dtype()
     torch.set_default_dtype(setting.dtype)
     try:
@@ -172,29 +183,29 @@ def _call(piece: Piece, setting: Setting, training: bool) -> _Call:
         return torch.autograd.grad(module(*args), wanted, upstream)
 
     step = training_step if training else torch.no_grad()(forward)
-    return _Call(step, forward, [*module.parameters(), *args], piece.times)
+    return _Call(step, forward, [*module.parameters(), *args], piece.count)
 
 
-def _fill(row: Row, own: list[tuple[_Call, Times]], device: str) -> None:
-    """Times add up over the pieces; memory is the largest peak, over what all pieces keep."""
+def _fill(row: ProfileRow, own: list[tuple[_Call, Times]], device: str) -> None:
+    """Fill in a row: times add up over modules; the peak is the largest one plus what all keep."""
     row.times = Times(
-        sum(call.times * t.median for call, t in own),
-        sum(call.times * t.lower for call, t in own),
-        sum(call.times * t.upper for call, t in own),
+        sum(call.count * t.median for call, t in own),
+        sum(call.count * t.lower for call, t in own),
+        sum(call.count * t.upper for call, t in own),
         min(t.rounds for _, t in own),
     )
     peaks = [memory.peak_bytes(call.step, device) for call, _ in own]
     saved = [0] * len(own)
     if row.mode == "training":
         saved = [memory.saved_bytes(call.forward, call.known) for call, _ in own]
-    kept = sum(call.times * s for (call, _), s in zip(own, saved, strict=True))
+    kept = sum(call.count * s for (call, _), s in zip(own, saved, strict=True))
     row.saved_bytes = kept
     row.peak_bytes = kept + max(peak - s for peak, s in zip(peaks, saved, strict=True))
     row.not_measured = None
 
 
-def _trace(row: Row, calls: list[_Call], setting: Setting) -> None:
-    """One step of each piece, for chrome://tracing or ui.perfetto.dev."""
+def _trace(row: ProfileRow, calls: list[_Call], setting: MeasureSettings) -> None:
+    """Write a trace of one step of each module, for chrome://tracing or ui.perfetto.dev."""
     assert setting.traces is not None
     words = f"{row.point.connector} {row.title.partition(', ')[2]} batch {row.point.prompts}"
     path = setting.traces / f"trace_{re.sub(r'[^0-9A-Za-z]+', '_', words)}.json"

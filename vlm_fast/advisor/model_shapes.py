@@ -1,7 +1,7 @@
-"""Shapes of whole vision-language models: a tower, and the language model behind it.
+"""Shapes of published vision-language models: a vision encoder and a language model.
 
-Each names where its numbers are from: "config" is the default of that config class of transformers
-5.17, "card" the published checkpoint's config.json, recalled and not read here.
+Each says where its numbers are from: "config" is the default of that config class in transformers
+5.17, "card" is the published checkpoint's config.json, quoted from memory.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Tower:
-    """A vision tower, as the connector sees it.
+class VisionTower:
+    """A vision encoder as the connector sees it.
 
     Attributes:
-        width: features of a token handed to the connector.
+        width: features per token given to the connector.
         side: patches along a side of an image, or of one of its tiles.
-        tokens: what a connector that needs no grid reads of a tile; with a CLS token, if the model
-            hands it over.
-        tiles: tiles of an image; 1 where there is no tiling.
-        hidden, layers, intermediate: of its transformer, for its bytes of weights.
+        tokens: per tile for connectors that need no grid; includes a CLS token if the model passes
+            it on.
+        hidden, layers, intermediate: of its transformer, to compute its weights.
+        tiles: per image; 1 without tiling.
     """
 
     width: int
@@ -32,18 +32,19 @@ class Tower:
 
     @property
     def patches(self) -> int:
-        """Patches of an image, all tiles together."""
+        """Patches of an image over all tiles."""
         return self.tiles * self.side**2
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A decoder: Llama's layers, or OPT's where ``gated`` is False.
+    """A decoder with Llama's layers, or OPT's if ``gated`` is False.
 
     Attributes:
-        hidden: its width; layers, heads, kv_heads, head_dim, intermediate: as in Llama.
-        vocabulary: rows of the embedding; tied: whether the head is the same matrix.
-        context: the longest sequence, in tokens.
+        hidden, layers, heads, kv_heads, head_dim, intermediate: as in Llama.
+        vocabulary: rows of the embedding.
+        context: maximal sequence length in tokens.
+        tied: whether the head shares the embedding's matrix.
         gated: whether the feed-forward network has three matrices (SwiGLU) or two.
     """
 
@@ -61,23 +62,25 @@ class LanguageModel:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model that can be asked for by name.
+    """The shapes of a model.
 
     Attributes:
-        title: its name in prose; tower, language: its halves.
-        connector: the kind it was published with.
+        title: name in prose.
+        tower: its vision encoder.
+        language: its language model.
+        connector: name of the connector that it was published with.
         source: where the numbers are from.
     """
 
     title: str
-    tower: Tower
+    tower: VisionTower
     language: LanguageModel
     connector: str
     source: str
 
 
-CLIP_L = Tower(width=1024, side=24, tokens=576, hidden=1024, layers=24, intermediate=4096)
-EVA_G = Tower(width=1408, side=16, tokens=257, hidden=1408, layers=39, intermediate=6144)
+CLIP_L = VisionTower(width=1024, side=24, tokens=576, hidden=1024, layers=24, intermediate=4096)
+EVA_G = VisionTower(width=1408, side=16, tokens=257, hidden=1408, layers=39, intermediate=6144)
 VICUNA_7B = LanguageModel(
     hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, intermediate=11008,
     vocabulary=32064, context=4096,
@@ -104,7 +107,7 @@ MODELS = {
     ),
     "llava-onevision-7b": ModelShape(
         "LLaVA-OneVision-7B",
-        Tower(width=1152, side=27, tokens=729, hidden=1152, layers=26, intermediate=4304),
+        VisionTower(width=1152, side=27, tokens=729, hidden=1152, layers=26, intermediate=4304),
         QWEN2_7B, "anyres", "tower: LlavaOnevisionConfig; Qwen2-7B: card; arXiv 2408.03326",
     ),
     "blip2-opt-2.7b": ModelShape(
@@ -125,7 +128,7 @@ MODELS = {
     ),
     "idefics-9b": ModelShape(
         "IDEFICS-9B",
-        Tower(width=1280, side=16, tokens=257, hidden=1280, layers=32, intermediate=5120),
+        VisionTower(width=1280, side=16, tokens=257, hidden=1280, layers=32, intermediate=5120),
         LanguageModel(
             hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, intermediate=11008,
             vocabulary=32002, context=2048,
@@ -134,7 +137,7 @@ MODELS = {
     ),
     "llama-3.2-11b-vision": ModelShape(
         "Llama-3.2-11B-Vision",
-        Tower(
+        VisionTower(
             width=7680, side=40, tokens=1601, hidden=1280, layers=40, intermediate=5120, tiles=4
         ),
         LanguageModel(
@@ -145,7 +148,7 @@ MODELS = {
     ),
     "qwen2.5-vl-7b": ModelShape(
         "Qwen2.5-VL-7B at 448 pixels",
-        Tower(width=1280, side=32, tokens=1024, hidden=1280, layers=32, intermediate=3420),
+        VisionTower(width=1280, side=32, tokens=1024, hidden=1280, layers=32, intermediate=3420),
         LanguageModel(
             hidden=3584, layers=28, heads=28, kv_heads=4, head_dim=128, intermediate=18944,
             vocabulary=152064, context=128000,
@@ -154,17 +157,17 @@ MODELS = {
     ),
     "internvl3-8b": ModelShape(
         "InternVL3-8B, one tile",
-        Tower(width=1024, side=32, tokens=1024, hidden=1024, layers=24, intermediate=4096),
+        VisionTower(width=1024, side=32, tokens=1024, hidden=1024, layers=24, intermediate=4096),
         QWEN2_7B, "shuffle", "tower: InternVLConfig; Qwen2.5-7B: card",
     ),
 }  # fmt: skip
 
 
 def model_shape(name: str) -> ModelShape:
-    """The shape of this name.
+    """The shape with this name.
 
     Raises:
-        ValueError: there is none; the message names those there are.
+        ValueError: the name is unknown; the message lists the known ones.
     """
     if name not in MODELS:
         raise ValueError(f"no model shape is called {name!r}; there are {', '.join(MODELS)}")

@@ -1,4 +1,4 @@
-"""The points of a profile, in the order of their worth; what is measured of each."""
+"""The points of a profile in the order of their importance, and what is measured of each."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from vlm_fast.advisor.connector_modules import Point
-from vlm_fast.advisor.connectors import CONNECTORS, media_bytes, work, works
+from vlm_fast.advisor.connector_modules import DesignPoint
+from vlm_fast.advisor.connectors import CONNECTORS, connector_cost, media_bytes, module_costs
 from vlm_fast.advisor.language_model import key_value_bytes, step_flops
 from vlm_fast.advisor.model_shapes import ModelShape
 from vlm_fast.devtools.timing import Times
@@ -20,17 +20,18 @@ MODES = ("forward", "training")
 
 
 @dataclass
-class Share:
-    """The language model's part of a step: of images and text, all layers.
+class LanguageShare:
+    """The language model's part of a step: all layers, for images and text.
 
     Attributes:
-        tokens: of each sequence.
+        tokens: per sequence.
         flops: counted, of all layers and sequences.
-        modelled_seconds: these at the rate of a large matrix product, as measured here.
+        modelled_seconds: ``flops`` at the measured rate of a large matrix product.
         layer: times of one layer, or None.
-        seconds: of all layers, and the basis of that: "measured" (one layer's median times their
-            number), "extrapolated" (the FLOPs at the rate of the timed layer that is nearest in
-            size), or "modelled" (none was timed).
+        seconds: of all layers.
+        basis: of ``seconds``: "measured" (median of one layer times their number), "extrapolated"
+            (FLOPs at the rate of the timed layer nearest in size), or "modelled" (no layer was
+            timed).
     """
 
     tokens: int
@@ -42,26 +43,31 @@ class Share:
 
 
 @dataclass
-class Row:
-    """A point of the profile.
+class ProfileRow:
+    """One point of the profile.
 
     Attributes:
-        point: what was asked; mode: "forward" (no gradients) or "training" (and backward).
-        visual_tokens: of an image, in the sequence; patches: of an image, in the tower.
+        point: connector, model and sizes.
+        mode: "forward" (without gradients) or "training" (forward and backward).
+        visual_tokens: per image in the sequence.
+        patches: per image in the vision encoder.
         parameters, forward_flops, forward_bytes, backward_flops, backward_bytes: of the connector,
-            by the cost models; of the backward 0 where there is none.
-        counted_saved_bytes: what the connector keeps for backward, by level, counted.
-        key_value_bytes: of the images of the batch, in the language model's cache.
-        language: its share.
-        timed_flops: of one step of each piece, as it is timed.
-        times: of the connector; peak_bytes: its largest memory; saved_bytes: what its forward kept.
-        not_measured: why these are None.
-        seconds: connector and language model; memory_bytes: the connector's weights and peak, and
-            the images' keys and values.
-        on_front: whether no other point of this batch beats it in seconds, memory and tokens seen.
+            by the cost models; without backward the last two are 0.
+        counted_saved_bytes: memory that the connector keeps for backward by level, counted.
+        key_value_bytes: of the batch's images in the language model's cache.
+        language: the language model's part.
+        timed_flops: of one step of each module, as it is timed.
+        times: of the connector.
+        peak_bytes: peak memory of the connector.
+        saved_bytes: memory that its forward keeps, measured.
+        not_measured: the reason why these are None.
+        seconds: of connector and language model.
+        memory_bytes: weights and peak of the connector, and keys and values of images.
+        on_pareto_front: whether no other point of this batch dominates it in seconds, memory and
+            seen tokens.
     """
 
-    point: Point
+    point: DesignPoint
     mode: str
     visual_tokens: int
     patches: int
@@ -72,7 +78,7 @@ class Row:
     backward_bytes: int
     counted_saved_bytes: dict[str, int]
     key_value_bytes: int
-    language: Share
+    language: LanguageShare
     timed_flops: int
     times: Times | None = None
     peak_bytes: int | None = None
@@ -80,21 +86,21 @@ class Row:
     not_measured: str | None = "not begun"
     seconds: float | None = None
     memory_bytes: int | None = None
-    on_front: bool = False
+    on_pareto_front: bool = False
 
     @property
     def title(self) -> str:
-        """Connector, tokens, and the level where there are several."""
+        """Connector and number of tokens, and the level if there are several."""
         words = f"{CONNECTORS[self.point.connector].title}, {self.point.tokens}"
-        leveled = self.mode == "training" and CONNECTORS[self.point.connector].saves
+        leveled = self.mode == "training" and CONNECTORS[self.point.connector].has_levels
         return f"{words}, saved={self.point.saved}" if leveled else words
 
 
 @dataclass
-class Group:
-    """Points measured in turns: alternatives that give as many tokens, in one batch and level."""
+class PointGroup:
+    """Points measured in turns: alternatives with the same number of tokens, batch and level."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ProfileRow] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -103,10 +109,10 @@ class Group:
 
 
 @dataclass
-class Layer:
-    """A layer of the language model at one length and batch, and the points whose share that is."""
+class LayerGroup:
+    """A layer of the language model at one length and batch, and the points that use its time."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ProfileRow] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -123,17 +129,27 @@ def points(
     mode: str,
     text: int,
     dtype: torch.dtype,
-) -> list[Group | Layer]:
-    """All points there are of these, grouped, and the layers they need, those of most worth first.
+) -> list[PointGroup | LayerGroup]:
+    """All points of a profile in groups, and the layers that they need, most important first.
 
-    The first batch and level come before the next; of these, numbers of tokens that a connector has
-    of its own before others; of equal worth, the least work.
+    The first batch and level come before the next ones. Among these, numbers of tokens that are a
+    connector's usual ones come first, then the groups with the least work.
+
+    Args:
+        model: shapes.
+        connectors: names.
+        tokens: numbers of visual tokens per image.
+        batches: numbers of prompts at the same time.
+        levels: of ``saved``.
+        mode: "forward" or "training".
+        text: text tokens per prompt.
+        dtype: of parameters and inputs.
 
     Raises:
-        ValueError: no connector can give one of the numbers of tokens; the message says which do.
+        ValueError: no connector can produce one of the numbers of tokens.
     """
     connectors = list(connectors)
-    groups: dict[tuple[int, bool, bool, int, int, int], Group | Layer] = {}
+    groups: dict[tuple[int, bool, bool, int, int, int], PointGroup | LayerGroup] = {}
     worth_of_layer: dict[tuple[int, int], tuple[int, bool, bool, int, int, int]] = {}
     for n in tokens:
         reasons = [CONNECTORS[name].why_not(model, n) for name in connectors]
@@ -142,19 +158,21 @@ def points(
         for name, reason in zip(connectors, reasons, strict=True):
             if reason is not None:
                 continue
-            strange = n not in CONNECTORS[name].counts(model)
-            leveled = mode == "training" and CONNECTORS[name].saves
+            strange = n not in CONNECTORS[name].token_counts(model)
+            leveled = mode == "training" and CONNECTORS[name].has_levels
             for level, saved in enumerate(levels if leveled else levels[:1]):
                 for b, batch in enumerate(batches):
                     row = _row(
-                        Point(model, name, n, prompts=batch, text=text, saved=saved), mode, dtype
+                        DesignPoint(model, name, n, prompts=batch, text=text, saved=saved),
+                        mode,
+                        dtype,
                     )
                     key = (b + level, strange, False, n, b, level)
-                    groups.setdefault(key, Group()).rows.append(row)
+                    groups.setdefault(key, PointGroup()).rows.append(row)
                     of_layer = (row.language.tokens, batch)
                     key = (b + level, strange, True, *of_layer, 0)
                     first = min(key, worth_of_layer.get(of_layer, key))
-                    known = groups.pop(worth_of_layer.get(of_layer, key), Layer())
+                    known = groups.pop(worth_of_layer.get(of_layer, key), LayerGroup())
                     known.rows.append(row)
                     worth_of_layer[of_layer], groups[first] = first, known
 
@@ -164,31 +182,31 @@ def points(
     return [groups[key] for key in sorted(groups, key=worth)]
 
 
-def timed_flops(group: Group | Layer) -> float:
-    """FLOPs of each point's pieces once, or of the layer: to compare groups by."""
-    if isinstance(group, Layer):
+def timed_flops(group: PointGroup | LayerGroup) -> float:
+    """FLOPs of one step of each point of a group, or of the layer."""
+    if isinstance(group, LayerGroup):
         return group.rows[0].language.flops / group.rows[0].point.model.language.layers
     return sum(row.timed_flops for row in group.rows)
 
 
-def _row(point: Point, mode: str, dtype: torch.dtype) -> Row:
+def _row(point: DesignPoint, mode: str, dtype: torch.dtype) -> ProfileRow:
     connector, language = CONNECTORS[point.connector], point.model.language
     backward = mode == "training"
-    done = work(point, dtype, backward=backward)
+    done = connector_cost(point, dtype, backward=backward)
     in_sequence = point.tokens if connector.in_sequence else 0
     cached = in_sequence * key_value_bytes(language, dtype) + media_bytes(point, dtype)
-    levels = SAVED if connector.saves else ("",)
+    levels = SAVED if connector.has_levels else ("",)
     counted = {
-        level: work(replace(point, saved=level), dtype, backward=backward).saved_bytes
+        level: connector_cost(replace(point, saved=level), dtype, backward=backward).saved_bytes
         for level in levels
     }
     sequence = in_sequence + point.text
     flops = point.prompts * step_flops(language, sequence, backward)
-    once = [w.cost for w in works(point, dtype, backward=backward)]
+    once = [w.cost for w in module_costs(point, dtype, backward=backward)]
     timed = sum(cost.forward_flops + cost.backward_flops for cost in once)
-    return Row(
+    return ProfileRow(
         point=point, mode=mode, visual_tokens=in_sequence, patches=connector.patches(point.model),
         parameters=done.parameters, **asdict(done.cost), counted_saved_bytes=counted,
-        key_value_bytes=point.prompts * cached, language=Share(sequence, flops),
+        key_value_bytes=point.prompts * cached, language=LanguageShare(sequence, flops),
         timed_flops=timed,
     )  # fmt: skip

@@ -1,19 +1,15 @@
-"""What speaks for a connector and against it, in words and in its own figures."""
+"""Reasons for and against a connector, in words and with its own figures."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from vlm_fast.advisor.connector_modules import GATED_EVERY, gated_blocks
 from vlm_fast.advisor.model_shapes import ModelShape
-
-if TYPE_CHECKING:
-    from vlm_fast.advisor.advice import Option
+from vlm_fast.advisor.option import Option
 
 Pair = tuple[tuple[str, ...], tuple[str, ...]]
-MUCH, LITTLE = 0.9, 0.5  # of the context
+MUCH, LITTLE = 0.9, 0.5  # shares of the context
 
-# What the papers say, by connector and then by scenario; "" is said always.
+# What the papers say, by connector and scenario; "" applies to every scenario.
 FOR = {
     "linear": {
         "iteration": "one matrix; trained in two stages, the first of it alone (arXiv 2304.08485)"
@@ -58,7 +54,15 @@ AGAINST = {
 def reasons(
     option: Option, others: list[Option], model: ModelShape, context: int, scenario: str
 ) -> Pair:
-    """For and against, the figures first."""
+    """Reasons for and against an option, those with figures first.
+
+    Args:
+        option: the option.
+        others: all options, to compare with.
+        model: shapes.
+        context: length of the language model's sequence in tokens.
+        scenario: its name.
+    """
     good, bad = [], []
     if option.seen_tokens >= option.patches:
         good.append(f"all {option.patches} patches reach the language model")
@@ -86,7 +90,7 @@ def reasons(
         least = min(other.parameters for other in others)
         side = good if option.parameters == least else bad
         side.append(f"{option.parameters / 1e6:.3g} million parameters to train")
-    if option.own:
+    if option.published:
         good.append(f"what {model.title} was published with")
     for said, where in ((good, FOR), (bad, AGAINST)):
         words = where.get(option.connector, {})

@@ -1,4 +1,4 @@
-"""What results files measured of a connector: on which machine, at this source or an older one."""
+"""Measured times of connectors from results files."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from vlm_fast.advisor.model_shapes import ModelShape
 from vlm_fast.ops.declaration import OPS
 from vlm_fast.verification import results_files
 
-STATE = "after"  # a benchmark's name for what this package runs
+STATE = "after"  # the benchmark's name for the patched model
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A time that a results file holds.
+    """A time from a results file.
 
     Attributes:
         part: what was timed, in the file's words.
-        seconds, lower, upper: median and quartiles.
-        dtype, machine: the conditions.
-        current: whether the ops that it rests on have the same source now.
+        seconds: median.
+        lower, upper: quartiles.
+        dtype: as text.
+        machine: name of the GPU or CPU.
+        current: whether the ops that it depends on have the same source now.
     """
 
     part: str
@@ -44,7 +46,13 @@ class Measurement:
 def measurements(
     connector: Connector, model: ModelShape, results: Sequence[dict[str, Any]] | None = None
 ) -> list[Measurement]:
-    """What results (by default, all results files) say of a connector."""
+    """The measurements of a connector.
+
+    Args:
+        connector: the connector.
+        model: its vision encoder decides which measurements apply.
+        results: contents of results files; None reads all of them.
+    """
     results = results_files.read_results() if results is None else results
     return [found for result in results for found in _of(connector, model, result)]
 

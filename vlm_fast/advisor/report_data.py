@@ -1,4 +1,4 @@
-"""What a profile found, as data: JSON of a fixed form, and CSV."""
+"""A profile as data: JSON with a fixed schema, and CSV."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from vlm_fast import terminal
 from vlm_fast.advisor.model_shapes import ModelShape
-from vlm_fast.advisor.profile_points import Group, Layer, Row
+from vlm_fast.advisor.profile_points import LayerGroup, PointGroup, ProfileRow
 from vlm_fast.devtools import environment
 from vlm_fast.devtools.timing import Ceilings
 from vlm_fast.kernels import _native
@@ -39,7 +38,13 @@ NOTES = (
 
 
 def conditions(device: str, dtype: torch.dtype, best: Ceilings) -> dict[str, Any]:
-    """Where and how a profile is measured."""
+    """Where and how a profile is measured.
+
+    Args:
+        device: "cpu" or "cuda".
+        dtype: of everything.
+        best: measured rates of the machine.
+    """
     name = environment.processor() if device == "cpu" else torch.cuda.get_device_name()
     return {
         "machine": name,
@@ -58,32 +63,38 @@ def conditions(device: str, dtype: torch.dtype, best: Ceilings) -> dict[str, Any
 def document(
     name: str,
     model: ModelShape,
-    groups: Sequence[Group | Layer],
-    asked: dict[str, Any],
+    groups: Sequence[PointGroup | LayerGroup],
+    request: dict[str, Any],
     where: dict[str, Any],
     started: float,
     unfinished: str | None,
 ) -> dict[str, Any]:
-    """The profile, as `schema` has it.
+    """A profile as JSON data, described by `schema`.
 
     Args:
-        name, model: of the shape.
-        asked: mode, text, tokens, batches, levels and connectors; where: of `conditions`.
-        started: ``time.monotonic`` at the beginning; unfinished: why points were left out, or None.
+        name: of the model's shape.
+        model: the shape.
+        groups: measured groups.
+        request: mode, text, tokens, batches, levels, connectors and budget.
+        where: result of `conditions`.
+        started: ``time.monotonic`` at the start.
+        unfinished: why points were left out, or None.
     """
     return {
         "format": FORMAT,
         "version": VERSION,
         "unfinished": unfinished,
         "model": {"name": name, **asdict(model)},
-        "asked": asked,
+        "request": request,
         "conditions": {**where, "seconds": time.monotonic() - started},
         "notes": list(NOTES),
-        "rows": [_plain(row) for group in groups if isinstance(group, Group) for row in group.rows],
+        "rows": [
+            _plain(row) for group in groups if isinstance(group, PointGroup) for row in group.rows
+        ],
     }
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: ProfileRow) -> dict[str, Any]:
     point = row.point
     found = {k: v for k, v in asdict(row).items() if k not in ("point", "timed_flops")}
     return {
@@ -92,18 +103,12 @@ def _plain(row: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def schema() -> dict[str, Any]:
-    """The JSON schema of `document`."""
-    text = resources.files("vlm_fast.advisor").joinpath("profile.schema.json").read_text()
-    return json.loads(text)
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """One line a point, nested values by dotted names; no cell is a formula."""
+    """Write one line per point; nested values get dotted names, and no cell is a formula."""
     terminal.write_csv(path, [dict(_flat(row)) for row in rows])
 
 

@@ -1,36 +1,39 @@
-"""``vlm-fast advise``."""
+"""The command ``vlm-fast advise``."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from vlm_fast import terminal
-from vlm_fast.advisor.advice import SCENARIOS, Option
+from vlm_fast.advisor.advice import SCENARIOS
 from vlm_fast.advisor.advice import advise as advice_for
-from vlm_fast.cli.advisor_options import (
-    ConnectorsOption,
-    ModelOption,
-    checked,
-    connectors_of,
-    in_bytes,
-    known,
-)
-from vlm_fast.cli.options import Json, print_json
+from vlm_fast.advisor.option import Option
+from vlm_fast.cli.advisor_options import ConnectorsOption, ModelOption, in_bytes
+from vlm_fast.cli.options import Json, print_json, values_of
+
+if TYPE_CHECKING:
+    ScenarioName = str
+else:
+    ScenarioName = Literal[tuple(SCENARIOS)]
 
 
 def advise(
     scenario: Annotated[
-        str,
-        typer.Option(callback=known("scenario", SCENARIOS), help=f"One of {', '.join(SCENARIOS)}."),
+        ScenarioName, typer.Option(help="The use for which options are ranked.")
     ] = "documents",
     model: ModelOption = "llava-1.5-7b",
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the sequence; the model's own by default.")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="For weights, keys and values: 24GB, 24GiB; no limit if not.")
+        int | None,
+        typer.Option(
+            parser=in_bytes,
+            metavar="SIZE",
+            help="Limit for weights, keys and values, such as 24GB or 24GiB; none by default.",
+        ),
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="In a prompt.")] = None,
     requests: Annotated[int | None, typer.Option(min=1, help="At once.")] = None,
@@ -40,11 +43,11 @@ def advise(
     connectors: ConnectorsOption = None,
     as_json: Json = False,
 ) -> None:
-    """Which connector, how many visual tokens: ranked for a use, with figures and reasons."""
+    """Rank connectors and numbers of visual tokens for a use, with figures and reasons."""
     found = advice_for(
-        scenario, model, context=context, memory=checked("--memory", in_bytes, memory),
+        scenario, model, context=context, memory=memory,
         images=images, requests=requests, text=text,
-        connectors=checked("--connectors", connectors_of, connectors),
+        connectors=values_of(connectors) or None,
     )  # fmt: skip
     if as_json:
         print_json(found.as_dict())
@@ -79,7 +82,7 @@ def _cells(number: int, o: Option) -> tuple[object, ...]:
     measured = o.measured[0] if o.measured else None
     return (
         "-" if o.infeasible else number,
-        o.title + (" *" if o.own else ""),
+        o.title + (" *" if o.published else ""),
         _tokens(o),
         max(0, o.text_tokens_left),
         f"{o.compression:.3g}x",

@@ -1,4 +1,4 @@
-"""``vlm-fast data``: what connectors are trained on."""
+"""The commands ``vlm-fast data ...``."""
 
 from __future__ import annotations
 

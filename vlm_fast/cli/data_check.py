@@ -1,30 +1,36 @@
-"""``vlm-fast data check``."""
+"""The command ``vlm-fast data check``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from vlm_fast import terminal
 from vlm_fast.cli.options import Exit, Json, print_json, stop
+from vlm_fast.training.data.chat_formats import FORMATS
 from vlm_fast.training.data.collator import Collator
-from vlm_fast.training.data.datasets import Checked
+from vlm_fast.training.data.datasets import CheckResult
 from vlm_fast.training.data.datasets import check as checked
-from vlm_fast.training.data.images import WHITE, Colour, checked_background
-from vlm_fast.training.data.record_errors import BadRecord, Fault, OnBad, counts
+from vlm_fast.training.data.images import WHITE, Colour, parse_background
+from vlm_fast.training.data.record_errors import BadRecord, OnBad, RecordIssue, count_by_kind
 
-SHOWN = 20  # faults of a kind that are printed as text
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[tuple(FORMATS)]
+
+SHOWN = 20  # issues of a kind that are printed as text
 Background = Annotated[
-    str, typer.Option(help="What shows where a picture is transparent: a name, or #rrggbb.")
+    str, typer.Option(help="Colour behind transparent pixels: a name, or #rrggbb.")
 ]
 
 
 def colour(name: str) -> Colour:
-    """The colour that an option names."""
+    """The colour that ``--background`` names."""
     try:
-        return WHITE if name == "white" else checked_background(name)
+        return WHITE if name == "white" else parse_background(name)
     except ValueError as error:
         raise typer.BadParameter(f"--background: {error}") from None
     except ModuleNotFoundError as error:
@@ -33,24 +39,25 @@ def colour(name: str) -> Colour:
 
 def check(
     data: Annotated[Path, typer.Option(help="LLaVA's conversation JSON, or JSONL.")],
-    images: Annotated[Path, typer.Option(help="The folder that images lie in.")],
+    images: Annotated[Path, typer.Option(help="The folder of images.")],
     on_bad: Annotated[
         OnBad, typer.Option(help="Stop at the first bad record, or skip it and name all.")
     ] = "skip",
     processor: Annotated[
-        Path | None, typer.Option(help="Of a model: also make each record's inputs by it.")
+        Path | None,
+        typer.Option(help="A folder with a processor, to check that it accepts the records."),
     ] = None,
-    format: Annotated[str | None, typer.Option(help="chat, v1 or plain; with --processor.")] = None,
+    format: Annotated[FormatName | None, typer.Option(help="With --processor.")] = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a record; with --processor.")
     ] = None,
     background: Background = "white",
     as_json: Json = False,
 ) -> None:
-    """Every record's shape, every picture decoded to its end; exit 1 if a record is bad.
+    """Check every record and decode every image; exit 1 if a record is bad.
 
-    With a processor also whether it takes them, and whether images and answers fit into
-    --max-length. Duplicate ids and unknown keys are warnings: such records can be used.
+    With a processor, also check that it accepts the records, and that images and answers fit into
+    --max-length. Duplicate ids and unknown keys are warnings: these records can be used.
     """
     if not data.is_file():
         raise typer.BadParameter(f"--data: there is no file {data}")
@@ -65,14 +72,14 @@ def check(
             found = checked(
                 data, images, on_bad=on_bad, collate=collate, background=below, progress=count
             )
-    except BadRecord as error:  # stopped
-        assert error.fault is not None
-        found = Checked(None, None, [error.fault])
+    except BadRecord as error:  # --on-bad stop
+        assert error.issue is not None
+        found = CheckResult(None, None, [error.issue])
     except OSError as error:
         raise typer.BadParameter(f"--data: {error}") from None
     except ModuleNotFoundError as error:
         stop(Exit.ENVIRONMENT, f"{error}: pictures need Pillow (pip install pillow)")
-    bad = [fault for fault in found.faults if not fault.is_warning]
+    bad = [issue for issue in found.issues if not issue.is_warning]
     if as_json:
         print_json({**as_dict(found), "ok": not bad})
     else:
@@ -82,7 +89,7 @@ def check(
 
 
 def _collator(processor: Path, format: str | None, max_length: int | None) -> Collator:
-    if not processor.is_dir():  # whose name could be taken for that of a repository
+    if not processor.is_dir():  # transformers would look for it on the hub
         raise typer.BadParameter(f"--processor: there is no folder {processor}")
     try:
         from transformers import AutoProcessor
@@ -96,25 +103,26 @@ def _collator(processor: Path, format: str | None, max_length: int | None) -> Co
         raise typer.BadParameter(f"--processor: {error}") from None
 
 
-def as_dict(found: Checked) -> dict[str, Any]:
+def as_dict(found: CheckResult) -> dict[str, Any]:
+    """The result of a check as data for JSON."""
     return {
         "total": found.total,
         "good": found.good,
-        "counts": counts(found.faults),
-        "faults": [fault.as_dict() for fault in found.faults],
+        "counts": count_by_kind(found.issues),
+        "faults": [issue.as_dict() for issue in found.issues],
     }
 
 
-def _print(data: Path, found: Checked) -> None:
-    by_kind: dict[str, list[Fault]] = {kind: [] for kind in counts(found.faults)}
-    for fault in found.faults:
-        by_kind[fault.kind].append(fault)
-    for kind, faults in by_kind.items():
-        for fault in faults[:SHOWN]:
-            print(f"{'warning: ' if fault.is_warning else ''}{fault}")
-        if len(faults) > SHOWN:
-            print(f"and {len(faults) - SHOWN} more of {kind}; --json has all")
-    rows: list[tuple[str, object]] = [(kind, len(faults)) for kind, faults in by_kind.items()]
+def _print(data: Path, found: CheckResult) -> None:
+    by_kind: dict[str, list[RecordIssue]] = {kind: [] for kind in count_by_kind(found.issues)}
+    for issue in found.issues:
+        by_kind[issue.kind].append(issue)
+    for kind, issues in by_kind.items():
+        for issue in issues[:SHOWN]:
+            print(f"{'warning: ' if issue.is_warning else ''}{issue}")
+        if len(issues) > SHOWN:
+            print(f"and {len(issues) - SHOWN} more of {kind}; --json has all")
+    rows: list[tuple[str, object]] = [(kind, len(issues)) for kind, issues in by_kind.items()]
     if found.total is None:
         rows.append(("stopped at the first bad record", ""))
     else:

@@ -1,35 +1,48 @@
-"""``vlm-fast data generate``."""
+"""The command ``vlm-fast data generate``."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vlm_fast import terminal
-from vlm_fast.cli.options import Exit, Json, print_json, stop
+from vlm_fast.cli.options import Exit, Json, enum_of, print_json, stop, values_of
 from vlm_fast.signals import handled
 from vlm_fast.training.data.generation.coco import read_scenes
 from vlm_fast.training.data.generation.endpoint import Endpoint, Unavailable
 from vlm_fast.training.data.generation.prompts import KINDS
-from vlm_fast.training.data.generation.rate_limit import TokenBucket
-from vlm_fast.training.data.generation.resume_log import Journal
-from vlm_fast.training.data.generation.run import Run, Task, journal_of, subject, tasks
-from vlm_fast.training.data.images import picture
-from vlm_fast.training.data.record_errors import BadRecord, Fault, counts
+from vlm_fast.training.data.generation.rate_limit import RateLimit
+from vlm_fast.training.data.generation.resume_log import ResumeLog
+from vlm_fast.training.data.generation.run import (
+    GenerationRun,
+    Task,
+    log_header,
+    resume_log_path,
+    tasks,
+)
+from vlm_fast.training.data.images import load_image
+from vlm_fast.training.data.record_errors import BadRecord, RecordIssue, count_by_kind
 from vlm_fast.training.data.records import Record
 
-SHOWN = 20  # annotations that are told of one by one
+if TYPE_CHECKING:
+    KindNames = list[str]
+else:
+    KindNames = list[enum_of(KINDS)]
+
+SHOWN = 20  # annotations that are named one by one
 
 
 def generate(
     captions: Annotated[Path, typer.Option(help="COCO's captions_*.json.")],
     boxes: Annotated[Path, typer.Option(help="COCO's instances_*.json.")],
-    images: Annotated[Path, typer.Option(help="The folder that images lie in.")],
-    out: Annotated[Path, typer.Option(help="Conversation JSON; a journal is kept beside it.")],
+    images: Annotated[Path, typer.Option(help="The folder of images.")],
+    out: Annotated[
+        Path, typer.Option(help="Conversation JSON; answers so far are kept beside it.")
+    ],
     model: Annotated[str, typer.Option(help="Its name at the endpoint.")],
     base_url: Annotated[
         str | None, typer.Option(help="An OpenAI-compatible endpoint; OpenAI's by default.")
@@ -37,42 +50,39 @@ def generate(
     key_variable: Annotated[
         str, typer.Option(help="The environment variable that holds the key.")
     ] = "OPENAI_API_KEY",
-    kinds: Annotated[str, typer.Option(help=f"Some of {','.join(KINDS)}.")] = ",".join(KINDS),
+    kinds: Annotated[
+        KindNames | None, typer.Option("--kind", help="May be repeated; all by default.")
+    ] = None,
     rate: Annotated[float, typer.Option(min=0.001, help="Requests a minute.")] = 60.0,
     again: Annotated[
-        int, typer.Option(min=0, help="How often a bad answer is asked for again.")
+        int, typer.Option(min=0, help="How often a bad answer is requested again.")
     ] = 2,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many questions.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only this many requests.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the prompts and their number; ask nothing.")
+        bool, typer.Option("--dry-run", help="Print the prompts and their number; send nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Instruction data from captions and boxes: description, reasoning and conversation.
 
-    Every answer is checked, and kept in FILE.journal before the next question: run the same command
-    again to go on. Exit codes: 1 where questions were not answered well, or the endpoint gave up,
-    3 where there is no key or it is not accepted, 130 where it was interrupted.
+    Every answer is checked, and kept in FILE.resume.jsonl before the next request: run the same
+    command again to resume. Exit codes: 1 if requests were not answered well or the endpoint gave
+    up, 3 if the key is missing or not accepted, 130 if interrupted.
     """
     for option, path in (("--captions", captions), ("--boxes", boxes)):
         if not path.is_file():
             raise typer.BadParameter(f"{option}: there is no file {path}")
     if not images.is_dir():
         raise typer.BadParameter(f"--images: there is no folder {images}")
-    for path in (out, journal_of(out)):
+    for path in (out, resume_log_path(out)):
         if (why := terminal.why_not_writable(path)) is not None:
             raise typer.BadParameter(f"--out: {why}")
-    if out.exists() and not journal_of(out).exists():
-        raise typer.BadParameter(f"--out: {out} is there, and no journal of it: choose another")
-    chosen = [kind.strip() for kind in kinds.split(",")]
-    if unknown := [kind for kind in chosen if kind not in KINDS]:
-        raise typer.BadParameter(f"--kinds: {unknown[0]!r}, expected some of {', '.join(KINDS)}")
-    left_out: list[Fault] = []
+    if out.exists() and not resume_log_path(out).exists():
+        raise typer.BadParameter(f"--out: {out} is there, and no resume log of it: choose another")
+    left_out: list[RecordIssue] = []
     try:
-        scenes = read_scenes(captions, boxes, faults=left_out)
-        todo = tasks(scenes, dict.fromkeys(chosen), limit)
+        scenes = read_scenes(captions, boxes, issues=left_out)
+        todo = tasks(scenes, values_of(kinds) or KINDS, limit)
         _look_at(todo, images)
     except BadRecord as bad:
         stop(Exit.FAILURE, str(bad))
@@ -83,7 +93,9 @@ def generate(
         _print_prompts(todo, limit, as_json, left_out)
         return
     try:
-        endpoint = Endpoint(model, key_variable=key_variable, base_url=base_url)
+        endpoint = Endpoint(
+            model, key_variable=key_variable, base_url=base_url, limit=RateLimit(rate)
+        )
     except ModuleNotFoundError as error:
         if error.name != "openai":
             raise
@@ -91,35 +103,39 @@ def generate(
     except ValueError as error:
         stop(Exit.ENVIRONMENT, str(error))
     try:
-        journal = Journal(journal_of(out), subject(model))
+        log = ResumeLog(resume_log_path(out), log_header(model))
     except ValueError as error:
         raise typer.BadParameter(f"--out: {error}") from None
-    with journal:
-        run = Run(out, todo, endpoint, journal, pace=TokenBucket(rate), again=again)
+    with log:
+        run = GenerationRun(out, todo, endpoint, log, again=again)
         _ask(run, as_json, left_out)
 
 
-def _tell(left_out: list[Fault]) -> None:
-    """Of annotations that are left out, or told as crowds: the first, and how many of each kind."""
-    for fault in left_out[:SHOWN]:
-        typer.echo(str(fault), err=True)
+def _tell(left_out: list[RecordIssue]) -> None:
+    """Print the first annotations that were left out or are crowds, and their number by kind."""
+    for issue in left_out[:SHOWN]:
+        typer.echo(str(issue), err=True)
     if left_out:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in counts(left_out).items())
+        kinds = ", ".join(f"{count} {kind}" for kind, count in count_by_kind(left_out).items())
         typer.echo(f"annotations left out, or told as groups: {kinds}", err=True)
 
 
-def _as_dict(left_out: list[Fault]) -> dict[str, Any]:
-    """For JSON; empty where nothing is left out."""
+def _as_dict(left_out: list[RecordIssue]) -> dict[str, Any]:
+    """The annotations that were left out, for JSON; empty if there are none."""
     if not left_out:
         return {}
-    return {"annotations": counts(left_out), "faults": [fault.as_dict() for fault in left_out]}
+    return {
+        "annotations": count_by_kind(left_out),
+        "faults": [issue.as_dict() for issue in left_out],
+    }
 
 
-def _ask(run: Run, as_json: bool, left_out: list[Fault]) -> None:
-    before, code, why = len(run.journal.entries), None, ""
+def _ask(run: GenerationRun, as_json: bool, left_out: list[RecordIssue]) -> None:
+    """Send the requests, and print a summary."""
+    before, code, why = len(run.log.entries), None, ""
     try:
         with handled(), terminal.counter("asking") as count:
-            run.go(count)
+            run.generate(count)
     except KeyboardInterrupt:
         code, why = Exit.INTERRUPTED, "interrupted"
     except Unavailable as error:
@@ -128,7 +144,7 @@ def _ask(run: Run, as_json: bool, left_out: list[Fault]) -> None:
     if code is None and failed:
         code = Exit.FAILURE
     summary: dict[str, Any] = {
-        "questions": len(run.todo), "asked now": len(run.journal.entries) - before,
+        "questions": len(run.todo), "asked now": len(run.log.entries) - before,
         "good records": len(run.records), "not answered well": len(failed),
     }  # fmt: skip
     if as_json:
@@ -145,18 +161,18 @@ def _ask(run: Run, as_json: bool, left_out: list[Fault]) -> None:
 
 
 def _look_at(todo: list[Task], images: Path) -> None:
-    """Every picture, before anything is paid for."""
+    """Decode every image before any request is paid for."""
     scenes = {task.scene.id: task.scene for task in todo}.values()
     records = [Record(scene.id, scene.image, scene.image, ()) for scene in scenes]
     with terminal.counter("looking at pictures") as count, ThreadPoolExecutor() as pool:
-        for done, _ in enumerate(pool.map(partial(picture, images=images), records), 1):
+        for done, _ in enumerate(pool.map(partial(load_image, images=images), records), 1):
             count(done, len(records))
 
 
 def _print_prompts(
-    todo: list[Task], limit: int | None, as_json: bool, left_out: list[Fault]
+    todo: list[Task], limit: int | None, as_json: bool, left_out: list[RecordIssue]
 ) -> None:
-    """All where a limit was asked for, or else the first of each kind."""
+    """Print all prompts if a limit was given, else the first one of each kind."""
     shown = todo if limit is not None else list({t.kind: t for t in reversed(todo)}.values())[::-1]
     if as_json:
         prompts = [{"task": task.name, "messages": task.messages} for task in shown]

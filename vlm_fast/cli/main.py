@@ -1,4 +1,4 @@
-"""The command ``vlm-fast``. Exit codes: 0 ok, 1 failure, 2 usage, 3 environment."""
+"""The command ``vlm-fast``. Exit codes: 0 success, 1 failure, 2 usage, 3 environment."""
 
 from __future__ import annotations
 
@@ -16,11 +16,19 @@ import typer
 from vlm_fast import terminal
 from vlm_fast.cli.advise import advise
 from vlm_fast.cli.data import data
-from vlm_fast.cli.options import Exit, Json, OpArgument, OpOption, known_op, print_json, stop
+from vlm_fast.cli.options import (
+    Exit,
+    Json,
+    OpArgument,
+    OpOption,
+    OpsOption,
+    print_json,
+    stop,
+    values_of,
+)
 from vlm_fast.cli.profile import profile
 from vlm_fast.cli.recipe import recipe
-from vlm_fast.devtools import ahead_of_time, environment, roofline_report
-from vlm_fast.devtools.occupancy import GPUS
+from vlm_fast.devtools import ahead_of_time, budgets, environment
 from vlm_fast.kernels import _native, _triton
 from vlm_fast.ops.declaration import FLOATS, OPS, Op
 from vlm_fast.verification import results_files, self_test
@@ -37,7 +45,7 @@ app = typer.Typer(
 
 @app.command()
 def env(as_json: Json = False) -> None:
-    """Versions, GPUs, and what is missing, why, and what to do about it."""
+    """Show versions and GPUs, what is missing, why, and what to do about it."""
     facts = list(environment.facts())
     if as_json:
         print_json([asdict(fact) for fact in facts])
@@ -50,7 +58,7 @@ def env(as_json: Json = False) -> None:
 
 @app.command()
 def ops(as_json: Json = False) -> None:
-    """The ops, and what results files prove of them."""
+    """List the ops, and on which machines each was verified."""
     results = results_files.read_results()
     rows = []
     for op in OPS.values():
@@ -74,18 +82,29 @@ def ops(as_json: Json = False) -> None:
 
 
 @app.command()
-def check(op: OpArgument = None, as_json: Json = False) -> None:
-    """Parity on this machine: every op against its reference in fp32, bf16 and fp16."""
+def check(
+    op: OpArgument = None,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="All shapes of every op; takes some minutes.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every op on this machine against its reference, forward and backward.
+
+    Every op is run in float32, bfloat16 and float16, at three shapes, in less than 45 seconds on a
+    CPU. With --thorough it is run at all its test shapes and at the shapes of real checkpoints.
+    """
     start = time.perf_counter()
     names = [op] if op else list(OPS)
     cuda = torch.cuda.is_available()
     if cuda and not _triton.AVAILABLE:
         stop(Exit.ENVIRONMENT, "Triton is not installed, so the GPU has no kernels to check")
+    total = self_test.count(names, device="cuda" if cuda else "cpu", thorough=thorough)
     cases = []
     with terminal.counter("checking") as count:
-        for case in self_test.run(names):
+        for case in self_test.run(names, thorough=thorough):
             cases.append(case)
-            count(len(cases), None)
+            count(len(cases), total)
     summary = self_test.summarise(cases)
     failures = [line for case in cases for line in case.failures()]
     if as_json:
@@ -96,23 +115,27 @@ def check(op: OpArgument = None, as_json: Json = False) -> None:
              "FAILED" if s["failures"] else "ok")
             for name, s in summary.items()
         ]  # fmt: skip
-        title = f"parity on {_device(cuda)}, {time.perf_counter() - start:.1f} s"
-        terminal.show(title, ("op", "cases", "dtypes", "worst error / budget", ""), rows)
+        title = f"ops against their references on {_device(cuda)}"
+        terminal.show(title, ("op", "cases", "dtypes", "largest error / budget", ""), rows)
         for line in failures:
             print(line)
+        print(f"{len(cases)} cases, {len(failures)} failures, {time.perf_counter() - start:.1f} s")
     if failures or not cases:
         raise typer.Exit(Exit.FAILURE)
 
 
 @app.command()
 def bench(
-    quick: Annotated[
-        bool, typer.Option(help="One small shape an op; within 3 minutes on two cores.")
+    full: Annotated[
+        bool, typer.Option("--full", help="Every section; the better part of an hour on a CPU.")
     ] = False,
     section: Annotated[
-        list[str] | None, typer.Option(help="parity, ops (the default), models, ..., or all.")
+        list[str] | None, typer.Option(help="parity, ops, models, ... or all; may be repeated.")
     ] = None,
-    op: Annotated[list[str] | None, typer.Option(help="Only these ops; may be repeated.")] = None,
+    quick: Annotated[
+        bool, typer.Option(help="With --section or --op: small sizes and few repeats.")
+    ] = False,
+    op: OpsOption = None,
     shape: Annotated[list[str] | None, typer.Option(help="Only these named shapes.")] = None,
     mode: Annotated[
         list[str] | None, typer.Option(help="forward, backward, forward+backward.")
@@ -125,7 +148,7 @@ def bench(
         Path | None, typer.Option("--json", help="Write results here, as they are found.")
     ] = None,
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", help="Write the ops' rows here.")
+        Path | None, typer.Option("--csv", help="Write the rows of the ops here.")
     ] = None,
     save: Annotated[
         bool, typer.Option(help="Write them to benchmarks/results/<machine>.json of a clone.")
@@ -137,15 +160,17 @@ def bench(
         float, typer.Option("--allow", min=0.0, help="How much slower is no regression.")
     ] = 0.05,
 ) -> None:
-    """Time ops and models against eager PyTorch, torch.compile and other libraries, in turns.
+    """Time ops and models against plain PyTorch, torch.compile and other libraries.
 
-    Exit codes: 1 also where something is slower than before, 130 where it was interrupted; what was
-    measured by then is in the file.
+    Without options it takes about two minutes: it patches, verifies and times a small LLaVA on a
+    photograph, and times some ops. With --full it runs every section. With --section, --op and the
+    options after it, it runs those; the default section is then "ops".
+
+    Exit codes: 1 also where something is slower than before, 130 after an interruption; the file
+    then holds the results so far.
     """
-    for name in op or []:
-        known_op(name)
     code = importlib.import_module("vlm_fast.benchmarks.cli").main(
-        sections=section or ["ops"], op=op or [], shape=shape or [], mode=mode or [],
+        full=full, sections=section or [], op=values_of(op), shape=shape or [], mode=mode or [],
         provider=provider or [], dtype=dtype, quick=quick, json_file=json_file, csv_file=csv_file,
         save=save, against=against, allowed=allowed,
     )  # fmt: skip
@@ -160,25 +185,19 @@ def compile_(
     ] = None,
     op: OpOption = None,
     as_json: Json = False,
-    check: Annotated[bool, typer.Option(help="Fail where a kernel exceeds its budget.")] = False,
-    report: Annotated[
-        bool, typer.Option("--report", help="Why ops could miss their targets, as Markdown.")
-    ] = False,
+    check: Annotated[bool, typer.Option(help="Fail if a kernel exceeds its budget.")] = False,
 ) -> None:
     """Compile every kernel for GPUs that need not be here; print registers, spills, memory."""
     if not _triton.AVAILABLE or _triton.INTERPRETED:
         lack = "TRITON_INTERPRET=1 is set" if _triton.INTERPRETED else "Triton is not installed"
         stop(Exit.ENVIRONMENT, f"nothing can be compiled: {lack}")
     archs, names = arch or ahead_of_time.ARCHS, [op] if op else None
-    if report:
-        _print_static_report(arch or ["sm_90"], names, as_json)
-        return
     try:
         with terminal.counter("compiling") as count:
             found = ahead_of_time.compile_all(archs, ops=names, progress=count)
     except ValueError as error:
         stop(Exit.USAGE, str(error))
-    broken = list(ahead_of_time.violations(found)) if check else []
+    broken = budgets.violations(found) if check else []
     if as_json:
         print_json({"kernels": [asdict(row) for row in found], "violations": broken})
     else:
@@ -187,9 +206,9 @@ def compile_(
         for line in broken:
             print(line)
     version = environment.version_of("triton")
-    if check and version != ahead_of_time.BUDGETS_TRITON:
-        budgets = f"budgets are of Triton {ahead_of_time.BUDGETS_TRITON}, and this is {version}"
-        print(f"vlm-fast: {budgets}: registers may differ", file=sys.stderr)
+    if check and version != budgets.BUDGETS_TRITON:
+        compilers = f"budgets are of Triton {budgets.BUDGETS_TRITON}, and this is {version}"
+        print(f"vlm-fast: {compilers}: registers may differ", file=sys.stderr)
     if broken or not found:
         raise typer.Exit(Exit.FAILURE)
 
@@ -199,20 +218,8 @@ for command in (advise, profile, recipe):
 app.add_typer(data)
 
 
-def _print_static_report(archs: list[str], names: list[str] | None, as_json: bool) -> None:
-    if len(archs) > 1 or archs[0] not in GPUS:
-        known = ", ".join(GPUS)
-        raise typer.BadParameter(f"a report is of one of {known}, got {' '.join(archs)}")
-    with terminal.counter("compiling") as count:
-        found = roofline_report.report(names, arch=archs[0], progress=count)
-    if as_json:
-        print_json(roofline_report.as_json(found))
-    else:
-        print(roofline_report.markdown(found))
-
-
 def _served_dtypes(op: Op[..., Any]) -> list[str]:
-    """Those in which the smallest call does not fall back."""
+    """The dtypes in which the smallest call does not fall back."""
     served = []
     for dtype in (*FLOATS, torch.float64):
         args, options = op.sample(op.test_shapes[0], dtype)

@@ -1,7 +1,9 @@
-"""One voice for all processes of a run: who talks, how a run is refused, and what all agree on."""
+"""Several processes of one recipe: who prints, how errors end all of them, and shared decisions."""
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -10,23 +12,42 @@ import torch
 import typer
 
 from vlm_fast.cli.options import Exit
-from vlm_fast.training.recipes.processes import is_main, processes
 
 
-def refuse(message: str, option: str | None = None) -> NoReturn:
-    if not is_main():  # once is enough
+def is_main() -> bool:
+    """Whether this is the first process, by the launcher's RANK."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def process_count() -> int:
+    """Number of processes, by the launcher's WORLD_SIZE."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def log_to_stderr() -> None:
+    """Print log messages of the package on stderr, in the first process only."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("recipe: %(message)s"))
+    logger = logging.getLogger("vlm_fast")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if is_main() else logging.CRITICAL)
+
+
+def usage_error(message: str, option: str | None = None) -> NoReturn:
+    """Exit with a usage error; only the first process prints it."""
+    if not is_main():
         raise typer.Exit(Exit.USAGE)
     raise typer.BadParameter(message, param_hint=option)
 
 
-def agreed(decide: Callable[[], Any]) -> Any:
-    """What the first process decides, on all of them: none goes on where that one stops."""
-    if processes() == 1:
+def decided_by_main(decide: Callable[[], Any]) -> Any:
+    """Call ``decide`` in the first process and broadcast the result; all exit if it exits."""
+    if process_count() == 1:
         return decide()
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    # As long as the check of a large data set takes.
+    # Checking a large dataset can take hours.
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=4))
     verdict: list[Any] = [None, int(Exit.FAILURE)]
     try:
@@ -44,9 +65,9 @@ def agreed(decide: Callable[[], Any]) -> Any:
     return verdict[0]
 
 
-def leave() -> None:
-    """The end of the process group, which NCCL wants to be told."""
-    if processes() > 1:
+def destroy_process_group() -> None:
+    """End the process group, if there is one; NCCL warns if it is not ended."""
+    if process_count() > 1:
         from accelerate import PartialState
 
         PartialState().destroy_process_group()

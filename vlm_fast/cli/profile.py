@@ -1,4 +1,4 @@
-"""``vlm-fast profile``."""
+"""The command ``vlm-fast profile``."""
 
 from __future__ import annotations
 
@@ -9,34 +9,33 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import typer
 
 from vlm_fast import terminal
 from vlm_fast.advisor.connectors import CONNECTORS
-from vlm_fast.advisor.html_report import page
-from vlm_fast.advisor.measure_points import Setting, finish, sweep
+from vlm_fast.advisor.html_report import html_page
+from vlm_fast.advisor.measure_points import MeasureSettings, complete_rows, measure_all
 from vlm_fast.advisor.model_shapes import MODELS
 from vlm_fast.advisor.plots import duration, size, write_png
-from vlm_fast.advisor.profile_points import BATCHES, MODES, TOKENS, Group, Layer, points
+from vlm_fast.advisor.profile_points import BATCHES, MODES, TOKENS, LayerGroup, PointGroup, points
 from vlm_fast.advisor.report_data import conditions, document, write_csv, write_json
-from vlm_fast.cli.advisor_options import (
-    ConnectorsOption,
-    ModelOption,
-    checked,
-    connectors_of,
-    known,
-    levels_of,
-    numbers,
-)
-from vlm_fast.cli.options import Exit, Json, print_json
+from vlm_fast.cli.advisor_options import ConnectorsOption, ModelOption
+from vlm_fast.cli.options import Exit, Json, enum_of, print_json, values_of
 from vlm_fast.devtools import timing
 from vlm_fast.ops.mlp import SAVED
 from vlm_fast.signals import handled
 
-DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+if TYPE_CHECKING:
+    Mode = str
+    SavedLevels = list[str]
+else:
+    Mode = Literal[tuple(MODES)]
+    SavedLevels = list[enum_of(SAVED)]
+
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}  # by device
 BUDGET, QUICK_BUDGET = 80.0, 30.0
 
 
@@ -44,17 +43,21 @@ def profile(
     model: ModelOption = "llava-1.5-7b",
     connectors: ConnectorsOption = None,
     tokens: Annotated[
-        str | None,
-        typer.Option(help=f"Visual tokens, by commas; {','.join(map(str, TOKENS))} by default."),
+        list[int] | None,
+        typer.Option(
+            min=1, help=f"Visual tokens; may be repeated. {', '.join(map(str, TOKENS))} by default."
+        ),
     ] = None,
     batch: Annotated[
-        str | None, typer.Option(help="Images at once, by commas; 1,4 by default.")
+        list[int] | None,
+        typer.Option(min=1, help="Images at once; may be repeated. 1 and 4 by default."),
     ] = None,
     saved: Annotated[
-        str | None, typer.Option(help=f"What backward keeps, by commas, of {', '.join(SAVED)}.")
+        SavedLevels | None,
+        typer.Option(help="What backward of an MLP keeps; may be repeated. All by default."),
     ] = None,
     mode: Annotated[
-        str, typer.Option(callback=known("mode", MODES), help=f"One of {', '.join(MODES)}.")
+        Mode, typer.Option(help="What is measured: forward alone, or backward too.")
     ] = "forward",
     text: Annotated[int, typer.Option(min=1, help="Tokens of text in a prompt.")] = 64,
     budget: Annotated[
@@ -77,43 +80,41 @@ def profile(
 ) -> None:
     """Measure connectors at several numbers of visual tokens; write a page, JSON, CSV and PNG.
 
-    Points are measured in the order of their worth, as many as fit into the budget; those that do
-    not are listed as not measured. Ctrl-C keeps what was measured.
+    Points are measured in the order of their importance, as many as fit into the budget; others are
+    listed as not measured. Ctrl-C keeps what was measured.
     """
-    # The profiler that counts memory on a CPU would tell of its every start.
+    # Silence the log lines of the profiler that counts memory on a CPU.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[device]
-    names = checked("--connectors", connectors_of, connectors) or list(CONNECTORS)
-    wanted = checked("--tokens", numbers, tokens)
-    batches = checked("--batch", numbers, batch) or list(BATCHES[:1] if quick else BATCHES)
-    levels = checked("--saved", levels_of, saved) or list(SAVED)
+    names = values_of(connectors) or list(CONNECTORS)
+    batches = _unique(batch) or list(BATCHES[:1] if quick else BATCHES)
+    levels = values_of(saved) or list(SAVED)
     shape = MODELS[model]
-    if wanted is None:
-        wanted = list(_default_tokens(model, names))
+    wanted = _unique(tokens) or list(_default_tokens(model, names))
     try:
         groups = points(shape, names, wanted, batches, levels, mode, text, dtype)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--tokens") from None
     seconds = budget or (QUICK_BUDGET if quick else BUDGET)
-    checked("--out", _writable, out)
+    _check_writable(out)
 
-    # On a CPU threads wait for each other, and for whatever else runs.
+    # On a CPU use one thread: several wait for each other and for other load.
     with timing.one_thread() if device == "cpu" else nullcontext():
         where = conditions(device, dtype, timing.ceilings(device, dtype))
-        setting = Setting(
+        setting = MeasureSettings(
             device, dtype, where["matmul_flops_per_second"], started + seconds,
             seconds / (4 * len(groups)), out if trace else None,
         )  # fmt: skip
         with _snapshot(out if memory_snapshot else None, device):
             unfinished = _measure(groups, setting)
-    finish(groups, setting)
-    asked = {
+    complete_rows(groups, setting)
+    request = {
         "mode": mode, "text": text, "tokens": wanted, "batches": batches, "levels": levels,
         "connectors": names, "budget": seconds,
     }  # fmt: skip
-    found = document(model, shape, groups, asked, where, started, unfinished)
+    found = document(model, shape, groups, request, where, started, unfinished)
     _write(out, found)
     if as_json:
         print_json(found)
@@ -124,30 +125,35 @@ def profile(
 
 
 def _default_tokens(model: str, names: Sequence[str]) -> Iterator[int]:
-    """Those of `TOKENS` that the model can be given, and the connectors' own."""
+    """The numbers in `TOKENS` that the model allows, and the connectors' usual ones."""
     shape = MODELS[model]
-    own = [CONNECTORS[name].counts(shape)[:1] for name in names]
-    for n in dict.fromkeys([*TOKENS, *(n for counts in own for n in counts)]):
+    own = [CONNECTORS[name].token_counts(shape)[:1] for name in names]
+    for n in dict.fromkeys([*TOKENS, *(n for token_counts in own for n in token_counts)]):
         if any(CONNECTORS[name].why_not(shape, n) is None for name in names):
             yield n
 
 
-def _writable(folder: Path) -> None:
+def _unique(numbers: list[int] | None) -> list[int]:
+    return list(dict.fromkeys(numbers or ()))
+
+
+def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
         why = error.strerror or type(error).__name__
-        raise typer.BadParameter(f"{folder} cannot be written: {why}; name another") from None
+        message = f"{folder} cannot be written: {why}; name another"
+        raise typer.BadParameter(message, param_hint="--out") from None
 
 
-def _measure(groups: list[Group | Layer], setting: Setting) -> str | None:
-    """Why it ended early, or None."""
+def _measure(groups: list[PointGroup | LayerGroup], setting: MeasureSettings) -> str | None:
+    """Measure the groups; returns why it ended early, or None."""
     done = 0
     try:
         with handled(), terminal.counter("profiling") as count:
-            for group in sweep(groups, setting):
+            for group in measure_all(groups, setting):
                 done += 1
                 count(done, len(groups))
                 if not sys.stderr.isatty():
@@ -176,7 +182,7 @@ def _snapshot(folder: Path | None, device: str) -> Iterator[None]:
 def _write(folder: Path, found: dict[str, Any]) -> None:
     write_json(folder / "profile.json", found)
     write_csv(folder / "profile.csv", found["rows"])
-    (folder / "profile.html").write_text(page(found), encoding="utf-8")
+    (folder / "profile.html").write_text(html_page(found), encoding="utf-8")
     lack = write_png(folder / "profile.png", found)
     if lack is not None:
         print(f"profile: no profile.png: {lack}", file=sys.stderr)
@@ -186,7 +192,12 @@ def _write(folder: Path, found: dict[str, Any]) -> None:
 def _show(found: dict[str, Any]) -> None:
     rows = []
     for row in found["rows"]:
-        cells = ["*" if row["on_front"] else "", row["title"], row["batch"], row["visual_tokens"]]
+        cells = [
+            "*" if row["on_pareto_front"] else "",
+            row["title"],
+            row["batch"],
+            row["visual_tokens"],
+        ]
         if row["times"] is None:
             cells += ["", "", "", "", f"not measured: {row['not_measured']}"]
         else:
@@ -197,7 +208,7 @@ def _show(found: dict[str, Any]) -> None:
             ]  # fmt: skip
         rows.append(cells)
     where = found["conditions"]
-    title = f"{found['model']['title']}, {found['asked']['mode']}, {where['dtype']}, on "
+    title = f"{found['model']['title']}, {found['request']['mode']}, {where['dtype']}, on "
     columns = (
         "front", "point", "batch", "tokens in sequence", "connector", "language model", "in all",
         "memory", "",

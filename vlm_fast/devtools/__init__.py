@@ -1,1 +1,1 @@
-"""Tools to develop and inspect kernels: ahead-of-time compilation, SASS, memory traffic, timing."""
+"""Tools to develop and inspect kernels: ahead-of-time compilation, SASS, timing, memory."""

@@ -1,21 +1,20 @@
-"""Every kernel compiled for GPUs that need not be here, and what the compiler made of it.
+"""Compile every kernel for GPU architectures that need not be present, and count its resources.
 
-Nothing is listed: each op runs forward and backward at its bench shapes on CUDA tensors without
-data, the launches are recorded, and Triton's own binder turns their arguments into signatures.
+There is no list of kernels. Each op runs forward and backward at its benchmark shapes on fake CUDA
+tensors, the kernel launches are recorded, and Triton's own binder turns their arguments into
+signatures to compile.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -36,16 +35,31 @@ if AVAILABLE:
     from triton.runtime.jit import JITCallable, create_function_from_signature
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
-BUDGETS = Path(__file__).resolve().parent / "budgets.json"
-BUDGETS_TRITON = "3.6.0"  # by which they were counted; another compiler takes other registers
-AT_MOST = ("registers", "shared_bytes")  # other budgets are of what there should be more of
-DEFAULT_SHARED_BYTES = 48 * 1024  # leaves room for several blocks on a multiprocessor of any GPU
-MAX_SHARED_BYTES = 227 * 1024  # all a block can have on sm_90 and sm_100
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes with one config; instructions as they stand in the code, not as run."""
+    """What one compiled kernel uses with one config.
+
+    Instruction counts are static: instructions in the code, not instructions executed.
+
+    Attributes:
+        kernel: name of the kernel.
+        signature: pointer types, constants and integer types that it was compiled for.
+        config: index into the kernel's configs; 0 is the default.
+        arch: such as "sm_90".
+        registers: per thread.
+        stack_bytes: per thread, in local memory.
+        spills: instructions that access local memory.
+        shared_bytes: per block.
+        tensor_core: matrix multiply-accumulate instructions.
+        tma: bulk copies by the tensor memory accelerator.
+        wide_loads, wide_stores: accesses to global memory of 128 bits or more.
+        loads, stores: all accesses to global memory.
+        async_loads: asynchronous copies of 128 bits from global to shared memory.
+        dots: ``tl.dot`` operations in the kernel's Triton IR.
+        seconds: time to compile; close to 0 if Triton's cache held the binary.
+    """
 
     kernel: str
     signature: str
@@ -53,17 +67,17 @@ class Resources:
     arch: str
     registers: int
     stack_bytes: int
-    spills: int  # instructions on local memory
+    spills: int
     shared_bytes: int
     tensor_core: int
     tma: int
-    wide_loads: int  # of global memory, 128 bits or more
+    wide_loads: int
     wide_stores: int
-    loads: int  # of global memory, however wide
+    loads: int
     stores: int
-    async_loads: int  # of 128 bits, from global to shared memory
-    dots: int  # products of tiles, as the kernel says them
-    seconds: float  # to compile; near 0 from Triton's cache
+    async_loads: int
+    dots: int
+    seconds: float
 
     def __str__(self) -> str:
         return f"{self.kernel} ({self.signature}), config {self.config}, on {self.arch}"
@@ -71,7 +85,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel as Triton compiles it for a launch, with one of its configs, for one GPU."""
+    """One compilation: a kernel, the signature of one launch, a config and an architecture."""
 
     kernel: Kernel
     signature: str
@@ -84,7 +98,7 @@ class Build:
         return triton.compile(self.source, target=_target(self.arch), options=self.options)
 
     def ttir(self) -> str:
-        """The kernel in Triton's first representation, inlined: the address arithmetic as meant."""
+        """The kernel in Triton's first intermediate representation, with all functions inlined."""
         return str(self.compile().asm["ttir"])
 
 
@@ -95,14 +109,17 @@ def compile_all(
     thorough: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Resources]:
-    """Compile every kernel that the ops launch, with each of its configs, and count.
+    """Compile every kernel that the ops launch, with each of its configs, and count resources.
 
     Args:
-        archs: "sm_80", "sm_90", "gfx942", ...
-        ops: names; None is all of them.
-        thorough: also in fp16, and with every config at every shape; else all shapes with the
-            first config, and one launch in bf16 with each of the others.
-        progress: called with how many builds are done, of how many.
+        archs: architectures such as "sm_80", "sm_90", "gfx942".
+        ops: names of ops; None means all of them.
+        thorough: if True, also compile for fp16, and every config at every shape. If False, compile
+            the default config at every shape, and each other config for one launch in bf16.
+        progress: called with the number of finished builds and the number of all builds.
+
+    Returns:
+        One `Resources` per different compilation, grouped by architecture.
 
     Raises:
         RuntimeError: Triton is absent or interpreting (TRITON_INTERPRET=1).
@@ -114,10 +131,10 @@ def compile_all(
 def count(
     todo: Sequence[Build], progress: Callable[[int, int], None] | None = None
 ) -> list[Resources]:
-    """Compile these, and count what they take: a row each, those of one arch together."""
+    """Compile ``todo`` and count resources: one row per build, grouped by architecture."""
     found = []
     by_arch: dict[str, list[tuple[Build, Any, float]]] = {}
-    # Threads: ptxas is a process of its own, and Triton's passes release the interpreter lock.
+    # Threads help because ptxas is a separate process and Triton's passes release the GIL.
     with _one_parse_at_a_time(), ThreadPoolExecutor(2) as pool:
         for done, timed in enumerate(pool.map(_timed, todo), start=1):
             by_arch.setdefault(timed[0].arch, []).append(timed)
@@ -143,10 +160,10 @@ def count(
 
 @contextlib.contextmanager
 def _one_parse_at_a_time() -> Iterator[None]:
-    """No two threads of Triton's compiler parse Python at once.
+    """Let only one thread at a time parse Python source in Triton's compiler.
 
-    CPython before 3.12 counts the depth of a tree that it builds in one place for all threads. If
-    the collector lets another thread run meanwhile, both raise SystemError.
+    Before 3.12, CPython's parser keeps its recursion depth in a variable shared by all threads. If
+    the garbage collector switches threads during a parse, both threads raise SystemError.
     """
     lock, parse = threading.Lock(), JITCallable.parse
 
@@ -158,41 +175,15 @@ def _one_parse_at_a_time() -> Iterator[None]:
         yield
 
 
-def violations(
-    resources: Iterable[Resources],
-    budgets: Mapping[str, Mapping[str, Mapping[str, int]]] | None = None,
-) -> list[str]:
-    """What exceeds the budgets, a sentence each: {kernel: {arch: {a count of Resources: bound}}}.
-
-    No budget allows a spill. Of registers and shared memory it is the most a kernel may take; of
-    instructions the least it must have in bf16 and fp16. None reads those of the package, which are
-    of Triton `BUDGETS_TRITON`.
-    """
-    budgets = json.loads(BUDGETS.read_text()) if budgets is None else budgets
-    found = []
-    for r in resources:
-        if r.stack_bytes or r.spills:
-            found.append(f"{r}: spills ({r.stack_bytes} bytes of stack, {r.spills} instructions)")
-        ceiling = MAX_SHARED_BYTES if r.config else DEFAULT_SHARED_BYTES
-        if r.shared_bytes > ceiling:
-            found.append(f"{r}: {r.shared_bytes} bytes of shared memory, at most {ceiling}")
-        bounds = budgets.get(r.kernel, {}).get(r.arch)
-        if bounds is None:
-            found.append(f"{r.kernel} has no budget on {r.arch}")
-            continue
-        half = re.search(r"\b(bf16|fp16)\b", r.signature)
-        for name, bound in bounds.items():
-            value = getattr(r, name)
-            if value > bound if name in AT_MOST else half and value < bound:
-                limit = "at most" if name in AT_MOST else "at least"
-                found.append(f"{r}: {name} {value}, {limit} {bound}")
-    return list(dict.fromkeys(found))
-
-
 def builds(
     archs: Iterable[str] = ARCHS, *, ops: Iterable[str] | None = None, thorough: bool = True
 ) -> Iterator[Build]:
-    """What `compile_all` compiles: each different piece of code once."""
+    """The builds that `compile_all` compiles, without duplicates.
+
+    Raises:
+        RuntimeError: Triton is absent or interpreting (TRITON_INTERPRET=1).
+        ValueError: an arch or op is unknown.
+    """
     if not AVAILABLE or INTERPRETED:
         reason = "is interpreting (TRITON_INTERPRET=1)" if AVAILABLE else "is not installed"
         raise RuntimeError(f"nothing can be compiled: Triton {reason}")
@@ -217,10 +208,10 @@ def builds(
 
 
 def launches(op: Op[..., Any], dtypes: Sequence[torch.dtype] = FLOATS) -> list[Launch]:
-    """What an op launches, without gradients and with: nothing is computed, no GPU needed.
+    """The kernel launches of an op, without and with gradients. Needs no GPU.
 
-    At every bench shape in every one of ``dtypes``; the words that its options take in the test
-    shapes (which activation) at the first bench shape in bf16.
+    They are recorded at every bench shape in every one of ``dtypes``. String options that only the
+    test shapes use, such as other activations, are recorded at the first bench shape in bf16.
     """
     named = list(op.bench_shapes.values())
     cases = [(shape, dtype) for shape in named for dtype in dtypes]
@@ -232,51 +223,53 @@ def launches(op: Op[..., Any], dtypes: Sequence[torch.dtype] = FLOATS) -> list[L
 
 
 def launches_at(op: Op[..., Any], shape: Mapping[str, Any], dtype: torch.dtype) -> list[Launch]:
-    """As `launches`, at one shape in one dtype."""
+    """The kernel launches of an op at one shape in one dtype, without and with gradients."""
     with FakeTensorMode(), torch.no_grad(), recording() as found:
-        values, settings = stand_ins(op, shape, dtype)
+        values, settings = fake_arguments(op, shape, dtype)
         op.fast(*values, **settings)
         if not op.returns_indices:
-            with_gradients(op, values, settings)
+            run_with_gradients(op, values, settings)
     return found
 
 
-def stand_ins(
+def fake_arguments(
     op: Op[..., Any], shape: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments and options of a shape, as if on a GPU; under a `FakeTensorMode`."""
+    """Positional arguments and options of an op at a shape, with tensors on a fake GPU.
+
+    Call this inside a `FakeTensorMode`.
+    """
     values, settings = op.sample(shape, dtype)
     return op._bind(tree_map_only(Tensor, _on_cuda, values), settings)
 
 
-def with_gradients(
+def run_with_gradients(
     op: Op[..., Any],
     values: tuple[Any, ...],
     settings: dict[str, Any],
-    between: Callable[[], None] = lambda: None,
 ) -> None:
-    """Forward for all gradients, what ``between`` does, and backward.
+    """Run the op's forward and backward functions for the gradients of all arguments.
 
-    Past autograd: in a CPU build of torch its engine knows no CUDA device, not even of stand-ins.
+    This bypasses autograd: the autograd engine of a CPU build of torch has no CUDA device, not even
+    for fake tensors.
     """
     path, values = op._path, op.accepted(values, settings)
     count = path.count(values)
     needs = tuple(isinstance(v, Tensor) and v.is_floating_point() for v in path.flatten(values))
     result, kept = path.forward(path.needs_of(needs, count), *values, **settings)
-    between()
     dy = [torch.empty_like(r) for r in ((result,) if path.single else result)]
     path.gradients(needs, count, kept, dy, settings)
 
 
 def _on_cuda(tensor: Tensor) -> Tensor:
-    """The same strides and offset, which decide how wide a load can be."""
+    """A CUDA tensor with the same strides and offset; they decide how wide a load can be."""
     size = tensor.untyped_storage().nbytes() // tensor.itemsize
     storage = torch.empty(size, dtype=tensor.dtype, device="cuda")
     return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 class _Address:
-    """What Triton's binder asks of a tensor, for one in an allocation aligned as CUDA's are."""
+    """The tensor attributes that Triton's binder reads, for an allocation aligned like CUDA's."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
@@ -291,7 +284,7 @@ class _Address:
 
 
 def build_of(launch: Launch, arch: str, index: int = 0) -> Build:
-    """What Triton would compile for a launch on a GPU, with one of the kernel's configs."""
+    """The build that Triton would make for a launch on ``arch`` with config number ``index``."""
     return _build(launch, index, arch, _backend(arch))
 
 
@@ -307,7 +300,7 @@ def _build(launch: Launch, index: int, arch: str, backend: Any) -> Build:
 
 
 def _describe(params: Sequence[Any], source: Any, config: Config) -> str:
-    """Pointers, constants, and the integers that are not plain i32."""
+    """Name the pointer types, the constants, and the integers that are not plain i32."""
     words = []
     for i, param in enumerate(params):
         kind = source.signature[param.name]

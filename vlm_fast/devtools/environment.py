@@ -1,4 +1,4 @@
-"""What this machine has of what the ops can use, and for each lack its cause and a remedy."""
+"""What this machine has of what the ops can use, with the cause and a remedy of each lack."""
 
 from __future__ import annotations
 
@@ -31,7 +31,14 @@ SWITCHES = (
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that was looked for; ``cause`` and ``remedy`` are empty where nothing lacks."""
+    """One fact about the machine.
+
+    Attributes:
+        name: what was looked for.
+        value: what was found.
+        cause: why it is missing, or empty.
+        remedy: what to do about it, or empty.
+    """
 
     name: str
     value: str
@@ -40,7 +47,7 @@ class Fact:
 
 
 def facts() -> Iterator[Fact]:
-    """Everything that decides how the ops run here."""
+    """Everything that decides how the ops run on this machine."""
     yield Fact("vlm_fast", vlm_fast.__version__)
     yield Fact("python", platform.python_version())
     yield Fact("platform", platform.platform())
@@ -62,6 +69,7 @@ def facts() -> Iterator[Fact]:
 
 
 def version_of(package: str) -> str | None:
+    """Version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -111,7 +119,7 @@ def driver() -> Fact:
         pynvml.nvmlInit()
         version = pynvml.nvmlSystemGetDriverVersion()
         return Fact("driver", version.decode() if isinstance(version, bytes) else version)
-    except Exception as error:  # whatever NVML lacks, the rest of the answer stands
+    except Exception as error:  # any failure of NVML must not hide the other facts
         return Fact("driver", "unknown", f"NVML: {error}", "pip install nvidia-ml-py")
 
 
@@ -129,7 +137,7 @@ def _triton_fact() -> Fact:
 
 
 def _triton_cache() -> Fact:
-    """Triton writes each kernel that it compiles, and its launcher, below the home directory."""
+    """Whether Triton's cache directory, by default in the home directory, is writable."""
     name, remedy = "triton cache", "set TRITON_CACHE_DIR to a directory that can be written"
     path = Path(str(importlib.import_module("triton.knobs").cache.dir))
     if "~" in path.parts[:1]:
@@ -139,7 +147,7 @@ def _triton_cache() -> Fact:
 
 
 def why_not_writable(folder: Path) -> str:
-    """Why no file can be made in a folder, or in the one that it would be made in; or empty."""
+    """The reason why no file can be created in a folder or its nearest existing parent, or ""."""
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=there):
@@ -149,7 +157,7 @@ def why_not_writable(folder: Path) -> str:
 
 
 def _driver_library() -> Iterator[Fact]:
-    """Whether Triton finds libcuda, which it looks for through ldconfig at the first launch."""
+    """Whether Triton finds libcuda, which it searches through ldconfig at the first launch."""
     if not torch.cuda.is_available():
         return
     name = "libcuda for Triton"
@@ -167,7 +175,7 @@ def _extension() -> Fact:
     if _native.native is not None:
         return Fact("compiled extension", "present")
     extension = "vlm_fast._C"
-    # Wherever the import was looked for, both errors say what is wrong.
+    # The error of the import says what is wrong.
     return Fact(
         "compiled extension", "absent; ATen serves the CPU", _import_error(extension),
         "with a C++ compiler: pip install --no-build-isolation . (without VLM_FAST_BUILD_EXT=0)",
@@ -194,7 +202,7 @@ def _import_error(module: str) -> str:
 
 
 def _compiler() -> Fact:
-    """Triton compiles a stub with the machine's C compiler at its first launch."""
+    """Whether there is a C compiler: Triton compiles a stub with it at its first launch."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang", "cc")), None)
     header = Path(sysconfig.get_path("include"), "Python.h")
     remedy = "apt-get install gcc python3-dev, or set CC"

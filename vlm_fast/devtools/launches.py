@@ -1,4 +1,4 @@
-"""How many kernels a call launches."""
+"""Count the kernels that a call launches."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def launches(call: Callable[[], Any], device: str) -> int | None:
-    """Kernels that a call launches, copies and fills included; None on a CPU, which has none.
+    """Number of kernels that a call launches, including copies and fills; None on a CPU.
 
-    The call must have run before: compiling launches too.
+    The call must have run before, because compilation launches kernels too.
     """
     if device == "cpu":
         return None

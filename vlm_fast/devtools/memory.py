@@ -1,4 +1,4 @@
-"""What a call costs besides time: bytes kept for backward, peak memory, waits of the host."""
+"""What a call costs besides time: saved bytes, peak memory and host synchronisations."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-from vlm_fast.devtools.operations import operations
+from vlm_fast.devtools.operations import count_operations
 from vlm_fast.patching.models import image_token_merge
 
-# Each reads a value, or a size, from the device (the last by a masked_select inside).
+# Operations that read a value or a size from the device (the last by a masked_select inside).
 WAITING = {
     "aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::item", "aten::nonzero",
     "aten::masked_select", "aten::masked_scatter_backward",
 }  # fmt: skip
-# With a mask these count its true entries first.
+# With a boolean mask, these first count its true entries.
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 
 
 def saved_bytes(call: Callable[[], Any], arguments: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for backward, beyond the storages of the arguments and results.
+    """Bytes that autograd keeps for backward, beyond the storages of arguments and results.
 
-    ``call`` may run its backward too.
+    Args:
+        call: runs forward, and may run backward.
+        arguments: of the call, parameters included.
     """
     known = {_storage(t) for t in arguments}
     kept: dict[int, int] = {}
@@ -38,21 +40,22 @@ def saved_bytes(call: Callable[[], Any], arguments: Iterable[Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = call()
-    # Gradients have no history; they may lie where something saved has been freed.
+    # Tensors without history are gradients; their memory may be that of a saved tensor already
+    # freed.
     results = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.grad_fn is not None]
     known |= {_storage(t) for t in results}
     return sum(size for storage, size in kept.items() if storage not in known)
 
 
 def _storage(tensor: Tensor) -> int:
-    # Not its address: on the meta device that is 0.
+    # Not the data pointer, which is 0 on the meta device.
     return tensor.untyped_storage()._cdata
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """Largest memory in use during a call, results included, beyond what was in use before it.
+    """Peak memory during a call including its results, beyond the memory in use before.
 
-    The call must have run before: what is allocated once and kept is not the call's.
+    The call must have run before: memory that is allocated once and kept does not belong to it.
     """
     if device != "cpu":
         torch.cuda.synchronize()
@@ -72,7 +75,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
 
 
 def result_bytes(result: Any) -> int:
-    """Bytes of the storages behind the tensors in a result."""
+    """Bytes of the storages of the tensors in a result."""
     tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
     return sum({_storage(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
@@ -82,17 +85,17 @@ def _waits(name: str, args: Any) -> bool:
     return by_mask or name in WAITING
 
 
-def synchronisations(call: Callable[[], Any], device: str) -> int:
-    """How often a call makes the host wait for the device.
+def host_syncs(call: Callable[[], Any], device: str) -> int:
+    """Number of times that a call makes the host wait for the device.
 
-    Counted on CUDA. On a CPU these are the operations that would wait there: an op of this package
-    counts as one that does not, and a patched model takes the branches it takes on CUDA. Only a GPU
-    can prove that.
+    On CUDA they are counted by torch. On a CPU the operations that would wait on CUDA are counted:
+    an op of this package counts as none, and a patched model takes the branches that it takes on
+    CUDA. Only a GPU can prove the number.
     """
     if device == "cpu":
-        as_on_cuda = mock.patch.object(image_token_merge, "_would_wait", lambda count: True)
+        as_on_cuda = mock.patch.object(image_token_merge, "would_sync", lambda count: True)
         with as_on_cuda:
-            return operations(call, _waits)
+            return count_operations(call, _waits)
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:

@@ -1,4 +1,4 @@
-"""How many operations a call dispatches: what a CPU has in place of kernels."""
+"""Count the operations that a call dispatches, the CPU's counterpart of kernel launches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Counts = Callable[[str, Any], bool]
 
 
-class _Operations(TorchDispatchMode):
+class _OperationCounter(TorchDispatchMode):
     def __init__(self, counts: Counts) -> None:
         super().__init__()
         self.counts, self.count = counts, 0
@@ -22,11 +22,13 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations(call: Callable[[], Any], counts: Counts = lambda name, args: True) -> int:
-    """Operations that a call dispatches, views included; an op of this package counts as one.
+def count_operations(call: Callable[[], Any], counts: Counts = lambda name, args: True) -> int:
+    """Number of operations that a call dispatches, including views.
 
-    ``counts`` says of a name, such as "aten::item", and arguments whether they are counted.
+    Args:
+        call: the call. An op of this package counts as one operation.
+        counts: decides by name (such as "aten::item") and arguments whether an operation counts.
     """
-    with _Operations(counts) as dispatched:
+    with _OperationCounter(counts) as dispatched:
         call()
     return dispatched.count

@@ -1,4 +1,4 @@
-"""The passes of an op as calls: of the same inputs, with the same upstream gradients."""
+"""Forward and backward of an op as calls with the same inputs and upstream gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlm_fast.verification.tolerance import convert, differentiable, gradients
 def with_upstream(
     op: Op[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """Leaves that want gradients, and behind them random gradients of the results."""
+    """Arguments that require gradients, followed by random upstream gradients of the results."""
     leaves = convert(args, lambda t: t.detach().requires_grad_())
     with torch.no_grad():
         results = op(*args, **options)
@@ -45,13 +45,14 @@ def _both(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[
 
 
 def _backward(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    """Backward alone, again and again through one graph for each set of inputs."""
+    """Backward alone, repeated through one retained graph per set of inputs."""
     graphs: dict[int, tuple[Any, ...]] = {}
 
     def backward(*inputs: Any) -> Any:
         *args, upstream = inputs
         if id(upstream) not in graphs:
-            # torch.compile gives its saved tensors away to the first backward, unless told.
+            # torch.compile frees its saved tensors in the first backward unless donated_buffer is
+            # False.
             with torch._functorch.config.patch(donated_buffer=False):
                 graphs[id(upstream)] = _results(function, args, options)
         results = graphs[id(upstream)]
@@ -71,7 +72,13 @@ CALLS = {"forward": _forward, "backward": _backward, "forward+backward": _both}
 def step(
     function: Callable[..., Any], inputs: tuple[Any, ...], options: Mapping[str, Any]
 ) -> list[Tensor]:
-    """Results and gradients; ``inputs`` end with the upstream gradients."""
+    """Results and gradients of one forward and backward.
+
+    Args:
+        function: an op or an alternative to it.
+        inputs: arguments followed by upstream gradients, see `with_upstream`.
+        options: keyword arguments.
+    """
     *args, upstream = inputs
     results = _results(function, args, options)
     found = gradients(results, differentiable(args), upstream)

@@ -1,4 +1,4 @@
-"""What a compiled kernel consists of: registers, stack, and instructions by kind."""
+"""Count registers, stack and instructions by kind in a compiled kernel."""
 
 from __future__ import annotations
 
@@ -32,7 +32,15 @@ AMD = {
 
 
 def inspect(compiled: Sequence[Mapping[str, Any]], arch: str) -> list[dict[str, int]]:
-    """Registers, stack and instructions of kernels for one GPU, from Triton's ``asm`` of each."""
+    """Registers, stack and instruction counts of kernels for one architecture.
+
+    Args:
+        compiled: Triton's ``asm`` dictionary of each kernel.
+        arch: such as "sm_90" or "gfx942".
+
+    Raises:
+        RuntimeError: NVIDIA's tools print something unexpected.
+    """
     if arch.startswith("gfx"):
         return [_amd(asm["amdgcn"]) for asm in compiled]
     cubins = [asm["cubin"] for asm in compiled]
@@ -41,7 +49,7 @@ def inspect(compiled: Sequence[Mapping[str, Any]], arch: str) -> list[dict[str, 
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of stack of a thread, as the driver will see them."""
+    """Registers and stack bytes per thread, read by cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -53,15 +61,16 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 
 def _count(cubins: Sequence[bytes], arch: str) -> list[dict[str, int]]:
-    """Instructions of each kernel by kind."""
-    # The code of all in one file: starting nvdisasm takes longer than compiling a small kernel.
+    """Number of instructions of each kind in each kernel."""
+    # All kernels go into one file, because starting nvdisasm takes longer than compiling a small
+    # kernel.
     code = [_instructions(cubin) for cubin in cubins]
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         file.write(b"".join(code))
         file.flush()
         model = arch.replace("sm_", "SM")
         listing = _output(triton.knobs.nvidia.nvdisasm.path, "-ndf", "-b", model, file.name)
-    # An instruction's line starts with its address.
+    # Lines of instructions start with an address.
     lines = [line for line in listing.splitlines() if re.match(r"\s*/\*[0-9a-f]+\*/", line)]
     if INSTRUCTION_BYTES * len(lines) != sum(map(len, code)):
         raise RuntimeError(f"nvdisasm left out instructions of {arch}")
@@ -90,7 +99,7 @@ def _amd(assembly: str) -> dict[str, int]:
 
 
 def _instructions(cubin: bytes) -> bytes:
-    """The .text section of a cubin, which is an ELF file with one kernel."""
+    """The .text section of a cubin, an ELF file with one kernel."""
     (table,) = struct.unpack_from("<Q", cubin, 40)
     entry, count, names = struct.unpack_from("<HHH", cubin, 58)
     sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * entry) for i in range(count)]

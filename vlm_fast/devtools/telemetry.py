@@ -1,7 +1,7 @@
-"""Clocks, power and temperature of the GPU while something is timed, and what held it back.
+"""Sample clocks, power, temperature and throttling reasons of the GPU during a measurement.
 
-Read through NVML (the package nvidia-ml-py). The device is found by its PCI address: NVML numbers
-devices otherwise than CUDA.
+They are read by NVML (package nvidia-ml-py). The device is identified by its PCI address, because
+NVML and CUDA number devices differently.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from typing import Any
 
 import torch
 
-INTERVAL = 0.025  # seconds from one sample to the next
+INTERVAL = 0.025  # seconds between samples
 # Bits of nvmlDeviceGetCurrentClocksEventReasons, as nvml.h names them.
 REASONS = {
     0x1: "idle", 0x2: "application clocks", 0x4: "software power cap", 0x8: "hardware slowdown",
     0x10: "sync boost", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown",
     0x80: "hardware power brake", 0x100: "display clocks",
 }  # fmt: skip
-# The others are not slower than what was asked for.
+# Reasons that make the GPU slower than requested.
 THROTTLING = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
 
 
 class Telemetry:
-    """``with Telemetry(device) as seen: ...``, then ``seen.summary()``.
+    """A context manager: ``with Telemetry(device) as seen: ...``, then ``seen.summary()``.
 
     Args:
-        device: "cuda" (the current GPU) or "cpu", of which nothing is read.
+        device: "cuda" for the current GPU, or "cpu", of which nothing is read.
     """
 
     def __init__(self, device: str) -> None:
         self.samples: list[dict[str, Any]] = []
-        self.lacks: dict[str, str] = {}  # of a reading, or of "telemetry" as a whole
+        # reason by reading, or by "telemetry" if nothing can be read
+        self.lacks: dict[str, str] = {}
         self._readings: dict[str, Callable[[], Any]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="vlm_fast telemetry", daemon=True)
@@ -43,7 +44,7 @@ class Telemetry:
             return
         try:
             self._readings = _readings()
-        except Exception as error:  # a condition that cannot be read is no reason to lose results
+        except Exception as error:  # a failure to read must not lose the measurement
             self.lacks["telemetry"] = f"{type(error).__name__}: {error}"
 
     def __enter__(self) -> Telemetry:
@@ -56,7 +57,7 @@ class Telemetry:
         if self._thread.is_alive():
             self._thread.join()
         if self._readings:
-            self._sample()  # whatever is short has one
+            self._sample()  # short measurements have at least one sample
 
     def _watch(self) -> None:
         while not self._stop.wait(INTERVAL):
@@ -67,16 +68,18 @@ class Telemetry:
         for name, read in list(self._readings.items()):
             try:
                 sample[name] = read()
-            except Exception as error:  # not supported, not permitted, or the GPU is lost
+            except Exception as error:  # not supported, not permitted, or the GPU was lost
                 self.lacks[name] = f"{type(error).__name__}: {error}"
                 sample[name] = None
         self.samples.append(sample)
 
     def summary(self) -> dict[str, Any]:
-        """Medians, the throttling reasons that were seen at all, and what could not be read.
+        """Medians of the readings, and all throttling reasons that were seen.
 
-        Keys: ``sm_mhz``, ``memory_mhz``, ``power_w``, ``power_limit_w``, ``temperature_c`` (None
-        where unknown), ``throttled`` (a list of reasons), ``lacks`` ({reading: reason}).
+        Returns:
+            ``sm_mhz``, ``memory_mhz``, ``power_w``, ``power_limit_w``, ``temperature_c`` (None if
+                unknown), ``throttled`` (list of reasons) and ``lacks`` ({reading: why it could not
+                be read}).
         """
         found: dict[str, Any] = {name: self._median(name) for name in MEASURED}
         bits = 0

@@ -1,4 +1,4 @@
-"""Modules with the parameter names of the original checkpoints."""
+"""Connectors as modules, with the parameter names of the original checkpoints."""
 
 from torch import nn
 
@@ -8,7 +8,6 @@ from vlm_fast.modules.gated_cross_attention import (
 )
 from vlm_fast.modules.gated_cross_attention import MaskedCrossAttention as MaskedCrossAttention
 from vlm_fast.modules.gated_cross_attention import MediaKeyValues as MediaKeyValues
-from vlm_fast.modules.mlp_projector import LinearProjector as LinearProjector
 from vlm_fast.modules.mlp_projector import MLPProjector as MLPProjector
 from vlm_fast.modules.patch_merger import PatchMerger as PatchMerger
 from vlm_fast.modules.patch_merger import PixelShuffleProjector as PixelShuffleProjector
@@ -31,7 +30,7 @@ from vlm_fast.modules.token_merger import proportional_bias as proportional_bias
 
 
 def _not_scriptable(module: nn.Module) -> nn.Module:
-    """What torch.jit.script calls before it compiles a module, or a model that holds it."""
+    """Called by torch.jit.script before it compiles a module; raises RuntimeError."""
     raise RuntimeError(
         f"vlm_fast.{type(module).__name__}: torch.jit.script does not compile it; "
         "use torch.jit.trace or torch.export, or script the functions of vlm_fast.ops"

@@ -1,4 +1,4 @@
-"""The tiles of a batch of images, of any resolution, as one sequence of tokens with newlines."""
+"""`AnyResPacker`: pack the tiles of images of any resolution into sequences with newlines."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vlm_fast.ops.anyres_plan import Plan, plan
 from vlm_fast.ops.anyres_tiling import Tiling, sizes_of
 from vlm_fast.ops.argument_errors import not_a_tensor
 
-SPLITS = ("SplitBackward0", "SplitWithSizesBackward0")
+SPLIT_BACKWARDS = ("SplitBackward0", "SplitWithSizesBackward0")
 
 
 class AnyResPacker(nn.Module):
-    """What LLaVA-NeXT, LLaVA-OneVision and Granite Vision do behind their projector.
+    """AnyRes packing of LLaVA-NeXT, LLaVA-OneVision and Granite Vision, after the projector.
 
-    Has the ``image_newline`` of transformers' ``LlavaNextModel`` and its relatives, ``(hidden,)``,
-    or None where ``tiling.newline`` is False.
+    Mirrors ``pack_image_features`` of transformers' ``LlavaNextModel``, with its parameter
+    ``image_newline (hidden,)``, which is None if ``tiling.newline`` is False.
 
         packer = AnyResPacker(4096, Tiling(config.image_grid_pinpoints, tile=336, side=24))
         plan = packer.plan(image_sizes, device=features.device)
@@ -30,8 +30,8 @@ class AnyResPacker(nn.Module):
         embeds = packer.merge(inputs_embeds, features, plan, ids == image_token_id)
 
     Args:
-        hidden: of the features.
-        tiling: of the model.
+        hidden: width of the features.
+        tiling: how the model divides images into tiles.
         device, dtype: of the newline.
     """
 
@@ -54,24 +54,34 @@ class AnyResPacker(nn.Module):
         tiles: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> Plan:
-        """See `anyres_plan.plan`; sizes as `anyres_tiling.sizes_of` takes them.
+        """The plan of a batch of images, for `forward` and `merge`.
 
-        Make it before a CUDA graph or ``torch.compile``; `forward` and `merge` take it inside. A
-        graph reads its tables at every replay: keep the plan as long.
+        Make it outside of a CUDA graph or ``torch.compile``. A graph reads the tables of the plan
+        at every replay, so keep the plan as long as the graph.
+
+        Args:
+            image_sizes: height and width of each image, in pixels; see `anyres_tiling.sizes_of`.
+            tiles: the number of tiles of each image, if it is not that of the tiling.
+            device: of the features.
+
+        Raises:
+            TypeError, ValueError: as `anyres_tiling.sizes_of` and `anyres_plan.plan`.
         """
         return plan(sizes_of(image_sizes), self.tiling, tiles=tiles, device=device)
 
     def forward(self, features: Tensor | Sequence[Tensor], plan: Plan) -> Tensor:
-        """``(packed rows, hidden)``; the rows of each image are ``plan.counts``.
+        """Pack the tiles of all images into ``(packed rows, hidden)``.
+
+        ``plan.counts`` is the number of rows of each image.
 
         Args:
-            features: ``(tiles, tokens, hidden)`` of all images, or one such tensor an image.
-            plan: of these images.
+            features: ``(tiles, tokens, hidden)`` of all images, or one such tensor per image.
+            plan: the plan of these images.
 
         Raises:
             TypeError, ValueError: as `vlm_fast.ops.anyres_pack`.
         """
-        return pack_tiles(joined(features), self.image_newline, plan)
+        return pack_tiles(concatenated(features), self.image_newline, plan)
 
     def merge(
         self,
@@ -80,14 +90,22 @@ class AnyResPacker(nn.Module):
         plan: Plan,
         image_mask: Tensor,
     ) -> Tensor:
-        """``inputs_embeds (batch, sequence, hidden)`` with the packed rows where the mask is true.
+        """Replace rows of ``inputs_embeds`` by the packed rows, where ``image_mask`` is true.
 
-        In one movement (`vlm_fast.ops.anyres_merge`), unless an image is resized.
+        One kernel does both (`vlm_fast.ops.anyres_merge`), unless an image is resized.
+
+        Args:
+            inputs_embeds: ``(batch, sequence, hidden)``.
+            features, plan: see `forward`.
+            image_mask: bool ``(batch, sequence)``.
+
+        Returns:
+            A new tensor ``(batch, sequence, hidden)``.
 
         Raises:
             TypeError, ValueError: as `vlm_fast.ops.anyres_merge`.
         """
-        rows = joined(features)
+        rows = concatenated(features)
         if not plan.is_resized:
             source, target = plan.tables
             return ops.anyres_merge(
@@ -101,14 +119,14 @@ class AnyResPacker(nn.Module):
 
 
 def pack_tiles(features: Tensor, image_newline: Tensor | None, plan: Plan) -> Tensor:
-    """The op that a plan is for."""
+    """Pack ``features (tiles, tokens, hidden)`` by the op that the plan was made for."""
     if plan.is_resized:
         return ops.anyres_pack_resized(features, image_newline, *plan.tables)
     return ops.anyres_pack(features, image_newline, *plan.tables)
 
 
-def joined(features: Tensor | Sequence[Tensor]) -> Tensor:
-    """All tiles in one tensor: the one that was split into them, if it was, without a copy."""
+def concatenated(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """Concatenate tensors along dimension 0, without a copy if they are a split of one tensor."""
     if isinstance(features, Tensor):
         return features
     if not isinstance(features, Sequence):
@@ -116,12 +134,12 @@ def joined(features: Tensor | Sequence[Tensor]) -> Tensor:
     features = list(features)
     if len(features) == 1:
         return features[0]
-    whole = None if torch.compiler.is_compiling() else _split(features)
+    whole = None if torch.compiler.is_compiling() else _split_source(features)
     return torch.cat(features) if whole is None else whole
 
 
-def _split(parts: Sequence[Tensor]) -> Tensor | None:
-    """What ``torch.split`` made ``parts`` of, along the first dimension."""
+def _split_source(parts: Sequence[Tensor]) -> Tensor | None:
+    """The tensor that ``torch.split`` has divided into ``parts`` along dimension 0, or None."""
     first = parts[0]
     ends = accumulate((part.numel() for part in parts), initial=first.storage_offset())
     for part, start in zip(parts, ends, strict=False):
@@ -137,16 +155,16 @@ def _split(parts: Sequence[Tensor]) -> Tensor | None:
             return None
     shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
     if not any(part.requires_grad for part in parts):
-        # Strides of the parts say nothing: along a size of 1 they may be anything.
+        # Strides of the parts are no evidence: along a size of 1 they are arbitrary.
         return first.as_strided((math.prod(shape),), (1,)).view(shape)
-    # With gradients only behind a split of that very tensor: another function may return a view
-    # of its input and have a gradient of its own.
+    # With gradients the parts must come from torch.split itself: another function may return a view
+    # of its input and have its own backward.
     base = first._base
     if base is None or base.grad_fn is None or base.shape != shape or not base.is_contiguous():
         return None
     for part in parts:
         made_by = part.grad_fn
-        if part._base is not base or made_by is None or made_by.name() not in SPLITS:
+        if part._base is not base or made_by is None or made_by.name() not in SPLIT_BACKWARDS:
             return None
         if made_by.next_functions[0][0] is not base.grad_fn:
             return None

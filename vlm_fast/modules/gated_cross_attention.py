@@ -1,4 +1,4 @@
-"""Flamingo's tanh-gated cross-attention block, with the keys and arguments of OpenFlamingo."""
+"""Flamingo's gated cross-attention block, with OpenFlamingo's parameter names and arguments."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.activation import activation_of
-from vlm_fast.modules.parameter_access.module_tree import why_not_plain_tree
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.activation import activation_name
+from vlm_fast.modules.parameter_access.module_tree import why_not_direct_tree
 from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
 
 OP = "GatedCrossAttentionBlock"
@@ -19,11 +19,11 @@ OP = "GatedCrossAttentionBlock"
 
 @dataclass(frozen=True)
 class MediaKeyValues:
-    """Keys and values of media for one block; see `GatedCrossAttentionBlock.key_values`.
+    """Keys and values of media for one block, made by `GatedCrossAttentionBlock.key_values`.
 
     Attributes:
         k, v: ``(batch, heads, media * tokens_per_media, d)``.
-        tokens_per_media: latents of one medium.
+        tokens_per_media: number of latents of each medium.
     """
 
     k: Tensor
@@ -32,7 +32,10 @@ class MediaKeyValues:
 
 
 class MaskedCrossAttention(nn.Module):
-    """The attention of a `GatedCrossAttentionBlock`, with OpenFlamingo's parameter names."""
+    """The cross-attention of a `GatedCrossAttentionBlock`, with OpenFlamingo's parameter names.
+
+    Arguments are those of the block.
+    """
 
     def __init__(
         self,
@@ -63,26 +66,29 @@ class MaskedCrossAttention(nn.Module):
         media_locations: Tensor | None = None,
         use_cached_media: bool = False,
     ) -> Tensor:
-        """``(batch, tokens, dim)``: what the attention adds; arguments as of the block."""
+        """The attention output ``(batch, tokens, dim)``, before the gate and the residual.
+
+        Arguments and errors are those of `GatedCrossAttentionBlock.forward`.
+        """
         return attend(self, x, media, media_locations, use_cached_media)
 
 
 class GatedCrossAttentionBlock(nn.Module):
-    """``x + tanh(attn_gate) attn(x, media)``, then the same of a feed-forward network.
+    """``h = x + tanh(attn_gate) * attn(x, media)``, then ``h + tanh(ff_gate) * ff(h)``.
 
     Mirrors OpenFlamingo's class of this name (Flamingo, arXiv 2204.14198, section 3.1.2), with its
-    arguments and parameter names; no mask and no score of text by all latents is formed.
+    arguments and parameter names. No mask or score matrix of text by all latents is formed. To use
+    the same media in several calls, as during generation, project them once by `key_values`.
 
     Args:
         dim: width of the text.
         dim_visual: width of the media's latents.
-        dim_head, heads: of the attention; heads of more than 128 fall back.
+        dim_head: width of a head; above 128 the op runs as plain PyTorch.
+        heads: number of heads.
         ff_mult: width of the feed-forward network in multiples of ``dim``.
-        only_attend_immediate_media: whether a token sees its last medium alone, and nothing before
-            the first; else it sees all previous ones, and before the first the mean of all values.
-
-    A caller that reads the same media several times, as for every generated token, projects them
-    once by `key_values`.
+        only_attend_immediate_media: a token attends only to the last medium before it, and to
+            nothing before the first medium. Otherwise it attends to all previous media, and before
+            the first one its attention output is the mean of all values.
     """
 
     def __init__(
@@ -113,10 +119,11 @@ class GatedCrossAttentionBlock(nn.Module):
         self.ff_gate = nn.Parameter(torch.zeros(1, **factory))
 
     def key_values(self, media: Tensor) -> MediaKeyValues:
-        """Keys and values of ``media (batch, media, latents, dim_visual)``, to be passed instead.
+        """Project ``media (batch, media, latents, dim_visual)`` for several calls of `forward`.
 
         Raises:
-            TypeError, ValueError: media is no tensor, or of another shape.
+            TypeError: media is not a tensor.
+            ValueError: media has another shape.
         """
         return project(self.attn, media)
 
@@ -127,35 +134,36 @@ class GatedCrossAttentionBlock(nn.Module):
         media_locations: Tensor | None = None,
         use_cached_media: bool = False,
     ) -> Tensor:
-        """``(batch, tokens, dim)`` to the same.
+        """Text ``x (batch, tokens, dim)`` to the same shape.
 
         Args:
             x: the text.
-            media: ``(batch, media, latents, dim_visual)``, or what `key_values` made of it.
-            media_locations: bool ``(batch, tokens)``, True where a medium is named; None: every
-                token sees all media.
-            use_cached_media: the media were named before x; ``media_locations`` is then of that
-                text, of any length, and every token of x stands after it.
+            media: ``(batch, media, latents, dim_visual)``, or the result of `key_values`.
+            media_locations: bool ``(batch, tokens)``, true at the token of each medium. None: every
+                token attends to all media.
+            use_cached_media: all media tokens come before x; ``media_locations`` then describes
+                that earlier text and may have any length.
 
         Raises:
-            TypeError, ValueError: shapes or dtypes do not fit, or more media are named than there
-                are (on CUDA checked on the device, see `vlm_fast.ops.media_cross_attention`).
+            TypeError: an argument has a wrong type or dtype.
+            ValueError: shapes do not fit, or the text has more media tokens than there are media
+                (on CUDA checked on the device, see `vlm_fast.ops.media_cross_attention`).
         """
         return gated_block(self, x, media, media_locations, use_cached_media)
 
 
 def why_not_fused(block: Any) -> str | None:
-    """Why a block's children are called one by one, or None."""
-    return why_not_plain_tree(block, biases=False)
+    """Why the children of a block must be called as modules, or None."""
+    return why_not_direct_tree(block, biases=False)
 
 
 def gated_block(
     block: Any, x: Tensor, media: Any, media_locations: Tensor | None, use_cached_media: bool
 ) -> Tensor:
-    """The forward of any module with the children of `GatedCrossAttentionBlock`."""
+    """The forward of any module with the children of a `GatedCrossAttentionBlock`; see there."""
     reason = why_not_fused(block)
     if reason is not None:
-        fell_back(type(block).__name__, reason)
+        record_fallback(type(block).__name__, reason)
         attended = block.attn(x, media, media_locations, use_cached_media)
         x = ops.gated_add(x, attended.to(x.dtype), block.attn_gate)
         return ops.gated_add(x, block.ff(x).to(x.dtype), block.ff_gate)
@@ -166,7 +174,7 @@ def gated_block(
     )
     expanded = ops.mlp(
         normed, linear_1.weight, linear_1.bias, linear_2.weight, linear_2.bias,
-        activation=cast(str, activation_of(act)),
+        activation=cast(str, activation_name(act)),
     )  # fmt: skip
     return ops.gated_add(x, expanded.to(x.dtype), block.ff_gate)
 
@@ -178,7 +186,7 @@ def attend(
     media_locations: Tensor | None,
     use_cached_media: bool,
 ) -> Tensor:
-    """The forward of any module with the children of `MaskedCrossAttention`, which are called."""
+    """The forward of any module with the children of a `MaskedCrossAttention`, which are called."""
     if not isinstance(x, Tensor):
         raise not_a_tensor(OP, "x", x)
     if x.ndim != 3 or x.shape[2] != getattr(attn.to_q, "in_features", x.shape[2]):
@@ -201,7 +209,7 @@ def attend(
 def media_index(
     x: Tensor, media: int, media_locations: Tensor | None, use_cached_media: bool
 ) -> Tensor:
-    """How many media there are up to each token, int64 ``(batch, tokens)``."""
+    """The number of media up to and including each token, int64 ``(batch, tokens)``."""
     batch, tokens = x.shape[:2]
     if media_locations is None:
         return torch.full((batch, tokens), media, dtype=torch.int64, device=x.device)
@@ -219,7 +227,7 @@ def media_index(
 
 
 def project(attn: Any, media: Any) -> MediaKeyValues:
-    """Keys and values of media."""
+    """Project ``media (batch, media, latents, dim_visual)`` to keys and values."""
     if not isinstance(media, Tensor):
         raise not_a_tensor(OP, "media", media)
     width = getattr(attn.to_kv, "in_features", media.shape[-1])

@@ -1,4 +1,4 @@
-"""LLaVA's projectors: linear, activation, linear; and the single linear of the first LLaVA."""
+"""LLaVA's MLP projector: linear, activation, linear."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor, nn
 from vlm_fast import ops
 from vlm_fast.modules.fused_sequence import fused_mlp
 from vlm_fast.modules.parameter_access.activation import activation_module
-from vlm_fast.modules.parameter_access.chain import chain_of
+from vlm_fast.modules.parameter_access.chain import find_chain
 from vlm_fast.ops.mlp import SAVED
 
 
 class MLPProjector(nn.Module):
-    """``linear_2(act(linear_1(x)))``, with LLaVA's parameter names, through `vlm_fast.ops.mlp`.
+    """LLaVA-1.5's projector (arXiv 2310.03744): ``linear_2(act(linear_1(x)))``.
 
-    Mirrors transformers' ``LlavaMultiModalProjector``. Whatever wraps or replaces a child (LoRA,
-    quantisation, hooks, sharding) is called as usual; only plain linears of one dtype, that of the
-    input, are fused.
+    Mirrors transformers' ``LlavaMultiModalProjector``, with its parameter names. Children that are
+    wrapped or replaced (LoRA, quantization, hooks, sharding), or whose dtype is not that of the
+    input, are called as usual; otherwise `vlm_fast.ops.mlp` runs.
 
     Args:
         in_features: width of the vision features.
         hidden_features, out_features: widths of the two linears; ``out_features`` defaults to
             ``hidden_features``.
-        bias: whether both linears have one.
+        bias: whether both linears have a bias.
         activation: "gelu" (exact), "gelu_tanh", "quick_gelu", "silu" or "relu".
-        saved: what backward keeps, see `vlm_fast.ops.mlp`.
+        saved: which tensors are kept for backward, see `vlm_fast.ops.mlp`.
 
     Shapes: ``(..., in_features)`` to ``(..., out_features)``.
 
@@ -57,12 +57,16 @@ class MLPProjector(nn.Module):
 
     @classmethod
     def from_module(cls, module: nn.Module, *, saved: str = "preactivation") -> MLPProjector:
-        """A projector that shares the children, and so the parameters, of ``module``.
+        """A projector that shares the children of ``module``, and so their parameters.
+
+        Args:
+            module: e.g. a ``LlavaMultiModalProjector``, or an nn.Sequential with these names.
+            saved: see the class.
 
         Raises:
             ValueError: ``module`` is not exactly ``linear_1 -> act -> linear_2``.
         """
-        found = chain_of(module)
+        found = find_chain(module)
         why = "it is not linear_1 -> act -> linear_2"
         if isinstance(found, str):
             why = found
@@ -80,15 +84,26 @@ class MLPProjector(nn.Module):
         return projector
 
     def forward(self, x: Tensor) -> Tensor:
+        """Project ``x (..., in_features)`` to ``(..., out_features)``.
+
+        Args:
+            x: float32, float16 or bfloat16; other dtypes run as plain PyTorch.
+
+        Raises:
+            TypeError, ValueError: as `vlm_fast.ops.mlp`.
+        """
         return fused_mlp("MLPProjector", x, self.linear_1, self.act, self.linear_2, self.saved)
 
     def merge(self, inputs_embeds: Tensor, x: Tensor, image_mask: Tensor) -> Tensor:
-        """``inputs_embeds`` with the projected rows of ``x`` where the mask is true, in order.
+        """Project ``x`` and put its rows into ``inputs_embeds``, in order, where the mask is true.
 
         Args:
-            inputs_embeds, image_mask: ``(batch, sequence, out_features)`` and, bool,
-                ``(batch, sequence)``.
-            x: ``(..., in_features)``.
+            inputs_embeds: ``(batch, sequence, out_features)``.
+            x: ``(..., in_features)``; as many rows as the mask has true elements.
+            image_mask: bool ``(batch, sequence)``.
+
+        Returns:
+            A new tensor with the shape of ``inputs_embeds``.
 
         Raises:
             TypeError, ValueError: as `vlm_fast.ops.merge_image_tokens`.
@@ -97,14 +112,6 @@ class MLPProjector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"saved={self.saved!r}"
-
-
-class LinearProjector(nn.Linear):
-    """The single linear of the first LLaVA (arXiv 2304.08485), with its keys ``weight``, ``bias``.
-
-    A GEMM with its bias is what cuBLAS does best, so there is no kernel here; the class is there so
-    that both projectors are found in one place.
-    """
 
 
 def _known_saved(saved: str) -> str:

@@ -1,4 +1,4 @@
-"""Blocks of patches merged into one token each and projected, as Qwen-VL and InternVL do."""
+"""Projectors that merge each block of patches into one token: Qwen-VL's and InternVL's."""
 
 from __future__ import annotations
 
@@ -9,35 +9,32 @@ from torch import Tensor, nn
 
 from vlm_fast.modules.fused_sequence import fused_mlp
 from vlm_fast.modules.parameter_access.activation import activation_module
-from vlm_fast.modules.parameter_access.norm import RMSNorm, merged
-from vlm_fast.modules.square_grid import grid_of
+from vlm_fast.modules.parameter_access.norm import RMSNorm, shuffle_and_norm
+from vlm_fast.modules.token_grid import grid_of
 from vlm_fast.ops.argument_errors import check_tensor, wrong_value
 
 NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
 
 
 class PatchMerger(nn.Module):
-    """Norm, ``factor x factor`` patches side by side, linear, GELU, linear: Qwen-VL's merger.
+    """Qwen-VL's patch merger (arXiv 2409.12191): norm, merge of patches, linear, GELU, linear.
 
     Mirrors transformers' ``PatchMerger`` of Qwen2-VL, ``Qwen2_5_VLPatchMerger`` and
     ``Qwen3VLVisionPatchMerger``, through `vlm_fast.ops.pixel_shuffle_norm` and `vlm_fast.ops.mlp`.
 
     Args:
-        in_features: of a patch.
-        out_features: of the language model.
-        hidden_features: between the linears, ``factor ** 2 * in_features`` unless given.
-        factor: patches along a side of a block.
+        in_features: width of a patch.
+        out_features: width of the language model.
+        hidden_features: width between the linears; ``factor ** 2 * in_features`` by default.
+        factor: side of a block, in patches.
         norm: "layer" (Qwen2-VL, Qwen3-VL) or "rms" (Qwen2.5-VL).
-        norm_after: whether merged tokens are normed (Qwen3-VL's deepstack), or their patches.
-        keys: parameter names as in "qwen2" (``ln_q``, ``mlp.0``, ``mlp.2``) or "qwen3" (``norm``,
+        norm_after: normalize merged tokens (Qwen3-VL's deepstack) instead of patches.
+        keys: parameter names of "qwen2" (``ln_q``, ``mlp.0``, ``mlp.2``) or "qwen3" (``norm``,
             ``linear_fc1``, ``linear_fc2``).
         eps: of the norm.
 
-    Shapes: ``(tokens, in_features)``, the tokens of each block consecutive as Qwen's processors
-    leave them, to ``(tokens / factor ** 2, out_features)``.
-
     Raises:
-        ValueError: ``norm`` or ``keys`` is unknown; the tokens make no whole blocks.
+        ValueError: ``norm`` or ``keys`` is unknown.
     """
 
     def __init__(
@@ -74,8 +71,17 @@ class PatchMerger(nn.Module):
         self.factor, self.norm_after = factor, norm_after
 
     def forward(self, x: Tensor, window_index: Tensor | None = None) -> Tensor:
-        """``window_index``: Qwen2.5-VL's, int, one for each block; x comes in its order, and blocks
-        are put back where they belong as they are read."""
+        """Merge and project ``(tokens, in_features)`` to ``(tokens / factor ** 2, out_features)``.
+
+        Args:
+            x: patches; those of each block are consecutive, as Qwen's processors return them.
+            window_index: int ``(blocks,)``, Qwen2.5-VL's order of blocks by attention window. If x
+                is in that order, the result is in the original one.
+
+        Raises:
+            TypeError: x is not a tensor.
+            ValueError: the tokens do not form whole blocks.
+        """
         check_tensor(type(self).__name__, "x", x)
         index = None
         if window_index is not None:
@@ -84,23 +90,20 @@ class PatchMerger(nn.Module):
 
 
 class PixelShuffleProjector(nn.Module):
-    """InternVL's projector with the pixel shuffle before it, its first norm reading the grid.
+    """InternVL's pixel shuffle and projector (arXiv 2404.16821): shuffle and norm are one pass.
 
     Mirrors ``InternVLModel.pixel_shuffle`` and ``InternVLMultiModalProjector`` of transformers,
-    with the latter's keys: ``layer_norm``, ``linear_1``, ``linear_2``.
+    with the latter's keys ``layer_norm``, ``linear_1`` and ``linear_2``.
 
     Args:
-        in_features: of a patch.
-        out_features: of the language model.
-        factor: patches along a side of a block.
-        activation: as of `MLPProjector`.
+        in_features: width of a patch.
+        out_features: width of the language model.
+        factor: side of a block, in patches.
+        activation: see `MLPProjector`.
         eps: of the norm.
 
-    Shapes: ``(batch, height * width, in_features)`` to ``(batch, height * width / factor ** 2,
-    out_features)``; square unless ``height`` and ``width`` say otherwise.
-
     Raises:
-        ValueError: the tokens make no such grid, or the factor does not divide it.
+        ValueError: ``activation`` is unknown.
     """
 
     def __init__(
@@ -124,9 +127,22 @@ class PixelShuffleProjector(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """Shuffle and project ``x (batch, height * width, in_features)``.
+
+        Args:
+            x: row by row of the grid.
+            height, width: of the grid, in tokens; that of a square by default.
+
+        Returns:
+            ``(batch, height * width / factor ** 2, out_features)``.
+
+        Raises:
+            TypeError: x is not a tensor.
+            ValueError: the tokens do not form the grid, or the factor does not divide it.
+        """
         height, width = grid_of(type(self).__name__, x, height, width)
         name = type(self).__name__
-        x = merged(
+        x = shuffle_and_norm(
             name, x, self.layer_norm, height=height, width=width, factor=self.factor,
             norm_after=True,
         )  # fmt: skip
@@ -142,9 +158,12 @@ def merge_patches(
     index: Tensor | None = None,
     saved: str = "preactivation",
 ) -> Tensor:
-    """What a merger with the children of `PatchMerger` does to tokens ``(..., in_features)``."""
+    """The forward of any module with the children of a `PatchMerger`; see there.
+
+    ``index``: int ``(blocks, factor ** 2)``, the rows of ``x`` that each block consists of.
+    """
     norm, linear_1, act, linear_2 = children_of(merger)
-    x = merged(
+    x = shuffle_and_norm(
         owner, x.reshape(-1, factor**2, x.shape[-1]), norm, height=factor, width=factor,
         factor=factor, norm_after=norm_after, index=index,
     )  # fmt: skip
@@ -153,14 +172,14 @@ def merge_patches(
 
 
 def children_of(merger: Any) -> tuple[nn.Module, ...]:
-    """Norm, linear, activation and linear, by either of Qwen's names."""
+    """Norm, first linear, activation and second linear, by the names of Qwen2-VL or Qwen3-VL."""
     if hasattr(merger, "ln_q"):
         return merger.ln_q, *merger.mlp
     return merger.norm, merger.linear_fc1, merger.act_fn, merger.linear_fc2
 
 
 def blocks_in_place(window_index: Tensor, factor: int) -> Tensor:
-    """The rows of each block, ``(blocks, factor ** 2)``, of tokens in the order of the windows."""
+    """The rows ``(blocks, factor ** 2)`` of each block in original order; x is in window order."""
     place = torch.empty_like(window_index)
     place[window_index] = torch.arange(window_index.shape[0], device=window_index.device).to(
         window_index.dtype

@@ -1,4 +1,4 @@
-"""Projectors that pool the grid they are given: Gemma 3's, and LLaVA's MLP with fewer tokens."""
+"""Projectors that pool a grid of tokens: Gemma 3's, and LLaVA's MLP with pooling inside."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.mlp_projector import MLPProjector
-from vlm_fast.modules.parameter_access.norm import GemmaRMSNorm, merged
-from vlm_fast.modules.square_grid import grid_of
+from vlm_fast.modules.parameter_access.norm import RMSNorm, shuffle_and_norm
+from vlm_fast.modules.token_grid import grid_of
 from vlm_fast.ops.argument_errors import wrong_value
 
 COMMUTING = ("avg", "bilinear")
 
 
 class PooledMLPProjector(MLPProjector):
-    """`MLPProjector` whose result is pooled, and so has fewer tokens: before its second linear.
+    """`MLPProjector` followed by pooling, computed as pooling before the second linear.
 
-    Means and bilinear weights sum to 1, so that ``pool(linear_2(h))`` is ``linear_2(pool(h))``,
-    bias and all: at a stride of 2 that linear has a quarter of the rows. Mirrors transformers'
-    ``PerceptionLMMultiModalProjector`` ("avg"), and LLaVA-OneVision's projector with the pooling of
-    its videos ("bilinear"); LLaVA's keys ``linear_1`` and ``linear_2``.
+    Means and bilinear weights sum to 1, so ``pool(linear_2(h))`` equals ``linear_2(pool(h))``, with
+    the bias too. At a stride of 2 that linear multiplies a quarter of the rows.
+
+    Mirrors transformers' ``PerceptionLMMultiModalProjector`` ("avg"), and LLaVA-OneVision's
+    projector with the pooling of video frames ("bilinear"), with LLaVA's keys ``linear_1`` and
+    ``linear_2``.
 
     Args:
-        in_features, hidden_features, out_features, others: as of `MLPProjector`.
-        stride, mode: as of `vlm_fast.ops.spatial_pool`, but no "max", which does not commute.
-
-    Shapes: ``(batch, height * width, in_features)`` to ``(batch, pooled, out_features)``; square
-    unless ``height`` and ``width`` say otherwise.
+        in_features, hidden_features, out_features, bias, activation: see `MLPProjector`.
+        stride, mode: see `vlm_fast.ops.spatial_pool`; "max" does not commute with a linear.
 
     Raises:
-        ValueError: ``mode`` is another; by the call, as of `vlm_fast.ops.spatial_pool`.
+        ValueError: ``mode`` is not "avg" or "bilinear"; ``activation`` is unknown.
     """
 
     def __init__(
@@ -55,6 +54,15 @@ class PooledMLPProjector(MLPProjector):
         self.stride, self.mode = stride, mode
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """Project ``x (batch, height * width, in_features)`` to ``(batch, pooled, out_features)``.
+
+        Args:
+            x: row by row of the grid.
+            height, width: of the grid, in tokens; that of a square by default.
+
+        Raises:
+            TypeError, ValueError: as `vlm_fast.ops.spatial_pool`; or x comes from a `TokenMerger`.
+        """
         height, width = grid_of(type(self).__name__, x, height, width)
         pool = dict(height=height, width=width, stride=self.stride)
         return pooled_mlp(x, self.linear_1, self.act, self.linear_2, mode=self.mode, **pool)
@@ -64,21 +72,15 @@ class PooledMLPProjector(MLPProjector):
 
 
 class PooledNormProjector(nn.Module):
-    """Gemma 3's projector: a mean of windows, RMSNorm and a matrix, token by token.
+    """Gemma 3's projector (arXiv 2503.19786): mean of windows, RMSNorm, matrix product.
 
-    Mirrors transformers' ``Gemma3MultiModalProjector`` with its keys, ``mm_soft_emb_norm.weight``
-    and ``mm_input_projection_weight`` (of ``(in, out)``), without its copies with channels first.
+    Mirrors transformers' ``Gemma3MultiModalProjector`` with its keys ``mm_soft_emb_norm.weight``
+    and ``mm_input_projection_weight`` (shape ``(in, out)``), without copies with channels first.
 
     Args:
-        in_features, out_features: of the vision tower and of the language model.
-        stride: the side of a window.
+        in_features, out_features: widths of the vision encoder and of the language model.
+        stride: side of a window, in tokens.
         eps: of the norm.
-
-    Shapes: ``(batch, height * width, in_features)`` to ``(batch, pooled, out_features)``; square
-    unless ``height`` and ``width`` say otherwise.
-
-    Raises:
-        ValueError: by the call, as of `vlm_fast.ops.spatial_pool`.
     """
 
     def __init__(
@@ -94,10 +96,21 @@ class PooledNormProjector(nn.Module):
         super().__init__()
         matrix = torch.empty(in_features, out_features, device=device, dtype=dtype)
         self.mm_input_projection_weight = nn.Parameter(matrix.normal_(std=in_features**-0.5))
-        self.mm_soft_emb_norm = GemmaRMSNorm(in_features, eps, device=device, dtype=dtype)
+        self.mm_soft_emb_norm = RMSNorm(
+            in_features, eps, unit_offset=True, device=device, dtype=dtype
+        )
         self.stride = stride
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """Project ``x (batch, height * width, in_features)`` to ``(batch, pooled, out_features)``.
+
+        Args:
+            x: row by row of the grid.
+            height, width: of the grid, in tokens; that of a square by default.
+
+        Raises:
+            TypeError, ValueError: as `vlm_fast.ops.spatial_pool`; or x comes from a `TokenMerger`.
+        """
         height, width = grid_of(type(self).__name__, x, height, width)
         normed = pooled_norm(
             type(self).__name__, x, self.mm_soft_emb_norm, height, width, self.stride
@@ -109,16 +122,16 @@ def pooled_mlp(
     x: Tensor, linear_1: nn.Module, act: nn.Module, linear_2: nn.Module, *,
     height: int, width: int, stride: int, mode: str = "avg",
 ) -> Tensor:  # fmt: skip
-    """``linear_2(pool(act(linear_1(x))))``."""
+    """``linear_2(pool(act(linear_1(x))))`` of ``x (batch, height * width, in_features)``."""
     h = act(linear_1(x))
     y: Tensor = linear_2(ops.spatial_pool(h, height=height, width=width, mode=mode, stride=stride))
     return y
 
 
 def times_matrix(x: Tensor, matrix: Tensor) -> Tensor:
-    """``x @ matrix``, the matrix being ``(in, out)`` as Gemma 3's is."""
+    """``x @ matrix`` of ``x (batch, tokens, in)`` and ``matrix (in, out)``."""
     if x.is_cpu and x.dtype is not torch.float32:
-        # Of two matrices in rows ATen's product in half precision takes 25 times as long.
+        # ATen's half-precision product of two row-major matrices takes 25 times as long.
         x = x.mT.contiguous().mT
     return x @ matrix
 
@@ -126,6 +139,6 @@ def times_matrix(x: Tensor, matrix: Tensor) -> Tensor:
 def pooled_norm(
     owner: str, x: Tensor, norm: nn.Module, height: int, width: int, stride: int
 ) -> Tensor:
-    """Means of windows ``(batch, pooled, features)``, normed."""
+    """The means of windows ``(batch, pooled, features)``, then ``norm``; see `SpatialPool`."""
     x = ops.spatial_pool(x, height=height, width=width, stride=stride)
-    return merged(owner, x, norm, height=x.shape[-2], width=1, factor=1, norm_after=False)
+    return shuffle_and_norm(owner, x, norm, height=x.shape[-2], width=1, factor=1, norm_after=False)

@@ -1,4 +1,4 @@
-"""LLaVA's projector as its own code writes it: an nn.Sequential of linears with GELUs between."""
+"""LLaVA's projector with the keys of its original code: an nn.Sequential of linears and GELUs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class SequentialProjector(nn.Sequential):
 
     Mirrors ``build_vision_projector`` of LLaVA, with its keys ``0.weight``, ``2.weight``, ...: its
     ``mm_projector.bin`` loads once the prefix ``model.mm_projector.`` is stripped. Children can be
-    read and replaced as in any nn.Sequential; a slice is a plain nn.Sequential. What wraps a child
-    (LoRA, quantisation, hooks, sharding) is called as usual.
+    read and replaced as in any nn.Sequential; a slice is a plain nn.Sequential. Wrapped
+    children (LoRA, quantization, hooks, sharding) are called as usual.
 
     Args:
         in_features: width of the vision features.
         hidden_features, out_features: width between the linears, and after the last one, which
             defaults to ``hidden_features``.
         depth: number of linears, with an activation from each to the next.
-        bias: whether the linears have one.
+        bias: whether the linears have a bias.
         activation: "gelu" (exact), "gelu_tanh", "quick_gelu", "silu" or "relu".
-        saved: what backward keeps of the first two linears, see `vlm_fast.ops.mlp`. Of each linear
-            that follows it keeps the input of the activation before it (see
+        saved: which tensors of the first two linears are kept for backward, see `vlm_fast.ops.mlp`.
+            For each further linear the input of the activation before it is kept (see
             `vlm_fast.ops.act_linear`); with "all" the activation too.
 
     Shapes: ``(..., in_features)`` to ``(..., out_features)``.
@@ -68,6 +68,11 @@ class SequentialProjector(nn.Sequential):
         self.saved = saved
 
     def forward(self, input: Tensor) -> Tensor:
+        """Project ``input (..., in_features)`` to ``(..., out_features)``.
+
+        Raises:
+            TypeError, ValueError: as `vlm_fast.ops.mlp`.
+        """
         steps = [Step(name, child) for name, child in self._modules.items()]
         result: Tensor = run_steps("SequentialProjector", input, steps, self.saved)
         return result

@@ -1,4 +1,4 @@
-"""Projectors behind a shuffle of patches: those of Idefics3 and SmolVLM, Llama 4, and Mistral 3."""
+"""Projectors with a pixel shuffle: Idefics3's and SmolVLM's, Llama 4's, and Mistral 3's."""
 
 from __future__ import annotations
 
@@ -11,27 +11,21 @@ from torch import Tensor, nn
 from vlm_fast import ops
 from vlm_fast.modules.fused_sequence import fused_mlp
 from vlm_fast.modules.parameter_access.activation import activation_module
-from vlm_fast.modules.parameter_access.norm import RMSNorm, merged
-from vlm_fast.modules.square_grid import grid_of
+from vlm_fast.modules.parameter_access.norm import RMSNorm, shuffle_and_norm
+from vlm_fast.modules.token_grid import grid_of
 from vlm_fast.ops.argument_errors import check_tensor, wrong_value
 from vlm_fast.ops.patch_blocks import rows_of_blocks
 
 
 class PixelShuffleConnector(nn.Module):
-    """A pixel shuffle in one copy, and a linear without bias.
+    """Idefics3's and SmolVLM's connector: a pixel shuffle in one copy, and a linear without bias.
 
     Mirrors transformers' ``Idefics3Connector`` and ``SmolVLMConnector``, with their key
     ``modality_projection.proj.weight``.
 
     Args:
-        in_features, out_features: of a patch, and of the language model.
-        factor: patches along a side of a block.
-
-    Shapes: ``(batch, height * width, in_features)`` to ``(batch, height * width / factor ** 2,
-    out_features)``; square unless ``height`` and ``width`` say otherwise.
-
-    Raises:
-        ValueError: the tokens make no such grid, or the factor does not divide it.
+        in_features, out_features: widths of a patch and of the language model.
+        factor: side of a block, in patches.
     """
 
     def __init__(
@@ -51,6 +45,19 @@ class PixelShuffleConnector(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """Shuffle and project ``x (batch, height * width, in_features)``.
+
+        Args:
+            x: row by row of the grid.
+            height, width: of the grid, in tokens; that of a square by default.
+
+        Returns:
+            ``(batch, height * width / factor ** 2, out_features)``.
+
+        Raises:
+            TypeError: x is not a tensor.
+            ValueError: the tokens do not form the grid, or the factor does not divide it.
+        """
         proj: Any = self.modality_projection.proj
         check_tensor(type(self).__name__, "x", x)
         y: Tensor = proj(_shuffled(x, self.factor, height, width))
@@ -58,17 +65,16 @@ class PixelShuffleConnector(nn.Module):
 
 
 class PixelShuffleMLP(nn.Module):
-    """A pixel shuffle in one copy, and two linears without bias, GELU after each.
+    """Llama 4's adapter: a pixel shuffle in one copy, then twice a linear without bias and GELU.
 
     Mirrors transformers' ``Llama4VisionPixelShuffleMLP``, with its keys ``mlp.fc1.weight`` and
     ``mlp.fc2.weight``.
 
     Args:
-        in_features, hidden_features, out_features: of a patch, between the linears, of the result.
-        factor: patches along a side of a block.
-        dropout: probability between the linears, in training.
-
-    Shapes and errors: as of `PixelShuffleConnector`.
+        in_features, hidden_features, out_features: widths of a patch, between the linears, and of
+            the result.
+        factor: side of a block, in patches.
+        dropout: probability of dropout between the linears, in training.
     """
 
     def __init__(
@@ -90,6 +96,19 @@ class PixelShuffleMLP(nn.Module):
         self.factor, self.dropout = factor, nn.Dropout(dropout)
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """Shuffle and project ``x (batch, height * width, in_features)``.
+
+        Args:
+            x: row by row of the grid.
+            height, width: of the grid, in tokens; that of a square by default.
+
+        Returns:
+            ``(batch, height * width / factor ** 2, out_features)``.
+
+        Raises:
+            TypeError: x is not a tensor.
+            ValueError: the tokens do not form the grid, or the factor does not divide it.
+        """
         check_tensor(type(self).__name__, "x", x)
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         x = _shuffled(x, self.factor, height, width)
@@ -102,17 +121,17 @@ class PixelShuffleMLP(nn.Module):
 
 
 class RaggedMergerProjector(nn.Module):
-    """Norm, ``factor x factor`` patches in one token, linear, MLP; for images of several sizes.
+    """Mistral 3's projector for images of any size: norm, merge of patches, linear, MLP.
 
     Mirrors transformers' ``Mistral3MultiModalProjector`` (and ``LightOnOcrMultiModalProjector``),
-    with its keys: ``norm``, ``patch_merger.merging_layer``, ``linear_1``, ``linear_2``. All images
-    are normed and merged in one pass, by one index.
+    with its keys: ``norm``, ``patch_merger.merging_layer``, ``linear_1``, ``linear_2``. Norm
+    and merge of all images are one pass.
 
     Args:
-        in_features, out_features: of a patch, and of the language model.
-        factor: patches along a side of a block; what fills no block is left out, as there.
-        bias: whether ``linear_1`` and ``linear_2`` have one.
-        activation: as of `MLPProjector`.
+        in_features, out_features: widths of a patch and of the language model.
+        factor: side of a block, in patches; rows and columns that fill no block are dropped.
+        bias: whether ``linear_1`` and ``linear_2`` have a bias.
+        activation: see `MLPProjector`.
         eps: of the norm.
     """
 
@@ -140,14 +159,15 @@ class RaggedMergerProjector(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """``(merged tokens, out_features)`` of x ``(tokens, in_features)``.
+        """Merge and project ``x (tokens, in_features)`` to ``(merged tokens, out_features)``.
 
         Args:
             x: the patches of all images, image after image, each row by row.
-            grids: height and width of each, in patches.
+            grids: height and width of each image, in patches.
 
         Raises:
-            ValueError: x has not as many rows as the grids have cells.
+            TypeError: x is not a tensor.
+            ValueError: the number of rows of x is not that of the cells of all grids.
         """
         name = type(self).__name__
         check_tensor(name, "x", x)
@@ -155,7 +175,7 @@ class RaggedMergerProjector(nn.Module):
         if x.ndim != 2 or x.shape[0] != cells:
             raise wrong_value(name, "x", x, f"({cells}, features), the cells of the grids")
         index = rows_of_blocks(grids, self.factor, x.device)
-        x = merged(
+        x = shuffle_and_norm(
             name, x, self.norm, factor=self.factor, norm_after=False, layout="channel", index=index
         )
         merging: Any = self.patch_merger.merging_layer

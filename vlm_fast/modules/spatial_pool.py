@@ -1,24 +1,19 @@
-"""Pooling of the grid of tokens that a vision tower leaves, as a module."""
+"""`SpatialPool`: pooling of the grid of tokens that a vision encoder returns."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.square_grid import grid_of
+from vlm_fast.modules.token_grid import grid_of
 
 
 class SpatialPool(nn.Module):
-    """`vlm_fast.ops.spatial_pool` of square grids, or of those that the call names.
+    """Pool a grid of tokens by `vlm_fast.ops.spatial_pool`; it has no parameters.
 
     Args:
-        stride: how many times fewer rows and columns.
+        stride: factor by which rows and columns become fewer.
         mode: "avg", "max" or "bilinear".
-
-    Shapes: ``(batch, height * width, features)`` to ``(batch, pooled, features)``.
-
-    Raises:
-        ValueError: by the call, as of the op.
     """
 
     def __init__(self, stride: int = 2, mode: str = "avg") -> None:
@@ -26,6 +21,15 @@ class SpatialPool(nn.Module):
         self.stride, self.mode = stride, mode
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """Pool ``x (batch, height * width, features)`` to ``(batch, pooled, features)``.
+
+        Args:
+            x: row by row of the grid.
+            height, width: of the grid, in tokens; that of a square by default.
+
+        Raises:
+            TypeError, ValueError: as `vlm_fast.ops.spatial_pool`; or x comes from a `TokenMerger`.
+        """
         height, width = grid_of(type(self).__name__, x, height, width)
         return ops.spatial_pool(x, height=height, width=width, mode=self.mode, stride=self.stride)
 

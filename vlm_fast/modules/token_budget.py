@@ -1,4 +1,4 @@
-"""A fixed number of tokens, by one of three ways."""
+"""`TokenBudget`: reduce tokens to a fixed number by pooling, merging or resampling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.perceiver_resampler import PerceiverResampler
-from vlm_fast.modules.square_grid import grid_of
+from vlm_fast.modules.token_grid import grid_of
 from vlm_fast.modules.token_merger import TokenMerger
 from vlm_fast.ops.argument_errors import not_a_tensor, wrong_value
 from vlm_fast.ops.spatial_pool import MAX_STRIDE
@@ -20,19 +20,19 @@ METHODS = ("pool", "merge", "resample")
 
 
 class TokenBudget(nn.Module):
-    """A projector's input or output, taken to n tokens.
+    """Reduce the tokens before or after a projector to n tokens.
 
     Args:
-        n: how many tokens come out; fewer, if fewer went in ("pool" and "merge").
-        method: "pool" averages over cells of the grid that the tokens are; "merge" merges those
-            that are alike (`TokenMerger`); "resample" has n learned queries attend to all of them
+        n: number of output tokens; with "pool" and "merge" fewer if the input has fewer.
+        method: "pool" averages over cells of the grid that the tokens form; "merge" merges similar
+            tokens (`TokenMerger`); "resample" lets n learned queries attend to all tokens
             (`PerceiverResampler`).
         dim: width of the tokens, for "resample".
-        resampler: arguments of the `PerceiverResampler`; of a single layer by default.
+        resampler: arguments of the `PerceiverResampler`, which has one layer by default.
 
     Raises:
-        TypeError: "resample" without dim, or arguments for a resampler without "resample".
-        ValueError: n is not positive, or the method unknown.
+        TypeError: "resample" without dim, or dim or resampler arguments with another method.
+        ValueError: n is below 1, or the method is unknown.
     """
 
     def __init__(
@@ -55,16 +55,16 @@ class TokenBudget(nn.Module):
         return f"{self.n}, method={self.method!r}"
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """``(batch, n, features)`` of x ``(batch, tokens, features)``.
+        """Reduce ``x (batch, tokens, features)`` to ``(batch, n, features)``.
 
         Args:
-            x: the tokens; for "pool" row by row of the grid, and nothing else.
-            grid: its rows and columns, for "pool"; square by default.
+            x: the tokens; for "pool" row by row of the grid, without a CLS token or registers.
+            grid: rows and columns, for "pool"; a square by default.
 
         Raises:
-            TypeError: x is no tensor.
-            ValueError: x has not three dimensions; the tokens are no square and no grid is given,
-                or it has not as many cells; or n cells do not fit into it.
+            TypeError: x is not a tensor.
+            ValueError: x does not have three dimensions; the tokens form no square and no grid is
+                given, or a grid of another size; or no rectangle of n cells fits into the grid.
         """
         if not isinstance(x, Tensor):
             raise not_a_tensor(OP, "x", x)
@@ -88,17 +88,17 @@ class TokenBudget(nn.Module):
         stride = grid[0] // cells[0]
         if grid == (cells[0] * stride, cells[1] * stride) and stride <= MAX_STRIDE:
             return ops.spatial_pool(x, height=grid[0], width=grid[1], stride=stride)
-        # Rows of tokens are an image with its channels last: nothing is moved.
+        # Rows of tokens are an image with channels last: no copy.
         image = x.transpose(1, 2).unflatten(2, grid)
         pooled = F.adaptive_avg_pool2d(image, cells)
         return pooled.flatten(2).transpose(1, 2)
 
 
 def pooled_grid(n: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """The n cells, no finer than ``grid``, whose shape is nearest to its own.
+    """Rows and columns of n cells, at most those of ``grid``, with the nearest aspect ratio.
 
     Raises:
-        ValueError: no rectangle of n cells fits.
+        ValueError: no rectangle of n cells fits into the grid.
     """
     fitting = [(h, n // h) for h in range(1, grid[0] + 1) if n % h == 0 and n // h <= grid[1]]
     if not fitting:

@@ -1,4 +1,4 @@
-"""Fewer tokens between a tower and a projector: those that are alike become their mean."""
+"""`TokenMerger`: Token Merging between a vision encoder and a projector."""
 
 from __future__ import annotations
 
@@ -8,36 +8,40 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.square_grid import mark_merged
+from vlm_fast.modules.token_grid import mark_merged
 from vlm_fast.ops.argument_errors import not_a_tensor, wrong_value
 
 OP = "TokenMerger"
 
 
 class MergedTokens(NamedTuple):
-    """Tokens ``(batch, n, features)``, and ``(batch, n)`` how many each of them stands for."""
+    """The result of `TokenMerger.merge`.
+
+    Attributes:
+        tokens: ``(batch, n, features)``.
+        size: ``(batch, n)``, how many input tokens each token is the mean of; None if each is one.
+    """
 
     tokens: Tensor
-    size: Tensor | None  # None where each stands for itself
+    size: Tensor | None
 
 
 class TokenMerger(nn.Module):
-    """Token Merging (arXiv 2210.09461) to a fixed number of tokens; it has no parameters.
+    """Token Merging (ToMe, arXiv 2210.09461): replace similar tokens by their mean.
 
-    A round merges at most half of the tokens; as many follow one another as are needed. Tokens are
-    compared by the cosine of themselves, or of a metric.
+    It has no parameters. Tokens are compared by cosine similarity. A round merges at most half of
+    the tokens; further rounds follow until the wanted number is reached. The output order is that
+    of `vlm_fast.ops.bipartite_match`: the remaining A tokens, then the B tokens. They form no grid
+    any more, so pooling or shuffling a grid must come before; modules that need a grid raise.
 
     Args:
-        ratio: how many times fewer tokens, rounded up; protected tokens do not count.
-        keep: how many tokens are left, protected ones among them. One of ratio and keep.
-        protected: so many first tokens (a CLS token, registers) are never merged.
-
-    What stands between rounds, and after the last: A tokens that are left, then B tokens, as
-    `vlm_fast.ops.bipartite_match` says. They are no grid any more: what pools or shuffles a grid
-    comes before, and refuses them where they reach it as they are.
+        ratio: factor by which tokens become fewer, rounded up; protected tokens do not count.
+        keep: number of tokens left, including protected ones. Give either ratio or keep.
+        protected: the first so many tokens (a CLS token, registers) are never merged.
 
     Raises:
-        ValueError: not one of ratio and keep, a ratio below 1, or keep not above protected.
+        ValueError: not exactly one of ratio and keep, a ratio below 1, a negative ``protected``, or
+            keep not above protected.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class TokenMerger(nn.Module):
         return f"{amount}, protected={self.protected}"
 
     def kept(self, tokens: int) -> int:
-        """How many of so many tokens are left."""
+        """The number of tokens left of ``tokens``."""
         if self.keep is not None or self.ratio is None:
             return min(tokens, self.keep or 0)
         return self.protected + math.ceil((tokens - self.protected) / self.ratio)
@@ -67,22 +71,27 @@ class TokenMerger(nn.Module):
     def forward(
         self, x: Tensor, metric: Tensor | None = None, size: Tensor | None = None
     ) -> Tensor:
-        """The tokens of `merge` alone."""
+        """The tokens ``(batch, kept, features)`` of `merge`, which explains the arguments.
+
+        Raises:
+            TypeError, ValueError: as `merge`.
+        """
         return self.merge(x, metric, size).tokens
 
     def merge(
         self, x: Tensor, metric: Tensor | None = None, size: Tensor | None = None
     ) -> MergedTokens:
-        """``(batch, kept, features)`` and the sizes of these tokens.
+        """Merge tokens; the result has ``(batch, kept, features)`` and the size of each token.
 
         Args:
             x: ``(batch, tokens, features)``.
-            metric: ``(batch, tokens, any)``, what tokens are compared by (the paper takes the keys
-                of attention, averaged over heads); x itself by default. It gets no gradient.
-            size: ``(batch, tokens)``, what each token stands for already; None is 1 for each.
+            metric: ``(batch, tokens, any)``, the vectors by which tokens are compared; x by
+                default. The paper takes the keys of attention, averaged over heads. No gradient.
+            size: ``(batch, tokens)``, how many tokens each is the mean of already; None means 1.
 
         Raises:
-            TypeError, ValueError: as the ops; or there are fewer tokens than protected ones.
+            TypeError, ValueError: as `vlm_fast.ops.bipartite_match` and `merge_tokens`; or x has
+                fewer tokens than are protected.
         """
         for name, value in (("x", x), ("metric", metric)):
             if not isinstance(value, Tensor) and not (value is None and name == "metric"):
@@ -105,15 +114,16 @@ class TokenMerger(nn.Module):
 
 
 def proportional_bias(size: Tensor) -> Tensor:
-    """``log(size)`` for the ``bias`` of attention: a token counts for as many as it stands for.
+    """``log(size)`` as the ``bias`` of attention: proportional attention of Token Merging.
 
-    The proportional attention of Token Merging (arXiv 2210.09461, section 3). One number a key, for
-    all heads and queries: `vlm_fast.ops.cross_attention` and ``self_attention`` read it as it is,
-    and no score is formed in memory for it. It is a constant: no gradient goes to the sizes.
+    A key that is the mean of n tokens then counts n times (arXiv 2210.09461, section 3).
+    `vlm_fast.ops.cross_attention` and ``self_attention`` read one number per key; no matrix of
+    scores is formed. The sizes get no gradient.
 
     Args:
         size: ``(batch, tokens)``, as `vlm_fast.ops.merge_tokens` returns it.
 
-    Returns ``(batch, 1, 1, tokens)``.
+    Returns:
+        ``(batch, 1, 1, tokens)``.
     """
     return size.detach().log().unsqueeze(1).unsqueeze(1)

@@ -72,6 +72,9 @@ def add_layer_norm(
     return F.layer_norm(z, (z.shape[-1],), *parameters, eps)
 
 
+add_layer_norm.plain_on_cpu = True
+
+
 @add_layer_norm.fallback_reason
 def fallback_reason(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor,

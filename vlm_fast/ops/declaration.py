@@ -37,7 +37,8 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.utils import _pytree
 
-from vlm_fast.fallback import DISABLED, fell_back, policy
+from vlm_fast.fallback import DISABLED, record_fallback, record_fast_call, switches
+from vlm_fast.kernels._launcher import runs_triton
 from vlm_fast.kernels._triton import AVAILABLE
 from vlm_fast.ops.argument_errors import mistake
 from vlm_fast.ops.autocast import autocast_device, without_autocast
@@ -46,7 +47,7 @@ from vlm_fast.ops.cost import nbytes as nbytes
 from vlm_fast.ops.docstrings import documented
 from vlm_fast.ops.registration import CallPath
 from vlm_fast.ops.sample_shapes import with_batch as with_batch
-from vlm_fast.ops.signature import Signature
+from vlm_fast.ops.signature import Signature, canonical_form
 from vlm_fast.ops.transforms import constant_while_compiling, in_functorch, refuse_forward_mode
 
 P = ParamSpec("P")
@@ -54,6 +55,7 @@ R = TypeVar("R")
 
 OPS: dict[str, Op[..., Any]] = {}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}  # by name
 
 
 def no_kernel_for(x: Tensor) -> str | None:
@@ -93,13 +95,14 @@ class Op(Generic[P, R]):
         self.autocasts = False
         self.not_autocast: tuple[str, ...] = ()
         self.returns_indices = False
+        self.plain_on_cpu = False  # no CPU variant gains: the reference is the CPU form
         self.references: list[Callable[..., Any]] = [reference]
         self.verify: Callable[..., list[Any]] | None = None
         self.results_without_gradient: Callable[[Any], tuple[int, ...]] = lambda needs_grad: ()
         self._accepts = self.signature.accepts
         self._check: Callable[..., Exception | None] | None = None
         self._fallback_reason: Callable[..., str | None] | None = None
-        self._canonical = _canonical_of(self.signature)
+        self._canonical = canonical_form(self.signature)
         self._has_more_checks = self._canonical is not None
         OPS[self.name] = self
 
@@ -114,12 +117,19 @@ class Op(Generic[P, R]):
             return self._of_proxies(args, options, error)
         reason = self._why_not(values, settings)
         if reason is not None:
-            fell_back(self.name, reason)
+            record_fallback(self.name, reason)
             return self.reference(*values, **settings)
+        if self.plain_on_cpu and not runs_triton(values[0]):
+            return self._on_cpu(values, settings)
         return self._path(values, settings)
 
+    def _on_cpu(self, values: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+        if not torch.compiler.is_compiling():  # as for the other ops, see `fallback.stats`
+            record_fast_call(self.name)
+        return self.reference(*values, **settings)
+
     def fast(self, *args: P.args, **options: P.kwargs) -> R:
-        """Call the kernels, never the reference.
+        """Call the kernels or, on a CPU, the op's CPU form; never fall back.
 
         Raises:
             RuntimeError: the kernels cannot serve this call.
@@ -131,6 +141,8 @@ class Op(Generic[P, R]):
         reason = self._why_not(values, settings)
         if reason is not None and reason is not DISABLED:
             raise RuntimeError(f"vlm_fast.{self.name}: {reason}")
+        if self.plain_on_cpu and not runs_triton(values[0]):
+            return self._on_cpu(values, settings)
         return self._path(values, settings)
 
     def why_not(self, *args: P.args, **options: P.kwargs) -> str | None:
@@ -158,7 +170,7 @@ class Op(Generic[P, R]):
 
     def _why_not(self, values: tuple[Any, ...], settings: dict[str, Any]) -> str | None:
         first = values[0]
-        if policy.disabled:
+        if switches.disabled:
             return DISABLED
         if first.is_cuda:
             if not AVAILABLE:
@@ -327,27 +339,6 @@ class Op(Generic[P, R]):
             self.bench_shapes = dict(bench)
 
         return attach
-
-
-def _canonical_of(signature: Signature) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
-    """A function that makes lists of sequences, and of a tensor where a list is declared."""
-    at = [
-        i for i, declared in enumerate(signature.tensors.values())
-        if isinstance(declared, list) or declared.is_list
-    ]  # fmt: skip
-    if not at:
-        return None
-    (i,) = at
-
-    def canonical(values: tuple[Any, ...]) -> tuple[Any, ...]:
-        value = values[i]
-        if isinstance(value, Tensor):
-            return (*values[:i], [value], *values[i + 1 :])
-        if isinstance(value, tuple):
-            return (*values[:i], list(value), *values[i + 1 :])
-        return values
-
-    return canonical
 
 
 @constant_while_compiling  # Dynamo of torch 2.11 takes every compilation for an export

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlm_fast.fallback import policy
+from vlm_fast.fallback import switches
 from vlm_fast.kernels._launcher import is_traced
 
 MAX_ROWS = 2**31 - 1  # slots are int32
@@ -23,7 +23,7 @@ def check_count(name: str, argument: str, count: int, found: Tensor | int) -> No
     if isinstance(found, Tensor):
         if is_traced(found):
             return
-        if found.is_cuda and not policy.strict:
+        if found.is_cuda and not switches.strict:
             message = f"vlm_fast.{name}: {argument} has {count} rows, image_mask another count"
             torch._assert_async(found == count, message)
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlm_fast.fallback import policy
+from vlm_fast.fallback import switches
 from vlm_fast.kernels._launcher import is_traced
 from vlm_fast.kernels._media_mask import media_seen
 from vlm_fast.kernels.media_cross_attention import media_attention_backward, media_attention_forward
@@ -162,7 +162,7 @@ def _check_index(index: Tensor, media: int, attend: str) -> None:
     if is_traced(index) or not index.numel():
         return
     wrong = (index >> media) != 0 if attend == "listed" else (index < 0) | (index > media)
-    if index.is_cuda and not policy.strict:
+    if index.is_cuda and not switches.strict:
         message = f"vlm_fast.media_cross_attention: media_index names more than {media} media"
         torch._assert_async(~wrong.any(), message)
         return

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm_fast.fallback import policy
+from vlm_fast.fallback import switches
 from vlm_fast.kernels import pixel_shuffle_norm as kernels
 from vlm_fast.kernels._launcher import is_traced
 from vlm_fast.kernels._patch_blocks import Blocks, Norm
@@ -208,7 +208,7 @@ def _check_rows(index: Tensor, rows: int) -> None:
     if is_traced(index) or index.numel() == 0:
         return
     low, high = index.aminmax()
-    if index.is_cuda and not policy.strict:
+    if index.is_cuda and not switches.strict:
         message = f"vlm_fast.{NAME}: index names rows that x does not have"
         torch._assert_async((low >= 0) & (high < rows), message)
     elif int(low) < 0 or int(high) >= rows:

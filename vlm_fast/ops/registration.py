@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.jit._builtins import _register_builtin
 from torch.library import Library, register_autograd, register_fake, register_vmap
 
-from vlm_fast.fallback import count_fast
+from vlm_fast.fallback import record_fast_call
 from vlm_fast.ops.schema import holds_list, schema_type
 from vlm_fast.ops.transforms import (
     in_each,
@@ -60,7 +60,7 @@ class CallPath:
         if torch.compiler.is_compiling():
             return self._call_registered(flat, values, settings)
         refuse_forward_mode(self.name)
-        count_fast(self.name)
+        record_fast_call(self.name)
         if _dispatch_modes() or values[0].is_meta:
             return self._call_registered(flat, values, settings)
         for value in flat:

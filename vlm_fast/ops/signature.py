@@ -31,6 +31,8 @@ import ast
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from vlm_fast.ops.signature_arguments import (
     NAMES,
     TensorArgument,
@@ -120,3 +122,27 @@ class _Defaults(dict[str, Any]):
         if name in NAMES:
             raise KeyError(name)
         return 0
+
+
+def canonical_form(signature: Signature) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
+    """A function that turns the sequence or single tensor of a declared list into a list.
+
+    None if no argument is a list.
+    """
+    at = [
+        i for i, declared in enumerate(signature.tensors.values())
+        if isinstance(declared, list) or declared.is_list
+    ]  # fmt: skip
+    if not at:
+        return None
+    (i,) = at
+
+    def canonical(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        value = values[i]
+        if isinstance(value, Tensor):
+            return (*values[:i], [value], *values[i + 1 :])
+        if isinstance(value, tuple):
+            return (*values[:i], list(value), *values[i + 1 :])
+        return values
+
+    return canonical

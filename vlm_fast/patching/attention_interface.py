@@ -1,10 +1,10 @@
-"""The second door into transformers: an attention implementation by name.
+"""Register `vlm_fast.ops.cross_attention` as an attention implementation of transformers.
 
     vlm_fast.register_attention()
     model.set_attn_implementation({"qformer_config": "vlm_fast"})
 
-Every module that dispatches its attention then runs `vlm_fast.ops.cross_attention`. `patch` does
-more (projections, norms, feed forward networks); this serves models it does not know.
+Every module that selects its attention by ``config._attn_implementation`` then runs the op. `patch`
+does more (projections, norms, feed-forward networks); this is for models that it does not know.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ NAME = "vlm_fast"
 
 
 def register_attention(name: str = NAME) -> str:
-    """Make ``name`` an attention implementation of transformers, with its masks; returns it.
+    """Register an attention implementation of transformers under ``name``; returns the name.
 
-    Attention that is causal by itself, without a mask, goes to transformers' own SDPA: few-query
-    kernels have nothing to offer there. So does what `vlm_fast.ops.cross_attention` does not take.
+    Causal attention without a mask runs transformers' own SDPA instead, because these kernels are
+    for few queries. So do calls that `vlm_fast.ops.cross_attention` does not support.
 
     Raises:
         ImportError: transformers is not installed.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, mask_of_attention)
+    AttentionInterface.register(name, attention_forward)
+    AttentionMaskInterface.register(name, attention_mask_for)
     return name
 
 
-def attend(
+def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -46,16 +46,28 @@ def attend(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' signature: ``(batch, heads, tokens, d)`` in, ``(batch, tokens, heads, d)`` out.
+    """Attention with the signature of transformers' attention functions.
 
-    A mask is boolean, true where a key is seen, or additive; ``(batch, heads, queries, keys)``, any
-    size 1. What the op does not take goes to transformers' own SDPA: attention that is causal by
-    itself, values of another width than keys, a position bias, masks of other shapes or dtypes.
+    The following run transformers' own SDPA: causal attention without a mask, values of another
+    width than the keys, a position bias, and masks of other shapes or dtypes.
+
+    Args:
+        module: the attention module; ``module.is_causal`` is read if ``is_causal`` is None.
+        query, key, value: ``(batch, heads, tokens, d)``.
+        attention_mask: ``(batch, heads, queries, keys)``, each size may be 1: boolean, true where a
+            query attends to a key, or additive in float32 or the dtype of the query.
+        dropout: probability with which attention weights are dropped.
+        scaling: factor of the scores; ``d ** -0.5`` by default.
+        is_causal: whether attention without a mask is causal.
+        kwargs: ``position_bias``, and whatever else transformers passes to SDPA.
+
+    Returns:
+        ``(batch, queries, heads, d)``, and None for the attention maps.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    by_itself = causal and attention_mask is None and query.shape[2] > 1
+    causal_without_mask = causal and attention_mask is None and query.shape[2] > 1
     biased = kwargs.get("position_bias") is not None
-    if by_itself or biased or not _fits(query, key, value, attention_mask):
+    if causal_without_mask or biased or not _fits(query, key, value, attention_mask):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
@@ -71,7 +83,7 @@ def attend(
     seed = None
     if dropout > 0:
         seed = torch.randint(2**62, (), dtype=torch.int64, device=query.device)
-    if query.shape[0] == 1 != key.shape[0]:  # one batch of queries for all
+    if query.shape[0] == 1 != key.shape[0]:  # the same queries for all images
         query = query.expand(key.shape[0], -1, -1, -1)
     attended = ops.cross_attention(
         query, key, value, None, None, bias, key_mask, seed, scale=scaling, dropout=dropout
@@ -80,7 +92,7 @@ def attend(
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether the op takes these: keys and values alike, and a mask that says all four sizes."""
+    """Whether the op supports these shapes and dtypes; the mask must have four dimensions."""
     batch, heads, queries, d = query.shape
     images, kv_heads, keys, _ = key.shape
     if value.shape != key.shape or key.shape[3] != d or batch not in (1, images):
@@ -95,7 +107,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
     return all(n in (1, size) for n, size in zip(mask.shape, scores, strict=True))
 
 
-def mask_of_attention(
+def attention_mask_for(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -105,7 +117,10 @@ def mask_of_attention(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask `attend` takes; of mere padding a row for each sample, and no look at its values."""
+    """The mask for `attention_forward`, with the signature of transformers' mask functions.
+
+    Without causality it is ``(batch, 1, 1, keys)``, made without reading values on the host.
+    """
     from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
     if mask_function is bidirectional_mask_function and not kwargs.get("use_vmap"):

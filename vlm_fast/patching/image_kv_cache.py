@@ -1,7 +1,7 @@
-"""Keys and values of images, kept beside the cache of one generation.
+"""Cache of the keys and values of images during generation.
 
-A generated token attends to the same images as the one before. The cache that a model passes from
-token to token says that two calls belong to one generation; nothing outlives it.
+All tokens of one generation attend to the same images. transformers passes the same text cache from
+one token to the next, so that object identifies the generation. The entry ends with that cache.
 """
 
 from __future__ import annotations
@@ -16,37 +16,40 @@ from torch import Tensor, nn
 KeysValues = tuple[Tensor, Tensor]
 
 
-class ImageKeys:
-    """Keys and values of the images of one generation, for each layer that reads them."""
+class ImageKeyValueCache:
+    """Keys and values of the images of one generation, for each cross-attention layer."""
 
     def __init__(self) -> None:
-        self._of_layer: dict[nn.Module, tuple[Tensor, Any, KeysValues]] = {}
+        self._entries: dict[nn.Module, tuple[Tensor, Any, KeysValues]] = {}
 
     @classmethod
-    def of_cache(cls, model: Any, cache: Any, tokens: int) -> ImageKeys | None:
-        """Those of a generation, or None where each call projects its images anew.
+    def for_generation(cls, model: Any, cache: Any, tokens: int) -> ImageKeyValueCache | None:
+        """The cache of a generation, or None if each call must project its images anew.
 
-        A call of one token behind others goes on with a generation; any other call begins one, as
-        its images may be others. ``cache``: the keys and values of the text, as transformers passes
-        them on; ``tokens``: how many this call adds.
+        A call with one token after cached ones continues a generation. Any other call starts a new
+        one, because its images may be others.
+
+        Args:
+            model: the model that is called; nothing is cached in training mode.
+            cache: transformers' cache of the keys and values of the text.
+            tokens: the number of text tokens of this call.
         """
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or model.training:
             return None
         length = getattr(cache, "get_seq_length", int)()
         if type(length) is not int or type(cache).__weakrefoffset__ == 0:
             return None
-        if length == 0 or tokens != 1 or cache not in _kept:
-            _kept[cache] = cls()
-        return _kept[cache]
+        if length == 0 or tokens != 1 or cache not in _generations:
+            _generations[cache] = cls()
+        return _generations[cache]
 
-    def of_layer(
+    def get_or_project(
         self, layer: Any, images: Tensor, project: Callable[[Tensor], KeysValues]
     ) -> KeysValues:
-        """``project(images)``, or what it gave when this generation last read these images.
+        """``project(images)``, or its former result if the images are unchanged since then.
 
-        Images that were written to since, or that lie elsewhere, are projected anew. Of tensors
-        that were made in inference mode writes leave no trace; those are taken as unwritten while
-        a generation lasts.
+        Unchanged means the same memory, dtype, autocast mode and version counter. Tensors made in
+        inference mode have no version counter: in-place writes to them are not noticed.
         """
         if type(images) is not Tensor or images.is_meta:
             return project(images)
@@ -54,14 +57,14 @@ class ImageKeys:
         dtype = torch.get_autocast_dtype(images.device.type)
         autocast = dtype if torch.is_autocast_enabled(images.device.type) else None
         state = (version, autocast, images.dtype, images.shape, images.stride())
-        known = self._of_layer.get(layer)
+        known = self._entries.get(layer)
         if known is None or known[1] != state or not _is_same_memory(known[0], images):
-            # The images are held, so that no others can take their place in memory.
-            known = self._of_layer[layer] = (images, state, project(images))
+            # Keeping a reference to the images prevents that others reuse their memory.
+            known = self._entries[layer] = (images, state, project(images))
         return known[2]
 
 
-_kept: WeakKeyDictionary[Any, ImageKeys] = WeakKeyDictionary()
+_generations: WeakKeyDictionary[Any, ImageKeyValueCache] = WeakKeyDictionary()
 
 
 def _is_same_memory(one: Tensor, other: Tensor) -> bool:

@@ -1,183 +1,196 @@
-"""What a class's ``get_placeholder_mask`` gives and counts, read by asking it.
+"""What the ``get_placeholder_mask`` of a transformers model returns, found by calling it.
 
-Every release words this method anew, but what it gives is nearly always the same: for each kind of
-placeholder the places where ``input_ids`` is one id, which must be as many as there are features.
-So the method is asked about ids of our own, and what it answers must be what a `Form` answers. Its
-source is not needed.
+Each release words this method differently, but nearly always it returns, for each kind of
+placeholder, the positions where ``input_ids`` equals one token id. Their number must be that of the
+features. `probe_mask_method` calls the method with made-up ids and compares its results with those
+of a `MaskSpec`. The source of the method is not needed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Form(NamedTuple):
-    """The answers of a ``get_placeholder_mask(input_ids, inputs_embeds, *arguments)``.
+class MaskSpec(NamedTuple):
+    """The results of a ``get_placeholder_mask(input_ids, inputs_embeds, *arguments)``.
 
     Attributes:
-        arguments: the names of its further arguments, in order.
-        ids: for each mask the attributes that lead from the model to its id, as ``("config",
-            "image_token_id")``, or ``(name,)`` of an argument that is the id itself.
-        counted: each argument of features, and which mask must have as many rows.
+        arguments: names of the further arguments, in order.
+        id_paths: for each mask the attribute path from the model to its token id, such as
+            ``("config", "image_token_id")``, or ``(name,)`` of an argument that is the id.
+        counted_features: for each argument with features, its name and the index of the mask that
+            must have as many positions as there are features.
         expanded: whether masks are ``(batch, sequence, hidden)``, not ``(batch, sequence, 1)``.
     """
 
     arguments: tuple[str, ...]
-    ids: tuple[tuple[str, ...], ...]
-    counted: tuple[tuple[str, int], ...]
+    id_paths: tuple[tuple[str, ...], ...]
+    counted_features: tuple[tuple[str, int], ...]
     expanded: bool
 
-    def masks(
+    def make_masks(
         self, model: Any, input_ids: Tensor, inputs_embeds: Tensor, given: dict[str, Any]
     ) -> list[Tensor]:
-        """The masks that the method gives. Ids are read at every call, for a config may change."""
+        """The masks that the method would return.
+
+        Token ids are read from the model at every call, because its config may change. ``given``:
+        the further arguments by name.
+        """
         masks = []
-        for path in self.ids:
-            number = given[path[0]] if path[0] in given else _at(model, path)
-            mask = (input_ids == number).unsqueeze(-1)
+        for path in self.id_paths:
+            token_id = (
+                given[path[0]] if path[0] in given else functools.reduce(getattr, path, model)
+            )
+            mask = (input_ids == token_id).unsqueeze(-1)
             if mask.device != inputs_embeds.device:
                 mask = mask.to(inputs_embeds.device)
             masks.append(mask.expand_as(inputs_embeds) if self.expanded else mask)
         return masks
 
 
-def _at(value: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        value = getattr(value, name)
-    return value
+class UnknownMaskMethod(Exception):
+    """A method has no `MaskSpec`. The message says why and is meant to follow its name."""
 
 
-class NotRead(Exception):
-    """Why a method has no `Form`, to be read after its name."""
-
-
-# What these name moves nothing along a sequence: an answer about two rows of ids holds for all.
-_NAMES = {
+# Functions and attributes that do not mix positions of a sequence: if the results for the two rows
+# of `_probe_inputs` are as expected, they are for all rows.
+_ALLOWED_NAMES = {
     "config", "vocabulary_mapping", "image_token_id", "video_token_id", "audio_token_id",
     "get_input_embeddings", "torch", "full", "tensor", "long", "dtype", "device", "all", "sum",
     "unsqueeze", "expand_as", "to", "shape", "size", "numel", "flatten", "torch_compilable_check",
     "ValueError",
 }  # fmt: skip
+# `_FakeModel` numbers its token ids from _FIRST_ID in steps of _STEP; at most _MAX_IDS of them.
+_FIRST_ID, _STEP, _MAX_IDS = 1000, 10, 4
 
 
-def read(method: Any) -> Form:
-    """The form of a ``get_placeholder_mask``.
+def probe_mask_method(method: Any) -> MaskSpec:
+    """The `MaskSpec` of a ``get_placeholder_mask``.
 
     Raises:
-        NotRead: it has none, or it does something that is not known here.
-        Exception: whatever the method raises that is asked.
+        UnknownMaskMethod: it has none, or it uses something that is not known here.
+        Exception: whatever the method itself raises.
     """
-    features, tokens = _arguments(method.__code__)
+    features, tokens = _argument_names(method.__code__)
     if tokens and method.__defaults__:
-        raise NotRead(f"need not be given {tokens[0]}")
-    numbers = _Numbers()
-    token = {name: getattr(numbers, name) for name in tokens}
-    ids, embeds = _sample()
+        raise UnknownMaskMethod(f"need not be given {tokens[0]}")
+    model = _FakeModel()
+    token = {name: getattr(model, name) for name in tokens}
+    ids, embeds = _probe_inputs()
 
-    def ask(**rows: int) -> list[Any] | None:
-        """Its masks for twice so many rows of features, or None where it raises a ValueError."""
+    def call(**counts: int) -> list[Any] | None:
+        """The masks for two rows of so many features each; None if it raises a ValueError."""
         given: dict[str, Any] = dict.fromkeys(features) | token
-        given |= {name: embeds.new_zeros(2, n, embeds.shape[-1]) for name, n in rows.items()}
+        given |= {name: embeds.new_zeros(2, n, embeds.shape[-1]) for name, n in counts.items()}
         try:
-            answer = method(numbers, ids, embeds, **given)
+            result = method(model, ids, embeds, **given)
         except ValueError:
             return None
-        return list(answer) if isinstance(answer, tuple) and len(answer) > 1 else [answer]
+        return list(result) if isinstance(result, tuple) and len(result) > 1 else [result]
 
-    with _checks_turned_on():
-        counts = {name: _counted(name, ask) for name in features}
-        answers = [ask(**{name: count}) for name, count in counts.items()] + [ask(**counts)]
-    masks = answers[-1]
+    with _transformers_checks_enabled():
+        counts = {name: _accepted_count(name, call) for name in features}
+        results = [call(**{name: count}) for name, count in counts.items()] + [call(**counts)]
+    masks = results[-1]
     if masks is None:
-        raise NotRead("takes features only alone")
-    if len(numbers.found) > _MOST:
-        raise NotRead(f"asks for more than {_MOST} ids")
-    paths = {number: path for path, number in numbers.found.items()}
-    found = [_number(mask, ids, paths) for mask in masks]
+        raise UnknownMaskMethod("takes one kind of features at a time only")
+    if len(model.ids) > _MAX_IDS:
+        raise UnknownMaskMethod(f"asks for more than {_MAX_IDS} ids")
+    paths = {token_id: path for path, token_id in model.ids.items()}
+    found = [_token_id_of(mask, ids, paths) for mask in masks]
     counted = []
     for place, (name, count) in enumerate(counts.items()):
         places = [i for i, number in enumerate(found) if int((ids[0] == number).sum()) == count]
         if not places:
-            raise NotRead(f"gives no mask for {name}")
+            raise UnknownMaskMethod(f"gives no mask for {name}")
         counted.append((name, place if place in places else places[0]))
     expanded = masks[0].shape[-1] == embeds.shape[-1]
-    form = Form((*features, *tokens), tuple(paths[n] for n in found), tuple(counted), expanded)
-    expected = form.masks(numbers, ids, embeds, token)
-    for answer in answers:
-        if answer is None or len(answer) != len(expected) or not all(map(_same, answer, expected)):
-            raise NotRead("gives other masks for other features")
-    return form
+    id_paths = tuple(paths[number] for number in found)
+    spec = MaskSpec((*features, *tokens), id_paths, tuple(counted), expanded)
+    expected = spec.make_masks(model, ids, embeds, token)
+    for result in results:
+        if result is None or len(result) != len(expected) or not all(map(_same, result, expected)):
+            raise UnknownMaskMethod("gives other masks for other features")
+    return spec
 
 
-def _arguments(code: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The arguments that are features, and the one that is an id, if any."""
-    unknown = sorted(set(code.co_names) - _NAMES)
+def _argument_names(code: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the arguments with features, and of the argument that is a token id, if any."""
+    unknown = sorted(set(code.co_names) - _ALLOWED_NAMES)
     if unknown:
-        raise NotRead(f"uses {', '.join(unknown)}")
+        raise UnknownMaskMethod(f"uses {', '.join(unknown)}")
     if code.co_freevars or any(inspect.iscode(constant) for constant in code.co_consts):
-        raise NotRead("has functions inside")
-    named = code.co_varnames[1 : code.co_argcount]
-    features = tuple(name for name in named[2:] if name.endswith("features"))
-    tokens = tuple(name for name in named[2:] if name.endswith("token_id"))
+        raise UnknownMaskMethod("has functions inside")
+    names = code.co_varnames[1 : code.co_argcount]
+    features = tuple(name for name in names[2:] if name.endswith("features"))
+    tokens = tuple(name for name in names[2:] if name.endswith("token_id"))
     more = code.co_kwonlyargcount or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
-    known = named == ("input_ids", "inputs_embeds", *features, *tokens) and len(tokens) <= 1
+    known = names == ("input_ids", "inputs_embeds", *features, *tokens) and len(tokens) <= 1
     if not features or not known or more:
-        raise NotRead(f"takes {', '.join(named)}{' and more' if more else ''}")
+        raise UnknownMaskMethod(f"takes {', '.join(names)}{' and more' if more else ''}")
     return features, tokens
 
 
-class _Numbers:
-    """Stands in for a model: every id that it is asked for is a number of its own."""
+class _FakeModel:
+    """A model and config for the probe: each ``...token_id`` that is read is a new number.
 
-    def __init__(self, found: dict[tuple[str, ...], int] | None = None, *path: str) -> None:
-        self.found = {} if found is None else found
+    Attributes:
+        ids: the number of each attribute path that has been read.
+        path: the attribute path from the model to this object.
+    """
+
+    def __init__(self, ids: dict[tuple[str, ...], int] | None = None, *path: str) -> None:
+        self.ids = {} if ids is None else ids
         self.path = path
 
     def __getattr__(self, name: str) -> Any:
         path = (*self.path, name)
         if not name.endswith("token_id"):
-            return _Numbers(self.found, *path)
-        return self.found.setdefault(path, _FIRST + _STEP * len(self.found))
+            return _FakeModel(self.ids, *path)
+        return self.ids.setdefault(path, _FIRST_ID + _STEP * len(self.ids))
 
 
-_FIRST, _STEP, _MOST = 1000, 10, 4
+def _probe_inputs() -> tuple[Tensor, Tensor]:
+    """Token ids ``(2, tokens)`` and embeddings ``(2, tokens, 2)``.
 
-
-def _sample() -> tuple[Tensor, Tensor]:
-    """Ids and embeds of two rows: the i-th number i + 1 times, among its neighbours and others."""
+    Each row holds the i-th id of `_FakeModel` i + 1 times, next to its neighbours and other ids.
+    """
     row = [0, 1, -1, -100]
-    for i in range(_MOST):
-        number = _FIRST + _STEP * i
-        row += [number] * (i + 1) + [number - 1, number + 1]
+    for i in range(_MAX_IDS):
+        token_id = _FIRST_ID + _STEP * i
+        row += [token_id] * (i + 1) + [token_id - 1, token_id + 1]
     shuffled = [row[7 * k % len(row)] for k in range(len(row))]
     ids = torch.tensor([shuffled, row], device="cpu")
     return ids, torch.zeros(*ids.shape, 2, device="cpu")
 
 
-def _counted(name: str, ask: Any) -> int:
-    """How many of a number there are in a row, if so many features are taken and no others."""
-    taken = [rows for rows in range(_MOST + 2) if ask(**{name: rows}) is not None]
-    if len(taken) > 1:
-        raise NotRead(f"does not count {name}")
-    if not taken:
-        raise NotRead(f"takes no {name} alone")
-    return taken[0]
+def _accepted_count(name: str, call: Callable[..., Any]) -> int:
+    """The only number of features per row that the method accepts for this argument."""
+    accepted = [count for count in range(_MAX_IDS + 2) if call(**{name: count}) is not None]
+    if len(accepted) > 1:
+        raise UnknownMaskMethod(f"does not count {name}")
+    if not accepted:
+        raise UnknownMaskMethod(f"takes no {name} without others")
+    return accepted[0]
 
 
-def _number(mask: Any, ids: Tensor, numbers: Any) -> int:
-    """The id whose places a mask has."""
+def _token_id_of(mask: Any, ids: Tensor, token_ids: Any) -> int:
+    """The one token id whose positions are those of the mask."""
     if type(mask) is not Tensor or mask.shape[:-1] != ids.shape or mask.shape[-1] not in (1, 2):
-        raise NotRead("gives no masks of rows")
-    same = [n for n in numbers if mask.dtype == torch.bool and torch.equal(ids == n, mask[..., 0])]
+        raise UnknownMaskMethod("gives no masks of rows")
+    same = [
+        n for n in token_ids if mask.dtype == torch.bool and torch.equal(ids == n, mask[..., 0])
+    ]
     if len(same) != 1:
-        raise NotRead("gives masks that are not those of one id")
+        raise UnknownMaskMethod("gives masks that are not those of one id")
     return same[0]
 
 
@@ -186,8 +199,8 @@ def _same(mask: Any, expected: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _checks_turned_on() -> Iterator[None]:
-    """Without the variable by which transformers leaves out its checks."""
+def _transformers_checks_enabled() -> Iterator[None]:
+    """Unset the environment variable that turns off the checks of transformers."""
     name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
     before = os.environ.pop(name, None)
     try:

@@ -1,5 +1,4 @@
-"""Connectors in models that are spread over processes: which units they are, and ranks without
-images."""
+"""Helpers for FSDP2, ZeRO-3 and DDP: modules to shard as one unit, and ranks without images."""
 
 from __future__ import annotations
 
@@ -10,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from vlm_fast.patching.class_swap import Patched
+from vlm_fast.modules.parameter_access.sharded_parameters import is_sharded, is_zero3_parameter
+from vlm_fast.patching.patched_module import PatchedModule
 
 
 def connectors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules in ``model`` that read the parameters of their children, the outermost.
+    """Yield name and module of each outermost connector that reads its children's parameters.
 
-    What is to stay in one piece: the units of FSDP2 (``fully_shard(connector)`` before
-    ``fully_shard(model)``), and the leaf modules of ZeRO-3, see `prepare_zero3`. Those that were
-    patched, and those of `vlm_fast.modules`.
+    Such a module must be sharded as one unit: call ``fully_shard(connector)`` of FSDP2 before
+    ``fully_shard(model)``, or set it as a leaf module of ZeRO-3, see `prepare_zero3`. Patched
+    modules and modules of `vlm_fast.modules` count as connectors.
     """
     taken: list[nn.Module] = []
     for name, module in model.named_modules():
@@ -28,44 +28,44 @@ def connectors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _reads_children(module: nn.Module) -> bool:
-    if isinstance(module, Patched):
-        return type(module).patch.mixin.why_not is not Patched.why_not  # type: ignore[attr-defined]
+    if isinstance(module, PatchedModule):
+        return type(module).patch_spec.mixin.why_not is not PatchedModule.why_not  # type: ignore[attr-defined]
     return any(base.__module__.startswith("vlm_fast.modules.") for base in type(module).__mro__)
 
 
 def touch_parameters(*modules: nn.Module | nn.Parameter) -> Tensor:
-    """A zero whose gradient is zero, not None, for every parameter of ``modules`` that trains.
+    """A zero to add to the loss: trainable parameters of ``modules`` get zero gradients, not None.
 
-    What a model holds itself, as the ``image_newline`` of models whose images come in tiles, may be
-    among them.
-
-    For a rank or a batch without images: ``loss = loss + touch_parameters(projector)``. Otherwise
+    For a rank or a batch without images: ``loss = loss + touch_parameters(projector)``. Without it
     DistributedDataParallel waits for gradients that never come. A connector that is called with
     zero images does the same by itself.
 
-    Units of FSDP2 and modules of ZeRO-3 are entered as their own call would, so that all ranks
-    gather alike. Then order matters: call this where the other ranks run the modules, inside the
-    forward of the outermost one, as in a hook of the input embeddings, and give them in the order
-    in which they run: ``*visual.deepstack_merger_list, visual.merger`` of Qwen3-VL.
+    FSDP2 units and ZeRO-3 modules are called, so that all ranks gather parameters alike. Then the
+    place and the order matter: call this function where the other ranks run the modules, inside the
+    forward of the outermost one (e.g. in a hook of the input embeddings), and pass the modules in
+    the order in which they run; for Qwen3-VL ``*visual.deepstack_merger_list, visual.merger``.
+
+    Args:
+        modules: modules, or single parameters such as the ``image_newline`` of LLaVA-NeXT.
 
     Returns:
-        A scalar; float32 if there is no parameter at all.
+        A float32 scalar on the device of the parameters; on the CPU if there are none.
     """
-    zeros = [_touched(module) for module in modules]
+    zeros = [_zero_of_module(module) for module in modules]
     return sum(zeros[1:], zeros[0]) if zeros else torch.zeros(())
 
 
-def _touched(module: nn.Module | nn.Parameter) -> Tensor:
+def _zero_of_module(module: nn.Module | nn.Parameter) -> Tensor:
     if isinstance(module, nn.Parameter):
         return module.reshape(-1)[:0].sum().float()
     if not _gathers(module):
-        return _zero_of(module)
+        return _zero_of_parameters(module)
 
     def forward(*_: Any, **__: Any) -> Tensor:
-        return _zero_of(module)
+        return _zero_of_parameters(module)
 
     own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward  # within its call: hooks gather, and watch the result
+    module.__dict__["forward"] = forward  # the hooks of its call gather parameters
     try:
         return module()
     finally:
@@ -74,46 +74,41 @@ def _touched(module: nn.Module | nn.Parameter) -> Tensor:
             module.__dict__["forward"] = own
 
 
-def _zero_of(module: nn.Module) -> Tensor:
+def _zero_of_parameters(module: nn.Module) -> Tensor:
     zeros = [
         p.reshape(-1)[:0].sum() for p in module.parameters(recurse=False) if p.requires_grad
-    ]  # of no element: NaN and infinities stay where they are
-    zeros += [_touched(child) for child in module.children()]
+    ]  # sums of no element: NaN and infinite parameters do no harm
+    zeros += [_zero_of_module(child) for child in module.children()]
     device = next((zero.device for zero in zeros), None)
     return sum((zero.float() for zero in zeros), torch.zeros((), device=device))
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether this module is a unit of FSDP2."""
-    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
-
-
 def _gathers(module: nn.Module) -> bool:
-    """Whether hooks of this module gather its parameters: FSDP2's, or DeepSpeed's."""
+    """Whether hooks of FSDP2 or of DeepSpeed gather the parameters of this module."""
     if is_sharded(module):
         return True
-    return any(hasattr(p, "ds_id") for p in module.parameters(recurse=False)) or bool(
+    return any(map(is_zero3_parameter, module.parameters(recurse=False))) or bool(
         getattr(module, "_z3_leaf", False)
     )
 
 
 def prepare_zero3(model: nn.Module) -> list[str]:
-    """Set the `connectors` of ``model`` as leaf modules of ZeRO-3; after `patch`, before
-    ``deepspeed.initialize``.
+    """Set the `connectors` of ``model`` as leaf modules of DeepSpeed ZeRO-3.
 
-    DeepSpeed then gathers all parameters of a connector when it is called, and it is fused;
-    without, each linear gathers its own in its own call, and the connector calls its children.
+    Call it after `patch` and before ``deepspeed.initialize``. DeepSpeed then gathers all parameters
+    of a connector when the connector is called, and the fused ops run. Otherwise each linear
+    gathers its own parameters in its own call, and the connector must call its children.
 
-    A hook makes the inputs of each ask for gradients, as behind a frozen tower they do not:
-    otherwise DeepSpeed (0.19.8) lets a leaf's parameters go before their gradients are added, of
-    any class. It costs the gradient of the input.
+    A hook makes the inputs of each connector require gradients, which they do not behind a frozen
+    tower. Otherwise DeepSpeed (0.19.8) releases the parameters of a leaf module, of any class,
+    before their gradients are accumulated. The hook costs computing the gradient of the input.
 
     Returns:
         The names of the leaf modules.
 
     Raises:
         ModuleNotFoundError: DeepSpeed 0.13 or newer is not installed.
-        ValueError: there is no connector in ``model``.
+        ValueError: ``model`` contains no connector.
     """
     try:
         from deepspeed.utils import set_z3_leaf_modules
@@ -128,17 +123,17 @@ def prepare_zero3(model: nn.Module) -> list[str]:
             "patch it first"
         )
     set_z3_leaf_modules(model, list({type(module) for module in found.values()}))
-    calls = _Calls()
+    calls = _LeafCalls()
     model.register_forward_pre_hook(calls.begin)
     model.register_forward_hook(calls.end, always_call=True)
     for module in found.values():
         module.register_forward_pre_hook(calls.count)
-        module.register_forward_pre_hook(_asking_for_gradients, with_kwargs=True)
+        module.register_forward_pre_hook(_require_input_gradients, with_kwargs=True)
     return list(found)
 
 
-class _Calls:
-    """Which leaf modules were called in the forward that runs now."""
+class _LeafCalls:
+    """The leaf modules that have been called in the current forward; each may be called once."""
 
     def __init__(self) -> None:
         self.called: list[nn.Module] | None = None
@@ -162,11 +157,11 @@ class _Calls:
         self.called.append(module)
 
 
-def _asking_for_gradients(module: nn.Module, args: Any, kwargs: Any) -> Any:
+def _require_input_gradients(module: nn.Module, args: Any, kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return args, kwargs
-    return tree_map_only(Tensor, _asking, (args, kwargs))
+    return tree_map_only(Tensor, _require_gradient, (args, kwargs))
 
 
-def _asking(x: Tensor) -> Tensor:
+def _require_gradient(x: Tensor) -> Tensor:
     return x if x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""Which modules belong to a tower or a language model: stacks of blocks, alike one to the next."""
+"""Find the modules of vision towers and language models: stacks of equal transformer blocks."""
 
 from __future__ import annotations
 
@@ -8,38 +8,41 @@ from typing import Any
 from torch import nn
 
 from vlm_fast.modules.fused_sequence import is_linear
-from vlm_fast.modules.parameter_access.original_code import written_class
+from vlm_fast.modules.parameter_access.original_code import class_before_patch
 
-MANY = 3
+MIN_EQUAL_BLOCKS = 3
 
 
-def in_towers(model: nn.Module) -> set[nn.Module]:
-    """Members of stacks, with all that is inside them.
+def modules_in_towers(model: nn.Module) -> set[nn.Module]:
+    """All blocks of stacks in ``model``, with all of their submodules.
 
-    A member of an nn.ModuleList or nn.Sequential counts where two siblings or more are made as it
-    is, or where it has an attention beside its MLP, told by their linears.
+    A member of an nn.ModuleList or nn.Sequential counts as a block if it has at least two siblings
+    of the same class, or if it holds an attention and an MLP, recognised by their linears.
     """
     found: set[nn.Module] = set()
     for stack in model.modules():
         if isinstance(stack, (nn.ModuleList, nn.Sequential)) and stack not in found:
             members = [child for child in stack.children() if any(True for _ in child.children())]
-            alike = Counter(map(_made_as, members))
+            alike = Counter(map(_structure, members))
             for member in members:
-                if alike[_made_as(member)] >= MANY or _is_block(member):
+                if alike[_structure(member)] >= MIN_EQUAL_BLOCKS or _is_block(member):
                     found.update(member.modules())
     return found
 
 
-def _made_as(module: nn.Module) -> Any:
-    """What siblings have in common: the class, or of a container what it holds."""
-    kind = written_class(module)
+def _structure(module: nn.Module) -> Any:
+    """What equal blocks have in common: the class; for a container also the classes inside."""
+    kind = class_before_patch(module)
     if issubclass(kind, (nn.ModuleList, nn.Sequential)):
-        return kind, *map(_made_as, module.children())
+        return kind, *map(_structure, module.children())
     return kind
 
 
 def _is_block(member: nn.Module) -> bool:
-    """Whether a part has two linears, and the others two together; a whole model is no block."""
+    """Whether one child has two linears or more, and the other children two or more together.
+
+    Modules with an nn.ModuleList inside are whole models, not blocks.
+    """
     if isinstance(member, nn.Sequential):
         return False
     if any(isinstance(m, nn.ModuleList) for m in member.modules() if m is not member):

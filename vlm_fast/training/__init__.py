@@ -1,4 +1,4 @@
-"""Losses, recipes and data for training connectors. Nothing else in the package imports this."""
+"""Losses, recipes and data to train connectors. The rest of the package does not import this."""
 
 from vlm_fast.training import data as data
 from vlm_fast.training import losses as losses

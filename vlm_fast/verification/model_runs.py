@@ -1,4 +1,4 @@
-"""Runs of a model that can be compared: from one seed and one state, on the same arguments."""
+"""Reproducible runs of a model: same seed, same state and same arguments."""
 
 from __future__ import annotations
 
@@ -19,33 +19,38 @@ T = TypeVar("T")
 DRAWS = 8
 
 
-class Run(NamedTuple):
-    """The floating tensors that a model returned, by their place, and whether it drew numbers."""
+class ModelRun(NamedTuple):
+    """The result of one forward.
+
+    Attributes:
+        outputs: floating tensors that the model returned, by their path.
+        random: whether the model drew random numbers.
+    """
 
     outputs: dict[str, Tensor]
     random: bool
 
     def first(self) -> Tensor:
-        """The first that is not one number, as a loss is: it says more."""
+        """The first output that is not a scalar (a loss says little), else the first output."""
         tensors = list(self.outputs.values())
         return next((t for t in tensors if t.ndim > 0), tensors[0] if tensors else torch.zeros(0))
 
 
-def run(model: nn.Module, inputs: Mapping[str, Any]) -> Run:
-    """``model(**inputs)`` without gradients. Buffers, random state and caches stay as they are."""
+def run(model: nn.Module, inputs: Mapping[str, Any]) -> ModelRun:
+    """Run ``model(**inputs)`` without gradients. Buffers, random state and caches are restored."""
     given = tree_map(_copied, dict(inputs), is_leaf=_is_leaf)
     with torch.no_grad():
         output, random = seeded(model, lambda: model(**given))
-    return Run({path: tensor.clone() for path, tensor in _floating(output)}, random)
+    return ModelRun({path: tensor.clone() for path, tensor in _floating(output)}, random)
 
 
 def seeded(module: nn.Module, call: Callable[[], T]) -> tuple[T, bool]:
-    """What ``call`` gives under one seed, and whether it drew random numbers.
+    """The result of ``call`` under a fixed seed, and whether it drew random numbers.
 
-    The random state and the buffers of ``module`` are afterwards what they were.
+    The random state and the buffers of ``module`` are restored.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with buffers_kept(module), torch.random.fork_rng(devices=devices):
+    with buffers_restored(module), torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         states = [torch.get_rng_state, *(lambda d=d: torch.cuda.get_rng_state(d) for d in devices)]
         before = [state() for state in states]
@@ -55,8 +60,8 @@ def seeded(module: nn.Module, call: Callable[[], T]) -> tuple[T, bool]:
 
 
 @contextlib.contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Buffers are afterwards the same tensors with the same values, also after an exception."""
+def buffers_restored(module: nn.Module) -> Iterator[None]:
+    """Restore buffers to the same tensors with the same values, also after an exception."""
     owners = [(m, dict(m._buffers), set(m._non_persistent_buffers_set)) for m in module.modules()]
     buffers = {id(b): b for _, own, _ in owners for b in own.values() if b is not None}
     kept = [(b, b.data, b.detach().clone()) for b in buffers.values() if not b.is_meta]
@@ -76,15 +81,16 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def moved(
+def perturbed(
     modules: Mapping[str, nn.Module], budgets: Mapping[str, Sequence[float]], draw: int
 ) -> Iterator[None]:
-    """Within it the modules' results are off by rounding, which random numbers stand for.
+    """Inside, random noise of the size of rounding errors is added to the modules' results.
 
     Args:
-        budgets: by how much at most, for each floating result of a module; by a unit in the last
-            place of each element where a module has none.
-        draw: which random numbers.
+        modules: by name.
+        budgets: noise amplitude of each floating result by module name. Results without a budget
+            get noise of one unit in the last place of each element.
+        draw: number of the random sequence.
     """
     calls = 0
 
@@ -121,15 +127,19 @@ def moved(
             handle.remove()
 
 
-def judge_outputs(ours: Run, theirs: Run, rounded: Callable[[int], Run]) -> list[Verdict]:
-    """Judge what a model returned by how far rounding moves what it should have returned.
+def judge_outputs(
+    ours: ModelRun, theirs: ModelRun, rounded: Callable[[int], ModelRun]
+) -> list[Verdict]:
+    """Judge a model's outputs by how far rounding in its connectors moves the expected ones.
 
-    The rule is that of `parity.judge`: ``theirs`` is exact, and the error that is native is the
-    largest of any draw of rounding. One draw is mostly enough; the more there are, the less a small
-    result, as a loss is, hangs on luck.
+    The rule is that of `tolerance.judge` with ``theirs`` as the exact result. The allowed error is
+    the largest one of several random perturbations. One is mostly enough; more make small outputs,
+    such as a loss, depend less on chance.
 
     Args:
-        rounded: the run in which rounding is drawn with this number.
+        ours: run with the patch.
+        theirs: run without the patch.
+        rounded: runs without the patch but with perturbation number n.
     """
     if ours.outputs.keys() != theirs.outputs.keys():
         names = sorted(ours.outputs.keys() ^ theirs.outputs.keys())
@@ -149,7 +159,7 @@ def judge_outputs(ours: Run, theirs: Run, rounded: Callable[[int], Run]) -> list
 
 
 def _floating(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The floating tensors in nested results, with the way to them. A cache is no result."""
+    """Yield the floating tensors in nested results with their paths; caches are not entered."""
     if is_float(value):
         yield path or "output", value
         return
@@ -169,7 +179,7 @@ def is_float(value: Any) -> bool:
 
 
 def _is_leaf(value: Any) -> bool:
-    # A cache that a model writes to may be a pytree as well.
+    # Caches may be registered as pytrees, but must be copied as a whole.
     return not isinstance(value, (dict, list, tuple))
 
 

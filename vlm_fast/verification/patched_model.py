@@ -1,4 +1,4 @@
-"""``vlm_fast.verify(model, **inputs)``: the patched model against itself without the patch."""
+"""``vlm_fast.verify(model, **inputs)``: compare a patched model with itself without the patch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vlm_fast import ops
 from vlm_fast.ops.anyres_plan import Plan
 from vlm_fast.patching import patched_modules
-from vlm_fast.patching.class_swap import Patched, swap_back
-from vlm_fast.patching.media_masks import GivesSets
+from vlm_fast.patching.class_swap import swap_back
+from vlm_fast.patching.media_masks import ProvidesMediaMask
 from vlm_fast.patching.models import anyres, image_token_merge
+from vlm_fast.patching.patched_module import PatchedModule
 from vlm_fast.verification import tolerance
-from vlm_fast.verification.model_runs import Run, is_float, judge_outputs, moved, run, seeded
+from vlm_fast.verification.model_runs import (
+    ModelRun,
+    is_float,
+    judge_outputs,
+    perturbed,
+    run,
+    seeded,
+)
 from vlm_fast.verification.tolerance import Verdict, judge_all
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -27,7 +35,13 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Connector:
-    """One connector: the verdicts on its output and on every gradient."""
+    """The verdicts on one connector.
+
+    Attributes:
+        name: of the module in the model.
+        what: names of the patch and of ops that were judged.
+        verdicts: on its outputs and on every gradient.
+    """
 
     name: str
     what: str
@@ -35,25 +49,26 @@ class Connector:
 
     @property
     def ok(self) -> bool:
+        """Whether all verdicts passed."""
         return all(verdict.ok for verdict in self.verdicts)
 
     def worst(self, kind: str) -> float:
-        """Largest error among the "output"s or the "gradient"s."""
+        """The largest error of verdicts whose name starts with "output" or "gradient"."""
         return max((v.error for v in self.verdicts if v.what.startswith(kind)), default=0.0)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The connectors, and what the whole model returned with the patch and without.
+    """The result of `verify`.
 
     Attributes:
-        connectors: those that the inputs reached.
-        unreached: names of patched connectors that they did not. A part of a connector that was
-            judged as a whole is not listed by itself.
+        connectors: verdicts on those that ``inputs`` ran.
+        unreached: names of patched connectors that ``inputs`` never ran. Submodules of a verified
+            connector are not listed.
         outputs: the verdict on each floating tensor that the model returned.
-        incomparable: why there are no verdicts on outputs, or None.
+        incomparable: why outputs were not judged, or None.
         output_error: largest difference between the first outputs with and without the patch.
-        output_scale: largest magnitude of the output without the patch.
+        output_scale: largest magnitude of the first output without the patch.
     """
 
     connectors: Sequence[Connector]
@@ -65,7 +80,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether a connector was reached, and nothing that was judged is wrong."""
+        """Whether a connector was reached and every verdict passed."""
         judged = [c.ok for c in self.connectors] + [v.ok for v in self.outputs]
         return bool(self.connectors) and all(judged)
 
@@ -94,19 +109,22 @@ NOTHING = "the model returned no floating tensor"
 
 
 def verify(model: nn.Module, **inputs: Any) -> Verification:
-    """Run a patched model on ``inputs`` and judge it and each connector, as `parity.judge` does.
+    """Run a patched model on ``inputs``, and judge its outputs and each connector.
 
-    Each connector is run on what reached it: with the patch, without it, and without it in float64;
-    outputs and gradients (to its inputs and parameters) are compared. One with active dropout is
-    judged without it.
+    Each connector is called with the arguments that reached it: with the patch, without it, and
+    without it in float64. Outputs and gradients of inputs and parameters are compared by
+    `tolerance.judge`. A connector with active dropout is judged in eval mode.
 
-    What the model returns with the patch may differ from what it returns without by what rounding
-    explains: as far as it moves, without the patch, where each connector's output is moved by the
-    error that it is allowed. Where dropout is active, outputs are not judged.
+    The model's outputs with the patch may differ from those without it as much as rounding
+    explains: as far as they move if each connector's output moves by its allowed error. With active
+    dropout, outputs are not judged.
 
-    The model runs four times in forward under the same random seed, and more often only before an
-    output is called wrong. Its parameters, gradients, buffers and mode are left as they were, as is
-    the random state.
+    The model runs forward four times under the same random seed, and more often only before an
+    output is called wrong. Parameters, gradients, buffers, mode and random state are not changed.
+
+    Args:
+        model: patched by `vlm_fast.patch`.
+        inputs: arguments of its forward.
 
     Raises:
         ValueError: nothing in ``model`` is patched.
@@ -114,18 +132,20 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
     connectors = dict(patched_modules(model))
     if not connectors:
         raise ValueError(f"{type(model).__name__} has no patched connector; call patch() first")
-    ours = run(model, inputs)  # as it is: hooks, which observe, may make a module fall back
+    ours = run(model, inputs)  # run without hooks first, because hooks can make a module fall back
     seen, merges, packs = _observed(model, connectors, inputs)
     with _without_patch(connectors):
         theirs = run(model, inputs)
     found, whole, unreached = [], [], []
     for name, module in connectors.items():
         what, verdicts = [], []
-        plain = module.unpatched() if name in seen and isinstance(module, Patched) else None
+        plain = (
+            module.unpatched_copy() if name in seen and isinstance(module, PatchedModule) else None
+        )
         if plain is not None:
             judged, random = _verify_module(module, plain, seen[name])
             dropout = " without dropout" if random else ""
-            what.append(type(module).patch.mixin.__name__ + dropout)
+            what.append(type(module).patch_spec.mixin.__name__ + dropout)
             verdicts += judged
             whole.append(name)
         if isinstance(module, anyres.FusedAnyRes) and packs:
@@ -136,7 +156,9 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
             verdicts += [v for merge in merges for v in _verify_merge(*merge)]
         if what:
             found.append(Connector(name, ", ".join(what), verdicts))
-        elif not _within(name, whole) and not (isinstance(module, GivesSets) and name in seen):
+        elif not _within(name, whole) and not (
+            isinstance(module, ProvidesMediaMask) and name in seen
+        ):
             unreached.append(name)
     outputs: list[Verdict] = []
     incomparable = NOTHING if not theirs.outputs else None
@@ -149,8 +171,8 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
             if c.name in whole
         }
 
-        def rounded(draw: int) -> Run:
-            with _without_patch(connectors), moved(connectors, budgets, draw):
+        def rounded(draw: int) -> ModelRun:
+            with _without_patch(connectors), perturbed(connectors, budgets, draw):
                 return run(model, inputs)
 
         outputs = judge_outputs(ours, theirs, rounded)
@@ -164,7 +186,7 @@ def verify(model: nn.Module, **inputs: Any) -> Verification:
 def _observed(
     model: nn.Module, connectors: dict[str, nn.Module], inputs: dict[str, Any]
 ) -> tuple[dict[str, Arguments], list[Any], list[Any]]:
-    """The last arguments of each connector, and those of every merge and every pack."""
+    """The last arguments of each connector, and the arguments of every merge and every pack."""
     seen: dict[str, Arguments] = {}
     merges: list[tuple[Tensor, Tensor, Tensor]] = []
     packs: list[tuple[Any, ...]] = []
@@ -172,24 +194,38 @@ def _observed(
         module.register_forward_pre_hook(_keep(seen, name), with_kwargs=True)
         for name, module in connectors.items()
     ]
-    observer = lambda *tensors: merges.append(_detached(tensors))  # noqa: E731
-    pack_observer = lambda *arguments: packs.append(_detached(arguments))  # noqa: E731
-    image_token_merge.OBSERVERS.append(observer)
-    anyres.OBSERVERS.append(pack_observer)
     try:
-        run(model, inputs)
+        with (
+            _recorded_calls(image_token_merge, "merge_image_tokens", merges),
+            _recorded_calls(anyres, "pack_tiles", packs),
+        ):
+            run(model, inputs)
     finally:
-        image_token_merge.OBSERVERS.remove(observer)
-        anyres.OBSERVERS.remove(pack_observer)
         for hook in hooks:
             hook.remove()
     return seen, merges, packs
 
 
+@contextlib.contextmanager
+def _recorded_calls(module: Any, name: str, calls: list[Any]) -> Iterator[None]:
+    """Inside this context the arguments of each call of a module's function are recorded."""
+    function = getattr(module, name)
+
+    def recording(*arguments: Any) -> Any:
+        calls.append(_detached(arguments))
+        return function(*arguments)
+
+    setattr(module, name, recording)
+    try:
+        yield
+    finally:
+        setattr(module, name, function)
+
+
 def _verify_module(
     module: nn.Module, plain: nn.Module, arguments: Arguments
 ) -> tuple[list[Verdict], bool]:
-    """The verdicts, and whether the module drew random numbers and was judged without any."""
+    """The verdicts, and whether dropout was active, so that it was judged in eval mode."""
     (ours, drew), (_, plain_drew) = (_module_results(m, arguments) for m in (module, plain))
     random = drew or plain_drew
     with _evaluating(module, plain) if random else contextlib.nullcontext():
@@ -241,10 +277,10 @@ def _module_results(
 
 
 def _floats(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
-    """The arguments with ``change`` applied to floating tensors; a cache, say, is copied.
+    """The arguments with ``change`` applied to floating tensors, and others copied.
 
-    Of rows that are one in memory, as queries expanded over a batch, the one is changed: what it
-    has as a gradient is their sum.
+    Of an expanded tensor, such as queries expanded over a batch, only the one row in memory is
+    changed, so that its gradient is the sum over the rows.
     """
 
     def one(value: Any) -> Any:
@@ -265,8 +301,8 @@ def _verify_pack(features: Tensor, newline: Tensor | None, plan: Plan) -> list[V
         return tolerance.check(op, (features, newline, *plan.tables), {}, fast=op)
 
 
-def _verify_merge(embeds: Tensor, mask: Tensor, features: Tensor) -> list[Verdict]:
-    # Rows are copied, so nothing less than equality is expected: native and exact are one.
+def _verify_merge(embeds: Tensor, features: Tensor, mask: Tensor) -> list[Verdict]:
+    # Merging copies rows, so the results must be equal.
     theirs = lambda e, f: e.masked_scatter(mask.unsqueeze(-1), f)  # noqa: E731
     ours = lambda e, f: ops.merge_image_tokens(e, f, mask)  # noqa: E731
     with torch.enable_grad():
@@ -289,7 +325,7 @@ def _without_patch(connectors: dict[str, nn.Module]) -> Iterator[None]:
     classes = {name: type(module) for name, module in connectors.items()}
     try:
         for module in connectors.values():
-            assert isinstance(module, Patched)
+            assert isinstance(module, PatchedModule)
             swap_back(module)
         yield
     finally:

@@ -1,9 +1,8 @@
-"""What results files prove of each op: on which machine, at this source or at an older one.
+"""Read results files: which ops passed on which machine, with today's source or an older one.
 
-A results file (``benchmarks/results/<machine>.json``) is written by the benchmark, shipped with the
-package, and described by the JSON schema beside this, ``results.schema.json``. This reads
-``schema``, ``device`` ("cuda" or "cpu"), ``machine``, ``sources`` ({op: {file: sha256}}) and
-``parity`` ({op: {"dtypes": [...], "cases": n, "failures": [...]}}).
+The benchmark writes a results file, ``benchmarks/results/<machine>.json``, which is part of the
+package. This module reads ``schema``, ``device`` ("cuda" or "cpu"), ``machine``, ``sources`` ({op:
+{file: sha256}}) and ``parity`` ({op: {"dtypes": [...], "cases": n, "failures": [...]}}).
 """
 
 from __future__ import annotations
@@ -23,17 +22,21 @@ from vlm_fast.ops.declaration import Op
 SCHEMA = 2
 PACKAGE = Path(__file__).resolve().parent.parent
 CSRC = PACKAGE / "csrc"
-# In a clone the folder is a link, and results belong beside what it points to.
+# In a clone vlm_fast/benchmarks is a symlink; results are written into the folder it points to.
 RESULTS = (PACKAGE / "benchmarks" / "results").resolve()
 IN_CLONE = PACKAGE not in RESULTS.parents
 
-# These decide how a kernel is launched, not what it computes.
-PLUMBING = {"_launcher.py", "_native.py", "_triton.py"}
+# These decide how an op is declared, checked and launched, not what it computes.
+PLUMBING = {
+    "_launcher.py", "_native.py", "_triton.py",
+    "argument_errors.py", "declaration.py", "docstrings.py", "registration.py", "signature.py",
+    "verdict.py",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Proof:
-    """That an op passed parity on a machine, and whether its source is still the same."""
+    """Whether an op passed its checks on a machine, and whether its source is still the same."""
 
     device: str
     machine: str
@@ -42,12 +45,12 @@ class Proof:
     dtypes: tuple[str, ...]
 
     def __str__(self) -> str:
-        verdict = "proven" if self.passed else "FAILED"
-        return f"{verdict} on {self.machine}" + ("" if self.current else ", at an older source")
+        verdict = "verified" if self.passed else "FAILED"
+        return f"{verdict} on {self.machine}" + ("" if self.current else ", with an older source")
 
 
 def sources(op: Op[..., Any]) -> dict[str, str]:
-    """The files that decide what an op computes, and the sha256 of each."""
+    """The files that decide what an op computes, with the sha256 of each."""
     declared = Path(inspect.getsourcefile(inspect.unwrap(op.reference)) or "")
     found: dict[str, str] = {}
     todo = [declared]
@@ -66,7 +69,7 @@ def sources(op: Op[..., Any]) -> dict[str, str]:
 
 
 def _imports(text: bytes) -> Iterator[str]:
-    """Names of the kernel files and op files that a file of ``ops/`` or ``kernels/`` imports."""
+    """The kernel files and op files that a file of ``ops/`` or ``kernels/`` imports, by name."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom):
             module = node.module or ""
@@ -79,7 +82,7 @@ def _imports(text: bytes) -> Iterator[str]:
 
 
 def read_results(directory: Path = RESULTS) -> list[dict[str, Any]]:
-    """The results files of this schema; a broken one is no proof and is left out."""
+    """The contents of all results files of this schema; broken files are left out."""
     found = []
     for path in sorted(directory.glob("*.json")):
         try:
@@ -92,7 +95,7 @@ def read_results(directory: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def proofs(op: Op[..., Any], results: list[dict[str, Any]]) -> list[Proof]:
-    """What the results say of one op, current proofs first."""
+    """The proofs of one op in the results; those of today's source come first."""
     now, found = sources(op), []
     for result in results:
         parity = result.get("parity", {}).get(op.name)
@@ -111,16 +114,16 @@ def proofs(op: Op[..., Any], results: list[dict[str, Any]]) -> list[Proof]:
 
 
 def commit() -> str | None:
-    """The commit, with a plus sign if the tree differs from it; None where there is no clone.
+    """The commit of this clone, with a plus sign if the tree differs; None in an installed package.
 
-    The repository around an installed package is the user's.
+    An installed package may lie in a repository of its user, whose commit says nothing.
     """
     if not IN_CLONE:
         return None
     git = ("git", "-C", str(PACKAGE.parent))
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        # A measurement writes results files; they do not make it another tree.
+        # A measurement writes results files; the tree counts as unchanged all the same.
         changes = ("status", "--porcelain", "--", ":!benchmarks/results")
         status = subprocess.run([*git, *changes], capture_output=True, text=True)
     except OSError:

@@ -1,4 +1,4 @@
-"""The parity of every op on this machine: the kernels on a GPU, the CPU path elsewhere."""
+"""Check every op on this machine against its reference, on the GPU or else on the CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-import vlm_fast.ops  # noqa: F401  declares what is checked
+import vlm_fast.ops  # noqa: F401  fills OPS
 from vlm_fast.ops.declaration import FLOATS, OPS, Op
 from vlm_fast.verification import tolerance
 from vlm_fast.verification.tolerance import Verdict
@@ -18,7 +18,7 @@ SHRUNK = 8
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape in one dtype: its verdicts, or the exception that it raised."""
+    """The result for one op at one shape in one dtype: verdicts, or the exception it raised."""
 
     op: str
     label: str
@@ -31,7 +31,7 @@ class Case:
         return self.raised is None and bool(self.verdicts) and all(v.ok for v in self.verdicts)
 
     def failures(self) -> list[str]:
-        """One line a failure: op, shape, dtype, tensor, what is wrong, error and budget."""
+        """Return a line for each failure: op, shape, dtype, tensor, reason, error, budget."""
         where = f"{self.op} [{self.label}] {self.dtype}"
         if self.raised is not None:
             return [f"{where}: raised {self.raised}"]
@@ -42,11 +42,27 @@ class Case:
         ]
 
 
-def shapes(op: Op[..., Any], *, full: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The test shapes, then each named shape: one sample of it, with ``full``, or a small one."""
-    for shape in op.test_shapes:
+def shapes(
+    op: Op[..., Any], *, full: bool, thorough: bool = True
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the shapes that an op is checked at, each with a label.
+
+    Args:
+        op: the op.
+        full: take the named shapes of real checkpoints at their real widths, one sample each. If
+            False, take them with their sizes divided by `SHRUNK`.
+        thorough: take all test shapes, then all named shapes. If False, take the first test shape
+            (the smallest), the second (the usual one) and the last, and with ``full`` also the
+            first named shape.
+    """
+    tests = list(op.test_shapes)
+    named = list(op.bench_shapes.items())
+    if not thorough:
+        tests = [*tests[:2], *tests[2:][-1:]]
+        named = named[:1] if full else []
+    for shape in tests:
         yield ", ".join(f"{name}={value}" for name, value in shape.items()), shape
-    for name, shape in op.bench_shapes.items():
+    for name, shape in named:
         if full:
             yield f"{name}, one sample", one_sample(shape)
         else:
@@ -54,7 +70,7 @@ def shapes(op: Op[..., Any], *, full: bool) -> Iterator[tuple[str, Mapping[str, 
 
 
 def one_sample(shape: Mapping[str, Any]) -> dict[str, Any]:
-    """A shape with a batch of one, and what is counted over the batch divided with it."""
+    """Return the shape with a batch of one; counts over the batch are divided by its size."""
     batch = shape.get("batch", 1)
     smaller = dict(shape)
     for name in ("batch", "count"):
@@ -66,7 +82,10 @@ def one_sample(shape: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shrink(shape: Mapping[str, Any]) -> dict[str, Any]:
-    """A shape with every size of 64 or more divided; counts of images and heads are below that."""
+    """Return the shape with every size of 64 or more divided by `SHRUNK`.
+
+    Counts of images and heads are below 64, so they stay.
+    """
 
     def divided(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -82,39 +101,48 @@ def run(
     device: str | None = None,
     dtypes: Sequence[torch.dtype] = FLOATS,
     full: bool | None = None,
+    thorough: bool = True,
 ) -> Iterator[Case]:
-    """Judge every output and gradient of every case; see `shapes` and `parity.judge`.
+    """Judge every output and every gradient of every case; see `tolerance.judge` for the rule.
 
     Args:
-        names: of ops; None is all of them.
-        device: where; the GPU if there is one.
-        full: named shapes at their real widths; by default on a GPU only, for time's sake.
+        names: of ops; by default all ops.
+        device: "cpu" or "cuda"; by default the GPU if there is one.
+        dtypes: each shape is checked in each of them.
+        full: see `shapes`; by default True on a GPU and False on a CPU, where it would take long.
+        thorough: see `shapes`.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     full = device != "cpu" if full is None else full
     for name in OPS if names is None else names:
         op = OPS[name]
-        for label, shape in shapes(op, full=full):
+        for label, shape in shapes(op, full=full, thorough=thorough):
             for dtype in dtypes:
                 yield check(op, label, shape, dtype, device)
+
+
+def count(names: Iterable[str], *, device: str, thorough: bool) -> int:
+    """The number of cases that `run` yields with its default dtypes."""
+    per_op = (shapes(OPS[n], full=device != "cpu", thorough=thorough) for n in names)
+    return sum(len(FLOATS) for some in per_op for _ in some)
 
 
 def check(
     op: Op[..., Any], label: str, shape: Mapping[str, Any], dtype: torch.dtype, device: str
 ) -> Case:
-    """One case, with inputs that depend on nothing but the shape."""
+    """Check one op at one shape in one dtype, on inputs that depend on nothing but the shape."""
     word = str(dtype).removeprefix("torch.")
     torch.manual_seed(0)
     try:
         args, options = op.sample(shape, dtype, device)
         verdicts = tolerance.check(op, args, options, inference=True)
         return Case(op.name, label, word, verdicts)
-    except Exception as error:  # a self-test reports, whatever happened
+    except Exception as error:  # a self-test reports every error and goes on
         return Case(op.name, label, word, raised=f"{type(error).__name__}: {error}")
 
 
 def summarise(cases: Iterable[Case]) -> dict[str, dict[str, Any]]:
-    """Per op: how many cases and in which dtypes, the failures, the largest share of a budget."""
+    """Summarise the cases of each op: number, dtypes, failures, largest error / budget."""
     found: dict[str, dict[str, Any]] = {}
     for case in cases:
         entry = found.setdefault(

@@ -1,9 +1,9 @@
-"""Plain PyTorch with its sums in another order, to know the size of its rounding.
+"""Run plain PyTorch with sums in random order, to estimate the size of its rounding error.
 
-One run of plain PyTorch is one draw of its rounding error, and the draw depends on the processor:
-vector width and blocks of a matrix product decide the order of each sum. Where a result is a few
-numbers, or a sum whose terms nearly cancel, one draw may be almost zero by chance. Several orders
-show how large the error usually is, on whatever machine they run.
+One run of plain PyTorch shows one sample of its rounding error, which depends on the processor:
+vector width and the blocking of matrix products decide the order of each sum. If a result has few
+numbers, or if its terms nearly cancel, one sample can be almost zero by chance. Several orders show
+the usual size of the error on any machine.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ R = TypeVar("R")
 Order = Callable[[int], Tensor]
 
 
-class OtherOrders(Generic[R]):
-    """What ``run()`` gives with its sums in other orders, and what ``rounding`` functions give.
+class ReorderedRuns(Generic[R]):
+    """An iterable of a function's results with its sums in random orders, computed lazily.
 
-    ``rounding`` compute the same as ``run`` by formulas that round otherwise. They come first, and
-    then `ORDERS` orders of each. A result is computed when it is first asked for, and kept.
+    The results of the functions in ``rounding`` come first. They compute the same as ``run`` by
+    formulas that round differently. Then follow `ORDERS` random orders of each function. Results
+    are cached.
     """
 
     def __init__(self, run: Callable[[], R], *rounding: Callable[[], R]) -> None:
@@ -47,32 +48,32 @@ class OtherOrders(Generic[R]):
         for run in runs[1:]:
             yield run()
         for seed, run in itertools.product(range(ORDERS), runs):
-            with OtherOrder(seed):
+            with RandomSumOrder(seed):
                 result = run()
             yield result
 
 
-class OtherOrder(TorchDispatchMode):
-    """Every sum of what runs inside is taken in a random order that depends on ``seed`` alone.
+class RandomSumOrder(TorchDispatchMode):
+    """A dispatch mode that takes every sum inside in a random order given by ``seed``.
 
-    These are the sums within matrix products, reductions, norms and softmax, and in their backward.
-    Results differ from usual ones by rounding. In 16 bits the order hardly shows, because sums are
-    accumulated in float32 and rounded once. So of operands in 16 bits that were computed inside, a
-    share of `MOVED` is taken as the numbers next to them, which is nearly the variance of rounding
-    them. Random numbers of torch are not consumed.
+    These are the sums in matrix products, reductions, norms and softmax, and in their backward.
+    Results differ from the usual ones by rounding. In 16 bits the order hardly matters, because
+    sums are accumulated in float32 and rounded once. Therefore a share `MOVED` of the elements of
+    16-bit operands that were computed inside is replaced by a neighbouring number, which has nearly
+    the variance of rounding them. The random state of torch is not changed.
     """
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.generator = torch.Generator().manual_seed(seed)
-        self.computed: set[int] = set()  # where the storages of rounded results are
+        self.computed: set[int] = set()  # data pointers of storages with rounded results
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         operands = [_storage(t) for t in tree_leaves(args) if isinstance(t, Tensor)]
-        reordered = None if types else _REORDERED.get(function)  # subclasses do as they do
+        reordered = None if types else _REORDERED.get(function)  # tensor subclasses are passed on
         if reordered is None:
             result = function(*args, **kwargs)
         else:
@@ -85,7 +86,8 @@ class OtherOrder(TorchDispatchMode):
             if isinstance(t, Tensor) and rounds:
                 self.computed.add(_storage(t))
             elif isinstance(t, Tensor) and _storage(t) not in operands:
-                self.computed.discard(_storage(t))  # of an earlier tensor that is gone
+                # the address belonged to a tensor that was freed
+                self.computed.discard(_storage(t))
         return result
 
     def _order(self, n: int, *, device: torch.device) -> Tensor:

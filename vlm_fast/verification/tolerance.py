@@ -1,7 +1,7 @@
-"""When a result counts as right: judged against the error plain PyTorch makes in the same dtype.
+"""Decide whether a result is right, relative to the error of plain PyTorch in the same dtype.
 
 ``exact`` is the reference in float64 on the same (already rounded) inputs, ``native`` the reference
-in the working dtype, ``actual`` ours. See `judge` for the rule.
+in the working dtype, ``actual`` our result. See `judge` for the rule.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from vlm_fast.ops.declaration import Op
 from vlm_fast.ops.verdict import ULPS as ULPS
 from vlm_fast.ops.verdict import Verdict as Verdict
-from vlm_fast.verification.summation_orders import OtherOrders
+from vlm_fast.verification.summation_orders import ReorderedRuns
 
 Results = dict[str, Tensor | None]
 
@@ -36,17 +36,26 @@ def judge(
     """Judge one tensor.
 
     1. Shape, dtype and device are those of ``native``.
-    2. NaN and the infinities sit where ``exact``, cast to the dtype, has them (values within the
-       budget of the overflow threshold excepted).
-    3. ``max|actual - exact| <= max(k max|native - exact|, floor)`` with k = 2, for gradients 3;
-       the floor is 1 ulp of ``max|exact|`` (8 for float32).
-    4. Above 4096 elements also ``rms(actual - exact) <= 1.5 rms(native - exact)``, with a quarter
-       of the floor beneath it, because a result may be exactly representable natively.
 
-    ``others`` are further results of plain PyTorch that round otherwise, such as those with sums in
-    other orders (see `summation_orders`). The error of plain PyTorch in 3 and 4 is then the
-    largest error, and the largest rms, that any single one of them has. They are asked for one at
-    a time, and only as long as the verdict is a failure: more of them can only raise a budget.
+    2. NaN and infinities are at the places where ``exact``, cast to the dtype, has them, except for
+    values within the budget of the overflow threshold.
+
+    3. ``max|actual - exact| <= max(k max|native - exact|, floor)`` with k = 2, or 3 for gradients.
+    The floor is 1 ulp of ``max|exact|``, or 8 ulp for float32.
+
+    4. Above 4096 elements also ``rms(actual - exact) <= 1.5 rms(native - exact)``, or a quarter of
+    the floor, because ``native`` may be exact.
+
+    Args:
+        what: name of the tensor, for messages.
+        actual: our result.
+        native: of plain PyTorch in the working dtype.
+        exact: of plain PyTorch in float64.
+        gradient: whether it is a gradient.
+        others: further results of plain PyTorch that round differently, such as those of
+            `summation_orders`. The error of plain PyTorch in 3 and 4 is then the largest of all.
+            They are computed one at a time and only while the verdict is a failure, since more of
+            them can only raise a budget.
     """
     plain = [native]
     verdict = _judge(what, actual, plain, exact, gradient)
@@ -71,33 +80,34 @@ def _judge(
             return verdict(f"{name} {getattr(actual, name)}, not {getattr(native, name)}")
     if actual.numel() == 0:
         return verdict(None, 0.0, 0.0)
-    # Where they are: on a GPU, moving them would take longer than all else.
+    # Compare on the device of the result: copying from a GPU would take longer than the rest.
     ours, true, *theirs = (
         t.detach().to(actual.device, torch.float64) for t in (actual, exact, *plain)
     )
     cast = true.to(actual.dtype).to(torch.float64)
-    finite_native = true.isfinite() & cast.isfinite()
-    for one in theirs:
-        finite_native &= one.isfinite()
-    size = true[cast.isfinite()].abs().max().item() if cast.isfinite().any() else 0.0
+    # Nearly always everything is finite; then nothing is masked, which would take most of the time.
+    all_finite = all(bool(t.isfinite().all()) for t in (ours, cast, *theirs))
+    in_native, in_both, in_all = _finite_places(ours, cast, theirs) if not all_finite else [...] * 3
+    representable = true[... if all_finite else cast.isfinite()]
+    size = representable.abs().max().item() if representable.numel() else 0.0
     floor = ULPS[actual.dtype] * torch.finfo(actual.dtype).eps * size
-    if not finite_native.any():
+    errors = [(one - true)[in_native] for one in theirs]
+    if not errors[0].numel():
         return verdict(_misplaced(ours, cast), 0.0, 0.0)
-    errors = [(one - true)[finite_native] for one in theirs]
     allowed = (3 if gradient else 2) * max(e.abs().max().item() for e in errors)
     budget = max(allowed, floor)
-    near_overflow = true.abs() + budget >= torch.finfo(actual.dtype).max
-    misplaced = _misplaced(ours[~near_overflow], cast[~near_overflow])
-    if misplaced:
-        return verdict(misplaced, math.inf, budget)
-    both = ours.isfinite() & cast.isfinite()
-    error = (ours - true)[both].abs().max().item() if both.any() else 0.0
+    if not all_finite:
+        near_overflow = true.abs() + budget >= torch.finfo(actual.dtype).max
+        misplaced = _misplaced(ours[~near_overflow], cast[~near_overflow])
+        if misplaced:
+            return verdict(misplaced, math.inf, budget)
+    difference = (ours - true)[in_both]
+    error = difference.abs().max().item() if difference.numel() else 0.0
     if error > budget:
         return verdict(f"error {error:.3g} above {budget:.3g}", error, budget)
     if actual.numel() > RMS_ELEMENTS:
-        at = both & finite_native
-        ours_rms = _rms((ours - true)[at])
-        native_rms = max(_rms((one - true)[at]) for one in theirs)
+        ours_rms = _rms((ours - true)[in_all])
+        native_rms = max(_rms((one - true)[in_all]) for one in theirs)
         if ours_rms > max(1.5 * native_rms, floor / 4):
             return verdict(f"rms error {ours_rms:.3g} against {native_rms:.3g}", error, budget)
     return verdict(None, error, budget)
@@ -111,15 +121,19 @@ def judge_all(
     outputs: Collection[str],
     rounding: Sequence[Callable[[], Results]] = (),
 ) -> list[Verdict]:
-    """Judge named results: those among ``outputs`` as outputs, the others as gradients.
+    """Judge named results: those in ``outputs`` as outputs, the others as gradients.
 
-    ``plain`` computes the results of plain PyTorch in the working dtype, and the functions in
-    ``rounding`` compute them by formulas that round otherwise. Where a tensor does not meet the
-    rule, they are run again with their sums in other orders: at most `summation.ORDERS` times each,
-    for all tensors together. None stands for a gradient that does not exist.
+    Args:
+        ours: our results; None stands for a gradient that does not exist.
+        plain: computes the results of plain PyTorch in the working dtype.
+        exact: of plain PyTorch in float64.
+        outputs: names of outputs.
+        rounding: functions that compute the same by formulas that round differently. If a tensor
+            fails, all functions are run again with their sums in other orders, at most
+            `summation_orders.ORDERS` times each for all tensors together.
     """
     native = plain()
-    draws = OtherOrders(plain, *rounding)
+    draws = ReorderedRuns(plain, *rounding)
     verdicts = []
     for name, tensor in ours.items():
         theirs, true = native[name], exact[name]
@@ -134,6 +148,15 @@ def judge_all(
     return verdicts
 
 
+def _finite_places(ours: Tensor, cast: Tensor, theirs: Sequence[Tensor]) -> list[Any]:
+    """Masks of the places where exact and plain, exact and ours, and all of them are finite."""
+    in_native = cast.isfinite()
+    for one in theirs:
+        in_native = in_native & one.isfinite()
+    in_both = ours.isfinite() & cast.isfinite()
+    return [in_native, in_both, in_both & in_native]
+
+
 def _misplaced(ours: Tensor, cast: Tensor) -> str | None:
     for name, at in {"NaN": torch.isnan, "+Inf": torch.isposinf, "-Inf": torch.isneginf}.items():
         if not torch.equal(at(ours), at(cast)):
@@ -146,7 +169,7 @@ def _rms(error: Tensor) -> float:
 
 
 def differentiable(args: Sequence[Any]) -> list[Tensor]:
-    """The floating tensors among the arguments, lists opened."""
+    """The floating tensors among the arguments, including those in lists."""
     flat = [t for a in args for t in (a if isinstance(a, list) else [a])]
     return [t for t in flat if isinstance(t, Tensor) and t.is_floating_point()]
 
@@ -171,7 +194,14 @@ def outputs_and_gradients(
     *,
     upstream: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Results, and gradients to every floating argument for a fixed random upstream gradient."""
+    """Results of a function, and gradients of every floating argument.
+
+    Args:
+        function: an op or its reference.
+        args: positional arguments.
+        options: keyword arguments.
+        upstream: makes the upstream gradient of a result; by default `random_upstream`.
+    """
     args = convert(args, lambda t: t.detach().requires_grad_())
     result = function(*args, **options)
     results = list(result) if isinstance(result, tuple) else [result]
@@ -184,7 +214,7 @@ def outputs_and_gradients(
 def gradients(
     results: Sequence[Tensor], inputs: Sequence[Tensor], upstream: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """``torch.autograd.grad`` of those results that hang on an input; None of what none does."""
+    """``torch.autograd.grad`` of the results that require gradients; None for unused inputs."""
     pairs = [(r, g) for r, g in zip(results, upstream, strict=True) if r.requires_grad]
     if not pairs:
         return [None] * len(inputs)
@@ -193,7 +223,7 @@ def gradients(
 
 
 def random_upstream(result: Tensor) -> Tensor:
-    """The same numbers for every dtype, rounded to bf16 so that all can hold them."""
+    """A fixed random upstream gradient, the same for every dtype: its values are exact in bf16."""
     device = result.device if result.is_cuda else torch.device("cpu")
     generator = torch.Generator(device).manual_seed(1)
     grad = torch.randn(result.shape, generator=generator, device=device).bfloat16()
@@ -211,8 +241,14 @@ def check(
 ) -> list[Verdict]:
     """Judge every output and gradient of one call against the op's reference.
 
-    ``args`` are in the working dtype and on the device under test. With ``inference`` the outputs
-    of a call without gradients too: some ops launch other kernels then.
+    Args:
+        op: the op.
+        args: in the working dtype, on the device under test.
+        options: keyword arguments.
+        fast: replaces ``op.fast``.
+        upstream: makes the upstream gradient of a result; by default `random_upstream`.
+        inference: also judge the outputs of a call without gradients, because some ops launch other
+            kernels then.
     """
     if op.verify is not None:
         found = (fast or op.fast)(*args, **options)

@@ -1,1 +1,1 @@
-"""Decide whether the parameters of a module may be read directly instead of calling the module."""
+"""May an op read the parameters of a module directly, instead of calling the module?"""

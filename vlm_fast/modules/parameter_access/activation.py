@@ -1,4 +1,4 @@
-"""Which activation a module computes."""
+"""Which activation function does a module compute, by the name that the ops know it by?"""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from vlm_fast.kernels.mlp import activate
-from vlm_fast.modules.parameter_access.linear import why_not_called_plainly
-from vlm_fast.modules.parameter_access.original_code import why_not_as_read
+from vlm_fast.modules.parameter_access.module_calls import why_call_does_more
+from vlm_fast.modules.parameter_access.original_code import why_not_original_code
+from vlm_fast.ops.activations import activate
 from vlm_fast.ops.transforms import constant_while_compiling
 
-# By name, so that transformers is never imported here. NewGELU and FastGELU write the tanh formula
-# out in Python; it is the same function.
+# By class name, so that transformers is never imported here. NewGELU and FastGELU write the tanh
+# approximation in Python; it is the same function.
 _TRANSFORMERS = {
     "GELUActivation": "gelu",
     "GELUTanh": "gelu_tanh",
@@ -27,18 +27,19 @@ _TRANSFORMERS = {
     "QuickGELUActivation": "quick_gelu",
     "SiLUActivation": "silu",
 }
-GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # by torch's name of their approximation
+GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # keys: the `approximate` argument of F.gelu
 
 
 class QuickGELU(nn.Module):
-    """``x * sigmoid(1.702 x)`` (CLIP's activation)."""
+    """``x * sigmoid(1.702 x)``, the activation of CLIP."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the activation to each element of ``x``, of any shape."""
         return activate(x, "quick_gelu")
 
 
 class FunctionalActivation(NamedTuple):
-    """An activation that a forward calls as a function, as ``F.gelu``."""
+    """An activation that a forward calls as a function, e.g. ``F.gelu``."""
 
     name: str
 
@@ -46,8 +47,8 @@ class FunctionalActivation(NamedTuple):
         return activate(x, self.name)
 
 
-def activation_of(module: Any) -> str | None:
-    """Its name for `vlm_fast.ops.mlp`, or None if it is none of those."""
+def activation_name(module: Any) -> str | None:
+    """The name of a module's activation for `vlm_fast.ops.mlp`, or None for any other module."""
     kind = type(module)
     if kind is FunctionalActivation:
         name: str = module.name
@@ -69,31 +70,31 @@ def activation_of(module: Any) -> str | None:
 
 @constant_while_compiling
 def _only_adds(kind: type[nn.GELU]) -> bool:
-    """Whether a call of this subclass is one of nn.GELU."""
+    """Whether a subclass of nn.GELU inherits its forward and its call."""
     return kind.forward is nn.GELU.forward and kind.__call__ is nn.GELU.__call__
 
 
-# Of classes with GELU in their names: a forward, and whether it is x * sigmoid(1.702 x).
+# For each class with GELU in its name: its forward, and whether that is x * sigmoid(1.702 x).
 _forwards: WeakKeyDictionary[type, tuple[Any, bool]] = WeakKeyDictionary()
 
 
 @constant_while_compiling
 def _is_quick_gelu(kind: type[nn.Module]) -> bool:
-    """Whether the forward of a class is CLIP's activation, written out."""
+    """Whether the forward of a class computes CLIP's activation. The result is cached."""
     known = _forwards.get(kind)
     if known is None or known[0] is not kind.forward:
-        known = _forwards[kind] = (kind.forward, _writes_quick_gelu(kind))
+        known = _forwards[kind] = (kind.forward, _traces_to_quick_gelu(kind))
     return known[1]
 
 
-def _writes_quick_gelu(kind: type[nn.Module]) -> bool:
-    if why_not_as_read(kind) is not None or kind.__call__ is not nn.Module.__call__:
+def _traces_to_quick_gelu(kind: type[nn.Module]) -> bool:
+    if why_not_original_code(kind) is not None or kind.__call__ is not nn.Module.__call__:
         return False
-    bare = kind.__new__(kind)  # without attributes, which another instance may have otherwise
+    bare = kind.__new__(kind)  # no attributes: another instance may have other values
     nn.Module.__init__(bare)
     try:
         nodes = list(fx.Tracer().trace(bare).nodes)
-    except Exception:  # any forward may run here, so anything may be raised
+    except Exception:  # an unknown forward may raise anything
         return False
     if [node.op for node in nodes[:1]] != ["placeholder"] or len(nodes) != 5:
         return False
@@ -115,14 +116,18 @@ def _is_product(node: fx.Node, *factors: Any) -> bool:
 
 
 def why_not_activation(module: Any) -> str | None:
-    """None if the module does just the activation that `activation_of` names."""
-    if activation_of(module) is None:
+    """Why a module is not, or does more than, an activation that the kernels know; or None."""
+    if activation_name(module) is None:
         return f"{type(module).__name__} is not an activation the kernels know"
-    return None if type(module) is FunctionalActivation else why_not_called_plainly(module)
+    return None if type(module) is FunctionalActivation else why_call_does_more(module)
 
 
 def activation_module(name: str) -> nn.Module:
-    """A module for one of the kernels' activations."""
+    """A new module for one of the activations that the kernels know.
+
+    Raises:
+        ValueError: ``name`` is unknown.
+    """
     if name not in _MODULES:
         raise ValueError(f"activation is {name!r}, expected one of {tuple(_MODULES)}")
     return _MODULES[name]()

@@ -1,9 +1,8 @@
-"""Is the code of a method of transformers code that was read?
+"""Is the code of a method of transformers one of the versions that this package was checked with?
 
-What a kernel restates of a class is true of the releases that were read. Their code is known by its
-fingerprints, in ``code_fingerprints.json``; another release is served as far as its
-code is alike. A
-fingerprint is of what Python makes of the source, without comments, docstrings and annotations.
+A fused op replaces a method of some releases of transformers. ``code_fingerprints.json`` holds the
+fingerprints of that method's code in those releases. Another release is supported where its code
+has the same fingerprint: a hash of the syntax tree, without comments, docstrings and annotations.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from types import CodeType
 from typing import Any
 
 PATH = Path(__file__).with_name("code_fingerprints.json")
-# Method, as of `name_of`, to the fingerprints of its code in the releases that were read.
+# For each method, named by `name_of`, the fingerprints of its code in the checked releases.
 KNOWN: dict[str, list[str]] = json.loads(PATH.read_text())
 
-_WITHOUT_MEANING = {"annotation", "returns", "ctx", "kind", "type_comment", "type_params"}
+_IGNORED_FIELDS = {"annotation", "returns", "ctx", "kind", "type_comment", "type_params"}
 
 
 def name_of(definer: type, method: str) -> str | None:
-    """What a method of transformers' models is called here; None for any other."""
+    """The key of a method in ``KNOWN``; None if it is not a model or activation of transformers."""
     home, _, path = definer.__module__.partition(".")
-    restated = path.startswith("models.") or path == "activations"
-    return f"{path}.{definer.__name__}.{method}" if home == "transformers" and restated else None
+    covered = path.startswith("models.") or path == "activations"
+    return f"{path}.{definer.__name__}.{method}" if home == "transformers" and covered else None
 
 
-def why_not_read(definer: type, method: str, function: Any) -> str | None:
-    """Why the code of a method is not code that was read, or None."""
+def why_not_known_code(definer: type, method: str, function: Any) -> str | None:
+    """Why a method of transformers has no known fingerprint; None for known and foreign methods."""
     name = name_of(definer, method)
     if name is None:
         return None
@@ -47,7 +46,7 @@ def why_not_read(definer: type, method: str, function: Any) -> str | None:
 
 
 def fingerprint(function: Any) -> str | None:
-    """Of the source of a method; None if there is none, or if something else runs."""
+    """The fingerprint of a method; None if it has no source, or runs other code than its source."""
     function = inspect.unwrap(function)
     kind, _, method = function.__qualname__.rpartition(".")
     try:
@@ -68,7 +67,7 @@ def _source(path: str) -> tuple[ast.Module, CodeType]:
 
 
 def definition_of(tree: ast.Module, kind: str, method: str) -> ast.FunctionDef | None:
-    """Of a method of a class in a module."""
+    """The definition of a method in the syntax tree of a module, or None."""
     for found in tree.body:
         if isinstance(found, ast.ClassDef) and found.name == kind:
             for definition in found.body:
@@ -78,20 +77,20 @@ def definition_of(tree: ast.Module, kind: str, method: str) -> ast.FunctionDef |
 
 
 def _constant(code: CodeType | None, name: str) -> CodeType | None:
-    """The code of what is defined by this name in a module or a class."""
+    """The code object that is defined under this name in the code of a module or a class."""
     found = [] if code is None else [c for c in code.co_consts if isinstance(c, CodeType)]
     return next((c for c in found if c.co_name == name), None)
 
 
 def fingerprint_of_source(definition: ast.FunctionDef) -> str:
-    """Of the definition of a function."""
+    """The fingerprint of a function definition."""
     return hashlib.sha256("\n".join(_tokens(definition)).encode()).hexdigest()[:16]
 
 
 def _tokens(node: ast.AST) -> Iterator[str]:
     yield type(node).__name__
     for field, value in ast.iter_fields(node):
-        if field in _WITHOUT_MEANING:
+        if field in _IGNORED_FIELDS:
             continue
         if field == "body" and isinstance(value, list) and _is_docstring(value[0]):
             value = value[1:]

@@ -1,8 +1,8 @@
-"""Have an input, and the weights that an op would read, one dtype?
+"""Do an input and the weights that an op would read have the same dtype?
 
-Modules that are called one after the other may have several: a product with a float32 weight lifts
-bfloat16, and where dtypes do not fit torch says so. An op computes in one. So where they differ the
-modules are called. Autocast gives them one.
+Modules called one after the other may have different dtypes: torch promotes some combinations and
+rejects others. An op computes in one dtype. Where dtypes differ, the modules are called instead.
+Under autocast all of them compute in its dtype.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from torch import Tensor, nn
 
 from vlm_fast.ops.declaration import FLOATS
 
-# Of each module whose last input had another dtype than its weight: the dtype of that input.
+# For each module whose last input had another dtype than its weight, the dtype of that input.
 _last_input: WeakKeyDictionary[nn.Module, torch.dtype] = WeakKeyDictionary()
 
 
-def why_not_one_dtype(x: Any, **modules: Any) -> str | None:
-    """None if the weights of these modules have the dtype of ``x``, or autocast gives it to them.
+def why_dtypes_differ(x: Any, **modules: Any) -> str | None:
+    """Why the weights of these modules and ``x`` do not have one dtype, or None if they do.
 
-    ``modules``: linears or norms by name, in the order in which they would be called. Without ``x``
-    the dtype is that of the last call's input, or of the first weight if there was none.
+    Args:
+        x: the input of the first module. None stands for the input of the last call; if there was
+            none, for an input with the dtype of the first weight.
+        modules: linears or norms by name, in calling order.
     """
     first = next(iter(modules.values()))
     dtype = first.weight.dtype
-    if x is not None and not isinstance(x, Tensor):  # the op says what it makes of it
+    if x is not None and not isinstance(x, Tensor):  # the op raises the error
         return None
     if _autocasts(first.weight if x is None else x):
         return None
@@ -36,7 +38,7 @@ def why_not_one_dtype(x: Any, **modules: Any) -> str | None:
     else:
         given = x.dtype
         if not torch.compiler.is_compiling():
-            _remember(first, given, dtype)
+            _record_input(first, given, dtype)
     for name, module in modules.items():
         if module.weight.dtype is not given:
             return f"{name} is {module.weight.dtype}, its input {given}"
@@ -44,11 +46,11 @@ def why_not_one_dtype(x: Any, **modules: Any) -> str | None:
 
 
 def _autocasts(x: Tensor) -> bool:
-    # A float64 is left alone by autocast.
+    # Autocast does not cast float64.
     return x.dtype in FLOATS and torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
 
 
-def _remember(module: nn.Module, given: torch.dtype, dtype: torch.dtype) -> None:
+def _record_input(module: nn.Module, given: torch.dtype, dtype: torch.dtype) -> None:
     if given is not dtype:
         _last_input[module] = given
     elif _last_input:

@@ -1,42 +1,29 @@
-"""May a linear's parameters be read directly, instead of calling it?
+"""May an op read the weight and bias of a linear directly, instead of calling the linear?
 
-Only if ``F.linear(x, linear.weight, linear.bias)`` is exactly what ``linear(x)`` would do. LoRA,
-hooks, quantisation, sharding and offloading all break that, most of them silently, so the question
-is asked at every call (a few microseconds) and the answer is a reason one can read.
+Only if ``F.linear(x, linear.weight, linear.bias)`` is exactly what ``linear(x)`` would compute.
+LoRA, hooks, quantization, sharding and offloading all break that, most of them silently. So this is
+checked at every call, which takes a few microseconds, and the answer is a readable reason.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from vlm_fast.fallback import Switch
-from vlm_fast.modules.parameter_access.original_code import why_not_as_read, written_class
+from vlm_fast.modules.parameter_access.module_calls import why_call_does_more
+from vlm_fast.modules.parameter_access.sharded_parameters import is_zero3_partitioned
 
-# The second is what nn.MultiheadAttention calls its output projection; its forward is the first's.
+# nn.MultiheadAttention's output projection has the second class; its forward is nn.Linear's.
 _LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_shapes_alone = Switch()
-GLOBAL_HOOKS = "global module hooks are set"
 
 
-def shapes_alone() -> AbstractContextManager[None]:
-    """Within it parameters on the meta device may be read: what a call would do is counted.
-
-    Elsewhere such a parameter is one that a wrapper keeps in another place.
-    """
-    return _shapes_alone.held()
-
-
-def why_not_plain(linear: nn.Module) -> str | None:
-    """None if the parameters say all that ``linear`` does; else the first reason why not."""
+def why_not_direct(linear: nn.Module) -> str | None:
+    """Why ``linear`` does more than its weight and bias say, so that it must be called; or None."""
     if type(linear) not in _LINEARS:
         return f"{type(linear).__module__}.{type(linear).__qualname__} is not a plain nn.Linear"
-    reason = why_not_called_plainly(linear)
+    reason = why_call_does_more(linear)
     if reason is not None:
         return reason
     own = linear.__dict__
@@ -51,7 +38,7 @@ def why_not_plain(linear: nn.Module) -> str | None:
             if name == "weight":
                 return "it has no weight"
             continue
-        reason = why_not_parameter(name, parameter)
+        reason = why_not_readable(name, parameter)
         if reason is not None:
             return reason
         if parameter.dtype != weight.dtype or parameter.device != weight.device:
@@ -63,15 +50,15 @@ def why_not_plain(linear: nn.Module) -> str | None:
     return None
 
 
-def why_not_parameter(name: str, parameter: Tensor) -> str | None:
-    """Why the elements of a parameter may not be read directly, or None if they may."""
+def why_not_readable(name: str, parameter: Tensor) -> str | None:
+    """Why a kernel cannot read the elements of a parameter, or None if it can."""
     if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
         return f"{name} is a {type(parameter).__name__}"
     if not torch.compiler.is_compiling() and type(parameter.data) is not Tensor:
         return f"{name} holds a {type(parameter.data).__name__}"
-    if is_partitioned(parameter):
+    if is_zero3_partitioned(parameter):
         return f"{name} is partitioned by DeepSpeed ZeRO-3"
-    if parameter.is_meta and not _shapes_alone.on:
+    if parameter.is_meta and not _computes_shapes():
         return f"{name} is on the meta device"
     if parameter.layout is not torch.strided:
         return f"{name} has layout {parameter.layout}"
@@ -80,50 +67,9 @@ def why_not_parameter(name: str, parameter: Tensor) -> str | None:
     return None
 
 
-def is_partitioned(parameter: Tensor | None) -> bool:
-    """Whether DeepSpeed ZeRO-3 holds the parameter, and has not gathered it.
+def _computes_shapes() -> bool:
+    """Whether the caller works inside ``torch.device("meta")``, so that only shapes are computed.
 
-    It gathers those of a module by hooks of that module, which are a reason of their own; only a
-    module that was set as a leaf finds those of its children gathered, and no hooks on them.
+    Outside it, a parameter on the meta device is one whose values a wrapper keeps elsewhere.
     """
-    if not (hasattr(parameter, "ds_id") or hasattr(parameter, "ds_status")):
-        return False
-    return getattr(getattr(parameter, "ds_status", None), "name", None) != "AVAILABLE"
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether an attribute stands before the forward of its class.
-
-    When accelerate takes its hooks away, it leaves one that is the same forward.
-    """
-    own = module.__dict__.get("forward")
-    if own is None:
-        return False
-    return getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module
-
-
-def why_not_called_plainly(module: nn.Module, *, but_forward_hooks: bool = False) -> str | None:
-    """Why calling ``module`` does more than the forward written in its class, or None."""
-    own = module.__dict__
-    reason = why_not_as_read(written_class(module))
-    if reason is not None:
-        return reason
-    if has_own_forward(module):
-        return "its forward has been replaced (accelerate or another wrapper)"
-    if own.get("_compiled_call_impl") is not None:
-        return "it is compiled on its own"
-    if (
-        (own["_forward_hooks"] and not but_forward_hooks)
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    ):
-        return "it has hooks"
-    if (
-        _nn_module._global_forward_hooks
-        or _nn_module._global_forward_pre_hooks
-        or _nn_module._global_backward_hooks
-        or _nn_module._global_backward_pre_hooks
-    ):
-        return GLOBAL_HOOKS
-    return None
+    return not torch.compiler.is_compiling() and torch.get_default_device().type == "meta"

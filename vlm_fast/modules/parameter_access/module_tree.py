@@ -1,14 +1,13 @@
-"""Are the modules of a tree what their parameters say, and nothing more?
+"""May an op read the parameters of all submodules of a module directly, instead of calling them?
 
-`plain_linear` answers for one linear in a few microseconds. A Q-Former reads a hundred of them in
-every forward. So the answer is kept on the root of the tree, with what it rests on, and each call
-only compares: the same children, of the same types, with the same code and the same parameters,
-without hooks or wrappers.
+`linear.why_not_direct` answers this for one linear in a few microseconds. A Q-Former reads a
+hundred linears in every forward. So the answer for a tree is stored on its root, together with the
+facts that it depends on. Each call then only compares: the same children, classes, code and
+parameters, and no hooks or wrappers.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,54 +15,56 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 
-from vlm_fast.modules.parameter_access.activation import activation_of, why_not_activation
-from vlm_fast.modules.parameter_access.linear import (
+from vlm_fast.modules.parameter_access.activation import activation_name, why_not_activation
+from vlm_fast.modules.parameter_access.attention_settings import (
+    attention_function,
+    chosen_attention,
+    has_attention_choice,
+    why_unknown_attention,
+)
+from vlm_fast.modules.parameter_access.linear import why_not_direct
+from vlm_fast.modules.parameter_access.module_calls import (
     GLOBAL_HOOKS,
-    has_own_forward,
-    is_partitioned,
-    why_not_called_plainly,
-    why_not_plain,
+    HOOKS,
+    has_replaced_forward,
+    only_output_hooks,
+    why_call_does_more,
 )
 from vlm_fast.modules.parameter_access.original_code import (
-    home,
+    class_before_patch,
+    defining_package,
     own_methods,
-    why_not_own_code,
-    written_class,
+    why_not_original_class,
 )
-from vlm_fast.ops.transforms import constant_while_compiling
+from vlm_fast.modules.parameter_access.sharded_parameters import is_zero3_partitioned
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = [
+_ALL_GLOBAL_HOOKS = [
     getattr(_nn_module, f"_global_{kind}_hooks")
     for kind in ("forward", "forward_pre", "backward")
 ] + [_nn_module._global_backward_pre_hooks]  # fmt: skip
-# Modules of torch whose forward is restated.
-_RESTATED = {
+# Classes of torch whose forward the ops of this package replace.
+_KNOWN_TORCH_CLASSES = {
     nn.LayerNorm, nn.Dropout, nn.ModuleList, nn.Sequential, nn.Identity, nn.Tanh,
     nn.MultiheadAttention,
 }  # fmt: skip
-_ATTENTIONS = {
-    None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4",
-    "flex_attention", "vlm_fast",
-}  # fmt: skip
 
 
-class PlainTree:
-    """What was found on the first look at a tree: as long as it stands, the answer stands."""
+class TreeSnapshot:
+    """The submodules of a root and, after `record`, all facts that the answer depends on."""
 
     def __init__(self, root: nn.Module) -> None:
-        self.home = home(written_class(root))
-        found = dict(_descendants(root))
+        self.package = defining_package(class_before_patch(root))
+        found = {name: m for name, m in root.named_modules() if m is not root}
         self.names, self.modules = list(found), list(found.values())
         self.owns = [m.__dict__ for m in self.modules]
         self.types = list(map(type, self.modules))
-        self.root_class = written_class(root)
-        choosing: list[Any] = [m for m in (root, *self.modules) if _chooses(m)]
+        self.root_class = class_before_patch(root)
+        choosing: list[Any] = [m for m in (root, *self.modules) if has_attention_choice(m)]
         self.attentions = list({id(m.config): m for m in choosing}.values())
 
-    def remember(self, root: nn.Module) -> None:
-        """Take down what a later call compares."""
-        kinds = {self.root_class, *(written_class(m) for m in self.modules)}
+    def record(self, root: nn.Module) -> None:
+        """Store what `unchanged` compares at later calls."""
+        kinds = {self.root_class, *(class_before_patch(m) for m in self.modules)}
         self.code = [
             (kind, name, function)
             for kind in kinds
@@ -74,11 +75,11 @@ class PlainTree:
             )
         ]
         self.implementations = [
-            (module.config, *chosen, _attention(*chosen))
+            (module.config, *chosen, attention_function(*chosen))
             for module in self.attentions
-            for chosen in [_chosen_attention(module)]
+            for chosen in [chosen_attention(module)]
         ]
-        self.hooks = [own[kind] for own in self.owns for kind in _HOOKS] + _GLOBAL_HOOKS
+        self.hooks = [own[kind] for own in self.owns for kind in HOOKS] + _ALL_GLOBAL_HOOKS
         parents = [root.__dict__, *self.owns]
         self.slots = [(own["_modules"], name) for own in parents for name in own["_modules"]]
         self.children = [children[name] for children, name in self.slots]
@@ -88,16 +89,16 @@ class PlainTree:
         self.parameters = [parameters[name] for _, parameters, name in self.parameter_slots]
 
     def unchanged(self) -> bool:
-        """Whether what was found on the first look still stands."""
+        """Whether all recorded facts still hold."""
         for kind, method, function in self.code:
             if getattr(kind, method) is not function:
                 return False
-        for config, name, home_of_eager, function in self.implementations:
+        for config, name, eager_module, function in self.implementations:
             if config._attn_implementation != name:
                 return False
-            if _attention(name, home_of_eager) is not function:
+            if attention_function(name, eager_module) is not function:
                 return False
-        if any(self.hooks) and not all(map(only_watched, filter(None, self.hooks))):
+        if any(self.hooks) and not all(map(only_output_hooks, filter(None, self.hooks))):
             return False
         if list(map(type, self.modules)) != self.types:
             return False
@@ -107,183 +108,116 @@ class PlainTree:
         for parameter, (own, slots, name) in zip(
             self.parameters, self.parameter_slots, strict=True
         ):
-            if slots.get(name) is not parameter or name in own:  # which hides it
+            if slots.get(name) is not parameter or name in own:  # an attribute hides it
                 return False
         for own, module in zip(self.owns, self.modules, strict=True):
-            if "forward" in own and has_own_forward(module):
+            if "forward" in own and has_replaced_forward(module):
                 return False
             if own.get("_compiled_call_impl") is not None:
                 return False
         return not any(map(_is_absent, self.parameters))
 
     def why_not(self, biases: bool = True, unread: str | None = None) -> str | None:
-        """The first module that must be called as a module, and why; None if there is none.
-
-        ``biases``: whether every linear must have one; ``unread``: a child that is never called.
-        """
-        reason = why_not_own_code(self.root_class)
+        """See `why_not_direct_tree`; computed anew."""
+        reason = why_not_original_class(self.root_class)
         if reason is not None:
             return reason
-        for choosing in self.attentions:
-            reason = _why_not_attention(*_chosen_attention(choosing))
+        for module in self.attentions:
+            reason = why_unknown_attention(*chosen_attention(module))
             if reason is not None:
                 return reason
         for name, module in zip(self.names, self.modules, strict=True):
             if name.rpartition(".")[2] == unread:
                 continue
             if isinstance(module, nn.Linear):
-                reason = why_not_plain(module)
+                reason = why_not_direct(module)
                 if reason is None and biases and module._parameters["bias"] is None:
                     reason = "it has no bias"
-            elif activation_of(module) is not None:
+            elif activation_name(module) is not None:
                 reason = why_not_activation(module)
             else:
-                reason = self._why_not_restated(module)
+                reason = self._why_not_known(module)
             if reason is not None:
                 return f"{name}: {reason}"
         return None
 
     def why_not_containers(self, called: set[str]) -> str | None:
-        """Why what lies around the children of these names is more than what is restated.
+        """Why the modules around the children named ``called`` do more than is known, or None.
 
-        Those children are called, and may be anything. Hooks of every module count as nothing.
+        The children themselves are called, so they may be anything. Global hooks are ignored.
         """
         for name, module in zip(self.names, self.modules, strict=True):
             if called.isdisjoint(name.split(".")):
-                reason = self._why_not_restated(module)
+                reason = self._why_not_known(module)
                 if reason is not None and reason != GLOBAL_HOOKS:
                     return f"{name}: {reason}"
         return None
 
-    def _why_not_restated(self, module: nn.Module) -> str | None:
-        """Why a norm, a dropout or a container is more than what is restated of it."""
-        kind = written_class(module)
-        if hasattr(module, "in_features"):  # an adapter or a quantised linear
-            return why_not_plain(module)
-        if kind not in _RESTATED and home(kind) not in (self.home, *_homes_of_own(kind)):
+    def _why_not_known(self, module: nn.Module) -> str | None:
+        """Why a norm, dropout or container does more than its known code says, or None."""
+        kind = class_before_patch(module)
+        if hasattr(module, "in_features"):  # an adapter or a quantized linear
+            return why_not_direct(module)
+        known = kind in _KNOWN_TORCH_CLASSES or kind.__module__.startswith("vlm_fast.")
+        if not known and defining_package(kind) != self.package:
             return f"{kind.__module__}.{kind.__qualname__} is not a class whose code was read"
-        reason = why_not_own_code(kind)
+        reason = why_not_original_class(kind)
         if reason is not None:
             return reason
-        if not only_watched(module._forward_hooks):
+        if not only_output_hooks(module._forward_hooks):
             return "it has hooks"
         parameters = module._parameters
         if kind is nn.LayerNorm and (parameters["weight"] is None or parameters["bias"] is None):
             return "it has no weight or no bias"
-        return why_not_called_plainly(module, but_forward_hooks=True)
+        return why_call_does_more(module, ignore_forward_hooks=True)
 
     def __reduce__(self) -> Any:
-        # A copy of the root looks through its own children.
+        # A copy of the root must look at its own children: a copied snapshot becomes None.
         return type(None), ()
 
 
-def unwrapped(layer: Any) -> Any:
-    """A layer without torch's wrapper for activation checkpointing."""
-    return getattr(layer, "_checkpoint_wrapped_module", layer)
+def why_not_direct_tree(
+    root: nn.Module, *, biases: bool = True, unread: str | None = None
+) -> str | None:
+    """Why a submodule of ``root`` must be called, with its name; None if all can be read directly.
 
-
-def rms_eps(norm: nn.Module) -> float | None:
-    """The eps of an RMSNorm in Llama's form, or None for any other module.
-
-    Those of transformers that round to the input's dtype before the weight, told by their names.
+    Args:
+        root: only the code of its class is checked, not its hooks: it is being called already.
+        biases: whether each linear must have a bias.
+        unread: name of a child that the forward of its parent never calls.
     """
-    kind = type(norm)
-    if kind.__name__ in _RMS_NORMS and kind.__module__.startswith("transformers.models."):
-        return norm.variance_epsilon  # type: ignore[return-value]
-    return None
+    snapshot = root.__dict__.get("_tree_snapshot")
+    if torch.compiler.is_compiling():
+        return TreeSnapshot(root).why_not(biases, unread)
+    if snapshot is not None and snapshot.unchanged():
+        return None
+    tree = TreeSnapshot(root)
+    reason = tree.why_not(biases, unread)
+    if reason is None:
+        tree.record(root)
+        # A plain attribute of the root: both are garbage-collected together.
+        object.__setattr__(root, "_tree_snapshot", tree)
+    return reason
 
 
-_RMS_NORMS = (
-    "IdeficsRMSNorm", "Idefics2RMSNorm", "MllamaTextRMSNorm", "Qwen2RMSNorm", "Qwen2_5_VLRMSNorm",
-    "Qwen2_5OmniRMSNorm", "Exaone4_5_RMSNorm", "Mistral3RMSNorm", "LightOnOcrRMSNorm",
-)  # fmt: skip
+def forget_snapshot(root: nn.Module) -> None:
+    """Remove what `why_not_direct_tree` has stored on ``root``."""
+    root.__dict__.pop("_tree_snapshot", None)
 
 
-def _homes_of_own(kind: type) -> tuple[str, ...]:
-    """This package's modules may stand in any tree."""
-    return (home(kind),) if kind.__module__.startswith("vlm_fast.") else ()
+def tree_parameters(root: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of ``root`` and its submodules, from the stored snapshot if there is one."""
+    snapshot = root.__dict__.get("_tree_snapshot")
+    if snapshot is None or torch.compiler.is_compiling():
+        return root.parameters()
+    return (p for p in (*root._parameters.values(), *snapshot.parameters) if p is not None)
 
 
-def _chooses(module: nn.Module) -> bool:
-    """Whether a module chooses its attention by its config."""
-    return hasattr(module.__dict__.get("config"), "_attn_implementation")
+def why_tree_dtypes_differ(root: nn.Module, *inputs: Tensor | None) -> str | None:
+    """Why the inputs and the parameters of a tree do not share one dtype to compute in, or None.
 
-
-def _chosen_attention(module: Any) -> tuple[str | None, str]:
-    """The name of the attention that a module chooses, and where its eager one is defined."""
-    return module.config._attn_implementation, written_class(module).__module__
-
-
-def _attention(name: str | None, home_of_eager: str) -> Any:
-    """The function that transformers calls for an attention of this name."""
-    if name in (None, "eager"):
-        return getattr(sys.modules.get(home_of_eager), "eager_attention_forward", None)
-    modeling = sys.modules.get("transformers.modeling_utils")
-    functions = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", None)
-    return None if functions is None else functions.get(name)
-
-
-@constant_while_compiling
-def _why_not_attention(name: str | None, home_of_eager: str) -> str | None:
-    """Why an attention of transformers is not the formula that is restated, or None."""
-    if name not in _ATTENTIONS:
-        return f"its attention is {name!r}, which was not read"
-    origin = getattr(_attention(name, home_of_eager), "__module__", "transformers.")
-    if not origin.startswith(("transformers.", "vlm_fast.")):
-        return f"the attention {name or 'eager'!r} has been replaced by one of {origin}"
-    return None
-
-
-def only_watched(hooks: dict[int, Any]) -> bool:
-    """Whether these hooks do nothing but collect outputs, for a caller who asks for them.
-
-    transformers leaves its own in place after the first call that asks; see `wants_attentions`.
-    """
-    return all(getattr(h, "__name__", "") == "output_capturing_hook" for h in hooks.values())
-
-
-def why_not_own_arguments(module: nn.Module) -> str | None:
-    """Why a module must be called with the arguments that its class has, or None.
-
-    Whoever hooks a layer, or replaced its forward, expects those. Hooks of this package, of
-    torch.distributed and of DeepSpeed look at no argument by name.
-    """
-    own = module.__dict__
-    for kind in _HOOKS[:2]:
-        for hook in own[kind].values():
-            origin = getattr(getattr(hook, "func", hook), "__module__", "") or ""
-            known = origin.startswith(("vlm_fast.", "torch.distributed.", "deepspeed."))
-            if not known and getattr(hook, "__name__", "") != "output_capturing_hook":
-                return "it has hooks"
-    if has_own_forward(module):
-        return "its forward has been replaced (accelerate or another wrapper)"
-    return None
-
-
-def wants_attentions() -> bool:
-    """Whether a caller of a transformers model is collecting attention maps now."""
-    return _is_collecting("attentions", "cross_attentions")
-
-
-def wants_hidden_states() -> bool:
-    """Whether a caller of a transformers model is collecting hidden states now."""
-    return _is_collecting("hidden_states")
-
-
-def _is_collecting(*keys: str) -> bool:
-    capturing = sys.modules.get("transformers.utils.output_capturing")
-    if capturing is None:
-        return False
-    collector = capturing._active_collector  # a ContextVar, which Dynamo does not read
-    collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
-    return bool(collected) and not collected.keys().isdisjoint(keys)
-
-
-def why_not_dtypes_of_tree(root: nn.Module, *inputs: Tensor | None) -> str | None:
-    """Why a tree that computes in one dtype cannot take these inputs, or None.
-
-    Autocast gives linears its dtype; norms and gates are then read in that of the first input, or
-    in float32.
+    Under autocast linears compute in its dtype; norms and gates may then have the dtype of the
+    first input, or float32.
     """
     dtype = next(x.dtype for x in inputs if x is not None)
     device = next(x.device.type for x in inputs if x is not None)
@@ -291,7 +225,7 @@ def why_not_dtypes_of_tree(root: nn.Module, *inputs: Tensor | None) -> str | Non
     for x in inputs:
         if x is not None and x.dtype is not dtype and not autocasts:
             return f"its inputs are {dtype} and {x.dtype}"
-    for parameter in parameters_of_tree(root):
+    for parameter in tree_parameters(root):
         found = parameter.dtype
         if found is dtype:
             continue
@@ -300,40 +234,5 @@ def why_not_dtypes_of_tree(root: nn.Module, *inputs: Tensor | None) -> str | Non
     return None
 
 
-def parameters_of_tree(root: nn.Module) -> Iterator[nn.Parameter]:
-    """Those of the root and of all modules in it, as `why_not_plain_tree` last found them."""
-    known = root.__dict__.get("_plain_tree")
-    if known is None or torch.compiler.is_compiling():
-        return root.parameters()
-    return (p for p in (*root._parameters.values(), *known.parameters) if p is not None)
-
-
 def _is_absent(parameter: Tensor | None) -> bool:
-    return parameter is not None and (parameter.is_meta or is_partitioned(parameter))
-
-
-def _descendants(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    modules: Iterator[tuple[str, nn.Module]] = root.named_modules()
-    return ((name, module) for name, module in modules if module is not root)
-
-
-def why_not_plain_tree(
-    root: nn.Module, *, biases: bool = True, unread: str | None = None
-) -> str | None:
-    """None if the parameters of all modules in ``root`` say what those do; else the first reason.
-
-    Of the root itself only the code is asked. ``biases``: whether every linear must have one;
-    ``unread``: the name of a child that is never called.
-    """
-    known = root.__dict__.get("_plain_tree")
-    if torch.compiler.is_compiling():
-        return PlainTree(root).why_not(biases, unread)
-    if known is not None and known.unchanged():
-        return None
-    tree = PlainTree(root)
-    reason = tree.why_not(biases, unread)
-    if reason is None:
-        tree.remember(root)
-        # An ordinary attribute of the module: the two are collected together.
-        object.__setattr__(root, "_plain_tree", tree)
-    return reason
+    return parameter is not None and (parameter.is_meta or is_zero3_partitioned(parameter))

@@ -1,4 +1,4 @@
-"""The layers of a Q-Former, run one after the other with what they share computed once."""
+"""Run the layers of a Q-Former one after the other; what they share is computed once."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.linear import why_not_called_plainly
-from vlm_fast.modules.parameter_access.module_tree import (
-    PlainTree,
-    only_watched,
-    unwrapped,
-    why_not_plain_tree,
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.module_calls import (
+    only_output_hooks,
+    unwrap_checkpoint,
+    why_call_does_more,
 )
-from vlm_fast.modules.qformer.layer import CALLED, KeysValues, LayerInputs, qformer_layer
+from vlm_fast.modules.parameter_access.module_tree import TreeSnapshot, why_not_direct_tree
+from vlm_fast.modules.qformer.layer import CALLED_CHILDREN, KeysValues, LayerInputs, qformer_layer
 from vlm_fast.modules.qformer.shared_inputs import (
     OP,
     ImageKeyValues,
     dropout_seeds,
-    images_of_layers,
+    image_inputs,
 )
 
 
 class QFormerLayer(nn.Module):
-    """One layer, whose children have the names of the checkpoints.
+    """One layer of a `QFormer`, with the child names of the checkpoints.
 
-    Called by `QFormerEncoder` with the arguments of `qformer_layer`, so that hooks, FSDP2 and
-    wrappers for activation checkpointing stand around it as around any module.
+    `QFormerEncoder` calls it as a module, so hooks, FSDP2 and wrappers for activation checkpointing
+    work as usual.
     """
 
     def __init__(self, **children: nn.Module) -> None:
@@ -39,11 +38,12 @@ class QFormerLayer(nn.Module):
             self.add_module(name, child)
 
     def forward(self, hidden: Tensor, *image_and_past: Tensor | None, inputs: LayerInputs) -> Any:
+        """See `qformer_layer`."""
         return run_layer(self, hidden, *image_and_past, inputs=inputs)
 
 
 class QFormerEncoder(nn.Module):
-    """The layers, as ``layer``."""
+    """The layers of a `QFormer`, in the child ``layer``."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -70,35 +70,35 @@ def run_layers(
     inputs: LayerInputs,
     called: Callable[[Any], Callable[..., Any]],
 ) -> tuple[Tensor, list[KeysValues]]:
-    """All layers of an encoder.
+    """Run all layers of an encoder on ``hidden``.
 
     Args:
-        encoder: a module with ``layer``.
+        encoder: a module with the children ``layer``.
         hidden: ``(batch, tokens, features)``.
-        image: ``(images, keys, width)``, or ``projected``: its keys and values of all layers.
-        past: keys and values of each layer that every token sees before its own.
-        inputs: what is the same for all layers.
-        called: what to call for a layer, with the arguments of `qformer_layer`.
+        image: ``(images, keys, width)``, or None.
+        projected: keys and values of the image for all layers, instead of ``image``.
+        past: for each layer keys and values of earlier tokens, which every token attends to.
+        inputs: the inputs that are the same for all layers.
+        called: maps a layer to the function that runs it, with the arguments of `qformer_layer`.
 
     Returns:
-        The tokens, and with ``inputs.keep`` keys and values of each layer's self-attention.
+        The tokens; with ``inputs.keep`` the keys and values of each layer's self-attention, else an
+        empty list.
     """
-    plain = [why_not_plain_tree(unwrapped(layer)) is None for layer in encoder.layer]
-    read = images_of_layers(
-        encoder, hidden, image, projected, inputs.query_length, plain=all(plain)
-    )
+    plain = [why_not_direct_tree(unwrap_checkpoint(layer)) is None for layer in encoder.layer]
+    read = image_inputs(encoder, hidden, image, projected, inputs.query_length, plain=all(plain))
     seeds = dropout_seeds(encoder.layer, hidden)
     kept: list[KeysValues] = []
     for i, layer in enumerate(encoder.layer):
-        of_image, is_projected = read[i]
-        of_layer = dataclasses.replace(  # its own: checkpointing comes back to it
+        image_input, is_projected = read[i]
+        layer_inputs = dataclasses.replace(  # a new object: checkpointing reads it again
             inputs,
             projected=is_projected,
             seeds=None if seeds is None else seeds[i],
             plain=plain[i],
         )
-        of_past = () if past is None else past[i]
-        found = called(layer)(hidden, of_image, *of_past, inputs=of_layer)
+        layer_past = () if past is None else past[i]
+        found = called(layer)(hidden, image_input, *layer_past, inputs=layer_inputs)
         if inputs.keep:
             hidden, k, v = found
             kept.append((k, v))
@@ -108,34 +108,34 @@ def run_layers(
 
 
 def run_layer(layer: nn.Module, *tensors: Any, inputs: LayerInputs) -> Any:
-    """`qformer_layer`, which calls the children of a layer that is not plain.
+    """Run `qformer_layer`; it calls the children if their parameters cannot be read directly.
 
     Raises:
-        ValueError: what lies between those children is not what is restated.
+        ValueError: a module around these children does more than is known, e.g. has hooks.
     """
-    if not inputs.plain:  # FSDP2 has gathered by now what was sharded when the encoder looked
-        reason = why_not_plain_tree(layer)
+    if not inputs.plain:  # FSDP2 has gathered parameters since the encoder checked
+        reason = why_not_direct_tree(layer)
         if reason is not None:
-            around = PlainTree(layer).why_not_containers(CALLED)
+            around = TreeSnapshot(layer).why_not_containers(CALLED_CHILDREN)
             if around is not None:
-                raise ValueError(f"vlm_fast.{OP}: {_not_called(around)}")
-            fell_back(OP, f"a layer calls its children: {reason}")
+                raise ValueError(f"vlm_fast.{OP}: {_would_lose(around)}")
+            record_fallback(OP, f"a layer calls its children: {reason}")
         inputs = dataclasses.replace(inputs, plain=reason is None)
     return qformer_layer(layer, *tensors, inputs=inputs)
 
 
-def restated(layer: Any) -> Callable[..., Any]:
-    """What to call in the place of a layer that is not a `QFormerLayer`: its forward, restated.
+def mirrored_forward(layer: Any) -> Callable[..., Any]:
+    """The function that runs a layer of transformers instead of calling it.
 
-    The layer's own activation checkpointing, as transformers sets it, stands around it.
+    It applies the activation checkpointing that transformers has set on the layer.
 
     Raises:
-        ValueError: calling the layer does more than its forward, by hooks, sharding or a wrapper.
+        ValueError: hooks, sharding or a wrapper make a call of the layer do more than its forward.
     """
     if not isinstance(layer._modules.get("attention"), nn.Module):
         wrapper = f"a layer has become a {type(layer).__name__}"
-        raise ValueError(f"vlm_fast.{OP}: {_not_called(wrapper)}")
-    refuse_unless_plainly_called(layer)
+        raise ValueError(f"vlm_fast.{OP}: {_would_lose(wrapper)}")
+    raise_if_call_does_more(layer)
     call = functools.partial(run_layer, layer)
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
         return lambda *tensors, inputs: layer._gradient_checkpointing_func(
@@ -144,13 +144,13 @@ def restated(layer: Any) -> Callable[..., Any]:
     return call
 
 
-def refuse_unless_plainly_called(module: nn.Module) -> None:
-    """ValueError if calling a module does more than its forward, which is restated."""
-    watched = only_watched(module._forward_hooks)
-    reason = why_not_called_plainly(module, but_forward_hooks=watched)
+def raise_if_call_does_more(module: nn.Module) -> None:
+    """Raise ValueError if calling a module does more than its forward, which is not called."""
+    watched = only_output_hooks(module._forward_hooks)
+    reason = why_call_does_more(module, ignore_forward_hooks=watched)
     if reason is not None:
-        raise ValueError(f"vlm_fast.{OP}: {_not_called(f'{type(module).__name__}: {reason}')}")
+        raise ValueError(f"vlm_fast.{OP}: {_would_lose(f'{type(module).__name__}: {reason}')}")
 
 
-def _not_called(reason: str) -> str:
+def _would_lose(reason: str) -> str:
     return f"it computes what modules do without calling them, and would lose something ({reason})"

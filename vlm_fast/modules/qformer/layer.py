@@ -5,9 +5,9 @@
     intermediate_query.dense, output_query.{dense, LayerNorm, dropout}       of query tokens
     intermediate.dense, output.{dense, LayerNorm, dropout}                   of text tokens
 
-so that transformers' own layers and those of `vlm_fast.modules.QFormer` are served alike. A tree
-with a child that is not plain (LoRA, quantisation, hooks) has its children called; what lies
-between them stays fused.
+The same functions run transformers' own layers and those of `vlm_fast.modules.QFormer`. If a child
+must be called as a module (LoRA, quantization, hooks), all children are called; the operations
+between them stay fused.
 """
 
 from __future__ import annotations
@@ -20,26 +20,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.parameter_access.activation import activation_of
-from vlm_fast.modules.parameter_access.attention_settings import dropout_of_attention, scale_of
+from vlm_fast.modules.parameter_access.activation import activation_name
+from vlm_fast.modules.parameter_access.attention_settings import (
+    active_attention_dropout,
+    attention_scale,
+)
 
 KeysValues = tuple[Tensor, Tensor]
 
 
 @dataclass
 class LayerInputs:
-    """What a layer needs besides the hidden states; made once a forward, not once a layer.
+    """The inputs of a layer besides the hidden states; most are the same for all layers.
 
     Attributes:
-        query_length: how many tokens, from the first on, are queries.
-        projected: whether what a layer reads of the image are keys and values already.
-        image_mask: bool ``(batch, keys)`` or None; image_bias: an additive mask instead, broadcast
-            to ``(batch, 1, queries, keys)``.
-        bias: additive mask of the self-attention, broadcast to ``(batch, 1, tokens, tokens +
-            past)``; key_mask: bool ``(batch, tokens + past)``. Both may be None.
-        keep: whether a layer also returns the keys and values of its self-attention.
-        seeds: int64, one for each dropout of a layer, or None when there is none.
-        plain: whether parameters may be read; else the children are called.
+        query_length: the number of queries; they are the first tokens.
+        projected: whether the image input consists of keys and values, not of features.
+        image_mask: bool ``(batch, keys)``, true where a feature is seen, or None.
+        image_bias: an additive mask of the image instead, broadcast to
+            ``(batch, 1, queries, keys)``, or None.
+        bias: additive mask of the self-attention, broadcast to
+            ``(batch, 1, tokens, tokens + past)``, or None.
+        key_mask: bool ``(batch, tokens + past)``, true where a token is seen, or None.
+        keep: whether a layer returns the keys and values of its self-attention too.
+        seeds: int64, one for each dropout of a layer; None if no dropout is active.
+        plain: whether ops may read the parameters directly; otherwise the children are called.
     """
 
     query_length: int
@@ -56,11 +61,11 @@ class LayerInputs:
         return None if self.seeds is None else self.seeds[i]
 
 
-# Which of a layer's seeds is whose.
+# Indices of the seeds of a layer.
 SELF, SELF_OUTPUT, CROSS, CROSS_OUTPUT, QUERY_OUTPUT, TEXT_OUTPUT = range(6)
 SEEDS = 6
-# The children that are called where their parameters may not be read.
-CALLED = {"query", "key", "value", "dense", "LayerNorm", "dropout", "intermediate_act_fn"}
+# Names of the children that are called if their parameters cannot be read directly.
+CALLED_CHILDREN = {"query", "key", "value", "dense", "LayerNorm", "dropout", "intermediate_act_fn"}
 
 
 def qformer_layer(
@@ -72,18 +77,19 @@ def qformer_layer(
     *,
     inputs: LayerInputs,
 ) -> Any:
-    """``(batch, tokens, features)`` to the same; queries before text.
+    """Run a layer on ``hidden (batch, tokens, features)``, queries before text.
 
     Args:
-        layer: a module with the children above.
+        layer: a module with the children named at the top of this file.
         hidden: the tokens.
-        image: raw features ``(images, keys, width)``, or their keys and values ``(images, keys,
-            2 * features)``, of which ``inputs.projected`` tells; None without cross-attention.
-        past_k, past_v: ``(batch, heads, past, d)``, which every token sees before its own.
-        inputs: what the layers share.
+        image: features ``(images, keys, width)``; or, if ``inputs.projected``, keys and values
+            ``(images, keys, 2 * features)``; None without cross-attention.
+        past_k, past_v: ``(batch, heads, past, d)``, keys and values of earlier tokens, which every
+            token attends to.
+        inputs: the other inputs.
 
     Returns:
-        The tokens; with ``inputs.keep`` also the keys and the values of the self-attention.
+        The tokens; with ``inputs.keep`` also the keys and values of the self-attention.
     """
     hidden, *kept = self_attention_block(layer.attention, hidden, past_k, past_v, inputs)
     hidden = _after_self_attention(layer, hidden, image, inputs)
@@ -117,26 +123,26 @@ def self_attention_block(
     past_v: Tensor | None,
     inputs: LayerInputs,
 ) -> tuple[Tensor, ...]:
-    """``LayerNorm(dense(attention(hidden)) + hidden)``, and the keys and values if kept."""
+    """``LayerNorm(dense(attention(hidden)) + hidden)``, and keys and values if ``inputs.keep``."""
     attention = block.attention
     heads: int = attention.num_attention_heads
-    dropout = dropout_of_attention(attention)
+    dropout = active_attention_dropout(attention)
     seed = inputs.seed(SELF) if dropout > 0 else None
     linears = (attention.query, attention.key, attention.value)
     if inputs.plain and past_k is None and not inputs.keep:
         attended = ops.self_attention(
-            hidden, parameters_of(linears), inputs.bias, inputs.key_mask, seed,
-            heads=heads, scale=scale_of(attention), dropout=dropout,
+            hidden, weights_and_biases(linears), inputs.bias, inputs.key_mask, seed,
+            heads=heads, scale=attention_scale(attention), dropout=dropout,
         )  # fmt: skip
         return (_add_and_norm(block.output, attended, hidden, inputs, SELF_OUTPUT),)
     if inputs.plain:
-        qkv = ops.stacked_linear(hidden, parameters_of(linears))
+        qkv = ops.stacked_linear(hidden, weights_and_biases(linears))
         q, k, v = (_by_head(part, heads) for part in qkv.chunk(3, dim=-1))
     else:
         q, k, v = (_by_head(linear(hidden), heads) for linear in linears)
     attended = ops.cross_attention(
         q, k, v, past_k, past_v, inputs.bias, inputs.key_mask, seed,
-        scale=scale_of(attention), dropout=dropout,
+        scale=attention_scale(attention), dropout=dropout,
     )  # fmt: skip
     found = _add_and_norm(block.output, _joined(attended), hidden, inputs, SELF_OUTPUT)
     return found, k, v
@@ -153,7 +159,7 @@ def cross_attention_block(
             "features for the cross-attention layers"
         )
     heads: int = attention.num_attention_heads
-    dropout = dropout_of_attention(attention)
+    dropout = active_attention_dropout(attention)
     seed = inputs.seed(CROSS) if dropout > 0 else None
     q = (
         F.linear(queries, attention.query.weight, attention.query.bias)
@@ -164,18 +170,18 @@ def cross_attention_block(
     images = image.shape[0]
     if sequences == 1 and images != 1:  # the same queries for every image
         q, queries, sequences = q.expand(images, -1, -1), queries.expand(images, -1, -1), images
-    if sequences != images:  # several sequences an image, image by image: more queries of it
+    if sequences != images:  # several sequences per image: treated as more queries of it
         q = q.reshape(images, -1, features)
     key, value = attention.key, attention.value
     if inputs.projected:
         k, v = image.chunk(2, dim=-1)
     elif inputs.plain:
-        k, v = ops.stacked_linear(image, parameters_of((key, value))).chunk(2, dim=-1)
+        k, v = ops.stacked_linear(image, weights_and_biases((key, value))).chunk(2, dim=-1)
     else:
         k, v = key(image), value(image)
     attended = ops.cross_attention(
         _by_head(q, heads), _by_head(k, heads), _by_head(v, heads), None, None, inputs.image_bias,
-        mask, seed, scale=scale_of(attention), dropout=dropout,
+        mask, seed, scale=attention_scale(attention), dropout=dropout,
     )  # fmt: skip
     attended = _joined(attended).reshape(sequences, tokens, features)
     return _add_and_norm(block.output, attended, queries, inputs, CROSS_OUTPUT)
@@ -190,7 +196,7 @@ def _feed_forward(
         inner = act(intermediate.dense(hidden))
         return _add_and_norm(output, inner, hidden, inputs, seed)
     first, second, norm = intermediate.dense, output.dense, output.LayerNorm
-    name = activation_of(act) or ""  # known: a plain tree has no other
+    name = activation_name(act) or ""  # never empty: a direct tree has known activations only
     inner = ops.mlp(hidden, first.weight, first.bias, second.weight, None, activation=name)
     return _normed(norm, output.dropout, inner, hidden, second.bias, inputs, seed)
 
@@ -218,18 +224,18 @@ def _normed(
     )  # fmt: skip
 
 
-def parameters_of(linears: Any) -> list[Tensor]:
-    """Weights, then biases."""
+def weights_and_biases(linears: Any) -> list[Tensor]:
+    """The weights of linears, then their biases."""
     return [*(linear.weight for linear in linears), *(linear.bias for linear in linears)]
 
 
-def dropout_of(layer: Any) -> float:
-    """The largest probability of a dropout that is active in this layer."""
+def largest_active_dropout(layer: Any) -> float:
+    """The largest probability of a dropout in a layer that is active now; 0 if none is."""
     names = ("attention", "crossattention", "output_query", "output")
     parts = [part for part in (getattr(layer, name, None) for name in names) if part is not None]
     outputs = [getattr(part, "output", part) for part in parts]
     return max(
-        *(dropout_of_attention(part.attention) for part in parts if hasattr(part, "attention")),
+        *(active_attention_dropout(part.attention) for part in parts if hasattr(part, "attention")),
         *(float(getattr(o.dropout, "p", 0)) for o in outputs if o.dropout.training),
         0.0,
     )

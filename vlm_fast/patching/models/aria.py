@@ -1,9 +1,8 @@
-"""Aria's projector: learned queries that attend to patches, without a matrix of scores.
+"""Patch of Aria's projector: learned queries attend to patches without a matrix of scores.
 
-transformers calls ``nn.MultiheadAttention`` asking for weights that it then drops: the scores of
-all heads are formed, normalised and averaged for nothing. Its projections follow those of the
-projector itself; where many patches are read without gradients, the two of keys, and of values,
-are composed into one for the call.
+transformers calls ``nn.MultiheadAttention`` with ``need_weights=True`` and drops the weights: the
+scores of all heads are formed, normalized and averaged for nothing. Keys pass two projections in a
+row, and so do values. For many patches and without gradients the two weights are multiplied first.
 """
 
 from __future__ import annotations
@@ -15,18 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.fallback import fell_back
+from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.fused_sequence import fused_mlp
-from vlm_fast.modules.parameter_access.activation import activation_of
-from vlm_fast.modules.parameter_access.module_tree import why_not_dtypes_of_tree, why_not_plain_tree
+from vlm_fast.modules.parameter_access.activation import activation_name
+from vlm_fast.modules.parameter_access.module_tree import (
+    why_not_direct_tree,
+    why_tree_dtypes_differ,
+)
 from vlm_fast.ops.argument_errors import wrong_type, wrong_value
-from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.patching.class_swap import is_class
+from vlm_fast.patching.patched_module import PatchedModule
 
 
-class FusedAriaProjector(Patched):
-    """The projector; a query whose patches are all hidden gives zeros before the bias, not NaN."""
+class FusedAriaProjector(PatchedModule):
+    """Replaces the forward of AriaProjector.
 
-    alone = True
+    If all patches are masked, attention gives zeros (before the bias of its output), not NaN.
+    """
+
+    same_call_signature = True
 
     query: Any
     cross_attn: Any
@@ -34,7 +40,7 @@ class FusedAriaProjector(Patched):
     feed_forward: Any
     patch_to_query_dict: dict[int, int]
     training: bool
-    reads: ClassVar[tuple[str, ...]] = (
+    required_attributes: ClassVar[tuple[str, ...]] = (
         *(f"cross_attn.{name}" for name in (
             "num_heads", "q_proj", "k_proj", "v_proj", "linear", "dropout", "layer_norm",
             "layer_norm_kv", "multihead_attn.in_proj_weight", "multihead_attn.in_proj_bias",
@@ -46,11 +52,11 @@ class FusedAriaProjector(Patched):
     def forward(self, key_value_states: Tensor, attn_mask: Tensor | None = None) -> Any:
         reason = self.why_not()
         x = key_value_states
-        reason = reason or why_not_dtypes_of_tree(self, x)  # type: ignore[arg-type]
+        reason = reason or why_tree_dtypes_differ(self, x)  # type: ignore[arg-type]
         if x.shape[1] not in self.patch_to_query_dict:
             reason = "its own forward names the numbers of patches it takes"
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return super().forward(x, attn_mask)  # type: ignore[misc]
         if attn_mask is not None:
             _check(attn_mask, x)
@@ -82,14 +88,14 @@ class FusedAriaProjector(Patched):
             return "it has dropout"
         if multihead.in_proj_weight is None or multihead.bias_k is not None:
             return "its attention has other parameters than transformers gives it"
-        return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+        return why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
 
 
 def _projected(normed: Tensor, linear: Any, weight: Tensor, bias: Tensor) -> Tensor:
-    """``weight (linear normed) + bias``.
+    """``F.linear(linear(normed), weight, bias)``.
 
-    One product of many rows with composed weights takes the place of two. To compose them takes as
-    long as a product of as many rows as the weights have.
+    For many rows the two weights are multiplied first, so that the rows are multiplied only once.
+    Multiplying the weights costs as much as multiplying as many rows as ``weight`` has.
     """
     rows = normed.numel() // max(normed.shape[-1], 1)
     if torch.is_grad_enabled() or linear.bias is not None or rows < 2 * weight.shape[0]:
@@ -106,10 +112,10 @@ def _check(mask: Tensor, x: Tensor) -> None:
 
 
 def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """A recipe, a reason against, or None for another class."""
+    """Empty settings, a reason not to patch, or None for another class."""
     if not is_class(module, "aria", "AriaProjector"):
         return None
     projector: Any = module
-    if activation_of(projector.feed_forward.act) is None:
+    if activation_name(projector.feed_forward.act) is None:
         return f"{type(projector.feed_forward.act).__name__} is not known"
     return ()

@@ -1,8 +1,8 @@
-"""IDEFICS: gated cross-attention layers, with keys and values of images kept for a generation.
+"""Patch of IDEFICS: gated cross-attention layers, and a cache of image keys for generation.
 
-The model's own ``forward`` runs with a mask of one token, from which it makes that of text by image
-tokens; the layers get a set of images for each token instead. transformers projects all images anew
-for every generated token in every layer; here that is kept beside the cache of the generation.
+The model's own ``forward`` runs with the image mask of a single token, so that its dense mask stays
+small. The layers get a `MediaMask` instead. transformers projects all images again for every
+generated token in every layer; here their keys and values are cached (`image_kv_cache`).
 """
 
 from __future__ import annotations
@@ -13,19 +13,29 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.gated_residual import gated_residuals, rms_norm, why_not_gated
-from vlm_fast.modules.parameter_access.activation import activation_of
-from vlm_fast.modules.parameter_access.attention_settings import scale_of
-from vlm_fast.modules.parameter_access.module_tree import why_not_dtypes_of_tree, why_not_plain_tree
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.gated_residual import gated_residuals, rms_norm, why_not_gated_mlp
+from vlm_fast.modules.parameter_access.activation import activation_name
+from vlm_fast.modules.parameter_access.attention_settings import attention_scale
+from vlm_fast.modules.parameter_access.module_calls import MAPS_REQUESTED
+from vlm_fast.modules.parameter_access.module_tree import (
+    why_not_direct_tree,
+    why_tree_dtypes_differ,
+)
 from vlm_fast.ops.argument_errors import wrong_value
-from vlm_fast.patching.class_swap import is_class, why_not_handed
-from vlm_fast.patching.image_kv_cache import ImageKeys
-from vlm_fast.patching.media_masks import GivenSets, GivesSets, MediaSets, why_not_sets
+from vlm_fast.patching.class_swap import is_class
+from vlm_fast.patching.image_kv_cache import ImageKeyValueCache
+from vlm_fast.patching.media_masks import (
+    MediaMask,
+    ProvidesMediaMask,
+    ReadsMediaMask,
+    why_not_media_mask,
+)
+from vlm_fast.patching.patched_module import why_no_extra_arguments_for
 
 
-class FusedIdeficsModel(GivesSets):
-    """A model that tells its gated layers the images each token sees."""
+class FusedIdeficsModel(ProvidesMediaMask):
+    """Replaces the forward of IdeficsModel: passes its gated layers a `MediaMask`."""
 
     gated_cross_attn_layers: Any
 
@@ -36,16 +46,16 @@ class FusedIdeficsModel(GivesSets):
         inputs_embeds: Any = None,
         image_attention_mask: Any = None,
         cache: Any = None,
-        **passed_on: Any,
+        **forwarded: Any,
     ) -> Any:
-        mask, options = image_attention_mask, passed_on
-        if self.why_not_sets(mask) is None:
+        mask, options = image_attention_mask, forwarded
+        if self.why_not_media_mask(mask) is None:
             text = inputs_embeds if input_ids is None else input_ids
             rows = mask.shape[:2] if text is None else text.shape[:2]
             tokens = 0 if text is None else text.shape[1]
             options |= dict(
-                media_sets=tuple(MediaSets.of(mask.bool(), rows)),
-                image_keys=ImageKeys.of_cache(self, cache, tokens),
+                media_mask=tuple(MediaMask.from_bool(mask.bool(), rows)),
+                image_kv_cache=ImageKeyValueCache.for_generation(self, cache, tokens),
             )
             mask = mask[:, :1]
         return self.call_base(
@@ -53,16 +63,19 @@ class FusedIdeficsModel(GivesSets):
             cache=cache, **options,
         )  # fmt: skip
 
-    def why_not_sets(self, mask: Any) -> str | None:
+    def why_not_media_mask(self, mask: Any) -> str | None:
         for i, layer in enumerate(self.gated_cross_attn_layers):
-            reason = why_not_handed(layer, FusedIdeficsLayer)
+            reason = why_no_extra_arguments_for(layer, FusedIdeficsLayer)
             if reason is not None:
                 return f"gated layer {i}: {reason}"
-        return why_not_sets(mask, 3)
+        return why_not_media_mask(mask, 3)
 
 
-class FusedIdeficsLayer(GivenSets):
-    """One gated cross-attention layer; ``media_sets`` comes from `FusedIdeficsModel`."""
+class FusedIdeficsLayer(ReadsMediaMask):
+    """Replaces the forward of IdeficsGatedCrossAttentionLayer.
+
+    ``media_mask`` and ``image_kv_cache`` come from `FusedIdeficsModel`.
+    """
 
     cross_attn: Any
     mlp: Any
@@ -73,7 +86,7 @@ class FusedIdeficsLayer(GivenSets):
     alpha_cross_attn: Any
     alpha_dense: Any
 
-    reads: ClassVar[tuple[str, ...]] = (
+    required_attributes: ClassVar[tuple[str, ...]] = (
         *(f"cross_attn.{name}" for name in (
             "num_heads", "head_dim", "dropout", "qk_layer_norms", "q_proj", "k_proj", "v_proj",
             "o_proj",
@@ -93,23 +106,23 @@ class FusedIdeficsLayer(GivenSets):
         output_attentions: bool | None = False,
         use_cache: bool | None = False,
         *,
-        media_sets: tuple[Tensor, int] | None = None,
-        image_keys: ImageKeys | None = None,
+        media_mask: tuple[Tensor, int] | None = None,
+        image_kv_cache: ImageKeyValueCache | None = None,
         **kwargs: Any,
     ) -> Any:
-        sets = None if media_sets is None else MediaSets(*media_sets)
+        sets = None if media_mask is None else MediaMask(*media_mask)
         x, images = hidden_states, image_hidden_states
         if images is not None and sets is not None:
             _check(sets, x, images, image_attention_mask)
-        reason = self.why_not() or why_not_dtypes_of_tree(self, x, images)  # type: ignore[arg-type]
+        reason = self.why_not() or why_tree_dtypes_differ(self, x, images)  # type: ignore[arg-type]
         if images is None or cross_attention_gate is None or cache is not None:
             reason = "an argument is not as the model gives it"
         elif output_attentions:
-            reason = "attention maps were asked for, which no kernel forms"
+            reason = MAPS_REQUESTED
         elif sets is None and image_attention_mask is None and x.shape[1] > 1:
             reason = "without a mask its attention may be causal"
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             if images is not None and sets is not None:
                 image_attention_mask = sets.dense_mask(images.shape[1], images.dtype)
                 cross_attention_gate = (sets.bits != 0).to(images.dtype)
@@ -124,36 +137,36 @@ class FusedIdeficsLayer(GivenSets):
         q = attn.q_proj(rms_norm(x, self.input_layernorm)).unflatten(2, (attn.num_heads, -1))
         attended, row_mask = self._attend(
             q.transpose(1, 2), images, image_attention_mask, cross_attention_gate, sets,
-            image_keys,
+            image_kv_cache,
         )  # fmt: skip
         attended = attn.o_proj(attended.transpose(1, 2).flatten(2))
         x = gated_residuals(
             x, attended, self.alpha_cross_attn, self.post_attention_layernorm, self.mlp,
             self.alpha_dense, attention_rows=row_mask,
         )  # fmt: skip
-        if "output_attentions" not in self.names["forward"].known:
+        if "output_attentions" not in self.argument_names["forward"].known:
             return x
-        return (x, None) if use_cache else (x,)  # it has no keys and values of its own to give
+        return (x, None) if use_cache else (x,)  # it has no text keys and values to cache
 
     def _attend(
         self, q: Tensor, images: Tensor, mask: Tensor | None, gate: Tensor,
-        sets: MediaSets | None, image_keys: ImageKeys | None,
+        sets: MediaMask | None, image_kv_cache: ImageKeyValueCache | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """What is seen of the images, and which rows to keep of it (None: all)."""
+        """The attention output, and the tokens for which it is added (None: all)."""
         attn = self.cross_attn
-        if image_keys is None:
+        if image_kv_cache is None:
             k, v = self._key_values(images)
         else:
-            k, v = image_keys.of_layer(self, images, self._key_values)
+            k, v = image_kv_cache.get_or_project(self, images, self._key_values)
         norm = attn.q_layer_norm if attn.qk_layer_norms else None
-        if sets is None:  # a layer on its own, given a mask of text by image tokens
+        if sets is None:  # called without the model, with a dense mask
             q = q if norm is None else rms_norm(q, norm)
-            return ops.cross_attention(q, k, v, bias=mask, scale=scale_of(attn)), gate != 0
-        # A token that sees no image gets zeros already.
+            return ops.cross_attention(q, k, v, bias=mask, scale=attention_scale(attn)), gate != 0
+        # The op gives zeros for a token without images.
         return ops.media_cross_attention(
             q, k, v, sets.bits, None if norm is None else norm.weight,
             attend="listed", tokens_per_media=k.shape[2] // sets.media,
-            scale=scale_of(attn), eps=1e-6 if norm is None else norm.variance_epsilon,
+            scale=attention_scale(attn), eps=1e-6 if norm is None else norm.variance_epsilon,
         ), None  # fmt: skip
 
     def _key_values(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,12 +182,12 @@ class FusedIdeficsLayer(GivenSets):
     def why_not(self) -> str | None:
         if self.training and (self.cross_attn.dropout > 0 or self.config > 0):
             return "it has dropout"
-        # Cross-attention rotates nothing.
-        reason = why_not_plain_tree(self, biases=False, unread="rotary_emb")  # type: ignore[arg-type]
-        return reason or why_not_gated(self)
+        # Cross-attention has no rotary embedding.
+        reason = why_not_direct_tree(self, biases=False, unread="rotary_emb")  # type: ignore[arg-type]
+        return reason or why_not_gated_mlp(self)
 
 
-def _check(sets: MediaSets, x: Tensor, images: Tensor, mask: Tensor | None) -> None:
+def _check(sets: MediaMask, x: Tensor, images: Tensor, mask: Tensor | None) -> None:
     owner = "patch(Idefics)"
     if sets.bits.shape != x.shape[:2]:
         wanted = f"({x.shape[0]}, {x.shape[1]}, images), a row for each token"
@@ -185,21 +198,21 @@ def _check(sets: MediaSets, x: Tensor, images: Tensor, mask: Tensor | None) -> N
 
 
 def recognise_model(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """A recipe, a reason against, or None for another class."""
+    """Empty settings, a reason not to patch, or None for another class."""
     if not is_class(module, "idefics", "IdeficsModel"):
         return None
     parameters = inspect.signature(type(module).forward).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return "its forward hands its layers nothing that it does not know itself"
+        return "its forward does not pass unknown arguments to its layers"
     return ()
 
 
 def recognise_layer(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """The same for a gated cross-attention layer."""
+    """Empty settings for a gated cross-attention layer, a reason not to patch, or None."""
     if not is_class(module, "idefics", "IdeficsGatedCrossAttentionLayer"):
         return None
     layer: Any = module
-    if activation_of(layer.mlp.act_fn) is None:
+    if activation_name(layer.mlp.act_fn) is None:
         return f"{type(layer.mlp.act_fn).__name__} is not an activation the kernels know"
-    scale_of(layer.cross_attn)
+    attention_scale(layer.cross_attn)
     return ()

@@ -1,4 +1,4 @@
-"""Idefics2: the resampler with grouped heads and masked patches, and its gated MLPs."""
+"""Patch of Idefics2: the Perceiver resampler with grouped-query attention, and its gated MLPs."""
 
 from __future__ import annotations
 
@@ -8,24 +8,31 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.activation import activation_of, why_not_activation
-from vlm_fast.modules.parameter_access.attention_settings import scale_of
-from vlm_fast.modules.parameter_access.linear import why_not_plain
-from vlm_fast.modules.parameter_access.module_tree import (
-    wants_attentions,
-    why_not_dtypes_of_tree,
-    why_not_plain_tree,
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.activation import activation_name, why_not_activation
+from vlm_fast.modules.parameter_access.attention_settings import attention_scale
+from vlm_fast.modules.parameter_access.linear import why_not_direct
+from vlm_fast.modules.parameter_access.module_calls import (
+    MAPS_REQUESTED,
+    collects_attentions,
 )
-from vlm_fast.modules.perceiver_resampler import Layer, resample
+from vlm_fast.modules.parameter_access.module_tree import (
+    why_not_direct_tree,
+    why_tree_dtypes_differ,
+)
+from vlm_fast.modules.perceiver_layer import Layer, resample
 from vlm_fast.ops.argument_errors import wrong_value
-from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.patching.class_swap import is_class
+from vlm_fast.patching.patched_module import PatchedModule
 
 
-class FusedGatedMLP(Patched):
-    """``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` without keeping what is between."""
+class FusedGatedMLP(PatchedModule):
+    """Replaces the forward of Idefics2MLP: ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``.
 
-    alone = True
+    It keeps fewer tensors for backward than eager PyTorch, see `vlm_fast.ops.gated_mlp`.
+    """
+
+    same_call_signature = True
 
     gate_proj: Any
     up_proj: Any
@@ -35,16 +42,16 @@ class FusedGatedMLP(Patched):
     def forward(self, x: Tensor) -> Tensor:
         reason = self.why_not()
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return super().forward(x)  # type: ignore[misc]
         return ops.gated_mlp(
             x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight,
-            activation=activation_of(self.act_fn) or "",
+            activation=activation_name(self.act_fn) or "",
         )  # fmt: skip
 
     def why_not(self) -> str | None:
         for name in ("gate_proj", "up_proj", "down_proj"):
-            reason = why_not_plain(getattr(self, name))
+            reason = why_not_direct(getattr(self, name))
             if reason is None and getattr(self, name).bias is not None:
                 reason = "it has a bias"
             if reason is not None:
@@ -53,16 +60,19 @@ class FusedGatedMLP(Patched):
         return None if reason is None else f"act_fn: {reason}"
 
 
-class FusedIdefics2Perceiver(Patched):
-    """The resampler, without concatenations and without a copy of keys for each query head."""
+class FusedIdefics2Perceiver(PatchedModule):
+    """Replaces the forward of Idefics2PerceiverResampler.
 
-    alone = True
+    Keys of the context and of the latents are not concatenated, nor repeated for each query head.
+    """
+
+    same_call_signature = True
 
     layers: Any
     latents: Any
     norm: Any
     training: bool
-    reads: ClassVar[tuple[str, ...]] = (
+    required_attributes: ClassVar[tuple[str, ...]] = (
         *(f"layers.0.{name}" for name in (
             "input_context_norm.variance_epsilon", "input_latents_norm.variance_epsilon",
             "post_attention_layernorm.variance_epsilon", "mlp",
@@ -74,13 +84,13 @@ class FusedIdefics2Perceiver(Patched):
 
     def forward(self, context: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
         reason = self.why_not()
-        reason = reason or why_not_dtypes_of_tree(self, context)  # type: ignore[arg-type]
-        if wants_attentions() or kwargs.get("output_attentions"):
-            reason = "attention maps were asked for, which no kernel forms"
+        reason = reason or why_tree_dtypes_differ(self, context)  # type: ignore[arg-type]
+        if collects_attentions() or kwargs.get("output_attentions"):
+            reason = MAPS_REQUESTED
         if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
             reason = "the mask is not one of patches, (images, patches)"
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return self.call_base(
                 "forward", context=context, attention_mask=attention_mask, **kwargs
             )
@@ -89,7 +99,7 @@ class FusedIdefics2Perceiver(Patched):
             raise wrong_value("patch(Idefics2)", "attention_mask", attention_mask, wanted)
         seen: Tensor | None = attention_mask != 0
         if seen is not None and seen.is_cpu and not torch.compiler.is_compiling() and seen.all():
-            seen = None  # nothing is hidden; on a GPU that would be asked of the device
+            seen = None  # nothing is masked; on a GPU the host would wait for this answer
         layers = [_layer(layer) for layer in self.layers]
         return self.norm(resample(context, self.latents, layers, seen))
 
@@ -97,7 +107,7 @@ class FusedIdefics2Perceiver(Patched):
         attentions = [layer.self_attn for layer in self.layers]
         if self.training and any(getattr(a, "attention_dropout", 0) > 0 for a in attentions):
             return "attention has dropout"
-        return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+        return why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
 
 
 def _layer(layer: Any) -> Layer:
@@ -105,26 +115,26 @@ def _layer(layer: Any) -> Layer:
     return Layer(
         layer.input_context_norm, layer.input_latents_norm, attention.q_proj,
         (attention.k_proj, attention.v_proj), attention.o_proj, attention.num_heads,
-        attention.num_key_value_heads, scale_of(attention),
+        attention.num_key_value_heads, attention_scale(attention),
         lambda x: layer.mlp(layer.post_attention_layernorm(x)),
     )  # fmt: skip
 
 
 def recognise_mlp(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """A recipe, a reason against, or None for another class."""
+    """Empty settings, a reason not to patch, or None for another class."""
     if not is_class(module, "idefics2", "Idefics2MLP"):
         return None
     mlp: Any = module
-    if activation_of(mlp.act_fn) is None:
+    if activation_name(mlp.act_fn) is None:
         return f"{type(mlp.act_fn).__name__} is not an activation the kernels know"
     return ()
 
 
 def recognise_resampler(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """The same for the resampler."""
+    """Empty settings for Idefics2PerceiverResampler, or None for another class."""
     if not is_class(module, "idefics2", "Idefics2PerceiverResampler"):
         return None
     resampler: Any = module
     for layer in resampler.layers:
-        scale_of(layer.self_attn)
+        attention_scale(layer.self_attn)
     return ()

@@ -1,8 +1,10 @@
-"""The merge of image features into ``inputs_embeds``, in models that ask `get_placeholder_mask`.
+"""Patch of the merge of image features into ``inputs_embeds``, for models of transformers.
 
-The mask is made directly, as the class's own method makes it (`placeholder_forms`). Its tensor type
-leads ``inputs_embeds.masked_scatter(mask, features)`` to `vlm_fast.ops.merge_image_tokens`, which
-counts on the device what the method counts on the host. No model's forward is restated.
+It serves every model whose forward calls ``get_placeholder_mask`` and then ``masked_scatter``. The
+mask is computed as the model's own method does it (see `placeholder_masks`), but it is a tensor
+subclass: ``inputs_embeds.masked_scatter(mask, features)`` then runs
+`vlm_fast.ops.merge_image_tokens`, which counts the placeholders on the device where the model's
+method waits for the host. The model's forward itself is not replaced.
 """
 
 from __future__ import annotations
@@ -18,41 +20,45 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vlm_fast import ops
-from vlm_fast.fallback import policy
-from vlm_fast.modules.parameter_access.original_code import names_in
+from vlm_fast.fallback import switches
+from vlm_fast.modules.parameter_access.original_code import names_used_by
+from vlm_fast.ops import merge_image_tokens
 from vlm_fast.ops.image_token_rows import check_count
 from vlm_fast.ops.transforms import constant_while_compiling
-from vlm_fast.patching.class_swap import Patched
-from vlm_fast.patching.placeholder_masks import Form, NotRead, read
+from vlm_fast.patching.deferred_tensor import DeferredTensor
+from vlm_fast.patching.patched_module import PatchedModule
+from vlm_fast.patching.placeholder_masks import MaskSpec, UnknownMaskMethod, probe_mask_method
 
 
-class PlaceholderMask(Tensor):
-    """A mask of whole rows that leads to the fused merge. To everything else it is a plain tensor.
+class PlaceholderMask(DeferredTensor):
+    """A mask of placeholder tokens whose ``masked_scatter`` is the fused merge.
 
-    Whoever looks at it before the merge has it counted first: it may never come there.
+    The host may not have compared the number of placeholders with that of the features yet. The
+    merge does so on the device; any other function that gets the mask has it counted first.
     """
 
-    rows: int | None = None  # of features, while nobody has counted the mask
+    rows: int | None = None  # the number of placeholders that there must be, while not yet counted
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if func is Tensor.masked_scatter and not kwargs and isinstance(args[1], cls):
-                return _masked_scatter(*args)
-            if func is Tensor.to and isinstance(args[0], cls):
-                moved = func(*args, **kwargs)
-                if moved.dtype == torch.bool:
-                    return _marked(moved, args[0].rows)
-            if not torch.compiler.is_compiling() and func.__name__ != "__get__":  # as a shape
-                for mask in tree_leaves((args, kwargs)):
-                    if isinstance(mask, cls):
-                        _count(mask)
-            return func(*args, **kwargs)
+    def shortcut(cls, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func is Tensor.masked_scatter and not kwargs and isinstance(args[1], cls):
+            return _masked_scatter(*args)
+        if func is Tensor.to and isinstance(args[0], cls):
+            moved = func(*args, **kwargs)
+            if moved.dtype == torch.bool:
+                return _as_placeholder_mask(moved, args[0].rows)
+        return None
+
+    @classmethod
+    def resolve(cls, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if not torch.compiler.is_compiling() and func.__name__ != "__get__":  # e.g. mask.shape
+            for mask in tree_leaves((args, kwargs)):
+                if isinstance(mask, cls):
+                    _count(mask)
+        return args, kwargs
 
 
-def _marked(mask: Tensor, rows: int | None) -> Tensor:
+def _as_placeholder_mask(mask: Tensor, rows: int | None) -> Tensor:
     mask = mask.as_subclass(PlaceholderMask)
     if not torch.compiler.is_compiling():
         mask.rows = rows
@@ -65,10 +71,6 @@ def _count(mask: PlaceholderMask) -> None:
         check_count("get_placeholder_mask", "features", rows, mask[..., 0].sum())
 
 
-# Functions that see every merge's embeds, mask and features; `vlm_fast.verify` looks through one.
-OBSERVERS: list[Callable[[Tensor, Tensor, Tensor], None]] = []
-
-
 def _masked_scatter(embeds: Tensor, mask: PlaceholderMask, source: Tensor) -> Tensor:
     hidden = embeds.shape[-1] if embeds.ndim == 3 else 0
     fits = hidden and mask.ndim == 3 and mask.shape[:2] == embeds.shape[:2]
@@ -78,79 +80,86 @@ def _masked_scatter(embeds: Tensor, mask: PlaceholderMask, source: Tensor) -> Te
         return embeds.masked_scatter(mask, source)
     if source.ndim < 2 or source.shape[-1] != hidden:
         source = source.reshape(-1, hidden)
-    rows = mask[..., 0]
-    for observe in OBSERVERS:
-        observe(embeds, rows, source)
-    merged = ops.merge_image_tokens(embeds, source, rows)
+    merged = merge_image_tokens(embeds, source, mask[..., 0])
     if not torch.compiler.is_compiling():
         mask.rows = None
     return merged
 
 
-def _would_wait(tensor: Tensor) -> bool:
-    """Whether a number that is read from this tensor's device is waited for."""
-    return tensor.is_cuda and not policy.strict
+def would_sync(tensor: Tensor) -> bool:
+    """Whether to avoid reading a value of this tensor, because the host would wait for it."""
+    return tensor.is_cuda and not switches.strict
 
 
-class FusedMerge(Patched):
-    """A model whose placeholder masks lead to the fused merge. Its recipe is a `Form`."""
+class FusedMerge(PatchedModule):
+    """Replaces ``get_placeholder_mask`` of a model, so that its merge runs as one op.
 
-    covers = False
-    restates: ClassVar[tuple[str, ...]] = ()  # its method was asked what it does
+    The settings are a `MaskSpec`.
+    """
 
-    def prepare(self: Any) -> None:
+    handles_children = False
+    mirrored_methods: ClassVar[tuple[str, ...]] = ()  # its method was probed
+
+    def after_swap(self: Any) -> None:
         _MODELS[id(self)] = self
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         for name in ("get_image_features", "get_video_features"):
-            if "patch" in vars(cls) and hasattr(cls, name):  # a class that was made for a model
-                setattr(cls, name, _hooks_first(cls, name))
+            if "patch_spec" in vars(cls) and hasattr(cls, name):  # a swapped class
+                setattr(cls, name, _with_output_hooks(cls, name))
 
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        form: Form = self.patch.recipe
+        spec: MaskSpec = self.patch_spec.settings
         original = super().get_placeholder_mask  # type: ignore[misc]
-        given = {**dict(zip(form.arguments, args, strict=False)), **kwargs}
+        given = {**dict(zip(spec.arguments, args, strict=False)), **kwargs}
         plain = type(inputs_embeds) is Tensor and type(input_ids) in (Tensor, type(None))
-        # A FakeTensor or DTensor cannot change its type. What is given twice is an error.
+        # A FakeTensor or DTensor cannot change its type. An argument given twice is an error.
         if not plain or len(given) != len(args) + len(kwargs):
             return original(input_ids, inputs_embeds, *args, **kwargs)
-        if input_ids is None:  # found by their embeddings
-            answer = original(input_ids, inputs_embeds, *args, **kwargs)
-            masks = list(answer) if isinstance(answer, tuple) else [answer]
+        if input_ids is None:  # placeholders are found by their embeddings
+            found = original(input_ids, inputs_embeds, *args, **kwargs)
+            masks = list(found) if isinstance(found, tuple) else [found]
         else:
-            masks = form.masks(self, input_ids, inputs_embeds, given)
-        for name, index in form.counted:
+            masks = spec.make_masks(self, input_ids, inputs_embeds, given)
+        for name, index in spec.counted_features:
             features = given.get(name)
             if features is None:
                 continue
-            rows = None  # left to count
+            rows = None  # the merge counts
             if input_ids is not None and not torch.compiler.is_compiling():
                 rows = _rows_to_count(masks[index], features, inputs_embeds)
-                if rows == WRONG:  # which it says
+                if rows == COUNT_MISMATCH:  # the original raises the error
                     return original(input_ids, inputs_embeds, *args, **kwargs)
-            masks[index] = _marked(masks[index], rows)
+            masks[index] = _as_placeholder_mask(masks[index], rows)
         return tuple(masks) if len(masks) > 1 else masks[0]
 
 
-WRONG = -1
+COUNT_MISMATCH = -1
 
 
 def _rows_to_count(mask: Tensor, features: Tensor, embeds: Tensor) -> int | None:
-    """How many places the mask must turn out to have; None if it has them, `WRONG` if not."""
+    """How many placeholders the merge must find; None if the host has counted them already.
+
+    `COUNT_MISMATCH` if their number is wrong.
+    """
     # While torch.jit traces, sizes are tensors.
     rows, rest = divmod(int(features.numel()), int(embeds.shape[-1]))
     if rest:
-        return WRONG
-    if _would_wait(embeds):
+        return COUNT_MISMATCH
+    if would_sync(embeds):
         return rows
-    return None if int(mask[..., 0].sum()) == rows else WRONG
+    return None if int(mask[..., 0].sum()) == rows else COUNT_MISMATCH
 
 
-def _hooks_first(cls: Any, name: str) -> Callable[..., Any]:
-    own, base = vars(cls).get(name), cls.patch.base  # a mixin's, or the base's as it is at the call
+def _with_output_hooks(cls: Any, name: str) -> Callable[..., Any]:
+    """A method of a patched class that installs transformers' output hooks while compiling."""
+    own, base = (
+        vars(cls).get(name),
+        cls.patch_spec.base,
+    )  # the mixin's; else the base's at the call
 
     @functools.wraps(getattr(cls, name))
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -161,15 +170,16 @@ def _hooks_first(cls: Any, name: str) -> Callable[..., Any]:
     return call
 
 
-# By identity: a function that runs while a graph is made takes no module, in torch 2.11.
+# By id(): in torch 2.11 a function that runs during compilation cannot take a module.
 _MODELS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
 @constant_while_compiling
 def _install_output_hooks(model_id: int) -> None:
-    """What transformers does at the first call of a tower that is asked for its layers' outputs.
+    """Install transformers' output hooks in the children of a model, while it is compiled.
 
-    It holds a lock meanwhile, which no graph can: so this runs while the graph is made.
+    transformers does this at the first call that collects the outputs of a tower's layers, under a
+    lock, which a compiled graph cannot contain.
     """
     capturing = sys.modules.get("transformers.utils.output_capturing")
     model = _MODELS.get(model_id)
@@ -187,35 +197,35 @@ def _install_output_hooks(model_id: int) -> None:
             capturing.maybe_install_capturing_hooks(child)
 
 
-def recognise(module: nn.Module) -> Form | str | None:
-    """The form of its masks, the reason why a candidate is none, or None for no candidate."""
+def recognise(module: nn.Module) -> MaskSpec | str | None:
+    """The `MaskSpec` of a model, why its merge is not patched, or None if it merges nothing."""
     kind = type(module)
     try:
         return _recognise(kind)
-    except NotRead as reason:
+    except UnknownMaskMethod as reason:
         return f"get_placeholder_mask{_release(kind)} {reason}"
-    except Exception as error:  # of code that nobody here has read
+    except Exception as error:  # an unknown method may raise anything
         why = f"{type(error).__name__}: {error}"
-        return f"get_placeholder_mask{_release(kind)} cannot be asked: {why}"
+        return f"get_placeholder_mask{_release(kind)} cannot be probed: {why}"
 
 
-def _recognise(kind: type[nn.Module]) -> Form | str | None:
+def _recognise(kind: type[nn.Module]) -> MaskSpec | str | None:
     method = getattr(kind, "get_placeholder_mask", None)
-    names = names_in(kind.forward)
+    names = names_used_by(kind.forward)
     if method is None:
         if not hasattr(kind, "get_input_embeddings") or names.isdisjoint(_MERGES):
             return None
         return f"its forward{_release(kind)} merges by itself, without get_placeholder_mask"
     if "masked_scatter" not in names:
-        return None  # a wrapper that hands the question on to the model inside
+        return None  # a wrapper around the model that merges
     if "get_placeholder_mask" not in names:
         return f"its forward{_release(kind)} makes its own mask, not by get_placeholder_mask"
     if "expand_as" in names:
         return f"its forward{_release(kind)} expands the mask"
-    return read(inspect.unwrap(method))
+    return probe_mask_method(inspect.unwrap(method))
 
 
-# What forwards call in which features are merged.
+# Names that a forward uses if it merges features by itself.
 _MERGES = (
     "masked_scatter", "inputs_merger", "gather_continuous_embeddings",
     "_merge_input_ids_with_audio_features", "_merge_input_ids_with_image_features",

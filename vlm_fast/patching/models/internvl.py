@@ -1,8 +1,8 @@
-"""InternVL and Qianfan-OCR: the pixel shuffle is where the projector's norm reads from.
+"""Patch of InternVL and Qianfan-OCR: pixel shuffle and the projector's norm in one pass.
 
-The shuffle is a method of the model, the norm stands in the projector. What the method returns
-remembers that it is not shuffled yet: the projector reads it in order as it norms, and to whoever
-else looks at it, it is shuffled first.
+The shuffle is a method of the model and the norm a child of the projector. So the method returns a
+`DeferredPixelShuffle`, whose patches are still in row-major order. The projector's norm reads them
+in shuffled order. Any other function gets a shuffled tensor.
 """
 
 from __future__ import annotations
@@ -15,44 +15,46 @@ from torch.utils._pytree import tree_map_only
 
 from vlm_fast import ops
 from vlm_fast.modules.fused_sequence import fused_mlp
-from vlm_fast.modules.parameter_access.chain import Chain, chain_of
-from vlm_fast.modules.parameter_access.norm import merged, why_not_normed
-from vlm_fast.modules.square_grid import side_of_square
+from vlm_fast.modules.parameter_access.chain import Chain, find_chain
+from vlm_fast.modules.parameter_access.norm import shuffle_and_norm, why_not_direct_norm
+from vlm_fast.modules.token_grid import side_of_square
 from vlm_fast.patching.class_swap import is_class
+from vlm_fast.patching.deferred_tensor import DeferredTensor
 from vlm_fast.patching.models import image_token_merge
 from vlm_fast.patching.models.image_token_merge import FusedMerge
 from vlm_fast.patching.models.mlp import FusedMLP
-from vlm_fast.patching.placeholder_masks import Form
+from vlm_fast.patching.placeholder_masks import MaskSpec
 
 FACTOR = 2
 CALLS = ("layer_norm", "linear_1", "act", "linear_2")
 
 
-class Unshuffled(Tensor):
-    """Tokens ``(batch, ..., 4 * features)`` of square grids, patches still in row-major order."""
+class DeferredPixelShuffle(DeferredTensor):
+    """Tokens ``(batch, ..., 4 * features)`` of square grids; the patches are in row-major order."""
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in _ABOUT_SHAPES:
-                return func(*args, **(kwargs or {}))
-            if func is Tensor.reshape and _keeps_tokens(args[0], args[1:]) and not kwargs:
-                return func(*args).as_subclass(Unshuffled)
-            args, kwargs = tree_map_only(Unshuffled, _shuffled, (args, kwargs or {}))
-        return func(*args, **kwargs)
+    def shortcut(cls, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func in _SHAPE_FUNCTIONS:
+            return func(*args, **kwargs)
+        if func is Tensor.reshape and len(args) == 4 and not kwargs:
+            x, batch, _, features = args
+            if batch == x.shape[0] and features == x.shape[-1]:  # rows stay whole
+                return func(*args).as_subclass(DeferredPixelShuffle)
+        return None
+
+    @classmethod
+    def resolve(cls, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        args, kwargs = tree_map_only(DeferredPixelShuffle, _shuffled, (args, kwargs))
+        return args, kwargs
 
 
-_ABOUT_SHAPES = {Tensor.size, Tensor.dim} | {
+_SHAPE_FUNCTIONS = {Tensor.size, Tensor.dim} | {
     getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad")
 }
 
 
-def _keeps_tokens(x: Tensor, shape: tuple[Any, ...]) -> bool:
-    return len(shape) == 3 and shape[0] == x.shape[0] and shape[2] == x.shape[-1]
-
-
 def _patches(x: Tensor) -> tuple[Tensor, int]:
-    """Of an `Unshuffled` the plain patches ``(batch, side ** 2, features)``, and the side."""
+    """The patches ``(batch, side ** 2, features)`` as a plain tensor, and the side of the grid."""
     features = x.shape[-1] // FACTOR**2
     patches = x.as_subclass(Tensor).reshape(x.shape[0], -1, features)
     return patches, side_of_square(patches.shape[1])
@@ -64,9 +66,9 @@ def _shuffled(x: Tensor) -> Tensor:
 
 
 class FusedShuffleMerge(FusedMerge):
-    """The model: `FusedMerge`, and a pixel shuffle of one pass or none."""
+    """`FusedMerge` for InternVLModel; its ``pixel_shuffle`` is deferred, or one copy."""
 
-    restates: ClassVar[tuple[str, ...]] = ("pixel_shuffle",)
+    mirrored_methods: ClassVar[tuple[str, ...]] = ("pixel_shuffle",)
 
     multi_modal_projector: nn.Module
 
@@ -77,16 +79,16 @@ class FusedShuffleMerge(FusedMerge):
             return super().pixel_shuffle(x, scale_factor)  # type: ignore[misc]
         down, across = height // FACTOR, width // FACTOR
         shape = (batch, down, across, FACTOR**2 * features)
-        waits = height == width and isinstance(self.multi_modal_projector, FusedNormedMLP)
-        # A FakeTensor cannot change its type, and a compiler fuses the norm itself.
-        if waits and type(x) is Tensor and not torch.compiler.is_compiling():
-            return x.reshape(shape).as_subclass(Unshuffled)
+        deferred = height == width and isinstance(self.multi_modal_projector, FusedNormedMLP)
+        # A FakeTensor cannot change its type, and the compiler fuses the norm itself.
+        if deferred and type(x) is Tensor and not torch.compiler.is_compiling():
+            return x.reshape(shape).as_subclass(DeferredPixelShuffle)
         found = ops.pixel_shuffle_norm(x.flatten(1, 2), height=height, width=width, factor=FACTOR)
         return found.view(shape)
 
 
 class FusedNormedMLP(FusedMLP):
-    """The projector, which norms what is not shuffled yet as it reads it."""
+    """`FusedMLP` for InternVL's projector, whose norm takes a `DeferredPixelShuffle` too."""
 
     layer_norm: nn.Module
     linear_1: nn.Module
@@ -94,23 +96,23 @@ class FusedNormedMLP(FusedMLP):
     linear_2: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        chain: Chain = self.patch.recipe
+        chain: Chain = self.patch_spec.settings
         x = args[0] if len(args) == 1 and not kwargs else kwargs.get(chain.argument)
-        if type(x) is not Unshuffled or len(args) + len(kwargs) != 1:
+        if type(x) is not DeferredPixelShuffle or len(args) + len(kwargs) != 1:
             return super().forward(*args, **kwargs)
         patches, side = _patches(x)
         name = type(self).__name__
-        x = merged(
+        x = shuffle_and_norm(
             name, patches, self.layer_norm, height=side, width=side, factor=FACTOR, norm_after=True
         )
         return fused_mlp(name, x, self.linear_1, self.act, self.linear_2, chain.saved)
 
     def why_not(self) -> str | None:
-        return why_not_normed(self.layer_norm, self.linear_1) or super().why_not()
+        return why_not_direct_norm(self.layer_norm, self.linear_1) or super().why_not()
 
 
-def recognise_model(module: nn.Module, **options: Any) -> Form | str | None:
-    """A recipe, a reason against, or None for another class."""
+def recognise_model(module: nn.Module, **options: Any) -> MaskSpec | str | None:
+    """The `MaskSpec` of the model, a reason against, or None for another class."""
     if not (
         is_class(module, "internvl", "InternVLModel")
         or is_class(module, "qianfan_ocr", "QianfanOCRModel")
@@ -120,11 +122,11 @@ def recognise_model(module: nn.Module, **options: Any) -> Form | str | None:
 
 
 def recognise_projector(module: nn.Module, *, saved: str, **options: Any) -> Chain | None:
-    """The same for the projector; one that is no such chain is left to others."""
+    """The chain of the projector; None for another class or another chain."""
     if not (
         is_class(module, "internvl", "InternVLMultiModalProjector")
         or is_class(module, "qianfan_ocr", "QianfanOCRMultiModalProjector")
     ):
         return None
-    chain = chain_of(module, saved)
+    chain = find_chain(module, saved)
     return chain if isinstance(chain, Chain) and chain.calls == CALLS else None

@@ -1,7 +1,7 @@
-"""Kosmos-2's and Kosmos-2.5's resampler: latents that attend to the image and to themselves.
+"""Patch of Kosmos-2's and Kosmos-2.5's resampler: latents attend to the image and to themselves.
 
-Under transformers' default attention that of Kosmos-2 is causal and crops its keys to the number of
-latents, by mistake; its eager attention is right, and is what this gives.
+In transformers, Kosmos-2's resampler under SDPA is causal and crops the keys to the number of
+latents, which is a mistake. Eager attention is right; the patch computes the same.
 """
 
 from __future__ import annotations
@@ -12,30 +12,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.module_tree import why_not_dtypes_of_tree, why_not_plain_tree
-from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.module_tree import (
+    why_not_direct_tree,
+    why_tree_dtypes_differ,
+)
+from vlm_fast.patching.class_swap import is_class
+from vlm_fast.patching.patched_module import PatchedModule
 
 
-class FusedKosmosProjection(Patched):
-    """The projection and its one attention, without a concatenation; no attention maps."""
+class FusedKosmosProjection(PatchedModule):
+    """Replaces the forward of Kosmos2ImageToTextProjection and Kosmos2_5ImageToTextProjection.
 
-    alone = True
+    Keys of the image and of the latents are not concatenated. No attention maps are returned.
+    """
+
+    same_call_signature = True
 
     dense: Any
     latent_query: Any
     x_attn: Any
     training: bool
-    reads: ClassVar[tuple[str, ...]] = (
+    required_attributes: ClassVar[tuple[str, ...]] = (
         *(f"x_attn.{name}" for name in (
             "num_heads", "scaling", "dropout", "q_proj", "k_proj", "v_proj", "out_proj",
         )),
     )  # fmt: skip
 
     def forward(self, features: Tensor) -> Any:
-        reason = self.why_not() or why_not_dtypes_of_tree(self, features)  # type: ignore[arg-type]
+        reason = self.why_not() or why_tree_dtypes_differ(self, features)  # type: ignore[arg-type]
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return super().forward(features)  # type: ignore[misc]
         attn, image = self.x_attn, self.dense(features)
         latents = self.latent_query.unsqueeze(0)
@@ -45,7 +52,7 @@ class FusedKosmosProjection(Patched):
             return x.expand(image.shape[0], -1, -1, -1)
 
         def keys(x: Tensor) -> Tensor:
-            # Their bias moves all scores of a query alike: of no effect, and of gradient 0.
+            # The bias of keys adds the same to all scores of a query: no effect, gradient 0.
             return heads(F.linear(x, attn.k_proj.weight, attn.k_proj.bias * 0))
 
         attended = ops.cross_attention(
@@ -54,9 +61,9 @@ class FusedKosmosProjection(Patched):
         )  # fmt: skip
         return attn.out_proj(attended.transpose(1, 2).flatten(2)), None
 
-    def unpatched(self) -> nn.Module:
-        """A copy that computes what this mirrors, eager attention, without its maps."""
-        plain: Any = super().unpatched()
+    def unpatched_copy(self) -> nn.Module:
+        """A copy with the original class, eager attention, and None instead of attention maps."""
+        plain: Any = super().unpatched_copy()
         if self.why_not() is None:
             plain.x_attn.config._attn_implementation = "eager"
             plain.register_forward_hook(lambda module, args, found: (found[0], None))
@@ -70,11 +77,11 @@ class FusedKosmosProjection(Patched):
             return "attention has dropout"
         if getattr(attn, "inner_attn_ln", None) is not None:
             return "its attention has a norm inside"
-        return why_not_plain_tree(self)  # type: ignore[arg-type]
+        return why_not_direct_tree(self)  # type: ignore[arg-type]
 
 
 def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """A recipe, a reason against, or None for another class."""
+    """Empty settings, a reason not to patch, or None for another class."""
     known = is_class(module, "kosmos2", "Kosmos2ImageToTextProjection") or is_class(
         module, "kosmos2_5", "Kosmos2_5ImageToTextProjection"
     )

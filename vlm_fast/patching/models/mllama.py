@@ -1,38 +1,49 @@
-"""Llama 3.2 Vision: cross-attention layers over image tiles, and the mask prepared for them.
+"""Patch of Llama 3.2 Vision: cross-attention layers over image tiles, and their mask.
 
-The model's own ``forward`` runs, without its mask of text by image tokens, which it would make anew
-for the whole context at every generated token; the layers get a set of tiles for each new token. A
-layer with a child that is not plain (LoRA, quantisation, hooks) runs its own forward, with the mask
-it expects.
+The model's own ``forward`` runs without its image mask, from which it would make a dense mask of
+the whole context for every generated token. The layers get a `MediaMask` of the new tokens. A
+layer whose children must be called (LoRA, quantization, hooks) runs its original forward, with the
+dense mask that it expects.
 """
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.gated_residual import gated_residuals, rms_norm, why_not_gated
-from vlm_fast.modules.parameter_access.activation import activation_of
-from vlm_fast.modules.parameter_access.attention_settings import scale_of
-from vlm_fast.modules.parameter_access.module_tree import (
-    wants_attentions,
-    why_not_dtypes_of_tree,
-    why_not_plain_tree,
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.gated_residual import gated_residuals, rms_norm, why_not_gated_mlp
+from vlm_fast.modules.parameter_access.activation import activation_name
+from vlm_fast.modules.parameter_access.attention_settings import attention_scale
+from vlm_fast.modules.parameter_access.module_calls import (
+    MAPS_REQUESTED,
+    collects_attentions,
 )
-from vlm_fast.modules.parameter_access.original_code import names_in
+from vlm_fast.modules.parameter_access.module_tree import (
+    why_not_direct_tree,
+    why_tree_dtypes_differ,
+)
+from vlm_fast.modules.parameter_access.original_code import names_used_by
 from vlm_fast.ops.argument_errors import wrong_value
-from vlm_fast.patching.class_swap import is_class, why_not_handed
-from vlm_fast.patching.media_masks import GivenSets, GivesSets, MediaSets, why_not_sets
+from vlm_fast.patching.class_swap import is_class
+from vlm_fast.patching.media_masks import (
+    MediaMask,
+    ProvidesMediaMask,
+    ReadsMediaMask,
+    why_not_media_mask,
+)
+from vlm_fast.patching.models.mllama_inputs import (
+    cached_key_values,
+    dense_masks,
+    mask_of_new_tokens,
+)
+from vlm_fast.patching.patched_module import why_no_extra_arguments_for
 
-ATTENTIONS = "attention maps were asked for, which no kernel forms"
 
-
-class FusedMllamaModel(GivesSets):
-    """A model that tells its cross-attention layers the tiles each token sees."""
+class FusedMllamaModel(ProvidesMediaMask):
+    """Replaces the forward of MllamaModel: passes its cross-attention layers a `MediaMask`."""
 
     language_model: Any
 
@@ -44,48 +55,33 @@ class FusedMllamaModel(GivesSets):
         cross_attention_mask: Any = None,
         cache: Any = None,
         cache_position: Any = None,
-        **passed_on: Any,
+        **forwarded: Any,
     ) -> Any:
-        mask, options = cross_attention_mask, passed_on
+        mask, options = cross_attention_mask, forwarded
         text = inputs_embeds if input_ids is None else input_ids
-        if mask is not None and text is not None and self.why_not_sets(mask) is None:
-            mask = _of_tokens(mask, text, cache, cache_position)
-            sets = MediaSets.of(mask.flatten(2) == 1, text.shape[:2])
-            mask, options = None, options | dict(media_sets=tuple(sets))
+        if mask is not None and text is not None and self.why_not_media_mask(mask) is None:
+            mask = mask_of_new_tokens(mask, text, cache, cache_position)
+            sets = MediaMask.from_bool(mask.flatten(2) == 1, text.shape[:2])
+            mask, options = None, options | dict(media_mask=tuple(sets))
         return self.call_base(
             "forward", input_ids=input_ids, inputs_embeds=inputs_embeds, cross_attention_mask=mask,
             cache=cache, cache_position=cache_position, **options,
         )  # fmt: skip
 
-    def why_not_sets(self, mask: Any) -> str | None:
+    def why_not_media_mask(self, mask: Any) -> str | None:
         for i, layer in enumerate(self.language_model.layers):
             if hasattr(layer, "cross_attn"):
-                reason = why_not_handed(layer, FusedMllamaLayer)
+                reason = why_no_extra_arguments_for(layer, FusedMllamaLayer)
                 if reason is not None:
                     return f"layer {i}: {reason}"
-        return why_not_sets(mask, 4)
+        return why_not_media_mask(mask, 4)
 
 
-def _of_tokens(mask: Tensor, text: Tensor, cache: Any, cache_position: Any) -> Tensor:
-    """The rows of a mask that are those of the tokens of this call."""
-    if cache_position is not None:
-        return mask[:, cache_position]
-    tokens = text.shape[1]
-    if mask.shape[1] == tokens:  # so `generate` hands it on from transformers 5.18
-        return mask
-    first = cache.get_seq_length() if cache is not None else 0
-    if not isinstance(first, int):
-        return mask[:, torch.arange(tokens, device=mask.device) + first]
-    if mask.shape[1] < first + tokens:
-        wanted = (
-            f"(batch, {first + tokens} or more, images, tiles): {first} tokens cached, then more"
-        )
-        raise wrong_value("patch(Mllama)", "cross_attention_mask", mask, wanted)
-    return mask[:, first : first + tokens]
+class FusedMllamaLayer(ReadsMediaMask):
+    """Replaces the forward of MllamaCrossAttentionDecoderLayer.
 
-
-class FusedMllamaLayer(GivenSets):
-    """One gated cross-attention layer; ``media_sets`` comes from `FusedMllamaModel`."""
+    ``media_mask`` comes from `FusedMllamaModel`. The settings say in which form keys are cached.
+    """
 
     cross_attn: Any
     mlp: Any
@@ -94,7 +90,7 @@ class FusedMllamaLayer(GivenSets):
     cross_attn_attn_gate: Any
     cross_attn_mlp_gate: Any
 
-    reads: ClassVar[tuple[str, ...]] = (
+    required_attributes: ClassVar[tuple[str, ...]] = (
         *(f"cross_attn.{name}" for name in (
             "num_heads", "num_key_value_heads", "head_dim", "layer_idx", "dropout", "q_proj",
             "k_proj", "v_proj", "o_proj", "q_norm.variance_epsilon", "k_norm.variance_epsilon",
@@ -117,21 +113,21 @@ class FusedMllamaLayer(GivenSets):
         position_embeddings: Any = None,
         output_attentions: bool | None = False,
         *,
-        media_sets: tuple[Tensor, int] | None = None,
+        media_mask: tuple[Tensor, int] | None = None,
         **kwargs: Any,
     ) -> Any:
-        sets = None if media_sets is None else MediaSets(*media_sets)
+        sets = None if media_mask is None else MediaMask(*media_mask)
         x, states, mask = hidden_states, cross_attention_states, cross_attention_mask
         rows = full_text_row_masked_out_mask
-        reason = ATTENTIONS if wants_attentions() or output_attentions else self.why_not()
+        reason = MAPS_REQUESTED if collects_attentions() or output_attentions else self.why_not()
         this: Any = self
-        reason = reason or why_not_dtypes_of_tree(this, x, states)
+        reason = reason or why_tree_dtypes_differ(this, x, states)
         if sets is None and mask is None and x.shape[1] > 1:
             reason = "without a mask its attention may be causal"
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             if sets is not None:
-                mask, rows = _as_prepared(sets, self._keys(x, states, cache), x.dtype)
+                mask, rows = dense_masks(sets, self._keys(x, states, cache), x.dtype)
             return self.call_base(
                 "forward", hidden_states=x, cross_attention_states=states,
                 cross_attention_mask=mask, attention_mask=attention_mask,
@@ -142,7 +138,7 @@ class FusedMllamaLayer(GivenSets):
             )  # fmt: skip
         attn = self.cross_attn
         q = attn.q_proj(rms_norm(x, self.input_layernorm)).unflatten(2, (attn.num_heads, -1))
-        # After q, as in the layer itself: its backward takes most, before q has gradients.
+        # After q, as in the original: its backward needs most memory and must run first.
         k, v = self._key_values(x, states, cache, cache_position)
         attended, row_mask = self._attend(q.transpose(1, 2), k, v, sets, mask, rows)
         attended = attn.o_proj(attended.transpose(1, 2).flatten(2))
@@ -150,34 +146,34 @@ class FusedMllamaLayer(GivenSets):
             x, attended, self.cross_attn_attn_gate, self.post_attention_layernorm,
             self.mlp, self.cross_attn_mlp_gate, mlp_rows=row_mask,
         )  # fmt: skip
-        if "output_attentions" not in self.names["forward"].known:
+        if "output_attentions" not in self.argument_names["forward"].known:
             return x
         return (x, cache) if use_cache else (x,)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, sets: MediaSets | None, mask: Tensor | None,
+        self, q: Tensor, k: Tensor, v: Tensor, sets: MediaMask | None, mask: Tensor | None,
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """What is seen of the images, and which rows the MLP is added to, or how much of it.
+        """The attention output, and for which tokens the MLP is added.
 
-        Rows are bool, or the numbers that somebody gave; None stands for all.
+        The latter is bool, or the factors that the caller gave, or None for all tokens.
         """
         attn = self.cross_attn
-        if mask is not None and sets is None:  # of text by image tokens, from who made one
+        if mask is not None and sets is None:  # a dense mask from the caller
             q = rms_norm(q, attn.q_norm)
             attended = ops.cross_attention(
-                q, k, v, bias=mask[..., : k.shape[2]], scale=scale_of(attn)
+                q, k, v, bias=mask[..., : k.shape[2]], scale=attention_scale(attn)
             )
             return attended, None if rows is None else rows[:, 0, :, 0]
         row_mask = None if sets is None else sets.bits != 0
-        if sets is None:  # one token, which sees all
-            sets = MediaSets(q.new_zeros((q.shape[0], q.shape[2])).long(), 1)
+        if sets is None:  # a single token, which attends to all tiles
+            sets = MediaMask(q.new_zeros((q.shape[0], q.shape[2])).long(), 1)
         if k.shape[2] % sets.media:
             wanted = f"a multiple of the {sets.media} tiles of cross_attention_mask"
             raise wrong_value("patch(Mllama)", "image tokens", k.shape[2], wanted)
         attended = ops.media_cross_attention(
             q, k, v, sets.bits, attn.q_norm.weight, eps=attn.q_norm.variance_epsilon,
-            attend="listed", unattended="everything", scale=scale_of(attn),
+            attend="listed", unattended="everything", scale=attention_scale(attn),
             tokens_per_media=k.shape[2] // sets.media,
         )  # fmt: skip
         return attended, row_mask
@@ -185,15 +181,15 @@ class FusedMllamaLayer(GivenSets):
     def _key_values(
         self, hidden: Tensor, states: Tensor | None, cache: Any, cache_position: Any
     ) -> tuple[Tensor, Tensor]:
-        """``(batch, kv_heads, image tokens, d)``, from the states or the cache."""
-        attn, (cached,) = self.cross_attn, self.patch.recipe
+        """Keys and values ``(batch, kv_heads, image tokens, d)``, projected or from the cache."""
+        attn, (cached,) = self.cross_attn, self.patch_spec.settings
         if states is None:
             if cache is None or cache.get_seq_length(attn.layer_idx) == 0:
                 raise ValueError(
                     "vlm_fast.patch(Mllama): cross_attention_states is None and the cache has no "
                     "keys of images, expected one of them"
                 )
-            k, v = _of_layer(cache, attn.layer_idx)
+            k, v = cached_key_values(cache, attn.layer_idx)
             return (rms_norm(k, attn.k_norm) if cached == "before the norm" else k), v
         k, v = (
             linear(states).reshape(hidden.shape[0], -1, attn.num_key_value_heads, attn.head_dim)
@@ -212,7 +208,7 @@ class FusedMllamaLayer(GivenSets):
         return (rms_norm(k, attn.k_norm) if cached == "before the norm" else k), v
 
     def _keys(self, hidden: Tensor, states: Tensor | None, cache: Any) -> int:
-        """How many image tokens there are, cached and new."""
+        """The number of image tokens, cached and new."""
         cached = 0 if cache is None else cache.get_seq_length(self.cross_attn.layer_idx)
         new = 0 if states is None else states.shape[:-1].numel() // hidden.shape[0]
         return int(cached) + new
@@ -220,44 +216,30 @@ class FusedMllamaLayer(GivenSets):
     def why_not(self) -> str | None:
         if self.cross_attn.training and self.cross_attn.dropout > 0:
             return "attention has dropout"
-        reason = why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
-        return reason or why_not_gated(self)
-
-
-def _of_layer(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
-    """Keys and values in a cache of transformers, before and since 4.54."""
-    layers = getattr(cache, "layers", None)
-    if layers is None:
-        return cache.key_cache[layer], cache.value_cache[layer]
-    return layers[layer].keys, layers[layer].values
-
-
-def _as_prepared(sets: MediaSets, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The masks as the model would have prepared them; a token without tiles sees all."""
-    some = (sets.bits != 0)[:, None, :, None]
-    return sets.dense_mask(keys, dtype) * some, some.to(dtype)
+        reason = why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
+        return reason or why_not_gated_mlp(self)
 
 
 def recognise_model(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """A recipe, a reason against, or None for another class."""
+    """Empty settings, a reason not to patch, or None for another class."""
     if not is_class(module, "mllama", "MllamaModel"):
         return None
     model: Any = module
-    if "_gradient_checkpointing_func" in names_in(type(model.language_model).forward):
-        return "its text model hands layers that are checkpointed only what it knows itself"
+    if "_gradient_checkpointing_func" in names_used_by(type(model.language_model).forward):
+        return "its text model does not pass unknown arguments to checkpointed layers"
     return ()
 
 
 def recognise_layer(module: nn.Module, **options: Any) -> tuple[str] | str | None:
-    """The same for a cross-attention layer; what of its keys is cached."""
+    """In which form a cross-attention layer caches its keys, a reason not to patch, or None."""
     if not is_class(module, "mllama", "MllamaCrossAttentionDecoderLayer"):
         return None
     layer: Any = module
-    if activation_of(layer.mlp.act_fn) is None:
+    if activation_name(layer.mlp.act_fn) is None:
         return f"{type(layer.mlp.act_fn).__name__} is not an activation the kernels know"
-    scale_of(layer.cross_attn)
+    attention_scale(layer.cross_attn)
     kind = type(layer.cross_attn)
-    if "repeat_kv" not in names_in(kind.forward):
+    if "repeat_kv" not in names_used_by(kind.forward):
         return ("as they are read",)
     sdpa = kind.__name__ == "MllamaTextCrossSdpaAttention"
     return ("before the norm",) if sdpa else ("for each head",)

@@ -1,4 +1,4 @@
-"""Modules that are chains and hold linear, activation, linear: see `modules.chain`."""
+"""Patch of MLP projectors: modules that call linear, activation and linear in a row (LLaVA)."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vlm_fast.fallback import fell_back
+from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.fused_sequence import run_steps, why_not_steps
-from vlm_fast.modules.parameter_access.chain import Chain, chain_of
-from vlm_fast.patching.class_swap import Patched
+from vlm_fast.modules.parameter_access.chain import Chain, find_chain
+from vlm_fast.patching.patched_module import PatchedModule
 
 
-class FusedMLP(Patched):
-    """The forward of such a module through `vlm_fast.ops.mlp` and `vlm_fast.ops.act_linear`.
+class FusedMLP(PatchedModule):
+    """Replaces the forward of a module that is a `Chain` with linear, activation, linear in a row.
 
-    The class says in which order children are called. They are looked up at each call.
+    Examples are LLaVA's projector and an nn.Sequential. Runs `vlm_fast.ops.mlp` and
+    `vlm_fast.ops.act_linear`. Children are looked up at each call.
     """
 
-    alone = True
-    covers = False  # a child may be a chain of its own
-    restates: ClassVar[tuple[str, ...]] = ()  # its forward was traced, or calls what it holds
+    same_call_signature = True
+    handles_children = False  # a child may be a chain itself
+    mirrored_methods: ClassVar[tuple[str, ...]] = ()  # its forward was traced
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        chain: Chain = self.patch.recipe
+        chain: Chain = self.patch_spec.settings
         reason = chain.why_changed(self)  # type: ignore[arg-type]
         if len(args) == 1 and not kwargs:
             x: Any = args[0]
@@ -34,16 +35,21 @@ class FusedMLP(Patched):
         if reason is None and not isinstance(x, Tensor):
             reason = f"its input is a {type(x).__name__}"
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return run_steps(type(self).__name__, x, chain.steps(self), chain.saved)  # type: ignore[arg-type]
 
     def why_not(self) -> str | None:
-        chain: Chain = self.patch.recipe
+        chain: Chain = self.patch_spec.settings
         module: Any = self
         return chain.why_changed(module) or why_not_steps(chain.steps(module), chain.saved)
 
 
-def recognise(module: nn.Module, *, saved: str, left: bool, **options: Any) -> Chain | str | None:
-    """A recipe, a reason against, or None for no chain; ``left``: whether chains are left alone."""
-    return None if left else chain_of(module, saved)
+def recognise(
+    module: nn.Module, *, saved: str, skip_chains: bool, **options: Any
+) -> Chain | str | None:
+    """The chain of a module, the reason why it is none, or None for another module.
+
+    ``skip_chains``: return None, because the module belongs to a tower or to a patched module.
+    """
+    return None if skip_chains else find_chain(module, saved)

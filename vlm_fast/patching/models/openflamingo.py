@@ -1,4 +1,4 @@
-"""OpenFlamingo's gated cross-attention blocks, told by their name and their children."""
+"""Patch of OpenFlamingo's gated cross-attention blocks, recognised by class name and children."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlm_fast.fallback import fell_back
+from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.gated_cross_attention import OP, MediaKeyValues, gated_block, why_not_fused
-from vlm_fast.modules.parameter_access.activation import activation_of
+from vlm_fast.modules.parameter_access.activation import activation_name
 from vlm_fast.ops.argument_errors import wrong_value
-from vlm_fast.patching.class_swap import Patched
+from vlm_fast.patching.patched_module import PatchedModule
 
 
-class FusedGatedBlock(Patched):
-    """A gated cross-attention block without a mask of text by all latents."""
+class FusedGatedBlock(PatchedModule):
+    """Replaces the forward of OpenFlamingo's GatedCrossAttentionBlock.
 
-    alone = True
+    No mask of text tokens by latents is formed.
+    """
+
+    same_call_signature = True
 
     def forward(
         self,
@@ -32,7 +35,7 @@ class FusedGatedBlock(Patched):
         if isinstance(media, MediaKeyValues):
             wanted = f"the media themselves, while the block runs as plain PyTorch ({reason})"
             raise wrong_value(OP, "media", "MediaKeyValues", wanted)
-        fell_back(type(self).__name__, reason)
+        record_fallback(type(self).__name__, reason)
         options = {"use_cached_media": True} if use_cached_media else {}
         return super().forward(x, media, media_locations, **options)  # type: ignore[misc]
 
@@ -41,7 +44,7 @@ class FusedGatedBlock(Patched):
 
 
 def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """A recipe, a reason against, or None for no such block."""
+    """Empty settings, a reason not to patch, or None for another class."""
     block: Any = module
     if type(module).__name__ != "GatedCrossAttentionBlock" or type(module).__module__.startswith(
         "vlm_fast."
@@ -56,7 +59,7 @@ def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
         return "its children are not those of OpenFlamingo"
     if list(map(type, block.ff)) != [nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear]:
         return "its feed-forward network is not LayerNorm, Linear, GELU, Linear"
-    if activation_of(block.ff[2]) is None:
+    if activation_name(block.ff[2]) is None:
         return "its activation is not one the kernels know"
     arguments = list(inspect.signature(type(module).forward).parameters)[1:]
     if arguments[:3] != ["x", "media", "media_locations"]:

@@ -1,4 +1,4 @@
-"""Qwen-VL's patch mergers and those made like them; Mistral 3's, of images of several sizes."""
+"""Patches of patch mergers: Qwen-VL's and similar ones, and Mistral 3's for images of any size."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vlm_fast.fallback import fell_back
+from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.fused_sequence import fused_mlp, why_not_fused
-from vlm_fast.modules.parameter_access.linear import why_not_called_plainly
-from vlm_fast.modules.parameter_access.norm import merged, why_not_normed
+from vlm_fast.modules.parameter_access.module_calls import why_call_does_more
+from vlm_fast.modules.parameter_access.norm import shuffle_and_norm, why_not_direct_norm
 from vlm_fast.modules.patch_merger import children_of, merge_patches
 from vlm_fast.ops.patch_blocks import rows_of_blocks
-from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.patching.class_swap import is_class
+from vlm_fast.patching.patched_module import PatchedModule
 
 MERGERS = {
     "qwen2_vl": "PatchMerger",
@@ -28,100 +29,110 @@ MERGERS = {
     "cohere_compass": "CohereCompassVisionPatchMerger",
     "cosmos3_edge": "Cosmos3EdgePatchMerger",
 }
-UNFOLDING = {
+UNFOLDING_PROJECTORS = {
     "mistral3": "Mistral3MultiModalProjector",
     "lighton_ocr": "LightOnOcrMultiModalProjector",
 }
-UNFOLDERS = {"mistral3": "Mistral3PatchMerger", "lighton_ocr": "LightOnOcrPatchMerger"}
+UNFOLDING_MERGERS = {"mistral3": "Mistral3PatchMerger", "lighton_ocr": "LightOnOcrPatchMerger"}
 
 
-class FusedPatchMerger(Patched):
-    """A merger of patches in consecutive blocks: norm and merge in one pass, then an MLP."""
+class FusedPatchMerger(PatchedModule):
+    """Replaces the forward of the classes in ``MERGERS``: norm and merge in one pass, then an MLP.
 
-    alone = True
+    The patches of each block are consecutive rows. The settings are the ``saved`` of the MLP.
+    """
+
+    same_call_signature = True
 
     hidden_size: int
 
     def forward(self, x: Tensor) -> Tensor:
-        reason = self._why_not_called()
+        reason = self._why_parts_called()
         factor = _factor(self.hidden_size, x.shape[-1])
         if reason is None and x.numel() % self.hidden_size:
             reason = "its patches make no whole blocks"
         if reason is not None or factor is None:
-            fell_back(type(self).__name__, reason or "its blocks are not square")
+            record_fallback(type(self).__name__, reason or "its blocks are not square")
             return super().forward(x)  # type: ignore[misc]
         after = getattr(self, "use_postshuffle_norm", False)
-        (saved,) = self.patch.recipe
+        (saved,) = self.patch_spec.settings
         return merge_patches(type(self).__name__, x, self, factor, after, saved=saved)
 
-    def _why_not_called(self) -> str | None:
+    def _why_parts_called(self) -> str | None:
+        """Why the MLP must be called as a module, or None."""
         mlp = getattr(self, "mlp", None)
         if mlp is None:
             return None
         if type(mlp) not in (nn.Sequential, nn.ModuleList):
             return f"mlp: {type(mlp).__name__} is not nn.Sequential or nn.ModuleList"
-        reason = why_not_called_plainly(mlp)
+        reason = why_call_does_more(mlp)
         return None if reason is None else f"mlp: {reason}"
 
     def why_not(self) -> str | None:
         norm, linear_1, act, linear_2 = children_of(self)
-        normed = why_not_normed(norm, linear_1)
-        return self._why_not_called() or normed or why_not_fused(linear_1, act, linear_2)
+        normed = why_not_direct_norm(norm, linear_1)
+        return self._why_parts_called() or normed or why_not_fused(linear_1, act, linear_2)
 
 
 def _factor(merged_features: int, features: int) -> int | None:
-    # torch.jit.trace makes tensors of sizes, and these have an int() but no round().
+    """The side of a block in patches, or None if blocks are not square."""
+    # Under torch.jit.trace sizes are tensors, which have int() but no round().
     factor = int((merged_features / max(features, 1)) ** 0.5 + 0.5)
     return factor if factor**2 * features == merged_features else None
 
 
-class FusedUnfoldingMerger(Patched):
-    """Norm, merge of all images at once with channels slowest, linear, MLP."""
+class FusedUnfoldingMerger(PatchedModule):
+    """Replaces the forward of Mistral3MultiModalProjector and LightOnOcrMultiModalProjector.
 
-    alone = True
+    Norm and merge of all images, whatever their sizes, are one pass. A merged token holds its
+    patches with the channel as the slowest index, as torch's unfold does.
+    """
+
+    same_call_signature = True
 
     norm: nn.Module
     patch_merger: Any
     linear_1: nn.Module
     act: nn.Module
     linear_2: nn.Module
-    reads: ClassVar[tuple[str, ...]] = tuple(
+    required_attributes: ClassVar[tuple[str, ...]] = tuple(
         f"patch_merger.{name}" for name in ("patch_size", "spatial_merge_size", "merging_layer")
     )
 
     def forward(self, image_features: Tensor, image_sizes: Any) -> Tensor:
-        reason = self._why_not_called()
+        reason = self._why_parts_called()
         merger, x = self.patch_merger, image_features
         sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
         grids = [(int(h) // merger.patch_size, int(w) // merger.patch_size) for h, w in sizes]
         if x.ndim != 2 or sum(h * w for h, w in grids) != x.shape[0]:
             reason = "its tokens are not those of the sizes"
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return super().forward(image_features, image_sizes)  # type: ignore[misc]
         factor, name = merger.spatial_merge_size, type(self).__name__
-        x = merged(
+        x = shuffle_and_norm(
             name, x, self.norm, factor=factor, norm_after=False, layout="channel",
             index=rows_of_blocks(grids, factor, x.device),
         )  # fmt: skip
         x = merger.merging_layer(x)
-        return fused_mlp(name, x, self.linear_1, self.act, self.linear_2, *self.patch.recipe)
+        return fused_mlp(name, x, self.linear_1, self.act, self.linear_2, *self.patch_spec.settings)
 
-    def _why_not_called(self) -> str | None:
+    def _why_parts_called(self) -> str | None:
+        """Why the patch merger must be called as a module, or None."""
         merger = self.patch_merger
-        if not any(is_class(merger, family, name) for family, name in UNFOLDERS.items()):
+        if not any(is_class(merger, family, name) for family, name in UNFOLDING_MERGERS.items()):
             return f"patch_merger: {type(merger).__name__} is not a class whose code was read"
-        reason = why_not_called_plainly(merger)
+        reason = why_call_does_more(merger)
         return None if reason is None else f"patch_merger: {reason}"
 
     def why_not(self) -> str | None:
-        normed = why_not_normed(self.norm, self.patch_merger.merging_layer)
+        normed = why_not_direct_norm(self.norm, self.patch_merger.merging_layer)
         fused = why_not_fused(self.linear_1, self.act, self.linear_2)
-        return self._why_not_called() or normed or fused
+        return self._why_parts_called() or normed or fused
 
 
 def recognise(module: nn.Module, *, saved: str, **options: Any) -> tuple[str] | str | None:
-    """How the MLP is saved for backward, a reason against, or None for another class."""
+    """``(saved,)`` of the MLP, a reason not to patch, or None for another class."""
     if not any(is_class(module, family, name) for family, name in MERGERS.items()):
         return None
     if len(children_of(module)) != 4:
@@ -130,6 +141,6 @@ def recognise(module: nn.Module, *, saved: str, **options: Any) -> tuple[str] | 
 
 
 def recognise_unfolding(module: nn.Module, *, saved: str, **options: Any) -> tuple[str] | None:
-    """The same for mergers of images of several sizes."""
-    known = any(is_class(module, family, name) for family, name in UNFOLDING.items())
+    """``(saved,)`` of the MLP for Mistral 3 and LightOnOCR, or None for another class."""
+    known = any(is_class(module, family, name) for family, name in UNFOLDING_PROJECTORS.items())
     return (saved,) if known else None

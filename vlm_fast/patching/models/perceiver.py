@@ -1,4 +1,4 @@
-"""Perceiver resamplers: that of IDEFICS, and OpenFlamingo's, told by its name and children."""
+"""Patches of Perceiver resamplers: IDEFICS' and OpenFlamingo's (by class name and children)."""
 
 from __future__ import annotations
 
@@ -6,38 +6,43 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.activation import activation_of
-from vlm_fast.modules.parameter_access.module_tree import why_not_dtypes_of_tree, why_not_plain_tree
-from vlm_fast.modules.perceiver_resampler import Layer, fused_sequence, resample, resample_media
-from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.activation import activation_name
+from vlm_fast.modules.parameter_access.module_tree import (
+    why_not_direct_tree,
+    why_tree_dtypes_differ,
+)
+from vlm_fast.modules.perceiver_layer import Layer, fused_sequence, resample
+from vlm_fast.modules.perceiver_resampler import resample_media
+from vlm_fast.patching.class_swap import is_class
+from vlm_fast.patching.patched_module import PatchedModule
 
 
-class FusedPerceiver(Patched):
-    """OpenFlamingo's resampler without concatenations."""
+class FusedPerceiver(PatchedModule):
+    """Replaces the forward of OpenFlamingo's PerceiverResampler, without concatenating keys."""
 
-    alone = True
+    same_call_signature = True
 
     def forward(self, x: Tensor) -> Any:
         reason = self.why_not()
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return super().forward(x)  # type: ignore[misc]
         return resample_media(self, x)
 
     def why_not(self) -> str | None:
-        return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+        return why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
 
 
-class FusedIdeficsPerceiver(Patched):
-    """IDEFICS' resampler without concatenations."""
+class FusedIdeficsPerceiver(PatchedModule):
+    """Replaces the forward of IdeficsPerceiverResampler, without concatenating keys."""
 
-    alone = True
+    same_call_signature = True
 
     blocks: Any
     latents: Any
     layer_norm: Any
-    reads: ClassVar[tuple[str, ...]] = (
+    required_attributes: ClassVar[tuple[str, ...]] = (
         *(f"blocks.0.0.{name}" for name in (
             "context_layer_norm", "latents_layer_norm", "q_proj", "k_proj", "v_proj",
             "output_proj", "n_heads", "qk_layer_norms", "qk_scale",
@@ -46,16 +51,16 @@ class FusedIdeficsPerceiver(Patched):
     )  # fmt: skip
 
     def forward(self, context: Tensor) -> Tensor:
-        reason = self.why_not() or why_not_dtypes_of_tree(self, context)  # type: ignore[arg-type]
+        reason = self.why_not() or why_tree_dtypes_differ(self, context)  # type: ignore[arg-type]
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return super().forward(context)  # type: ignore[misc]
         layers = [_layer_of_idefics(attention, ff) for attention, ff in self.blocks]
         found = resample(context, self.latents, layers)
         return self.layer_norm(found)
 
     def why_not(self) -> str | None:
-        return why_not_plain_tree(self, biases=False)  # type: ignore[arg-type]
+        return why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
 
 
 def _layer_of_idefics(attention: Any, ff: Any) -> Layer:
@@ -69,12 +74,12 @@ def _layer_of_idefics(attention: Any, ff: Any) -> Layer:
 
 
 def recognise_idefics(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """A recipe, a reason against, or None for another class."""
+    """Empty settings for IdeficsPerceiverResampler, or None for another class."""
     return () if is_class(module, "idefics", "IdeficsPerceiverResampler") else None
 
 
 def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """The same for OpenFlamingo's."""
+    """Empty settings for OpenFlamingo's class, a reason not to patch, or None for another class."""
     kind, resampler = type(module), module
     if kind.__name__ != "PerceiverResampler" or kind.__module__.startswith("vlm_fast."):
         return None
@@ -95,6 +100,6 @@ def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:
         ff = list(children[1].children())
         if list(map(type, ff)) != [nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear]:
             return "its feed-forward network is not LayerNorm, Linear, GELU, Linear"
-        if activation_of(ff[2]) is None:
+        if activation_name(ff[2]) is None:
             return "its activation is not one the kernels know"
     return ()

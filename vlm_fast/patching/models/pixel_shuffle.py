@@ -1,4 +1,4 @@
-"""Pixel shuffles in one copy, or none: Idefics3 and its kin, Aya and Cohere 2, Llama 4."""
+"""Patches of projectors with a pixel shuffle: Idefics3, SmolVLM, Aya, Cohere 2, Llama 4."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.norm import merged, why_not_normed
-from vlm_fast.modules.square_grid import side_of_square
-from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.norm import shuffle_and_norm, why_not_direct_norm
+from vlm_fast.modules.token_grid import side_of_square
+from vlm_fast.patching.class_swap import is_class
+from vlm_fast.patching.patched_module import PatchedModule
 
 CONNECTORS = {
     "idefics3": "Idefics3Connector",
@@ -24,32 +25,38 @@ GATED = {
 
 
 def side_of(x: Tensor, factor: int) -> int | None:
-    """The side of the square grid in ``x (batch, tokens, features)``, if the factor divides it."""
+    """The side of the square grid of ``x (batch, tokens, features)``; None if there is none.
+
+    None too if ``factor`` does not divide the side.
+    """
     if x.ndim != 3:
         return None
     side = side_of_square(x.shape[1])
     return side if side > 0 and side**2 == x.shape[1] and side % factor == 0 else None
 
 
-class FusedConnector(Patched):
-    """A connector whose ``pixel_shuffle`` is one copy."""
+class FusedConnector(PatchedModule):
+    """Replaces ``pixel_shuffle`` of Idefics3's, SmolVLM's and ModernVBert's connector."""
 
-    alone = True
-    restates: ClassVar[tuple[str, ...]] = ("pixel_shuffle",)
+    same_call_signature = True
+    mirrored_methods: ClassVar[tuple[str, ...]] = ("pixel_shuffle",)
 
     def pixel_shuffle(self, x: Tensor, *args: int, **kwargs: int) -> Tensor:
-        factor = (*args, *kwargs.values(), 2)[0]  # by the name that the class has for it
+        factor = (*args, *kwargs.values(), 2)[0]  # its name differs between classes
         side = side_of(x, factor)
         if side is None:
-            fell_back(type(self).__name__, "its grid is not a square that the factor divides")
+            record_fallback(type(self).__name__, "its grid is not a square that the factor divides")
             return super().pixel_shuffle(x, *args, **kwargs)  # type: ignore[misc]
         return ops.pixel_shuffle_norm(x, height=side, width=side, factor=factor)
 
 
-class FusedGatedProjector(Patched):
-    """Shuffle and norm in one pass, or the shuffle alone, then ``linear_2(act(gate) * x)``."""
+class FusedGatedProjector(PatchedModule):
+    """Replaces the forward of AyaVision's and Cohere2Vision's MultiModalProjector.
 
-    alone = True
+    Pixel shuffle and norm (if there is one) are one pass; then ``linear_2(act(gate) * x)``.
+    """
+
+    same_call_signature = True
 
     downsample_factor: int
     linear_1: nn.Module
@@ -60,27 +67,27 @@ class FusedGatedProjector(Patched):
         x, factor, name = image_features, self.downsample_factor, type(self).__name__
         side = side_of(x, factor)
         if side is None:
-            fell_back(name, "its grid is not a square that the factor divides")
+            record_fallback(name, "its grid is not a square that the factor divides")
             return super().forward(x)  # type: ignore[misc]
         norm: Any = getattr(self, "layernorm", None)
         grid: dict[str, Any] = dict(height=side, width=side, factor=factor)
         if norm is None:
             x = ops.pixel_shuffle_norm(x, **grid)
         else:
-            x = merged(name, x, norm, norm_after=True, **grid)
+            x = shuffle_and_norm(name, x, norm, norm_after=True, **grid)
         x, gate = self.linear_1(x).chunk(2, dim=-1)
         y: Tensor = self.linear_2(self.act(gate) * x)
         return y.unflatten(1, (side // factor, side // factor))
 
     def why_not(self) -> str | None:
         norm = getattr(self, "layernorm", None)
-        return None if norm is None else why_not_normed(norm, self.linear_1)
+        return None if norm is None else why_not_direct_norm(norm, self.linear_1)
 
 
-class FusedShuffleMLP(Patched):
-    """Llama 4's adapter: the shuffle is one copy."""
+class FusedShuffleMLP(PatchedModule):
+    """Replaces the forward of Llama4VisionPixelShuffleMLP: the shuffle is one copy."""
 
-    alone = True
+    same_call_signature = True
 
     pixel_shuffle_ratio: float
     mlp: nn.Module
@@ -89,22 +96,22 @@ class FusedShuffleMLP(Patched):
         x, factor = encoded_patches, round(1 / self.pixel_shuffle_ratio)
         side = side_of(x, factor)
         if side is None or factor * self.pixel_shuffle_ratio != 1:
-            fell_back(type(self).__name__, "its grid is not a square that the factor divides")
+            record_fallback(type(self).__name__, "its grid is not a square that the factor divides")
             return super().forward(x)  # type: ignore[misc]
         return self.mlp(ops.pixel_shuffle_norm(x, height=side, width=side, factor=factor))
 
 
 def recognise_connector(module: nn.Module, **options: Any) -> tuple[()] | None:
-    """An empty recipe, or None for another class."""
+    """Empty settings, or None for another class."""
     known = any(is_class(module, family, name) for family, name in CONNECTORS.items())
     return () if known else None
 
 
 def recognise_gated(module: nn.Module, **options: Any) -> tuple[()] | None:
-    """The same for the gated projectors."""
+    """Empty settings for Aya's and Cohere 2's projectors, or None for another class."""
     return () if any(is_class(module, family, name) for family, name in GATED.items()) else None
 
 
 def recognise_llama4(module: nn.Module, **options: Any) -> tuple[()] | None:
-    """The same for Llama 4's adapter."""
+    """Empty settings for Llama 4's adapter, or None for another class."""
     return () if is_class(module, "llama4", "Llama4VisionPixelShuffleMLP") else None

@@ -1,4 +1,4 @@
-"""Grids that are pooled: Gemma 3, PerceptionLM, LLaVA-NeXT-Video and OneVision."""
+"""Patches of projectors that pool a grid: Gemma 3, PerceptionLM, LLaVA-NeXT-Video, OneVision."""
 
 from __future__ import annotations
 
@@ -9,26 +9,33 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.fallback import fell_back
-from vlm_fast.modules.parameter_access.chain import Chain, chain_of
-from vlm_fast.modules.parameter_access.linear import why_not_called_plainly, why_not_plain
-from vlm_fast.modules.parameter_access.module_tree import why_not_own_arguments
-from vlm_fast.modules.parameter_access.norm import why_not_normed
+from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.parameter_access.chain import Chain, find_chain
+from vlm_fast.modules.parameter_access.linear import why_not_direct
+from vlm_fast.modules.parameter_access.module_calls import (
+    why_call_does_more,
+    why_no_extra_arguments,
+)
+from vlm_fast.modules.parameter_access.norm import why_not_direct_norm
 from vlm_fast.modules.pooled_projector import pooled_mlp, pooled_norm, times_matrix
-from vlm_fast.modules.square_grid import side_of_square
-from vlm_fast.patching.class_swap import Patched, is_class
+from vlm_fast.modules.token_grid import side_of_square
+from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.models import anyres
 from vlm_fast.patching.models.anyres import FusedAnyResMerge
 from vlm_fast.patching.models.mlp import FusedMLP
-from vlm_fast.patching.placeholder_masks import Form
+from vlm_fast.patching.patched_module import PatchedModule
+from vlm_fast.patching.placeholder_masks import MaskSpec
 
 WINDOWS: dict[type[nn.Module], str] = {nn.AvgPool2d: "avg", nn.MaxPool2d: "max"}
 
 
-class FusedPooledNorm(Patched):
-    """Gemma 3's projector, token by token: no copy with channels first, one pass for the norm."""
+class FusedPooledNorm(PatchedModule):
+    """Replaces the forward of Gemma3MultiModalProjector and T5Gemma2MultiModalProjector.
 
-    alone = True
+    Tokens are pooled in rows, without the copies with channels first; the norm is one pass.
+    """
+
+    same_call_signature = True
 
     avg_pool: nn.AvgPool2d
     patches_per_image: int
@@ -42,7 +49,7 @@ class FusedPooledNorm(Patched):
         if x.ndim != 3 or x.shape[1] != side**2:
             reason = "its tokens are no grid of the size that its config says"
         if reason is not None:
-            fell_back(name, reason)
+            record_fallback(name, reason)
             return super().forward(x)  # type: ignore[misc]
         x = pooled_norm(name, x, self.mm_soft_emb_norm, side, side, self.kernel_size)
         return times_matrix(x, self.mm_input_projection_weight).type_as(vision_outputs)
@@ -51,16 +58,17 @@ class FusedPooledNorm(Patched):
         return _why_not_window(self.avg_pool, self.kernel_size)
 
     def why_not(self) -> str | None:
-        return self._why_not_pooled() or why_not_normed(self.mm_soft_emb_norm)
+        return self._why_not_pooled() or why_not_direct_norm(self.mm_soft_emb_norm)
 
 
-class FusedPooledMLP(Patched):
-    """PerceptionLM's projector, pooled before ``linear_2``: averages commute with it and its bias.
+class FusedPooledMLP(PatchedModule):
+    """Replaces the forward of PerceptionLMMultiModalProjector: pools before ``linear_2``.
 
-    At a ratio of 2 that linear has a quarter of its rows, and what is pooled is the activation.
+    Means commute with a linear and its bias. At a pooling ratio of 2 ``linear_2`` then multiplies a
+    quarter of the rows.
     """
 
-    alone = True
+    same_call_signature = True
 
     linear_1: nn.Module
     gelu: nn.Module
@@ -74,7 +82,7 @@ class FusedPooledMLP(Patched):
         if side < 1 or side**2 != features.shape[1] or side % ratio:
             reason = "its grid is not a square that the ratio divides"
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return super().forward(features)  # type: ignore[misc]
         return pooled_mlp(
             features, self.linear_1, self.gelu, self.linear_2,
@@ -82,21 +90,21 @@ class FusedPooledMLP(Patched):
         )  # fmt: skip
 
     def why_not(self) -> str | None:
-        # The pooling is not called, and linear_2 sees fewer rows, which only a linear map allows.
+        # linear_2 gets pooled rows, which is right for a linear map only; pooling is not called.
         known = is_class(self.pooling, "perception_lm", "PerceptionLMAdaptiveAvgPooling")
         if not known and type(self.pooling) is not nn.Identity:
             return f"pooling: {type(self.pooling).__name__} is not a class whose code was read"
-        reason = why_not_called_plainly(self.pooling)
+        reason = why_call_does_more(self.pooling)
         if reason is not None:
             return f"pooling: {reason}"
-        reason = why_not_plain(self.linear_2)
+        reason = why_not_direct(self.linear_2)
         return None if reason is None else f"linear_2: {reason}"
 
 
-class FusedPooler(Patched):
-    """LLaVA-NeXT-Video's pooling of frames, token by token."""
+class FusedPooler(PatchedModule):
+    """Replaces the forward of LlavaNextVideoPooler: pools frames in rows, without copies."""
 
-    alone = True
+    same_call_signature = True
 
     pool: Any
 
@@ -106,7 +114,7 @@ class FusedPooler(Patched):
         if side**2 != image_features.shape[-2]:
             reason = "its tokens are no square grid"
         if reason is not None:
-            fell_back(type(self).__name__, reason)
+            record_fallback(type(self).__name__, reason)
             return super().forward(image_features)  # type: ignore[misc]
         return ops.spatial_pool(
             image_features, height=side, width=side, mode=WINDOWS[type(self.pool)],
@@ -118,7 +126,10 @@ class FusedPooler(Patched):
 
 
 class FusedFrameProjector(FusedMLP):
-    """LLaVA-OneVision's projector, which leaves out ``linear_2`` where frames are pooled first."""
+    """`FusedMLP` for LLaVA-OneVision's projector, which skips ``linear_2`` for video frames.
+
+    `FusedPooledFrames` calls ``linear_2`` after pooling them.
+    """
 
     linear_1: nn.Module
     act: nn.Module
@@ -130,18 +141,19 @@ class FusedFrameProjector(FusedMLP):
 
 
 class FusedPooledFrames(FusedAnyResMerge):
-    """LLaVA-OneVision: `FusedAnyResMerge`; frames resized token by token, and before ``linear_2``.
+    """`FusedAnyResMerge` for LlavaOnevisionModel; video frames are resized before ``linear_2``.
 
-    Bilinear weights sum to 1, so they commute with it and its bias: 196 rows instead of 729.
+    Bilinear weights sum to 1, so resizing commutes with a linear and its bias: ``linear_2`` then
+    multiplies 196 rows of a frame instead of 729.
     """
 
-    restates: ClassVar[tuple[str, ...]] = (
-        *FusedAnyResMerge.restates, "get_video_features", "apply_pooling",
+    mirrored_methods: ClassVar[tuple[str, ...]] = (
+        *FusedAnyResMerge.mirrored_methods, "get_video_features", "apply_pooling",
     )  # fmt: skip
 
     config: Any
     multi_modal_projector: Any
-    reads: ClassVar[tuple[str, ...]] = (
+    required_attributes: ClassVar[tuple[str, ...]] = (
         "config.vision_config.image_size", "config.vision_config.patch_size",
         "multi_modal_projector.linear_2",
     )  # fmt: skip
@@ -158,19 +170,21 @@ class FusedPooledFrames(FusedAnyResMerge):
             _pooled_first.reset(before)
 
     def _why_not_pooled_first(self) -> str | None:
-        """Why linear_2 and the projector must see all rows, or None."""
+        """Why ``linear_2`` and the projector must be called with all rows, or None."""
         projector = self.multi_modal_projector
         return (
-            why_not_plain(projector.linear_2)
+            why_not_direct(projector.linear_2)
             or projector.why_not()
-            or why_not_own_arguments(projector)
+            or why_no_extra_arguments(projector)
         )
 
     def apply_pooling(self, image_features: Tensor) -> Any:
         x, vision = image_features, self.config.vision_config
         side = vision.image_size // vision.patch_size
         if x.ndim != 3 or x.shape[1] != side**2:
-            fell_back(type(self).__name__, "its tokens are no grid of the size its config says")
+            record_fallback(
+                type(self).__name__, "its tokens are no grid of the size its config says"
+            )
             pooled = super().apply_pooling(x)  # type: ignore[misc]
         else:
             pooled = ops.spatial_pool(x, height=side, width=side, mode="bilinear")
@@ -185,24 +199,24 @@ def _is_pooled_first() -> bool:
 
 
 def _why_not_window(pool: Any, stride: Any) -> str | None:
-    """Why a pooling layer is more than windows of this stride, side by side."""
+    """Why a pooling layer does not pool adjacent square windows of this stride, or None."""
     if type(pool) not in WINDOWS:
         return f"{type(pool).__name__} is not one of {', '.join(w.__name__ for w in WINDOWS)}"
     if not isinstance(stride, int) or not (pool.kernel_size == pool.stride == stride):
         return "its windows overlap, or are not square"
     if pool.padding or pool.ceil_mode or getattr(pool, "dilation", 1) != 1 or stride > 8:
         return "its windows are not those of a plain stride"
-    return why_not_called_plainly(pool)
+    return why_call_does_more(pool)
 
 
 def recognise_gemma3(module: nn.Module, **options: Any) -> tuple[()] | None:
-    """An empty recipe, or None for another class."""
+    """Empty settings, or None for another class."""
     known = is_class(module, "gemma3", "Gemma3MultiModalProjector")
     return () if known or is_class(module, "t5gemma2", "T5Gemma2MultiModalProjector") else None
 
 
 def recognise_perception_lm(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """A recipe, a reason against, or None for another class."""
+    """Empty settings, a reason not to patch, or None for another class."""
     if not is_class(module, "perception_lm", "PerceptionLMMultiModalProjector"):
         return None
     ratio = getattr(module.pooling, "pooling_ratio", 1)
@@ -210,23 +224,23 @@ def recognise_perception_lm(module: nn.Module, **options: Any) -> tuple[()] | st
 
 
 def recognise_next_video(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """The same for LLaVA-NeXT-Video's pooling, which may be a convolution."""
+    """Empty settings, a reason not to patch (pooling by a convolution), or None."""
     if not is_class(module, "llava_next_video", "LlavaNextVideoPooler"):
         return None
     pooler: Any = module
     return () if type(pooler.pool) in WINDOWS else "it pools by a convolution"
 
 
-def recognise_onevision(module: nn.Module, **options: Any) -> Form | str | None:
-    """The same for LLaVA-OneVision, whose merge is served too."""
+def recognise_onevision(module: nn.Module, **options: Any) -> MaskSpec | str | None:
+    """The `MaskSpec` of LlavaOnevisionModel, a reason not to patch, or None for another class."""
     known = is_class(module, "llava_onevision", "LlavaOnevisionModel")
     return anyres.recognise(module) if known else None
 
 
 def recognise_frame_projector(module: nn.Module, *, saved: str, **options: Any) -> Chain | None:
-    """The same for its projector; one that is no chain is left to others."""
+    """The chain of LLaVA-OneVision's projector; None for another class or another chain."""
     if not is_class(module, "llava_onevision", "LlavaOnevisionMultiModalProjector"):
         return None
-    chain = chain_of(module, saved)
+    chain = find_chain(module, saved)
     calls = ("linear_1", "act", "linear_2")
     return chain if isinstance(chain, Chain) and chain.calls == calls else None

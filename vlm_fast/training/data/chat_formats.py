@@ -1,4 +1,4 @@
-"""A conversation as the text that a model is trained on, and where in it the answers are."""
+"""Format a conversation as training text, with the character ranges of the answers."""
 
 from __future__ import annotations
 
@@ -8,63 +8,69 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlm_fast.training.data.processors import (
-    added,
-    brings_beginning,
+    adds_missing_bos,
     chat_template,
     image_token,
-    sets_apart,
-    trims,
+    removes_spaces_around_image,
+    text_added_by,
+    writes_space_after_image,
 )
-from vlm_fast.training.data.records import IMAGE
+from vlm_fast.training.data.records import IMAGE_PLACEHOLDER
 
 if TYPE_CHECKING:
     from vlm_fast.training.data.datasets import Example
 
-# Vicuna's, which LLaVA v1 was trained with: FastChat, conversation "vicuna_v1.1" (Apache-2.0).
+# System prompt of Vicuna, with which LLaVA v1 was trained: FastChat, conversation "vicuna_v1.1"
+# (Apache-2.0).
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
-SIDES = {"human": "user", "gpt": "assistant"}
+CHAT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
-class Written:
-    """``text``, with the characters from ``start`` to ``end`` of each answer to be learned."""
+class FormattedText:
+    """A text and the character ranges in it that are learned.
+
+    Attributes:
+        text: the text given to the processor.
+        answers: (start, end) of each range.
+    """
 
     text: str
     answers: tuple[tuple[int, int], ...]
 
-    def after(self, beginning: str) -> Written:
-        """With ``beginning`` before it, unless that is there."""
-        return self if self.text.startswith(beginning) else self.having(beginning, 0)
+    def with_prefix(self, beginning: str) -> FormattedText:
+        """Add ``beginning`` in front, unless the text already starts with it."""
+        return self if self.text.startswith(beginning) else self.with_insertion(beginning, 0)
 
-    def having(self, words: str, at: int) -> Written:
-        """With these words put in at a place before all answers or after them."""
+    def with_insertion(self, words: str, at: int) -> FormattedText:
+        """Insert ``words`` at position ``at``, which must lie outside the answers."""
         longer = len(words)
         answers = tuple(
             (start + longer, end + longer) if start >= at else (start, end)
             for start, end in self.answers
         )
-        return Written(self.text[:at] + words + self.text[at:], answers)
+        return FormattedText(self.text[:at] + words + self.text[at:], answers)
 
-    def stripped(self) -> Written:
-        """Without the spaces at both ends."""
+    def stripped(self) -> FormattedText:
+        """Remove whitespace at both ends."""
         text = self.text.strip()
         shorter = self.text.index(text)
         answers = (
             (max(0, start - shorter), min(len(text), end - shorter)) for start, end in self.answers
         )
-        return Written(text, tuple(answers))
+        return FormattedText(text, tuple(answers))
 
-    def trimmed(self, token: str) -> Written:
-        """Without the spaces around the first ``token``, if there is one."""
+    def without_spaces_around(self, token: str) -> FormattedText:
+        """Remove the spaces around the first occurrence of ``token``, if there is one."""
         found = re.search(f" *{re.escape(token)} *", self.text)
         if found is None:
             return self
         shorter = len(found.group()) - len(token)
-        return Written(
+        return FormattedText(
             self.text[: found.start()] + token + self.text[found.end() :],
             tuple(
                 (start - shorter, end - shorter) if start >= found.end() else (start, end)
@@ -73,60 +79,67 @@ class Written:
         )
 
 
-Format = Callable[["Example", Any], Written]
+Format = Callable[["Example", Any], FormattedText]
 
 
-def plain(example: Example, processor: Any) -> Written:
-    """LLaVA's first stage: the image, its caption and a newline; the question is dropped.
+def plain(example: Example, processor: Any) -> FormattedText:
+    """Format of LLaVA's first stage: the image, its caption and a newline.
 
-    Of a conversation of several turns the first answer is the caption.
+    The question is dropped. The caption is the first answer of the conversation.
+
+    Raises:
+        ValueError: the example has no image.
     """
     if example.image is None:
         raise ValueError("the plain format is of images with captions, expected an image")
     placeholder = image_token(processor)
     text = f"{placeholder}{example.turns[1].text}\n"
-    return Written(text, ((len(placeholder), len(text)),))
+    return FormattedText(text, ((len(placeholder), len(text)),))
 
 
-def v1(example: Example, processor: Any) -> Written:
-    """LLaVA v1's and v1.5's second stage: ``USER: ... ASSISTANT: ...</s>`` after Vicuna's prompt.
+def v1(example: Example, processor: Any) -> FormattedText:
+    """Format of LLaVA v1's and v1.5's second stage: Vicuna's prompt with ``USER:`` and
+    ``ASSISTANT:``.
 
-    The image stands at the beginning of its question, wherever the record has it. An answer goes
-    from the space after ``ASSISTANT:`` to the end-of-sequence token, which is learned too.
+    The image is moved to the beginning of its question. The learned range of an answer starts at
+    the space after ``ASSISTANT:`` and includes the end-of-sequence token.
     """
     end = processor.tokenizer.eos_token
     text, answers = SYSTEM, []
     for turn in example.turns:
         if turn.role == "human":
             words = turn.text
-            if IMAGE in words:
-                words = f"{image_token(processor)}\n{without_image(words)}".strip()
+            if IMAGE_PLACEHOLDER in words:
+                words = f"{image_token(processor)}\n{without_placeholder(words)}".strip()
             text += f"{'' if text.endswith(end) else ' '}USER: {words} ASSISTANT: "
         else:
             answers.append((len(text), len(text) + len(turn.text) + len(end)))
             text += turn.text + end
-    return Written(text, tuple(answers))
+    return FormattedText(text, tuple(answers))
 
 
-def chat(example: Example, processor: Any) -> Written:
-    """The processor's chat template. The image stands at the beginning of its question.
+def chat(example: Example, processor: Any) -> FormattedText:
+    """The processor's chat template, with the image moved to the beginning of its question.
 
-    An answer is what the template puts between ``{% generation %}`` and ``{% endgeneration %}``. Of
-    a template without these it is all that a turn of the assistant adds after the prompt for it.
+    The learned ranges are what the template puts between ``{% generation %}`` and ``{%
+    endgeneration %}``. Without these marks they are what a turn of the assistant adds to the text
+    after the generation prompt.
 
     Raises:
-        ValueError: if a template without these marks writes earlier turns otherwise as more follow.
+        ValueError: the template has no such marks, and renders earlier turns differently when more
+            turns follow.
     """
     messages = []
     for turn in example.turns:
-        content = [{"type": "text", "text": without_image(turn.text)}]
-        if turn.role == "human" and IMAGE in turn.text:
+        content = [{"type": "text", "text": without_placeholder(turn.text)}]
+        if turn.role == "human" and IMAGE_PLACEHOLDER in turn.text:
             content.insert(0, {"type": "image"})
-        messages.append({"role": SIDES[turn.role], "content": content})
+        messages.append({"role": CHAT_ROLES[turn.role], "content": content})
     if GENERATION.search(template := chat_template(processor) or ""):
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        # Not apply_chat_template, which looks for these places among tokens of the expanded image.
+        # apply_chat_template is not used here: it searches for the ranges after the image is
+        # expanded.
         rendered: Any = render_jinja_template(
             conversations=[messages],
             chat_template=template,
@@ -134,42 +147,51 @@ def chat(example: Example, processor: Any) -> Written:
             **processor.tokenizer.special_tokens_map,
         )
         texts, spans = rendered
-        return Written(texts[0], tuple(spans[0]))
+        return FormattedText(texts[0], tuple(spans[0]))
 
-    def written(count: int, prompt: bool = False) -> str:
+    def rendered_turns(count: int, prompt: bool = False) -> str:
         return processor.apply_chat_template(
             messages[:count], chat_template=template, add_generation_prompt=prompt
         )
 
-    text, answers = written(len(messages)), []
+    text, answers = rendered_turns(len(messages)), []
     for number in range(1, len(messages), 2):
-        before, after = written(number, prompt=True), written(number + 1)
+        before, after = rendered_turns(number, prompt=True), rendered_turns(number + 1)
         if not (text.startswith(after) and after.startswith(before)):
             raise ValueError(
                 "processor: its chat template writes a turn otherwise once others follow; mark the "
                 "answers in it by {% generation %} and {% endgeneration %}"
             )
         answers.append((len(before), len(after)))
-    return Written(text, tuple(answers))
+    return FormattedText(text, tuple(answers))
 
 
 FORMATS: dict[str, Format] = {"plain": plain, "v1": v1, "chat": chat}
 
 
-def write(example: Example, processor: Any, format: str) -> Written:
-    """In one of ``FORMATS``, as the processor leaves it but for the tokens of an image."""
-    written = FORMATS[format](example, processor)
-    if trims(processor):
-        written = written.trimmed(image_token(processor))
-    if brings_beginning(processor) and processor.tokenizer.bos_token is not None:
-        written = written.after(processor.tokenizer.bos_token)
-    if example.image is not None and sets_apart(processor):
-        written = written.stripped().having(" ", 0)
-    words, token = added(processor), image_token(processor)
-    if words.after_image and token in written.text:
-        written = written.having(words.after_image, written.text.index(token) + len(token))
-    return written.having(words.end, len(written.text)).having(words.beginning, 0)
+def format_example(example: Example, processor: Any, format: str) -> FormattedText:
+    """Format an example as the processor expects it, with everything but the tokens of an image.
+
+    Args:
+        format: a name in `FORMATS`.
+    """
+    formatted = FORMATS[format](example, processor)
+    if removes_spaces_around_image(processor):
+        formatted = formatted.without_spaces_around(image_token(processor))
+    if adds_missing_bos(processor) and processor.tokenizer.bos_token is not None:
+        formatted = formatted.with_prefix(processor.tokenizer.bos_token)
+    if example.image is not None and writes_space_after_image(processor):
+        formatted = formatted.stripped().with_insertion(" ", 0)
+    words, token = text_added_by(processor), image_token(processor)
+    if words.after_image and token in formatted.text:
+        formatted = formatted.with_insertion(
+            words.after_image, formatted.text.index(token) + len(token)
+        )
+    return formatted.with_insertion(words.end, len(formatted.text)).with_insertion(
+        words.beginning, 0
+    )
 
 
-def without_image(text: str) -> str:
-    return text.replace(IMAGE, "").strip() if IMAGE in text else text
+def without_placeholder(text: str) -> str:
+    """Remove the image placeholder and the whitespace around the rest."""
+    return text.replace(IMAGE_PLACEHOLDER, "").strip() if IMAGE_PLACEHOLDER in text else text

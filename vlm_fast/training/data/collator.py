@@ -1,4 +1,4 @@
-"""Examples as a model's inputs, with labels on the answers alone."""
+"""Collator for conversations: the inputs of a model, with labels on the answers only."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from vlm_fast.training.data.chat_formats import FORMATS, Written, write
+from vlm_fast.training.data.chat_formats import FORMATS, FormattedText, format_example
 from vlm_fast.training.data.datasets import Example
 from vlm_fast.training.data.processors import (
-    begins_itself,
+    call_processor,
     chat_template,
     image_token,
-    process,
-    special_tokens,
-    types_answers,
-    why_no_rows,
+    marks_answers_by_type,
+    tokenizer_options,
+    why_unsupported,
+    writes_bos_before_image,
 )
-from vlm_fast.training.data.record_errors import BadRecord, Fault, shown
-from vlm_fast.training.data.replacement_items import batch_of
+from vlm_fast.training.data.record_errors import BadRecord, RecordIssue, describe
+from vlm_fast.training.data.replacement_items import collate_or_replace
 
 IGNORED = -100
-# What has a place for each token of a row, in the results of transformers' processors.
+# Results of transformers' processors that have one value per token of a row.
 BY_TOKEN = (
     "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids",
     "image_attention_mask", "cross_attention_mask", "image_embeds_position_mask",
@@ -31,22 +31,22 @@ BY_TOKEN = (
 
 
 class Collator:
-    """Makes a batch of ``Example``: the processor's inputs and ``labels``.
+    """Turns a list of ``Example`` into the processor's inputs and ``labels``.
 
-    The text is tokenised whole, once as the processor does and once for the places of its tokens.
-    What stands before and after an image must come out the same both times, so that no label is off
-    by a token. A token is learned if it lies within an answer, or if it has a character of one that
-    is no space: one that a tokenizer merges from the end of the prompt and the beginning of the
-    answer is.
+    The text is tokenised twice: by the processor, and by its tokenizer with character offsets. Both
+    must give the same tokens before and after the image, so that no label is shifted. A token is
+    learned if it lies within an answer, or if it contains a character of an answer that is not
+    whitespace; a tokenizer can merge the end of the prompt with the beginning of the answer.
 
     Args:
-        processor: one of ``transformers``, with a fast tokenizer that has a padding token.
-        format: ``"chat"``, the processor's chat template; ``"v1"`` or ``"plain"``, LLaVA's own of
-            its two stages. By default the template if the processor has one, else ``"v1"``.
-        max_length: of a row, images included; what exceeds it is cut off at the end.
+        processor: of transformers, with a fast tokenizer that has a padding token.
+        format: "chat" for the processor's chat template, "v1" or "plain" for LLaVA's formats of its
+            two stages. None uses the template if there is one, else "v1".
+        max_length: maximal tokens of a row, including images; the rest is cut off at the end.
 
     Raises:
-        ValueError, TypeError: if the processor or the format is none of these.
+        TypeError: the processor has no fast tokenizer or takes no images with conversations.
+        ValueError: the tokenizer has no padding token, or the format is unknown or unusable.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Collator:
             )
         if tokenizer.pad_token is None:
             raise ValueError("processor: its tokenizer has no pad_token, expected one")
-        if (why := why_no_rows(processor)) is not None:
+        if (why := why_unsupported(processor)) is not None:
             raise TypeError(f"processor is a {type(processor).__name__}: {why}")
         template = chat_template(processor)
         format = format or ("chat" if template else "v1")
@@ -79,40 +79,43 @@ class Collator:
         self.processor, self.format, self.max_length = processor, format, max_length
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The processor's tensors; ``labels`` is ``(batch, tokens)`` int64, -100 but on answers.
+        """Make a batch, padded on the right.
 
-        Rows are padded on the right. Without an image in the batch there are no ``pixel_values``.
+        If an example from a dataset with ``on_bad="skip"`` is refused, the next example that is
+        accepted takes its place.
 
-        An example that came from a data set with ``on_bad="skip"`` and is refused is replaced by
-        the next that is not.
+        Args:
+            examples: at least one.
+
+        Returns:
+            The processor's tensors, and ``labels`` ``(batch, tokens)`` int64, which is -100 except
+                on answers. A batch without images has no ``pixel_values``.
 
         Raises:
-            BadRecord: for an example that ``max_length`` would leave without a part of its image,
-                or without any of its answers; whose text has the processor's token of an image
-                itself; or that the processor or its template refuses, also where the processor's
-                tokens are not those of the text around its image: naming record and picture, in
-                the processor's words.
-            Exception: what the processor raises for examples each of which it takes alone.
-            ValueError: without an example.
+            BadRecord: ``max_length`` cuts off part of an image or all answers of an example; its
+                text contains the processor's own image token; or the processor or its template
+                refuses it. The message names the record and the image and quotes the processor.
+            Exception: from the processor, if it accepts each example alone but not the batch.
+            ValueError: ``examples`` is empty.
         """
         if not examples:
             raise ValueError("examples is empty, expected at least one")
-        return batch_of(examples, self._batch)
+        return collate_or_replace(examples, self._batch)
 
     def _batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        written = [self._written(example) for example in examples]
-        batch = process(
-            self.processor, [one.text for one in written], [one.image for one in examples],
+        formatted = [self._formatted(example) for example in examples]
+        batch = call_processor(
+            self.processor, [one.text for one in formatted], [one.image for one in examples],
             padding=True, padding_side="right", return_tensors="pt",
-            **self._options(written[0].text),
+            **self._options(formatted[0].text),
         )  # fmt: skip
         ids, attended = batch["input_ids"], batch["attention_mask"]
         labels = torch.full_like(ids, IGNORED)
-        for row, (example, one) in enumerate(zip(examples, written, strict=True)):
+        for row, (example, one) in enumerate(zip(examples, formatted, strict=True)):
             count = int(attended[row].sum())
             learned = self._learned(example, one, ids[row, :count].tolist())
             labels[row, learned] = ids[row, learned]
-            if types_answers(self.processor):
+            if marks_answers_by_type(self.processor):
                 batch["token_type_ids"][row, learned[0] : count] = 1
         longest = self.max_length
         if longest is not None and ids.shape[1] > longest:
@@ -120,29 +123,29 @@ class Collator:
             labels = labels[:, :longest]
         return {**batch, "labels": labels}
 
-    def _written(self, example: Example) -> Written:
-        written = write(example, self.processor, self.format)
+    def _formatted(self, example: Example) -> FormattedText:
+        formatted = format_example(example, self.processor, self.format)
         if token := image_token(self.processor):
-            count, expected = written.text.count(token), int(example.image is not None)
+            count, expected = formatted.text.count(token), int(example.image is not None)
             if count != expected:
                 self._refuse("image count", example, f"{token} {expected} times in the text", count)
-        return written
+        return formatted
 
     def _options(self, text: str) -> dict[str, Any]:
-        """Templates and processors may bring the token of the beginning themselves."""
+        """Tokenizer options: templates and processors may add the beginning-of-sequence token."""
         begin = self.processor.tokenizer.bos_token
         brought = begin is not None and text.startswith(begin)
-        if brought or begins_itself(self.processor):
+        if brought or writes_bos_before_image(self.processor):
             return {"add_special_tokens": False}
         return {}
 
-    def _learned(self, example: Example, written: Written, ids: list[int]) -> list[int]:
-        """Which of a row's tokens belong to answers, within ``max_length``."""
-        text = written.text
-        options = {**special_tokens(self.processor), **self._options(text)}
+    def _learned(self, example: Example, formatted: FormattedText, ids: list[int]) -> list[int]:
+        """Positions of a row's tokens that belong to answers, up to ``max_length``."""
+        text = formatted.text
+        options = {**tokenizer_options(self.processor), **self._options(text)}
         own = self.processor.tokenizer(text, return_offsets_mapping=True, **options)
         before, after = self._around(example, text, own["offset_mapping"])
-        # By how much the image is longer than what stands for it in the text.
+        # The number of tokens that the processor adds when it expands the image.
         grown = len(ids) - len(own["input_ids"])
         if (
             (grown != 0 if example.image is None else grown + after < before)
@@ -151,15 +154,17 @@ class Collator:
         ):
             raise TypeError(
                 f"processor: {type(self.processor).__name__} makes other tokens of the text than "
-                f"its tokenizer does, beside those of the image: {shown(text)}"
+                f"its tokenizer does, beside those of the image: {describe(text)}"
             )
         learned = [
             place if place < before else place + grown
             for place, (start, end) in enumerate(own["offset_mapping"])
-            if any(_belongs(start, end, *answer, text) for answer in written.answers)
+            if any(_belongs(start, end, *answer, text) for answer in formatted.answers)
         ]
         if not learned:
-            raise ValueError(f"processor: the {self.format} format has no answer in {shown(text)}")
+            raise ValueError(
+                f"processor: the {self.format} format has no answer in {describe(text)}"
+            )
         if self.max_length is None or len(ids) <= self.max_length:
             return learned
         kept = [place for place in learned if place < self.max_length]
@@ -174,7 +179,7 @@ class Collator:
     def _around(
         self, example: Example, text: str, places: list[tuple[int, int]]
     ) -> tuple[int, int]:
-        """The token that stands for the image and the one after it; both 0 without one."""
+        """Position of the image's first token and the token after it; (0, 0) without an image."""
         token = image_token(self.processor)
         if not token or example.image is None:
             return 0, 0
@@ -186,12 +191,14 @@ class Collator:
         ]
         return inside[0], inside[-1] + 1
 
-    def _refuse(self, kind: str, example: Example, wanted: str, came: int) -> NoReturn:
-        raise BadRecord(Fault(kind, example.index, example.id, "conversations", wanted, str(came)))
+    def _refuse(self, kind: str, example: Example, wanted: str, actual: int) -> NoReturn:
+        raise BadRecord(
+            RecordIssue(kind, example.index, example.id, "conversations", wanted, str(actual))
+        )
 
 
 def _belongs(start: int, end: int, first: int, last: int, text: str) -> bool:
-    """Whether the token of these characters is learned with the answer of those."""
+    """Whether the token at characters start..end is learned with the answer at first..last."""
     if start >= first and end <= last and (start < end or first < start < last):
         return True
     return bool(text[max(start, first) : min(end, last)].strip())

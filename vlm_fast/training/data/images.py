@@ -1,4 +1,4 @@
-"""A picture's file as 8-bit RGB in viewing order, whatever Pillow opens; or why it is none."""
+"""Load image files of any format that Pillow opens as 8-bit RGB in viewing orientation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_fast.training.data.record_errors import BadRecord, Fault, shown
+from vlm_fast.training.data.record_errors import BadRecord, RecordIssue, describe
 from vlm_fast.training.data.records import Record
 
 if TYPE_CHECKING:
@@ -16,28 +16,28 @@ Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 
 PNG = b"\x89PNG\r\n\x1a\n"
-# Chunks of a PNG that hold no pixels and are refused by Pillow where they are too long, but for
-# those that can say how the camera was held.
-LONG_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-ORIENTING = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
-TOO_LONG = "MAX_TEXT"  # stands in Pillow's error about such a chunk
-# The largest grey of formats that define one. Pillow scales those of JPEG 2000 and of PNM itself.
+# PNG chunks without pixels, which Pillow refuses if they are too long; and keywords of chunks that
+# hold the orientation.
+TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+ORIENTATION_KEYWORDS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+TOO_LONG = "MAX_TEXT"  # part of Pillow's error message about these chunks
+# White level of 16-bit greys in formats that define one. Pillow scales JPEG 2000 and PNM itself.
 WHITE_OF_16_BITS = {"PNG": 65535, "JPEG2000": 65535, "PPM": 65535}
-DEEP_COLOUR = "RGB;16"  # how Pillow calls colours of 16 bits, of which it keeps the upper 8
-GREYS = ("I", "F")  # the modes of Pillow that have more than 8 bits, and those that begin so
+DEEP_COLOUR = "RGB;16"  # Pillow's name for 16-bit colours, of which it keeps the upper 8 bits
+GREYS = ("I", "F")  # prefixes of Pillow's modes with more than 8 bits
 WHITE_IS_ZERO = 0
 BITS_A_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT, UNSIGNED = 258, 262, 339, (1,)  # tags of a TIFF
 
 
-class _UnknownRange(Exception):
-    """No one says which grey of this picture is white."""
+class _UnknownWhiteLevel(Exception):
+    """The file format does not say which grey value is white."""
 
 
-def checked_background(background: str | tuple[int, ...]) -> Colour:
-    """The red, green and blue of a colour, given as these or by a name that Pillow knows.
+def parse_background(background: str | tuple[int, ...]) -> Colour:
+    """The red, green and blue of a colour, given as such or as a name that Pillow knows.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is no colour.
     """
     if isinstance(background, str):
         from PIL import ImageColor
@@ -53,43 +53,53 @@ def checked_background(background: str | tuple[int, ...]) -> Colour:
     return colour
 
 
-def picture(record: Record, images: Path, background: Colour = WHITE) -> Image:
-    """The picture of a record that has one, decoded, in RGB and viewing order.
+def load_image(record: Record, images: Path, background: Colour = WHITE) -> Image:
+    """Decode the image of a record.
 
-    The first frame of an animated one. What is transparent shows the background. Grey of more than
-    8 bits is scaled by the range that its format defines.
+    Of animated images the first frame is used. Transparent pixels show the background. Greys of
+    more than 8 bits are scaled by the range that the format defines.
+
+    Args:
+        record: with an image.
+        images: the folder of images.
+        background: red, green and blue from 0 to 255.
+
+    Returns:
+        An RGB image in viewing orientation.
 
     Raises:
-        BadRecord: if there is no such file, or it cannot be decoded to its end, or has more pixels
-            than Pillow allows, or its range is not defined, or Pillow refuses its metadata.
-        ModuleNotFoundError: without Pillow.
+        BadRecord: the file is missing, cannot be decoded completely, has more pixels than Pillow
+            allows or metadata that Pillow refuses, or its white level is unknown.
+        ModuleNotFoundError: Pillow is not installed.
     """
     from PIL.Image import DecompressionBombError, DecompressionBombWarning
 
     assert record.image is not None
     path = images / record.image
 
-    def bad(kind: str, expected: str, came: str) -> BadRecord:
-        return BadRecord(Fault(kind, record.index, record.id, "image", expected, came))
+    def bad(kind: str, expected: str, actual: str) -> BadRecord:
+        return BadRecord(RecordIssue(kind, record.index, record.id, "image", expected, actual))
 
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
-        raise bad("missing image", f"a file in {images}", f"{shown(record.image)}, {what}")
+        raise bad("missing image", f"a file in {images}", f"{describe(record.image)}, {what}")
     try:
         return _read(path, background)
     except MemoryError:
         raise
-    # Decoders raise whatever a broken file leads them to: SyntaxError, struct.error, IndexError.
+    # Decoders of broken files raise anything: SyntaxError, struct.error, IndexError.
     except Exception as error:
         kind, expected = "unreadable image", "a picture that decodes to its end"
-        if isinstance(error, _UnknownRange):
+        if isinstance(error, _UnknownWhiteLevel):
             kind, expected = "unknown range", "grey of 8 bits, or of a format that defines white"
         elif isinstance(error, (DecompressionBombError, DecompressionBombWarning)):
             kind, expected = "too many pixels", "a picture within PIL.Image.MAX_IMAGE_PIXELS"
         elif TOO_LONG in str(error):
             kind, expected = "metadata", "text and profiles within Pillow's limits"
         words = "" if kind == "unknown range" else f"{type(error).__name__}: "
-        raise bad(kind, expected, f"{shown(record.image)}: {words}{shown(str(error))}") from error
+        raise bad(
+            kind, expected, f"{describe(record.image)}: {words}{describe(str(error))}"
+        ) from error
 
 
 def _read(path: Path, background: Colour) -> Image:
@@ -107,7 +117,7 @@ def _read(path: Path, background: Colour) -> Image:
 
 
 def as_rgb(image: Image, background: Colour = WHITE) -> Image:
-    """A picture of any mode in RGB and viewing order, on the background where it is transparent.
+    """Convert an image of any mode to RGB in viewing orientation, over a background.
 
     Raises:
         Exception: whatever Pillow raises for a file that it cannot decode.
@@ -116,15 +126,17 @@ def as_rgb(image: Image, background: Colour = WHITE) -> Image:
 
     deep = any(DEEP_COLOUR in str(tile) for tile in getattr(image, "tile", ()))
     image.load()
-    turn = _turn(image)
+    turn = _orientation_transpose(image)
     if deep and isinstance(clear := image.info.get("transparency"), tuple):
-        image.info["transparency"] = tuple(part >> 8 for part in clear)  # as Pillow cut the pixels
+        # Pillow cuts the pixels to 8 bits as well
+        image.info["transparency"] = tuple(part >> 8 for part in clear)
     if image.mode.startswith(GREYS):
-        image = _scaled(image)
+        image = _to_8_bit_grey(image)
     elif image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
-        image = ImageChops.invert(image)  # Pillow takes each for one of Adobe's, which are negative
+        # Pillow inverts every CMYK JPEG, but only Adobe's are inverted
+        image = ImageChops.invert(image)
     if image.has_transparency_data:
-        if image.mode == "La":  # which Pillow converts to this alone
+        if image.mode == "La":  # the only mode that Pillow converts "La" to
             image = image.convert("LA")
         below = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(below, image.convert("RGBA"))
@@ -132,12 +144,12 @@ def as_rgb(image: Image, background: Colour = WHITE) -> Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _turn(image: Image) -> Transpose | None:
-    """What brings it into viewing order, by its EXIF or XMP.
+def _orientation_transpose(image: Image) -> Transpose | None:
+    """The transposition that brings an image into viewing orientation, from EXIF or XMP.
 
-    Read after the pixels, since Pillow turns a TIFF as it decodes it. Not done by
-    ``PIL.ImageOps.exif_transpose``, which also writes the metadata anew and fails where another
-    part of it is broken.
+    It is read after the pixels, because Pillow rotates a TIFF while decoding.
+    ``PIL.ImageOps.exif_transpose`` is not used: it also rewrites the metadata and fails if another
+    part is broken.
     """
     from PIL.ExifTags import Base
     from PIL.Image import Transpose
@@ -149,15 +161,15 @@ def _turn(image: Image) -> Transpose | None:
     }  # fmt: skip
     try:
         return turns.get(image.getexif().get(Base.Orientation, 1))
-    except Exception:  # broken metadata says nothing of the pixels; viewers pass it over too
+    except Exception:  # ignore broken metadata, as image viewers do
         return None
 
 
-def _scaled(image: Image) -> Image:
-    """Grey of more than 8 bits as ``L``, or as ``LA`` where one of its values is transparent."""
+def _to_8_bit_grey(image: Image) -> Image:
+    """Convert grey of more than 8 bits to mode "L", or "LA" if one of its values is transparent."""
     from PIL import ImageMath
 
-    white = _white_of(image)
+    white = _white_level(image)
     turned = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
 
     def grey(names: dict[str, Any]) -> Any:
@@ -174,11 +186,11 @@ def _scaled(image: Image) -> Image:
     return scaled
 
 
-def _white_of(image: Image) -> int:
-    """The value that is white.
+def _white_level(image: Image) -> int:
+    """The grey value that is white.
 
     Raises:
-        _UnknownRange: the format does not say, as of floats and of signed or 32-bit numbers.
+        _UnknownWhiteLevel: the format does not define it, as for floats, signed and 32-bit numbers.
     """
     if image.mode != "F":
         if image.format in WHITE_OF_16_BITS:
@@ -188,16 +200,16 @@ def _white_of(image: Image) -> int:
             (bits,), form = tags.get(BITS_A_SAMPLE, (1,)), tags.get(SAMPLE_FORMAT, UNSIGNED)
             if form == UNSIGNED and bits <= 16:
                 return 2**bits - 1
-    raise _UnknownRange(f"{image.format} of mode {image.mode}")
+    raise _UnknownWhiteLevel(f"{image.format} of mode {image.mode}")
 
 
 def _without_long_chunks(content: bytes) -> bytes:
-    """A PNG without text and profiles, but for what can say how the camera was held."""
+    """A PNG file without text and colour profiles, except for chunks that hold the orientation."""
     kept, at = [PNG], len(PNG)
     while at + 8 <= len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
         name, begin = content[at + 4 : at + 8], content[at + 8 : at + 40]
-        if name not in LONG_CHUNKS or begin.startswith(ORIENTING):
+        if name not in TEXT_CHUNKS or begin.startswith(ORIENTATION_KEYWORDS):
             kept.append(content[at:end])
         at = end
     return b"".join(kept)

@@ -1,4 +1,4 @@
-"""LLaVA's conversation JSON, read once: the shape of every record is checked, its place kept."""
+"""Read LLaVA's conversation JSON, checking the structure of every record."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from typing import Any, Literal, NoReturn, cast
 
 import torch
 
-from vlm_fast.training.data.record_errors import BadRecord, Fault, OnBad, checked_on_bad, shown
-from vlm_fast.training.data.record_keys import UNKNOWN_KEY, refuse_other_content, unknown_keys
+from vlm_fast.training.data.record_errors import (
+    BadRecord,
+    OnBad,
+    RecordIssue,
+    check_on_bad,
+    describe,
+)
+from vlm_fast.training.data.record_keys import UNKNOWN_KEY, check_unsupported_content, unknown_keys
 
-IMAGE = "<image>"
+IMAGE_PLACEHOLDER = "<image>"
 LINES = (".jsonl", ".ndjson")
 ROLES = ("human", "gpt")
 SPACE = " \t\n\r"
@@ -25,7 +31,12 @@ Progress = Callable[[int, int | None], None]
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says. ``<image>`` stays in the text."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: "human" or "gpt".
+        text: with ``<image>`` in it.
+    """
 
     role: Role
     text: str
@@ -33,10 +44,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Record:
-    """One record whose shape is right; the picture has not been looked at.
+    """One record with the right structure. Its image has not been read.
 
-    ``index`` counts all records of the file, bad ones too. ``image`` is a path within the folder of
-    images, or None.
+    Attributes:
+        index: number of the record in the file, counting bad ones too.
+        id: as text.
+        image: path inside the folder of images, or None.
+        turns: of the conversation.
     """
 
     index: int
@@ -45,22 +59,26 @@ class Record:
     turns: tuple[Turn, ...]
 
 
-def parse(content: Any, index: int) -> Record:
-    """A record out of decoded JSON.
+def parse_record(content: Any, index: int) -> Record:
+    """Make a record from decoded JSON.
+
+    Args:
+        content: decoded JSON.
+        index: number of the record in its file.
 
     Raises:
-        BadRecord: naming the field, what was expected and what came.
+        BadRecord: naming the field, the expected and the actual value.
     """
     name = _name(content)
 
-    def refuse(kind: str, field: str, expected: str, came: object) -> NoReturn:
-        words = came if isinstance(came, _Words) else shown(came)
-        raise BadRecord(Fault(kind, index, name, field, expected, words))
+    def refuse(kind: str, field: str, expected: str, actual: object) -> NoReturn:
+        words = actual if isinstance(actual, _Description) else describe(actual)
+        raise BadRecord(RecordIssue(kind, index, name, field, expected, words))
 
     def of(owner: dict[str, Any], key: str, kinds: tuple[type, ...], words: str, at: str) -> Any:
         if key not in owner:
-            there = ", ".join(shown(k) for k in owner)
-            refuse("missing key", at, words, _Words(f"keys {there}" if there else "no keys"))
+            there = ", ".join(describe(k) for k in owner)
+            refuse("missing key", at, words, _Description(f"keys {there}" if there else "no keys"))
         if not isinstance(owner[key], kinds) or isinstance(owner[key], bool):
             refuse("wrong type", at, words, owner[key])
         if isinstance(owner[key], str) and not _is_unicode(owner[key]):
@@ -71,10 +89,10 @@ def parse(content: Any, index: int) -> Record:
         refuse("wrong type", "record", "an object", content)
     of(content, "id", (str, int), "a string or a whole number", "id")
     image = None
-    if content.get("image") is not None:  # null is what exporters write where there is none
+    if content.get("image") is not None:  # exporters write null for a missing image
         image = of(content, "image", (str,), "a path within the images folder", "image")
-        if (why := why_outside(image)) is not None:
-            refuse("path", "image", "a path within the images folder", _Words(why))
+        if (why := why_unsafe_path(image)) is not None:
+            refuse("path", "image", "a path within the images folder", _Description(why))
     said = of(content, "conversations", (list,), "a list of turns", "conversations")
     if not said:
         refuse("empty conversation", "conversations", "at least a question and an answer", said)
@@ -92,21 +110,29 @@ def parse(content: Any, index: int) -> Record:
         if not text.strip():
             kind = "empty answer" if role == "gpt" else "empty question"
             refuse(kind, f"{at}.value", "text", text)
-        if role == "gpt" and IMAGE in text:
-            refuse("image count", f"{at}.value", f"no {IMAGE} in an answer", text.count(IMAGE))
+        if role == "gpt" and IMAGE_PLACEHOLDER in text:
+            refuse(
+                "image count",
+                f"{at}.value",
+                f"no {IMAGE_PLACEHOLDER} in an answer",
+                text.count(IMAGE_PLACEHOLDER),
+            )
         turns.append(Turn(cast(Role, role), text))
-    refuse_other_content(content, index, name)
+    check_unsupported_content(content, index, name)
     if len(turns) % 2:
-        refuse("roles", "conversations", "an answer to the last question", _Words("none"))
-    count, wanted = sum(turn.text.count(IMAGE) for turn in turns), int(image is not None)
+        refuse("roles", "conversations", "an answer to the last question", _Description("none"))
+    count, wanted = (
+        sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns),
+        int(image is not None),
+    )
     if count != wanted:
-        words = f"{wanted} {IMAGE}, with {'one image' if wanted else 'no image'}"
+        words = f"{wanted} {IMAGE_PLACEHOLDER}, with {'one image' if wanted else 'no image'}"
         refuse("image count", "conversations", words, count)
     return Record(index, str(content["id"]), image, tuple(turns))
 
 
-class _Words(str):
-    """What came, already in words."""
+class _Description(str):
+    """A description of an actual value, as opposed to the value itself."""
 
 
 def _name(content: Any) -> str | None:
@@ -115,7 +141,7 @@ def _name(content: Any) -> str | None:
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON can hold half a surrogate pair, which no tokenizer and no file name can."""
+    """Whether a text can be encoded. JSON can contain half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -123,47 +149,50 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def why_outside(path: str) -> str | None:
-    """Why a path could lead out of the folder of images, whatever the system; or None.
+def why_unsafe_path(path: str) -> str | None:
+    """The reason why a path could lead out of the folder of images on any system, or None.
 
-    By its letters alone: links that lie in the folder itself were put there by its owner.
+    Only the text of the path is checked: links inside the folder were made by its owner.
     """
-    parts = PureWindowsPath(path)  # which also splits at "/"
+    parts = PureWindowsPath(path)  # splits at "/" as well as at backslashes
     if not path.strip() or "\0" in path:
-        return f"{shown(path)}, no name of a file"
+        return f"{describe(path)}, no name of a file"
     if parts.anchor or parts.drive:
-        return f"{shown(path)}, which is absolute"
-    return f"{shown(path)}, which leads upwards" if ".." in parts.parts else None
+        return f"{describe(path)}, which is absolute"
+    return f"{describe(path)}, which leads upwards" if ".." in parts.parts else None
 
 
 class Records:
-    """The good records of a file, decoded one by one as they are asked for.
+    """The good records of a file, decoded one at a time when they are used.
 
-    The file is decoded once, here, to check the shape of every record; kept is where each good one
-    lies, 32 bytes a record, so that a ``DataLoader``'s workers share no Python objects and a
-    process started by spawn is sent next to nothing. A JSON file must fit into memory while it is
-    read; of JSONL a line must.
+    The constructor decodes the whole file once to check the structure of every record. It keeps the
+    byte position of each good record, 32 bytes per record, so that workers of a ``DataLoader``
+    share no Python objects and spawned workers receive almost nothing. A JSON file has to fit into
+    memory while it is read; of JSONL only a line. (An incremental parser such as ijson does not
+    report byte positions.)
 
     Args:
-        path: a JSON list of records, or, if it ends in ``.jsonl`` or ``.ndjson``, a record a line.
-        on_bad: ``"stop"`` raises at the first bad record, ``"skip"`` leaves it out.
-        progress: told how many bytes were read, of how many.
+        path: a JSON list of records, or with the suffix ``.jsonl`` or ``.ndjson`` one record per
+            line.
+        on_bad: "stop" raises at the first bad record, "skip" leaves it out.
+        progress: called with the bytes read so far and the size of the file.
 
     Attributes:
-        faults: of the records left out, and warnings; of an unknown key one, at its first record.
-        total: how many records there are, with the bad ones.
+        issues: of records that were left out, and warnings. An unknown key is reported once, at its
+            first record.
+        total: number of records, including bad ones.
 
     Raises:
-        BadRecord: for a bad record; and whatever ``on_bad`` is, where the file is not JSON or its
-            top level is not a list.
-        OSError: if the file cannot be read.
+        BadRecord: a record is bad and ``on_bad`` is "stop"; or, for any ``on_bad``, the file is no
+            JSON or its top level is no list.
+        OSError: the file cannot be read.
     """
 
     def __init__(
         self, path: Path | str, *, on_bad: OnBad = "stop", progress: Progress | None = None
     ) -> None:
-        self.path, self.on_bad = Path(path), checked_on_bad(on_bad)
-        self.faults: list[Fault] = []
+        self.path, self.on_bad = Path(path), check_on_bad(on_bad)
+        self.issues: list[RecordIssue] = []
         self.total = 0
         self._lines = self.path.suffix.lower() in LINES
         self._signature = _signature(os.stat(self.path))
@@ -177,27 +206,27 @@ class Records:
             try:
                 if isinstance(content, BadRecord):
                     raise content
-                record = parse(content, self.total)
+                record = parse_record(content, self.total)
                 places.append((self.total, start, end, record.image is not None))
                 index = first.setdefault(record.id, self.total)
                 if index != self.total:
-                    wanted, came = "an id of its own", f"that of record {index}"
-                    fault = Fault("duplicate id", self.total, record.id, "id", wanted, came)
-                    self.faults.append(fault)
+                    wanted, actual = "an id of its own", f"that of record {index}"
+                    issue = RecordIssue("duplicate id", self.total, record.id, "id", wanted, actual)
+                    self.issues.append(issue)
                 for key, value in unknown_keys(content):
                     begun, held, count = unknown.get(key, (record, value, 0))
                     unknown[key] = begun, held, count + 1
             except BadRecord as bad:
-                if self.on_bad == "stop" or bad.fault is None:
+                if self.on_bad == "stop" or bad.issue is None:
                     raise
-                self.faults.append(bad.fault)
+                self.issues.append(bad.issue)
             self.total += 1
         for key, (record, held, count) in unknown.items():
-            came = f"{shown(held)}, which is not used; {count} records have it"
+            actual = f"{describe(held)}, which is not used; {count} records have it"
             expected = "a key that is used, or known as metadata"
-            fault = Fault(UNKNOWN_KEY, record.index, record.id, key, expected, came)
-            self.faults.append(fault)
-        self.faults.sort(key=lambda fault: -1 if fault.index is None else fault.index)
+            issue = RecordIssue(UNKNOWN_KEY, record.index, record.id, key, expected, actual)
+            self.issues.append(issue)
+        self.issues.sort(key=lambda issue: -1 if issue.index is None else issue.index)
         if progress is not None:
             progress(self._signature[0], self._signature[0])
         self._places = torch.tensor(places, dtype=torch.int64).reshape(-1, 4)
@@ -206,21 +235,21 @@ class Records:
         return len(self._places)
 
     def __getitem__(self, number: int) -> Record:
-        """The good record of this number, counted from 0 without the bad ones.
+        """The good record with this number, counted from 0 without the bad ones.
 
         Raises:
-            RuntimeError: if the file was changed in its place meanwhile. One that another took the
-                place of is read on, but in processes started later.
+            RuntimeError: the file was changed in place. If it was replaced by another file, the old
+                file is still read, except in processes that start later.
         """
         index, start, end, _ = self._places[number].tolist()
         try:
-            return parse(json.loads(os.pread(self._file, end - start, start)), index)
-        except ValueError:  # which it was not before
+            return parse_record(json.loads(os.pread(self._file, end - start, start)), index)
+        except ValueError:  # it was valid JSON before
             raise self._changed() from None
 
     @property
-    def pictured(self) -> torch.Tensor:
-        """Which of the good records have an image, ``(records,)`` bool."""
+    def has_image(self) -> torch.Tensor:
+        """Whether each good record has an image, ``(records,)`` bool."""
         return self._places[:, 3].bool()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -228,7 +257,7 @@ class Records:
         self._open()
 
     def _open(self) -> None:
-        """A descriptor that forked workers share, which no other process's seeking can disturb."""
+        """Open the file; positioned reads are safe in forked workers that share the descriptor."""
         self._file = os.open(self.path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
         if _signature(os.fstat(self._file)) != self._signature:
@@ -238,6 +267,7 @@ class Records:
         return RuntimeError(f"{self.path} has changed since it was read: start again")
 
     def _lines_of(self) -> Iterator[tuple[Any, int, int]]:
+        """Yield content and byte range of each line of JSONL."""
         start = 0
         with self.path.open("rb") as file:
             for line in file:
@@ -252,7 +282,7 @@ class Records:
                 start = end
 
     def _list_of(self) -> Iterator[tuple[Any, int, int]]:
-        """Contents and places in bytes, of a JSON list, in one pass over its text."""
+        """Yield content and byte range of each element of a JSON list, in one pass."""
         content = self.path.read_bytes()
         bytes_before = 3 * content.startswith(b"\xef\xbb\xbf")
         try:
@@ -261,8 +291,8 @@ class Records:
             decode, ascii_only = json.JSONDecoder().raw_decode, text.isascii()
             at = _after_space(text, 0)
             if text[at : at + 1] != "[":
-                came = shown(json.loads(text))
-                raise BadRecord(Fault("top level", None, None, "top level", "a list", came))
+                actual = describe(json.loads(text))
+                raise BadRecord(RecordIssue("top level", None, None, "top level", "a list", actual))
             at = _after_space(text, at + 1)
             closed = text[at : at + 1] == "]"
             while not closed:
@@ -284,10 +314,12 @@ class Records:
             raise BadRecord(_not_json(error, None)) from None
 
 
-def _not_json(error: Exception, index: int | None) -> Fault:
+def _not_json(error: Exception, index: int | None) -> RecordIssue:
     where = "line" if index is not None else "top level"
-    came = "lists or objects nested too deeply" if isinstance(error, RecursionError) else str(error)
-    return Fault("not JSON", index, None, where, "JSON in UTF-8", came)
+    actual = (
+        "lists or objects nested too deeply" if isinstance(error, RecursionError) else str(error)
+    )
+    return RecordIssue("not JSON", index, None, where, "JSON in UTF-8", actual)
 
 
 def _after_space(text: str, at: int) -> int:

@@ -1,4 +1,4 @@
-"""A batch in spite of what a processor refuses: the item is named, and another may stand in."""
+"""Collate items, replacing those that a processor refuses."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from vlm_fast.training.data.record_errors import BadRecord, Fault, shown
+from vlm_fast.training.data.record_errors import BadRecord, RecordIssue, describe
 
 REFUSED = "refused by the processor"
-WORDS = 300  # characters of what the processor says
+WORDS = 300  # characters of the processor's message
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 class Item(Protocol):
-    """An example or a caption; ``instead`` gives another for it, where one may stand in."""
+    """An example or a caption; ``replacement`` returns another one if this may be replaced."""
 
     @property
     def id(self) -> str: ...
@@ -25,33 +25,33 @@ class Item(Protocol):
     @property
     def file(self) -> str | None: ...
     @property
-    def instead(self) -> Callable[[Fault], Any] | None: ...
+    def replacement(self) -> Callable[[RecordIssue], Any] | None: ...
 
 
 Some = TypeVar("Some", bound=Item)
 Batch = TypeVar("Batch")
 
 
-def batch_of(items: Sequence[Some], make: Callable[[Sequence[Some]], Batch]) -> Batch:
-    """``make(items)``. Where it fails, each item is tried alone, and those refused are replaced.
+def collate_or_replace(items: Sequence[Some], make: Callable[[Sequence[Some]], Batch]) -> Batch:
+    """Call ``make(items)``; if it fails, try each item alone and replace those that are refused.
 
     Raises:
-        BadRecord: naming an item that is refused alone, if nothing may stand in for it.
-        Exception: what ``make`` raises, where each item alone is accepted.
+        BadRecord: an item is refused alone and has no replacement.
+        Exception: from ``make``, if it accepts each item alone.
     """
     try:
         return make(items)
     except OUT_OF_MEMORY:
         raise
     except Exception:
-        taken = [_accepted(item, make) for item in items]
+        taken = [_accepted_or_replacement(item, make) for item in items]
         if all(now is before for now, before in zip(taken, items, strict=True)):
             raise
     return make(taken)
 
 
-def _accepted(item: Some, make: Callable[[Sequence[Some]], object]) -> Some:
-    """The item, or the first that stands in for it and is not refused."""
+def _accepted_or_replacement(item: Some, make: Callable[[Sequence[Some]], object]) -> Some:
+    """The item if it is accepted, or its first replacement that is."""
     while True:
         try:
             make([item])
@@ -59,18 +59,18 @@ def _accepted(item: Some, make: Callable[[Sequence[Some]], object]) -> Some:
         except OUT_OF_MEMORY:
             raise
         except BadRecord as bad:
-            if bad.fault is None:
+            if bad.issue is None:
                 raise
-            fault, cause = replace(bad.fault, index=item.index, id=item.id), bad.__cause__
+            issue, cause = replace(bad.issue, index=item.index, id=item.id), bad.__cause__
         except Exception as error:
-            fault, cause = _refusal(item, error), error
-        if item.instead is None:
-            raise BadRecord(fault) from cause
-        item = item.instead(fault)
+            issue, cause = _issue_of(item, error), error
+        if item.replacement is None:
+            raise BadRecord(issue) from cause
+        item = item.replacement(issue)
 
 
-def _refusal(item: Item, error: Exception) -> Fault:
-    words = f"{type(error).__name__}: {shown(str(error), WORDS)}"
+def _issue_of(item: Item, error: Exception) -> RecordIssue:
+    words = f"{type(error).__name__}: {describe(str(error), WORDS)}"
     field = "conversations" if item.file is None else "image"
-    came = words if item.file is None else f"{shown(item.file)}: {words}"
-    return Fault(REFUSED, item.index, item.id, field, "a record that it takes", came)
+    actual = words if item.file is None else f"{describe(item.file)}: {words}"
+    return RecordIssue(REFUSED, item.index, item.id, field, "a record that it takes", actual)

@@ -1,4 +1,4 @@
-"""BLIP-2's second stage: query outputs as a soft prompt before a frozen language model."""
+"""BLIP-2's second stage: query outputs as a soft prompt for a frozen language model."""
 
 from __future__ import annotations
 
@@ -15,19 +15,27 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def freeze(module: M) -> M:
-    """Ask for no gradients of any parameter, and switch dropout off; returns the module.
+    """Set ``requires_grad`` of all parameters to False and switch to eval mode.
 
-    Gradients still pass through it, as stage 2 needs them to: under ``torch.no_grad`` the Q-Former
-    in front would learn nothing. ``train()`` on a parent switches dropout on again.
+    Gradients still flow through the module to its inputs, which stage 2 needs; ``torch.no_grad``
+    would cut them off. ``train()`` on a parent module switches dropout on again.
+
+    Returns:
+        The module itself.
     """
     return module.requires_grad_(False).eval()
 
 
 def soft_prompt(qformer_output: Tensor, projection: Any) -> Tensor:
-    """``(batch, queries, hidden)`` to ``(batch, queries, width of the language model)``.
+    """Project query outputs to the width of the language model (arXiv 2301.12597, section 3.3).
 
-    BLIP-2, section 3.3: a linear projection, here in its own dtype, since checkpoints keep the
-    Q-Former in fp32.
+    Args:
+        qformer_output: ``(batch, queries, hidden)``. It is converted to the dtype of the
+            projection, because checkpoints keep the Q-Former in fp32.
+        projection: a linear layer.
+
+    Returns:
+        ``(batch, queries, width of the language model)``.
     """
     return projection(qformer_output.to(projection.weight.dtype))
 
@@ -39,25 +47,25 @@ def stage2_loss(
     attention_mask: Tensor,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """Language modelling of text behind a soft prompt (arXiv 2301.12597, section 3.3).
+    """Language-modelling loss of text after a soft prompt (arXiv 2301.12597, section 3.3).
 
-    The query outputs, projected, come first, then the embedded text; the loss is that of the text
-    alone, its first token being predicted from the last query. Logits are made for the text alone
-    where the language model can (``logits_to_keep``).
+    The input of the language model is the projected query outputs followed by the embedded text.
+    The loss covers the text only; the last query predicts its first token. If the language model
+    has ``logits_to_keep``, logits are computed for the text only.
 
     Args:
-        model: transformers' ``Blip2ForConditionalGeneration`` with a decoder, or a module with its
-            ``query_tokens``, ``qformer``, ``language_projection`` and ``language_model``; see
-            `freeze` for the latter. ``vision_model`` for pixels.
-        images: ``(batch, patches, width)`` of the vision encoder, or ``(batch, channels, height,
-            width)`` pixels. An encoder none of whose parameters want gradients runs without a
+        model: transformers' ``Blip2ForConditionalGeneration`` with a decoder, or a module with
+            ``query_tokens``, ``qformer``, ``language_projection`` and ``language_model``, and for
+            pixels ``vision_model``. The language model should be frozen, see `freeze`.
+        images: outputs of the vision encoder ``(batch, patches, width)``, or pixels ``(batch,
+            channels, height, width)``. A vision encoder without trainable parameters runs without a
             graph.
         input_ids, attention_mask: ``(batch, tokens)`` of the text, padded at the end.
-        labels: ``(batch, tokens)`` int64, not shifted, -100 where a token does not count, as in a
-            question; None is every token that is not padding.
+        labels: ``(batch, tokens)`` int64, not shifted, -100 for tokens that do not count, such as
+            those of a question. None counts every token that is not padding.
 
     Returns:
-        A scalar, in float32 at least: the mean over tokens that count.
+        A scalar, float32 or wider: the mean over tokens that count.
 
     Raises:
         TypeError: an argument is not a tensor, or labels are not int64.

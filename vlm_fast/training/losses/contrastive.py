@@ -1,4 +1,4 @@
-"""Image-text contrast over the batches of all ranks, and the negatives it finds hard."""
+"""Image-text contrastive loss over the batches of all ranks, and sampling of hard negatives."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from torch import Tensor
 from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
 from vlm_fast.ops.max_similarity import max_similarity
 from vlm_fast.training.losses.rank_exchange import (
-    Facts,
+    Sizes,
+    all_to_all_rows,
+    check_same_on_ranks,
     gather_rows,
-    refuse_uneven,
-    trade_rows,
-    world_of,
+    get_world,
 )
 
 
-class Contrast(NamedTuple):
-    """The contrastive loss, and the logits of this rank's rows against all of the other kind."""
+class ContrastiveOutput(NamedTuple):
+    """The result of `itc_loss`.
+
+    Attributes:
+        loss: scalar.
+        similarity_i2t: ``(batch, ranks * batch)`` logits of this rank's images against all texts.
+        similarity_t2i: ``(batch, ranks * batch)`` logits of this rank's texts against all images.
+    """
 
     loss: Tensor
     similarity_i2t: Tensor
@@ -37,47 +43,48 @@ def itc_loss(
     local_loss: bool = True,
     check_sizes: bool = True,
     group: Any = None,
-) -> Contrast:
-    """Image-text contrast of BLIP-2 (arXiv 2301.12597, section 3.2).
+) -> ContrastiveOutput:
+    """Image-text contrastive loss of BLIP-2 (arXiv 2301.12597, section 3.2).
 
-    A similarity is the largest over the queries of an image (`ops.max_similarity`), divided by
-    the temperature; the loss is the mean of the cross entropies of images among all texts and of
-    texts among all images, the own pair being the target.
+    The similarity of an image and a text is the largest over the image's queries
+    (`ops.max_similarity`), divided by the temperature. The loss is the mean of two cross entropies,
+    of images among all texts and of texts among all images, whose target is the matching pair.
 
-    In a process group each rank scores its images against the texts of all ranks. Of images only
-    these scores travel: ``ranks * batch ** 2`` numbers, and not ``queries * features`` a row.
-    Gradients cross ranks, so that what data parallelism averages is the gradient of one process
-    with the whole batch. Without a group, or with one rank, no collective is called.
+    In a process group each rank compares its images with the texts of all ranks. Of the images only
+    similarities are sent: ``ranks * batch ** 2`` numbers instead of ``queries * features`` per
+    image. Gradients flow across ranks, so that the gradient that data parallelism averages is the
+    gradient of one process with the whole batch. With one rank no collective is called.
 
     Args:
         image_features: ``(batch, queries, features)``, normalised over the last dimension.
         text_features: ``(batch, features)``, normalised.
-        temperature: a positive number, or a floating tensor of one element, as a learnable
-            parameter is. A tensor on a GPU is not looked at: that would wait for the device.
+        temperature: a positive number, or a floating tensor with one element, such as a learnable
+            parameter. The value of a tensor on a GPU is not checked, because reading it would wait
+            for the device.
         label_smoothing: from 0 to 1; LAVIS trains with 0.1.
-        local_loss: each rank takes the loss of its own rows; else all ranks that of all rows, so
-            that every rank reports the same number. Averaged gradients are the same.
-        check_sizes: gather sizes and dtypes first and raise everywhere, if ranks differ, rather
-            than wait for ever or read one dtype as another. A small collective that the host reads;
-            leave it out where batches and dtypes are even.
+        local_loss: if True, the loss of each rank is the one of its own rows. If False, it is the
+            loss of all rows, so that every rank reports the same number. Averaged gradients are the
+            same.
+        check_sizes: gather sizes and dtypes first and raise on every rank if they differ. Without
+            this check, ranks that differ wait forever or misread bytes. It is a small collective
+            that the host reads; switch it off if all batches and dtypes are known to be equal.
         group: the process group; None is the default one.
 
     Returns:
-        The loss, and the logits of own images and of own texts, ``(batch, ranks * batch)`` each.
-        All in float32 at least, and differentiable.
+        The loss and the logits, float32 or wider, differentiable.
 
     Raises:
         TypeError: a feature is not a floating tensor, or dtypes differ.
-        ValueError: shapes or devices do not fit, a temperature that is not positive, smoothing
-            out of range; ranks differ in their sizes or dtypes, on every rank.
+        ValueError: shapes or devices do not fit, the temperature is not positive, or the smoothing
+            is out of range; on every rank, if ranks differ in sizes or dtypes.
     """
     _check(image_features, text_features, temperature, label_smoothing)
     batch, queries, features = image_features.shape
-    world = world_of(group)
+    world = get_world(group)
     if check_sizes:
-        facts: Facts = {"batch": batch, "queries": queries, "features": features}
+        facts: Sizes = {"batch": batch, "queries": queries, "features": features}
         facts["dtype"] = image_features.dtype
-        refuse_uneven("itc_loss", facts, image_features.device, group)
+        check_same_on_ranks("itc_loss", facts, image_features.device, group)
     if batch == 0:
         wanted = "(batch, queries, features), one row at least"
         raise wrong_value("itc_loss", "image_features", image_features, wanted)
@@ -87,42 +94,42 @@ def itc_loss(
     similarity = max_similarity(image_features, gather_rows(text_features, group)).to(wide)
     own = slice(world.rank * batch, (world.rank + 1) * batch)
     if local_loss:
-        # The texts' rows are columns that other ranks hold: a block from each.
+        # The rows of the transposed matrix are columns of other ranks: receive one block from each.
         even = [batch] * world.size
-        blocks = trade_rows(similarity.t(), even, even, group)
+        blocks = all_to_all_rows(similarity.t(), even, even, group)
         i2t = similarity / temperature
         t2i = blocks.unflatten(0, (world.size, batch)).transpose(0, 1).flatten(1) / temperature
         target = torch.arange(own.start, own.stop, device=i2t.device)
         loss = _mean_cross_entropy(i2t, t2i, target, label_smoothing)
-        return Contrast(loss, i2t, t2i)
+        return ContrastiveOutput(loss, i2t, t2i)
     logits = gather_rows(similarity, group) / temperature
     target = torch.arange(len(logits), device=logits.device)
     loss = _mean_cross_entropy(logits, logits.t(), target, label_smoothing)
-    return Contrast(loss, logits[own], logits.t()[own])
+    return ContrastiveOutput(loss, logits[own], logits.t()[own])
 
 
 def hard_negatives(
     similarity: Tensor, rank_offset: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """One wrong partner for each row, drawn with the probabilities of ``softmax(similarity)``.
+    """Sample one negative for each row with the probabilities ``softmax(similarity)``.
 
-    The own pair is left out. Where all others are -inf, each of them is as likely. Drawn by the
-    largest of logits with Gumbel noise, which is the distribution of ``torch.multinomial`` without
-    its normalisation and without a host read.
+    The matching pair is never drawn. If all other logits of a row are -inf, they are equally
+    likely. The sample is the largest logit after Gumbel noise, which has the distribution of
+    ``torch.multinomial`` but needs no normalisation and no read by the host.
 
     Args:
-        similarity: ``(batch, ranks * batch)`` logits: `Contrast.similarity_i2t` chooses texts,
-            ``similarity_t2i`` images.
-        rank_offset: the column of the first row's own pair: rank * batch.
-        generator: of the device of ``similarity``.
+        similarity: ``(batch, ranks * batch)`` logits: ``similarity_i2t`` of `ContrastiveOutput`
+            draws texts, ``similarity_t2i`` draws images.
+        rank_offset: the column of the first row's matching pair, rank * batch.
+        generator: on the device of ``similarity``.
 
     Returns:
-        ``(batch,)`` int64, numbers of columns.
+        ``(batch,)`` int64, column numbers.
 
     Raises:
-        TypeError: similarity is not a floating tensor.
-        ValueError: it is not ``(batch, columns)``, the own pairs lie beyond it, or there is but
-            one column, which leaves no negative.
+        TypeError: ``similarity`` is not a floating tensor.
+        ValueError: it is not ``(batch, columns)``, the matching pairs are out of range, or there is
+            only one column, so that there is no negative.
     """
     name = "hard_negatives"
     if not isinstance(similarity, Tensor):
@@ -166,7 +173,17 @@ def _check(
 def check_pairs(
     name: str, image_features: Tensor, text_features: Tensor, dimensions: int, wanted: str
 ) -> None:
-    """Refuse features that are not of pairs: of one batch, width, floating dtype and device."""
+    """Check image and text features: equal batch, width, floating dtype and device.
+
+    Args:
+        name: of the public function that checks, for the message.
+        dimensions: of ``image_features``.
+        wanted: the shape of ``image_features`` in words.
+
+    Raises:
+        TypeError: a feature is not a floating tensor, or dtypes differ.
+        ValueError: shapes or devices do not fit.
+    """
     for argument, value in (("image_features", image_features), ("text_features", text_features)):
         if not isinstance(value, Tensor):
             raise not_a_tensor(name, argument, value)
@@ -186,7 +203,13 @@ def check_pairs(
 
 
 def check_number(name: str, argument: str, value: float | Tensor, *, above: float) -> None:
-    """Refuse what is no finite number above ``above``; a tensor on a GPU is not looked at."""
+    """Check that ``value`` is one finite number greater than ``above``.
+
+    The value of a tensor on a GPU is not read, because that would wait for the device.
+
+    Raises:
+        ValueError: it is not.
+    """
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
             raise wrong_value(name, argument, value, "a floating tensor of one element")

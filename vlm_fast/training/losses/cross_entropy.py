@@ -1,4 +1,4 @@
-"""Text generation: the loss over a vocabulary, and the head that it belongs to."""
+"""Language-modelling loss over a vocabulary in chunks, and BERT's language-model head."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from vlm_fast.ops.argument_errors import no_double_backward, not_a_tensor, wrong_type, wrong_value
 
 LIGER = importlib.util.find_spec("liger_kernel") is not None
-# Logits in memory at a time: enough rows for a GEMM to be efficient at a vocabulary of 30,000.
-LOGITS = {"cpu": 2**22, "cuda": 2**25}
+# Number of logits in memory at a time. Enough rows for an efficient GEMM at a vocabulary of 30,000.
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**25}
 
 
 class LanguageModelHead(nn.Module):
-    """BERT's head over the vocabulary: dense, GELU, layer norm, and a decoder with a bias.
+    """BERT's language-model head: linear, GELU, layer norm, and a decoder with a bias.
 
-    The decoder shares its weight with the word embeddings. Parameters are named as in BERT's
-    ``cls.predictions``, which is also that of LAVIS' Q-Former.
+    The decoder shares its weight with the word embeddings. Parameters have the names of BERT's
+    ``cls.predictions``, which LAVIS' Q-Former uses as well.
 
     Args:
         word_embeddings: ``nn.Embedding(vocabulary, hidden)``.
-        layer_norm_eps: of the layer norm.
+        layer_norm_eps: epsilon of the layer norm.
     """
 
     def __init__(self, word_embeddings: nn.Embedding, *, layer_norm_eps: float = 1e-12) -> None:
@@ -47,7 +47,7 @@ class LanguageModelHead(nn.Module):
         self.decoder.bias = nn.Parameter(torch.zeros(vocabulary, **like))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """``(..., hidden)`` to logits ``(..., vocabulary)``."""
+        """Compute logits ``(..., vocabulary)`` from hidden states ``(..., hidden)``."""
         return self.decoder(self.transform(hidden))
 
 
@@ -60,28 +60,30 @@ def itg_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """The cross entropy of each token given those before it, without a tensor of all logits.
+    """Image-grounded text generation loss of BLIP-2: next-token cross entropy in chunks.
 
-    ``F.cross_entropy(F.linear(hidden[:, :-1], weight, bias), labels[:, 1:])``, computed in chunks
-    of tokens, with the gradients in forward: by Liger's fused kernel on a GPU, if Liger is
-    installed, and otherwise by PyTorch's GEMMs, fp32 between them. (PyTorch's own
-    ``linear_cross_entropy`` makes all logits as soon as labels are smoothed.)
+    Computes ``F.cross_entropy(F.linear(hidden[:, :-1], weight, bias), labels[:, 1:])`` (arXiv
+    2301.12597, section 3.2) without a tensor of all logits. Gradients are computed in forward. On a
+    GPU Liger's fused kernel is used if Liger is installed; otherwise PyTorch's GEMMs with float32
+    between them. (PyTorch's own ``linear_cross_entropy`` makes all logits as soon as labels are
+    smoothed.)
 
     Args:
-        hidden: ``(batch, tokens, hidden)``, before the projection to the vocabulary.
+        hidden: ``(batch, tokens, hidden)``, the input of the projection to the vocabulary.
         weight, bias: of that projection, ``(vocabulary, hidden)`` and ``(vocabulary,)`` or None.
-        labels: ``(batch, tokens)`` int64, not shifted: the token at each place.
+        labels: ``(batch, tokens)`` int64, not shifted: the token at each position.
         label_smoothing: from 0 to 1; LAVIS' Q-Former is trained with 0.1.
-        ignore_index: the label of tokens that do not count, as padding.
+        ignore_index: label of tokens that do not count, such as padding.
 
     Returns:
-        A scalar, the mean over labels that count; NaN if there is none. In float32 at least.
-        Differentiable once: backward with ``create_graph`` raises RuntimeError. In fp16 a scaled
-        loss, as of ``torch.amp.GradScaler``, keeps small gradients, and overflows in backward only.
+        A scalar, float32 or wider: the mean over tokens that count, NaN if there are none.
+            Differentiable once. In fp16 small gradients survive if the loss is scaled, for example
+            by ``torch.amp.GradScaler``; they can overflow only in backward.
 
     Raises:
         TypeError: an argument is not a tensor of its kind, or dtypes differ outside autocast.
         ValueError: shapes or devices do not fit, or smoothing is out of range.
+        RuntimeError: in backward with ``create_graph``.
     """
     _check(hidden, weight, labels, bias, label_smoothing)
     device = hidden.device.type
@@ -100,22 +102,22 @@ def itg_loss(
                 rows, weight, targets, bias,
                 ignore_index=ignore_index, label_smoothing=label_smoothing,
             )  # fmt: skip
-            return _Once.apply(loss)
-        if device == "cpu":  # where it costs no wait, padding is not even multiplied
+            return _OnceDifferentiable.apply(loss)
+        if device == "cpu":  # boolean indexing costs no wait here, so skip padding
             counts = targets != ignore_index
             rows, targets = rows[counts], targets[counts]
         return _LinearCrossEntropy.apply(rows, weight, bias, targets, label_smoothing, ignore_index)
 
 
 def _liger_serves(rows: Tensor, weight: Tensor) -> bool:
-    # It gives no gradient to the weight where the hidden states need none, and in fp16 it rounds
+    # Liger returns no gradient for the weight if the hidden states need none, and in fp16 it rounds
     # gradients before a loss scale reaches them.
     wanted = rows.requires_grad or not weight.requires_grad
     return LIGER and rows.is_cuda and wanted and rows.dtype != torch.float16
 
 
-class _Once(torch.autograd.Function):
-    """The loss as it is: gradients found in forward are constants, so none is taken of them."""
+class _OnceDifferentiable(torch.autograd.Function):
+    """Identity that refuses a second derivative: gradients computed in forward are constants."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = counted.sum()
         scale = 1 / count.clamp(min=1).to(wide)
         total = rows.new_zeros((), dtype=wide)
-        step = max(LOGITS["cuda" if rows.is_cuda else "cpu"] // max(len(weight), 1), 1)
+        step = max(LOGITS_AT_ONCE["cuda" if rows.is_cuda else "cpu"] // max(len(weight), 1), 1)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             keep = counted[part, None]
@@ -162,7 +164,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += loss.masked_fill_(~keep, 0.0).sum()
             if drows is None and dweight is None and dbias is None:
                 continue
-            # Not divided by the count yet: in fp16 most of these would then be zero.
+            # Divide by the count later: in fp16 most of these values would become zero.
             dlogits = logits.sub_(norm).exp_()
             if smoothing:
                 dlogits -= smoothing / len(weight)
@@ -171,16 +173,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dbias is not None:
                 dbias += dlogits.sum(0)
             if drows is not None and undo_rows is not None:
-                fitting, undo_rows[part] = _fit(dlogits, rows.dtype, 1, weight)
+                fitting, undo_rows[part] = _scale_to_fit(dlogits, rows.dtype, 1, weight)
                 torch.mm(fitting, weight, out=drows[part])
             if dweight is not None and wide == rows.dtype:
                 dweight.addmm_(dlogits.t(), rows[part])
             elif dweight is not None:
-                fitting, undo = _fit(dlogits, rows.dtype, 0, rows[part])
+                fitting, undo = _scale_to_fit(dlogits, rows.dtype, 0, rows[part])
                 dweight.addcmul_(torch.mm(fitting.t(), rows[part]), undo)
         undo_weight = None
         if dweight is not None:
-            dweight, undo_weight = _fit(dweight.mul_(scale), weight.dtype)
+            dweight, undo_weight = _scale_to_fit(dweight.mul_(scale), weight.dtype)
         ctx.save_for_backward(
             drows, None if undo_rows is None else undo_rows.mul_(scale),
             dweight, undo_weight,
@@ -191,7 +193,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph; once_differentiable would give constants
+        # create_graph is set; `once_differentiable` would silently return constants
+        if torch.is_grad_enabled():
             raise no_double_backward("itg_loss")
         found: list[Tensor | None] = []
         saved = ctx.saved_tensors
@@ -201,15 +204,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *found, None, None, None
 
 
-def _fit(
+def _scale_to_fit(
     tensor: Tensor, dtype: torch.dtype, dim: int | None = None, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``tensor`` in ``dtype``, and the number that undoes the scale it was given.
+    """Convert ``tensor`` to ``dtype`` with a scale that avoids overflow; return the inverse too.
 
-    A loss is scaled because its gradients may be smaller than what fp16 holds, and that scale is
-    not known in forward. So numbers get the largest power of two with which they stay in range,
-    and with ``dim`` also their product with ``factor``, summed over ``dim``: one power a row of
-    the tensor where rows stay apart, else one for all.
+    A user scales the loss because gradients can be too small for fp16, but that scale is unknown in
+    forward. So values are multiplied by the largest power of two that keeps them in range. With
+    ``dim`` also the product with ``factor``, summed over ``dim``, stays in range; then there is one
+    scale per row if rows stay separate, else one for all.
     """
     factor = tensor if factor is None else factor
     if dtype != torch.float16 or 0 in (tensor.numel(), factor.numel()):

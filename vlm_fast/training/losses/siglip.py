@@ -1,4 +1,4 @@
-"""SigLIP's loss over the batches of all ranks: every pair of an image and a text on its own."""
+"""SigLIP's pairwise sigmoid loss over the batches of all ranks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from vlm_fast.ops.argument_errors import no_double_backward, wrong_value
 from vlm_fast.training.losses import rank_exchange
 from vlm_fast.training.losses.contrastive import check_number, check_pairs
-from vlm_fast.training.losses.cross_entropy import LOGITS
-from vlm_fast.training.losses.rank_exchange import Facts, World, pass_on, visits
+from vlm_fast.training.losses.cross_entropy import LOGITS_AT_ONCE
+from vlm_fast.training.losses.rank_exchange import Sizes, World, ring_blocks, ring_shift
 
 
 def siglip_loss(
@@ -28,57 +28,60 @@ def siglip_loss(
 ) -> Tensor:
     """The sigmoid loss of SigLIP (arXiv 2303.15343, equation 1 and algorithm 1).
 
-    ``-logsigmoid(label * (scale * image @ text + bias))``, where the label is 1 for an image and
-    its text and -1 for all others, summed over all pairs and divided by the number of images. The
-    sign of the bias is that of algorithm 1.
+    ``-logsigmoid(label * (scale * image @ text + bias))``, where the label is 1 for a matching pair
+    and -1 for all others, summed over all pairs and divided by the number of images. The sign of
+    the bias is the one of algorithm 1.
 
-    In a process group images stay where they are and texts travel around the ring of ranks
-    (section 3.3), in their own dtype: a rank holds its own texts, those that it works on and those
-    that arrive, and a part of the logits of these. Backward sends them around again, together with
-    their gradients in float32 at least, and so every rank has to run it. What data parallelism
-    averages, the loss and the gradients, is that of one process with the whole batch. Without a
-    group, or with one rank, no collective is called.
+    In a process group images stay on their rank and texts travel around the ring of ranks (section
+    3.3), in their own dtype. A rank holds its own texts, the block it works on, the block that
+    arrives, and some of the logits. Backward sends the texts around again, together with their
+    gradients in float32 or wider, so every rank has to run it. The loss and gradients that data
+    parallelism averages are those of one process with the whole batch. With one rank no collective
+    is called.
 
-    Batches may differ among ranks, and a rank may have none: a last batch, or text without images.
+    Batch sizes may differ between ranks, and may be 0.
 
     Args:
         image_features, text_features: ``(batch, features)`` each, normalised over the last
-            dimension; a text for each image, of one dtype.
-        scale: what multiplies similarities: the exponential of SigLIP's learnable logarithm, which
-            starts at log 10. A positive number, or a floating tensor of no dimension. A tensor on a
-            GPU is not looked at: that would wait for the device.
-        bias: what is added; SigLIP's starts at -10. A number or a tensor, as the scale.
-        check_sizes: gather the sizes and dtypes of all ranks first, so that batches may differ. A
-            small collective that the host reads; leave it out where batches and dtypes are even.
+            dimension, in one dtype; row i of both is a matching pair.
+        scale: factor of similarities, the exponential of SigLIP's learnable logarithm (which starts
+            at log 10). A positive number or a floating 0-dimensional tensor. The value of a tensor
+            on a GPU is not checked, because reading it would wait for the device.
+        bias: added to scaled similarities; SigLIP starts at -10. A number or a tensor like
+            ``scale``.
+        check_sizes: gather sizes and dtypes of all ranks first, so that batches may differ. It is a
+            small collective that the host reads; switch it off if batches and dtypes are known to
+            be equal.
         group: the process group; None is the default one.
 
     Returns:
-        A scalar, computed in float32 at least, also under autocast; differentiable once: backward
-        with ``create_graph`` raises RuntimeError.
+        A scalar, computed in float32 or wider, also under autocast. Differentiable once.
 
     Raises:
         TypeError: a feature is not a floating tensor, or dtypes differ.
-        ValueError: shapes or devices do not fit, a scale that is not positive, a bias that is not
-            finite; no rank has a row; ranks differ in features or in dtype, on every rank.
+        ValueError: shapes or devices do not fit, the scale is not positive, the bias is not finite,
+            or no rank has a row; on every rank, if ranks differ in features or dtype.
+        RuntimeError: in backward with ``create_graph``.
     """
     name, wanted = "siglip_loss", "(batch, features)"
     check_pairs(name, image_features, text_features, 2, wanted)
     check_number(name, "scale", scale, above=0.0)
     check_number(name, "bias", bias, above=-math.inf)
     batch, features = image_features.shape
-    world = rank_exchange.world_of(group)
+    world = rank_exchange.get_world(group)
     batches = [batch] * world.size
     if check_sizes:
-        own: Facts = {"batch": batch, "features": features, "dtype": text_features.dtype}
-        facts = rank_exchange.facts_of_ranks(own, image_features.device, group)
+        own: Sizes = {"batch": batch, "features": features, "dtype": text_features.dtype}
+        facts = rank_exchange.gather_sizes(own, image_features.device, group)
         batches = facts.pop("batch")
-        rank_exchange.refuse_different(name, facts)
+        rank_exchange.check_same(name, facts)
     if sum(batches) == 0:
         wanted += ", one row at least"
         raise wrong_value(name, "image_features", image_features, wanted)
     device, wide = image_features.device, torch.promote_types(image_features.dtype, torch.float32)
     with torch.autocast(device.type, enabled=False):
-        # Here, so that autograd returns gradients in the dtype and on the device they came from.
+        # Converted outside the Function, so that autograd returns gradients in the original dtype
+        # and on the original device.
         numbers = (torch.as_tensor(x, dtype=wide, device=device).reshape(()) for x in (scale, bias))
         return _SigmoidLoss.apply(image_features, text_features, *numbers, batches, world, group)
 
@@ -98,15 +101,16 @@ class _SigmoidLoss(torch.autograd.Function):
         ctx.save_for_backward(images, texts, scale, bias)
         ctx.ring = batches, world, group
         scaled, loss = images.to(scale.dtype) * scale, torch.zeros_like(scale)
-        for rank, visiting in visits(texts, *ctx.ring):
-            for _, opposed in _opposed(scaled, visiting, bias, own=rank == world.rank):
+        for rank, visiting in ring_blocks(texts, *ctx.ring):
+            for _, opposed in _negated_logits(scaled, visiting, bias, own=rank == world.rank):
                 loss -= F.logsigmoid(opposed.neg_()).sum()
-        # So the mean over ranks is that over all images, however many each rank has.
+        # The mean of this over ranks is the mean over all images, also if batches differ.
         return loss * (world.size / sum(batches))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph; once_differentiable would give constants
+        # create_graph is set; `once_differentiable` would silently return constants
+        if torch.is_grad_enabled():
             raise no_double_backward("siglip_loss")
         images, texts, scale, bias = ctx.saved_tensors
         batches, world, group = ctx.ring
@@ -115,35 +119,40 @@ class _SigmoidLoss(torch.autograd.Function):
         dtexts, weighted = None, scaled * weight
         pull, dbias = torch.zeros_like(scaled), torch.zeros_like(bias)
         with torch.autocast(images.device.type, enabled=False):
-            for rank, visiting in visits(texts, *ctx.ring):
+            for rank, visiting in ring_blocks(texts, *ctx.ring):
                 visiting, own = visiting.to(scale.dtype), rank == world.rank
                 dvisiting = torch.zeros_like(visiting)
-                for part, opposed in _opposed(scaled, visiting, bias, own=own):
-                    slope = opposed.sigmoid_()  # of the loss by the logit
+                for part, opposed in _negated_logits(scaled, visiting, bias, own=own):
+                    slope = opposed.sigmoid_()  # derivative of the loss by the logit
                     if own:
                         slope.diagonal(part.start).neg_()
                     dbias += slope.sum()
                     pull[part].addmm_(slope, visiting)
                     dvisiting.addmm_(slope.t(), weighted[part])
-                # What the ranks before have found of these texts has come after them.
+                # Add the gradients that previous ranks computed for these texts; they travel behind
+                # the texts.
                 if dtexts is not None:
                     dvisiting += dtexts()
-                dtexts = pass_on(dvisiting, batches[(rank + 1) % world.size], world, group)
-        assert dtexts is not None  # at home, after the last rank
+                dtexts = ring_shift(dvisiting, batches[(rank + 1) % world.size], world, group)
+        assert dtexts is not None  # the ring is complete: these are gradients of this rank's texts
         dscale = (pull * images).sum() * weight
         dimages = pull.mul_(scale * weight).to(images.dtype)
         return dimages, dtexts().to(texts.dtype), dscale, dbias * weight, None, None, None
 
 
-def _opposed(
+def _negated_logits(
     scaled: Tensor, texts: Tensor, bias: Tensor, *, own: bool
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Logits of some images at a time, with the sign against that of the label.
+    """Yield slices of images with their logits, multiplied by minus the label.
 
-    ``own``: the texts are those of the images, so that the diagonal has the label 1.
+    Args:
+        scaled: image features times the scale, ``(images, features)``.
+        texts: ``(texts, features)``.
+        bias: scalar.
+        own: whether the texts belong to these images, so that the diagonal has label 1.
     """
     texts = texts.to(scaled.dtype)
-    step = max(LOGITS["cuda" if texts.is_cuda else "cpu"] // max(len(texts), 1), 1)
+    step = max(LOGITS_AT_ONCE["cuda" if texts.is_cuda else "cpu"] // max(len(texts), 1), 1)
     for start in range(0, len(scaled), step):
         part = slice(start, start + step)
         logits = (scaled[part] @ texts.t()).add_(bias)

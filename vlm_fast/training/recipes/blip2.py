@@ -1,4 +1,4 @@
-"""BLIP-2's two stages as modules whose forward is the loss, for a Trainer or any loop."""
+"""BLIP-2's two training stages as modules whose forward returns the loss."""
 
 from __future__ import annotations
 
@@ -10,46 +10,52 @@ from torch import Tensor, nn
 
 from vlm_fast.training.losses import LanguageModelHead, stage1_loss, stage2_loss
 
-TEMPERATURE = 0.07  # LAVIS' first; it learns, between 0.001 and 0.5
+TEMPERATURE = 0.07  # LAVIS' initial value; it is a parameter, clamped to 0.001..0.5
 HEAD = "stage1_head.safetensors"
 
 
 class Objective(nn.Module):
-    """A transformers model, and the loss it is trained with.
+    """A transformers model together with its training loss, for `transformers.Trainer` or any loop.
 
     Attributes:
-        model: the model, to save.
-        losses: the terms of the last forward's loss, detached.
+        model: the transformers model.
+        losses: the terms of the latest loss by name, detached.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
         self.losses: dict[str, Tensor] = {}
-        self.register_state_dict_post_hook(_once)
-        self.register_load_state_dict_pre_hook(_twice)
+        self.register_state_dict_post_hook(_drop_aliases)
+        self.register_load_state_dict_pre_hook(_add_aliases)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """As the model's own."""
+        """Enable gradient checkpointing of the model; takes the arguments of its own method."""
         self.model.gradient_checkpointing_enable(*args, **kwargs)
 
     def save(self, folder: Path) -> None:
-        """What belongs to the stage and not to the model, in files of its own; nothing here."""
+        """Save parameters of the stage that are not part of the model, in files of their own.
+
+        The base class has none.
+
+        Args:
+            folder: where the model is saved.
+        """
 
 
 class Stage1Objective(Objective):
-    """Contrast, matching and generation over the frozen tower: `objectives.stage1_loss`.
+    """BLIP-2's stage 1 over a frozen vision encoder, with the loss `losses.stage1_loss`.
 
-    Contrast is over the batches of all ranks at once; micro-batches that are accumulated do not see
-    each other. The head of generation shares its weight with the word embeddings, and is saved
-    beside the model, with the temperature.
+    The contrastive loss covers the batches of all ranks; accumulated micro-batches do not see each
+    other. The language-model head shares its weight with the word embeddings. Head and temperature
+    are saved in a file beside the model.
 
     Args:
-        model: ``Blip2ForImageTextRetrieval``.
+        model: transformers' ``Blip2ForImageTextRetrieval``.
 
     Attributes:
-        bos_token_id: of [DEC], with which generation begins: the last word, where LAVIS put it,
-            unless it is set to another.
+        bos_token_id: id of [DEC], with which generation starts. The default is the last word of the
+            vocabulary, where LAVIS puts it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,12 +72,15 @@ class Stage1Objective(Objective):
         input_ids: Tensor,
         attention_mask: Tensor,
     ) -> dict[str, Tensor]:
-        """``loss``, and its terms ``itc``, ``itm`` and ``itg``.
+        """Compute the loss.
 
         Args:
             pixel_values: ``(batch, 3, height, width)``.
-            input_ids, attention_mask: ``(batch, tokens)``; see `objectives.stage1_loss`. Tokens
-                are as many on every rank.
+            input_ids, attention_mask: ``(batch, tokens)``, see `losses.stage1_loss`. The number of
+                tokens must be the same on every rank.
+
+        Returns:
+            ``loss`` and its terms ``itc``, ``itm`` and ``itg``, scalars.
         """
         images = self.model.vision_model(pixel_values=pixel_values).last_hidden_state
         found = stage1_loss(
@@ -83,7 +92,7 @@ class Stage1Objective(Objective):
         return {"loss": found.loss, **self.losses}
 
     def save(self, folder: Path) -> None:
-        """The head of generation and the temperature, as ``stage1_head.safetensors``."""
+        """Save the language-model head and the temperature as ``stage1_head.safetensors``."""
         from safetensors.torch import save_file
 
         kept = {n: t for n, t in self.state_dict().items() if not n.startswith("model.")}
@@ -91,10 +100,10 @@ class Stage1Objective(Objective):
 
 
 class Stage2Objective(Objective):
-    """Language modelling behind a soft prompt, the language model frozen: `objectives.stage2_loss`.
+    """BLIP-2's stage 2 with a frozen language model and the loss `losses.stage2_loss`.
 
     Args:
-        model: ``Blip2ForConditionalGeneration`` with a decoder.
+        model: transformers' ``Blip2ForConditionalGeneration`` with a decoder.
     """
 
     def forward(
@@ -104,25 +113,36 @@ class Stage2Objective(Objective):
         attention_mask: Tensor,
         labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """``loss``; the arguments are those of `objectives.stage2_loss`, without image tokens."""
+        """Compute the loss.
+
+        Args:
+            pixel_values: ``(batch, 3, height, width)``.
+            input_ids, attention_mask, labels: ``(batch, tokens)`` of the text, without image
+                tokens, see `losses.stage2_loss`.
+
+        Returns:
+            ``loss``, a scalar.
+        """
         loss = stage2_loss(self.model, pixel_values, input_ids, attention_mask, labels)
         return {"loss": loss}
 
 
 def _aliases(module: nn.Module) -> dict[str, str]:
-    """A parameter's other names, each with its first."""
+    """Map each further name of a shared parameter to its first name."""
     first: dict[int, str] = {}
     every = module.named_parameters(remove_duplicate=False)
     names = [(name, first.setdefault(id(parameter), name)) for name, parameter in every]
     return {name: own for name, own in names if name != own}
 
 
-def _once(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    for name in _aliases(module):  # safetensors saves no tensor twice
+def _drop_aliases(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Remove shared parameters from a state dict except under their first name."""
+    for name in _aliases(module):  # safetensors refuses to save a tensor under two names
         state.pop(prefix + name, None)
 
 
-def _twice(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+def _add_aliases(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Add shared parameters to a state dict under all their names."""
     for name, own in _aliases(module).items():
         if prefix + own in state:
             state[prefix + name] = state[prefix + own]

@@ -1,10 +1,10 @@
-"""What a run tells and minds while Trainer trains: progress, losses, signals, whole checkpoints."""
+"""The Trainer callback of a recipe: progress, a file of losses, stop signals, checkpoints."""
 
 from __future__ import annotations
 
 import json
+import logging
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,61 +18,75 @@ from vlm_fast.training.recipes import checkpoints
 from vlm_fast.training.recipes.blip2 import Objective
 
 LOSSES = "losses.jsonl"
+logger = logging.getLogger(__name__)
 
 
-class Interruption:
-    """Whether a signal came; a launcher sends each more than once, so the first is what counts."""
+class StopSignal:
+    """A signal handler that remembers the first signal. Launchers send a signal more than once.
+
+    Attributes:
+        signal_name: such as "SIGTERM"; None if no signal was received.
+    """
 
     def __init__(self) -> None:
-        self.came: str | None = None
+        self.signal_name: str | None = None
 
     def __call__(self, number: int, frame: Any) -> None:
-        if self.came is None:
-            self.came = signal.Signals(number).name
-            print(
-                f"recipe: {self.came}: saving a checkpoint at the end of this step",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+        if self.signal_name is None:
+            self.signal_name = signal.Signals(number).name
+            logger.info("%s: saving a checkpoint at the end of this step", self.signal_name)
 
     def anywhere(self, device: torch.device) -> bool:
-        """Whether it came on any rank: all have to stop at the same step."""
+        """Whether any rank received a signal. All ranks have to stop at the same step.
+
+        Args:
+            device: of the tensor that is reduced over ranks.
+        """
         if not (dist.is_available() and dist.is_initialized()):
-            return self.came is not None
-        flag = torch.tensor(float(self.came is not None), device=device)
+            return self.signal_name is not None
+        flag = torch.tensor(float(self.signal_name is not None), device=device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
 
 @contextmanager
-def interruptible() -> Iterator[Interruption]:
-    """SIGINT and SIGTERM end a run after its step, with a checkpoint."""
-    interruption = Interruption()
-    with handled(interruption):
-        yield interruption
+def stop_on_signal() -> Iterator[StopSignal]:
+    """Inside, SIGINT and SIGTERM do not interrupt; they ask the run to stop after its step."""
+    stop_signal = StopSignal()
+    with handled(stop_signal):
+        yield stop_signal
 
 
-def callback(
+def make_callback(
     output: Path,
-    interruption: Interruption,
-    count: Callable[[int, int | None], None],
+    stop_signal: StopSignal,
+    progress: Callable[[int, int | None], None],
     trained: torch.nn.Module,
 ) -> Any:
-    """A ``TrainerCallback`` of all this."""
+    """Make the ``TrainerCallback`` of a recipe.
+
+    Args:
+        output: the folder of checkpoints and of ``losses.jsonl``.
+        stop_signal: is asked after each step whether to stop.
+        progress: called with the number of finished steps and the number of all steps.
+        trained: the module that is trained; the loss terms of an `Objective` are logged too.
+    """
     from transformers import TrainerCallback
 
-    class Watch(TrainerCallback):
+    class RecipeCallback(TrainerCallback):
         def __init__(self) -> None:
             self.interrupted = False
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-            count(state.global_step, state.max_steps)
-            if state.is_world_process_zero:  # what an interrupted run logged after its checkpoint
+            progress(state.global_step, state.max_steps)
+            # drops rows that an interrupted run logged after its last checkpoint
+            if state.is_world_process_zero:
                 rows = [row for row in state.log_history if "loss" in row]
                 (output / LOSSES).write_text("".join(map(_line, rows)))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-            count(state.global_step, state.max_steps)
-            if interruption.anywhere(args.device) and state.global_step < state.max_steps:
+            progress(state.global_step, state.max_steps)
+            if stop_signal.anywhere(args.device) and state.global_step < state.max_steps:
                 self.interrupted = True
                 control.should_save = control.should_training_stop = True
 
@@ -86,20 +100,19 @@ def callback(
                 row = state.log_history[-1]
                 with (output / LOSSES).open("a") as file:
                     file.write(_line(row))
-                print(
-                    f"recipe: step {row['step']} of {state.max_steps}: loss {row['loss']:.4g}, "
-                    f"learning rate {row['learning_rate']:.3g}",
-                    file=sys.stderr, flush=True,
+                logger.info(
+                    "step %s of %s: loss %.4g, learning rate %.3g",
+                    row["step"], state.max_steps, row["loss"], row["learning_rate"],
                 )  # fmt: skip
 
         def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             if dist.is_available() and dist.is_initialized():
-                dist.barrier()  # until every rank has written its own
+                dist.barrier()  # wait until every rank has written its files
             if state.is_world_process_zero:
-                checkpoints.finish(output / f"checkpoint-{state.global_step}")
+                checkpoints.mark_complete(output / f"checkpoint-{state.global_step}")
                 checkpoints.rotate(output)
 
-    return Watch()
+    return RecipeCallback()
 
 
 def _line(row: dict[str, Any]) -> str:

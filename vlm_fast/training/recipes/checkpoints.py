@@ -1,42 +1,42 @@
-"""Checkpoints that a run can go on from: written to their end, by every process.
+"""Find, mark and delete checkpoints, telling complete ones from those that a crash left unfinished.
 
-Trainer writes a checkpoint file by file, so one that was being written when the process was killed
-looks much like any other. Here each that was finished has a list of its files, written last.
+Trainer writes a checkpoint file by file, so a checkpoint that was being written during a crash
+looks like any other. Therefore each complete checkpoint gets a list of its files and their sizes,
+which is written last. Trainer's own ``save_total_limit`` would count unfinished checkpoints.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 
-LIST = "files.json"
+from vlm_fast.atomic_write import write_atomically
+
+FILE_LIST = "files.json"
 NAME = re.compile(r"checkpoint-(\d+)")
-KEPT = 2
+KEPT = 2  # complete checkpoints that are not deleted
 
 
-def finish(folder: Path) -> None:
-    """Say that a checkpoint is whole: call it once every process has written its files."""
+def mark_complete(folder: Path) -> None:
+    """Write the list of files of a checkpoint, after every process has written its files."""
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != LIST
+        if path.is_file() and path.name != FILE_LIST
     }
-    part = folder / f"{LIST}.part"
-    part.write_text(json.dumps(files, indent=1))
-    os.replace(part, folder / LIST)
+    write_atomically(folder / FILE_LIST, json.dumps(files, indent=1))
 
 
-def why_not_whole(folder: Path) -> str | None:
-    """Why a checkpoint cannot be gone on from, or None."""
+def why_incomplete(folder: Path) -> str | None:
+    """The reason why a checkpoint cannot be resumed from, or None."""
     try:
-        files = json.loads((folder / LIST).read_text())
+        files = json.loads((folder / FILE_LIST).read_text())
     except FileNotFoundError:
-        return f"it has no {LIST}, which is written last"
+        return f"it has no {FILE_LIST}, which is written last"
     except ValueError:
-        return f"its {LIST} is not JSON"
+        return f"its {FILE_LIST} is not JSON"
     for name, size in files.items():
         path = folder / name
         if not path.is_file():
@@ -46,24 +46,24 @@ def why_not_whole(folder: Path) -> str | None:
     return None
 
 
-def found(output: Path) -> list[tuple[int, Path, str | None]]:
-    """Step, folder, and why it is not whole, of all checkpoints, the last first."""
+def list_checkpoints(output: Path) -> list[tuple[int, Path, str | None]]:
+    """Step, folder and reason why it is incomplete of each checkpoint, newest first."""
     steps = [(NAME.fullmatch(path.name), path) for path in output.glob("checkpoint-*")]
     numbered = [(int(match.group(1)), path) for match, path in steps if match and path.is_dir()]
-    return [(step, path, why_not_whole(path)) for step, path in sorted(numbered, reverse=True)]
+    return [(step, path, why_incomplete(path)) for step, path in sorted(numbered, reverse=True)]
 
 
-def last_whole(output: Path) -> tuple[Path | None, list[str]]:
-    """The last whole checkpoint, or None, and a line on each that was passed over for it."""
+def last_complete(output: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint or None, and a sentence about each newer one."""
     passed: list[str] = []
-    for _, path, why in found(output):
+    for _, path, why in list_checkpoints(output):
         if why is None:
             return path, passed
-        passed.append(f"{path.name} is not whole: {why}")
+        passed.append(f"{path.name} is incomplete: {why}")
     return None, passed
 
 
 def rotate(output: Path, kept: int = KEPT) -> None:
-    """Delete whole checkpoints but the last ``kept``; one that is not whole counts for none."""
-    for _, path, _ in [one for one in found(output) if one[2] is None][kept:]:
+    """Delete all but the newest ``kept`` complete checkpoints. Incomplete ones are not counted."""
+    for _, path, _ in [one for one in list_checkpoints(output) if one[2] is None][kept:]:
         shutil.rmtree(path)

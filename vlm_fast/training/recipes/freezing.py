@@ -1,7 +1,7 @@
-"""Parts that do not learn: no dropout, no graph, and no layer that nobody asks for.
+"""Freeze modules: lasting eval mode, vision encoders without a graph, unused layers skipped.
 
-The class of a frozen module is swapped as `vlm_fast.patch` does it: parameters, names and
-checkpoints stay, and `thaw` gives every module its own class back.
+The class of a frozen module is swapped in place, as `vlm_fast.patch` does. Parameters, their names
+and checkpoints stay the same, and `unfreeze` restores the original classes.
 """
 
 from __future__ import annotations
@@ -13,29 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_fast.patching.class_swap import Swapped, is_class, swap, swap_back
+from vlm_fast.patching.class_swap import SwappedClass, is_class, swap, swap_back
 
-# Vision encoders of which every hidden state is what a layer returns, with nothing after the last.
+# Vision encoders whose hidden states are the outputs of their layers, with nothing after the last.
 TOWERS = {"clip": ("CLIPVisionModel",), "siglip": ("SiglipVisionModel",)}
 
 
-class Frozen(Swapped):
-    """A module in eval mode whatever its parent is put into; gradients pass through it.
+class Frozen(SwappedClass):
+    """A module that stays in eval mode when its parent is switched to training.
 
-    `nn.Module.train`, which training loops call before every step, would switch its dropout on.
+    Gradients flow through it. Training loops call ``model.train()`` before every step, which would
+    switch dropout on again.
     """
 
     def train(self, mode: bool = True) -> Any:
+        """Set only layers that are checkpointed to training; see `FrozenLayer`."""
         module: nn.Module
         for module in self.modules():  # type: ignore[attr-defined]
-            # A layer asks whether it is in training before it asks whether it is checkpointed.
+            # transformers checks a layer's training flag before it checkpoints the layer.
             checkpointed = isinstance(module, FrozenLayer) and module.gradient_checkpointing
             module.training = mode and checkpointed
         return self
 
 
 class FrozenLayer(Frozen):
-    """A frozen layer that is checkpointed still: in training by its flag, in eval by its work."""
+    """A frozen layer that can be checkpointed.
+
+    transformers checkpoints only layers in training mode, so the training flag is on and is
+    switched off during the layer's own forward.
+    """
 
     gradient_checkpointing: bool
     training: bool
@@ -51,22 +57,22 @@ class FrozenLayer(Frozen):
 
 
 class FrozenTower(Frozen):
-    """A vision encoder that keeps no graph, even where embeddings are made to want gradients."""
+    """A vision encoder that builds no autograd graph, even if its embeddings require gradients."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-class Skipped(Swapped):
-    """A module whose result nobody reads. It gives NaN, in no memory: who does read it sees."""
+class Skipped(SwappedClass):
+    """A module whose output is not used. It returns NaN, so that a use would be noticed."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden.new_full((), math.nan).expand_as(hidden)
 
 
 def freeze_tower(tower: nn.Module) -> None:
-    """Swap the class of a tower none of whose parameters learn."""
+    """Freeze a vision encoder: no gradients, no graph, eval mode."""
     tower.requires_grad_(False)
     if not isinstance(tower, FrozenTower):
         swap(tower, FrozenTower, ())
@@ -74,9 +80,9 @@ def freeze_tower(tower: nn.Module) -> None:
 
 
 def freeze_rest(model: nn.Module) -> None:
-    """Put every module that has parameters, none of which learn, into eval for good.
+    """Put every module without trainable parameters into lasting eval mode.
 
-    The largest such modules are swapped, and within them the layers that may be checkpointed.
+    The largest such modules are swapped, and inside them the layers that may be checkpointed.
     """
     for module in list(_frozen_roots(model)):
         for layer in filter(_is_layer, list(module.modules())):
@@ -87,10 +93,15 @@ def freeze_rest(model: nn.Module) -> None:
 
 
 def skip_unused(tower: nn.Module, feature_layers: int | list[int] | None) -> list[str]:
-    """Skip the layers of a tower after the last whose output is used; returns their names.
+    """Skip the layers of a vision encoder behind the last one whose output is used.
 
-    Hidden state i is what layer i - 1 returns, and 0 the embeddings, as transformers counts;
-    negative numbers count from the end. Towers that are not known to work so are left alone.
+    Args:
+        tower: the vision encoder. Classes that are not listed in `TOWERS` are left unchanged.
+        feature_layers: indices of hidden states that the model uses, counted as in transformers: 0
+            is the embeddings and i the output of layer i - 1; negative numbers count from the end.
+
+    Returns:
+        The names of the skipped modules.
     """
     if feature_layers is None or not any(is_class(tower, f, *n) for f, n in TOWERS.items()):
         return []
@@ -106,21 +117,22 @@ def skip_unused(tower: nn.Module, feature_layers: int | list[int] | None) -> lis
     return [name for name, _ in unused]
 
 
-def thaw(model: nn.Module) -> None:
-    """Give every frozen or skipped module its own class back; what wants gradients stays."""
+def unfreeze(model: nn.Module) -> None:
+    """Restore the class of every frozen or skipped module. ``requires_grad`` is not changed."""
     for module in model.modules():
         if isinstance(module, Frozen | Skipped):
             swap_back(module)
 
 
 def _frozen_roots(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules without trainable parameters."""
     parameters = list(module.parameters())
     if not parameters or isinstance(module, Frozen | Skipped):
         return
     if any(p.requires_grad for p in parameters):
         for child in module.children():
             yield from _frozen_roots(child)
-    elif any(True for _ in module.children()):  # a lone linear or norm has no dropout
+    elif any(True for _ in module.children()):  # a single linear or norm has no dropout
         yield module
 
 

@@ -1,4 +1,4 @@
-"""The parts of a transformers model that recipes train or freeze, found by its structure."""
+"""Find the parts of a transformers model that recipes train or freeze, by its module structure."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ FAMILIES = {
 
 
 @dataclass
-class Parts:
-    """Which module, or parameter of its own, belongs to which part.
+class ModelParts:
+    """The vision encoder and the connector of a model; everything else is the language model.
 
     Attributes:
         family: one of `FAMILIES`.
-        inner: the module whose forward takes pixels and gives hidden states to the head.
+        inner: the module whose forward takes pixels and returns hidden states.
         tower: the vision encoder.
-        connector: names of the connector's modules and parameters within the model.
+        connector: names of the connector's modules and parameters in the whole model.
     """
 
     family: str
@@ -34,8 +34,8 @@ class Parts:
     tower: nn.Module
     connector: list[str] = field(default_factory=list)
 
-    def of_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
-        """Name, parameter and part of each; what is neither tower nor connector is language."""
+    def label_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
+        """Yield name, parameter and part ("tower", "connector" or "language") of each parameter."""
         in_tower = {id(p) for p in self.tower.parameters()}
         for name, parameter in model.named_parameters():
             if id(parameter) in in_tower:
@@ -46,11 +46,11 @@ class Parts:
                 yield name, parameter, LANGUAGE
 
 
-def parts_of(model: nn.Module) -> Parts:
+def find_parts(model: nn.Module) -> ModelParts:
     """The parts of a transformers model, patched or not.
 
     Raises:
-        TypeError: the model is of none of `FAMILIES`; names what it is.
+        TypeError: the model belongs to none of `FAMILIES`.
     """
     inner: Any = model.model if isinstance(getattr(model, "model", None), nn.Module) else model
     prefix = "" if inner is model else "model."
@@ -58,22 +58,22 @@ def parts_of(model: nn.Module) -> Parts:
     if {"vision_tower", "multi_modal_projector", "language_model"} <= children.keys():
         names = ["multi_modal_projector"]
         names += ["image_newline"] if "image_newline" in inner._parameters else []
-        return Parts("llava", inner, inner.vision_tower, [prefix + name for name in names])
+        return ModelParts("llava", inner, inner.vision_tower, [prefix + name for name in names])
     if {"vision_model", "qformer", "vision_projection", "itm_head"} <= children.keys():
         names = [name for name in children if name != "vision_model"] + list(inner._parameters)
-        return Parts("blip2-retrieval", inner, inner.vision_model, [prefix + n for n in names])
+        return ModelParts("blip2-retrieval", inner, inner.vision_model, [prefix + n for n in names])
     if {"vision_model", "qformer", "language_projection", "language_model"} <= children.keys():
         names = ["query_tokens", "qformer", "language_projection"]
-        return Parts("blip2", inner, inner.vision_model, [prefix + name for name in names])
+        return ModelParts("blip2", inner, inner.vision_model, [prefix + name for name in names])
     if {"vision_model", "gated_cross_attn_layers"} <= children.keys():
         names = [n for n in ("perceiver_resampler", "gated_cross_attn_layers") if n in children]
-        return Parts("flamingo", inner, inner.vision_model, [prefix + name for name in names])
+        return ModelParts("flamingo", inner, inner.vision_model, [prefix + name for name in names])
     language: Any = children.get("language_model")
     layers = getattr(language, "layers", ())
     crossing = [i for i, layer in enumerate(layers) if hasattr(layer, "cross_attn")]
     if "vision_model" in children and "multi_modal_projector" in children and crossing:
         names = ["multi_modal_projector", *(f"language_model.layers.{i}" for i in crossing)]
-        return Parts("flamingo", inner, inner.vision_model, [prefix + name for name in names])
+        return ModelParts("flamingo", inner, inner.vision_model, [prefix + name for name in names])
     known = "; ".join(f"{name}: {what}" for name, what in FAMILIES.items())
     raise TypeError(
         f"vlm_fast.training.recipes: model is a {type(model).__name__}, "

@@ -1,4 +1,4 @@
-"""The five recipes, with the numbers of their papers."""
+"""The five recipes, with the hyperparameters of their papers."""
 
 from __future__ import annotations
 

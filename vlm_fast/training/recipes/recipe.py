@@ -1,6 +1,6 @@
-"""A recipe: what trains, how fast, in which batches and by which schedule.
+"""A recipe: which parts train, at which learning rate, batch size and schedule.
 
-It gives `transformers.Trainer` and accelerate what they ask for, and replaces neither.
+It provides what `transformers.Trainer` and accelerate need, and replaces neither.
 """
 
 from __future__ import annotations
@@ -17,35 +17,38 @@ import torch
 from torch import nn
 
 from vlm_fast.training.recipes.blip2 import Objective, Stage1Objective, Stage2Objective
-from vlm_fast.training.recipes.freezing import freeze_rest, freeze_tower, skip_unused, thaw
-from vlm_fast.training.recipes.model_parts import CONNECTOR, TOWER, Parts, parts_of
-from vlm_fast.training.recipes.state_dict_names import understand_hub_names
-from vlm_fast.training.recipes.text_only_batches import touch_without_images
+from vlm_fast.training.recipes.freezing import freeze_rest, freeze_tower, skip_unused, unfreeze
+from vlm_fast.training.recipes.model_parts import CONNECTOR, TOWER, ModelParts, find_parts
+from vlm_fast.training.recipes.state_dict_names import accept_hub_names
+from vlm_fast.training.recipes.text_only_batches import touch_connector_without_images
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One stage of training a model whose vision encoder is frozen.
+    """One training stage of a model whose vision encoder is frozen.
 
     Attributes:
-        name: as ``vlm-fast recipe`` takes it.
-        family: of models it is for, one of `parts.FAMILIES`.
-        trains: of "connector" and "language", those that learn.
-        what: the same in words.
-        lr: the highest learning rate; of ``batch`` examples, for ``epochs``.
-        source: the papers that these numbers are from, and which are not from them.
+        name: as given to ``vlm-fast recipe``.
+        family: of models it is for, one of `model_parts.FAMILIES`.
+        trains: the parts to optimise, of "connector" and "language".
+        description: these parts in words.
+        lr: peak learning rate.
+        batch: examples per optimizer step over all processes.
+        epochs: passes over the data.
+        source: papers of these hyperparameters; says which values are our own choices.
         rates: learning rates of parts that have their own.
-        min_lr: where the cosine ends; None is a constant rate after the warmup.
-        warmup: steps of linear warmup, or below 1 their share of all.
-        weight_decay: of matrices; vectors (biases, norms, gates) have none.
-        undecayed: names whose modules are spared too.
+        min_lr: final learning rate of the cosine schedule; None keeps the rate constant after
+            warmup.
+        warmup: steps of linear warmup, or if below 1 their share of all steps.
+        weight_decay: of matrices. Vectors (biases, norms, gates) have none.
+        undecayed: parameters whose names contain one of these have no weight decay either.
         betas: of AdamW.
     """
 
     name: str
     family: str
     trains: tuple[str, ...]
-    what: str
+    description: str
     lr: float
     batch: int
     epochs: float
@@ -57,13 +60,13 @@ class Recipe:
     undecayed: tuple[str, ...] = ()
     betas: tuple[float, float] = (0.9, 0.999)
 
-    def parts(self, model: nn.Module) -> Parts:
-        """The model's parts.
+    def parts(self, model: nn.Module) -> ModelParts:
+        """The parts of a model of this recipe's family.
 
         Raises:
             TypeError: the model is of another family, or its language model has an encoder.
         """
-        parts = parts_of(_inner(model))
+        parts = find_parts(_inner(model))
         if parts.family != self.family:
             raise TypeError(
                 f"vlm_fast.training.recipes: {self.name} is given a {type(_inner(model)).__name__}"
@@ -78,20 +81,27 @@ class Recipe:
         return parts
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Freeze what does not learn, in place; returns the module to train.
+        """Freeze the parts that do not train, in place.
 
-        That is ``model`` itself, or around a BLIP-2 the module whose forward is the stage's loss.
-        Frozen parts are in eval mode for good; the tower keeps no graph and its unused layers are
-        not run (`frozen.thaw` undoes both); a batch without an image gives the connector gradients
-        of zero. Parameters and keys stay as they are. `vlm_fast.patch` before or after; LoRA,
-        sharding and DDP after. A model prepared for one stage can be prepared for the next.
+        Frozen parts stay in eval mode. The vision encoder builds no graph and its unused layers are
+        skipped (`freezing.unfreeze` undoes both). Batches without an image give the connector
+        gradients of zero. Parameters and state-dict keys do not change. Call `vlm_fast.patch`
+        before or after; add LoRA, sharding and DDP after. A model prepared for one stage can be
+        prepared for the next.
+
+        Args:
+            model: a transformers model.
+
+        Returns:
+            The module to train: ``model``, or for BLIP-2 a module around it whose forward is the
+                loss.
 
         Raises:
             TypeError: the model is of another family.
         """
         parts = self.parts(model)
-        thaw(model)
-        for _, parameter, part in parts.of_parameters(model):
+        unfreeze(model)
+        for _, parameter, part in parts.label_parameters(model):
             parameter.requires_grad_(part in self.trains)
         config: Any = getattr(model, "config", None)
         if TOWER not in self.trains:
@@ -99,34 +109,35 @@ class Recipe:
                 skip_unused(parts.tower, getattr(config, "vision_feature_layer", None))
             freeze_tower(parts.tower)
         freeze_rest(model)
-        understand_hub_names(model)
+        accept_hub_names(model)
         model.train()
         if self.family in ("llava", "flamingo"):
-            touch_without_images(model)
+            touch_connector_without_images(model)
             return model
         return (Stage1Objective if self.family == "blip2-retrieval" else Stage2Objective)(model)
 
     def parameter_groups(self, model: nn.Module, lr: float | None = None) -> list[dict[str, Any]]:
-        """Groups for an optimizer: each part's parameters, with and without weight decay.
+        """Parameter groups for an optimizer: those of each part, with and without weight decay.
 
         Args:
-            model: what `prepare` returned, also with adapters of peft in it.
-            lr: in place of the recipe's; parts with rates of their own keep their ratio to it.
+            model: the result of `prepare`, possibly with peft adapters in it.
+            lr: replaces the recipe's peak rate; parts with their own rates are scaled by the same
+                factor.
 
         Returns:
-            Dictionaries of ``params``, ``lr``, ``weight_decay`` and ``part``; none is empty.
+            Dictionaries with ``params``, ``lr``, ``weight_decay`` and ``part``; none is empty.
         """
         scale = 1.0 if lr is None else lr / self.lr
         parts = self.parts(model)
         groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-        for name, parameter, part in parts.of_parameters(_inner(model)):
+        for name, parameter, part in parts.label_parameters(_inner(model)):
             if parameter.requires_grad:
                 decays = sum(size > 1 for size in parameter.shape) > 1
                 decays = decays and not any(own in name for own in self.undecayed)
                 groups.setdefault((part, decays), []).append(parameter)
         own = {id(p) for group in groups.values() for p in group}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-        for parameter in rest:  # a temperature, or the head of a stage
+        for parameter in rest:  # parameters of the stage, such as a temperature or a head
             groups.setdefault((CONNECTOR, parameter.ndim > 1), []).append(parameter)
         return [
             {
@@ -139,17 +150,17 @@ class Recipe:
         ]
 
     def optimizer(self, model: nn.Module, lr: float | None = None) -> torch.optim.AdamW:
-        """AdamW over `parameter_groups`."""
+        """AdamW over `parameter_groups`; arguments as there."""
         groups = self.parameter_groups(model, lr)
         return torch.optim.AdamW(groups, lr=self.lr if lr is None else lr, betas=self.betas)
 
     def warmup_steps(self, steps: int) -> int:
-        """Of ``steps`` in all: a tenth of them at most, since few data need no 2,000."""
+        """Number of warmup steps, at most a tenth of ``steps``, for short runs."""
         wanted = self.warmup if self.warmup >= 1 else math.ceil(self.warmup * steps)
         return min(int(wanted), steps // 10)
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-        """The learning rate over ``steps``, to be stepped after each of the optimizer's."""
+        """The learning-rate scheduler over ``steps``; step it after each optimizer step."""
         from transformers import get_scheduler
 
         kind, options = self._schedule()
@@ -167,7 +178,12 @@ class Recipe:
     def accumulation(
         self, device_batch: int, processes: int | None = None, batch: int | None = None
     ) -> int:
-        """Micro-batches a step, so that the batch stays what it is on any number of processes.
+        """Micro-batches per optimizer step that give the recipe's batch on any number of processes.
+
+        Args:
+            device_batch: examples on one device at once.
+            processes: None reads the launcher's WORLD_SIZE.
+            batch: replaces the recipe's.
 
         Raises:
             ValueError: the batch is not a multiple of ``device_batch * processes``.
@@ -191,7 +207,14 @@ class Recipe:
         epochs: float | None = None,
         whole: bool = False,
     ) -> int:
-        """Steps of the optimizer, as Trainer counts them; ``whole`` leaves out a last part."""
+        """Number of optimizer steps, counted as Trainer counts them.
+
+        Args:
+            examples: size of the dataset.
+            device_batch, processes, batch: see `accumulation`.
+            epochs: replaces the recipe's.
+            whole: drop the last incomplete batch.
+        """
         at_once = device_batch * (processes or int(os.environ.get("WORLD_SIZE", 1)))
         batches = examples // at_once if whole else math.ceil(examples / at_once)
         an_epoch = math.ceil(batches / self.accumulation(device_batch, processes, batch))
@@ -209,18 +232,18 @@ class Recipe:
         max_steps: int | None = None,
         **others: Any,
     ) -> Any:
-        """`transformers.TrainingArguments` of this recipe, for `Trainer` or to read in a loop.
+        """`transformers.TrainingArguments` of this recipe, for `Trainer` or as settings of a loop.
 
-        Give Trainer ``optimizers=(recipe.optimizer(model), None)`` beside it: its own optimizer
-        knows no rate for a part.
+        Also pass ``optimizers=(recipe.optimizer(model), None)`` to Trainer: its own optimizer has
+        no learning rates for parts.
 
         Args:
             output: the folder that Trainer writes to.
-            examples: in the data set, for the length of the warmup.
+            examples: size of the dataset, for the length of the warmup.
             device_batch: examples on one device at once.
-            batch, epochs, lr: in place of the recipe's.
-            max_steps: stop there; the schedule ends there too.
-            others: handed on, before the recipe's own.
+            batch, epochs, lr: replace the recipe's.
+            max_steps: last step, of training and of the schedule.
+            others: further arguments; they override the recipe's.
 
         Raises:
             ValueError: see `accumulation`.
@@ -247,7 +270,7 @@ class Recipe:
             "lr_scheduler_kwargs": options,
             "warmup_steps": self.warmup_steps(steps),
             "max_grad_norm": 1.0,
-            "dataloader_drop_last": whole,  # contrast needs as many pairs on every rank
+            "dataloader_drop_last": whole,  # the contrastive loss needs equal batches
             "remove_unused_columns": False,
             "ddp_find_unused_parameters": False,
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
@@ -255,25 +278,26 @@ class Recipe:
         }
         arguments = TrainingArguments(**(own | others))
         if arguments.device.type == "cpu":
-            # accelerate numbers the CPU of each process; on resuming torch.load knows no cpu:0.
+            # accelerate gives each process a numbered CPU device, and torch.load does not know
+            # cpu:0.
             arguments.__dict__["_setup_devices"] = torch.device("cpu")
-        # Without a launcher Trainer would give every GPU a batch: more of them than was asked for.
+        # Without a launcher, Trainer would put one batch on each GPU and enlarge the batch.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         return arguments
 
 
-def sizes(recipe: Recipe, model: nn.Module) -> dict[str, tuple[int, int]]:
-    """For each part how many parameters it has, and how many of them learn."""
+def count_parameters(recipe: Recipe, model: nn.Module) -> dict[str, tuple[int, int]]:
+    """For each part of a model the number of parameters and the number of trainable ones."""
     total: Counter[str] = Counter()
     learning: Counter[str] = Counter()
-    for _, parameter, part in recipe.parts(model).of_parameters(_inner(model)):
+    for _, parameter, part in recipe.parts(model).label_parameters(_inner(model)):
         total[part] += parameter.numel()
         learning[part] += parameter.numel() if parameter.requires_grad else 0
     return {part: (count, learning[part]) for part, count in total.items()}
 
 
 def _inner(model: Any) -> nn.Module:
-    """The transformers model in DDP, a PeftModel or the module of a stage."""
+    """The transformers model inside DDP, a PeftModel or an `Objective`."""
     if hasattr(model, "get_base_model"):
         return model.get_base_model()
     if type(model).__name__ == "DistributedDataParallel":

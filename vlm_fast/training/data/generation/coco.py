@@ -1,4 +1,4 @@
-"""COCO's annotation JSON: what is said of each picture, and what is where in it."""
+"""Read COCO's annotation JSON: captions and boxes of images."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vlm_fast.training.data.record_errors import BadRecord, Fault, counts, shown
-from vlm_fast.training.data.records import why_outside
+from vlm_fast.training.data.record_errors import BadRecord, RecordIssue, count_by_kind, describe
+from vlm_fast.training.data.records import why_unsafe_path
 
 NUMBER = (int, float)
-FAR = 1e9  # pixels, beyond which no number is one of a picture
-CROWD = "group of"  # stands before the category of a box around several objects
+FAR = 1e9  # pixels; no image is larger
+CROWD = "group of"  # prefix of the category of a box around several objects
 
 
 @dataclass(frozen=True)
 class Box:
-    """An object: its category, and left, top, right and bottom as shares of width and height.
+    """A bounding box.
 
-    A crowd, which is a box around several objects that were not told apart, has ``CROWD`` before
-    its category.
+    Attributes:
+        name: category of the object. A crowd, that is a box around several objects, has the prefix
+            `CROWD`.
+        x1, y1, x2, y2: left, top, right and bottom, as fractions of width and height.
     """
 
     name: str
@@ -33,7 +35,14 @@ class Box:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that is known of a picture. ``image`` is its file's name within the folder of images."""
+    """Captions and boxes of an image.
+
+    Attributes:
+        id: COCO's id of the image.
+        image: file name inside the folder of images.
+        captions: at least one.
+        boxes: may be empty.
+    """
 
     id: int
     image: str
@@ -41,36 +50,38 @@ class Scene:
     boxes: tuple[Box, ...]
 
 
-def read_scenes(captions: Path, boxes: Path, *, faults: list[Fault] | None = None) -> list[Scene]:
-    """The pictures that have a caption, in the order of the file of captions.
+def read_scenes(
+    captions: Path, boxes: Path, *, issues: list[RecordIssue] | None = None
+) -> list[Scene]:
+    """The images that have a caption, in the order of the caption file.
 
-    Left out are boxes that are none within their picture: without width or height, with numbers
-    that are not finite, outside of it, or missing. So are pictures and categories of which two have
-    one id. Boxes that reach out of their picture end at its edge.
+    Boxes that are not inside their image are left out: without width or height, with numbers that
+    are not finite, outside the image, or missing. So are images and categories that share an id
+    with a different one. Boxes that extend beyond their image are clipped.
 
     Args:
         captions: COCO's ``captions_*.json``: ``images`` (``id``, ``file_name``, ``width``,
             ``height``) and ``annotations`` (``image_id``, ``caption``).
         boxes: COCO's ``instances_*.json``: ``annotations`` (``image_id``, ``category_id``, ``bbox``
             as left, top, width and height in pixels, ``iscrowd``) and ``categories`` (``id``,
-            ``name``). Annotations of other pictures are passed over.
-        faults: gets what is left out, and crowds; without it a warning counts them.
+            ``name``). Annotations of other images are ignored.
+        issues: receives what is left out, and crowds. If it is None, a warning counts them.
 
     Raises:
-        BadRecord: naming the file, the entry and the field that is not so.
-        OSError: if a file cannot be read.
+        BadRecord: an entry has a wrong field; names the file, the entry and the field.
+        OSError: a file cannot be read.
     """
     said, seen = _Annotations(captions), _Annotations(boxes)
-    told: list[Fault] = []
+    told: list[RecordIssue] = []
     images = _pictures(said, told)
     texts: dict[int, list[str]] = {}
     for entry in said.entries("annotations"):
         number = entry.of("image_id", (int,), "a whole number")
         text = entry.of("caption", (str,), "text").strip()
         if number not in images:
-            entry.refuse("image_id", "the id of one of the images", shown(number))
+            entry.refuse("image_id", "the id of one of the images", describe(number))
         if not text:
-            entry.refuse("caption", "text", shown(text))
+            entry.refuse("caption", "text", describe(text))
         texts.setdefault(number, []).append(" ".join(text.split()))
     names = _unique(
         [
@@ -87,14 +98,14 @@ def read_scenes(captions: Path, boxes: Path, *, faults: list[Fault] | None = Non
             continue
         category = entry.of("category_id", (int,), "a whole number")
         if category not in names:
-            entry.refuse("category_id", "the id of one of the categories", shown(category))
+            entry.refuse("category_id", "the id of one of the categories", describe(category))
         box = _box(entry, names[category], image, told)
         if box is not None:
             found.setdefault(number, []).append(box)
-    if faults is not None:
-        faults += told
+    if issues is not None:
+        issues += told
     elif told:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in counts(told).items())
+        kinds = ", ".join(f"{count} {kind}" for kind, count in count_by_kind(told).items())
         warnings.warn(f"{told[0]}; in all {kinds}", stacklevel=2)
     return [
         Scene(number, image[0], tuple(texts[number]), tuple(found.get(number, ())))
@@ -106,69 +117,67 @@ def read_scenes(captions: Path, boxes: Path, *, faults: list[Fault] | None = Non
 Picture = tuple[str, float, float]
 
 
-def _pictures(said: _Annotations, told: list[Fault]) -> dict[int, Picture | None]:
-    """Name, width and height by id; None where several pictures have it."""
+def _pictures(said: _Annotations, told: list[RecordIssue]) -> dict[int, Picture | None]:
+    """File name, width and height by id; None if different images share the id."""
     found = []
     for entry in said.entries("images"):
         name = entry.of("file_name", (str,), "a file's name")
-        if (why := why_outside(name)) is not None:
+        if (why := why_unsafe_path(name)) is not None:
             entry.refuse("file_name", "a path within the images folder", why)
         size = [entry.of(side, NUMBER, "a positive number") for side in ("width", "height")]
         for side, length in zip(("width", "height"), size, strict=True):
             if not 0 < length < float("inf"):
-                entry.refuse(side, "a positive number", shown(length))
+                entry.refuse(side, "a positive number", describe(length))
         found.append((entry, entry.of("id", (int,), "a whole number"), (name, *size)))
     return _unique(found, told)
 
 
-def _unique(entries: list[tuple[_Entry, int, Any]], told: list[Fault]) -> dict[int, Any]:
-    """What has each id; None where different things have it, since nobody can tell which is meant.
-
-    Those that say the same twice count as one.
-    """
+def _unique(entries: list[tuple[_Entry, int, Any]], told: list[RecordIssue]) -> dict[int, Any]:
+    """Content by id; None if different contents share the id. Equal entries count as one."""
     found: dict[int, Any] = {}
     first: dict[int, tuple[_Entry, Any]] = {}
     for entry, number, content in entries:
         before, had = first.setdefault(number, (entry, content))
         found[number] = content if number not in found or content == found[number] else None
         if content != had:
-            came = f"{number}, that of {before.part}[{before.index}] too: neither is used"
-            told.append(entry.fault("duplicate id", "id", "an id of its own", came, number))
+            actual = f"{number}, that of {before.part}[{before.index}] too: neither is used"
+            told.append(entry.issue("duplicate id", "id", "an id of its own", actual, number))
     return found
 
 
-def _box(entry: _Entry, name: str | None, image: Picture, told: list[Fault]) -> Box | None:
-    """A box within its picture, or None and why in ``told``."""
+def _box(entry: _Entry, name: str | None, image: Picture, told: list[RecordIssue]) -> Box | None:
+    """A box inside its image; or None, with the reason added to ``told``."""
     number, (_, width, height) = entry.content["image_id"], image
     corner = entry.content.get("bbox")
     wanted = "a box of some width and height within its picture"
     if corner is None or corner == []:
-        told.append(entry.fault("no box", "bbox", wanted, "nothing", number))
+        told.append(entry.issue("no box", "bbox", wanted, "nothing", number))
         return None
     if not isinstance(corner, list) or len(corner) != 4 or {type(x) for x in corner} - {*NUMBER}:
-        words = shown(str(corner) if isinstance(corner, list) else corner)
+        words = describe(str(corner) if isinstance(corner, list) else corner)
         entry.refuse("bbox", "four numbers: left, top, width, height", words)
     if name is None:
-        told.append(entry.fault("no category", "category_id", "one category", "several", number))
+        told.append(entry.issue("no category", "category_id", "one category", "several", number))
         return None
     left, top, wide, high = corner
     edges = [0.0] * 4
-    if all(abs(edge) < FAR for edge in corner) and wide > 0 and high > 0:  # NaN is below nothing
+    # comparisons with NaN are False
+    if all(abs(edge) < FAR for edge in corner) and wide > 0 and high > 0:
         edges = [left / width, top / height, (left + wide) / width, (top + high) / height]
     x1, y1, x2, y2 = (round(min(max(edge, 0.0), 1.0), 3) for edge in edges)
     if not (x1 < x2 and y1 < y2):
-        words = f"{shown(str(corner))} in a picture of {width} x {height}"
-        told.append(entry.fault("no box", "bbox", wanted, words, number))
+        words = f"{describe(str(corner))} in a picture of {width} x {height}"
+        told.append(entry.issue("no box", "bbox", wanted, words, number))
         return None
     if entry.content.get("iscrowd") in (None, 0):
         return Box(name, x1, y1, x2, y2)
-    told.append(entry.fault("crowd", "iscrowd", "one object", f"a {CROWD} {name}", number))
+    told.append(entry.issue("crowd", "iscrowd", "one object", f"a {CROWD} {name}", number))
     return Box(f"{CROWD} {name}", x1, y1, x2, y2)
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One object of a list, which knows where it is from."""
+    """An entry of a list in an annotation file, with its position for messages."""
 
     file: str
     part: str
@@ -177,41 +186,43 @@ class _Entry:
 
     def of(self, key: str, kinds: tuple[type, ...], expected: str) -> Any:
         if not isinstance(self.content, dict):
-            self.refuse(None, "an object", shown(self.content))
+            self.refuse(None, "an object", describe(self.content))
         if key not in self.content:
             self.refuse(key, expected, "nothing")
         value = self.content[key]
         if not isinstance(value, kinds) or isinstance(value, bool):
-            self.refuse(key, expected, shown(value))
+            self.refuse(key, expected, describe(value))
         return value
 
-    def refuse(self, key: str | None, expected: str, came: str) -> NoReturn:
-        raise BadRecord(self.fault("annotation", key, expected, came))
+    def refuse(self, key: str | None, expected: str, actual: str) -> NoReturn:
+        raise BadRecord(self.issue("annotation", key, expected, actual))
 
-    def fault(
-        self, kind: str, key: str | None, expected: str, came: str, image: int | None = None
-    ) -> Fault:
+    def issue(
+        self, kind: str, key: str | None, expected: str, actual: str, image: int | None = None
+    ) -> RecordIssue:
         field = f"{self.file}: {self.part}[{self.index}]" + (f".{key}" if key else "")
-        return Fault(kind, None, None if image is None else str(image), field, expected, came)
+        return RecordIssue(
+            kind, None, None if image is None else str(image), field, expected, actual
+        )
 
 
 class _Annotations:
-    """One annotation file, decoded."""
+    """A decoded annotation file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             self.content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            fault = Fault("not JSON", None, None, path.name, "JSON in UTF-8", str(error))
-            raise BadRecord(fault) from None
+            issue = RecordIssue("not JSON", None, None, path.name, "JSON in UTF-8", str(error))
+            raise BadRecord(issue) from None
 
     def entries(self, part: str) -> list[_Entry]:
         has_it = isinstance(self.content, dict) and isinstance(self.content.get(part), list)
         if not has_it:
             of = self.content.get(part) if isinstance(self.content, dict) else self.content
-            fault = Fault(
-                "annotation", None, None, f"{self.path.name}: {part}", "a list", shown(of)
+            issue = RecordIssue(
+                "annotation", None, None, f"{self.path.name}: {part}", "a list", describe(of)
             )
-            raise BadRecord(fault)
+            raise BadRecord(issue)
         return [_Entry(self.path.name, part, *pair) for pair in enumerate(self.content[part])]

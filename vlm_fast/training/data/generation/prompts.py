@@ -1,7 +1,7 @@
-"""What a language model is asked of a scene: description, reasoning, conversation.
+"""Prompts that ask for a description of an image, a question with reasoning, or a conversation.
 
-The three kinds, and the way that a picture is put into words, are those of LLaVA (Liu et al. 2023,
-arXiv 2304.08485, section 3); the words are our own.
+The three kinds and the textual form of an image are LLaVA's (arXiv 2304.08485, section 3); the
+wording is our own.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ WANTED = {
     ),
 }
 KINDS = tuple(WANTED)
-# Asked where the answer is a description.
+# Questions of records whose answer is a description.
 QUESTIONS = (
     "Describe this picture in detail.",
     "What is to be seen here? Leave nothing out.",
@@ -112,13 +112,13 @@ EXAMPLE_ANSWERS = {
 
 
 def facts(scene: Scene) -> str:
-    """A scene in words: a caption a line, an empty line, an object a line."""
+    """Captions and boxes of an image as text, one per line, with an empty line between them."""
     boxes = [f"{b.name}: [{b.x1:.3f}, {b.y1:.3f}, {b.x2:.3f}, {b.y2:.3f}]" for b in scene.boxes]
     return "\n".join([*scene.captions, "", *(boxes or ["(no objects are listed)"])])
 
 
 def messages(scene: Scene, kind: str) -> list[Message]:
-    """The messages of a chat that ask for one of ``KINDS``: the task, an example, the scene."""
+    """The chat messages that ask for one of ``KINDS``: the task, an example, and the scene."""
     return [
         {"role": "system", "content": f"{FACTS}\n\n{WANTED[kind]}"},
         {"role": "user", "content": facts(EXAMPLE)},
@@ -127,6 +127,6 @@ def messages(scene: Scene, kind: str) -> list[Message]:
     ]
 
 
-def choice(text: str, count: int) -> int:
-    """One of so many, by the text alone: the same on every run and machine."""
+def stable_choice(text: str, count: int) -> int:
+    """A number below ``count`` that depends only on ``text``, not on the run or the machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % count

@@ -1,4 +1,4 @@
-"""No more requests than an endpoint allows."""
+"""Keep requests below a rate."""
 
 from __future__ import annotations
 
@@ -6,37 +6,33 @@ import time
 from collections.abc import Callable
 
 
-class TokenBucket:
-    """Lets ``rate`` through in a minute, and up to ``burst`` at once after a pause.
+class RateLimit:
+    """Spaces calls of `wait` evenly, at most ``per_minute`` of them in a minute.
 
     Args:
-        rate: a minute.
-        burst: at least 1.
-        clock: seconds that only grow.
-        sleep: waits for seconds.
+        per_minute: requests a minute, greater than 0.
+        clock: returns seconds that never decrease.
+        sleep: waits for a number of seconds.
+
+    Raises:
+        ValueError: ``per_minute`` is not greater than 0.
     """
 
     def __init__(
         self,
-        rate: float,
-        burst: float = 1.0,
+        per_minute: float,
         *,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        if not rate > 0 or not burst >= 1:
-            raise ValueError(f"rate is {rate} and burst {burst}, expected above 0 and at least 1")
-        self.rate, self.burst, self.clock, self.sleep = rate, burst, clock, sleep
-        self._tokens, self._at = burst, clock()
+        if not per_minute > 0:
+            raise ValueError(f"per_minute is {per_minute}, expected more than 0")
+        self._interval, self._clock, self._sleep = 60 / per_minute, clock, sleep
+        self._next = clock()
 
-    def take(self) -> None:
-        """Wait until one may pass."""
-        while True:
-            now = self.clock()
-            self._tokens = min(self.burst, self._tokens + (now - self._at) * self.rate / 60)
-            self._at = now
-            # What is rounded off in waiting for a whole one must not make it wait again.
-            if self._tokens >= 1 - 1e-9:
-                self._tokens -= 1
-                return
-            self.sleep((1 - self._tokens) * 60 / self.rate)
+    def wait(self) -> None:
+        """Return as soon as the next request may be sent."""
+        now = self._clock()
+        if now < self._next:
+            self._sleep(self._next - now)
+        self._next = max(self._next, now) + self._interval

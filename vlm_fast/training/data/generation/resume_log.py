@@ -1,4 +1,4 @@
-"""What was answered so far, safe against an end at any moment."""
+"""A log of answers from which a run can resume after a crash at any moment."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 VERSION = 1
-HEAD = "vlm_fast journal"
+HEAD = "vlm_fast resume log"
 
 
-class Journal:
-    """A file that only grows: a line of JSON a task, on disk before the next is asked.
+class ResumeLog:
+    """An append-only file with one line of JSON per task, flushed to disk before the next request.
 
-    The first line says what the others are of; a journal of something else is not written on. A
-    last line that was torn is dropped.
+    The first line describes the run; a log of a different run is not continued. An incomplete last
+    line is dropped.
 
     Args:
-        path: of the file. One process at a time has it.
-        subject: such as the model and the prompts.
+        path: of the file. Only one process at a time may open it.
+        log_header: describes the run, for example by the model and the prompts.
 
     Raises:
-        ValueError: if the file is no journal, is of another subject, has a broken line before its
-            last, or another process has it.
+        ValueError: the file is no log, is of a different run, has a broken line before its last, or
+            another process has it open.
     """
 
-    def __init__(self, path: Path, subject: dict[str, Any]) -> None:
-        self.path, self.subject = path, subject
+    def __init__(self, path: Path, log_header: dict[str, Any]) -> None:
+        self.path, self.log_header = path, log_header
         self.entries: dict[str, dict[str, Any]] = {}
         self._lock = FileLock(f"{path}.lock")
         try:
@@ -49,16 +49,17 @@ class Journal:
             raise
 
     def add(self, task: str, **content: Any) -> None:
-        """On disk when this returns."""
+        """Append an entry; it is on disk when this returns."""
         entry = {"task": task, **content}
         self._write(entry)
         self.entries[task] = entry
 
     def close(self) -> None:
+        """Close the file and release its lock."""
         os.close(self._file)
         self._lock.release()
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> ResumeLog:
         return self
 
     def __exit__(
@@ -70,10 +71,10 @@ class Journal:
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.splitlines()
-        head = {HEAD: VERSION, **self.subject}
+        head = {HEAD: VERSION, **self.log_header}
         if not lines:
             if not json.dumps(head).encode().startswith(content):
-                raise ValueError(f"{self.path} is no journal")
+                raise ValueError(f"{self.path} is no resume log")
             os.ftruncate(self._file, 0)
             self._write(head)
             return
@@ -83,7 +84,7 @@ class Journal:
                 if number > 1:
                     self.entries[entry["task"]] = entry
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{self.path} is no journal in line {number}") from None
+                raise ValueError(f"{self.path} is no resume log in line {number}") from None
             if number == 1 and entry != head:
                 raise ValueError(f"{self.path} is {_of(entry)}, expected one of {_words(head)}")
         os.ftruncate(self._file, len(whole))
@@ -97,7 +98,7 @@ class Journal:
 
 def _of(entry: Any) -> str:
     known = isinstance(entry, dict) and HEAD in entry
-    return f"a journal of {_words(entry)}" if known else "no journal"
+    return f"a resume log of {_words(entry)}" if known else "no resume log"
 
 
 def _words(head: dict[str, Any]) -> str:

@@ -1,126 +1,137 @@
-"""All that is to be asked, asked once, and written as one file."""
+"""Ask a language model about every scene, and write its answers as one dataset."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from vlm_fast.training.data.generation.answers import BadAnswer, record
+from vlm_fast.atomic_write import write_atomically
+from vlm_fast.training.data.generation.answers import BadAnswer, parse_answer
 from vlm_fast.training.data.generation.coco import Scene
 from vlm_fast.training.data.generation.endpoint import Refused
 from vlm_fast.training.data.generation.prompts import EXAMPLE, KINDS, Message, messages
-from vlm_fast.training.data.generation.rate_limit import TokenBucket
-from vlm_fast.training.data.generation.resume_log import Journal
-from vlm_fast.training.data.record_errors import shown
+from vlm_fast.training.data.generation.resume_log import ResumeLog
+from vlm_fast.training.data.record_errors import describe
 from vlm_fast.training.data.records import Progress
 
 
-class Asked(Protocol):
-    """What answers: an ``Endpoint``, or another that raises what it does."""
+class ChatEndpoint(Protocol):
+    """An `Endpoint`, or another object that raises the same exceptions."""
 
     def ask(self, messages: list[Message]) -> str: ...
 
 
 @dataclass(frozen=True)
 class Task:
-    """One question to the model: a record of the data set, if it is answered well."""
+    """One request to the model, which becomes a record of the dataset.
+
+    Attributes:
+        scene: the image that is asked about.
+        kind: one of `prompts.KINDS`.
+    """
 
     scene: Scene
     kind: str
 
     @property
     def name(self) -> str:
+        """Id of the record."""
         return f"{self.scene.id}-{self.kind}"
 
     @property
     def messages(self) -> list[Message]:
+        """The chat messages of the request."""
         return messages(self.scene, self.kind)
 
 
 def tasks(scenes: Iterable[Scene], kinds: Iterable[str], limit: int | None = None) -> list[Task]:
-    """Each kind of each scene, scene by scene; the first ``limit`` of them."""
+    """One task for each kind of each scene, scene by scene; only the first ``limit`` of them.
+
+    Raises:
+        ValueError: a kind is unknown.
+    """
     chosen = tuple(kinds)
     if unknown := [kind for kind in chosen if kind not in KINDS]:
-        raise ValueError(f"kinds has {shown(unknown[0])}, expected some of {', '.join(KINDS)}")
+        raise ValueError(f"kinds has {describe(unknown[0])}, expected some of {', '.join(KINDS)}")
     return [Task(scene, kind) for scene in scenes for kind in chosen][:limit]
 
 
-def journal_of(out: Path) -> Path:
-    return out.with_name(out.name + ".journal")
+def resume_log_path(out: Path) -> Path:
+    """The path of the resume log of a dataset."""
+    return out.with_name(out.name + ".resume.jsonl")
 
 
-def subject(model: str) -> dict[str, Any]:
-    """What a journal is of: answers of another model, or to other prompts, do not belong in it."""
+def log_header(model: str) -> dict[str, Any]:
+    """The header of a resume log, so that answers to other prompts or models are not mixed."""
     prompts = json.dumps([messages(EXAMPLE, kind) for kind in KINDS])
     return {"model": model, "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16]}
 
 
-class Run:
-    """Asks what the journal has no answer to, and writes all good records to ``out``.
+class GenerationRun:
+    """Asks for every task without an answer in the log, and writes all good records to ``out``.
 
     Args:
         out: the conversation JSON.
-        todo: all tasks of the data set, those answered before too.
-        endpoint: asked for each.
-        journal: what was answered before, and will be.
-        pace: waited for before each request.
-        again: how often at most a task is asked again after a bad answer, which is shown to the
-            model with what is wrong with it. After that it is recorded as failed.
+        todo: all tasks of the dataset, including answered ones.
+        endpoint: receives the requests.
+        log: answers so far.
+        again: how often a task is asked again after a bad answer. The model is shown its answer and
+            what is wrong with it. Then the task is recorded as failed.
     """
 
     def __init__(
         self,
         out: Path,
         todo: list[Task],
-        endpoint: Asked,
-        journal: Journal,
+        endpoint: ChatEndpoint,
+        log: ResumeLog,
         *,
-        pace: TokenBucket | None = None,
         again: int = 2,
     ) -> None:
-        self.out, self.todo, self.endpoint, self.pace, self.again = out, todo, endpoint, pace, again
-        self.journal = journal
+        self.out, self.todo, self.endpoint, self.again = out, todo, endpoint, again
+        self.log = log
 
-    def go(self, progress: Progress | None = None) -> None:
-        """Ask; write ``out`` at the end, and also where this is interrupted.
+    def generate(self, progress: Progress | None = None) -> None:
+        """Ask, and write ``out`` at the end, also after an interruption.
+
+        Args:
+            progress: called with the number of finished tasks and the number of all tasks.
 
         Raises:
-            Unavailable: where the endpoint answers nothing any more; running again goes on.
+            Unavailable: the endpoint answers no more; running again resumes.
         """
         try:
             for done, task in enumerate(self.todo, 1):
-                if task.name not in self.journal.entries:
+                if task.name not in self.log.entries:
                     self._ask(task)
                 if progress is not None:
                     progress(done, len(self.todo))
         finally:
-            self._write()
+            content = json.dumps(self.records, indent=1, ensure_ascii=False)
+            write_atomically(self.out, content)
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Those answered well, in the order in which they were asked for."""
-        entries = self.journal.entries.values()
+        """The good records, in the order of their requests."""
+        entries = self.log.entries.values()
         return [entry["record"] for entry in entries if "record" in entry]
 
     @property
     def failed(self) -> dict[str, str]:
-        """The names of tasks without a good answer, and why."""
-        entries = self.journal.entries.values()
+        """The reason for each task without a good answer, by the task's name."""
+        entries = self.log.entries.values()
         return {entry["task"]: entry["failed"] for entry in entries if "failed" in entry}
 
     def _ask(self, task: Task) -> None:
         asked = task.messages
         why = ""
         for _ in range(1 + self.again):
-            if self.pace is not None:
-                self.pace.take()
             try:
-                content = record(task.scene, task.kind, self.endpoint.ask(asked))
+                content = parse_answer(task.scene, task.kind, self.endpoint.ask(asked))
             except BadAnswer as bad:
                 why = str(bad)
                 asked = task.messages + _correction(bad)
@@ -128,18 +139,9 @@ class Run:
                 why = str(refused)
                 break
             else:
-                self.journal.add(task.name, record=content)
+                self.log.add(task.name, record=content)
                 return
-        self.journal.add(task.name, failed=why)
-
-    def _write(self) -> None:
-        """Whole or not at all, whoever reads it meanwhile."""
-        beside = self.out.with_name(f".{self.out.name}.{os.getpid()}")
-        try:
-            beside.write_text(json.dumps(self.records, indent=1, ensure_ascii=False), "utf-8")
-            beside.replace(self.out)
-        finally:
-            beside.unlink(missing_ok=True)
+        self.log.add(task.name, failed=why)
 
 
 def _correction(bad: BadAnswer) -> list[Message]:

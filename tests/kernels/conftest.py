@@ -1,0 +1,44 @@
+"""The device that ``--device`` chooses, and ATen in the place of the CPU's compiled code."""
+
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """The device of tensors. Triton's interpreter works on those of the CPU."""
+    return "cuda" if request.config.getoption("device") == "cuda" else "cpu"
+
+
+def pytest_generate_tests(metafunc):
+    """On a CPU, tests marked ``aten`` run again as if the compiled code was not built."""
+    from vlm_fast.kernels._native import native
+
+    on_cpu = metafunc.config.getoption("device") == "cpu" and native is not None
+    if on_cpu and metafunc.definition.get_closest_marker("aten"):
+        metafunc.fixturenames.append("code")
+        metafunc.parametrize("code", ["compiled", "ATen"], indirect=True)
+
+
+@pytest.fixture
+def code(request, monkeypatch):
+    if request.param == "ATen":
+        for name, module in list(sys.modules.items()):
+            if name.startswith("vlm_fast.kernels.") and hasattr(module, "native"):
+                monkeypatch.setattr(module, "native", None)
+
+
+def pytest_collection_modifyitems(config, items):
+    """An op that has no compiled code would run the same ATen twice."""
+    repeats = [item for item in items if is_repeat(getattr(item, "callspec", None))]
+    config.hook.pytest_deselected(items=repeats)
+    gone = set(repeats)
+    items[:] = [item for item in items if item not in gone]
+
+
+def is_repeat(callspec):
+    from tests.support.cases import has_compiled_code  # not before --device has been obeyed
+
+    params = callspec.params if callspec else {}
+    return params.get("code") == "ATen" and "op" in params and not has_compiled_code(params["op"])

@@ -1,0 +1,40 @@
+"""Kernels are right at other tile sizes than their own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.support.cases import any_case, any_op
+from tests.support.op_accuracy import judged
+from vlm_fast.kernels import _launcher
+
+pytestmark = pytest.mark.devices("interpreter", "cuda")
+
+
+def use(monkeypatch, changed):
+    """Launch every kernel with other block sizes: ``changed(size)`` in the place of each."""
+    for kernel in _launcher.KERNELS.values():
+        configs = tuple(
+            dataclasses.replace(c, blocks={name: changed(n) for name, n in c.blocks.items()})
+            for c in kernel.configs
+        )
+        monkeypatch.setattr(kernel, "configs", configs)
+
+
+@pytest.mark.parametrize(
+    "changed", [lambda size: max(size // 2, 1), lambda size: size * 2], ids=["half", "double"]
+)
+@any_op
+def test_other_tile_sizes(device, monkeypatch, op, changed):
+    use(monkeypatch, changed)
+    judged(op, *op.sample(op.usual_shape, torch.bfloat16, device), layout="padded rows")
+
+
+@any_case
+def test_many_small_tiles(device, monkeypatch, op, shape):
+    """Test shapes fit into one tile of most kernels; with these, every loop has several rounds."""
+    use(monkeypatch, lambda size: min(size, 16))
+    judged(op, *op.sample(shape, torch.bfloat16, device), layout="padded rows")

@@ -1,0 +1,166 @@
+"""Token merging is the paper's algorithm, on each device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.guard_bands import GuardBands
+from vlm_fast import ops
+from vlm_fast.verification import tolerance
+
+pytestmark = [pytest.mark.devices("cpu", "interpreter", "cuda"), pytest.mark.aten]
+
+WIDTH = 6
+
+
+def papers_algorithm(metric, r, protected):
+    """Arxiv 2210.09461, section 3, for one image in float64: which tokens become one.
+
+    Lists of tokens, a merged token each: A that are left, then B with those that join them.
+    """
+    unit = [v / max(v.norm().item(), 1e-12) for v in metric.double()]
+    tokens = len(unit)
+    a = [i for i in range(0, tokens, 2) if i >= protected]
+    b = [i for i in range(1, tokens, 2) if i >= protected]
+    r = min(r, (tokens - protected) // 2)
+    edges = []  # 2. one from each token of A to its most similar token of B
+    for i in a if r else []:
+        similarities = [(unit[i] @ unit[j]).item() for j in b]
+        best = max(similarities)
+        edges.append((best, i, b[similarities.index(best)]))
+    edges.sort(key=lambda edge: (-edge[0], edge[1]))
+    joins = {i: j for _, i, j in edges[:r]}  # 3. the r most similar edges
+    left = [[i] for i in range(0, tokens, 2) if i not in joins]
+    return left + [[j, *sorted(i for i in joins if joins[i] == j)] for j in range(1, tokens, 2)]
+
+
+def assert_match(match, groups):
+    destination, order, start = (t.tolist() for t in match)
+    assert order == [i for group in groups for i in group]
+    assert start == [sum(map(len, groups[:j])) for j in range(len(groups) + 1)]
+    assert destination == [
+        next(j for j, group in enumerate(groups) if i in group) for i in range(len(order))
+    ]
+
+
+def assert_equal_to_the_paper(device, metric, r, protected):
+    match = ops.bipartite_match.fast(metric.to(device), r=r, protected=protected)
+    for image, *found in zip(metric, *match, strict=True):
+        assert_match(found, papers_algorithm(image, r, protected))
+    return match
+
+
+@pytest.mark.parametrize("protected", [0, 1, 2, 3])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 8, 9])
+def test_matching_is_the_papers(device, tokens, protected):
+    metric = torch.randn(2, tokens, WIDTH)
+    if protected > tokens:
+        return
+    for r in range((tokens - protected) // 2 + 1):
+        assert_equal_to_the_paper(device, metric, r, protected)
+
+
+def test_more_than_half_is_taken_for_half(device):
+    metric = torch.randn(1, 9, WIDTH)
+    for protected, most in ((0, 4), (1, 4), (2, 3)):
+        match = assert_equal_to_the_paper(device, metric, 10**6, protected)
+        assert match[2].shape == (1, 9 - most + 1)
+
+
+def test_of_equals_the_lower_number_comes_first(device):
+    """Unit vectors along axes: all similarities are 0 or 1, exactly, and most are equal."""
+    metric = torch.eye(WIDTH)[torch.tensor([[0, 1, 0, 1, 1, 0, 2, 0, 1, 1], [3] * 10])]
+    for r in range(6):
+        assert_equal_to_the_paper(device, metric, r, 0)
+        assert_equal_to_the_paper(device, metric, r, 1)
+    zeros = torch.zeros(1, 6, WIDTH)
+    match = ops.bipartite_match.fast(zeros.to(device), r=2)
+    assert_match([t[0] for t in match], [[4], [1, 0, 2], [3], [5]])
+
+
+def test_of_equals_beyond_a_tile_the_lower_number_comes_first(device):
+    metric = torch.eye(WIDTH)[torch.arange(140) * 7 % 5].expand(1, -1, -1)
+    assert_equal_to_the_paper(device, metric, 40, 1)
+    assert_equal_to_the_paper(device, torch.zeros(1, 140, 2), 40, 0)
+
+
+def test_what_is_not_a_number_comes_last(device):
+    metric = torch.randn(1, 8, WIDTH)
+    metric[0, 2], metric[0, 5, 0] = torch.nan, torch.inf
+    match = ops.bipartite_match.fast(metric.to(device), r=3)
+    groups = [match[1][0, i:j].tolist() for i, j in zip(match[2][0], match[2][0, 1:], strict=False)]
+    assert groups[0] == [2] and [5] in groups
+    # Where nothing else is left, they merge all the same.
+    match = ops.bipartite_match.fast(metric.to(device), r=4)
+    assert match[1][0].sort().values.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("sized", [False, True], ids=["sizes of 1", "sizes"])
+def test_merged_tokens_are_means_weighted_by_size(device, sized):
+    x, metric = torch.randn(2, 9, 5), torch.randn(2, 9, WIDTH)
+    size = torch.randint(1, 9, (2, 9)).float() if sized else None
+    match = ops.bipartite_match.fast(metric.to(device), r=4)
+    merged, total = ops.merge_tokens.fast(
+        x.to(device), match, None if size is None else size.to(device)
+    )
+    weight = torch.ones(2, 9) if size is None else size
+    for image in range(2):
+        for j, group in enumerate(papers_algorithm(metric[image], 4, 0)):
+            w = weight[image, group].double()
+            exact = (w[:, None] * x[image, group].double()).sum(0) / w.sum()
+            native = ((w[:, None].float() * x[image, group]).sum(0) / w.sum().float()).cpu()
+            assert tolerance.judge(str(group), merged[image, j].cpu(), native, exact).ok
+            assert total[image, j].item() == w.sum().item()
+            if len(group) == 1:
+                assert torch.equal(merged[image, j].cpu(), x[image, group[0]])
+
+
+def test_sizes_are_conserved_exactly_over_rounds(device):
+    x, size = torch.randn(2, 41, 8, device=device), None
+    for r in (20, 9, 3):
+        match = ops.bipartite_match.fast(x, r=r, protected=1)
+        x, size = ops.merge_tokens.fast(x, match, size)
+        assert size.sum(1).tolist() == [41, 41] and size[:, 0].tolist() == [1, 1]
+    assert x.shape == (2, 9, 8)
+
+
+def test_equal_tokens_come_back_from_a_merge(device):
+    # Neighbours are equal in pairs: with half of them merged, nothing is lost.
+    x = torch.randn(2, 6, 5).repeat_interleave(2, 1).to(device)
+    match = ops.bipartite_match.fast(x, r=6)
+    merged, size = ops.merge_tokens.fast(x, match)
+    assert (size == 2).all()
+    assert torch.equal(ops.unmerge_tokens.fast(merged, match), x)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0)], ids=str)
+def test_nothing_merges_into_nothing(device, shape):
+    x = torch.randn(shape, device=device, requires_grad=True)
+    match = ops.bipartite_match(x, r=1)
+    merged, total = ops.merge_tokens(x, match)
+    back = ops.unmerge_tokens(merged, match)
+    assert merged.shape == (shape[0], max(shape[1] - 1, 0), shape[2]) and back.shape == shape
+    assert total.sum().item() == shape[0] * shape[1]
+    assert torch.autograd.grad(back.sum(), x)[0].shape == shape
+
+
+@pytest.mark.parametrize("part", range(3), ids=["destination", "order", "start"])
+def test_numbers_out_of_range_touch_nothing(device, part):
+    with GuardBands() as bands:
+        x = bands.lay_out(torch.randn(1, 6, 40, device=device), "dense")
+        match = [bands.lay_out(t, "dense") for t in ops.bipartite_match.fast(x, r=2)]
+        merged = torch.randn(1, 4, 40, device=device)
+        for number in (-(2**31), -1, 6, 2**31 - 1):
+            wrong = match[part].clone()
+            wrong[0, -1] = number
+            bad = [*match[:part], wrong, *match[part + 1 :]]
+            for call in (
+                lambda bad=bad: ops.merge_tokens.fast(x, bad),
+                lambda bad=bad: ops.unmerge_tokens.fast(merged, bad),
+            ):
+                try:
+                    call()
+                except (IndexError, RuntimeError):
+                    continue  # said, on a CPU; on a GPU the row is left out
+    bands.check()

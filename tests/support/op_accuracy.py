@@ -1,0 +1,84 @@
+"""Whether an op is as accurate as plain PyTorch, and leaves the memory around its tensors alone."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from tests.support.exact_softmax import ExactSoftmaxBackward
+from tests.support.guard_bands import GuardBands
+from vlm_fast.verification import tolerance
+from vlm_fast.verification.summation_orders import ReorderedRuns
+
+
+def judged(op, args, options, *, layout="dense", upstream="dense", fair=False):
+    """Outputs and gradients meet the tolerance rule, and no memory around them is touched.
+
+    With ``fair``, nothing is asked of elements that plain PyTorch makes infinite or NaN where its
+    own float64 does not, or the other way round, if ours are like one of the two. (So are its
+    GELU of +Inf, NaN in fp32, and intermediates that overflow in fp16.) Of plain PyTorch in other
+    orders of its sums, ours may then be infinite or NaN as any.
+    """
+    with GuardBands() as bands:
+        args = tuple(bands.lay_out(value, layout, i) for i, value in enumerate(args))
+        if op.returns_indices:
+            verdicts = tolerance.check(op, args, options)
+            assert verdicts and all(v.ok for v in verdicts), verdicts
+            bands.check()
+            return
+
+        def make_upstream(result: Tensor) -> Tensor:
+            grad = tolerance.random_upstream(result)
+            if upstream == "scalar":
+                return grad.new_full((), 0.75).expand_as(grad)
+            return bands.lay_out(grad, upstream)
+
+        names, found, others = evaluated(op, args, options, make_upstream)
+    for i, (name, tensors) in enumerate(zip(names, found, strict=True)):
+        verdict = verdict_on(name, tensors, (other[i] for other in others), fair=fair)
+        assert verdict.ok, verdict
+    bands.check()
+
+
+def verdict_on(name, tensors, others, *, fair=False):
+    gradient = name.startswith("gradient")
+    if not fair:
+        return tolerance.judge(name, *tensors, gradient=gradient, others=others)
+    verdict = tolerance.judge(name, *without_unfair(*tensors), gradient=gradient)
+    if not verdict.ok:
+        (*tensors,) = without_unfair(*tensors, *others)
+        verdict = tolerance.judge(name, *tensors[:3], gradient=gradient, others=tensors[3:])
+    return verdict
+
+
+def evaluated(op, args, options, upstream=None):
+    """Names of all results and gradients; of each ours, plain PyTorch's and float64's; and plain
+    PyTorch's as it rounds otherwise, a list of all of them at a time.
+    """
+
+    def run(f, args=args):
+        return tolerance.outputs_and_gradients(f, args, options, upstream=upstream)
+
+    ours, native = run(op.fast), run(op.reference)
+    with ExactSoftmaxBackward():
+        exact = run(op.reference, tolerance.convert(args, Tensor.double))
+    names = [
+        f"{kind} {i}" for kind, part in zip(("output", "gradient"), ours, strict=True)
+        for i in range(len(part))
+    ]  # fmt: skip
+    triples = list(zip(*([*y, *dx] for y, dx in (ours, native, exact)), strict=True))
+    assert names and not any(t is None for one in triples for t in one)
+    plain = [lambda f=f: list(itertools.chain(*run(f))) for f in op.references]
+    return names, triples, ReorderedRuns(*plain)
+
+
+def without_unfair(ours, native, exact, *others):
+    def kind(x):  # finite, NaN, +Inf or -Inf
+        return torch.where(x.isnan(), 2, x.isposinf().int() - x.isneginf().int())
+
+    plain = torch.stack([kind(x) for x in (native, exact.to(ours.dtype), *others)])
+    differ, alike = (plain != plain[0]).any(0), (plain == kind(ours)).any(0)
+    alike |= native.isnan() & ours.isinf()  # an overflow of plain PyTorch that met an Inf or a 0
+    return [t.masked_fill(differ & alike, 0) for t in (ours, native, exact, *others)]

@@ -1,0 +1,271 @@
+"""Small wrong edits of the package, each of which some test of `make test` must see.
+
+    python -m tests.tools.mutants [names]     # all, or those whose names contain one of these
+    python -m tests.tools.mutants --list
+
+Every mutant is made in a scratch copy of the repository, where its tests run until the first one
+fails; that one must pass without the mutant. Ends with 1 if a mutant survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Mutant(NamedTuple):
+    """One edit.
+
+    Attributes:
+        name: what is wrong.
+        file: the file that is edited; ``old`` occurs in it.
+        old, new: the text that is replaced, once, and what stands there instead.
+        tests: the arguments of pytest that kill it.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def interpreted(file: str, words: str) -> str:
+    """The suite of kernels in Triton's interpreter, as far as it names these ops or tests."""
+    return f"--device interpreter tests/kernels/{file} -k '{words}'"
+
+
+NORM = interpreted("test_kernels.py", "add_layer_norm")
+TOKENS = interpreted("test_token_merging.py", "numbers_out_of_range or weighted_by_size")
+SLOTS = interpreted("test_kernels.py", "merge_image_tokens or slots")
+GATED = interpreted("test_kernels.py", "gated_add")
+ATTENTION = interpreted("test_kernels.py", "cross_attention and not self")
+
+MUTANTS = (
+    # ---- kernels ----
+    Mutant(
+        "variance of one row less", "kernels/add_layer_norm.py",
+        "axis=1) / cols + eps)", "axis=1) / (cols - 1) + eps)",
+        NORM,
+    ),
+    Mutant(
+        "survivors of dropout are not scaled", "kernels/add_layer_norm.py",
+        "z *= survivor_scale * kept(tl.load(seed_ptr)", "z *= kept(tl.load(seed_ptr)",
+        NORM,
+    ),
+    Mutant(
+        "a program sums rows of the next", "kernels/add_layer_norm.py",
+        "inside_rows = row < last", "inside_rows = row < rows",
+        NORM,
+    ),
+    Mutant(
+        "the variance is that of one pass over squares", "kernels/add_layer_norm.py",
+        "rstd = 1.0 / tl.sqrt(tl.sum(spread * spread, axis=1) / cols + eps)",
+        "rstd = 1.0 / tl.sqrt(tl.sum(z * z, axis=1) / cols - mean * mean + eps)",
+        interpreted("test_add_layer_norm.py", "mean_far_above"),
+    ),
+    Mutant(
+        "slots beyond the capacity are written", "kernels/image_tokens.py",
+        "mask=inside & (here != 0) & (slot < capacity)", "mask=inside & (here != 0)",
+        SLOTS,
+    ),
+    Mutant(
+        "features go one slot too far", "kernels/image_tokens.py",
+        "slot = found + tl.cumsum(here, axis=0) - 1", "slot = found + tl.cumsum(here, axis=0)",
+        SLOTS,
+    ),
+    Mutant(
+        "a feature row is read past its end", "kernels/image_tokens.py",
+        "x = tl.load(features_ptr + program * features_stride + col, mask=inside)",
+        "x = tl.load(features_ptr + program * features_stride + col)",
+        SLOTS,
+    ),
+    Mutant(
+        "the gate is not squashed", "kernels/gated_add.py",
+        "    return _tanh(gate)\n", "    return gate\n",
+        GATED,
+    ),
+    Mutant(
+        "eps is left out of a norm", "kernels/gated_add.py",
+        "rstd = 1.0 / tl.sqrt(tl.sum(spread * spread, axis=1) / cols + eps)",
+        "rstd = 1.0 / tl.sqrt(tl.sum(spread * spread, axis=1) / cols)",
+        GATED,
+    ),
+    Mutant(
+        "the gap between images is not skipped", "kernels/mlp.py",
+        "z_row = row + row // tokens * (period - tokens)", "z_row = row",
+        interpreted("test_kernels.py", "mlp and not gated"),
+    ),
+    Mutant(
+        "a key of the next medium is seen", "kernels/media_cross_attention.py",
+        "    inside = n < tokens_per_media\n", "    inside = n <= tokens_per_media\n",
+        ATTENTION,
+    ),
+    Mutant(
+        "dropout is left out of a backward", "kernels/_cross_attention_backward.py",
+        "        dp *= factor\n    return s, seen, dp, factor", "    return s, seen, dp, factor",
+        ATTENTION,
+    ),
+    Mutant(
+        "a wild start is an address", "kernels/merge_tokens.py",
+        "tl.minimum(tl.load(at + 1), tokens)", "tl.load(at + 1)",
+        TOKENS,
+    ),
+    Mutant(
+        "a wild destination is an address", "kernels/merge_tokens.py",
+        "y = tl.load(at_y, mask=(col < cols) & inside, other=0.0)",
+        "y = tl.load(at_y, mask=col < cols, other=0.0)",
+        TOKENS,
+    ),
+    Mutant(
+        "the last tap lies outside the grid", "kernels/spatial_pool.py",
+        "return tl.minimum(first + tap, size - 1), tl.where", "return first + tap, tl.where",
+        interpreted("test_kernels.py", "spatial_pool"),
+    ),
+    Mutant(
+        "half as much is dropped", "kernels/_dropout.py",
+        "return int(p * 2**32)", "return int(p * 2**31)",
+        "tests/kernels/test_dropout.py",
+    ),
+    # ---- ops ----
+    Mutant(
+        "dispatch modes do not see an op", "vlm_fast/ops/registration.py",
+        "if _dispatch_modes() or values[0].is_meta:", "if values[0].is_meta:",
+        "tests/ops/test_registered_op.py -k dispatch_modes",
+    ),
+    Mutant(
+        "forward mode gives zero, silently", "vlm_fast/ops/registration.py",
+        "        refuse_forward_mode(self.name)\n        record_fast_call",
+        "        record_fast_call",
+        "tests/ops/test_autograd.py -k forward_mode",
+    ),
+    Mutant(
+        "a backward runs under autocast", "vlm_fast/ops/registration.py",
+        "        if torch.is_autocast_enabled(device):\n", "        if False:\n",
+        "tests/ops",
+    ),
+    Mutant(
+        "a reference ignores eps", "vlm_fast/ops/gated_add.py",
+        "return h, F.layer_norm(h, (features,), weight.to(h.dtype), bias, eps)",
+        "return h, F.layer_norm(h, (features,), weight.to(h.dtype), bias)",
+        "tests/kernels/test_kernels.py -k gated_add_norm",
+    ),
+    # ---- modules and patches ----
+    Mutant(
+        "an option of a module is ignored", "vlm_fast/modules/mlp_projector.py",
+        "        projector.saved = _known_saved(saved)", "        projector.saved = \"all\"",
+        "tests/ops/test_saved_bytes.py tests/modules/test_chains.py tests/patching/test_patch.py",
+    ),
+    Mutant(
+        "keys of images that were written to are kept", "vlm_fast/patching/image_kv_cache.py",
+        "version = None if images.is_inference() else images._version", "version = None",
+        "tests/patching/test_patched_flamingos.py",
+    ),
+    Mutant(
+        "keys of the images of an earlier prompt are kept", "vlm_fast/patching/image_kv_cache.py",
+        "if length == 0 or tokens != 1 or cache not in _kept:", "if cache not in _kept:",
+        "tests/patching/test_patched_flamingos.py",
+    ),
+    Mutant(
+        "a forward that was replaced is not called", "vlm_fast/patching/class_swap.py",
+        "        if current is not read:\n            record_fallback",
+        "        if False:\n            record_fallback",
+        "tests/patching/test_replaced_code.py -k forward_replaced",
+    ),
+    Mutant(
+        "a subclass of a linear is read as one", "vlm_fast/modules/parameter_access/linear.py",
+        "    if type(linear) not in _LINEARS:\n", "    if not isinstance(linear, _LINEARS):\n",
+        "tests/patching/test_replaced_code.py -k changed_child",
+    ),
+    Mutant(
+        "parameters of another dtype are read", "vlm_fast/modules/parameter_access/linear.py",
+        "if parameter.dtype != weight.dtype or parameter.device != weight.device:", "if False:",
+        "tests/modules",
+    ),
+)  # fmt: skip
+
+
+class Copy:
+    """A copy of the files of the repository in which mutants are tried."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        libraries = [str(p.relative_to(ROOT)) for p in (ROOT / "vlm_fast").glob("_*.so")]
+        for name in filter(None, [*listed.stdout.split("\0"), *libraries]):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target, follow_symlinks=False)
+
+    def first_failure(self, *arguments: str) -> str | None:
+        """The test that fails first, or None."""
+        found = subprocess.run(
+            [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *arguments],
+            cwd=self.folder, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"},
+        )  # fmt: skip
+        if found.returncode == 0:
+            return None
+        failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", found.stdout, re.MULTILINE)
+        if failed is None:
+            raise RuntimeError(f"pytest {' '.join(arguments)}: {found.stdout}{found.stderr}")
+        return failed[1]
+
+    def verdict(self, mutant: Mutant) -> str:
+        """By which test it is killed, which passes without it; or why by none."""
+        path = self.folder / mutant.file
+        text = path.read_text()
+        if mutant.old not in text:
+            return "its text is gone"
+        path.write_text(text.replace(mutant.old, mutant.new, 1))
+        try:
+            failed = self.first_failure("-m", "not slow", *shlex.split(mutant.tests))
+        finally:
+            path.write_text(text)
+        if failed is None:
+            return "survived"
+        device = ["--device", "interpreter"] if "interpreter" in mutant.tests else []
+        if self.first_failure(*device, failed) is not None:
+            return f"not tried: {failed} fails without it"
+        return f"killed by {failed}"
+
+
+def main(arguments: list[str]) -> int:
+    """Try them, a line each; 1 if one of them was not killed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.tools.mutants")
+    parser.add_argument("--list", action="store_true", help="say which there are, try none")
+    parser.add_argument("names", nargs="*", help="parts of names")
+    options = parser.parse_args(arguments)
+    chosen = [m for m in MUTANTS if not options.names or any(n in m.name for n in options.names)]
+    if options.list:
+        print(*(f"{m.file}: {m.name}" for m in chosen), sep="\n")
+        return 0
+    killed = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Copy(Path(scratch))
+        for mutant in chosen:
+            start = time.monotonic()
+            said = copy.verdict(mutant)
+            killed += said.startswith("killed")
+            seconds = time.monotonic() - start
+            print(f"{mutant.name} ({mutant.file}, {seconds:.0f} s): {said}", flush=True)
+    print(f"{killed} of {len(chosen)} killed")
+    return int(killed < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

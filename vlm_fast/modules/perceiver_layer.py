@@ -1,0 +1,115 @@
+"""Layers of Perceiver resamplers, whatever a model calls their modules.
+
+Latents attend to the context and to themselves. The two parts of the keys and values are never
+concatenated: the attention op takes both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlm_fast import ops
+from vlm_fast.modules.fused_sequence import fused_mlp
+
+OP = "PerceiverResampler"
+KeysValues = tuple[Tensor, Tensor]
+
+
+class Layer(NamedTuple):
+    """The modules and settings of one resampler layer, whatever a model calls them.
+
+    Attributes:
+        norm_context, norm_latents: LayerNorm or RMSNorm modules.
+        query, out: linears.
+        key_value: one linear for keys and values together, or one for each.
+        heads, key_heads: number of heads of queries, and of keys and values.
+        scale: factor of the scores.
+        feed_forward: the feed-forward network with its norm, as a function.
+        head_norms: norms of each head of queries and of keys, or None.
+    """
+
+    norm_context: Any
+    norm_latents: Any
+    query: Any
+    key_value: tuple[Any, ...]
+    out: Any
+    heads: int
+    key_heads: int
+    scale: float
+    feed_forward: Callable[[Tensor], Tensor]
+    head_norms: tuple[Any, Any] | None = None
+
+
+def fused_sequence(norm: Any, linear_1: Any, act: Any, linear_2: Any) -> Callable[[Tensor], Tensor]:
+    """``linear_2(act(linear_1(norm(x))))`` as a function."""
+    return lambda x: fused_mlp(OP, norm(x), linear_1, act, linear_2, "preactivation")
+
+
+def resample(
+    context: Tensor,
+    latents: Tensor,
+    layers: Sequence[Layer],
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Run all layers; returns latents ``(batch, n, dim)``.
+
+    Args:
+        context: ``(batch, keys, dim)``.
+        latents: ``(n, dim)``.
+        layers: their parameters are read directly.
+        key_mask: bool ``(batch, keys)``, true where latents attend to the context; None: all.
+    """
+    batch = context.shape[0]
+    if key_mask is not None:  # all latents attend to all latents
+        key_mask = torch.cat((key_mask, key_mask.new_ones(batch, len(latents))), 1)
+    own = latents.unsqueeze(0)  # shared by all images before the first layer
+    for layer in layers:
+        own = layer.out(attend(layer, own, context, key_mask)) + own
+        own = layer.feed_forward(own) + own
+    return own.expand(batch, -1, -1)
+
+
+def attend(layer: Layer, latents: Tensor, context: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Attention of latents ``(batch or 1, n, dim)`` to the context and to themselves.
+
+    The result is ``(batch, n, heads * d)``.
+    """
+    batch, normed = context.shape[0], layer.norm_latents(latents)
+    q = layer.query(normed).unflatten(2, (layer.heads, -1))
+    if layer.head_norms is not None:
+        q = layer.head_norms[0](q)
+    (k, v), (k2, v2) = _key_values(layer, layer.norm_context(context), normed)
+    q, k2, v2 = (t.expand(batch, -1, -1, -1) for t in (q.transpose(1, 2), k2, v2))
+    attended = ops.cross_attention(q, k, v, k2, v2, key_mask=key_mask, scale=layer.scale)
+    return attended.transpose(1, 2).flatten(2)
+
+
+def _key_values(layer: Layer, context: Tensor, latents: Tensor) -> list[KeysValues]:
+    """Keys and values ``(batch, heads, tokens, d)`` of the normalized context, and of the latents.
+
+    The rows of both are multiplied at once. Two products with one weight would make autograd hold
+    three weight gradients at a time, to add two of them.
+    """
+    rows = torch.cat((context.flatten(0, 1), latents.flatten(0, 1)))
+    parts = [linear(rows) for linear in layer.key_value]
+    k, v = parts if len(parts) == 2 else parts[0].chunk(2, -1)
+    counts = [x.shape[0] * x.shape[1] for x in (context, latents)]
+    return [
+        _as_heads(layer, *(rows.unflatten(0, x.shape[:2]) for rows in pair))
+        for x, *pair in zip((context, latents), k.split(counts), v.split(counts), strict=True)
+    ]
+
+
+def _as_heads(layer: Layer, k: Tensor, v: Tensor) -> KeysValues:
+    k, v = (t.unflatten(2, (layer.key_heads, -1)) for t in (k, v))
+    if layer.head_norms is not None:
+        norm = layer.head_norms[1]
+        # The bias adds the same number to all scores of a query, which the softmax cancels. Its
+        # exact gradient is 0; the sum over both parts of the keys would be rounding error.
+        k = F.layer_norm(k, k.shape[-1:], norm.weight, norm.bias * 0, norm.eps)
+    return k.transpose(1, 2), v.transpose(1, 2)
