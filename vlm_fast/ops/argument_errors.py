@@ -1,4 +1,4 @@
-"""Errors for wrong calls: they name the op and the argument, what was given, what was expected."""
+"""Errors for wrong calls of an op: which argument, what it is, and what was expected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOATING = "a floating dtype (float32, bfloat16 or float16)"
 
 
 def describe(value: object) -> str:
-    """A value in an error: of a tensor its shape, dtype and device."""
+    """The text for a value in an error message: shape, dtype and device of a tensor."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {value.dtype} on {value.device}"
     return repr(value)

@@ -88,7 +88,7 @@ def cross_attention(
 
 
 @cross_attention.fallback_reason
-def fallback_reason(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
+def fallback_reason(q: Tensor, *others: Tensor | None, **options: Any) -> str | None:
     if not 1 <= q.shape[3] <= MAX_HEAD_SIZE:
         return f"head size {q.shape[3]} is not 1 to {MAX_HEAD_SIZE}"
     return no_kernel_for(q)

@@ -1,4 +1,4 @@
-"""The docstring of an op: what its author wrote, with the declared arguments filled in."""
+"""Completes the docstring of an op with the shapes, dtypes and errors of its declaration."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ RAISED = {
 def documented(text: str, signature: Signature) -> str:
     """The docstring with a line for every argument and the errors that a signature raises.
 
-    The author's ``Args:`` section describes arguments beyond their declaration; an argument that it
-    leaves out gets its declaration alone. Likewise for ``Raises:``.
+    The ``Args:`` section of ``text`` says what the declaration cannot; an argument that it leaves
+    out gets only its declaration. ``Raises:`` is completed in the same way.
     """
     parts = _sections(inspect.cleandoc(text))
     lines = [parts[""].rstrip(), "", "Args:"]

@@ -81,6 +81,8 @@ def cost(hidden_states: Tensor, image_mask: Tensor, *, count: int) -> Cost:
         ),
     },
 )
-def inputs(batch, sequence, hidden, images, tokens):
+def inputs(
+    batch: int, sequence: int, hidden: int, images: int, tokens: int
+) -> tuple[Tensor, Tensor]:
     mask = placeholders(batch, sequence, images, tokens)
     return torch.randn(batch, sequence, hidden), mask

@@ -138,7 +138,9 @@ def cost(
         "LLaVA-NeXT, 8 x 4096": dict(batch=8, sequence=4096, hidden=4096, images=1, tokens=2880),
     },
 )
-def inputs(batch, sequence, hidden, images, tokens, *, as_list=False):
+def inputs(
+    batch: int, sequence: int, hidden: int, images: int, tokens: int, *, as_list: bool = False
+) -> tuple[Tensor, Tensor | list[Tensor], Tensor]:
     mask = placeholders(batch, sequence, images, tokens)
     features = torch.randn(batch * images, tokens, hidden)
     return torch.randn(batch, sequence, hidden), list(features) if as_list else features, mask

@@ -124,7 +124,9 @@ def _normed(x: Tensor, weight: Any, bias: Tensor | None, norm: str, eps: float) 
 
 
 @pixel_shuffle_norm.fallback_reason
-def fallback_reason(x, weight, bias, index, *, factor, norm, **options):
+def fallback_reason(
+    x: Tensor, *tensors: Tensor | None, factor: int, norm: str, **options: Any
+) -> str | None:
     if norm != "none":
         padded = _power_of_two(factor**2) * _power_of_two(x.shape[-1])
         if padded > MAX_FEATURES:
@@ -218,7 +220,10 @@ def _check_rows(index: Tensor, rows: int) -> None:
 
 
 @pixel_shuffle_norm.cost
-def cost(x, weight, bias, index, *, norm, **options):
+def cost(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None,
+    *, norm: str, **options: Any,
+) -> Cost:  # fmt: skip
     features, parameters = nbytes(x), nbytes(weight, bias)
     return Cost(
         forward_flops=0 if norm == "none" else 8 * x.numel(),

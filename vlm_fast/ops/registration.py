@@ -36,7 +36,7 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
 class CallPath:
-    """Calls the kernels of an op: ``path(values, settings)``, differentiable once."""
+    """Calls an op's kernels, ``path(values, settings)``; its result is differentiable once."""
 
     def __init__(self, op: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
         self.op, self.name = op, op.name
@@ -93,8 +93,8 @@ class CallPath:
         key: tuple[Any, ...] = flat
         if self.list_at is not None:
             i = self.list_at
-            of_list = flat[i : i + count]
-            key = (*flat[:i], of_list if any(of_list) else (), *flat[i + count :])
+            list_needs = flat[i : i + count]
+            key = (*flat[:i], list_needs if any(list_needs) else (), *flat[i + count :])
         found = self.needs_grad.get(key)
         if found is None:
             found = self.needs_grad[key] = self.op.NeedsGrad(*key)
@@ -136,7 +136,7 @@ class CallPath:
         return outputs[0] if self.single else tuple(outputs[: self.results])
 
     def _run(self, *values: Any, needs_grad: list[bool], **settings: Any) -> list[Tensor]:
-        """The results, then the other tensors that backward needs; none twice, and no input."""
+        """The results, then other tensors that backward needs, without repeats and inputs."""
         count = self.count(values)
         result, saved = self.forward(self.needs_of(tuple(needs_grad), count), *values, **settings)
         results = [result] if self.single else list(result)
@@ -152,9 +152,9 @@ class CallPath:
         return known[len(self.flatten(values)) :]
 
     def _key(self, needs_grad: Any, count: int, settings: dict[str, Any]) -> tuple[Any, ...]:
-        # Sizes are left out: hashing a symbolic size specialises on it. Of a float only whether it
-        # is 0 counts: a schedule gives a new value in every step, and what is saved depends on
-        # nothing else.
+        # Sizes are left out, because hashing a symbolic size specialises on it. For a float only
+        # whether it is 0 counts: what is saved depends on nothing else, and a schedule may change
+        # the value in every step.
         plain = [
             (k, bool(v) if isinstance(v, float) else v)
             for k, v in settings.items()
@@ -172,7 +172,7 @@ class CallPath:
         needs_grad: list[bool],
         **settings: Any,
     ) -> list[Tensor]:
-        """The gradients that are needed; no tensor twice, and none that was an input."""
+        """The gradients that are needed, without repeated tensors and without inputs."""
         known: list[Tensor | None] = [*grads, *saved_tensors]
         came_in = len(known)
         sources: list[int | None] = []
@@ -188,7 +188,7 @@ class CallPath:
                 known.append(gradient)
             sources.append(None if gradient is None else at)
         self.backward_sources[self._key(needs_grad, list_length, settings)] = tuple(sources)
-        return known[came_in:]  # type: ignore[return-value]  # those that came are not None
+        return known[came_in:]  # type: ignore[return-value]  # the new ones are never None
 
     def _register(self, op: Any, annotations: list[Any]) -> Any:
         arguments = ", ".join(
@@ -264,7 +264,7 @@ class CallPath:
         count: int,
         needs_grad: Any,
     ) -> tuple[Tensor | None, ...]:
-        """The flat gradients, put together from those that the registered op returned as new."""
+        """The flat gradients, of which the registered op returns only the new tensors."""
 
         def made_of(grads: list[Tensor], saved_tensors: list[Any]) -> list[Tensor]:
             made: list[Tensor] = self.registered_backward(
@@ -325,7 +325,7 @@ def _autograd_function(path: CallPath) -> Any:
                 refuse_double_backward(path.name)
             count, settings = ctx.call
             needs_grad = ctx.needs_input_grad[1:]
-            if in_functorch() or is_batched(grads):  # no kernel can read these
+            if in_functorch() or is_batched(grads):  # kernels cannot read batched tensors
                 saved_tensors = list(ctx.saved_tensors)
                 return None, *path._call_registered_backward(
                     list(grads), saved_tensors, settings, count, needs_grad

@@ -1,4 +1,4 @@
-"""The types of a torch op schema, from Python annotations."""
+"""Translates Python annotations into the types of a torch op schema."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def holds_list(annotation: Any) -> bool:
 
 
 def schema_type(annotation: Any) -> str:
-    """The schema's type of an annotation; a tensor or a list of tensors is a list."""
+    """The schema type of an annotation; ``Tensor | list[Tensor]`` gives a list."""
     if holds_list(annotation):
         return "Tensor[]"
     if get_origin(annotation) in (Union, UnionType):

@@ -78,7 +78,9 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 @self_attention.fallback_reason
-def fallback_reason(x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
+def fallback_reason(
+    x: Tensor, parameters: list[Tensor], *others: Tensor | None, heads: int, **options: Any
+) -> str | None:
     d = parameters[0].shape[0] // heads
     if d > MAX_HEAD_SIZE:
         return f"heads of {d} features are more than {MAX_HEAD_SIZE}"
@@ -149,7 +151,7 @@ def _parts(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @self_attention.cost
-def cost(x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
+def cost(x: Tensor, parameters: list[Tensor], *others: Tensor | None, **options: Any) -> Cost:
     batch, tokens, width = x.shape
     features = parameters[0].shape[0]
     projections = 2 * batch * tokens * width * 3 * features
@@ -180,7 +182,10 @@ def cost(x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
         ),
     },
 )
-def inputs(batch, tokens, width, features, *, masked=False, biased=False):
+def inputs(
+    batch: int, tokens: int, width: int, features: int,
+    *, masked: bool = False, biased: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
     key_mask = torch.rand(batch, tokens) < 0.7 if masked else None
     if key_mask is not None and batch > 0:
         key_mask[batch // 2] = False
