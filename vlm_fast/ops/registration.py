@@ -19,10 +19,10 @@ from torch.jit._builtins import _register_builtin
 from torch.library import Library, register_autograd, register_fake, register_vmap
 
 from vlm_fast.fallback import record_fast_call
-from vlm_fast.ops.schema import holds_list, schema_type
+from vlm_fast.ops.autograd_function import autograd_function
+from vlm_fast.ops.schema import holds_list, schema_type, script_schema
 from vlm_fast.ops.transforms import (
     in_each,
-    in_functorch,
     is_batched,
     refuse_double_backward,
     refuse_forward_mode,
@@ -50,7 +50,7 @@ class CallPath:
         self.list_at = lists[0] if lists else None
         self.single = op.__signature__.return_annotation is Tensor
         self.results = 1 if self.single else len(get_args(op.__signature__.return_annotation))
-        self.function = _autograd_function(self)
+        self.function = autograd_function(self)
         self.saved_sources: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
         self.backward_sources: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
         self.registered = self._register(op, annotations)
@@ -226,7 +226,7 @@ class CallPath:
             if torch.is_grad_enabled():  # create_graph=True
                 refuse_double_backward(name)
             came, saved_tensors = list(grads[: self.results]), list(ctx.saved_tensors)
-            flat = self._call_registered_backward(
+            flat = self.call_registered_backward(
                 came, saved_tensors, ctx.settings, ctx.count, ctx.needs_grad
             )
             return self.unflatten(flat, ctx.count)
@@ -256,7 +256,7 @@ class CallPath:
         register_vmap(f"vlm_fast::{backward_name}", of_each, lib=LIBRARY)
         return getattr(torch.ops.vlm_fast, name).default
 
-    def _call_registered_backward(
+    def call_registered_backward(
         self,
         grads: list[Tensor],
         saved_tensors: list[Any],
@@ -286,63 +286,9 @@ class CallPath:
 
         A saved program needs ``import vlm_fast`` before it is loaded.
         """
-        written: list[str] = []
-        for parameter in op.__signature__.parameters.values():
-            if parameter.kind is parameter.KEYWORD_ONLY and "*" not in written:
-                written.append("*")
-            argument = f"{schema_type(parameter.annotation)} {parameter.name}"
-            if isinstance(parameter.default, str):
-                argument += f'="{parameter.default}"'
-            elif parameter.default is not parameter.empty:
-                argument += f"={parameter.default}"
-            written.append(argument)
-        results = ", ".join(["Tensor"] * self.results)
-        results = results if self.single else f"({results})"
-        LIBRARY.define(f"{self.name}.script({', '.join(written)}) -> {results}")
+        LIBRARY.define(script_schema(f"{self.name}.script", op.__signature__, self.results))
         LIBRARY.impl(f"{self.name}.script", op, "CompositeImplicitAutograd")
         _register_builtin(op, f"vlm_fast::{self.name}")
-
-
-def _autograd_function(path: CallPath) -> Any:
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, call: tuple[int, dict[str, Any]], *flat: Any) -> Any:
-            count, settings = ctx.call = call
-            needs_grad = path.needs_of(ctx.needs_input_grad[1:], count)
-            result, saved = path.forward(needs_grad, *path.unflatten(flat, count), **settings)
-            ctx.save_for_backward(*saved)
-            if path.single:
-                return _fresh(result)
-            results = tuple(map(_fresh, result))
-            ctx.mark_non_differentiable(
-                *[results[i] for i in path.op.results_without_gradient(needs_grad)]
-            )
-            return results
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Any:
-            if torch.is_grad_enabled():  # create_graph=True
-                refuse_double_backward(path.name)
-            count, settings = ctx.call
-            needs_grad = ctx.needs_input_grad[1:]
-            if in_functorch() or is_batched(grads):  # kernels cannot read batched tensors
-                saved_tensors = list(ctx.saved_tensors)
-                return None, *path._call_registered_backward(
-                    list(grads), saved_tensors, settings, count, needs_grad
-                )
-            # A used-up iterator holds no tensors, and autograd frees them unless the graph is
-            # retained. So a tensor is freed before the op allocates the next one.
-            saved_tensors = iter(list(ctx.saved_tensors))  # type: ignore[assignment]
-            ctx.maybe_clear_saved_tensors()
-            return None, *path.gradients(needs_grad, count, saved_tensors, grads, settings)
-
-    Function.__name__ = Function.__qualname__ = f"vlm_fast_{path.name}"
-    return Function
-
-
-def _fresh(result: Tensor) -> Tensor:
-    # Autograd forbids in-place work on a view that a Function returned; on nn.Linear's it does not.
-    return result.data if result._is_view() else result
 
 
 def _share_storage(one: Tensor, other: Tensor) -> bool:
