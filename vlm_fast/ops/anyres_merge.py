@@ -95,16 +95,16 @@ def forward(
 
 @anyres_merge.backward
 def backward(needs_grad: Any, saved_tensors: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    mask, slots, target, source, shape, newline = saved_tensors
+    mask, slots, target, source, rows, newline = saved_tensors
     dembeds = dfeatures = dnewline = None
     if needs_grad.inputs_embeds:
         dembeds = clear_image_tokens(dy, mask, slots)
     if needs_grad.features:
         dfeatures = kernels.pack_rows(
-            dy, target, None, slots=slots, limit=slots.shape[0], dtype=shape.dtype
-        ).view(*shape.shape[:-1], dy.shape[-1])
+            dy, target, None, slots=slots, limit=slots.shape[0], dtype=rows.dtype
+        ).view(*rows.shape[:-1], dy.shape[-1])
     if needs_grad.image_newline:
-        dnewline = kernels.fill_gradient(dy, source, row_count(shape), newline.dtype, slots=slots)
+        dnewline = kernels.fill_gradient(dy, source, row_count(rows), newline.dtype, slots=slots)
     return dembeds, dfeatures, dnewline, None, None, None
 
 

@@ -73,12 +73,12 @@ def forward(
 
 @anyres_pack.backward
 def backward(needs_grad: Any, saved_tensors: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    target, source, shape, newline = saved_tensors
+    target, source, rows, newline = saved_tensors
     dfeatures = dnewline = None
     if needs_grad.features:
-        dfeatures = kernels.pack_rows(dy, target, None).view(*shape.shape[:-1], dy.shape[-1])
+        dfeatures = kernels.pack_rows(dy, target, None).view(*rows.shape[:-1], dy.shape[-1])
     if needs_grad.image_newline:
-        dnewline = kernels.fill_gradient(dy, source, row_count(shape), newline.dtype)
+        dnewline = kernels.fill_gradient(dy, source, row_count(rows), newline.dtype)
     return dfeatures, dnewline, None, None
 
 

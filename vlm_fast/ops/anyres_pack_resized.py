@@ -86,13 +86,13 @@ def forward(
 
 @anyres_pack_resized.backward
 def backward(needs_grad: Any, saved_tensors: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    targets, target_weights, taps, shape, newline = saved_tensors
+    targets, target_weights, taps, rows, newline = saved_tensors
     dfeatures = dnewline = None
     if needs_grad.features:
         dfeatures = kernels.blend_rows(dy, targets, target_weights, None)
-        dfeatures = dfeatures.view(*shape.shape[:-1], dy.shape[-1])
+        dfeatures = dfeatures.view(*rows.shape[:-1], dy.shape[-1])
     if needs_grad.image_newline:
-        dnewline = kernels.fill_gradient(dy, taps.select(1, 0), row_count(shape), newline.dtype)
+        dnewline = kernels.fill_gradient(dy, taps.select(1, 0), row_count(rows), newline.dtype)
     return dfeatures, dnewline, None, None, None, None
 
 

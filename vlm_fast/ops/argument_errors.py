@@ -207,7 +207,7 @@ class _Call:
         return f"{text}, or None" if argument.optional else text
 
     def of_conditions(self, *, of_options: bool) -> Iterator[TypeError | ValueError]:
-        """Errors of conditions on options alone, or of the others."""
+        """Errors of conditions only on options, or of all other conditions."""
         for condition, said in self.signature.where.items():
             names = set(re.findall(r"(?<!['\w.])[A-Za-z_]\w*(?!['\w])", condition)) - WORDS
             if (names <= self.options.keys()) != of_options:

@@ -143,7 +143,7 @@ def inputs(
 
 
 def sample_match(batch: int, tokens: int, r: int) -> list[Tensor]:
-    """A match for tests that merges ``r`` pairs: tokens and partners are as if random."""
+    """A match for tests that merges ``r`` pairs of pseudo-random tokens."""
     half_a, half_b = (tokens + 1) // 2, tokens // 2
     number = torch.arange(batch * half_a, dtype=torch.int64).view(batch, half_a)
     closeness = (number * 7919 % 1009).to(torch.float32)
