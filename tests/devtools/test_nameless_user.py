@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.selection import slow_but
-
 ROOT = Path(__file__).resolve().parents[2]
 NAMELESS = """
 import os, pwd, runpy, sys
@@ -35,8 +33,9 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("home", slow_but([False], [True, False]), ids=["HOME", "no HOME"])
-@pytest.mark.parametrize("call", slow_but(["a patched model"], CALLS))
+@pytest.mark.slow
+@pytest.mark.parametrize("home", [True, False], ids=["HOME", "no HOME"])
+@pytest.mark.parametrize("call", CALLS)
 def test_nothing_needs_its_name(call, home, tmp_path):
     names = ("USER", "LOGNAME", "LNAME", "USERNAME", "HOME")
     environment = {n: v for n, v in os.environ.items() if n not in names}

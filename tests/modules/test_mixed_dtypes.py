@@ -73,7 +73,7 @@ def test_connectors(name, dtypes):
                     assert_alike(run_plain, found, functools.partial(run, exact, *wide))
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("autocast", slow_but([True], [False, True]), ids=["plain", "autocast"])
 @every_model
 def test_whole_models(name, autocast):
     model, inputs = build(name)
