@@ -69,51 +69,51 @@ class Connector:
 
 
 ONE_GRAPH = "one graph"
-WHOLE_MODELS = ("patching/test_sharding.py", "whole_model_is_that_of_one_process")
-TEXT_RANKS = ("patching/test_text_only_ranks.py", "text_alone_trains_on")
+WHOLE_MODELS = ("patching/test_sharding.py", "whole_model_matches_one_process")
+TEXT_RANKS = ("patching/test_text_only_ranks.py", "text_only_rank_trains")
 CONNECTORS = (
     Connector(
         "MLP projector", "projector", ("mlp", "act_linear"),
-        (ONE_GRAPH, "patching/test_compiled_first.py::test_one_graph_at_once"),
+        (ONE_GRAPH, "patching/test_compiled_first.py::test_one_graph_before_first_call"),
         "::".join(WHOLE_MODELS),
     ),
     Connector(
         "image-token merge", "merge", ("merge_image_tokens",),
-        (ONE_GRAPH, "patching/test_compiled_first.py::test_one_graph_at_once"),
+        (ONE_GRAPH, "patching/test_compiled_first.py::test_one_graph_before_first_call"),
         "::".join(WHOLE_MODELS),
     ),
     Connector(
         "AnyRes tiles", "tiles", ("anyres_pack", "anyres_pack_resized", "anyres_merge"),
         ("breaks at sizes, as unpatched",
-         "patching/test_anyres_models.py::test_compiled_patched_model"),
+         "patching/test_anyres_models.py::test_compiled_patched_model_matches_unpatched"),
         "::".join(TEXT_RANKS),
     ),
     Connector(
         "patch merger", "patch merger", ("pixel_shuffle_norm", "mlp"),
-        (ONE_GRAPH, "modules/test_mergers.py::test_compiled_whole"), "::".join(TEXT_RANKS),
+        (ONE_GRAPH, "modules/test_mergers.py::test_compiles_to_one_graph"), "::".join(TEXT_RANKS),
     ),
     Connector(
         "pixel shuffle", "pixel shuffle", ("pixel_shuffle_norm",),
-        (ONE_GRAPH, "modules/test_mergers.py::test_internvl_compiles_as_one_graph"), "",
+        (ONE_GRAPH, "modules/test_mergers.py::test_internvl_compiles_to_one_graph"), "",
     ),
     Connector(
         "pooling", "pooling", ("spatial_pool",),
-        (ONE_GRAPH, "modules/test_mergers.py::test_compiled_whole"), "",
+        (ONE_GRAPH, "modules/test_mergers.py::test_compiles_to_one_graph"), "",
     ),
     Connector(
         "Q-Former", "Q-Former", ("self_attention", "cross_attention", "add_layer_norm", "mlp"),
-        (ONE_GRAPH, "patching/test_wrapped_models.py::test_compiled_whole_in_one_graph"),
+        (ONE_GRAPH, "patching/test_wrapped_models.py::test_whole_model_compiles_to_one_graph"),
         "::".join(WHOLE_MODELS),
     ),
     Connector(
         "Perceiver resampler", "resampler", ("cross_attention", "mlp"),
-        (ONE_GRAPH, "patching/test_wrapped_models.py::test_compiled_whole_in_one_graph"),
+        (ONE_GRAPH, "patching/test_wrapped_models.py::test_whole_model_compiles_to_one_graph"),
         "::".join(WHOLE_MODELS),
     ),
     Connector(
         "gated cross-attention", "gated layers",
         ("media_cross_attention", "gated_add", "gated_add_norm", "gated_mlp"),
-        (ONE_GRAPH, "patching/test_wrapped_models.py::test_compiled_whole_in_one_graph"),
+        (ONE_GRAPH, "patching/test_wrapped_models.py::test_whole_model_compiles_to_one_graph"),
         "::".join(WHOLE_MODELS),
     ),
 )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 from vlm_fast.atomic_write import write_atomically
 
 
-def test_a_file_is_replaced_in_utf8(tmp_path):
+def test_file_is_replaced_in_utf8(tmp_path):
     path = tmp_path / "a.json"
     for text in ("old", "new \N{GREEK SMALL LETTER ALPHA}\n"):
         write_atomically(path, text)
@@ -15,7 +15,7 @@ def test_a_file_is_replaced_in_utf8(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+def test_failed_write_keeps_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     write_atomically(path, "old")
 

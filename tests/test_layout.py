@@ -63,13 +63,13 @@ def test_modules_and_patches_reach_kernels_through_ops(room):
         assert not any(n.startswith("vlm_fast.kernels") for n in imports(path)), path
 
 
-def test_loose_files_import_no_room():
+def test_top_level_files_import_no_package_folder():
     rooms = {f"vlm_fast.{name}" for name in ORDER}
     for name in LOOSE - {"__init__.py", "py.typed"}:
         assert not rooms & {".".join(n.split(".")[:2]) for n in imports(PACKAGE / name)}, name
 
 
-def test_loose_files():
+def test_top_level_files_are_the_listed_ones():
     found = {p.name for p in PACKAGE.iterdir() if p.is_file() and p.suffix != ".so"}
     assert found == LOOSE and len(found) <= 6
 
@@ -84,17 +84,17 @@ def test_kernels_import_only_torch_triton_and_each_other():
             assert not top or top in known, f"{path.name} imports {name}"
 
 
-def test_the_folder_of_kernels_is_no_package():
+def test_kernels_folder_is_not_a_package():
     """An installed package of the same name, which transformers imports, must win over it."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
 @pytest.mark.parametrize("folder", LINKED)
-def test_folders_that_are_installed_under_the_package_are_linked_there(folder):
+def test_mapped_folders_are_linked_into_the_package(folder):
     assert (PACKAGE / folder).is_symlink() and (PACKAGE / folder).resolve() == ROOT / folder
 
 
-def test_declared_packages_are_the_folders():
+def test_declared_packages_match_folders():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read TOML")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     folders = {p.parent.relative_to(ROOT) for p in PACKAGE.rglob("*.py")}
@@ -114,7 +114,7 @@ def test_files_stay_short():
     assert not too_long
 
 
-def test_every_op_has_a_file_of_kernels_or_needs_none():
+def test_ops_have_a_kernel_file_or_need_none():
     assert {op.__module__.rsplit(".", 1)[0] for op in OPS.values()} == {"vlm_fast.ops"}
     for op in OPS.values():
         assert (PACKAGE / "ops" / f"{op.__module__.rsplit('.', 1)[1]}.py").exists()
@@ -131,7 +131,7 @@ def public_names():
 
 
 @pytest.mark.parametrize("name, value", [pytest.param(*p, id=p[0]) for p in public_names()])
-def test_public_functions_and_classes_say_what_they_do(name, value):
+def test_public_functions_and_classes_have_docstrings(name, value):
     own = vars(value).get("__doc__")  # not one that a class inherits
     own = value.__doc__ if inspect.isfunction(value) else own
     assert own and len(own.split()) >= 4, name
@@ -157,7 +157,7 @@ for module in pkgutil.walk_packages(vlm_fast.__path__, "vlm_fast."):
 """
 
 
-def test_import_brings_no_transformers_and_touches_no_device():
+def test_import_loads_no_transformers_and_touches_no_device():
     found = run(
         "import sys, vlm_fast\n"
         "assert not any(name.startswith('vlm_fast.training') for name in sys.modules)\n"
@@ -203,7 +203,7 @@ print(len(OPS), _triton.AVAILABLE, _native.native is not None)
 @pytest.mark.parametrize(
     "blocked", [["triton"], ["vlm_fast._C"], ["triton", "vlm_fast._C"]], ids="+".join
 )
-def test_cpu_path_without(blocked):
+def test_cpu_path_without_module(blocked):
     found = run(BLOCKED.format(blocked=blocked) + WORKS + EVERYTHING)
     assert found.returncode == 0, found.stderr
     count, triton, native = found.stdout.split()

@@ -41,7 +41,7 @@ def on_meta(*shape):
 
 
 @pytest.mark.parametrize("saved", ["all", "preactivation", "input"])
-def test_the_mlp_costs_what_its_op_says(saved):
+def test_mlp_cost_equals_op_cost(saved):
     work = connectors.connector_cost(DesignPoint(LLAVA, "mlp", 576, prompts=2, saved=saved))
     weights = [on_meta(4096, 1024), on_meta(4096), on_meta(4096, 4096), on_meta(4096)]
     assert work.cost == ops.mlp.cost_of(on_meta(2, 576, 1024), *weights, saved=saved)
@@ -50,7 +50,7 @@ def test_the_mlp_costs_what_its_op_says(saved):
     assert work.saved_bytes == {"all": 2 * z, "preactivation": z, "input": 0}[saved]
 
 
-def test_merging_costs_its_rounds_and_an_mlp_of_what_is_left():
+def test_token_merging_cost_is_rounds_plus_mlp_on_kept_tokens():
     x, size, parts = on_meta(1, 576, 1024), None, []
     for _ in range(2):
         r = x.shape[1] // 2
@@ -64,7 +64,7 @@ def test_merging_costs_its_rounds_and_an_mlp_of_what_is_left():
     assert found == functools.reduce(cost_counter.add_costs, parts)
 
 
-def test_aten_counts_by_torch_and_views_move_nothing():
+def test_aten_cost_matches_torch_flop_counter_and_views_are_free():
     work = cost_counter.count_cost(
         lambda: torch.nn.Linear(8, 4, bias=False),
         lambda: (torch.randn(3, 8, requires_grad=True).view(3, 8),),
@@ -73,7 +73,7 @@ def test_aten_counts_by_torch_and_views_move_nothing():
     assert work.cost == Cost(2 * 3 * 8 * 4, x + w + y, 2 * 2 * 3 * 8 * 4, 2 * (x + w + y))
 
 
-def test_pooling_before_the_second_linear_is_counted_as_it_runs():
+def test_cost_of_pooling_before_second_linear():
     work = cost_counter.count_cost(
         lambda: PooledMLPProjector(64, 96, stride=2),
         lambda: (torch.randn(1, 16, 64, requires_grad=True),),
@@ -85,7 +85,7 @@ def test_pooling_before_the_second_linear_is_counted_as_it_runs():
     assert work.cost.forward_flops == gemms + pool.forward_flops
 
 
-def test_counted_bytes_for_backward_are_those_a_real_step_keeps():
+def test_saved_bytes_match_a_real_training_step():
     from vlm_fast.devtools.memory import saved_bytes
 
     module = MLPProjector(64, 96, saved="all")
@@ -98,7 +98,7 @@ def test_counted_bytes_for_backward_are_those_a_real_step_keeps():
     assert counted.saved_bytes == kept > 0
 
 
-def test_parameters_on_meta_are_not_read_outside_of_a_count():
+def test_meta_parameters_fall_back_outside_cost_counting():
     with torch.device("meta"):
         projector = MLPProjector(8, 8)
     x = torch.empty(2, 8, device="meta")
@@ -107,7 +107,7 @@ def test_parameters_on_meta_are_not_read_outside_of_a_count():
 
 
 @pytest.mark.parametrize("name", slow_but(list(MODELS)[:2], MODELS))
-def test_every_connector_of_every_model_can_be_counted(name):
+def test_cost_exists_for_each_connector_and_model(name):
     model = MODELS[name]
     assert model.connector in CONNECTORS
     assert CONNECTORS[model.connector].token_counts(model)
@@ -130,7 +130,7 @@ def test_every_connector_of_every_model_can_be_counted(name):
         ("llama-3.2-11b-vision", "anyres", 32000, "suits no grid"),
     ],
 )
-def test_numbers_of_tokens_that_can_be_had(name, connector, tokens, reason):
+def test_valid_token_counts_per_connector(name, connector, tokens, reason):
     found = CONNECTORS[connector].why_not(MODELS[name], tokens)
     assert found is None if reason is None else reason in found
     if reason is not None:
@@ -138,7 +138,7 @@ def test_numbers_of_tokens_that_can_be_had(name, connector, tokens, reason):
             connectors.connector_cost(DesignPoint(MODELS[name], connector, tokens))
 
 
-def test_shapes_are_those_of_the_default_configs():
+def test_model_shapes_match_transformers_default_configs():
     transformers = pytest.importorskip("transformers")
     llama = transformers.LlavaConfig().text_config
     vicuna = LLAVA.language
@@ -160,7 +160,7 @@ def test_shapes_are_those_of_the_default_configs():
     )  # fmt: skip
 
 
-def test_the_language_model_share_is_that_of_its_layers():
+def test_language_model_cost_matches_its_layers():
     vicuna = LLAVA.language
     assert language_model.key_value_bytes(vicuna, BF16) == 2 * 32 * 32 * 128 * 2
     matrices = 4 * 4096**2 + 3 * 4096 * 11008
@@ -172,7 +172,7 @@ def test_the_language_model_share_is_that_of_its_layers():
     assert language_model.language_parameters(vicuna) == 32 * (matrices + norms) + 2 * 32064 * 4096
 
 
-def test_a_timed_layer_sees_no_later_token():
+def test_timed_layer_is_causal():
     small = advisor.LanguageModel(
         hidden=16, layers=1, heads=4, kv_heads=2, head_dim=4, intermediate=24, vocabulary=8,
         context=16,
@@ -187,7 +187,7 @@ def test_a_timed_layer_sees_no_later_token():
 # ---- what is advised ----
 
 
-def test_text_tokens_left_of_the_context():
+def test_remaining_text_tokens_in_context():
     found = options(context=4096)
     assert found["mlp", 576].text_tokens_left == 3520
     assert found["qformer", 32].text_tokens_left == 4064
@@ -197,7 +197,7 @@ def test_text_tokens_left_of_the_context():
     assert found["qformer", 32].compression == 18.0
 
 
-def test_an_option_holds_what_the_cost_models_say():
+def test_option_figures_match_cost_models():
     for option in options("dialogue").values():
         point = DesignPoint(LLAVA, option.connector, option.seen_tokens, images=8, text=256)
         assert option.cost == connectors.connector_cost(point, BF16).cost
@@ -217,7 +217,7 @@ def test_an_option_holds_what_the_cost_models_say():
         ("iteration", "linear", {}),
     ],
 )
-def test_what_comes_first(scenario, first, given):
+def test_ranking_order(scenario, first, given):
     found = vlm_fast.advise(scenario, **given)
     assert found.best.connector == first
     allowed = [o for o in found.options if not o.infeasible]
@@ -225,7 +225,7 @@ def test_what_comes_first(scenario, first, given):
     assert list(map(order, allowed)) == sorted(map(order, allowed))
 
 
-def test_what_cannot_be_had_is_last_and_says_why():
+def test_invalid_options_rank_last_with_reason():
     found = vlm_fast.advise("documents", context=2048, memory=20 * 10**9, requests=32)
     whys = [o.infeasible for o in found.options]
     assert whys == sorted(whys, key=bool)
@@ -239,7 +239,7 @@ def test_what_cannot_be_had_is_last_and_says_why():
     assert vlm_fast.advise(memory=10**9).best is None
 
 
-def test_reasons_have_the_figures():
+def test_reasons_contain_figures():
     found = options("documents", context=4096)
     assert "all 576 patches reach the language model" in found["mlp", 576].reasons_for
     assert any("576 patches become 32 (18x)" in r for r in found["qformer", 32].reasons_against)
@@ -247,7 +247,7 @@ def test_reasons_have_the_figures():
     assert "what LLaVA-1.5-7B was published with" in found["mlp", 576].reasons_for
 
 
-def test_measured_figures_come_with_machine_and_source():
+def test_measured_figures_name_machine_and_source():
     row = {"part": "projector, forward", "state": "after", "median": 2e-3, "lower": 1e-3,
            "upper": 3e-3}  # fmt: skip
     now = {name: results_files.sources(OPS[name]) for name in CONNECTORS["mlp"].ops}
@@ -273,7 +273,7 @@ def test_measured_figures_come_with_machine_and_source():
         ({"memory": -1}, "memory is -1"),
     ],
 )
-def test_wrong_questions(given, message):
+def test_invalid_arguments_raise(given, message):
     with pytest.raises(ValueError, match=message):
         vlm_fast.advise(**given)
 
@@ -284,7 +284,7 @@ def test_wrong_questions(given, message):
 TWO = ("--connector", "mlp", "--connector", "qformer")
 
 
-def test_command_prints_table_and_reasons_or_json():
+def test_command_prints_table_or_json():
     text = call(
         "--connector", "mlp", "--connector", "qformer", "--context", "4096", "--memory", "24GB"
     ).stdout
@@ -305,13 +305,13 @@ def test_command_prints_table_and_reasons_or_json():
         (("--images", "0"), "greater than or equal to 1"),
     ],
 )
-def test_wrong_arguments_are_usage_errors(arguments, message):
+def test_invalid_arguments_are_usage_errors(arguments, message):
     found = call(*arguments)
     assert found.exit_code == main.Exit.USAGE
     assert message in found.output
 
 
-def test_sizes_in_bytes():
+def test_byte_sizes_are_formatted():
     assert advisor_options.in_bytes("24GB") == 24 * 10**9
     assert advisor_options.in_bytes("1.5 gib") == 3 * 2**29
     assert advisor_options.in_bytes("123") == 123

@@ -11,14 +11,14 @@ from vlm_fast.advisor.connectors import CONNECTORS
 from vlm_fast.advisor.pareto import pareto_front
 
 
-def test_a_front_is_what_nothing_beats():
+def test_pareto_front_holds_undominated_points():
     assert pareto_front([(1, 4), (2, 2), (4, 1), (3, 3), (2, 5)]) == [0, 1, 2]
     assert pareto_front([(1, 1), (1, 1)]) == [0, 1]
     assert pareto_front([(1, 2), (1, 1)]) == [1]
     assert pareto_front([]) == []
 
 
-def test_own_numbers_of_tokens_and_small_work_come_first():
+def test_default_token_counts_and_small_work_are_measured_first():
     order = groups(tokens=(5, 9, 36), batches=(1, 2), names=("mlp", "pool", "merge", "gated"))
     points = [g for g in order if isinstance(g, profile_points.PointGroup)]
     rows = [
@@ -34,7 +34,7 @@ def test_own_numbers_of_tokens_and_small_work_come_first():
     assert {(8 + n, b) for n in (0, 5, 9, 36) for b in (1, 2)} == set(sizes)
 
 
-def test_levels_make_a_difference_to_training_alone():
+def test_saved_levels_multiply_points_only_in_training():
     levels = ("all", "input")
     count = {
         mode: sum(len(g.rows) for g in groups(mode, (36,), levels=levels, names=("mlp", "linear"))
@@ -44,7 +44,7 @@ def test_levels_make_a_difference_to_training_alone():
     assert count == {"forward": 2, "training": 3}
 
 
-def test_what_there_is_no_time_for_says_so():
+def test_unmeasured_points_report_out_of_time():
     order = groups()
     for _ in measure_points.measure_all(order, setting(deadline=time.monotonic() - 1)):
         pass
@@ -57,7 +57,7 @@ def test_what_there_is_no_time_for_says_so():
             assert row.language.seconds == row.language.flops / 1e10
 
 
-def test_lengths_that_were_not_timed_take_the_rate_of_the_nearest():
+def test_untimed_lengths_extrapolate_from_nearest_timed_length():
     order = groups(tokens=(36,), names=("mlp", "gated"))
     short = min((g for g in order if isinstance(g, profile_points.LayerGroup)),
                 key=lambda g: g.rows[0].language.tokens)  # fmt: skip
@@ -76,7 +76,7 @@ def test_lengths_that_were_not_timed_take_the_rate_of_the_nearest():
     assert other.seconds == pytest.approx(timed.seconds * other.flops / timed.flops)
 
 
-def test_an_error_of_one_group_leaves_the_others(monkeypatch):
+def test_error_in_one_group_does_not_stop_others(monkeypatch):
     def broken(point):
         raise RuntimeError("no such luck\nmore")
 

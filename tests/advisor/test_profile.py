@@ -63,7 +63,7 @@ def training(tmp_path_factory):
 # ---- what is measured, and in which order ----
 
 
-def test_every_point_there_is_is_measured(training):
+def test_all_points_are_measured(training):
     _, found, _ = training
     points = [(r["connector"], r["tokens"], r["batch"], r["saved"]) for r in found["rows"]]
     assert len(points) == len(set(points))
@@ -75,7 +75,7 @@ def test_every_point_there_is_is_measured(training):
         assert row["language"]["basis"] == "measured"
 
 
-def test_bytes_kept_for_backward_are_those_counted(training):
+def test_saved_bytes_match_cost_model(training):
     for row in training[1]["rows"]:
         counted = row["counted_saved_bytes"]
         assert row["saved_bytes"] == counted.get(row["saved"], counted.get("")), row["title"]
@@ -84,7 +84,7 @@ def test_bytes_kept_for_backward_are_those_counted(training):
     assert kept["all"] > kept["preactivation"] > kept["input"] == 0
 
 
-def test_figures_are_those_of_the_cost_models(training):
+def test_flops_and_bytes_match_cost_models(training):
     for row in training[1]["rows"]:
         point = DesignPoint(TINY, row["connector"], row["tokens"], prompts=row["batch"], text=8,
                       saved=row["saved"])  # fmt: skip
@@ -100,7 +100,7 @@ def test_figures_are_those_of_the_cost_models(training):
         assert row["key_value_bytes"] == row["batch"] * cached
 
 
-def test_sums_and_the_front(training):
+def test_totals_and_pareto_front(training):
     rows = training[1]["rows"]
     for row in rows:
         share = row["language"]
@@ -125,7 +125,7 @@ def test_sums_and_the_front(training):
 # ---- the files ----
 
 
-def test_csv_has_a_line_a_point_and_no_formula(training, tmp_path):
+def test_csv_has_one_line_per_point_and_no_formulas(training, tmp_path):
     with (training[0] / "profile.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(training[1]["rows"])
@@ -148,14 +148,14 @@ def test_traces_name_the_connector(training):
         assert "no memory snapshot: torch takes them on CUDA alone" in printed.stderr
 
 
-def test_picture_is_written_or_missed(training, tmp_path, monkeypatch):
+def test_png_is_written_or_reason_given(training, tmp_path, monkeypatch):
     assert (training[0] / "profile.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     lack = plots.write_png(tmp_path / "profile.png", training[1])
     assert "pip install 'vlm_fast[bench]'" in lack and not list(tmp_path.iterdir())
 
 
-def test_stdout_is_a_table_or_json_and_progress_is_beside_it(tmp_path):
+def test_stdout_holds_table_or_json_and_stderr_progress(tmp_path):
     found = call(tmp_path, "--tokens", "36", "--batch", "2,1", "--connector", "mlp", "--json")
     content = json.loads(found.stdout)
     assert content == json.loads((tmp_path / "profile.json").read_text())
@@ -206,7 +206,7 @@ def read(html):
     return reader
 
 
-def test_page_is_whole_and_names_the_front(training):
+def test_html_page_is_complete_and_names_pareto_front(training):
     html = (training[0] / "profile.html").read_text()
     reader = read(html)
     assert reader.fetched == ["data:,"]  # the icon, which a browser would ask for otherwise
@@ -232,7 +232,7 @@ def texts(chart):
     return [e.text for e in picture.iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_charts_mark_every_point_and_number_the_pareto_points(training):
+def test_charts_mark_all_points_and_number_pareto_points(training):
     for rows in plots.batches_of(training[1]).values():
         chart = plots.trade_off(rows)
         count = sum(row["on_pareto_front"] for row in rows)
@@ -243,24 +243,24 @@ def test_charts_mark_every_point_and_number_the_pareto_points(training):
         assert {row["title"] for row in rows} <= set(said)
 
 
-def test_one_point_has_charts_too(training):
+def test_charts_of_a_single_point(training):
     (row,) = [r for r in training[1]["rows"] if r["connector"] == "linear"]
     assert texts(plots.trade_off([row])) and texts(plots.shares([row]))
 
 
-def test_a_chart_is_drawn_to_the_same_bytes(training):
+def test_charts_are_deterministic(training):
     (rows,) = plots.batches_of(training[1]).values()
     assert plots.trade_off(rows) == plots.trade_off(rows)
 
 
-def test_without_matplotlib_the_page_says_how_to_get_charts(training, monkeypatch):
+def test_page_without_matplotlib_explains_how_to_get_charts(training, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     html = html_report.html_page(training[1])
     assert "<svg" not in html and html.count("matplotlib is not installed") == 2
     assert "pip install" in "".join(read(html).text)
 
 
-def test_every_string_on_the_page_is_escaped(training):
+def test_page_strings_are_escaped(training):
     def hostile(value):
         if isinstance(value, str):
             return f"{HOSTILE}{value}"
@@ -277,7 +277,7 @@ def test_every_string_on_the_page_is_escaped(training):
     assert HOSTILE in "".join(reader.text)
 
 
-def test_figures_are_short_and_have_units():
+def test_figures_are_formatted_with_units():
     assert [plots.duration(s) for s in (0, 2e-6, 0.0123456, 1.5, 123.4)] == [
         "0 us", "2 us", "12.3 ms", "1.5 s", "123 s",
     ]  # fmt: skip
@@ -290,7 +290,7 @@ def test_figures_are_short_and_have_units():
 
 
 @pytest.mark.usefixtures("inherited_sigint")
-def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
+def test_interrupt_keeps_measured_points(tmp_path, monkeypatch):
     real = measure_points._measure
     done = []
 
@@ -314,7 +314,7 @@ def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     read(html)
 
 
-def test_a_page_of_nothing(tmp_path):
+def test_page_without_measurements(tmp_path):
     order = groups()
     measure_points.complete_rows(order, setting())
     where = report_data.conditions("cpu", torch.float32, Ceilings(1.0, 1.0))
@@ -338,7 +338,7 @@ def test_a_page_of_nothing(tmp_path):
         (("--budget", "0"), "greater than or equal to 1"),
     ],
 )
-def test_wrong_arguments_are_usage_errors_before_anything_is_measured(
+def test_invalid_arguments_are_usage_errors_before_measuring(
     tmp_path, monkeypatch, arguments, message
 ):
     monkeypatch.setattr(profile.timing, "ceilings", None)
@@ -348,7 +348,7 @@ def test_wrong_arguments_are_usage_errors_before_anything_is_measured(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+def test_unwritable_folder_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(profile.timing, "ceilings", None)
     (tmp_path / "file").write_text("")
     found = call(tmp_path / "file", "--connector", "mlp", "--tokens", "36")
@@ -357,7 +357,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     assert "name another" in found.output
 
 
-def test_models_that_are_named_have_a_profile_to_ask_for():
+def test_default_token_counts_cover_named_models():
     for name, shape in MODELS.items():
         tokens = list(profile._default_tokens(name, list(CONNECTORS)))
         for connector in CONNECTORS.values():

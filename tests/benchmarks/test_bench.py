@@ -67,7 +67,7 @@ def rows_of(op, quickly=None, **selected):
 # ---- rows ----
 
 
-def test_a_row_for_every_provider_measured_or_with_its_reason(quickly, tmp_path):
+def test_each_provider_has_a_measured_row_or_a_reason(quickly, tmp_path):
     path, table = tmp_path / "out.json", tmp_path / "out.csv"
     found = bench(
         "--quick", "--op", "gather_image_tokens", "--json", str(path), "--csv", str(table)
@@ -89,7 +89,7 @@ def test_a_row_for_every_provider_measured_or_with_its_reason(quickly, tmp_path)
     assert len(lines) == len(rows) and float(lines[0]["median"]) == content["ops"][0]["median"]
 
 
-def test_a_provider_that_raises_gives_a_row_with_the_reason(quickly, monkeypatch):
+def test_raising_provider_gives_row_with_reason(quickly, monkeypatch):
     def make(*args, **options):
         def call(*args, **options):
             raise RuntimeError("no such kernel\nsecond line")
@@ -103,21 +103,21 @@ def test_a_provider_that_raises_gives_a_row_with_the_reason(quickly, monkeypatch
     assert rows[1]["reason"] == "RuntimeError: no such kernel"
 
 
-def test_a_function_that_torch_compile_left_eager_is_not_timed(quickly, monkeypatch):
+def test_function_left_eager_by_torch_compile_is_not_timed(quickly, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, mode=None: function)
     rows = rows_of("gated_add", modes=["forward"], providers=["torch.compile"])
     assert rows[0]["reason"].startswith("no graph was made")
 
 
 @pytest.mark.slow
-def test_counting_waits_does_not_stop_dynamo_from_compiling(quickly):
+def test_counting_host_syncs_does_not_stop_dynamo(quickly):
     """Under a dispatch mode Dynamo stops compiling, and later passes would time eager code."""
     rows = rows_of("gated_add", providers=["torch.compile"])
     assert [row["status"] for row in rows] == ["measured"] * 3
     assert all(row["synchronisations"] is None for row in rows)
 
 
-def test_a_late_run_compiles_nothing_more(monkeypatch):
+def test_no_compiling_when_time_runs_out(monkeypatch):
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr(ops.time, "monotonic", lambda: float(next(clock)))
     pace = ops.Pace.until(100.0, steps=10)  # at 0
@@ -128,7 +128,7 @@ def test_a_late_run_compiles_nothing_more(monkeypatch):
     assert ops.Pace.until(None, steps=10).allows_compiling(0)
 
 
-def test_backward_alone_is_timed_without_its_forward(quickly):
+def test_backward_timing_excludes_forward(quickly):
     calls = []
 
     def squared(x):
@@ -173,7 +173,7 @@ class Nvml:
         return 0x1 | 0x40
 
 
-def test_a_throttled_gpu_is_named_and_missing_values_are_none(monkeypatch):
+def test_throttled_gpu_is_reported_and_missing_values_are_none(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", Nvml())
     properties = types.SimpleNamespace(pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -186,7 +186,7 @@ def test_a_throttled_gpu_is_named_and_missing_values_are_none(monkeypatch):
     assert found["lacks"] == {"power_w": "RuntimeError: Not Supported"}
 
 
-def test_without_nvml_there_is_a_reason_and_no_error(monkeypatch):
+def test_telemetry_without_nvml_gives_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with telemetry.Telemetry("cuda") as seen:
         pass
@@ -196,7 +196,7 @@ def test_without_nvml_there_is_a_reason_and_no_error(monkeypatch):
     assert seen.summary()["lacks"] == {"telemetry": "no GPU is used"}
 
 
-def test_a_cpu_has_no_launches_and_results_have_a_size():
+def test_cpu_rows_have_no_launches_and_have_result_sizes():
     x = torch.ones(10)
     assert launches.launches(lambda: x + 1, "cpu") is None
     assert memory.result_bytes((x, x[2:], [x + 1, None])) == 80
@@ -207,7 +207,7 @@ def test_a_cpu_has_no_launches_and_results_have_a_size():
 
 @pytest.mark.usefixtures("inherited_sigint")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_valid_results(quickly, monkeypatch, tmp_path, number):
+def test_interrupted_run_leaves_valid_results(quickly, monkeypatch, tmp_path, number):
     path, measure = tmp_path / "out.json", ops.measure
 
     def interrupted(*args, **options):
@@ -224,7 +224,7 @@ def test_an_interrupted_run_leaves_valid_results(quickly, monkeypatch, tmp_path,
     assert content["failures"] == ["interrupted"]
 
 
-def test_a_section_that_breaks_leaves_the_others(quickly, monkeypatch, tmp_path):
+def test_failing_section_does_not_stop_others(quickly, monkeypatch, tmp_path):
     def broken(run):
         raise RuntimeError("no such luck")
 
@@ -236,7 +236,7 @@ def test_a_section_that_breaks_leaves_the_others(quickly, monkeypatch, tmp_path)
     assert content["ops"] and content["finished"]
 
 
-def test_nothing_is_timed_after_a_failed_parity(monkeypatch, tmp_path):
+def test_failed_parity_is_not_timed(monkeypatch, tmp_path):
     path, both = tmp_path / "out.json", ("--section", "parity", "--section", "ops")
     case = self_test.Case("gather_image_tokens", "x", "float32", raised="RuntimeError: wrong")
     monkeypatch.setattr(self_test, "run", lambda *_, **__: [case])
@@ -245,7 +245,7 @@ def test_nothing_is_timed_after_a_failed_parity(monkeypatch, tmp_path):
     assert "ops" not in complete(json.loads(path.read_text()))
 
 
-def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
+def test_failed_write_keeps_old_file(tmp_path):
     path = tmp_path / "out.json"
     machine.write(path, {"schema": 2})
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -254,7 +254,7 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
 
 
-def test_cells_that_are_formulas_are_text(tmp_path):
+def test_formula_cells_are_written_as_text(tmp_path):
     path = tmp_path / "out.csv"
     main.terminal.write_csv(path, [{"a": "=1+1", "b": ["x", "y"]}, {"a": None, "c": -1.5}])
     with path.open() as file:
@@ -273,7 +273,7 @@ def row(provider, median, peak=1000, spread=0.01):
     }  # fmt: skip
 
 
-def test_times_are_compared_as_shares_of_eager():
+def test_comparison_uses_time_relative_to_eager():
     old = [row("vlm_fast", 1.0), row("eager", 2.0)]
     busy = [row("vlm_fast", 3.0), row("eager", 6.0)]
     assert list(compare_results.regressions(old, busy, 0.05)) == []
@@ -290,7 +290,7 @@ def test_times_are_compared_as_shares_of_eager():
     ]
 
 
-def test_a_regression_is_exit_code_1(quickly, monkeypatch, tmp_path):
+def test_regression_gives_exit_code_1(quickly, monkeypatch, tmp_path):
     path = tmp_path / "old.json"
     assert bench(*FEW, "--json", str(path)).exit_code == 0
     same = bench(*FEW, "--compare", str(path), "--allow", "1000")
@@ -321,7 +321,7 @@ def test_a_regression_is_exit_code_1(quickly, monkeypatch, tmp_path):
         (("--quick", "--save"), "not worth keeping"),
     ],
 )
-def test_a_wrong_name_is_a_usage_error_that_lists_the_right_ones(monkeypatch, arguments, words):
+def test_unknown_name_is_a_usage_error_listing_valid_names(monkeypatch, arguments, words):
     monkeypatch.setattr(suite, "run", lambda *_, **__: pytest.fail("measured"))
     found = bench(*arguments)
     assert found.exit_code == main.Exit.USAGE, found.output
@@ -335,7 +335,7 @@ def test_a_wrong_name_is_a_usage_error_that_lists_the_right_ones(monkeypatch, ar
         ('{"schema": 1}', "has schema 1 where 2 is read: measure it again"),
     ],
 )  # fmt: skip
-def test_results_of_another_schema_are_refused_with_the_remedy(tmp_path, content, words):
+def test_other_schema_version_is_refused_with_remedy(tmp_path, content, words):
     path = tmp_path / "old.json"
     path.write_text(content)
     found = bench(*FEW, "--compare", str(path))
@@ -343,7 +343,7 @@ def test_results_of_another_schema_are_refused_with_the_remedy(tmp_path, content
     assert "".join(words.split()) in "".join(found.output.split())
 
 
-def test_results_of_another_machine_are_not_compared(tmp_path):
+def test_other_machine_is_not_compared(tmp_path):
     path = tmp_path / "old.json"
     path.write_text(json.dumps({"schema": 2, "machine": "Abacus", "ops": [row("eager", 1)]}))
     found = bench(*FEW, "--compare", str(path))
@@ -353,7 +353,7 @@ def test_results_of_another_machine_are_not_compared(tmp_path):
 # ---- pytest-benchmark ----
 
 
-def test_pytest_benchmark_times_a_case_of_every_op():
+def test_pytest_benchmark_times_one_case_per_op():
     assert {case[0] for case in test_speed.cases()} == OPS.keys()
     case = "test_speed[gather_image_tokens-LLaVA-1.5-7B, 8 x 2944-forward-eager]"
     path = Path(test_speed.__file__).resolve()

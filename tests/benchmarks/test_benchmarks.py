@@ -48,14 +48,14 @@ def quick(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_quick_run_measures_every_op_and_proves_the_patched_model(quick):
+def test_quick_run_measures_all_ops_and_verifies_patched_model(quick):
     _, results = quick
     assert {row["op"] for row in results["ops"]} == set(OPS)
     assert all(row["median"] > 0 and row["rounds"] >= 3 for row in results["ops"])
 
 
 @pytest.mark.slow
-def test_patched_models_give_the_same_results(quick):
+def test_patched_models_match_unpatched(quick):
     _, results = quick
     assert results["models"].keys() == models.MODELS.keys()
     for found in results["models"].values():
@@ -66,7 +66,7 @@ def test_patched_models_give_the_same_results(quick):
 
 
 @pytest.mark.slow
-def test_rows_are_of_one_shape(quick):
+def test_rows_have_the_same_keys_and_start_with_before(quick):
     """The row "before" of a part comes first, then its other states."""
     _, results = quick
     families = list(FAMILIES)
@@ -87,7 +87,7 @@ def rows_of(found, part):
 
 
 @pytest.mark.slow
-def test_the_patch_saves_waits_bytes_and_operations(quick):
+def test_patch_reduces_host_syncs_bytes_and_operations(quick):
     _, results = quick
     models = results["models"]
     before, after = rows_of(models["llava"], "merge, forward+backward")
@@ -104,21 +104,21 @@ def test_the_patch_saves_waits_bytes_and_operations(quick):
 
 
 @pytest.mark.slow
-def test_output_is_plain_when_piped(quick):
+def test_piped_output_is_plain(quick):
     text, _ = quick
     assert text.isascii() and "\x1b" not in text
     assert "verify passed" in text
 
 
 @pytest.mark.slow
-def test_results_name_no_path_of_this_machine(quick):
+def test_results_contain_no_local_paths(quick):
     _, results = quick
     assert str(ROOT) not in json.dumps(results)
     assert str(Path.home()) + "/" not in json.dumps(results)
 
 
 @pytest.mark.slow
-def test_the_gpu_run_without_a_gpu_says_so():
+def test_gpu_run_without_gpu_reports_it():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     found = python("vlm_fast.benchmarks.gpu")
@@ -129,7 +129,7 @@ def test_the_gpu_run_without_a_gpu_says_so():
 # ---- the GPU run, on a CPU ----
 
 
-def test_stages_write_results_as_they_go(tmp_path):
+def test_stages_write_results_incrementally(tmp_path):
     def broken(results, device, deadline):
         written = json.loads(path.read_text())
         assert written["stages"]["first"]["status"] == "ok"
@@ -156,23 +156,23 @@ def test_stages_write_results_as_they_go(tmp_path):
     assert written["found"] == 1 and written["schema"] == results_files.SCHEMA
 
 
-def test_no_stage_can_start_after_the_end(tmp_path):
+def test_no_stage_starts_after_deadline(tmp_path):
     stages = (Stage("late", 9, lambda *_: [], needs_cuda=False),)
     results = gpu.run("cpu", tmp_path / "results.json", stages=stages, total=-1)
     assert results["stages"]["late"]["status"] == "out of time"
 
 
-def test_all_stages_have_names_of_their_own():
+def test_stage_names_are_unique():
     assert len({stage.name for stage in STAGES}) == len(STAGES)
 
 
-def test_all_stages_have_time():
+def test_each_stage_has_time():
     assert sum(stage.seconds for stage in STAGES if stage.name != "suites") <= gpu.TOTAL_SECONDS
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
-def test_a_launch_finds_its_compiled_kernel(monkeypatch, tmp_path):
+def test_launch_uses_precompiled_kernel(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     name, forever = "gather_image_tokens", float("inf")
     count, failures = gpu_compile.compile_all("sm_90", forever, [name], workers=1)
@@ -187,16 +187,16 @@ def test_a_launch_finds_its_compiled_kernel(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
-def test_builds_after_the_deadline_are_reported():
+def test_builds_past_deadline_are_reported():
     count, failures = gpu_compile.compile_all("sm_90", 0.0, ["gated_add"], workers=1)
     assert count == 0 and failures == ["out of time: 3 of 3 not compiled"]
 
 
-def test_repeats_are_bitwise_equal():
+def test_repeated_calls_are_bitwise_equal():
     assert gpu_checks.repeats("cpu") == []
 
 
-def test_large_shapes_are_beyond_32_bits():
+def test_large_shapes_exceed_32_bit_offsets():
     for op in OPS.values():
         torch.set_default_device("meta")
         try:
@@ -207,7 +207,7 @@ def test_large_shapes_are_beyond_32_bits():
         assert max(cost.forward_bytes, cost.backward_bytes) > 2**32, op.name
 
 
-def test_parts_of_a_large_call_equal_calls_of_the_parts(monkeypatch):
+def test_large_call_equals_calls_on_its_parts(monkeypatch):
     batch = 11  # no size of a usual shape equals it
     monkeypatch.setattr(gpu_checks, "BATCH", batch)
     for op in OPS.values():
@@ -223,7 +223,7 @@ def test_parts_of_a_large_call_equal_calls_of_the_parts(monkeypatch):
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
-def test_launches_are_collected_with_their_grid():
+def test_launches_are_recorded_with_grid():
     for op in OPS.values():
         found = ahead_of_time.launches(op, (torch.bfloat16,))
         assert bool(found) == (op.name not in {"max_similarity", "stacked_linear"}), op.name
@@ -235,7 +235,7 @@ def test_launches_are_collected_with_their_grid():
 # ---- measuring ----
 
 
-def test_times_are_quartiles_and_overlap_claims_nothing():
+def test_times_are_quartiles_and_overlapping_ones_are_not_ranked():
     times = timing.Times.of([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (times.lower, times.median, times.upper, times.rounds) == (2.0, 3.0, 4.0, 5)
     fast = timing.Times.of([0.5, 0.6])
@@ -244,7 +244,7 @@ def test_times_are_quartiles_and_overlap_claims_nothing():
     assert timing.verdict(times, timing.Times.of([2.5, 3.5])) == "same"
 
 
-def test_calls_take_turns():
+def test_timed_calls_are_interleaved():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
     found = timing.interleaved(calls, [()], device="cpu", seconds=0.0, rounds=(4, 9))
@@ -252,7 +252,7 @@ def test_calls_take_turns():
     assert found["a"].rounds == 4
 
 
-def test_bytes_and_waits_are_those_of_a_known_call():
+def test_bytes_and_host_syncs_of_a_known_call():
     x = torch.randn(1000, requires_grad=True)
     assert memory.saved_bytes(lambda: x.exp().sin(), [x]) == 4000  # exp's result, for both
     assert memory.saved_bytes(lambda: x.exp(), [x]) == 0  # its own result
@@ -263,7 +263,7 @@ def test_bytes_and_waits_are_those_of_a_known_call():
     assert memory.host_syncs(lambda: (y[y > 0], y[torch.tensor([1])]), "cpu") == 1
 
 
-def test_the_photograph_is_preprocessed_for_a_tower():
+def test_photograph_is_preprocessed_for_vision_tower():
     found, source = photograph.preprocessed("blip", "BlipImageProcessorPil")
     assert found["pixel_values"].std() > 0.1 and "astronaut" in source
     assert photograph.resized(28).shape == (1, 3, 28, 28)

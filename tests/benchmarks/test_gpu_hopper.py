@@ -21,13 +21,13 @@ def without_the_op(monkeypatch):
     monkeypatch.setattr(gpu_hopper, "_as_an_op", lambda device, deadline: [])
 
 
-def test_what_is_right_passes(without_the_op):
+def test_correct_gemms_pass(without_the_op):
     with python_gemms() as gemms:
         assert gpu_hopper.prove("cpu", NEVER, SHAPES) == []
     assert set(gemms.calls) == {"linear_gelu", "gelu_backward"}
 
 
-def test_the_op_is_checked_with_the_gemms(monkeypatch):
+def test_op_is_checked_with_the_gemms(monkeypatch):
     shape = dict(shape=(140, 16), hidden=24, out=8, saved="all")
     monkeypatch.setattr(OPS["mlp"], "test_shapes", [])
     monkeypatch.setattr(OPS["mlp"], "bench_shapes", {"small": shape})
@@ -51,7 +51,7 @@ def test_the_op_is_checked_with_the_gemms(monkeypatch):
     [("linear_gelu", 5, "h"), ("linear_gelu", 4, "z"), ("gelu_backward", 4, "dz"),
      ("gelu_backward", 5, "h"), ("gelu_backward", 6, "dbias")],
 )  # fmt: skip
-def test_one_wrong_number_is_found(without_the_op, name, position, what):
+def test_single_wrong_element_is_found(without_the_op, name, position, what):
     with python_gemms() as gemms:
         right = getattr(gemms, name)
 
@@ -66,7 +66,7 @@ def test_one_wrong_number_is_found(without_the_op, name, position, what):
     assert any(f"mlp {name}" in line and f" {what}: " in line for line in failures), failures
 
 
-def test_results_that_do_not_repeat_are_found(without_the_op):
+def test_nondeterministic_results_are_found(without_the_op):
     with python_gemms() as gemms:
         right, calls = gemms.linear_gelu, []
 
@@ -80,12 +80,12 @@ def test_results_that_do_not_repeat_are_found(without_the_op):
     assert any("results differ from call to call" in line for line in failures)
 
 
-def test_no_time_is_no_proof(without_the_op):
+def test_running_out_of_time_is_not_a_pass(without_the_op):
     with python_gemms():
         assert gpu_hopper.prove("cpu", -1.0, SHAPES) != []
 
 
-def test_without_the_library_the_stage_says_why_it_was_left_out(monkeypatch):
+def test_stage_without_library_gives_reason(monkeypatch):
     monkeypatch.setattr(_hopper, "why_absent", "it was not built")
     results = {}
     assert gpu_stages.hopper_gemms(results, "cpu", NEVER) == []
@@ -95,7 +95,7 @@ def test_without_the_library_the_stage_says_why_it_was_left_out(monkeypatch):
     assert results == {"hopper_gemms": "left out: this is no Hopper GPU"}
 
 
-def test_a_wrong_gemm_fails_the_proof_of_the_op(without_the_op, monkeypatch):
+def test_wrong_gemm_fails_op_verification(without_the_op, monkeypatch):
     monkeypatch.setattr(gpu_hopper, "SHAPES", SHAPES)
     monkeypatch.setattr(gpu_hopper, "why_left_out", lambda device: None)
     results = {"parity": {"mlp": {"failures": []}}}
@@ -107,14 +107,14 @@ def test_a_wrong_gemm_fails_the_proof_of_the_op(without_the_op, monkeypatch):
     assert results["hopper_gemms"] == "FAILED"
 
 
-def test_of_a_build_spills_registers_and_missing_instructions_are_named():
+def test_build_violations_name_registers_spills_and_missing_instructions():
     good = dict(registers=168, stack_bytes=0, spills=0, tensor_core=8, tma=2)
     assert hopper.violations("k", good) == []
     for count, value in dict(registers=169, stack_bytes=8, spills=1, tensor_core=0, tma=0).items():
         assert len(hopper.violations("k", {**good, count: value})) == 1
 
 
-def test_without_a_library_there_is_nothing_to_look_into(monkeypatch, capsys):
+def test_main_without_library_exits_3_with_reason(monkeypatch, capsys):
     monkeypatch.setattr(_hopper, "why_absent", "it was not built")
     assert hopper.main() == 3
     assert "it was not built" in capsys.readouterr().err

@@ -6,12 +6,12 @@ import time
 from vlm_fast.benchmarks import gpu_proof
 
 
-def test_proof_cut_off_is_no_proof():
+def test_interrupted_verification_is_not_a_pass():
     found = gpu_proof.prove("gather_image_tokens", "cpu", time.monotonic() - 1)
     assert found.parity["failures"] == ["gather_image_tokens: out of time"]
 
 
-def test_an_op_that_ends_its_process_leaves_the_others_theirs(tmp_path):
+def test_crash_of_one_op_keeps_results_of_others(tmp_path):
     calls = {"ends": (os.abort,), "fails": (int, "x"), "is fine": (str, 7)}
     found, failures = gpu_proof.each(_apply, calls, time.monotonic() + 120, workers=2)
     assert found == {"is fine": "7"}
@@ -26,7 +26,7 @@ def _apply(function, *arguments):
     return function(*arguments)
 
 
-def test_a_kernel_that_nothing_launched_is_named(monkeypatch):
+def test_unlaunched_kernel_is_reported(monkeypatch):
     monkeypatch.setattr(gpu_proof, "KERNELS", dict.fromkeys(["one", "other", "third"]))
     proofs = [gpu_proof.Proof({}, launched={"one"}), gpu_proof.Proof({}, launched={"third"})]
     assert gpu_proof.never_launched(proofs) == ["other: no check launches it"]

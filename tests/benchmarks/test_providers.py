@@ -10,7 +10,7 @@ from vlm_fast.benchmarks.providers.peer import Unavailable
 from vlm_fast.ops.declaration import OPS
 
 
-def test_every_op_has_rows_and_every_library_a_reason(monkeypatch):
+def test_each_op_has_rows_and_each_absent_library_a_reason(monkeypatch):
     monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
     for op in OPS.values():
         (_, shape), *_ = ops.shapes_of(op, "cpu", quick=True)
@@ -24,7 +24,7 @@ def test_every_op_has_rows_and_every_library_a_reason(monkeypatch):
     assert {peer.op for peer in providers.PEERS} <= OPS.keys()
 
 
-def test_what_a_provider_computes_is_what_we_do():
+def test_provider_results_match_ours():
     for peer in providers.PEERS:
         op = OPS[peer.op]
         (_, shape), *_ = ops.shapes_of(op, "cpu", quick=True)
@@ -49,7 +49,7 @@ def applied(function):
     return types.SimpleNamespace(apply=function)
 
 
-def test_adapters_hand_libraries_what_they_take(monkeypatch):
+def test_adapters_pass_arguments_libraries_accept(monkeypatch):
     f = torch.nn.functional
     library(
         monkeypatch, "liger_kernel.ops.layer_norm",

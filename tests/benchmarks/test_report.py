@@ -27,19 +27,19 @@ def committed():
 # ---- the committed pages ----
 
 
-def test_pages_are_those_of_the_committed_results(committed):
+def test_pages_match_committed_results(committed):
     for path, name, content in report.contents(committed):
         text = path.read_text()
         assert report.between(text, name, content) == text, f"{path.name}, {name}: {REGENERATE}"
 
 
-def test_charts_are_those_of_the_committed_results(committed):
+def test_charts_match_committed_results(committed):
     for name, chart in charts.CHARTS.items():
         path = report.CHARTS / f"{name}.svg"
         assert charts.drawn_from(path) == chart.bars(committed[0]), f"{path.name}: {REGENERATE}"
 
 
-def test_tests_that_the_support_matrix_rests_on_exist():
+def test_tests_named_by_support_matrix_exist():
     tests = report.ROOT / "tests"
     for connector in support_matrix.CONNECTORS:
         assert set(connector.ops) <= OPS.keys()
@@ -69,7 +69,7 @@ def call(provider, median, ours_is="", mode="forward", op="mlp"):
     }  # fmt: skip
 
 
-def test_the_best_peer_is_the_fastest_that_computes_the_same():
+def test_best_baseline_is_fastest_with_same_results():
     rows = [
         call(OURS, 1.0), call(EAGER, 3.0, "faster"), call("torch.compile", 2.0, "faster"),
         call("flash-attn (tanh)", 0.5, "slower"),
@@ -81,7 +81,7 @@ def test_the_best_peer_is_the_fastest_that_computes_the_same():
     assert "torch.compile" in group.bars[0].words
 
 
-def test_host_bound_pieces_are_drawn_apart():
+def test_host_bound_parts_are_drawn_separately():
     launches = {"launches": 10}
     bound = piece("small", 5e-4, 8e-4)
     large = piece("large", 5e-2, 1e-2)
@@ -95,7 +95,7 @@ def test_host_bound_pieces_are_drawn_apart():
     assert "host-bound" in report_tables.losses(result)
 
 
-def test_losses_are_published():
+def test_slower_results_are_published():
     rows = piece("x", 1.0, 1.5, peak_bytes=13 * 10**5, saved_bytes=2940)
     rows += piece("y", 1.0, 0.9)  # 2300 more saved bytes are too few to be listed
     slower = {**call(EAGER, 0.8, "slower")}
@@ -107,7 +107,7 @@ def test_losses_are_published():
     ]
 
 
-def test_a_chart_holds_its_bars_and_the_same_results_give_the_same_file(tmp_path):
+def test_chart_holds_all_bars_and_is_deterministic(tmp_path):
     pytest.importorskip("matplotlib")
     result = {
         "machine": "Abacus", "device": "cpu",
@@ -123,14 +123,14 @@ def test_a_chart_holds_its_bars_and_the_same_results_give_the_same_file(tmp_path
         assert charts.drawn_from(paths[0]) == chart.bars(result)
 
 
-def test_quick_results_and_none_give_no_figures(tmp_path):
+def test_quick_or_missing_results_give_no_figures(tmp_path):
     assert report.readable([{"quick": True, "models": {"x": 1}}, {"models": {}}]) == []
     contents = {name: text for _, name, text in report.contents([])}
     assert contents["figures"] == contents["measured"] == report_tables.NO_RESULTS
     assert "| no |" in contents["support"]
 
 
-def test_a_gpu_is_named_with_its_commit_and_its_failures():
+def test_gpu_is_listed_with_commit_and_failures():
     ops = ("mlp", "merge_image_tokens")
     parity = {"mlp": {"cases": 3, "failures": ["wrong"], "dtypes": []}}
     result = {"device": "cuda", "machine": "X", "commit": "a" * 40 + "+", "parity": parity}
@@ -140,7 +140,7 @@ def test_a_gpu_is_named_with_its_commit_and_its_failures():
     assert support_matrix.verified(ops, []) == "no"
 
 
-def test_markers_must_stand_once():
+def test_missing_marker_raises():
     with pytest.raises(ValueError, match="once, found 0 times"):
         report.between("nothing here", "figures", "x")
 
@@ -148,14 +148,14 @@ def test_markers_must_stand_once():
 # ---- the short run ----
 
 
-def test_the_short_run_has_one_shape_of_each_of_its_ops():
+def test_short_run_has_one_shape_per_op():
     for name, shape in short_run.SHAPES.items():
         shapes = OPS[name].bench_shapes
         assert shape in shapes
         assert len({s for s in short_run.SHAPES.values() if s in shapes}) == 1, name
 
 
-def test_the_short_run_patches_verifies_and_times(capsys, tmp_path, monkeypatch):
+def test_short_run_patches_verifies_and_times(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(short_run, "SHAPES", {"merge_tokens": short_run.SHAPES["merge_tokens"]})
     monkeypatch.setattr(short_run, "SECONDS_PER_PASS", 0.01)
     monkeypatch.setattr(short_run, "PROVIDERS", (OURS, EAGER))

@@ -22,7 +22,7 @@ def call(*arguments):
     return CliRunner().invoke(main.app, list(arguments))
 
 
-def test_it_runs_as_a_module_and_is_plain_when_piped():
+def test_module_entry_point_prints_plain_text_when_piped():
     found = subprocess.run(
         [sys.executable, "-m", "vlm_fast.cli.main", "ops"],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
@@ -32,7 +32,7 @@ def test_it_runs_as_a_module_and_is_plain_when_piped():
     assert not found.stderr
 
 
-def test_env_names_cause_and_remedy_of_every_lack(monkeypatch):
+def test_env_names_cause_and_remedy_of_missing_parts(monkeypatch):
     monkeypatch.setattr(_triton, "AVAILABLE", False)
     facts = {fact["name"]: fact for fact in json.loads(call("env", "--json").stdout)}
     assert facts["triton"]["value"] == "not importable"
@@ -48,7 +48,7 @@ def test_env_names_cause_and_remedy_of_every_lack(monkeypatch):
     assert "triton: " in text and "remedy: " in text
 
 
-def test_ops_tell_current_proof_from_older_and_from_none(monkeypatch):
+def test_ops_list_shows_current_outdated_and_missing_verification(monkeypatch):
     def result(machine, sources):
         entry = {"cases": 3, "failures": [], "dtypes": ["bfloat16"]}
         return {
@@ -65,7 +65,7 @@ def test_ops_tell_current_proof_from_older_and_from_none(monkeypatch):
     assert "bfloat16" in rows["mlp"]["dtypes"] and "float64" not in rows["mlp"]["dtypes"]
 
 
-def test_sources_of_an_op_are_its_files_and_what_they_share():
+def test_op_sources_are_its_files_and_shared_files():
     assert results_files.sources(OPS["mlp"]).keys() == {
         "ops/mlp.py", "ops/rows.py", "kernels/mlp.py", "kernels/_activation.py",
         "kernels/_hopper.py",
@@ -76,21 +76,21 @@ def test_sources_of_an_op_are_its_files_and_what_they_share():
     assert of_another < results_files.sources(OPS["self_attention"]).keys()
 
 
-def test_broken_results_files_prove_nothing(tmp_path):
+def test_broken_results_files_are_ignored(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "other.json").write_text('{"schema": 0}')
     (tmp_path / "list.json").write_text("[]")
     assert results_files.read_results(tmp_path) == []
 
 
-def test_check_passes_here():
+def test_check_passes_on_this_machine():
     found = call("check", "gather_image_tokens", "--json")
     assert found.exit_code == 0, found.stdout
     summary = json.loads(found.stdout)["ops"]["gather_image_tokens"]
     assert summary["cases"] > 0 and len(summary["dtypes"]) == 3 and not summary["failures"]
 
 
-def test_check_prints_what_failed_and_by_how_much(monkeypatch):
+def test_check_prints_failures_and_their_size(monkeypatch):
     wrong = Verdict("gradient 1", 0.5, 0.25, "error 0.5 above 0.25")
     monkeypatch.setattr(self_test.tolerance, "check", lambda *_, **__: [wrong])
     found = call("check", "mlp")
@@ -100,7 +100,7 @@ def test_check_prints_what_failed_and_by_how_much(monkeypatch):
     assert "(error 0.5, budget 0.25)" in line
 
 
-def test_a_call_without_gradients_is_judged_too(monkeypatch):
+def test_check_covers_calls_without_gradients(monkeypatch):
     right = OPS["mlp"].fast
     halved = lambda *a, **o: right(*a, **o) * (1.0 if torch.is_grad_enabled() else 0.5)  # noqa: E731
     monkeypatch.setattr(OPS["mlp"], "fast", halved)
@@ -108,7 +108,7 @@ def test_a_call_without_gradients_is_judged_too(monkeypatch):
     assert "output 0 without gradients" in line
 
 
-def test_a_case_that_raises_is_a_failure(monkeypatch):
+def test_check_reports_raising_case_as_failure(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no such luck")
 
@@ -118,7 +118,7 @@ def test_a_case_that_raises_is_a_failure(monkeypatch):
     assert case.failures()[0].endswith("raised RuntimeError: no such luck")
 
 
-def test_three_test_shapes_of_every_op_are_checked_and_all_when_thorough():
+def test_check_runs_three_shapes_per_op_and_all_when_thorough():
     for op in OPS.values():
         few = [shape for _, shape in self_test.shapes(op, full=False, thorough=False)]
         every = [shape for _, shape in self_test.shapes(op, full=False)]
@@ -131,7 +131,7 @@ def test_three_test_shapes_of_every_op_are_checked_and_all_when_thorough():
     assert few == len(list(self_test.run(["mlp"], device="cpu", thorough=False))) == 9 < every
 
 
-def test_named_shapes_are_small_on_a_cpu_and_whole_on_a_gpu():
+def test_named_shapes_are_reduced_on_cpu_and_full_on_gpu():
     for op in OPS.values():
         for full in (False, True):
             for _, shape in self_test.shapes(op, full=full):
@@ -140,7 +140,7 @@ def test_named_shapes_are_small_on_a_cpu_and_whole_on_a_gpu():
 
 
 @pytest.mark.parametrize("command", [("check",), ("bench", "--op"), ("compile", "--op")])
-def test_an_unknown_op_is_a_usage_error_that_names_the_known(command):
+def test_unknown_op_is_a_usage_error_listing_known_ops(command):
     found = call(*command, "nope")
     assert found.exit_code == main.Exit.USAGE
     assert "'nope' is not one of" in found.output
@@ -154,7 +154,7 @@ def test_compile_without_triton_is_an_environment_error(monkeypatch):
     assert "Triton is not installed" in found.output
 
 
-def test_compile_lists_a_row_a_build(monkeypatch):
+def test_compile_lists_one_row_per_build(monkeypatch):
     if not _triton.AVAILABLE:
         pytest.skip("Triton is not installed")
     found = call("compile", "--arch", "nonsense")

@@ -44,14 +44,14 @@ def run(name, *arguments):
         sys.argv = before
 
 
-def test_every_script_is_here_and_short():
+def test_example_scripts_are_all_tested_and_short():
     scripts = {path.stem: path.read_text() for path in EXAMPLES.glob("*.py")}
     assert set(scripts) == {*SCRIPTS, "toy_models"}
     assert all(len(scripts[name].splitlines()) <= 60 for name in SCRIPTS)
     assert all(name in (EXAMPLES / "README.md").read_text() for name in scripts)
 
 
-def test_lora_of_a_patched_llava_loads_in_plain_peft(tmp_path):
+def test_lora_of_patched_llava_loads_in_plain_peft(tmp_path):
     with vlm_fast.strict():
         trainer = run("finetune_llava_lora", "--output", tmp_path)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -70,7 +70,7 @@ def test_lora_of_a_patched_llava_loads_in_plain_peft(tmp_path):
     assert (logits - untrained).abs().max() > 0.1
 
 
-def test_lora_of_a_model_and_data_in_folders(tmp_path):
+def test_lora_with_local_model_and_data(tmp_path):
     tiny_llava.llava().save_pretrained(tmp_path / "model")
     tiny_processors.llava().save_pretrained(tmp_path / "model")
     records, images = photographs.write(tmp_path, longest=32, views=("whole",))
@@ -80,7 +80,7 @@ def test_lora_of_a_model_and_data_in_folders(tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_pairs_of_a_model_and_data_in_folders(tmp_path):
+def test_retrieval_pairs_with_local_model_and_data(tmp_path):
     """Of one length on every rank."""
     module("toy_models").retrieval("", "", "")[0].save_pretrained(tmp_path / "model")
     tiny_processors.blip2().save_pretrained(tmp_path / "model")
@@ -93,7 +93,7 @@ def test_pairs_of_a_model_and_data_in_folders(tmp_path):
     assert model.vision_model(batch["pixel_values"]).last_hidden_state.shape == (2, 17, 48)
 
 
-def test_a_served_qformer_gives_what_transformers_own_does(capsys):
+def test_served_qformer_matches_transformers(capsys):
     served, eager = run("serve_qformer", "--requests", 5)
     torch.testing.assert_close(served, eager)
     said = capsys.readouterr().out
@@ -114,7 +114,7 @@ def _rank(rank, folder, port):
         torch.distributed.destroy_process_group()
 
 
-def test_stage1_on_two_processes(tmp_path):
+def test_stage1_runs_on_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

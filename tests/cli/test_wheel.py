@@ -102,7 +102,7 @@ def both(site):
     return said
 
 
-def test_an_sdist_makes_the_wheel_that_a_clone_makes(site):
+def test_wheel_from_sdist_equals_wheel_from_clone(site):
     (wheel,) = (site.parent.parent / "dist").glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("vlm_fast/")}
     installed = {f.relative_to(site).as_posix() for f in site.glob("vlm_fast/**/*") if f.is_file()}
@@ -116,7 +116,7 @@ def test_an_sdist_makes_the_wheel_that_a_clone_makes(site):
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in OTHERS])
-def test_a_command_says_from_the_wheel_what_it_says_from_a_clone(both, name):
+def test_command_output_is_the_same_from_wheel_and_clone(both, name):
     (_, installed), (_, clone) = both
     code, text, *_ = installed[name]
     assert code == (1 if name == "data check" else 0), installed[name]
@@ -130,7 +130,7 @@ def test_a_command_says_from_the_wheel_what_it_says_from_a_clone(both, name):
         assert text == clone[name][1]
 
 
-def test_the_wheel_knows_the_gpus_on_which_ops_were_verified(both):
+def test_wheel_contains_gpu_verification_results(both):
     (_, installed), _ = both
     rows = {row["op"]: row for row in json.loads(installed["ops"][1])}
     result = json.loads((ROOT / "benchmarks" / "results" / "NVIDIA_H200.json").read_text())
@@ -139,12 +139,12 @@ def test_the_wheel_knows_the_gpus_on_which_ops_were_verified(both):
     assert all(result["machine"] in " ".join(rows[op]["gpu"]) for op in checked)
 
 
-def test_env_finds_the_same_facts(both):
+def test_env_output_is_the_same_from_wheel_and_clone(both):
     facts = [[fact["name"] for fact in json.loads(said["env"][1])] for _, said in both]
     assert facts[0] == facts[1] and len(facts[0]) > 10
 
 
-def test_the_benchmark_runs_from_the_wheel_and_takes_no_one_elses_commit(both):
+def test_benchmark_from_wheel_records_no_foreign_commit(both):
     results = []
     for folder, said in both:
         assert said["bench"][0] == 0, said["bench"]
@@ -155,13 +155,13 @@ def test_the_benchmark_runs_from_the_wheel_and_takes_no_one_elses_commit(both):
     assert results[0]["commit"] is None
 
 
-def test_results_are_not_saved_into_an_installed_package(both):
+def test_results_are_not_saved_into_installed_package(both):
     (_, installed), _ = both
     code, _, complaint, _ = installed["save"]
     assert code == main.Exit.USAGE and "clone of the repository" in " ".join(complaint.split())
 
 
-def test_a_profile_is_written_from_the_wheel(both):
+def test_profile_is_written_from_wheel(both):
     for folder, said in both:
         assert said["profile"][0] == 0, said["profile"]
         written = {path.name for path in (folder / "vlm_fast_profile").iterdir()}

@@ -68,7 +68,7 @@ every_arch = pytest.mark.parametrize("arch", slow_but(["sm_90"], ARCHS))
 
 
 @every_arch
-def test_every_declared_kernel_is_launched_by_a_bench_shape(compiled, arch):
+def test_declared_kernels_are_all_launched_by_bench_shapes(compiled, arch):
     assert {(r.kernel, r.config, r.arch) for r in compiled(arch)} == {
         (name, config, arch)
         for name, kernel in KERNELS.items()
@@ -77,12 +77,12 @@ def test_every_declared_kernel_is_launched_by_a_bench_shape(compiled, arch):
 
 
 @every_arch
-def test_kernels_keep_to_their_budgets(compiled, arch):
+def test_kernels_stay_within_budgets(compiled, arch):
     assert triton.__version__ == BUDGETS_TRITON, "make test runs this with the budgets' Triton"
     assert violations(compiled(arch)) == []
 
 
-def test_budgets_are_of_kernels_and_counts_that_exist():
+def test_budgets_name_existing_kernels_and_counts():
     counts = {field.name for field in dataclasses.fields(Resources)}
     shipped = budgets.read()
     assert shipped.keys() == KERNELS.keys()
@@ -92,7 +92,7 @@ def test_budgets_are_of_kernels_and_counts_that_exist():
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_addresses_do_not_overflow(builds, kernel):
+def test_kernel_addresses_do_not_overflow(builds, kernel):
     own = [build.ttir() for build in builds if build.kernel.name == kernel]
     assert own and all("tt.addptr" in ttir for ttir in own)
     assert [line for ttir in own for line in overflowing_products(ttir)] == []
@@ -119,11 +119,11 @@ BUDGET = {"k": {"sm_90": {"registers": 64, "shared_bytes": 1024, "wide_loads": 4
         (dict(kernel="j"), "no budget"),
     ],
 )
-def test_a_violation_is_told(change, said):
+def test_budget_violation_is_reported(change, said):
     assert said in " ".join(violations([dataclasses.replace(WITHIN, **change)], BUDGET))
 
 
-def test_what_is_within_its_budget_is_not_told():
+def test_values_within_budget_are_not_reported():
     narrow = dataclasses.replace(WITHIN, signature="x fp32", wide_loads=3)
     assert violations([WITHIN, narrow], BUDGET) == []
 
@@ -161,7 +161,7 @@ def test_check_fails_on_missing_exceeded_and_stale_budgets(
     assert after == budget
 
 
-def test_budgets_are_rewritten_like_a_lock_file(monkeypatch, tmp_path):
+def test_budgets_file_is_rewritten_deterministically(monkeypatch, tmp_path):
     built = [
         WITHIN,
         dataclasses.replace(WITHIN, registers=65, wide_stores=2, signature="x fp16"),
@@ -183,14 +183,14 @@ def test_budgets_are_rewritten_like_a_lock_file(monkeypatch, tmp_path):
     assert budgets.as_text(reordered) == budgets.as_text(after)
 
 
-def test_no_budget_allows_a_spill(monkeypatch, tmp_path):
+def test_budgets_allow_no_spills(monkeypatch, tmp_path):
     spilling = [dataclasses.replace(WITHIN, stack_bytes=8)]
     for arguments in ((), ("--check",)):
         code, output, _ = run_command(monkeypatch, tmp_path, BUDGET, spilling, *arguments)
         assert code == 1 and "spills (8 bytes of stack" in output
 
 
-def test_budgets_need_their_compiler(monkeypatch, tmp_path, capsys):
+def test_budgets_require_their_compiler_version(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(budgets, "version_of", lambda package: "3.9.0")
     with pytest.raises(typer.Exit) as raised:
         budgets.main()
@@ -243,7 +243,7 @@ def clear_rows_kernel(x_ptr, cols, CASE: tl.constexpr, BLOCK: tl.constexpr):
         ("blocks of a loop", 0),
     ],
 )
-def test_the_address_check_sees_narrow_products(fresh_cache, case, faults):
+def test_address_check_finds_32_bit_products(fresh_cache, case, faults):
     signature = dict(x_ptr="*fp32", cols="i32", CASE="constexpr", BLOCK="constexpr")
     source = ASTSource(clear_rows_kernel, signature, dict(CASE=case, BLOCK=128))
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS)
@@ -298,12 +298,12 @@ def test_amd_is_compiled_on_request(fresh_cache):
 
 
 @pytest.mark.parametrize("archs, ops", [(["sm90"], None), (["sm_90"], ["no_such_op"])])
-def test_unknown_names_are_refused(archs, ops):
+def test_unknown_names_raise(archs, ops):
     with pytest.raises(ValueError, match=r"'sm90'|'no_such_op'"):
         ahead_of_time.compile_all(archs, ops=ops)
 
 
-def test_two_threads_do_not_parse_at_once(tmp_path, monkeypatch):
+def test_kernel_parsing_is_serialised_across_threads(tmp_path, monkeypatch):
     """Before Python 3.12 that may end in a SystemError."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nothing was compiled before
     parse, inside, most = ast.parse, [], []

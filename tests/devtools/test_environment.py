@@ -52,21 +52,21 @@ def run(code, **environment):
 
 
 @needs_triton
-def test_a_home_that_cannot_be_written_is_said_beforehand():
+def test_unwritable_home_is_reported():
     said = run(FACTS, HOME="/proc/nowhere")  # where nobody may write, root neither
     assert "/proc cannot be written: " in said["triton cache"]
     assert "set TRITON_CACHE_DIR" in said["triton cache"]
 
 
 @needs_triton
-def test_a_home_that_can_be_written_lacks_nothing(tmp_path):
+def test_writable_home_reports_nothing(tmp_path):
     said = run(FACTS, HOME=str(tmp_path / "new"))
     assert said["triton cache"] == f"{tmp_path}/new/.triton/cache |  | "
     assert not list(tmp_path.iterdir())
 
 
 @needs_triton
-def test_a_user_whom_the_machine_does_not_know():
+def test_user_without_passwd_entry_is_reported():
     said = run(NOBODY + WORKS + FACTS)
     assert "there is no home directory" in said["triton cache"]
 
@@ -81,7 +81,7 @@ def test_a_user_whom_the_machine_does_not_know():
     ],
     ids=["no ldconfig", "ldconfig fails", "not in its list"],
 )
-def test_a_driver_that_triton_does_not_find_is_said_beforehand(monkeypatch, error, words):
+def test_missing_driver_is_reported(monkeypatch, error, words):
     def ldconfig(*_, **options):
         if isinstance(error, Exception):
             raise error

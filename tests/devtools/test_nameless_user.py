@@ -36,7 +36,7 @@ CALLS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("home", [True, False], ids=["HOME", "no HOME"])
 @pytest.mark.parametrize("call", CALLS)
-def test_nothing_needs_its_name(call, home, tmp_path):
+def test_calls_work_without_a_user_name(call, home, tmp_path):
     names = ("USER", "LOGNAME", "LNAME", "USERNAME", "HOME")
     environment = {n: v for n, v in os.environ.items() if n not in names}
     environment |= {"PYTHONPATH": str(ROOT)}

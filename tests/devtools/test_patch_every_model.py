@@ -81,12 +81,12 @@ def run(folder, *options):
     return found.stdout
 
 
-def test_models_are_patched_and_the_summary_says_what_ran(tmp_path):
+def test_plugin_patches_models_and_prints_summary(tmp_path):
     said = run(tmp_path, "-p", "patch_every_model", "--patched")
     assert "Blip2QFormerLayer by FusedQFormerLayer" in said
     assert "calls were fused" in said
 
 
 @pytest.mark.slow
-def test_without_the_plugin_they_are_not(tmp_path):
+def test_models_are_unpatched_without_plugin(tmp_path):
     assert "patched" not in run(tmp_path)

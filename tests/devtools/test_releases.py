@@ -23,12 +23,12 @@ EXCEPTIONS = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_data_holds_every_case_and_release(case):
+def test_served_data_holds_all_cases_and_releases(case):
     assert list(served()[case]) == list(RELEASES)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_release_is_short_of_the_pinned_one_without_a_reason(case):
+def test_releases_serve_what_the_pinned_one_does_or_give_reason(case):
     cells = served()[case]
     full = set(releases_table.words(cells.get(PINNED)))
     for release, cell in cells.items():
@@ -41,7 +41,7 @@ def test_no_release_is_short_of_the_pinned_one_without_a_reason(case):
                     assert cell["ops"].get(op, 0) >= count, (release, op, cell)
 
 
-def test_the_tables_are_those_of_the_data():
+def test_tables_match_served_data():
     cells = served()
     text = releases_table.PAGE.read_text()
     for name, table in (
@@ -51,7 +51,7 @@ def test_the_tables_are_those_of_the_data():
         assert releases_table.between(text, name, table) == text, f"make versions: {name}"
 
 
-def test_a_release_is_one_row_of_words():
+def test_release_table_row_is_spelled_in_words():
     found = {
         "4.49.0": {"outcome": "skipped", "served": [], "skipped": ["why"]},
         "5.8.1": {"outcome": "equal", "served": ["FusedMLP"], "skipped": ["why"]},
@@ -67,7 +67,7 @@ def test_a_release_is_one_row_of_words():
     assert "?" in row  # what was not run is not claimed
 
 
-def test_what_was_written_is_read_again(monkeypatch, tmp_path):
+def test_written_cells_are_read_back(monkeypatch, tmp_path):
     cells = {"llava": {release: {"outcome": "-"} for release in RELEASES}}
     monkeypatch.setattr(releases, "SERVED", tmp_path / "served.json")
     assert releases.served() == {}
@@ -75,7 +75,7 @@ def test_what_was_written_is_read_again(monkeypatch, tmp_path):
     assert releases.served() == cells
 
 
-def test_what_is_wrong_is_not_written():
+def test_wrong_results_are_not_written():
     cells = {"llava": {r: {"outcome": "-"} for r in ("5.8.1", "5.24.0")}}
     found = {"llava": {"outcome": "wrong", "why": "raises"}, "aria": {"outcome": "-"}}
     after = releases.merged(cells, {"release": "5.24.0", "cases": found})
@@ -111,7 +111,7 @@ def root(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_only_what_is_missing_is_installed(root):
+def test_install_adds_only_missing_requirements(root):
     torch = importlib.metadata.version("torch")
     pip = Pip(
         {
@@ -128,7 +128,7 @@ def test_only_what_is_missing_is_installed(root):
     assert len(pip.asked) == 3
 
 
-def test_a_folder_of_another_environment_is_made_anew(root):
+def test_install_replaces_folder_of_another_environment(root):
     pip = Pip({"transformers": ["absent-one==2.0"]})
     releases.install("4.49.0", pip)
     shutil.rmtree(releases.folder("4.49.0") / "absent_one-2.0.dist-info")  # as if it was outside
@@ -136,7 +136,7 @@ def test_a_folder_of_another_environment_is_made_anew(root):
     assert pip.asked == 2 * [("transformers==4.49.0",), ("absent-one==2.0",)]
 
 
-def test_what_pip_does_not_bring_is_named(root):
+def test_install_names_requirements_pip_did_not_install(root):
     pip = Pip({"transformers": ["absent-one==2.0"]})
     with pytest.raises(RuntimeError, match="still lacks absent-one"):
         releases.install(
@@ -144,7 +144,7 @@ def test_what_pip_does_not_bring_is_named(root):
         )
 
 
-def test_what_was_half_installed_is_made_anew(root):
+def test_install_replaces_incomplete_folder(root):
     pip = Pip({"transformers": ["absent-one==2.0"]}, failures=1)
     with pytest.raises(KeyboardInterrupt):
         releases.install("4.49.0", pip)

@@ -31,13 +31,13 @@ def functions(file):
     return [n.name for n in ast.parse((TESTS / file).read_text()).body if hasattr(n, "name")]
 
 
-def test_titles_differ_and_every_row_names_tests():
+def test_row_titles_are_unique_and_rows_name_tests():
     assert len(ROWS) == len(list(rows())) >= 20
     assert all(ROWS.values())
 
 
 @pytest.mark.parametrize("title", ROWS)
-def test_the_tests_of_a_row_exist(title):
+def test_tests_named_in_row_exist(title):
     for file, name in ROWS[title]:
         assert name in functions(file), f"{PAGE.name}, {title}: {file} has no {name}"
         if not name.startswith("test_"):  # a check that a test of the same file runs on ranks

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
 
 
-def test_the_quick_start_runs_as_written(tmp_path):
+def test_quick_start_runs_as_written(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300,
@@ -21,11 +21,11 @@ def test_the_quick_start_runs_as_written(tmp_path):
     assert "ok   model.multi_modal_projector" in found.stdout
 
 
-def test_it_is_two_screens_long():
+def test_first_screens_stay_short():
     assert len(TEXT.splitlines()) <= 140
 
 
-def test_links_lead_to_files():
+def test_relative_links_exist():
     links = re.findall(r"\]\(([^)#]+)\)", TEXT)
     assert len(links) > 8
     for link in links:

@@ -24,7 +24,7 @@ def api_names():
     return re.findall(r"^::: (\S+)$", hook.expanded((DOCS / "api.md").read_text()), re.MULTILINE)
 
 
-def test_every_public_name_is_on_the_api_page():
+def test_api_page_has_all_public_names():
     found = set()
     for path in api_names():
         module, _, name = path.rpartition(".")
@@ -33,7 +33,7 @@ def test_every_public_name_is_on_the_api_page():
     assert not missing
 
 
-def test_every_page_is_in_the_navigation():
+def test_navigation_has_all_pages():
     named = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
     assert named == {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
 
@@ -41,7 +41,7 @@ def test_every_page_is_in_the_navigation():
 @pytest.mark.skipif(
     importlib.util.find_spec("mkdocstrings") is None, reason="needs the extra docs: make docs"
 )
-def test_it_builds_without_a_warning(tmp_path):
+def test_site_builds_without_warnings(tmp_path):
     found = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=300,

@@ -26,7 +26,7 @@ def measured(op, section, shape, mode):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_a_variant_gains_what_the_table_says(row):
+def test_table_figures_match_committed_results(row):
     op, _, section, shape, mode, gain = row
     before, after = measured(op.split(",")[0], section, shape, mode)
     times, saved = before["median"] / after["median"], None

@@ -41,7 +41,7 @@ def test_parameters_and_residual_in_fp32(device, residual, x_bias, half, dropout
     judged(ADD_LAYER_NORM, args, {"dropout": dropout}, layout="padded rows")
 
 
-def test_another_dtype_beside_the_activations_is_refused(device):
+def test_mixed_activation_dtypes_raise(device):
     dtypes = dict(x=FP32, residual=FP32, parameters=FP32, x_bias=FP32)
     for name in ("residual", "parameters", "x_bias"):
         args = arguments(device, **{**dtypes, name: torch.bfloat16})
@@ -63,7 +63,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("view", VIEWS)
-def test_views(device, view, dropout):
+def test_gradients_through_views(device, view, dropout):
     """Gradients through a view are those of the reference, summed where it repeats."""
     source = torch.randn(3, 5, 24, device=device)
     found = []
@@ -84,7 +84,7 @@ def test_views(device, view, dropout):
 @pytest.mark.parametrize(
     "view", [v for v in VIEWS if v not in ("features of a column", "four dimensions")]
 )
-def test_rows_are_read_where_they_are(device, monkeypatch, view):
+def test_strided_rows_are_not_copied(device, monkeypatch, view):
     x, residual = VIEWS[view](torch.randn(3, 5, 24, device=device))
     seen = []
     real = kernels.add_layer_norm
@@ -105,14 +105,14 @@ def test_widths(device, features):
     judged(ADD_LAYER_NORM, args, {"eps": 1e-3})
 
 
-def test_a_mean_far_above_the_spread(device):
+def test_mean_far_above_standard_deviation(device):
     """One pass over squares would have no digit left: 1000**2 against 1e-8."""
     x = 1000 + 1e-4 * torch.randn(7, 768, device=device)
     parameters = torch.ones(2, 768, device=device)
     judged(ADD_LAYER_NORM, (x, torch.zeros_like(x), *parameters, None, None), {})
 
 
-def test_one_gradient_serves_both_summands(device):
+def test_summands_share_one_gradient_tensor(device):
     args = arguments(device, x=FP32, residual=FP32, parameters=FP32, x_bias=FP32)
     x, residual = (t.requires_grad_() for t in args[:2])
     y = ADD_LAYER_NORM.fast(x, residual, *args[2:])
@@ -126,7 +126,7 @@ def test_one_gradient_serves_both_summands(device):
 
 
 @pytest.mark.filterwarnings("ignore::vlm_fast.fallback.VlmFastFallbackWarning")
-def test_more_features_than_a_row_holds_fall_back():
+def test_too_many_features_fall_back():
     args = arguments("cpu", x=FP32, residual=FP32, parameters=FP32, x_bias=FP32, shape=(2, 8193))
     assert "8193 features" in ADD_LAYER_NORM.why_not(*args)
     assert torch.equal(ADD_LAYER_NORM(*args), ADD_LAYER_NORM.reference(*args))

@@ -25,7 +25,7 @@ def count_kernel(out_ptr, first, BLOCK: tl.constexpr):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8], ids=str)
-def test_reads_and_writes_of_a_window(dtype):
+def test_out_of_window_reads_and_writes_are_found(dtype):
     x, y = torch.ones(2, 32).to(dtype)[:, :20], torch.zeros(64).to(dtype)[8:28]
     copy_kernel[(1,)](x[0], y, 20, 20, BLOCK=32)
     assert y.sum() == 20
@@ -35,7 +35,7 @@ def test_reads_and_writes_of_a_window(dtype):
             copy_kernel[(1,)](x[0], y, loaded, stored, BLOCK=32)
 
 
-def test_atomics():
+def test_out_of_window_atomics_are_found():
     out = torch.zeros(20, dtype=torch.int32)
     count_kernel[(1,)](out, 4, BLOCK=16)
     assert out.sum() == 16
@@ -44,7 +44,7 @@ def test_atomics():
             count_kernel[(1,)](out, first, BLOCK=16)
 
 
-def test_no_tensor_of_an_earlier_launch_is_allowed():
+def test_tensors_of_earlier_launches_are_out_of_bounds():
     x, y = torch.ones(2, 32), torch.zeros(32)
     copy_kernel[(1,)](x, y, 32, 32, BLOCK=32)
     with pytest.raises(InterpreterError, match="load of 32 elements outside"):

@@ -14,5 +14,5 @@ pytestmark = pytest.mark.devices("cuda")
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_fused_training_is_unfused_training(device, family, dtype):
+def test_fused_training_matches_unfused(device, family, dtype):
     fused_training_is_unfused_training(family, dtype, device)

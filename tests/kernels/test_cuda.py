@@ -40,7 +40,7 @@ def assert_equal(ours, theirs):
 
 
 @any_case
-def test_replayed_graphs_follow_their_inputs(device, op, shape):
+def test_replayed_cuda_graph_uses_new_inputs(device, op, shape):
     step, inputs = prepared(op, shape, device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -53,7 +53,7 @@ def test_replayed_graphs_follow_their_inputs(device, op, shape):
 
 
 @any_case
-def test_the_host_never_waits(device, op, shape):
+def test_no_host_sync(device, op, shape):
     step, _ = prepared(op, shape, device)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -63,7 +63,7 @@ def test_the_host_never_waits(device, op, shape):
 
 
 @any_case
-def test_another_stream(device, op, shape):
+def test_side_stream_gives_the_same_results(device, op, shape):
     step, _ = prepared(op, shape, device)
     expected = step()
     stream = torch.cuda.Stream()
@@ -75,7 +75,7 @@ def test_another_stream(device, op, shape):
 
 
 @any_case
-def test_a_hundred_repeats_are_identical(device, op, shape):
+def test_hundred_repeats_are_bitwise_equal(device, op, shape):
     step, _ = prepared(op, shape, device)
     first = step()
     for _ in range(100):

@@ -27,12 +27,12 @@ def sample(op, seed, device, p=0.25):
 
 @pytest.mark.parametrize("seed", [-1, 2**40 + 5])
 @every_dropping_op
-def test_parity_under_any_seed(device, op, seed):
+def test_parity_for_extreme_seeds(device, op, seed):
     judged(op, *sample(op, seed, device))
 
 
 @every_dropping_op
-def test_the_seed_decides(device, op):
+def test_results_depend_on_the_seed(device, op):
     def results(seed):
         torch.manual_seed(1)
         args, options = sample(op, seed, device)
@@ -45,7 +45,7 @@ def test_the_seed_decides(device, op):
 
 
 @every_dropping_op
-def test_without_dropout_the_seed_is_not_read(device, op):
+def test_seed_is_not_read_without_dropout(device, op):
     args, options = sample(op, 7, device, p=0.0)
     other, _ = sample(op, 8, device, p=0.0)
     at = op.tensors.index("seed")
@@ -68,7 +68,7 @@ def layer_norm_that_shows_its_mask(device, p, rows=64, features=257):
     return torch.ones(rows, features, device=device), run
 
 
-def test_the_gradient_is_zero_exactly_where_dropped(device):
+def test_gradient_is_zero_exactly_where_dropped(device):
     x, run = layer_norm_that_shows_its_mask(device, 0.3)
     y = run(x.requires_grad_(), 5)
     (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
@@ -76,7 +76,7 @@ def test_the_gradient_is_zero_exactly_where_dropped(device):
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_survivors_are_as_many_as_told_and_independent(device, p):
+def test_kept_elements_have_probability_1_minus_p_and_are_independent(device, p):
     x, run = layer_norm_that_shows_its_mask(device, p)
     kept, other = run(x, 5) > 0, run(x, 6) > 0
     stays, agree = 1 - p, p**2 + (1 - p) ** 2
@@ -91,7 +91,7 @@ def test_survivors_are_as_many_as_told_and_independent(device, p):
         assert abs(found.double().mean().item() - chance) < 5 * sigma, name
 
 
-def test_the_generator_is_philox(device):
+def test_generator_is_philox(device):
     """Random123's known answer: the first word at counter 0 under key 0."""
     word, zero = 0x6627E8D5, torch.zeros((), dtype=torch.int64, device=device)
     for p, keep in ((word / 2**32, True), ((word + 1) / 2**32, False)):

@@ -54,7 +54,7 @@ def every_bf16(most):
     return values[values.abs() <= most].float()
 
 
-def test_gelu_and_slope_are_exact_to_an_ulp_of_the_larger_of_one_and_z(evaluate):
+def test_gelu_and_derivative_within_one_ulp_of_max_1_z(evaluate):
     # erf is 1 - tiny or tiny - 1 at both ends, so its rounding is absolute: of 1, and of z in h.
     torch.manual_seed(0)
     for z in (every_bf16(10), torch.rand(1_000_000) * 20 - 10):
@@ -68,7 +68,7 @@ def test_gelu_and_slope_are_exact_to_an_ulp_of_the_larger_of_one_and_z(evaluate)
         assert ((h - true_h)[small].abs() <= 2 * ULP * z[small].abs() + 1e-45).all()
 
 
-def test_results_in_bf16_are_within_an_ulp_where_they_are_not_all_but_nought(evaluate):
+def test_bf16_within_one_ulp_except_near_zero(evaluate):
     z = every_bf16(10)
     z = z[(z > -4) & (z.abs() > 1e-30)]  # below -4 |gelu| < 1.3e-4 and falls like exp(-z^2 / 2)
     h, slope = (t.bfloat16().double() for t in evaluate(z))
@@ -78,7 +78,7 @@ def test_results_in_bf16_are_within_an_ulp_where_they_are_not_all_but_nought(eva
     assert ((slope - true_slope).abs() <= ulp * true_slope.abs().clamp(min=2**-10)).all()
 
 
-def test_the_slope_is_erfs_and_not_that_of_tanh(evaluate):
+def test_derivative_is_of_erf_gelu_not_tanh_gelu(evaluate):
     z = every_bf16(10)
     _, slope = evaluate(z)
     wide = z.double().requires_grad_()
@@ -87,7 +87,7 @@ def test_the_slope_is_erfs_and_not_that_of_tanh(evaluate):
     assert (slope - other).abs().max() > 1e-4
 
 
-def test_infinities_and_nan_go_where_the_formula_has_them(evaluate):
+def test_infinities_and_nan_follow_the_formula(evaluate):
     """ATen is no yardstick: at +Inf its code for vectors gives NaN, and its code for one Inf."""
     z = torch.tensor([math.inf, -math.inf, math.nan, 1e30, -1e30, 0.0, -0.0])
     wide = z.double()

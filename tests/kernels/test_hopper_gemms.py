@@ -36,14 +36,14 @@ def right(args, options):
 
 @pytest.mark.parametrize("saved", ["all", "preactivation", "input"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_outputs_and_gradients_are_right(shape, saved):
+def test_outputs_and_gradients_match_reference(shape, saved):
     with python_gemms() as gemms:
         right(*sample(shape, saved=saved))
     assert gemms.calls == ["linear_gelu", "gelu_backward"]
 
 
 @pytest.mark.parametrize("saved", ["preactivation", "input"])
-def test_either_gemm_may_be_taken_alone(saved):
+def test_each_gemm_works_without_the_other(saved):
     # With gaps: what forward leaves must be what backward takes.
     for chosen in ("linear_gelu", "gelu_backward"):
         with python_gemms(chosen) as gemms:
@@ -52,7 +52,7 @@ def test_either_gemm_may_be_taken_alone(saved):
 
 
 @pytest.mark.parametrize("wanted", ["x", "weight_1", "bias_1", "weight_2", "bias_2"])
-def test_each_gradient_alone_is_that_of_all_together(wanted):
+def test_single_gradient_equals_gradient_with_all_wanted(wanted):
     args, options = sample(SHAPES["rows beyond a tile"])
     names = MLP.tensors
     leaves = [a.detach().requires_grad_() for a in args]
@@ -66,7 +66,7 @@ def test_each_gradient_alone_is_that_of_all_together(wanted):
     assert torch.equal(found, every[wanted])
 
 
-def test_without_gradients_no_preactivation_is_kept():
+def test_no_grad_saves_no_preactivation():
     args, options = sample(SHAPES["rows beyond a tile"])
     with python_gemms() as gemms, torch.no_grad():
         kept = []
@@ -83,7 +83,7 @@ def test_without_gradients_no_preactivation_is_kept():
         ("another activation", lambda t: t, {"activation": "gelu_tanh"}),
     ],
 )
-def test_what_the_library_has_no_kernel_for_goes_the_usual_way(what, change, options):
+def test_unsupported_dtypes_and_options_use_the_triton_path(what, change, options):
     args, _ = sample(SHAPES["rows beyond a tile"])
     args = tuple(change(a) for a in args)
     with python_gemms() as gemms:
@@ -96,7 +96,7 @@ def test_what_the_library_has_no_kernel_for_goes_the_usual_way(what, change, opt
     [dict(shape=(9, 20), hidden=8, out=8), dict(shape=(9, 8), hidden=12, out=12),
      dict(shape=(0, 8), hidden=8, out=8)],
 )  # fmt: skip
-def test_rows_that_tma_cannot_take_go_the_usual_way(shape):
+def test_row_sizes_unsupported_by_tma_use_the_triton_path(shape):
     args, options = sample(shape)
     with python_gemms() as gemms:
         y = ops.mlp(*args, **options)
@@ -104,14 +104,14 @@ def test_rows_that_tma_cannot_take_go_the_usual_way(shape):
     assert torch.equal(y, ops.mlp(*args, **options))
 
 
-def test_only_the_sizes_of_a_gemm_decide_over_it():
+def test_each_gemm_is_chosen_by_its_own_sizes():
     # out = 12 is no row of 16 bytes, but the first linear does not see it.
     with python_gemms() as gemms:
         right(*sample(dict(shape=(9, 8), hidden=16, out=12)))
     assert gemms.calls == ["linear_gelu"]
 
 
-def test_tensors_between_the_aligned_addresses_are_copied():
+def test_unaligned_tensors_are_copied():
     args, options = sample(SHAPES["rows beyond a tile"])
 
     def shifted(t):
@@ -124,7 +124,7 @@ def test_tensors_between_the_aligned_addresses_are_copied():
     assert len(gemms.calls) == 2
 
 
-def test_weights_and_gradients_in_other_orders_are_copied():
+def test_noncontiguous_weights_and_gradients_are_copied():
     (x, weight_1, bias_1, weight_2, bias_2), options = sample(SHAPES["rows beyond a tile"])
     across = lambda t: t.t().contiguous().t()  # noqa: E731
     with python_gemms() as gemms:
@@ -137,7 +137,7 @@ def test_weights_and_gradients_in_other_orders_are_copied():
     assert len(gemms.calls) == 5
 
 
-def test_an_error_of_the_extension_is_raised():
+def test_extension_errors_are_raised():
     def failing(*arguments):
         raise RuntimeError("vlm_fast linear_gelu: invalid argument")
 
@@ -149,7 +149,7 @@ def test_an_error_of_the_extension_is_raised():
 
 
 @pytest.mark.parametrize("saved", ["all", "preactivation", "input"])
-def test_stand_ins_without_data_get_the_shapes_and_no_call(saved):
+def test_fake_tensors_get_shapes_without_a_call(saved):
     args, options = sample(SHAPES["images with gaps"], saved=saved)
     needs = MLP.NeedsGrad(*[True] * 5)
     settings = {**MLP.defaults, **options}
@@ -170,7 +170,7 @@ def test_stand_ins_without_data_get_the_shapes_and_no_call(saved):
 
 
 @pytest.mark.parametrize("rows", [0, 1, 127, 128, 3071, 3072])
-def test_the_number_of_rows_decides(monkeypatch, rows):
+def test_hopper_gemms_need_a_minimum_of_rows(monkeypatch, rows):
     x = torch.empty(rows, 8, dtype=torch.bfloat16)
     assert not _hopper.takes_linear_gelu(x, rows, 8, 8)  # there is no extension, or no Hopper GPU
     monkeypatch.setattr(_hopper, "runs_here", lambda like: True)
@@ -178,7 +178,7 @@ def test_the_number_of_rows_decides(monkeypatch, rows):
     assert _hopper.takes_gelu_backward(x, rows, 8, 8) == (rows >= 128)
 
 
-def test_the_functions_in_python_have_the_arguments_of_the_extension():
+def test_python_gemms_have_the_extension_signatures():
     bindings = (CSRC / "hopper_bindings.cpp").read_text()
     for name in ("linear_gelu", "gelu_backward"):
         (body,) = re.findall(rf'm\.def\(\s*"{name}",(.*?)without_gil\);', bindings, re.DOTALL)

@@ -28,7 +28,7 @@ def cast_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.int32], ids=str)
-def test_cast_to_bf16_is_torchs_bit_for_bit(source):
+def test_cast_to_bf16_is_bitwise_torch(source):
     x = hostile_floats()
     x = x.view(torch.int32) if source is torch.int32 else x.to(source)
     y = torch.empty(x.shape, dtype=BF16)
@@ -40,7 +40,7 @@ def test_cast_to_bf16_is_torchs_bit_for_bit(source):
 
 
 @pytest.mark.parametrize("target", [torch.float32, torch.float16], ids=str)
-def test_cast_from_bf16_is_torchs(target):
+def test_cast_from_bf16_matches_torch(target):
     x = torch.arange(-32768, 32768).to(torch.int16).view(BF16)
     y = torch.empty(x.shape, dtype=target)
     cast_kernel[(x.numel() // 8192,)](x, y, BLOCK=8192)
@@ -63,7 +63,7 @@ def arithmetic_kernel(x_ptr, y_ptr, out_ptr, LENGTH: tl.constexpr):
     tl.store(out_ptr + 8 * LENGTH + at, tl.fma(x, y, x))
 
 
-def test_bf16_arithmetic_is_torchs():
+def test_bf16_arithmetic_matches_torch():
     torch.manual_seed(0)
     x, y = torch.randn(2, LENGTH).to(BF16)
     x[:4] = torch.tensor([3.0e38, -3.0e38, 1e-39, -0.0])
@@ -117,7 +117,7 @@ def test_bf16_reductions():
     assert torch.equal(out[3:], torch.stack(steps))
 
 
-def test_a_bf16_sum_rounds_at_each_addition():
+def test_bf16_sum_rounds_at_each_addition():
     x = torch.full((LENGTH,), 1.0, dtype=BF16)
     x[0] = 512.0  # in fp32 the ones would survive: 575
     out = torch.empty(3 + LENGTH, dtype=BF16)
@@ -151,7 +151,7 @@ def extrema_kernel(x_ptr, y_ptr, out_ptr, LENGTH: tl.constexpr):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_extrema_return_the_number_beside_a_nan(dtype):
+def test_maximum_and_minimum_ignore_nan(dtype):
     x, y = torch.full((4,), torch.nan).to(dtype), torch.tensor([1.0, -1.0, torch.nan, 0.0])
     out = torch.empty(3, 4)
     extrema_kernel[(1,)](x, y.to(dtype), out, LENGTH=4)
@@ -168,7 +168,7 @@ def loop_kernel(x_ptr, out_ptr, length, BLOCK: tl.constexpr):
     tl.store(out_ptr, tl.sum(total))
 
 
-def test_loops_to_a_bound_known_at_launch():
+def test_loop_bound_known_at_launch():
     out = torch.empty(())
     loop_kernel[(1,)](torch.ones(37), out, 37, BLOCK=16)
     assert out == 37
@@ -185,7 +185,7 @@ def scaled_kernel(x_ptr, out_ptr, LENGTH: tl.constexpr):
     tl.store(out_ptr + LENGTH + at, tl.abs(SCALE - x))
 
 
-def test_a_constant_of_a_module_works_on_a_tensor():
+def test_module_constant_multiplies_a_tensor():
     x, out = torch.linspace(-2, 2, LENGTH), torch.empty(2, LENGTH)
     scaled_kernel[(1,)](x, out, LENGTH=LENGTH)
     torch.testing.assert_close(out, torch.stack([(1.5 * x).exp(), (1.5 - x).abs()]))

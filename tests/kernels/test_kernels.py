@@ -57,7 +57,7 @@ def test_parity_without_gradients(device, op, shape, dtype):
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "padded rows"])
 @two_shapes
 @any_op
-def test_layouts_of_inputs(device, op, number, layout):
+def test_parity_for_input_layouts(device, op, number, layout):
     for shape in op.test_shapes[number : number + 1]:
         judged(op, *op.sample(shape, torch.bfloat16, device), layout=layout)
 
@@ -66,7 +66,7 @@ def test_layouts_of_inputs(device, op, number, layout):
 @pytest.mark.parametrize("upstream", UPSTREAMS)
 @two_shapes
 @every_op
-def test_layouts_of_upstream_gradients(device, op, number, upstream):
+def test_parity_for_upstream_gradient_layouts(device, op, number, upstream):
     for shape in op.test_shapes[number : number + 1]:
         judged(op, *op.sample(shape, device=device), upstream=upstream)
 
@@ -93,7 +93,7 @@ def one_element(x: Tensor, value: float) -> Tensor:
 
 
 @any_case_with("values", HOSTILE)
-def test_hostile_values(device, op, shape, values):
+def test_parity_for_extreme_values(device, op, shape, values):
     args, options = op.sample(shape, device=device)
     if args[0].numel():
         hostile = values(args[0])
@@ -103,7 +103,7 @@ def test_hostile_values(device, op, shape, values):
 
 @two_shapes
 @any_op
-def test_overflow_in_fp16(device, op, number):
+def test_parity_under_fp16_overflow(device, op, number):
     for shape in op.test_shapes[number : number + 1]:
         args, options = op.sample(shape, torch.float16, device)
         judged(op, (args[0] * 2e4, *args[1:]), options, fair=True)
@@ -160,7 +160,7 @@ def test_only_wanted_gradients_are_computed(device, op):
 @pytest.mark.slow
 @pytest.mark.aten
 @every_case
-def test_other_subsets_of_gradients(device, op, shape):
+def test_other_gradient_subsets(device, op, shape):
     usual = shape is op.usual_shape
     only_wanted_gradients_are_computed(
         device, op, shape, lambda count: range(2, count - 1) if usual else {0, count}
@@ -168,7 +168,7 @@ def test_other_subsets_of_gradients(device, op, shape):
 
 
 @any_op
-def test_repeats_are_identical(device, op):
+def test_repeats_are_bitwise_equal(device, op):
     args, options = op.sample(op.usual_shape, torch.bfloat16, device)
     first, other = [tolerance.outputs_and_gradients(op.fast, args, options) for _ in range(2)]
     for tensor, again in zip(first[0] + first[1], other[0] + other[1], strict=True):
@@ -183,11 +183,11 @@ def deterministic_algorithms():
 
 
 @any_op
-def test_deterministic_algorithms_are_obeyed(device, op, deterministic_algorithms):
+def test_use_deterministic_algorithms_is_obeyed(device, op, deterministic_algorithms):
     judged(op, *op.sample(op.usual_shape, device=device))
 
 
-def test_every_kernel_is_launched_where_triton_runs(device):
+def test_each_kernel_is_launched_where_triton_runs(device):
     runs = _launcher.runs_triton(torch.empty(1, device=device))
     missing = set(_launcher.KERNELS) if runs else set()
     with _launcher.recording() as launches:
@@ -206,7 +206,7 @@ def test_every_kernel_is_launched_where_triton_runs(device):
 
 @pytest.mark.aten
 @pytest.mark.parametrize("beyond", [-15, -1, 0, 1, 5000])
-def test_slots_with_a_wrong_count_are_safe_addresses(device, beyond):
+def test_wrong_count_gives_in_range_slots(device, beyond):
     op = OPS["merge_image_tokens"]
     (_, _, mask), _ = op.sample(op.usual_shape, device=device)
     true = mask.flatten().nonzero().flatten()
@@ -221,7 +221,7 @@ def test_slots_with_a_wrong_count_are_safe_addresses(device, beyond):
 @pytest.mark.aten
 @pytest.mark.parametrize("features_dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", OPS["merge_image_tokens"].test_shapes, ids=shape_id)
-def test_features_of_another_dtype(device, shape, features_dtype):
+def test_features_in_another_dtype(device, shape, features_dtype):
     """Projectors in fp32 feed language models in bf16; gradients come back in fp32."""
     op = OPS["merge_image_tokens"]
     (embeds, features, mask), options = op.sample(shape, torch.bfloat16, device)
@@ -233,7 +233,7 @@ def test_features_of_another_dtype(device, shape, features_dtype):
 @pytest.mark.aten
 @pytest.mark.parametrize("wild", [-(2**31), -2, 10**6, 2**31 - 1])
 @pytest.mark.parametrize("name", ["anyres_pack", "anyres_pack_resized", "anyres_merge"])
-def test_tables_out_of_range_are_safe_addresses(device, name, wild):
+def test_out_of_range_tables_give_safe_addresses(device, name, wild):
     """What names no row is a newline on the way there, and gives zeros on the way back."""
     op = OPS[name]
     args, options = op.sample(op.usual_shape, device=device)

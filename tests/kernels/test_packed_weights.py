@@ -38,7 +38,7 @@ CALLS = [(stacked_linear, (5, 3, 4)), (self_attention, (4, 4, 4))]
 
 @pytest.mark.parametrize("call, outs", CALLS)
 @pytest.mark.parametrize("mode", ["eager", "registered"])
-def test_every_gradient_has_memory_of_its_own(call, outs, mode):
+def test_gradients_do_not_share_memory(call, outs, mode):
     linears = three_linears(outs)
     if mode == "eager":
         call(linears, torch.randn(6, 7)).square().sum().backward()
@@ -50,7 +50,7 @@ def test_every_gradient_has_memory_of_its_own(call, outs, mode):
     assert len({g.untyped_storage().data_ptr() for g in gradients}) == len(gradients)
 
 
-def test_one_trained_key_is_saved_alone():
+def test_saved_gradient_of_one_key_excludes_the_others():
     linears = three_linears((16,) * 12, 24)
     for linear in linears:
         linear.requires_grad_(False)
@@ -87,7 +87,7 @@ def test_gradients_can_be_changed_in_place():
 
 
 @pytest.mark.parametrize("call, outs", CALLS)
-def test_only_wanted_gradients_are_formed(call, outs):
+def test_only_wanted_gradients_are_computed(call, outs):
     """A trained key beside frozen ones costs one product, not one for each."""
     linears = three_linears(outs)
     for linear in linears:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.devices("interpreter")
 STEPS = 5
 
 
-def test_a_projector_trains_as_it_does_without_kernels():
+def test_projector_training_matches_unfused():
     projector = MLPProjector(12, 20)
     features, wanted = torch.randn(2, 7, 12), torch.randn(2, 7, 20)
 

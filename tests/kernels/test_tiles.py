@@ -28,13 +28,13 @@ def use(monkeypatch, changed):
     "changed", [lambda size: max(size // 2, 1), lambda size: size * 2], ids=["half", "double"]
 )
 @any_op
-def test_other_tile_sizes(device, monkeypatch, op, changed):
+def test_parity_with_other_tile_sizes(device, monkeypatch, op, changed):
     use(monkeypatch, changed)
     judged(op, *op.sample(op.usual_shape, torch.bfloat16, device), layout="padded rows")
 
 
 @any_case
-def test_many_small_tiles(device, monkeypatch, op, shape):
+def test_parity_with_many_small_tiles(device, monkeypatch, op, shape):
     """Test shapes fit into one tile of most kernels; with these, every loop has several rounds."""
     use(monkeypatch, lambda size: min(size, 16))
     judged(op, *op.sample(shape, torch.bfloat16, device), layout="padded rows")

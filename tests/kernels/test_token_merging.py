@@ -53,7 +53,7 @@ def assert_equal_to_the_paper(device, metric, r, protected):
 
 @pytest.mark.parametrize("protected", [0, 1, 2, 3])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 8, 9])
-def test_matching_is_the_papers(device, tokens, protected):
+def test_matching_follows_the_paper(device, tokens, protected):
     metric = torch.randn(2, tokens, WIDTH)
     if protected > tokens:
         return
@@ -61,14 +61,14 @@ def test_matching_is_the_papers(device, tokens, protected):
         assert_equal_to_the_paper(device, metric, r, protected)
 
 
-def test_more_than_half_is_taken_for_half(device):
+def test_r_is_capped_at_half(device):
     metric = torch.randn(1, 9, WIDTH)
     for protected, most in ((0, 4), (1, 4), (2, 3)):
         match = assert_equal_to_the_paper(device, metric, 10**6, protected)
         assert match[2].shape == (1, 9 - most + 1)
 
 
-def test_of_equals_the_lower_number_comes_first(device):
+def test_ties_go_to_the_lower_index(device):
     """Unit vectors along axes: all similarities are 0 or 1, exactly, and most are equal."""
     metric = torch.eye(WIDTH)[torch.tensor([[0, 1, 0, 1, 1, 0, 2, 0, 1, 1], [3] * 10])]
     for r in range(6):
@@ -79,13 +79,13 @@ def test_of_equals_the_lower_number_comes_first(device):
     assert_match([t[0] for t in match], [[4], [1, 0, 2], [3], [5]])
 
 
-def test_of_equals_beyond_a_tile_the_lower_number_comes_first(device):
+def test_ties_across_tiles_go_to_the_lower_index(device):
     metric = torch.eye(WIDTH)[torch.arange(140) * 7 % 5].expand(1, -1, -1)
     assert_equal_to_the_paper(device, metric, 40, 1)
     assert_equal_to_the_paper(device, torch.zeros(1, 140, 2), 40, 0)
 
 
-def test_what_is_not_a_number_comes_last(device):
+def test_nan_similarity_ranks_last(device):
     metric = torch.randn(1, 8, WIDTH)
     metric[0, 2], metric[0, 5, 0] = torch.nan, torch.inf
     match = ops.bipartite_match.fast(metric.to(device), r=3)
@@ -116,7 +116,7 @@ def test_merged_tokens_are_means_weighted_by_size(device, sized):
                 assert torch.equal(merged[image, j].cpu(), x[image, group[0]])
 
 
-def test_sizes_are_conserved_exactly_over_rounds(device):
+def test_total_size_is_conserved_over_rounds(device):
     x, size = torch.randn(2, 41, 8, device=device), None
     for r in (20, 9, 3):
         match = ops.bipartite_match.fast(x, r=r, protected=1)
@@ -125,7 +125,7 @@ def test_sizes_are_conserved_exactly_over_rounds(device):
     assert x.shape == (2, 9, 8)
 
 
-def test_equal_tokens_come_back_from_a_merge(device):
+def test_equal_tokens_survive_merge_and_unmerge(device):
     # Neighbours are equal in pairs: with half of them merged, nothing is lost.
     x = torch.randn(2, 6, 5).repeat_interleave(2, 1).to(device)
     match = ops.bipartite_match.fast(x, r=6)
@@ -135,7 +135,7 @@ def test_equal_tokens_come_back_from_a_merge(device):
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0)], ids=str)
-def test_nothing_merges_into_nothing(device, shape):
+def test_merging_one_or_no_token(device, shape):
     x = torch.randn(shape, device=device, requires_grad=True)
     match = ops.bipartite_match(x, r=1)
     merged, total = ops.merge_tokens(x, match)
@@ -146,7 +146,7 @@ def test_nothing_merges_into_nothing(device, shape):
 
 
 @pytest.mark.parametrize("part", range(3), ids=["destination", "order", "start"])
-def test_numbers_out_of_range_touch_nothing(device, part):
+def test_numbers_out_of_range_touch_no_memory_outside(device, part):
     with GuardBands() as bands:
         x = bands.lay_out(torch.randn(1, 6, 40, device=device), "dense")
         match = [bands.lay_out(t, "dense") for t in ops.bipartite_match.fast(x, r=2)]

@@ -52,7 +52,7 @@ def saved_bytes(module, x):
 
 @every_dtype
 @every_structure
-def test_patched_is_the_same_module(name, dtype):
+def test_patched_matches_unpatched(name, dtype):
     make, shape, patched, _ = STRUCTURES[name]
     plain = stirred(make()).to(dtype)
     fast, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
@@ -68,7 +68,7 @@ def test_patched_is_the_same_module(name, dtype):
 
 
 @every_structure
-def test_less_is_kept_for_backward(name):
+def test_patched_saves_fewer_bytes(name):
     make, shape, _, less = STRUCTURES[name]
     module, x = make(), torch.randn(shape)
     before = saved_bytes(module, x)
@@ -81,7 +81,7 @@ def test_less_is_kept_for_backward(name):
     "saved, depth, most",
     [("preactivation", 3, 0.55), ("preactivation", 5, 0.55), ("input", 3, 0.3), ("all", 3, 1.0)],
 )
-def test_bytes_of_deep_projectors(saved, depth, most):
+def test_saved_bytes_of_deep_projectors(saved, depth, most):
     """x and each pre-activation; of "input" no first one; of "all" as eager."""
     plain, x = mlp(depth, 64, 256), torch.randn(2, 64, 64)
     fast = copy.deepcopy(plain)
@@ -96,7 +96,7 @@ def test_bytes_of_deep_projectors(saved, depth, most):
 
 @pytest.mark.parametrize("name", ["LLaVA mlp3x", "Prismatic, two backbones", "functional"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_under_autocast_as_unpatched(name, dtype):
+def test_autocast_matches_unpatched(name, dtype):
     make, shape, *_ = STRUCTURES[name]
     plain = stirred(make())
     fast, x = copy.deepcopy(plain), torch.randn(shape)
@@ -117,7 +117,7 @@ def test_under_autocast_as_unpatched(name, dtype):
         assert errors[0] <= 1.25 * errors[1], what
 
 
-def test_an_activation_that_autocast_leaves_in_fp32_is_computed_in_it():
+def test_activation_after_fp32_norm_runs_in_fp32_under_autocast():
     """Behind a norm that returns fp32 the activation is called: what comes after it is cast."""
 
     class Norm32(nn.LayerNorm):
@@ -139,7 +139,7 @@ def test_an_activation_that_autocast_leaves_in_fp32_is_computed_in_it():
 
 @pytest.mark.parametrize("make", [TimmMlp, FunctionalMlp], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_dropout_is_asked_at_each_call(make, training):
+def test_active_dropout_is_checked_at_each_call(make, training):
     plain = stirred(make(0.1)).train(not training)
     fast, x = copy.deepcopy(plain), torch.randn(2, 9, WIDTH)
     vlm_fast.patch(fast, strict=True)  # in the other mode
@@ -163,7 +163,7 @@ def test_dropout_is_asked_at_each_call(make, training):
         torch.testing.assert_close(ours, found[0][what], rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_that_is_always_live():
+def test_dropout_active_in_eval_mode():
     class Mlp(FunctionalMlp):
         def forward(self, x):
             x = self.fc2(F.dropout(F.relu(self.fc1(x)), 0.4))
@@ -182,7 +182,7 @@ def test_dropout_that_is_always_live():
 # ---- what a forward goes by ----
 
 
-def test_what_the_forward_read_has_changed():
+def test_changed_attribute_falls_back():
     plain = PrismaticProjector(True)
     fast, x = copy.deepcopy(plain), torch.randn(3, WIDTH)
     vlm_fast.patch(fast)
@@ -195,7 +195,7 @@ def test_what_the_forward_read_has_changed():
         torch.testing.assert_close(fast(x), plain(x))
 
 
-def test_a_function_that_became_another_or_a_module():
+def test_replaced_activation_function_falls_back():
     for act in (F.relu, nn.Tanh()):
         plain = FunctionalMlp()
         fast, x = copy.deepcopy(plain), torch.randn(3, WIDTH)
@@ -207,7 +207,7 @@ def test_a_function_that_became_another_or_a_module():
         torch.testing.assert_close(fast(x), plain(x))
 
 
-def test_a_child_that_was_replaced_or_deleted():
+def test_replaced_or_deleted_child_falls_back():
     plain = PrismaticProjector(True)
     fast, x = copy.deepcopy(plain), torch.randn(3, WIDTH)
     vlm_fast.patch(fast)
@@ -227,7 +227,7 @@ def test_a_child_that_was_replaced_or_deleted():
             module(x)
 
 
-def test_a_forward_that_is_another_in_training():
+def test_forward_that_differs_in_training_is_skipped():
     class Mlp(NamedMlp):
         def forward(self, x):
             x = self.activation_fn(self.fc1(x))

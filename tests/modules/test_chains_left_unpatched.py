@@ -58,7 +58,7 @@ class QuickGELUOfItself(nn.Module):
         return x * (self.slope * x).sigmoid()
 
 
-def test_which_activations_are_known():
+def test_known_activations():
     class FlippedQuickGelu(nn.Module):
         def forward(self, x):
             return (x * 1.702).sigmoid() * x
@@ -75,7 +75,7 @@ def test_which_activations_are_known():
             vlm_fast.patch(mlp(2, act=kind))
 
 
-def test_a_quick_gelu_replaced_in_its_class(monkeypatch):
+def test_replaced_quick_gelu_forward_runs(monkeypatch):
     module, x = NamedMlp(QuickGELU()), torch.randn(3, WIDTH)
     vlm_fast.patch(module)
     monkeypatch.setattr(QuickGELU, "forward", lambda self, x: x.abs())
@@ -171,7 +171,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_candidates_that_are_left_are_named(name):
+def test_skipped_candidates_have_reasons(name):
     make, why = LEFT[name]
     module = make()
     with pytest.warns(UserWarning, match="no connector of"):
@@ -179,7 +179,7 @@ def test_candidates_that_are_left_are_named(name):
     assert report.skipped == {"": why} and str(report) == f"skipped (the model): {why}"
 
 
-def test_a_wrapped_forward_of_a_class_of_linears(monkeypatch):
+def test_wrapped_forward_of_linears_is_skipped(monkeypatch):
     """What it does with tensors it may not do with what stands for them in a symbolic run."""
     forward = NamedMlp.forward
 
@@ -193,7 +193,7 @@ def test_a_wrapped_forward_of_a_class_of_linears(monkeypatch):
         vlm_fast.patch(NamedMlp(nn.GELU()))
 
 
-def test_what_is_no_tensor_is_left_to_the_class():
+def test_non_tensor_input_runs_the_original_forward():
     class Mlp(NamedMlp):
         def forward(self, x):
             if isinstance(x, tuple):
@@ -209,7 +209,7 @@ def test_what_is_no_tensor_is_left_to_the_class():
         torch.testing.assert_close(fast(x), plain(x))
 
 
-def test_modes_are_as_before():
+def test_train_and_eval_modes_are_unchanged():
     with torch.no_grad(), torch.autocast("cpu"):
         vlm_fast.patch(NamedMlp(nn.GELU()))
         assert torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
@@ -217,7 +217,7 @@ def test_modes_are_as_before():
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
-def test_what_holds_fewer_than_two_linears_or_calls_none_is_no_candidate():
+def test_modules_with_fewer_than_two_linears_are_no_candidates():
     parts = [nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 3)]
     few = nn.Sequential(nn.Linear(3, 4), nn.GELU())
     for module in (nn.Linear(3, 4), mlp(1), few, nn.ModuleList(parts)):
@@ -252,13 +252,13 @@ class VisionLanguage(nn.Module):
 
 
 @pytest.mark.parametrize("layers", [3, 4])
-def test_towers_are_left_alone_and_not_listed(layers):
+def test_towers_are_not_patched_and_not_listed(layers):
     model = VisionLanguage(layers)
     report = vlm_fast.patch(model)
     assert report.patched.keys() == {"mm_projector"} and report.skipped == {"head": NO_CHAIN}
 
 
-def test_a_block_of_a_short_tower_is_left_alone_too():
+def test_block_of_a_short_tower_is_not_patched():
     model = VisionLanguage(1)
     assert vlm_fast.patch(model).patched.keys() == {"mm_projector", "language.0"}
 
@@ -271,7 +271,7 @@ class FlatBlock(nn.Module):
         self.attention, self.fc1, self.fc2 = Attention(), nn.Linear(4, 4), nn.Linear(4, 4)
 
 
-def test_what_is_no_block():
+def test_module_lists_that_are_not_towers_are_patched():
     """A projector with residual blocks in a list; a whole model in a list."""
     res = nn.Sequential(*mlp(2), SimpleResBlock(HIDDEN))
     whole = nn.Module()
@@ -294,13 +294,13 @@ def test_towers_are_patched_on_request():
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_residual_block_is_named_where_its_linears_are_its_own_children():
+def test_linears_inside_a_residual_block_are_patched():
     report = vlm_fast.patch(nn.Sequential(SimpleResBlock(8)))
     assert report.patched.keys() == {"0.proj"} and not report.skipped
 
 
 @pytest.mark.parametrize("kind", ["merger", "block"])
-def test_chains_inside_a_patched_connector_are_its_own(kind):
+def test_chains_inside_a_patched_connector_are_not_patched_again(kind):
     """Qwen's merger and Flamingo's block read the children of theirs."""
     if kind == "merger":
         from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchMerger
@@ -316,7 +316,7 @@ def test_chains_inside_a_patched_connector_are_its_own(kind):
         assert type(module.get_submodule(inner)) is nn.Sequential
 
 
-def test_own_modules_are_no_candidates():
+def test_own_modules_are_not_patched():
     from vlm_fast.modules import MLPProjector, PatchMerger
 
     model = nn.ModuleList([MLPProjector(4, 4), PatchMerger(4, 8, keys="qwen2")])

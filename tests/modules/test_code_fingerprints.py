@@ -47,14 +47,14 @@ def forward_of(source, tmp_path, name):
 
 
 @pytest.mark.parametrize("change", SAME)
-def test_what_runs_alike_has_the_same(change, tmp_path):
+def test_equivalent_code_has_the_same_fingerprint(change, tmp_path):
     before = code_fingerprints.fingerprint(forward_of(SOURCE, tmp_path, "before"))
     after = forward_of(SOURCE.replace(*SAME[change]), tmp_path, "after")
     assert before is not None and code_fingerprints.fingerprint(after) == before
 
 
 @pytest.mark.parametrize("change", OTHER)
-def test_what_runs_otherwise_has_another(change, tmp_path):
+def test_different_code_has_another_fingerprint(change, tmp_path):
     before = code_fingerprints.fingerprint(forward_of(SOURCE, tmp_path, "before"))
     after = code_fingerprints.fingerprint(
         forward_of(SOURCE.replace(*OTHER[change]), tmp_path, "after")
@@ -62,7 +62,7 @@ def test_what_runs_otherwise_has_another(change, tmp_path):
     assert after not in (before, None)
 
 
-def test_code_that_is_not_that_of_its_file_has_none(tmp_path):
+def test_code_that_differs_from_its_file_has_no_fingerprint(tmp_path):
     forward = forward_of(SOURCE, tmp_path, "before")
     forward.__code__ = forward_of(SOURCE.replace("*", "/"), tmp_path, "after").__code__.replace(
         co_filename=forward.__code__.co_filename
@@ -70,14 +70,14 @@ def test_code_that_is_not_that_of_its_file_has_none(tmp_path):
     assert code_fingerprints.fingerprint(forward) is None
 
 
-def test_code_without_a_file_has_none(tmp_path):
+def test_code_without_a_file_has_no_fingerprint(tmp_path):
     forward = forward_of(SOURCE, tmp_path, "before")
     (tmp_path / "before.py").unlink()
     code_fingerprints._source.cache_clear()
     assert code_fingerprints.fingerprint(forward) is None
 
 
-def test_only_models_of_transformers_are_asked():
+def test_only_transformers_models_are_checked():
     assert code_fingerprints.name_of(ast.NodeVisitor, "visit") is None
     assert (
         code_fingerprints.why_not_known_code(ast.NodeVisitor, "visit", ast.NodeVisitor.visit)
@@ -89,7 +89,7 @@ def test_only_models_of_transformers_are_asked():
     transformers.__version__ not in releases.RELEASES,
     reason=f"transformers {transformers.__version__} was not read",
 )
-def test_every_method_of_this_release_is_one_that_was_read():
+def test_methods_of_installed_release_have_recorded_fingerprints():
     found = 0
     for name in code_fingerprints.KNOWN:
         home, kind, method = name.rsplit(".", 2)
@@ -106,7 +106,7 @@ def test_every_method_of_this_release_is_one_that_was_read():
     assert found > 50
 
 
-def test_a_reason_names_the_method_and_the_release(monkeypatch):
+def test_reason_names_method_and_release(monkeypatch):
     from transformers.models.idefics.modeling_idefics import IdeficsMLP
 
     forward = inspect.unwrap(IdeficsMLP.forward)

@@ -15,7 +15,7 @@ def first(output):
 
 
 @pytest.mark.parametrize("kind", slow_but(list(CONNECTORS)[:3], CONNECTORS))
-def test_round_trip(kind):
+def test_export_save_and_load_round_trip(kind):
     make, given = CONNECTORS[kind]
     module = make()
     batch = Dim("batch", min=1, max=64)

@@ -76,7 +76,7 @@ def test_parity_with_the_published_formulas(locations, immediate, dtype):
 
 
 @pytest.mark.parametrize("immediate", [True, False])
-def test_without_locations_every_token_sees_all_media(immediate):
+def test_without_locations_tokens_attend_to_all_media(immediate):
     block = plain(immediate)
     same(ours(block), block, *given(None))
 
@@ -89,7 +89,7 @@ def test_cached_media(immediate, tokens):
     same(ours(block), block, x[:, :tokens], media, locations, True)
 
 
-def test_media_that_were_written_to_are_read_anew():
+def test_media_written_in_place_are_read_again():
     """One buffer for every picture, as in serving; also where writes leave no trace."""
     block = plain().eval()
     module, (x, media, locations) = ours(block).eval(), given(LOCATIONS["interleaved"])
@@ -104,7 +104,7 @@ def test_media_that_were_written_to_are_read_anew():
                     )
 
 
-def test_key_values_in_place_of_media():
+def test_precomputed_key_values():
     module, (x, media, locations) = ours(plain()), given(LOCATIONS["text first"])
     found = module(x, module.key_values(media), locations)
     assert torch.equal(found, module(x, media, locations))
@@ -124,7 +124,7 @@ def test_zero_media_and_zero_samples():
     assert all(p.grad is not None for p in module.parameters())
 
 
-def test_patched_blocks_are_told_by_structure():
+def test_blocks_are_patched_by_structure():
     block, arguments = plain(), given(LOCATIONS["text first"])
     model = torch.nn.ModuleDict({"a": copy.deepcopy(block)})
     with vlm_fast.patch(model) as report, vlm_fast.strict():
@@ -138,7 +138,7 @@ def test_patched_blocks_are_told_by_structure():
     assert "feed-forward" in report.skipped["a"]
 
 
-def test_an_adapter_is_not_passed_by():
+def test_adapter_on_a_linear_falls_back():
     class Adapted(torch.nn.Linear):
         def forward(self, x):
             return super().forward(x) + 1
@@ -166,14 +166,14 @@ def test_an_adapter_is_not_passed_by():
         (dict(locations=torch.ones(3, 9, dtype=torch.bool), cached=True), "media_locations"),
     ],
 )
-def test_mistakes_are_named(change, said):
+def test_invalid_arguments_raise(change, said):
     x, media, locations = given(LOCATIONS["interleaved"])
     arguments = dict(x=x, media=media, locations=locations, cached=False) | change
     with pytest.raises((TypeError, ValueError), match=said):
         ours(plain())(*arguments.values())
 
 
-def test_nothing_of_text_by_latents_is_allocated():
+def test_no_tensor_of_text_by_latents_is_allocated():
     """No tensor as large as text by images by latents, forward or backward."""
     largest = []
 
@@ -200,7 +200,7 @@ def test_nothing_of_text_by_latents_is_allocated():
 
 @pytest.mark.parametrize("attend", ["latest", "listed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_tokens_that_see_the_same_need_not_follow_one_another(dtype, attend):
+def test_noncontiguous_tokens_of_the_same_media(dtype, attend):
     """A user who goes back to an earlier image; what they see is 1, 2, 1 and so on."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 2, n, 16, dtype=dtype, requires_grad=True) for n in (7, 6, 6))

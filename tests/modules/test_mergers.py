@@ -41,7 +41,7 @@ QWENS = [
 
 
 @pytest.mark.parametrize("theirs, options", QWENS, ids=lambda value: str(value))
-def test_patch_merger_is_qwens(theirs, options):
+def test_patch_merger_matches_qwen(theirs, options):
     theirs, ours = stirred(qwen(*theirs)), PatchMerger(12, 16, **options)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(24, 12)
@@ -49,7 +49,7 @@ def test_patch_merger_is_qwens(theirs, options):
         assert_close(gradients(ours, x), gradients(theirs, x))
 
 
-def test_windows_are_put_back_as_they_are_read():
+def test_merger_undoes_window_order():
     merger, x = stirred(PatchMerger(12, 16, keys="qwen2", norm="rms")), torch.randn(24, 12)
     order = torch.tensor([3, 0, 5, 1, 2, 4])
     expected = merger(x)[torch.argsort(order)]
@@ -57,14 +57,14 @@ def test_windows_are_put_back_as_they_are_read():
 
 
 @pytest.mark.parametrize("options", [options for _, options in QWENS], ids=str)
-def test_no_patches_still_reach_every_parameter(options):
+def test_no_patches_give_zero_gradients_to_all_parameters(options):
     y, *grads = gradients(PatchMerger(12, 16, **options), torch.randn(0, 12))
     assert y.shape == (0, 16)
     assert all(g is not None and not g.any() for g in grads)
 
 
 @pytest.mark.parametrize("option", ["norm", "keys"])
-def test_unknown_options_of_a_merger(option):
+def test_unknown_merger_options_raise(option):
     with pytest.raises(ValueError, match=f"PatchMerger: {option} is 'else', expected"):
         PatchMerger(12, 16, **{option: "else"})
 
@@ -83,7 +83,7 @@ def internvl_projector():
     )
 
 
-def test_pixel_shuffle_projector_is_internvls():
+def test_pixel_shuffle_projector_matches_internvl():
     from transformers.models.internvl.modeling_internvl import InternVLModel
 
     class Theirs(nn.Module):
@@ -111,7 +111,7 @@ def test_spatial_pool_module():
     assert "mode='max'" in repr(SpatialPool(mode="max"))
 
 
-def test_pooled_mlp_is_perception_lms():
+def test_pooled_mlp_matches_perception_lm():
     theirs, x = perception_lm()
     ours = PooledMLPProjector(6, 8)
     ours.load_state_dict(stirred(theirs).state_dict())
@@ -121,7 +121,7 @@ def test_pooled_mlp_is_perception_lms():
         PooledMLPProjector(6, 8, mode="max")
 
 
-def test_pooled_norm_is_gemmas():
+def test_pooled_norm_matches_gemma3():
     theirs, x = t5gemma2()
     ours = PooledNormProjector(6, 8, stride=4)
     ours.load_state_dict(stirred(theirs).state_dict())
@@ -131,7 +131,7 @@ def test_pooled_norm_is_gemmas():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_own_norms_are_transformers(dtype):
+def test_rms_norm_matches_transformers(dtype):
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
     from transformers.models.mistral3.modeling_mistral3 import Mistral3RMSNorm
 
@@ -189,7 +189,7 @@ ALONE = {
 
 
 @pytest.mark.parametrize("kind", ALONE)
-def test_classes_alone(kind):
+def test_patched_class_matches_unpatched(kind):
     module, x = ALONE[kind]()
     stirred(module)
     expected = gradients(module, x)
@@ -205,7 +205,7 @@ def qwen25():
 
 
 @pytest.mark.parametrize("make", [*ALONE.values(), qwen25])
-def test_compiled_whole(make):
+def test_compiles_to_one_graph(make):
     module, x = make()
     expected = gradients(stirred(module), x)
     vlm_fast.patch(module)
@@ -216,7 +216,7 @@ def test_compiled_whole(make):
 
 
 @pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
-def test_other_grids_are_left_to_the_class_itself():
+def test_unsupported_grids_run_the_original_forward():
     module, _ = perception_lm()
     x = torch.randn(2, 25, 6)
     expected = gradients(module, x)
@@ -239,7 +239,7 @@ def test_hooked_children_are_called(child):
 
 
 @pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
-def test_a_wrapped_linear_is_called():
+def test_wrapped_linear_is_called():
     class Scaled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -251,7 +251,7 @@ def test_a_wrapped_linear_is_called():
     assert_close(gradients(merger, x), expected)
 
 
-def test_frames_are_pooled_before_the_second_linear():
+def test_pooling_runs_before_the_second_linear():
     model, inputs = build("llava_onevision")
     rows, linear_2 = [], model.model.multi_modal_projector.linear_2
     weight = linear_2.weight
@@ -310,14 +310,14 @@ def waiting():
         copy.deepcopy,
     ],
 )
-def test_who_looks_sees_it_shuffled(look):
+def test_reading_the_deferred_tensor_shuffles_it(look):
     unshuffled, shuffled = waiting()
     found = look(unshuffled)
     assert type(found) is torch.Tensor
     torch.testing.assert_close(found, look(shuffled))
 
 
-def test_asking_for_its_shape_does_not_shuffle_it():
+def test_reading_the_shape_does_not_shuffle():
     unshuffled, _ = waiting()
     assert unshuffled.shape == (2, 2, 2, 12) and unshuffled.size(3) == 12 and unshuffled.ndim == 4
     assert type(unshuffled.reshape(2, -1, 12)) is DeferredPixelShuffle
@@ -325,7 +325,7 @@ def test_asking_for_its_shape_does_not_shuffle_it():
 
 
 @pytest.mark.parametrize("name", ["internvl", "qianfan_ocr"])
-def test_internvl_shuffles_and_norms_at_once(name):
+def test_internvl_fuses_shuffle_and_norm(name):
     model, inputs = build(name)
     vlm_fast.patch(model)
     with vlm_fast.strict(), torch.no_grad():
@@ -333,7 +333,7 @@ def test_internvl_shuffles_and_norms_at_once(name):
     assert vlm_fast.stats()["pixel_shuffle_norm"]["fast"] == 1
 
 
-def test_a_hook_on_the_projector_sees_shuffled_tokens():
+def test_hook_on_projector_sees_shuffled_tokens():
     model, inputs = build("internvl")
     seen = []
     model.model.multi_modal_projector.register_forward_pre_hook(
@@ -348,7 +348,7 @@ def test_a_hook_on_the_projector_sees_shuffled_tokens():
 
 
 @pytest.mark.slow
-def test_internvl_compiles_as_one_graph():
+def test_internvl_compiles_to_one_graph():
     model, inputs = build("internvl")
     with torch.no_grad():
         expected = model.model(**inputs)[0]

@@ -55,7 +55,7 @@ def of_dtypes(connector, dtypes, changed):
 
 @both_ways
 @every_model
-def test_connectors(name, dtypes):
+def test_connectors_in_mixed_dtypes_match_unpatched(name, dtypes):
     model, inputs = build(name)
     fast = copy.deepcopy(model)
     report = vlm_fast.patch(fast)
@@ -75,7 +75,7 @@ def test_connectors(name, dtypes):
 
 @pytest.mark.parametrize("autocast", slow_but([True], [False, True]), ids=["plain", "autocast"])
 @every_model
-def test_whole_models(name, autocast):
+def test_whole_models_in_mixed_dtypes_match_unpatched(name, autocast):
     model, inputs = build(name)
     names = ["all in fp32"] * autocast
     names += ["connectors in fp32", "connectors in bf16", "norms in fp32", "language model in bf16"]
@@ -122,7 +122,7 @@ MODULES = {
 
 @both_ways
 @pytest.mark.parametrize("name", MODULES)
-def test_modules_are_their_children_called_in_turn(name, dtypes):
+def test_modules_in_mixed_dtypes_match_disabled(name, dtypes):
     """As with the ops' references: `vlm_fast.disabled` reads no parameter in a kernel."""
     make, given = MODULES[name]
     torch.manual_seed(0)
@@ -144,7 +144,7 @@ def test_modules_are_their_children_called_in_turn(name, dtypes):
     assert ran > 1
 
 
-def test_a_projector_that_merges_is_called_where_dtypes_differ():
+def test_merging_projector_falls_back_where_dtypes_differ():
     projector = modules.MLPProjector(24, 32)
     embeds, mask = torch.randn(1, 20, 32), torch.arange(20)[None] < 16
     x = torch.randn(16, 24)
@@ -157,7 +157,7 @@ def test_a_projector_that_merges_is_called_where_dtypes_differ():
         projector.merge(embeds, x, mask)
 
 
-def test_a_newline_has_a_dtype_of_its_own():
+def test_newline_in_another_dtype():
     model, inputs = build("llava_next")
     model.to(BF16).model.image_newline.data = model.model.image_newline.data.float()
     fast = copy.deepcopy(model)
@@ -178,7 +178,7 @@ def why(model):
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "mistral3"])
-def test_explain_knows_the_input_of_the_last_call(name):
+def test_explain_uses_input_dtype_of_last_call(name):
     model, inputs = build(name)
     model, ours, dtype = arranged(model, "connectors in fp32")
     given = cast(inputs, dtype)
@@ -194,7 +194,7 @@ def test_explain_knows_the_input_of_the_last_call(name):
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl", "qwen2_vl", "mistral3", "aya_vision"])
-def test_explain_knows_dtypes_that_differ_within(name):
+def test_explain_names_mixed_parameter_dtypes(name):
     _, ours, _ = arranged(build(name)[0], "connectors in fp32")
     for _, connector in vlm_fast.connectors(ours):
         inner = [m for m in connector.modules() if "norm" in type(m).__name__.lower()]
@@ -206,7 +206,7 @@ def test_explain_knows_dtypes_that_differ_within(name):
         assert why(ours) == []
 
 
-def test_nothing_is_cast_in_float64():
+def test_float64_is_not_cast_under_autocast():
     """Autocast leaves it alone: its precision is not lost in a kernel of float32."""
     model, inputs = build("qwen2_5_vl")
     plain = model.double()

@@ -39,7 +39,7 @@ def error(found, exact):
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("name", slow_but(QUICK, NAMES))
-def test_whole_models(name, arrangement, autocast):
+def test_whole_models_in_mixed_dtypes_match_unpatched(name, arrangement, autocast):
     model, inputs = built(name)
     plain, ours, dtype = arranged(model, arrangement)
     again = functools.partial(run, args=(), kwargs=cast(inputs, dtype), autocast=autocast)
@@ -59,7 +59,7 @@ def test_whole_models(name, arrangement, autocast):
 @pytest.mark.parametrize("parameters", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
-def test_a_qformer_runs_where_the_plain_one_runs(parameters, given, autocast):
+def test_qformer_runs_or_raises_as_unpatched(parameters, given, autocast):
     plain = tiny_qformers.blip2(**tiny_qformers.SMALL).to(parameters)
     fast = copy.deepcopy(plain)
     vlm_fast.patch(fast)

@@ -91,7 +91,7 @@ def test_parity_with_the_published_formulas(dtype):
         same(patched(plain), plain, features(2, 2, 1, 17, dtype=dtype))
 
 
-def test_without_embeddings():
+def test_without_media_and_frame_embeddings():
     plain = flamingo(**SIZES)
     same(ours(plain, **SIZES), plain, features(1, 4, 3, 5))
 
@@ -105,7 +105,7 @@ def test_parity_with_idefics(norms, depth, head, dtype):
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_any_depth_and_one_medium(depth):
+def test_depths_and_a_single_medium(depth):
     sizes = SIZES | dict(depth=depth)
     plain = flamingo(**sizes)
     for x in (features(2, 3, 1, 7), features(1, 1, 1, 7)):
@@ -121,7 +121,7 @@ def test_any_depth_and_one_medium(depth):
     ],
     ids=["a linear", "three", "no sequence"],
 )
-def test_a_stranger_of_the_same_name_is_left_alone(layer):
+def test_unrelated_class_of_the_same_name_is_not_patched(layer):
     stranger = flamingo()
     stranger.layers.append(layer)
     with pytest.warns(UserWarning, match="no connector"):
@@ -137,7 +137,7 @@ def adapted(module, targets):
 
 
 @pytest.mark.parametrize("make, targets", [(flamingo, ["to_kv"]), (idefics, ["k_proj"])])
-def test_lora_runs_through_its_own_layers(make, targets):
+def test_lora_layers_run(make, targets):
     plain = make()
     fast, plain = (adapted(m, targets) for m in (patched(plain), plain))
     x = features(3, 17) if make is idefics else features(2, 2, 1, 17)
@@ -171,7 +171,7 @@ def test_zero_images(make):
 
 
 @pytest.mark.parametrize("make", [flamingo, idefics])
-def test_a_hook_is_not_passed_by(make):
+def test_hook_on_a_linear_fires(make):
     plain = make()
     module = patched(plain)
     x = features(3, 17) if make is idefics else features(2, 2, 1, 17)
@@ -183,7 +183,7 @@ def test_a_hook_is_not_passed_by(make):
 
 
 @pytest.mark.parametrize("make", [flamingo, idefics])
-def test_copies_stay_patched_and_reverting_does_not(make):
+def test_copies_stay_patched_until_reverted(make):
     plain = make()
     module = patched(plain)
     x = features(3, 17) if make is idefics else features(2, 2, 1, 17)
@@ -204,6 +204,6 @@ def test_copies_stay_patched_and_reverting_does_not(make):
         (None, "NoneType"),
     ],
 )
-def test_mistakes_are_named(x, said):
+def test_invalid_arguments_raise(x, said):
     with pytest.raises((TypeError, ValueError), match=said):
         ours(flamingo())(x)

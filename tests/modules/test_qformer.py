@@ -56,7 +56,7 @@ FULL = dict(num_hidden_layers=12)
 @pytest.mark.parametrize(
     "implementation, dtype", [("eager", torch.float32), ("sdpa", torch.bfloat16)], ids=str
 )
-def test_blip2_at_full_size(implementation, dtype):
+def test_full_size_blip2_matches_transformers(implementation, dtype):
     inputs = dict(
         query_embeds=torch.randn(1, 32, 768),
         encoder_hidden_states=images(1, 257, 1408),
@@ -66,7 +66,7 @@ def test_blip2_at_full_size(implementation, dtype):
 
 
 @pytest.mark.slow
-def test_instructblip_at_full_size():
+def test_full_size_instructblip_matches_transformers():
     inputs = dict(
         input_ids=torch.randint(5, 99, (1, 8)),
         attention_mask=ones_but(1, 40, (0, 9)),
@@ -79,7 +79,7 @@ def test_instructblip_at_full_size():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_instructblip(implementation, dtype):
+def test_instructblip_matches_transformers(implementation, dtype):
     inputs = dict(
         input_ids=torch.randint(5, 99, (2, 7)),
         attention_mask=ones_but(2, 12, (1, 3)),
@@ -95,7 +95,7 @@ def test_instructblip(implementation, dtype):
 @pytest.mark.parametrize(
     "batch, hidden", [(2, []), (3, [(1, 5), (2, 16)]), (1, [])], ids=["", "padded", "one"]
 )
-def test_blip2(implementation, dtype, batch, hidden):
+def test_blip2_matches_transformers(implementation, dtype, batch, hidden):
     inputs = dict(
         query_embeds=torch.randn(batch, 5, 48),
         encoder_hidden_states=images(batch, 17, 40),
@@ -107,7 +107,7 @@ def test_blip2(implementation, dtype, batch, hidden):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("text", [0, 7])
 @pytest.mark.parametrize("keys", [17, 3])
-def test_blip2_with_text(dtype, text, keys):
+def test_blip2_with_text_matches_transformers(dtype, text, keys):
     inputs = dict(
         query_embeds=torch.randn(2, 5 + text, 48),
         encoder_hidden_states=images(2, keys, 40),
@@ -117,14 +117,14 @@ def test_blip2_with_text(dtype, text, keys):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_batch_of_queries_for_many_windows(dtype):
+def test_one_query_batch_for_many_windows(dtype):
     """As in Granite speech: three queries, a window of fifteen frames."""
     inputs = dict(query_embeds=torch.randn(1, 3, 48), encoder_hidden_states=images(4, 15, 40))
     assert_same(blip2(**SMALL), inputs, dtype)
 
 
 @pytest.mark.parametrize("expanded", [True, False])
-def test_expanded_queries_are_computed_once(expanded, monkeypatch):
+def test_expanded_queries_are_projected_once(expanded, monkeypatch):
     model = blip2(**SMALL)
     vlm_fast.patch(model)
     query = torch.randn(1, 5, 48, requires_grad=True)
@@ -148,7 +148,7 @@ def test_expanded_queries_are_computed_once(expanded, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_expanded_queries_are_one_sequence_each(count):
+def test_expanded_queries_keep_batch_size(count):
     """Two sequences an image, or as many as images: as many come out as went in."""
     model = blip2(**SMALL)
     query, image = torch.randn(1, 5, 48).expand(4, -1, -1), images(count, 17, 40)
@@ -160,7 +160,7 @@ def test_expanded_queries_are_one_sequence_each(count):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_expanded_queries_without_an_image():
+def test_expanded_queries_without_images():
     model = blip2(**SMALL, cross_attention_frequency=100)
     for layer in model.encoder.layer:
         vars(layer)["_modules"].pop("crossattention", None)
@@ -169,7 +169,7 @@ def test_expanded_queries_without_an_image():
 
 
 @pytest.mark.parametrize("part", ["attention", "crossattention", "output_query"])
-def test_any_active_dropout_is_seeded(part):
+def test_active_dropout_in_any_layer_is_applied(part):
     model = blip2(**SMALL, hidden_dropout_prob=0.5)
     getattr(model.encoder.layer[0], part).train()
     qformer = QFormer.from_module(model)
@@ -188,13 +188,13 @@ def same_weights(model, **options):
     return ours.eval()
 
 
-def test_module_has_the_keys_of_the_checkpoint():
+def test_module_has_checkpoint_keys():
     full = blip2(num_hidden_layers=2, text=True).state_dict()
     ours = QFormer(num_hidden_layers=2, use_qformer_text_input=True).state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in full.items()}
 
 
-def test_module_equals_transformers():
+def test_module_matches_transformers():
     model = blip2(text=True, **SMALL)
     ours, shared = same_weights(model, use_qformer_text_input=True), QFormer.from_module(model)
     query, image = torch.randn(3, 9, 48), images(3, 17, 40)
@@ -211,7 +211,7 @@ def test_module_equals_transformers():
     assert shared.encoder is model.encoder
 
 
-def test_shared_keys_and_values_and_several_sequences_an_image():
+def test_shared_keys_and_several_sequences_per_image():
     qformer = QFormer.from_module(blip2(text=True, **SMALL))
     image = images(3, 17, 40)
     sequences = torch.randn(3, 2, 9, 48)  # two texts an image
@@ -233,7 +233,7 @@ def test_shared_keys_and_values_and_several_sequences_an_image():
     )  # fmt: skip
 
 
-def test_generating_text_after_the_queries_is_the_multimodal_causal_mask():
+def test_two_pass_generation_equals_multimodal_causal_mask():
     """Queries see queries, text sees queries and earlier text: two passes equal one."""
     qformer = QFormer.from_module(blip2(text=True, **SMALL))
     query, text, image = torch.randn(2, 5, 48), torch.randn(2, 7, 48), images(2, 17, 40)
@@ -252,7 +252,7 @@ def test_generating_text_after_the_queries_is_the_multimodal_causal_mask():
     )
 
 
-def test_dropout_trains_and_repeats_with_the_seed():
+def test_dropout_is_reproducible_by_seed():
     qformer = QFormer.from_module(blip2(**SMALL)).train()
     query, image = torch.randn(2, 5, 48), images(2, 17, 40)
 
@@ -270,7 +270,7 @@ def test_dropout_trains_and_repeats_with_the_seed():
     assert not torch.equal(kept, first)
 
 
-def test_compute_dtype_is_of_the_work_not_of_the_weights():
+def test_compute_dtype_keeps_weight_and_output_dtypes():
     model = blip2(**SMALL)
     query, image = torch.randn(2, 5, 48), images(2, 17, 40)
     exact = model(query_embeds=query, encoder_hidden_states=image).last_hidden_state
@@ -282,7 +282,7 @@ def test_compute_dtype_is_of_the_work_not_of_the_weights():
     assert {p.grad.dtype for p in qformer.parameters() if p.grad is not None} == {torch.float32}
 
 
-def test_children_that_are_not_plain_are_called():
+def test_wrapped_children_are_called():
     class Doubled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -299,7 +299,7 @@ def test_children_that_are_not_plain_are_called():
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_parameters_have_memory_of_their_own():
+def test_parameters_do_not_share_memory():
     qformer = QFormer(**{k: v for k, v in SMALL.items() if k != "vocab_size"}).eval()
     model = blip2(**SMALL)
     vlm_fast.patch(model)
@@ -325,7 +325,7 @@ def test_parameters_have_memory_of_their_own():
         (dict(past=[]), "past"),
     ],
 )
-def test_mistakes_are_named(change, named):
+def test_invalid_arguments_raise(change, named):
     qformer = QFormer.from_module(blip2(**SMALL))
     right = dict(query_embeds=torch.randn(2, 5, 48), encoder_hidden_states=images(2, 17, 40))
     qformer(**right)
@@ -333,6 +333,6 @@ def test_mistakes_are_named(change, named):
         qformer(**(right | change))
 
 
-def test_a_graph_needs_a_gpu():
+def test_cuda_graph_needs_a_gpu():
     with pytest.raises(RuntimeError, match="not on a CUDA device"):
         QFormer.from_module(blip2(**SMALL)).capture_graph(torch.randn(2, 5, 48), images(2, 17, 40))

@@ -110,7 +110,7 @@ def at_rest(make, fast, autocast):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_under_a_scaler_are_as_exact_as_plain_ones(name, drawn):
+def test_gradients_under_grad_scaler_are_as_exact_as_unpatched(name, drawn):
     make, autocast = CASES[name]
     exact = gradients(make, False, torch.float64, 1.0, False)
     largest, native = at_rest(make, False, True)
@@ -120,7 +120,7 @@ def test_gradients_under_a_scaler_are_as_exact_as_plain_ones(name, drawn):
 
 
 @pytest.mark.parametrize("name", ["stage 1", "BLIP-2", "InstructBLIP"])
-def test_a_scaler_trains(name, drawn):
+def test_training_with_grad_scaler(name, drawn):
     make, _ = CASES[name]
     with vlm_fast.strict():
         model, loss = make(True, torch.float32)

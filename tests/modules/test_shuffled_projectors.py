@@ -18,7 +18,7 @@ def config(**parts):
     return types.SimpleNamespace(**parts)
 
 
-def test_connector_is_idefics3s():
+def test_connector_matches_idefics3():
     text, vision = config(hidden_size=16), config(hidden_size=12)
     theirs = idefics3.Idefics3Connector(
         config(scale_factor=3, vision_config=vision, text_config=text)
@@ -34,7 +34,7 @@ def test_connector_is_idefics3s():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_mlp_is_llama4s(dropout):
+def test_mlp_matches_llama4(dropout):
     theirs = llama4.Llama4VisionPixelShuffleMLP(
         config(
             pixel_shuffle_ratio=0.5, projector_input_dim=20, projector_output_dim=20,
@@ -53,7 +53,7 @@ def test_mlp_is_llama4s(dropout):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_ragged_merger_is_mistral3s(bias):
+def test_ragged_merger_matches_mistral3(bias):
     theirs = mistral3.Mistral3MultiModalProjector(
         config(
             vision_config=config(hidden_size=12, patch_size=2), spatial_merge_size=2,
@@ -71,7 +71,7 @@ def test_ragged_merger_is_mistral3s(bias):
         ours(x[1:], grids)
 
 
-def test_a_hooked_linear_is_called():
+def test_hooked_linear_is_called():
     ours = stirred(RaggedMergerProjector(12, 16))
     x, calls = torch.randn(24, 12), []
     expected = ours(x, [(4, 6)])

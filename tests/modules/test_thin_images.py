@@ -30,7 +30,7 @@ THIN = both_ways([(1, 300), (1, 2305), (2, 1000), (2, 4000), (3, 2000), (5, 9000
 
 
 @each_tiling
-def test_counts_are_those_of_the_processors(tiling):
+def test_token_counts_match_processors(tiling):
     lengths = [*range(1, 40), *range(40, 12_000, 97)]
     for size in both_ways([(thin, long) for thin in (1, 2, 3, 7) for long in lengths]):
         assert anyres_tiling.best_resolution(size, tiling.pinpoints) == select_best_resolution(
@@ -42,12 +42,12 @@ def test_counts_are_those_of_the_processors(tiling):
         )
 
 
-def test_counts_that_were_reported():
+def test_known_token_counts():
     assert {size: anyres_tiling.token_count(size, NEXT) for size in REPORTED} == REPORTED
 
 
 @pytest.mark.parametrize("size", REPORTED)
-def test_tiles_are_those_of_the_image_processors(size):
+def test_tile_counts_match_image_processors(size):
     picture = np.zeros((*size, 3), np.uint8)
     for kind, tiling in (
         (transformers.LlavaNextImageProcessorPil, NEXT),
@@ -116,7 +116,7 @@ def results(run, model, *tensors):
 
 
 @pytest.mark.parametrize("name", MIXINS)
-def test_whole_models(name):
+def test_models_match_unpatched(name):
     """A batch of a thin picture and another one, and of thin ones alone."""
     model, side = tiling_model(name)
     fast = copy.deepcopy(model)
@@ -138,7 +138,7 @@ def test_whole_models(name):
             torch.testing.assert_close(value, before[where], rtol=1e-4, atol=2e-5)
 
 
-def test_no_pinpoint_is_left_of_a_tie():
+def test_ties_take_the_first_smallest_pinpoint():
     """Where nothing remains anywhere the smallest grid is taken, the first of equal ones."""
     pinpoints = ((672, 336), (336, 672), (672, 672))
     for size in (THIN[1], (100_000, 1)):

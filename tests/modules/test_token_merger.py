@@ -37,7 +37,7 @@ from vlm_fast.modules.token_budget import pooled_grid
         (dict(keep=2, protected=1), 17, 2), (dict(ratio=4, protected=3), 3, 3),
     ],
 )  # fmt: skip
-def test_merger_keeps_so_many(options, tokens, kept):
+def test_merger_output_length(options, tokens, kept):
     merger = TokenMerger(**options)
     x = torch.randn(2, tokens, 8)
     merged = merger.merge(x)
@@ -49,7 +49,7 @@ def test_merger_keeps_so_many(options, tokens, kept):
     assert torch.equal(merged.tokens[:, :first], x[:, :first])
 
 
-def test_merger_is_rounds_of_the_ops():
+def test_merger_equals_rounds_of_ops():
     x, metric = torch.randn(2, 33, 8), torch.randn(2, 33, 5)
     size = torch.randint(1, 4, (2, 33)).float()
     merged = TokenMerger(keep=12).merge(x, metric, size)
@@ -62,7 +62,7 @@ def test_merger_is_rounds_of_the_ops():
 
 @pytest.mark.parametrize("registered", [False, True], ids=["direct", "registered"])
 @pytest.mark.parametrize("sized", [False, True], ids=["counts", "sizes with gradients"])
-def test_sizes_have_a_gradient_where_one_came_in(sized, registered):
+def test_sizes_require_grad_only_if_input_sizes_do(sized, registered):
     """Else the next merge would keep its tokens for the gradient of counts."""
     x = torch.randn(2, 12, 8, requires_grad=True)
     size = torch.ones(2, 12, requires_grad=sized)
@@ -102,12 +102,12 @@ def test_merger_compiles_to_one_graph():
         dict(ratio=2, protected=-1), dict(keep=0), dict(keep=2, protected=2),
     ],
 )  # fmt: skip
-def test_mergers_that_cannot_be(options):
+def test_invalid_merger_options_raise(options):
     with pytest.raises(ValueError, match=r"vlm_fast\.TokenMerger"):
         TokenMerger(**options)
 
 
-def test_mergers_refuse_what_does_not_fit():
+def test_merger_refuses_mismatched_inputs():
     merger = TokenMerger(2, protected=2)
     with pytest.raises(TypeError, match="TokenMerger: x is"):
         merger([1.0])
@@ -127,7 +127,7 @@ def heads(batch, tokens, seed):
     return x.requires_grad_()
 
 
-def test_proportional_attention_is_that_to_all_copies():
+def test_proportional_attention_equals_attention_to_all_copies():
     """Keys that are equal, merged, weigh what they weighed: results and gradients of queries."""
     q, k, v = heads(2, 3, 0), heads(2, 4, 1), heads(2, 4, 2)
     copies = torch.tensor([3, 1, 2, 5])
@@ -152,14 +152,14 @@ def test_proportional_self_attention():
     assert torch.equal(found, ops.self_attention(x, parameters, full, heads=2))
 
 
-def test_the_bias_is_a_constant_of_one_number_a_key():
+def test_attention_bias_has_one_constant_per_key():
     size = torch.ones(2, 5, requires_grad=True)
     bias = proportional_bias(size)
     assert bias.shape == (2, 1, 1, 5) and not bias.requires_grad
 
 
 @pytest.mark.skipif(not AVAILABLE or INTERPRETED, reason="launches of the compiled kernels")
-def test_the_kernels_read_the_bias_as_it_is():
+def test_kernels_read_broadcast_bias_without_copy():
     with FakeTensorMode(), torch.no_grad(), _launcher.recording() as launches:
         q, k, v = (torch.empty(2, 12, n, 64, device="cuda") for n in (32, 257, 257))
         bias = proportional_bias(torch.empty(2, 257, device="cuda"))
@@ -174,7 +174,7 @@ def test_the_kernels_read_the_bias_as_it_is():
 
 
 @pytest.mark.parametrize("method", ["pool", "merge", "resample"])
-def test_a_budget_is_kept(method):
+def test_token_budget_is_kept(method):
     budget = TokenBudget(16, method, dim=24 if method == "resample" else None)
     x = torch.randn(2, 36, 24, requires_grad=True)
     found = budget(x)
@@ -185,7 +185,7 @@ def test_a_budget_is_kept(method):
     assert budget(few).shape == (2, 16 if method == "resample" else 9, 24)
 
 
-def test_pooling_is_of_cells():
+def test_budget_pooling_averages_cells():
     x = torch.randn(2, 24, 5)
     image = x.view(2, 4, 6, 5)
     expected = image.view(2, 2, 2, 3, 2, 5).mean((2, 4)).flatten(1, 2)
@@ -202,11 +202,11 @@ def test_pooling_is_of_cells():
         (8, (24, 24), (2, 4)), (2, (2, 100), (1, 2)), (7, (3, 9), (1, 7)),
     ],
 )  # fmt: skip
-def test_cells_have_the_shape_of_the_grid(n, grid, cells):
+def test_budget_cells_follow_grid_shape(n, grid, cells):
     assert pooled_grid(n, grid) == cells
 
 
-def test_a_resampler_takes_its_arguments():
+def test_budget_passes_options_to_resampler():
     budget = TokenBudget(4, "resample", dim=16, depth=3, heads=2, dim_head=8)
     assert isinstance(budget.resampler, PerceiverResampler) and len(budget.resampler.layers) == 3
 
@@ -219,12 +219,12 @@ def test_a_resampler_takes_its_arguments():
         (dict(n=4, method="merge", depth=2), TypeError),
     ],
 )  # fmt: skip
-def test_budgets_that_cannot_be(options, exception):
+def test_invalid_budgets_raise(options, exception):
     with pytest.raises(exception, match=r"vlm_fast\.TokenBudget"):
         TokenBudget(**options)
 
 
-def test_budgets_refuse_what_does_not_fit():
+def test_budget_refuses_mismatched_inputs():
     for x, grid in (
         (torch.randn(36, 8), None), (torch.randn(2, 35, 8), None), (torch.randn(2, 36, 8), (5, 7)),
         (torch.randn(2, 12, 8), (2, 6)),
@@ -235,7 +235,7 @@ def test_budgets_refuse_what_does_not_fit():
         TokenBudget(4)(None)
 
 
-def test_a_budget_of_tokens_that_are_no_square_blames_no_grid_that_nobody_gave():
+def test_nonsquare_token_count_error_does_not_mention_grid():
     for tokens, side in ((577, 24), (730, 27)):
         with pytest.raises(
             ValueError, match=rf"TokenBudget: x is .*a square of tokens.*{side}\*\*2"
@@ -257,7 +257,7 @@ GRIDS = {
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_merged_tokens_are_no_grid(name):
+def test_grid_modules_refuse_merged_tokens(name):
     x, after = torch.randn(2, 64, 8), GRIDS[name]()
     for merging in (TokenMerger(keep=16), TokenMerger(ratio=4), TokenBudget(16, "merge")):
         with pytest.raises(ValueError, match=r"x is .*row by row of a grid; merged ones are in no"):

@@ -242,7 +242,7 @@ def test_wrapped_linears_are_called(form, wrapping):
 
 
 @every_form
-def test_what_wraps_all_modules_at_once(form, monkeypatch):
+def test_global_module_hooks_fall_back(form, monkeypatch):
     plain, fast = pair(form)
     handle = nn.modules.module.register_module_forward_hook(
         lambda module, args, y: y + 1 if isinstance(module, nn.Linear) else None
@@ -262,7 +262,7 @@ def test_what_wraps_all_modules_at_once(form, monkeypatch):
 
 
 @every_form
-def test_a_hook_that_was_removed_leaves_no_trace(form):
+def test_removed_hook_leaves_no_trace(form):
     plain, fast = pair(form)
     handle = fast.get_submodule(FORMS[form].linear).register_forward_hook(lambda *_: None)
     assert_falls_back(fast, form, "it has hooks")
@@ -271,7 +271,7 @@ def test_a_hook_that_was_removed_leaves_no_trace(form):
 
 
 @every_form
-def test_hooks_on_a_parameter_fire_and_it_is_fused(form):
+def test_parameter_hooks_fire_when_fused(form):
     plain, fast = pair(form)
     fired = []
     for module in (plain, fast):
@@ -310,7 +310,7 @@ def test_inference_mode_parameters_are_fused(form):
 
 
 @every_form
-def test_hooks_of_the_connector_fire_in_the_same_order(form):
+def test_connector_hooks_fire_in_the_same_order(form):
     """Its own, and those of tensors around it; it is fused still."""
     plain, fast = pair(form)
 
@@ -334,7 +334,7 @@ def test_hooks_of_the_connector_fire_in_the_same_order(form):
 
 
 @pytest.mark.parametrize("form", ["patched LLaVA projector", "MLPProjector"])
-def test_a_hook_on_the_activation_fires(form):
+def test_activation_hook_fires(form):
     plain, fast = pair(form)
     for module in (plain, fast):
         module.act.register_forward_hook(lambda module, args, y: y * 3)
@@ -342,7 +342,7 @@ def test_a_hook_on_the_activation_fires(form):
     assert_same(fast, plain, form)
 
 
-def test_instance_forward_is_not_patched_over():
+def test_instance_forward_is_kept():
     module = projector()
     module.forward = types.MethodType(lambda self, x: x, module)
     with pytest.warns(UserWarning, match="its forward has been replaced"):

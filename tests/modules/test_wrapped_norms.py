@@ -31,7 +31,7 @@ def adapted(model, name):
 
 @pytest.mark.parametrize("patched_first", [True, False])
 @pytest.mark.parametrize("name", NORMS)
-def test_modules_to_save_on_a_single_norm(name, patched_first):
+def test_modules_to_save_of_a_single_norm(name, patched_first):
     model, given = build(name)
     fast = copy.deepcopy(model)
     if patched_first:

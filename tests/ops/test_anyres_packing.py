@@ -72,7 +72,7 @@ def batches():
     ],
     ids=["next", "next video", "onevision", "onevision, max 2", "onevision, max 5"],
 )
-def test_rows_and_gradients(name, options, dtype):
+def test_packed_rows_and_gradients_match_transformers(name, options, dtype):
     plain = model_of(name)
     fast = copy.deepcopy(plain)
     vlm_fast.patch(fast)
@@ -97,7 +97,7 @@ def test_rows_and_gradients(name, options, dtype):
     assert "anyres_pack" in called
 
 
-def test_copied_rows_are_equal_bits():
+def test_copied_rows_are_bitwise_equal():
     plain, tiles = model_of("llava_next"), [5, 1]
     fast = copy.deepcopy(plain)
     vlm_fast.patch(fast)
@@ -163,7 +163,7 @@ def test_module_packs_and_merges(newline, max_tiles):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_merge_counts_its_slots():
+def test_merge_checks_slot_count():
     packer = AnyResPacker(24, anyres_tiling.Tiling(PINPOINTS, TILE, SIDE))
     plan = packer.plan([(16, 16)])
     features, mask = torch.randn(2, 16, 24), torch.zeros(1, 99, dtype=torch.bool)
@@ -172,7 +172,7 @@ def test_merge_counts_its_slots():
         packer.merge(torch.zeros(1, 99, 24), features, plan, mask)
 
 
-def test_a_prepared_plan_compiles_into_one_graph():
+def test_prepared_plan_compiles_to_one_graph():
     packer = AnyResPacker(24, anyres_tiling.Tiling(PINPOINTS, TILE, SIDE))
     plan, features = packer.plan([(32, 20)]), torch.randn(5, 16, 24)
     compiled = torch.compile(packer, fullgraph=True, backend="aot_eager")
@@ -193,7 +193,7 @@ class Reversal(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_parts_of_a_split_are_not_copied(requires_grad):
+def test_split_parts_are_not_copied(requires_grad):
     x = torch.randn(6, 4, 8, requires_grad=requires_grad) * 1
     whole = concatenated(x.split([2, 1, 3]))
     assert whole.data_ptr() == x.data_ptr() and torch.equal(whole, x)
@@ -206,7 +206,7 @@ def test_parts_of_a_split_are_not_copied(requires_grad):
 
 @pytest.mark.parametrize("tokens", [2, 4])
 @pytest.mark.parametrize("images", [2, 3])
-def test_single_tiles_may_have_any_stride(images, tokens):
+def test_single_tile_parts_with_any_stride_are_not_copied(images, tokens):
     """Along a size of 1 a stride says nothing, nor where the next part lies."""
     big = torch.randn(images, tokens, 1, 3)
     parts = [image.transpose(0, 1) for image in big]
@@ -216,7 +216,7 @@ def test_single_tiles_may_have_any_stride(images, tokens):
     assert whole.data_ptr() == big.data_ptr() and whole.is_contiguous()  # and nothing is copied
 
 
-def test_other_parts_are_concatenated():
+def test_unrelated_parts_are_concatenated():
     x = torch.randn(6, 4, 8, requires_grad=True) * 1
     a, b, c = x.split([2, 1, 3])
     wide = torch.randn(6, 4, 9)[..., :8]
@@ -232,7 +232,7 @@ def test_other_parts_are_concatenated():
     [Reversal.apply, lambda x: x.view_as(x), lambda x: Reversal.apply(x * 1)],
     ids=["a view with its own gradient", "a view", "of a view's maker"],
 )
-def test_gradients_take_the_way_of_the_values(between):
+def test_gradients_of_split_parts_match_torch_cat(between):
     leaf = torch.randn(6, 4, 8, requires_grad=True)
     upstream = torch.randn(6, 4, 8)
     found = [
@@ -242,7 +242,7 @@ def test_gradients_take_the_way_of_the_values(between):
     assert torch.equal(*found)
 
 
-def test_cat_of_all_images_is_what_was_packed():
+def test_cat_of_images_returns_packed_tensor():
     whole = torch.randn(9, 4, requires_grad=True) * 1
     images = anyres_result.split_images(whole, [2, 3, 4])
     assert torch.cat(images) is whole and torch.cat(images, dim=0) is whole
@@ -255,7 +255,7 @@ def test_cat_of_all_images_is_what_was_packed():
     assert torch.equal(images[1], whole[2:5])
 
 
-def test_mistakes_and_what_falls_back():
+def test_invalid_arguments_raise_and_unsupported_fall_back():
     model = model_of("llava_onevision")
     vlm_fast.patch(model)
     features, newline = torch.randn(5, 16, 24), torch.randn(24)

@@ -59,7 +59,7 @@ def random_sizes(count, seed, largest=4000):
 
 
 @each_tiling
-def test_counts_are_those_of_the_processors(tiling):
+def test_token_counts_match_processors(tiling):
     sizes = random_sizes(1500, seed=0).tolist()
     sizes += LOSSY + [(w, h) for h, w in LOSSY + sizes[:300]]
     sizes += [(tiling.tile * i, 100 * i) for i in range(1, 40)]
@@ -86,7 +86,7 @@ def kept_in_floats(sizes, grid):
     return torch.where(wide, rows - 2 * padding, rows), torch.where(wide, cols, cols - 2 * padding)
 
 
-def test_what_is_kept_of_a_million_sizes():
+def test_unpadded_grid_matches_transformers_for_a_million_sizes():
     """Over every shape of grid that the published pinpoints give, rounding-edge sizes included."""
     grids = {
         (h // t.tile * t.side, w // t.tile * t.side)
@@ -109,7 +109,7 @@ def test_what_is_kept_of_a_million_sizes():
     assert compared >= 1_000_000
 
 
-def test_floats_are_rounded_where_it_matters():
+def test_float_rounding_edge_sizes():
     """Sizes at which float32, or float64 without rounding, would keep another row."""
     sizes = [(h, w) for w in range(49, 400) for h in range(1, w)]
     unrounded = [(h, w) for h, w in sizes if int(h * (48 / w)) != h * 48 // w]
@@ -124,7 +124,7 @@ def test_floats_are_rounded_where_it_matters():
         )
 
 
-def test_a_global_view_and_four_tiles():
+def test_token_count_of_global_view_and_four_tiles():
     assert token_count((672, 672), NEXT) == 2880 + 48
     without = Tiling(NEXT.pinpoints, 336, 24, newline=False)
     assert token_count((672, 672), without) == 2880
@@ -133,12 +133,12 @@ def test_a_global_view_and_four_tiles():
 
 
 @pytest.mark.parametrize("size", [(1000, 30), (30, 1000), (3000, 28), (28, 3000)])
-def test_extreme_aspects(size):
+def test_extreme_aspect_ratios(size):
     for tiling in PUBLISHED.values():
         assert token_count(size, tiling) == theirs(size, tiling)
 
 
-def test_sizes_of_every_kind():
+def test_accepted_types_of_image_sizes():
     expected = ((640, 480), (31, 1000))
     tensor = torch.tensor(expected)
     for sizes in (expected, list(expected), tensor, list(tensor), tensor.numpy(), tensor.half()):
@@ -178,14 +178,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(mistake):
+def test_invalid_arguments_raise(mistake):
     call, exception, words = MISTAKES[mistake]
     with pytest.raises(exception, match=words):
         call()
 
 
 @each_tiling
-def test_tables_are_within_range_and_inverse(tiling):
+def test_tables_are_in_range_and_inverse(tiling):
     sizes = [tuple(s) for s in random_sizes(15, seed=1).tolist()]
     tiles = [1 if i % 7 == 0 else anyres_tiling.tile_count(s, tiling) for i, s in enumerate(sizes)]
     plan = anyres_plan.plan(sizes, tiling, tiles=tiles)
@@ -220,14 +220,14 @@ def as_matrix(taps, weights, cols):
     return torch.sparse_coo_tensor(at, weights[known].long(), size, check_invariants=True)
 
 
-def test_plans_are_remembered_and_serve_training():
+def test_plans_are_cached_and_usable_in_training():
     with torch.inference_mode():
         first = anyres_plan.plan([(672, 500)], NEXT)
     assert anyres_plan.plan([(672, 500)], NEXT).tables[0] is first.tables[0]
     assert not first.tables[0].is_inference()
 
 
-def test_plans_of_a_trace_are_not_remembered():
+def test_plans_made_while_tracing_are_not_cached():
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     with FakeTensorMode():
@@ -238,7 +238,7 @@ def test_plans_of_a_trace_are_not_remembered():
     assert real.tables[0].shape == traced.tables[0].shape
 
 
-def test_one_long_grid_is_resized_along_both_axes():
+def test_long_grid_is_resized_along_both_axes():
     grid = anyres_tiling.stitched((2304, 2304), ONEVISION)
     assert grid == Stitched((6, 6), 0, 0, (162, 162), (81, 81))
     assert token_count((2304, 2304), ONEVISION) == 729 + 81 * 82

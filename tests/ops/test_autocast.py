@@ -31,7 +31,7 @@ def results_of(op):
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
 @every_low_dtype
 @every_case
-def test_autocast_is_that_of_the_reference(op, shape, dtype, inside):
+def test_autocast_matches_reference(op, shape, dtype, inside):
     args, options = op.sample(shape)
 
     def within(call):
@@ -58,7 +58,7 @@ def test_autocast_is_that_of_the_reference(op, shape, dtype, inside):
 
 @every_low_dtype
 @every_case
-def test_a_disabled_region_inside_is_obeyed(op, shape, dtype):
+def test_disabled_autocast_region_is_respected(op, shape, dtype):
     args, options = op.sample(shape)
 
     def within(*values, **settings):
@@ -72,7 +72,7 @@ def test_a_disabled_region_inside_is_obeyed(op, shape, dtype):
 
 @every_low_dtype
 @every_case
-def test_backward_under_autocast_keeps_the_dtypes_of_forward(op, shape, dtype):
+def test_backward_under_autocast_keeps_forward_dtypes(op, shape, dtype):
     args, options = op.sample(shape)
     inside = run(op, args, options, backward=torch.autocast("cpu", dtype))
     for one, other in zip(inside, run(op, args, options), strict=True):
@@ -82,7 +82,7 @@ def test_backward_under_autocast_keeps_the_dtypes_of_forward(op, shape, dtype):
 @every_low_dtype
 @pytest.mark.parametrize("given", [torch.float32, *LOW.values()], ids=str)
 @any_op
-def test_disabled_is_what_is_fast_under_autocast(op, given, dtype):
+def test_disabled_matches_fast_path_under_autocast(op, given, dtype):
     """Of the same dtypes; what is chosen is the same, and not what the cast would choose."""
     for shape in op.test_shapes[:3]:
         args, options = op.sample(shape, given)
@@ -121,7 +121,7 @@ HOW = {
 @pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
 @every_low_dtype
 @pytest.mark.parametrize("how", HOW)
-def test_cosines_are_in_fp32_under_autocast(how, dtype):
+def test_cosine_similarity_is_fp32_under_autocast(how, dtype):
     op = OPS["bipartite_match"]
     x = torch.randn(4, 288, 64)
     expected = op.reference(x, r=144)
@@ -133,7 +133,7 @@ def test_cosines_are_in_fp32_under_autocast(how, dtype):
 
 @pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
 @every_low_dtype
-def test_a_token_merger_under_autocast_merges_the_same_tokens(dtype):
+def test_token_merger_under_autocast_merges_the_same_tokens(dtype):
     merger, x = TokenMerger(keep=72), torch.randn(2, 288, 64)
     expected = merger.merge(x).size
     with torch.autocast("cpu", dtype), vlm_fast.disabled():
@@ -141,7 +141,7 @@ def test_a_token_merger_under_autocast_merges_the_same_tokens(dtype):
 
 
 @every_low_dtype
-def test_rows_of_another_half_precision_merge_under_autocast(dtype):
+def test_fp16_rows_merge_under_bf16_autocast(dtype):
     """Of the dtypes there autocast takes the reference's scatter for an error."""
     op = OPS["merge_image_tokens"]
     other = next(d for d in LOW.values() if d is not dtype)

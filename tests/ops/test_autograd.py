@@ -105,7 +105,7 @@ def flattened(op, args, options):
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 @every_case
-def test_checkpointing_changes_nothing(op, shape, reentrant):
+def test_checkpointing_gives_the_same_gradients(op, shape, reentrant):
     args, options = leaves(op, shape)
     flat, tensors = flattened(op, args, options)
     again = lambda *_: checkpoint(flat, *tensors, use_reentrant=reentrant)  # noqa: E731
@@ -117,7 +117,7 @@ def test_checkpointing_changes_nothing(op, shape, reentrant):
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "computed again"])
 @every_op
-def test_selective_checkpointing_obeys_its_policy(op, kept, monkeypatch):
+def test_selective_checkpointing_follows_its_policy(op, kept, monkeypatch):
     args, options = leaves(op, op.usual_shape)
     flat, tensors = flattened(op, args, options)
     expected = gradients(lambda *a: op(*a, **options), args)
@@ -148,7 +148,7 @@ def selectively_checkpointed(wished, wanted, call, *tensors):
 
 
 @every_op
-def test_gradients_of_the_reference_are_those_of_differences(op):
+def test_reference_gradients_match_finite_differences(op):
     args, options = leaves(op, op.usual_shape)
     args = tolerance.convert(args, lambda t: t.detach().double().requires_grad_())
     flat, tensors = flattened(op.reference, args, options)
@@ -166,7 +166,7 @@ def test_gradients_of_the_reference_are_those_of_differences(op):
 
 
 @every_case
-def test_backward_twice_is_identical(op, shape):
+def test_backward_twice_is_bitwise_equal(op, shape):
     args, options = leaves(op, shape)
     inputs = tolerance.differentiable(args)
     value = total(op(*args, **options))
@@ -175,7 +175,7 @@ def test_backward_twice_is_identical(op, shape):
 
 
 @every_case
-def test_mutating_a_saved_tensor_is_noticed(op, shape):
+def test_mutating_a_saved_tensor_raises(op, shape):
     """Each argument in turn: its mutation raises, or does not matter because it was not saved."""
     args, options = leaves(op, shape)
     raised = 0
@@ -223,7 +223,7 @@ def nested_map(args, change):
     "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"]
 )
 @every_case
-def test_without_gradients_nothing_is_kept(op, shape, mode):
+def test_no_grad_keeps_no_tensors(op, shape, mode):
     with mode():
         args, options = leaves(op, shape)
         result = op(*args, **options)
@@ -234,7 +234,7 @@ def test_without_gradients_nothing_is_kept(op, shape, mode):
 
 
 @every_case
-def test_the_graph_is_all_that_keeps_inputs(op, shape):
+def test_only_the_graph_keeps_inputs_alive(op, shape):
     args, options = leaves(op, shape)
     result = op(*args, **options)
     watched = [weakref.ref(t) for t in tensors_of(args)]
@@ -246,7 +246,7 @@ def test_the_graph_is_all_that_keeps_inputs(op, shape):
 
 @pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
 @every_op
-def test_no_rows_leave_a_graph_with_zero_gradients(op):
+def test_zero_rows_give_zero_gradients(op):
     """A rank without images: an empty result, and zeros, not None, for every parameter."""
     args, options = leaves(op, with_batch(op.usual_shape, 0))
     result = op(*args, **options)
@@ -261,14 +261,14 @@ def test_no_rows_leave_a_graph_with_zero_gradients(op):
 
 
 @every_op
-def test_tensors_by_keyword_keep_their_gradients(op):
+def test_keyword_tensors_get_gradients(op):
     args, options = leaves(op, op.usual_shape)
     by_keyword = lambda *a: op(**dict(zip(op.tensors, a, strict=True)), **options)  # noqa: E731
     assert_equal(gradients(by_keyword, args), gradients(lambda *a: op(*a, **options), args))
 
 
 @every_case
-def test_results_are_fresh_tensors(op, shape):
+def test_results_are_not_views(op, shape):
     """They can be changed in place, as those of nn.Linear; FSDP2 does not want views either."""
     args, options = leaves(op, shape)
     result = op(*args, **options)
@@ -290,7 +290,7 @@ def in_registered(registered):
 
 @pytest.mark.parametrize("registered", [False, True], ids=["direct", "registered"])
 @every_op
-def test_batched_gradients_are_one_after_another(op, registered):
+def test_batched_gradients_match_a_loop(op, registered):
     args, options = leaves(op, op.usual_shape)
     inputs = tolerance.differentiable(args)
     with in_registered(registered):
@@ -310,7 +310,7 @@ def test_batched_gradients_are_one_after_another(op, registered):
         torch.autograd.grad(results, inputs, upstream, is_grads_batched=True, create_graph=True)
 
 
-def test_a_vectorized_jacobian():
+def test_vectorized_jacobian():
     x, gate = torch.randn(3, 4), torch.randn(4)
 
     def of(op):
@@ -324,7 +324,7 @@ def test_a_vectorized_jacobian():
 
 @pytest.mark.parametrize("registered", [False, True], ids=["direct", "registered"])
 @every_case
-def test_results_require_gradients_where_those_of_the_reference_do(op, shape, registered):
+def test_requires_grad_of_results_matches_reference(op, shape, registered):
     args, options = op.sample(shape)
     floating = [i for i, a in enumerate(args) if tolerance.differentiable([a])]
     for wanted in (c for n in range(3) for c in itertools.combinations(floating, n)):

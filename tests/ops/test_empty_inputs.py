@@ -43,7 +43,7 @@ def attempted(call, args, options):
 
 @pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
 @any_op
-def test_sizes_of_0_are_those_of_the_reference(op):
+def test_zero_sizes_match_reference(op):
     compared = 0
     for shape in itertools.chain.from_iterable(map(emptied, op.test_shapes)):
         try:
@@ -64,7 +64,7 @@ def test_sizes_of_0_are_those_of_the_reference(op):
 
 @pytest.mark.parametrize("sizes", [(0, 3, 4), (3, 0, 4), (3, 2, 0), (0, 0, 4)])
 @pytest.mark.parametrize("bias", [None, "full", "one"])
-def test_cross_attention_without_queries_or_keys_of_a_source(sizes, bias):
+def test_cross_attention_without_queries_or_keys(sizes, bias):
     keys, keys2, queries = sizes
 
     def drawn(tokens):

@@ -36,7 +36,7 @@ def assert_equal(ours, theirs):
 
 
 @any_case
-def test_the_fast_path_serves_the_test_shapes(op, shape):
+def test_fast_path_supports_test_shapes(op, shape):
     args, options = op.sample(shape)
     assert op.why_not(*args, **options) is None
     with vlm_fast.strict(), warnings.catch_warnings():
@@ -47,7 +47,7 @@ def test_the_fast_path_serves_the_test_shapes(op, shape):
 
 
 @every_unserved_call
-def test_a_fallback_is_right_counted_and_said_once(op, args, options, reason):
+def test_fallback_is_correct_counted_and_warned_once(op, args, options, reason):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         results = [op(*args, **options) for _ in range(3)]
@@ -78,7 +78,7 @@ def test_fast_never_falls_back(op, args, options, reason):
 
 
 @any_op
-def test_disabled_uses_the_reference_silently(op, monkeypatch):
+def test_disabled_uses_the_reference_without_warning(op, monkeypatch):
     args, options = op.sample(op.usual_shape)
     called = []
     reference = op.reference
@@ -103,7 +103,7 @@ def test_reference_never_takes_the_fast_path(op, monkeypatch):
         op(*args, **options)
 
 
-def test_switches_nest_and_survive_errors():
+def test_context_managers_nest_and_survive_errors():
     state = vlm_fast.fallback.switches
     for manager, name in ((vlm_fast.strict, "strict"), (vlm_fast.disabled, "disabled")):
         with pytest.raises(KeyError), manager():
@@ -117,7 +117,7 @@ def test_switches_nest_and_survive_errors():
 @pytest.mark.parametrize(
     "value, strict", [("1", True), ("on", True), ("0", False), ("", False), ("maybe", False)]
 )
-def test_environment_switches(monkeypatch, value, strict):
+def test_environment_variables(monkeypatch, value, strict):
     monkeypatch.setenv("VLM_FAST_STRICT", value)
     monkeypatch.setenv("VLM_FAST_DISABLE", value)
     # A second copy of the module, since the switches are read at import.
@@ -131,7 +131,7 @@ def test_environment_switches(monkeypatch, value, strict):
 
 
 @any_op
-def test_the_served_dtypes_are_right_also_when_chosen(op):
+def test_dispatch_is_correct_for_supported_dtypes(op):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         args, options = op.sample(op.usual_shape, dtype)
         assert all(v.ok for v in tolerance.check(op, args, options, fast=op))
@@ -148,7 +148,7 @@ def switches():
 
 
 @pytest.mark.parametrize("name", switches())
-def test_a_switch_is_off_when_all_have_left_in_whatever_order(name):
+def test_switch_ends_when_all_contexts_exit_in_any_order(name):
     hold, is_on = switches()[name]
     for order in itertools.permutations(range(3)):
         held = [hold() for _ in range(3)]
@@ -161,7 +161,7 @@ def test_a_switch_is_off_when_all_have_left_in_whatever_order(name):
 
 
 @pytest.mark.parametrize("name", switches())
-def test_switches_of_threads_and_tasks_leave_nothing_on(name):
+def test_switches_end_across_threads_and_tasks(name):
     hold, is_on = switches()[name]
     inside, left = threading.Event(), threading.Event()
 
@@ -190,7 +190,7 @@ def test_switches_of_threads_and_tasks_leave_nothing_on(name):
     assert not is_on()
 
 
-def test_nobody_sees_another_ones_end_of_a_recording():
+def test_overlapping_recordings_end_independently():
     one, other = _launcher.recording(), _launcher.recording()
     first, second = one.__enter__(), other.__enter__()
     assert first is not second
@@ -199,7 +199,7 @@ def test_nobody_sees_another_ones_end_of_a_recording():
     other.__exit__(None, None, None)
 
 
-def test_compiled_code_follows_the_switches():
+def test_compiled_code_follows_switches():
     op = OPS["max_similarity"]
     args, _ = op.sample(op.usual_shape)
     graphs = []

@@ -15,7 +15,7 @@ SIMILARITY = OPS["max_similarity"]
 
 @pytest.mark.parametrize("limit", [1, 40, 200, 1000])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_similarity_in_tiles(monkeypatch, limit, dtype):
+def test_tiled_similarity_matches_reference(monkeypatch, limit, dtype):
     """Tiles of one image or text, of several, with a shorter last, or of all."""
     args, options = SIMILARITY.sample(dict(shape=(7, 5, 9), texts=11), dtype)
     whole = tolerance.outputs_and_gradients(SIMILARITY.fast, args, options)
@@ -26,7 +26,7 @@ def test_similarity_in_tiles(monkeypatch, limit, dtype):
 
 
 @pytest.mark.parametrize("sizes", [(0, 32, 8, 5), (3, 32, 8, 0), (3, 32, 0, 5), (0, 5, 8, 0)])
-def test_similarity_of_nothing(sizes):
+def test_empty_inputs(sizes):
     images, queries, width, texts = sizes
     args, _ = SIMILARITY.sample(dict(shape=(images, queries, 1), texts=texts))
     args = tuple(t.expand(*t.shape[:-1], 1).repeat_interleave(width, -1) for t in args)
@@ -37,20 +37,20 @@ def test_similarity_of_nothing(sizes):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("from_queries", [1, 10**9], ids=["winners", "GEMMs"])
-def test_both_ways_to_the_gradients(monkeypatch, dtype, from_queries):
+def test_both_gradient_paths_match_reference(monkeypatch, dtype, from_queries):
     monkeypatch.setattr(sys.modules[SIMILARITY.__module__], "SPARSE", from_queries)
     for shape in SIMILARITY.test_shapes:
         args, options = SIMILARITY.sample(shape, dtype)
         assert all(verdict.ok for verdict in tolerance.check(SIMILARITY, args, options))
 
 
-def test_the_first_of_equal_queries_wins():
+def test_ties_take_the_first_query():
     images = torch.ones(2, 4, 3, requires_grad=True)
     (gradient,) = torch.autograd.grad(declared(images, torch.ones(5, 3)).sum(), images)
     assert gradient[:, 0].eq(5).all() and gradient[:, 1:].eq(0).all()
 
 
-def test_similarity_of_all_queries_is_never_in_memory():
+def test_full_similarity_is_never_allocated():
     images, texts = torch.randn(64, 32, 16), torch.randn(512, 16)
     scores = 4 * 64 * 32 * 512
     most, _ = peak_bytes(lambda: declared(images, texts))
@@ -59,7 +59,7 @@ def test_similarity_of_all_queries_is_never_in_memory():
 
 
 @pytest.mark.parametrize("queries, size", [(256, 1), (257, 2)])
-def test_one_byte_a_pair_is_kept(queries, size):
+def test_saves_one_byte_per_pair(queries, size):
     needs = declared.NeedsGrad(True, True)
     with torch.no_grad():
         kept = declared._path.forward(needs, torch.randn(3, queries, 4), torch.randn(5, 4))[1]

@@ -19,7 +19,7 @@ MATCH, MERGE = OPS["bipartite_match"], OPS["merge_tokens"]
     seed=st.integers(0, 2**31),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
-def test_any_match_is_a_partition_and_conserves_sizes(tokens, r, protected, seed):
+def test_match_is_a_partition_and_conserves_sizes(tokens, r, protected, seed):
     generator = torch.Generator().manual_seed(seed)
     protected = min(protected, tokens)
     metric = torch.randint(-2, 3, (2, tokens, 3), generator=generator).float()
@@ -49,7 +49,7 @@ def spoilt(match, how):
 
 
 @pytest.mark.parametrize("how", ["another partner", "order", "start"])
-def test_a_spoilt_match_is_found_out(how):
+def test_invalid_match_is_detected(how):
     (metric,), options = MATCH.sample(MATCH.usual_shape)
     match = MATCH.fast(metric, **options)
     options = {**MATCH.defaults, **options}
@@ -57,7 +57,7 @@ def test_a_spoilt_match_is_found_out(how):
     assert not all(v.ok for v in MATCH.verify(spoilt(match, how), metric, **options))
 
 
-def test_worse_pairs_are_found_out():
+def test_match_of_less_similar_tokens_is_detected():
     """A match that is a match, but of tokens that are less alike."""
     (metric,), options = MATCH.sample(MATCH.usual_shape)
     options = {**MATCH.defaults, **options}
@@ -77,7 +77,7 @@ def test_worse_pairs_are_found_out():
         (dict(r=2, protected=torch.tensor(1)), TypeError, "protected"),
     ],
 )
-def test_options_that_do_not_fit(options, exception, words):
+def test_invalid_options_raise(options, exception, words):
     metric = torch.randn(2, 17, 4)
     for call in (ops.bipartite_match, ops.bipartite_match.fast):
         with pytest.raises(exception, match=rf"vlm_fast\.bipartite_match: .*{words}.*expected"):
@@ -98,14 +98,14 @@ def test_options_that_do_not_fit(options, exception, words):
         (lambda x, m, s: (x, m, s.half()), TypeError, "size"),
     ],
 )
-def test_matches_that_do_not_fit(change, exception, words):
+def test_mismatched_match_raises(change, exception, words):
     x = torch.randn(2, 17, 4)
     arguments = change(x, list(ops.bipartite_match(x, r=3)), torch.ones(2, 17))
     with pytest.raises(exception, match=rf"vlm_fast\.merge_tokens: .*{words}.*expected"):
         ops.merge_tokens(*arguments)
 
 
-def test_no_gradient_goes_into_the_choice():
+def test_match_is_not_differentiable():
     x = torch.randn(2, 9, 4, requires_grad=True)
     match = ops.bipartite_match(x, r=3)
     assert not any(t.requires_grad for t in match)
@@ -114,14 +114,14 @@ def test_no_gradient_goes_into_the_choice():
     assert x.grad is not None and x.grad.shape == x.shape
 
 
-def test_scores_are_in_memory_a_tile_at_a_time():
+def test_scores_are_allocated_one_tile_at_a_time():
     x = torch.randn(2, 2000, 8)
     most, _ = peak_bytes(lambda: ops.bipartite_match.fast(x, r=1000))
     assert most <= 4 * TILE + 30 * x.shape[0] * x.shape[1]  # all of an image are 4 MB
 
 
 @pytest.mark.parametrize("tokens", [1400, 8000], ids=["shares", "huge pages"])
-def test_threads_change_nothing(tokens):
+def test_results_do_not_depend_on_thread_count(tokens):
     """Results beyond what one thread takes, and beyond where huge pages are asked for."""
     shape = dict(batch=1, tokens=tokens, features=1200, r=tokens // 9, sized=True)
     args, options = MERGE.sample(shape)
@@ -137,6 +137,6 @@ def test_threads_change_nothing(tokens):
         torch.testing.assert_close(one, other)
 
 
-def test_a_merge_keeps_four_bytes_a_token():
+def test_merge_saves_four_bytes_per_token():
     args, options = MERGE.sample(dict(batch=3, tokens=17, features=24, r=5))
     assert saved_bytes(MERGE, args, options) == 4 * 3 * 17 + 4 * 3 * 12

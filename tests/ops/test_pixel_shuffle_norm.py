@@ -24,7 +24,7 @@ def arguments(norm, norm_after, layout, indexed, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("indexed", [False, True], ids=["grid", "index"])
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "ATen"])
-def test_every_norm_and_layout(compiled, indexed, dtype, monkeypatch):
+def test_norms_and_layouts_match_reference(compiled, indexed, dtype, monkeypatch):
     if not compiled:
         monkeypatch.setattr(cpu, "native", None)
     for case in itertools.product(("layer", "rms", "gemma"), (True, False), ("patch", "channel")):
@@ -32,12 +32,12 @@ def test_every_norm_and_layout(compiled, indexed, dtype, monkeypatch):
         assert all(v.ok for v in verdicts), (case, verdicts)
 
 
-def test_weights_may_be_wider_than_x():
+def test_weights_in_a_wider_dtype():
     (x, weight, bias, _), options = arguments("layer", True, "patch", False, torch.bfloat16)
     assert all(v.ok for v in tolerance.check(OP, (x, weight.float(), bias.float(), None), options))
 
 
-def test_shuffles_of_transformers():
+def test_shuffles_match_transformers():
     from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
     from transformers.models.internvl.modeling_internvl import InternVLModel
     from transformers.models.llama4.modeling_llama4 import pixel_shuffle
@@ -52,7 +52,7 @@ def test_shuffles_of_transformers():
             assert torch.equal(ours, pixel_shuffle(x, 0.5))
 
 
-def test_images_of_several_sizes_by_channel_are_unfolded():
+def test_channel_major_ragged_images_match_unfold():
     grids, x = [(4, 6), (2, 2), (5, 7)], torch.randn(24 + 4 + 35, 5)
     columns, first = [], 0
     for height, width in grids:
@@ -73,12 +73,12 @@ def test_any_number_of_leading_dimensions(leading, norm):
     assert all(v.ok for v in tolerance.check(OP, (x, weight, None, index), options))
 
 
-def test_blocks_of_consecutive_tokens_are_a_grid_as_wide_as_a_block():
+def test_consecutive_token_blocks_equal_a_grid_one_block_wide():
     x = torch.randn(24, 5)
     assert torch.equal(OP.fast(x, height=12, width=2), x.view(6, 20))
 
 
-def test_rows_of_no_block_have_no_gradient():
+def test_unused_rows_have_zero_gradient():
     x = torch.randn(10, 4, requires_grad=True)
     index = torch.tensor([[9, 1, 4, 3]])
     OP.fast(x, None, None, index).sum().backward()
@@ -86,7 +86,7 @@ def test_rows_of_no_block_have_no_gradient():
 
 
 @pytest.mark.parametrize("row", [-1, 48])
-def test_rows_that_are_not_there(row):
+def test_out_of_range_index_raises(row):
     (x, weight, bias, index), options = arguments("layer", True, "patch", True, torch.float32)
     index[1, 2] = row
     with pytest.raises(ValueError, match=r"index names rows .*, expected 0 to 47"):
@@ -108,7 +108,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(mistake):
+def test_invalid_arguments_raise(mistake):
     changes, *words = MISTAKES[mistake]
     args, options = arguments("layer", True, "patch", False, torch.float32)
     assert_refused(OP, args, options | changes, ValueError, *words)
@@ -124,12 +124,12 @@ def test_mistakes(mistake):
         (lambda index: index.to("meta"), ValueError),
     ],
 )
-def test_indices_that_do_not_fit(change, exception):
+def test_invalid_indices_raise(change, exception):
     (x, weight, bias, index), options = arguments("layer", True, "patch", True, torch.float32)
     assert_refused(OP, (x, weight, bias, change(index)), options, exception, "index")
 
 
-def test_what_is_too_wide_falls_back():
+def test_too_wide_rows_fall_back():
     x = torch.randn(4, 4096)
     weight = torch.ones(4096)
     options = dict(height=2, width=2, norm="rms", norm_after=False)
@@ -137,7 +137,7 @@ def test_what_is_too_wide_falls_back():
     assert OP.why_not(x, height=2, width=2) is None
 
 
-def test_backward_keeps_x_and_two_numbers_a_merged_token():
+def test_saves_x_and_two_numbers_per_merged_token():
     """Eager keeps the shuffled copy too."""
     args, options = arguments("layer", True, "patch", False, torch.float32)
     eager = saved_bytes(OP.reference, args, options, parameters=(0, 1, 2))

@@ -23,7 +23,7 @@ from vlm_fast.ops import registration, transforms
 from vlm_fast.ops.declaration import with_batch
 from vlm_fast.verification import tolerance
 
-# All but AOTAutograd at fixed sizes, which test_compiled_is_eager_bit_for_bit goes through.
+# All but AOTAutograd at fixed sizes, which test_compiled_is_bitwise_eager goes through.
 OPCHECKS = (
     "test_schema",
     "test_autograd_registration",
@@ -86,7 +86,7 @@ def assert_same(ours, theirs):
 
 @two_shapes
 @any_op
-def test_compiled_is_eager_bit_for_bit(op, number):
+def test_compiled_is_bitwise_eager(op, number):
     args, options = op.sample(op.test_shapes[number])
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda *a: op(*a, **options), fullgraph=True, backend=graphs)
@@ -132,7 +132,7 @@ def test_compiled_under_autocast(op):
 
 
 @any_op
-def test_other_sizes_compile_at_most_once_more(op):
+def test_new_sizes_recompile_at_most_once(op):
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op, fullgraph=True, backend=graphs)
     for factor in (2, 3, 4, 5):
@@ -145,7 +145,7 @@ def test_other_sizes_compile_at_most_once_more(op):
 
 
 @any_op
-def test_exported_program_is_plain_pytorch(op):
+def test_exported_program_contains_only_aten_ops(op):
     args, options = op.sample(op.usual_shape)
 
     class Model(torch.nn.Module):
@@ -167,7 +167,7 @@ def metadata(tensors):
 
 
 @any_case
-def test_meta_tensors_give_metadata(op, shape):
+def test_meta_tensors_give_shapes_and_dtypes(op, shape):
     real_args, options = op.sample(shape)
     real = tolerance.outputs_and_gradients(op.fast, real_args, options)
     args, options = op.sample(shape, device="meta")
@@ -177,7 +177,7 @@ def test_meta_tensors_give_metadata(op, shape):
 
 
 @any_case
-def test_fake_tensors_give_metadata(op, shape):
+def test_fake_tensors_give_shapes_and_dtypes(op, shape):
     args, options = op.sample(shape)
     real = tolerance.outputs_and_gradients(op.fast, args, options)
     with FakeTensorMode(allow_non_fake_inputs=False):
@@ -228,7 +228,7 @@ def test_dtensors_are_refused(op, mesh, everything):
         assert op.name in str(error.value)
 
 
-def test_private_torch_names_mean_what_they_did():
+def test_private_torch_apis_behave_as_expected():
     level, modes = transforms._functorch_level, registration._dispatch_modes
     assert level() is None and modes() == 0 and forward_ad._current_level < 0
     inside = []
@@ -240,7 +240,7 @@ def test_private_torch_names_mean_what_they_did():
         assert forward_ad._current_level >= 0
 
 
-def test_every_op_is_registered():
+def test_all_ops_are_registered():
     assert {op._path.registered.namespace for op in OPS.values()} == {"vlm_fast"}
 
 
@@ -252,7 +252,7 @@ def test_every_op_is_registered():
         ("cross_attention", "scale", [0.1 + i / 100 for i in range(5)]),
     ],
 )
-def test_a_schedule_of_an_option_leaves_nothing_behind(name, option, values):
+def test_changing_option_values_do_not_grow_caches(name, option, values):
     """What was kept is remembered for every kind of call, not for every value."""
     op = OPS[name]
     shape = next(s for s in op.test_shapes if option != "dropout" or s.get("dropout"))
@@ -267,7 +267,7 @@ def test_a_schedule_of_an_option_leaves_nothing_behind(name, option, values):
     assert set(counts) == {counts[0]}
 
 
-def test_a_dropout_of_0_is_another_kind_of_call():
+def test_dropout_may_alternate_with_zero():
     op = OPS["cross_attention"]
     args, options = op.sample(op.test_shapes[1])
     for dropout in (0.25, 0.0, 0.5, 0.0, 0.25):

@@ -39,33 +39,33 @@ def mlp_ratio(saved, shape):
     "saved, most", [("all", 1.0), ("preactivation", 0.56), ("input", 0.12)], ids=str
 )
 @pytest.mark.parametrize("cls_row", ["without a CLS row", "CLS row dropped"])
-def test_mlp_keeps_less_than_eager(saved, most, cls_row):
+def test_mlp_saves_less_than_eager(saved, most, cls_row):
     shape = LLAVA if cls_row == "CLS row dropped" else {**LLAVA, "shape": (576, 1024)}
     shape = {**shape, "drop_first": shape["drop_first"] * (cls_row == "CLS row dropped")}
     assert mlp_ratio(saved, shape) <= most
 
 
 @pytest.mark.parametrize("saved, most", [("preactivation", 0.56), ("input", 0.12)], ids=str)
-def test_mlp_keeps_less_than_eager_for_several_images(saved, most):
+def test_mlp_saves_less_than_eager_for_several_images(saved, most):
     """The GEMM over gaps between images keeps their few rows too."""
     assert mlp_ratio(saved, {**LLAVA, "shape": (4, 577, 256), "hidden": 1024, "out": 64}) <= most
 
 
 @pytest.mark.parametrize("as_list", [False, True], ids=["tensor", "list"])
-def test_merge_keeps_the_mask_and_four_bytes_a_row(as_list):
+def test_merge_saves_the_mask_and_four_bytes_per_row(as_list):
     batch, sequence, images, tokens = 3, 37, 2, 5
     shape = dict(batch=batch, sequence=sequence, hidden=64, images=images, tokens=tokens)
     args, options = MERGE.sample({**shape, "as_list": as_list})
     assert saved_bytes(MERGE, args, options) == batch * sequence + 4 * batch * images * tokens
 
 
-def test_gather_keeps_the_mask_and_four_bytes_a_row():
+def test_gather_saves_the_mask_and_four_bytes_per_row():
     shape = dict(batch=3, sequence=37, hidden=64, images=2, tokens=5, count=30)
     assert saved_bytes(GATHER, *GATHER.sample(shape)) == 3 * 37 + 4 * 30
 
 
 @every_case
-def test_the_registered_op_keeps_the_same(op, shape):
+def test_registered_op_saves_the_same_bytes(op, shape):
     args, options = op.sample(shape)
     direct = saved_bytes(op, args, options)
     with Onlooker():
@@ -88,7 +88,7 @@ def peak_bytes(call):
     return most, result
 
 
-def test_merge_needs_nothing_of_the_hidden_size_beside_its_result():
+def test_merge_allocates_no_temporary_of_hidden_size():
     """LLaVA's prefill of 8 prompts; ``masked_scatter`` needs about 9 bytes an element."""
     shape = MERGE.bench_shapes["LLaVA-1.5-7B, 8 x 2944"]
     args, options = MERGE.sample(shape, torch.bfloat16)
@@ -98,7 +98,7 @@ def test_merge_needs_nothing_of_the_hidden_size_beside_its_result():
 
 
 @pytest.mark.parametrize("name", ["mlp", "gated_mlp"])
-def test_what_backward_is_done_with_is_freed_before_it_ends(name):
+def test_backward_frees_saved_tensors_before_it_ends(name):
     """Where gradients of weights are most of it; with the graph retained it cannot be."""
     op = OPS[name]
     args, options = op.sample(dict(shape=(65, 48), hidden=256, out=256))
@@ -118,7 +118,7 @@ def test_what_backward_is_done_with_is_freed_before_it_ends(name):
     assert peaks[op, False] < peaks[op, True]
 
 
-def test_peaks_are_seen():
+def test_peak_bytes_sees_temporaries():
     """The measurement itself: a temporary of the size of the result doubles the peak."""
     x = torch.randn(1000, 1000)
     most, _ = peak_bytes(lambda: (x + 1) * 2)

@@ -12,7 +12,7 @@ from vlm_fast.ops.declaration import OPS
 OP = OPS["spatial_pool"]
 
 
-def test_bilinear_is_onevisions():
+def test_bilinear_matches_onevision():
     from transformers import LlavaOnevisionModel
 
     vision = types.SimpleNamespace(image_size=378, patch_size=14)
@@ -25,7 +25,7 @@ def test_bilinear_is_onevisions():
 
 
 @pytest.mark.parametrize("mode", ["avg", "max"])
-def test_windows_are_next_videos(mode):
+def test_windows_match_llava_next_video(mode):
     from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoPooler
 
     vision = types.SimpleNamespace(image_size=24, patch_size=1, hidden_size=5)
@@ -40,7 +40,7 @@ def test_windows_are_next_videos(mode):
 
 @pytest.mark.parametrize("mode", ["avg", "bilinear"])
 @pytest.mark.parametrize("height, width, stride", [(8, 12, 4), (7, 5, 2), (3, 11, 3)])
-def test_a_constant_stays_what_it_is(mode, height, width, stride):
+def test_constant_input_is_preserved(mode, height, width, stride):
     x = torch.full((1, height * width, 3), 0.7)
     pooled = OP.fast(x, height=height, width=width, mode=mode, stride=stride)
     torch.testing.assert_close(pooled, torch.full_like(pooled, 0.7))
@@ -55,7 +55,7 @@ def test_pooling_commutes_with_a_linear_layer():
         torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
 
 
-def test_of_equal_maxima_the_first_has_the_gradient():
+def test_ties_send_the_gradient_to_the_first_maximum():
     x = torch.zeros(1, 4, 1, requires_grad=True)
     OP.fast(x, height=2, width=2, mode="max").sum().backward()
     assert x.grad.flatten().tolist() == [1, 0, 0, 0]
@@ -72,11 +72,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(mistake):
+def test_invalid_arguments_raise(mistake):
     changes, *words = MISTAKES[mistake]
     options = dict(height=5, width=7, mode="avg", stride=2) | changes
     assert_refused(OP, (torch.randn(2, 35, 4),), options, ValueError, *words)
 
 
-def test_tokens_without_a_batch():
+def test_input_without_batch_dimension():
     assert_refused(OP, (torch.randn(35, 4),), dict(height=5, width=7), ValueError, "x")

@@ -44,7 +44,7 @@ def flat_call(op, args, options):
 
 
 @any_op
-def test_a_traced_op_is_its_reference(op):
+def test_traced_op_uses_the_reference(op):
     call, tensors = flat_call(op, *op.sample(op.usual_shape))
     traced = torch.jit.trace(call, tensors, check_trace=False)
     assert "vlm_fast::" not in str(traced.graph)
@@ -125,7 +125,7 @@ def of_tensors(module, given):
 
 
 @every_module
-def test_a_traced_module(name):
+def test_traced_module_matches_eager(name):
     module, tensors = of_tensors(*made(name))
     traced = torch.jit.trace(module, tensors, check_trace=False)
     assert "vlm_fast::" not in str(traced.inlined_graph)
@@ -158,7 +158,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_traced_model_is_the_plain_one(name):
+def test_traced_model_matches_unpatched(name):
     model, inputs = MODELS[name]()
     model.eval()
     logits, tensors = logits_of(model, inputs)
@@ -170,7 +170,7 @@ def test_a_traced_model_is_the_plain_one(name):
         torch.testing.assert_close(traced(*tensors), plain, rtol=1e-4, atol=2e-6)
 
 
-def test_a_traced_attention_is_in_operators_of_onnx():
+def test_traced_attention_uses_operators_known_to_onnx():
     """Those of plain softmax: what torch.onnx.export(dynamo=False) writes."""
     op = ops.cross_attention
     for shape in op.test_shapes[:4]:
@@ -184,7 +184,7 @@ def test_a_traced_attention_is_in_operators_of_onnx():
 
 
 @any_op
-def test_a_symbolic_trace_calls_the_op(op):
+def test_symbolic_trace_calls_the_op(op):
     call, tensors = flat_call(op, *op.sample(op.usual_shape))
     tracer = torch.fx.Tracer()
     names = [f"t{i}" for i in range(len(tensors))]
@@ -196,7 +196,7 @@ def test_a_symbolic_trace_calls_the_op(op):
         assert_close(one(*tensors), call(*tensors))
 
 
-def test_a_symbolic_trace_under_autocast_and_by_keyword():
+def test_symbolic_trace_under_autocast_and_with_keywords():
     weight = torch.randn(6, 6)
 
     def two(x):
@@ -221,7 +221,7 @@ class Tower(nn.Module):
 
 
 @every_module
-def test_a_symbolic_trace_of_a_module(name):
+def test_symbolic_trace_of_a_module(name):
     module, given = made(name)
     if name in SERVED:
         for root in (module, Tower(module)):
@@ -233,7 +233,7 @@ def test_a_symbolic_trace_of_a_module(name):
 
 
 @pytest.mark.parametrize("name", ["PatchMerger", "TokenMerger", "PooledMLPProjector"])
-def test_a_module_may_be_a_leaf(name):
+def test_symbolic_trace_with_module_as_leaf(name):
     module, (x,) = made(name)
 
     class Tracer(torch.fx.Tracer):
@@ -268,7 +268,7 @@ def of_all(function):
 
 
 @pytest.mark.parametrize("function", [projected, merged, attended])
-def test_a_scripted_function_calls_the_op(function):
+def test_scripted_function_calls_the_op(function):
     scripted, given = torch.jit.script(function), of_all(function)
     file = io.BytesIO()
     torch.jit.save(scripted, file)
@@ -285,7 +285,7 @@ def test_a_scripted_function_calls_the_op(function):
 
 
 @every_module
-def test_a_module_is_not_scripted_and_says_so(name):
+def test_scripting_a_module_raises_with_reason(name):
     module, _ = made(name)
     for root in (module, Tower(module)):
         with pytest.raises(RuntimeError, match=rf"vlm_fast\.{type(module).__name__}: torch\.jit"):

@@ -67,13 +67,13 @@ def each_tensor(op):
 
 @pytest.mark.parametrize("wrong", ["words", 3, [1.5]], ids=repr)
 @any_op
-def test_not_a_tensor(op, wrong, no_work):
+def test_non_tensor_raises(op, wrong, no_work):
     for name, _, _, replaced, options in each_tensor(op):
         assert_refused(op, replaced(wrong), options, TypeError, name)
 
 
 @any_op
-def test_missing_argument(op, no_work):
+def test_missing_argument_raises(op, no_work):
     args, options = op.sample(op.usual_shape)
     parameters = op.__signature__.parameters
     required = [name for name in op.tensors if parameters[name].default is inspect.Parameter.empty]
@@ -84,14 +84,14 @@ def test_missing_argument(op, no_work):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.complex64, torch.bool], ids=str)
 @any_op
-def test_dtype_that_is_not_declared(op, dtype, no_work):
+def test_undeclared_dtype_raises(op, dtype, no_work):
     for name, argument, value, replaced, options in each_tensor(op):
         if str(dtype).removeprefix("torch.") not in argument.dtypes:
             assert_refused(op, replaced(value.to(dtype)), options, TypeError, name, str(dtype))
 
 
 @pytest.mark.parametrize("op", [pytest.param(o, id=n) for n, o in OPS.items() if o.tensors[1:]])
-def test_another_device(op, no_work):
+def test_mixed_devices_raise(op, no_work):
     for _, _, value, replaced, options in each_tensor(op):
         assert_refused(op, replaced(value.to("meta")), options, ValueError, "meta", "cpu")
 
@@ -106,7 +106,7 @@ def shared_sizes(signature: Signature, argument: TensorArgument):
 
 
 @any_op
-def test_size_that_does_not_match(op, no_work):
+def test_mismatched_size_raises(op, no_work):
     checked = 0
     for _, argument, value, replaced, options in each_tensor(op):
         for i in shared_sizes(op.signature, argument):
@@ -120,7 +120,7 @@ def test_size_that_does_not_match(op, no_work):
 
 
 @any_op
-def test_number_of_dimensions(op, no_work):
+def test_wrong_number_of_dimensions_raises(op, no_work):
     for _, argument, value, replaced, options in each_tensor(op):
         if argument.sizes is None:
             continue
@@ -131,7 +131,7 @@ def test_number_of_dimensions(op, no_work):
 
 
 @any_op
-def test_unknown_option(op, no_work):
+def test_unknown_option_raises(op, no_work):
     args, options = op.sample(op.usual_shape)
     for call in (op, op.fast):
         with pytest.raises(TypeError, match="flavour"):
@@ -139,7 +139,7 @@ def test_unknown_option(op, no_work):
 
 
 @any_op
-def test_option_out_of_range(op, no_work):
+def test_option_out_of_range_raises(op, no_work):
     args, options = op.sample(op.usual_shape)
     for name, option in op.signature.options.items():
         if option.choices:
@@ -154,7 +154,7 @@ def test_option_out_of_range(op, no_work):
 
 
 @any_op
-def test_usual_calls_take_the_fast_predicate(op):
+def test_compiled_predicate_accepts_test_shapes(op):
     """The compiled predicate accepts every test shape, so that no valid call is examined twice."""
     for shape in op.test_shapes:
         args, options = op.sample(shape)
@@ -219,7 +219,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(mistake):
+def test_other_invalid_calls_raise(mistake):
     op, changes, exception, words = MISTAKES[mistake]
     args, options = op.sample(op.usual_shape)
     named = dict(zip(op.tensors, args, strict=True))
@@ -228,18 +228,18 @@ def test_mistakes(mistake):
 
 
 @pytest.mark.parametrize("option, value", [("activation", "swish"), ("saved", "everything")])
-def test_unknown_values_of_options(option, value, no_work):
+def test_unknown_option_value_raises(option, value, no_work):
     args, options = MLP.sample(MLP.usual_shape)
     assert_refused(MLP, args, {**options, option: value}, ValueError, option, repr(value), "one of")
 
 
 @pytest.mark.parametrize("count", [-1, 14, 16, 112])
-def test_counts_that_do_not_fit_the_mask(count):
+def test_counts_that_do_not_match_the_mask_raise(count):
     args, options = GATHER.sample(GATHER.usual_shape)
     assert_refused(GATHER, args, {**options, "count": count}, ValueError, "count", str(count))
 
 
-def test_a_wrong_count_leaves_no_trace():
+def test_wrong_count_leaves_no_state_behind():
     """After the error the same arguments, corrected, give the right result and gradients."""
     (embeds, features, mask), options = MERGE.sample(MERGE.usual_shape)
     with pytest.raises(ValueError, match="image_features"):

@@ -22,7 +22,7 @@ MIXINS = {
 
 
 @pytest.mark.parametrize("name", MIXINS)
-def test_ragged_images_in_patched_models(name):
+def test_patched_models_with_ragged_images_match_unpatched(name):
     model, inputs = ragged(name)
     generate = dict(inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     before, text = step(model, inputs), model.generate(**generate)
@@ -42,7 +42,7 @@ def test_ragged_images_in_patched_models(name):
     assert torch.equal(model(**inputs).logits, model(**inputs).logits)
 
 
-def test_compiled_patched_model():
+def test_compiled_patched_model_matches_unpatched():
     """Sizes are no part of a graph: it breaks where they are asked for, as it does unpatched."""
     model, inputs = ragged("llava_next")
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_compiled_patched_model():
     torch.testing.assert_close(after, before, rtol=1e-4, atol=2e-6)
 
 
-def test_marked_images_do_not_leave_the_model():
+def test_internal_tensor_subclass_does_not_leave_the_model():
     model, inputs = ragged("llava_next")
     vlm_fast.patch(model)
     features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
@@ -82,7 +82,7 @@ def test_marked_images_do_not_leave_the_model():
 
 
 @pytest.mark.parametrize("name", MIXINS)
-def test_signatures_are_those_of_the_base(name):
+def test_signatures_match_base_class(name):
     """Generation hands over only the arguments that it finds in them."""
     model, _ = ragged(name)
     names = ("forward", "get_image_features", "get_video_features", "pack_image_features")
@@ -92,7 +92,7 @@ def test_signatures_are_those_of_the_base(name):
     assert [inspect.signature(getattr(model.model, name)) for name in names] == before
 
 
-def test_options_of_the_tower_reach_it_in_generation():
+def test_vision_tower_options_are_passed_in_generation():
     model, inputs = ragged("llava_onevision")
     inputs |= dict(max_new_tokens=2, do_sample=False, output_logits=True)
     inputs |= dict(return_dict_in_generate=True, vision_feature_layer=-2)
@@ -117,7 +117,7 @@ def test_options_of_the_tower_reach_it_in_generation():
         (lambda rows: [-rows], "ValueError: it returns neither"),
     ],
 )
-def test_what_the_base_returns_is_asked(returned, answer):
+def test_return_format_of_base_class_is_probed(returned, answer):
     class Packs(torch.nn.Module):
         def pack_image_features(self, image_features, image_sizes, image_newline=None):
             return returned(image_features[0][0])
@@ -132,7 +132,7 @@ def test_what_the_base_returns_is_asked(returned, answer):
 
 @pytest.mark.parametrize("counts", [True, False])
 @pytest.mark.parametrize("flat", [True, False])
-def test_it_returns_what_the_base_returns(counts, flat, monkeypatch):
+def test_return_format_matches_base_class(counts, flat, monkeypatch):
     """As in releases where counts are left out, or an image of one tile is flat."""
     model = model_of("llava_next")
     vlm_fast.patch(model)
@@ -144,7 +144,7 @@ def test_it_returns_what_the_base_returns(counts, flat, monkeypatch):
         model.pack_image_features([torch.randn(1, 16, 24)], [[32, 32]], **options)
 
 
-def test_a_merge_that_is_not_served_is_named(monkeypatch):
+def test_unsupported_merge_is_skipped_with_reason(monkeypatch):
     model, inputs = ragged("llava_next")
     before = model(**inputs).logits
     monkeypatch.setattr(image_token_merge, "recognise", lambda module: "no such merge")

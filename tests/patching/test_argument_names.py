@@ -61,13 +61,13 @@ def patched(kind):
         (Late, (1,), {"extra": 5}, ("fast", 1, None, None, 5, {})),
     ],
 )
-def test_a_call_reaches_override_and_base_by_their_own_names(kind, args, kwargs, found):
+def test_call_reaches_override_and_base_by_their_own_names(kind, args, kwargs, found):
     assert patched(kind)(*args, **kwargs) == found
 
 
 @pytest.mark.parametrize("kind", [Early, Late])
 @pytest.mark.parametrize("args, kwargs", [((), {}), ((1, 2, 3, 4, 5, 6), {}), ((1,), {"x": 1})])
-def test_a_call_that_the_base_refuses_raises_what_the_base_raises(kind, args, kwargs):
+def test_invalid_call_raises_the_error_of_the_base(kind, args, kwargs):
     with pytest.raises(TypeError) as theirs:
         kind()(*args, **kwargs)
     with pytest.raises(TypeError) as ours:
@@ -75,12 +75,12 @@ def test_a_call_that_the_base_refuses_raises_what_the_base_raises(kind, args, kw
     assert str(ours.value) == str(theirs.value)
 
 
-def test_the_signature_is_the_bases():
+def test_signature_matches_base_class():
     for kind in (Early, Late):
         assert inspect.signature(patched(kind).forward) == inspect.signature(kind().forward)
 
 
-def test_an_unknown_parameter_or_a_missing_one_is_a_reason():
+def test_unknown_or_missing_parameter_is_a_reason_to_skip():
     def renamed(self, inputs, cache=None, **kwargs):
         return inputs
 
@@ -100,7 +100,7 @@ def test_an_unknown_parameter_or_a_missing_one_is_a_reason():
         assert isinstance(reason, str) and said in reason
 
 
-def test_an_override_may_hand_on_what_it_does_not_know():
+def test_override_may_forward_unknown_arguments():
     def override(self, *, mask=None, **forwarded):
         return mask, forwarded
 
@@ -110,7 +110,7 @@ def test_an_override_may_hand_on_what_it_does_not_know():
     assert names.to_override((1,), {}) is None  # a mask is missing
 
 
-def test_an_attribute_that_is_read_and_missing_is_a_reason():
+def test_missing_attribute_is_a_reason_to_skip():
     class Reader(Override):
         required_attributes = ("linear.in_features",)
 
@@ -122,7 +122,7 @@ def test_an_attribute_that_is_read_and_missing_is_a_reason():
 
 
 @pytest.mark.parametrize("revert", [False, True])
-def test_a_forward_that_collecting_left_behind_is_dropped(revert):
+def test_instance_forward_left_by_transformers_is_removed(revert):
     """transformers 4.54 to 5.1 leave one on each layer whose hidden states were asked for."""
     module = Late()
     if revert:
@@ -137,7 +137,7 @@ def test_a_forward_that_collecting_left_behind_is_dropped(revert):
     assert "forward" not in vars(module)
 
 
-def test_a_forward_of_somebody_else_stays():
+def test_instance_forward_set_by_users_is_kept():
     module = Late()
     module.forward = lambda x: torch.zeros(x)
     swap(module, Override, ())

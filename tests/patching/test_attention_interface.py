@@ -55,14 +55,14 @@ OTHER_MASKS = {
 
 @pytest.mark.parametrize("queries", [1, BATCH], ids=["one batch of queries", "each its own"])
 @pytest.mark.parametrize("mask", MASKS)
-def test_what_the_op_serves(mask, queries):
+def test_supported_masks_use_the_op(mask, queries):
     query = drawn(tokens=QUERIES, batch=queries)
     assert same(query, drawn(), drawn(), MASKS[mask](), scaling=0.2) == 1
 
 
 @pytest.mark.parametrize("groups", [1, 2], ids=["", "shared keys"])
 @pytest.mark.parametrize("mask", OTHER_MASKS)
-def test_masks_of_other_shapes_go_to_sdpa(mask, groups):
+def test_unsupported_mask_shapes_use_sdpa(mask, groups):
     keys = HEADS // groups
     given = drawn(tokens=QUERIES), drawn(keys), drawn(keys)
     assert same(*given, OTHER_MASKS[mask](), module_of(groups=groups)) == 0
@@ -70,25 +70,25 @@ def test_masks_of_other_shapes_go_to_sdpa(mask, groups):
 
 @pytest.mark.parametrize("width", [3, 16])
 @pytest.mark.parametrize("mask", MASKS | OTHER_MASKS)
-def test_values_of_another_width_go_to_sdpa(mask, width):
+def test_values_of_another_width_use_sdpa(mask, width):
     made = (MASKS | OTHER_MASKS)[mask]
     assert same(drawn(tokens=QUERIES), drawn(), drawn(d=width), made()) == 0
 
 
 @pytest.mark.parametrize("mask", ["none", "keys", "added"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_position_bias_is_not_lost(mask, causal):
+def test_position_bias_is_applied(mask, causal):
     bias = torch.randn(1, HEADS, QUERIES, KEYS)
     given = drawn(tokens=QUERIES), drawn(), drawn(), MASKS[mask]()
     assert same(*given, module_of(causal), position_bias=bias) == 0
 
 
-def test_one_batch_of_keys_for_all_queries_goes_to_sdpa():
+def test_broadcast_keys_use_sdpa():
     keys = drawn(batch=1)
     assert same(drawn(tokens=QUERIES), keys, keys, seen(BATCH, 1, 1, KEYS)) == 0
 
 
-def test_what_sdpa_refuses_is_refused_in_its_words():
+def test_invalid_shapes_raise_the_error_of_sdpa():
     given = drawn(tokens=QUERIES), drawn(), drawn()
     for mask in (seen(QUERIES, KEYS + 2), torch.ones(QUERIES, KEYS, dtype=torch.int64)):
         with pytest.raises(RuntimeError) as theirs:

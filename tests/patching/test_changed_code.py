@@ -43,7 +43,7 @@ CASES = {name: found for name, found in CASES.items() if name not in ELSEWHERE}
 every_mixin = pytest.mark.parametrize("mixin", slow_but(list(CASES)[::5], CASES))
 
 
-def test_every_mixin_has_a_model():
+def test_each_mixin_has_a_model():
     assert CASES and all(case is not None for _, case in CASES.values())
 
 
@@ -118,7 +118,7 @@ def methods(model):
 
 
 @every_mixin
-def test_a_parameter_has_another_name(mixin):
+def test_renamed_parameter(mixin):
     model = Model(mixin)
     for file, kind, name in methods(model):
         for parameter in file.parameters(kind, name):
@@ -132,7 +132,7 @@ def test_a_parameter_has_another_name(mixin):
 
 
 @every_mixin
-def test_a_method_returns_something_else(mixin):
+def test_changed_return_value(mixin):
     model = Model(mixin)
     for file, kind, name in methods(model):
         with file.changed(file.other_returns(kind, name)):
@@ -141,7 +141,7 @@ def test_a_method_returns_something_else(mixin):
 
 
 @every_mixin
-def test_a_forward_returns_a_tuple_that_its_callers_open(mixin):
+def test_forward_returning_a_tuple(mixin):
     model = Model(mixin)
     for file, kind, name in methods(model):
         if name == "forward":
@@ -151,7 +151,7 @@ def test_a_forward_returns_a_tuple_that_its_callers_open(mixin):
 
 
 @every_mixin
-def test_attributes_are_gone(mixin):
+def test_missing_attributes(mixin):
     """All that the class itself does not read."""
     model = Model(mixin)
     gone = unread(model)
@@ -205,7 +205,7 @@ def own_attributes(module):
     return (n for n in vars(module) if not n.startswith("_") and n != "training")
 
 
-def test_changed_code_is_what_runs():
+def test_changed_code_runs():
     model = Model("FusedMllamaLayer")
     file, kind, name = next(methods(model))
     before = inspect.getsource(model.kind.forward)

@@ -101,7 +101,7 @@ WRITERS = [
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_every_writer_writes_what_the_plain_model_writes(two, write, tmp_path):
+def test_writers_save_the_same_keys_and_bytes_as_unpatched(two, write, tmp_path):
     plain, fast = two
     for name in ("plain", "fast"):
         (tmp_path / name).mkdir()
@@ -124,7 +124,7 @@ def test_every_writer_writes_what_the_plain_model_writes(two, write, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["BLIP-2", "IDEFICS", "LLaVA"])
-def test_save_pretrained(name, tmp_path):
+def test_save_pretrained_matches_unpatched(name, tmp_path):
     build, made = PAIRS[name]
     plain = seeded(build)
     fast = made(copy.deepcopy(plain))
@@ -136,7 +136,7 @@ def test_save_pretrained(name, tmp_path):
     assert_same_state(again.state_dict(), plain.state_dict())
 
 
-def test_accelerate_resumes_to_the_last_bit(two, tmp_path):
+def test_accelerate_resume_is_bitwise_equal(two, tmp_path):
     """Two steps, a checkpoint, two steps more, and those two again from the checkpoint."""
     _, model = two
     accelerator = accelerate.Accelerator(cpu=True)
@@ -161,7 +161,7 @@ def test_accelerate_resumes_to_the_last_bit(two, tmp_path):
     assert_same_state(dict(model.named_parameters()), expected)
 
 
-def sharded_state_dict_is_whole(rank, world, name):
+def sharded_state_dict_matches_unpatched(rank, world, name):
     build, made = PAIRS[name]
     plain = seeded(build)
     fast = made(copy.deepcopy(plain))
@@ -180,12 +180,12 @@ def sharded_state_dict_is_whole(rank, world, name):
 
 
 @pytest.mark.multiprocess
-def test_state_dicts_of_fsdp2(tmp_path):
+def test_fsdp2_state_dict_matches_unpatched(tmp_path):
     names = ("BLIP-2", "QFormer", "LLaVA")
-    on_ranks(tmp_path, [(sharded_state_dict_is_whole, name) for name in names])
+    on_ranks(tmp_path, [(sharded_state_dict_matches_unpatched, name) for name in names])
 
 
-def test_no_two_parameters_share_memory(two):
+def test_parameters_do_not_share_memory(two):
     _, fast = two
     parameters = list(fast.parameters())
     for convert in (lambda m: m, lambda m: m.double(), lambda m: m.float(), copy.deepcopy):

@@ -47,7 +47,7 @@ def one_graph(number):
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("first", slow_but([0], range(0, len(ONE_GRAPH), 3)))
-def test_one_graph_at_once(first):
+def test_one_graph_before_first_call(first):
     """In processes of their own, where no test compiled or called a model before."""
     start(one_graph_of, (first,), min(3, len(ONE_GRAPH) - first))
 
@@ -68,7 +68,7 @@ assert model.model.multi_modal_projector.linear_1.weight.grad is not None
 
 
 @pytest.mark.slow
-def test_one_graph_in_a_fresh_interpreter_forward_and_backward():
+def test_forward_and_backward_compile_to_one_graph_in_new_process():
     found = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=300,
@@ -77,7 +77,7 @@ def test_one_graph_in_a_fresh_interpreter_forward_and_backward():
 
 
 @pytest.mark.parametrize("name", ["llava", "video_llava"])
-def test_outputs_of_layers_are_collected_once(name):
+def test_hidden_states_are_collected_once(name):
     """The hooks are those of transformers, each in its place once, whoever came first."""
     model, inputs = build(name)
     hooks = lambda m: sum(len(module._forward_hooks) for module in m.modules())  # noqa: E731
@@ -96,7 +96,7 @@ def test_outputs_of_layers_are_collected_once(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6)
 
 
-def test_a_patched_model_has_no_method_that_its_class_lacks():
+def test_patched_model_has_no_additional_methods():
     model, _ = build("llava")
     vlm_fast.patch(model)
     assert not hasattr(model.model, "get_video_features")

@@ -15,7 +15,7 @@ from tests.support.mixed_dtypes import BF16, FP32, cast, norms
 from tests.support.tiny_models import build
 
 
-def whole_model_is_the_unpatched_one(rank, world, name, original, in_fp32):
+def fsdp1_model_matches_unpatched(rank, world, name, original, in_fp32):
     model, given = build(name)
     model.to(BF16)
     for norm in norms(model) if in_fp32 else []:
@@ -46,7 +46,7 @@ def whole_model_is_the_unpatched_one(rank, world, name, original, in_fp32):
 @pytest.mark.multiprocess
 def test_on_two_ranks(tmp_path):
     checks = [
-        (whole_model_is_the_unpatched_one, name, original, in_fp32)
+        (fsdp1_model_matches_unpatched, name, original, in_fp32)
         for name in ("gemma3", "aya_vision", "qwen3_5")
         for original, in_fp32 in ((True, True), (False, True), (True, False))
     ]

@@ -51,7 +51,7 @@ MODELS = {
     "name", slow_but(["QFormer", "block", "patched Llama 3.2", "patched Aria"], MODELS)
 )
 @pytest.mark.parametrize("knows", ["hook", "child"])
-def test_a_model_that_its_own_parts_know_is_collected(name, knows):
+def test_model_in_reference_cycle_is_collected(name, knows):
     """By a hook that holds the model, or a child that holds its parent."""
     model, given = MODELS[name]()
     for module in list(model.modules())[1:]:
@@ -69,7 +69,7 @@ def test_a_model_that_its_own_parts_know_is_collected(name, knows):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_kept_on_a_module_is_not_copied_or_written(name):
+def test_cached_module_state_is_not_copied_or_saved(name):
     model, given = MODELS[name]()
     keys = list(model.state_dict())
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_what_is_kept_on_a_module_is_not_copied_or_written(name):
         assert not any("_tree_snapshot" in vars(module) for module in model.modules())
 
 
-def test_classes_that_nobody_uses_are_let_go():
+def test_unused_classes_are_collected():
     def once():
         class Projector(nn.Module):
             def __init__(self):
@@ -124,7 +124,7 @@ def module_parameter(module):
 
 
 @pytest.mark.parametrize("name", ["gemma3", "aria"])
-def test_a_parametrization_is_not_stripped(name):
+def test_revert_with_parametrization_raises(name):
     """What came after the patch is undone before it, and nothing is undone by halves."""
     model, inputs = tiny_models.build(name)
     plain = copy.deepcopy(model)
@@ -155,7 +155,7 @@ def module_parameter_of(module):
     return next(iter(module.parametrizations))
 
 
-def test_a_parametrized_child_is_called():
+def test_parametrized_child_is_called():
     model, inputs = tiny_models.build("llava")
     vlm_fast.patch(model)
     plain = copy.deepcopy(model)
@@ -168,7 +168,7 @@ def test_a_parametrized_child_is_called():
     vlm_fast.unpatch(model)
 
 
-def test_symbolic_and_script_tracing_see_the_original_code():
+def test_symbolic_trace_and_script_see_the_original_code():
     projector = tiny_llava.llava().model.multi_modal_projector.eval()
     plain = copy.deepcopy(projector)
     vlm_fast.patch(projector)

@@ -24,7 +24,7 @@ def step(model, inputs):
 
 @SIZES
 @DTYPES
-def test_training_step_and_generated_text_are_the_same(size, dtype):
+def test_training_step_and_generation_match_unpatched(size, dtype):
     model, inputs = llava(size, dtype), prompt(dtype)
     wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     exact = step(copy.deepcopy(model).double(), wide)
@@ -106,7 +106,7 @@ def test_fewer_graph_breaks_than_unpatched():
     assert torch._dynamo.explain(model)(**inputs).graph_break_count == 0 < unpatched
 
 
-def test_a_wrong_number_of_placeholders_is_an_error():
+def test_wrong_number_of_placeholders_raises():
     model, inputs = llava(), prompt()
     vlm_fast.patch(model)
     inputs["input_ids"][0, 3] = 9
@@ -114,7 +114,7 @@ def test_a_wrong_number_of_placeholders_is_an_error():
         model(**inputs)
 
 
-def test_images_through_inputs_embeds():
+def test_images_with_inputs_embeds():
     model, inputs = llava(), prompt()
     ids = inputs.pop("input_ids")
     expected = model(input_ids=ids, **inputs).logits
@@ -139,7 +139,7 @@ def test_verify_judges_each_connector():
     assert not text_only.ok and len(text_only.unreached) == 2
 
 
-def test_verify_sees_a_wrong_connector(monkeypatch):
+def test_verify_detects_a_wrong_connector(monkeypatch):
     model, inputs = llava(), prompt()
     vlm_fast.patch(model)
     right = vlm_fast.ops.mlp._path.forward

@@ -21,7 +21,7 @@ def run(model, rows):
 
 
 @pytest.mark.parametrize("kind", [*SERVED, *EQUAL, *SKIPPED], ids=lambda kind: kind.__name__)
-def test_served_or_equal_or_skipped(kind):
+def test_changed_models_are_patched_correctly_or_skipped(kind):
     model, rows = kind(), ROWS.get(kind, 3)
     before = run(model, rows)
     with warnings.catch_warnings(record=True):
@@ -40,7 +40,7 @@ def test_served_or_equal_or_skipped(kind):
 
 @pytest.mark.parametrize("rows", [2, 4])
 @pytest.mark.parametrize("kind", [*SERVED, *EQUAL], ids=lambda kind: kind.__name__)
-def test_a_wrong_count_raises_wherever_the_mask_goes(kind, rows, monkeypatch):
+def test_wrong_count_raises_for_any_use_of_the_mask(kind, rows, monkeypatch):
     """On the host in the model's words; on CUDA on the device, by whoever sees the mask first."""
     model = kind()
     with pytest.raises(ValueError, match="do not match"):
@@ -55,14 +55,14 @@ def test_a_wrong_count_raises_wherever_the_mask_goes(kind, rows, monkeypatch):
     run(model, 3)
 
 
-def test_features_that_are_no_rows_are_named_on_the_host():
+def test_features_of_wrong_shape_raise():
     model = Model()
     vlm_fast.patch(model)
     with pytest.raises(ValueError, match="do not match"):
         model(IDS, torch.randn(7))
 
 
-def test_ids_of_a_config_may_change():
+def test_changed_token_id_in_config_is_used():
     model = Model()
     vlm_fast.patch(model)
     model.config.image_token_id = 94
@@ -73,7 +73,7 @@ def test_ids_of_a_config_may_change():
     assert run(model, 1)[1].abs().sum() > 0
 
 
-def test_everything_but_the_merge_sees_a_plain_tensor():
+def test_code_outside_the_merge_sees_a_plain_tensor():
     model = Model()
     vlm_fast.patch(model)
     embeds = model.embed(IDS)
@@ -86,7 +86,7 @@ def test_everything_but_the_merge_sees_a_plain_tensor():
     assert type(model.get_placeholder_mask(IDS, embeds, image_features=None)) is torch.Tensor
 
 
-def test_found_by_their_embeddings_and_merged():
+def test_placeholders_are_found_by_their_embeddings():
     model, features = Model(), torch.randn(3, HIDDEN)
     before = model(IDS, features)
     vlm_fast.patch(model)
@@ -112,7 +112,7 @@ class Checks(Model):
         return mask
 
 
-def test_a_class_is_read_with_its_checks_on(monkeypatch):
+def test_class_is_probed_with_its_checks_enabled(monkeypatch):
     """Where they are turned off, the host does not check either; the device does all the same."""
     monkeypatch.setenv(SWITCH, "1")
     model = Checks()

@@ -43,7 +43,7 @@ class Normed(Projector):
         return y if scale is None else y * scale
 
 
-def test_found_by_structure_not_by_name():
+def test_modules_are_found_by_structure():
     model = nn.ModuleDict({"a": Projector(), "b": Residual(), "c": Projector(nn.Softplus())})
     report = vlm_fast.patch(model)
     assert report.patched == {"a": "Projector by FusedMLP"}
@@ -55,7 +55,7 @@ def test_found_by_structure_not_by_name():
 
 
 @pytest.mark.parametrize("family", ["idefics", "mllama"])
-def test_what_moved_in_another_release_is_named_with_its_version(family):
+def test_missing_attribute_is_reported_with_transformers_version(family):
     """An attribute that a family reads is elsewhere; the others are patched still."""
     import transformers
 
@@ -71,7 +71,7 @@ def test_what_moved_in_another_release_is_named_with_its_version(family):
         vlm_fast.patch(layers[0], strict=True)
 
 
-def test_norm_first_and_unknown_arguments():
+def test_norm_first_and_additional_arguments():
     # A second argument makes it no chain: it may do anything.
     assert find_chain(Normed()) == ("its forward takes more than one argument")
 
@@ -93,7 +93,7 @@ def test_norm_first_and_unknown_arguments():
 @pytest.mark.parametrize(
     "act", [nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.ReLU()], ids=repr
 )
-def test_activations(act):
+def test_all_activations_match_unpatched(act):
     module, x = Projector(act), torch.randn(5, 12)
     expected = module(x)
     vlm_fast.patch(module)
@@ -104,7 +104,7 @@ def test_activations(act):
 @pytest.mark.parametrize(
     "key", ["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "silu", "relu"]
 )
-def test_activations_of_transformers(key):
+def test_transformers_activations_match_unpatched(key):
     from transformers.activations import ACT2FN
 
     module, x = Projector(ACT2FN[key]), torch.randn(5, 12)
@@ -114,7 +114,7 @@ def test_activations_of_transformers(key):
         torch.testing.assert_close(module(x), expected)
 
 
-def test_same_parameters_names_and_keys():
+def test_parameters_names_and_keys_are_unchanged():
     model = llava()
     before = list(model.state_dict())
     parameters = dict(model.named_parameters())
@@ -130,7 +130,7 @@ def test_same_parameters_names_and_keys():
     assert "LlavaMultiModalProjector[vlm_fast]" in repr(model)
 
 
-def test_patching_twice_changes_nothing():
+def test_patching_twice_is_idempotent():
     model = llava()
     vlm_fast.patch(model)
     classes = [type(module) for module in model.modules()]
@@ -140,7 +140,7 @@ def test_patching_twice_changes_nothing():
     assert vlm_fast.unpatch(model) == 0
 
 
-def test_two_models_do_not_share_a_patch():
+def test_unpatching_one_model_leaves_others_patched():
     first, second = llava(), llava()
     report = vlm_fast.patch(first)
     vlm_fast.patch(second, saved="input")
@@ -197,7 +197,7 @@ def test_save_pretrained(tmp_path):
     torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
 
 
-def test_inside_a_peft_model():
+def test_patch_inside_a_peft_model():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(llava(), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
     inputs = prompt()
@@ -208,7 +208,7 @@ def test_inside_a_peft_model():
         torch.testing.assert_close(model(**inputs).logits, expected)
 
 
-def test_modes_and_hooks_of_the_connector_itself():
+def test_connector_modes_and_hooks_are_kept():
     module, fired = Projector(), []
     module.register_forward_hook(lambda m, args, y: fired.append(m))
     vlm_fast.patch(module)
@@ -232,7 +232,7 @@ def test_gradient_checkpointing(reentrant):
         torch.testing.assert_close(parameter.grad, gradient)
 
 
-def test_mistakes_change_nothing():
+def test_invalid_arguments_raise_and_change_nothing():
     model = llava()
     with pytest.raises(TypeError, match="unexpected keyword argument 'save'"):
         vlm_fast.patch(model, save="input")
@@ -243,14 +243,14 @@ def test_mistakes_change_nothing():
     assert vlm_fast.explain(model) == {}
 
 
-def test_nothing_to_patch():
+def test_patch_without_connectors_warns_or_raises():
     with pytest.warns(UserWarning, match="no connector of Linear was patched"):
         vlm_fast.patch(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no connector of Linear"):
         vlm_fast.patch(nn.Linear(2, 2), strict=True)
 
 
-def test_zero3_is_refused_and_nothing_changed():
+def test_zero3_parameters_raise_and_change_nothing():
     model = llava()
     model.model.multi_modal_projector.linear_2.weight.ds_id = 4
     with pytest.raises(
@@ -260,7 +260,7 @@ def test_zero3_is_refused_and_nothing_changed():
     assert vlm_fast.explain(model) == {}
 
 
-def test_no_images_still_reach_every_parameter():
+def test_zero_images_give_zero_gradients_to_all_parameters():
     module = Projector()
     vlm_fast.patch(module)
     with vlm_fast.strict():
@@ -270,7 +270,7 @@ def test_no_images_still_reach_every_parameter():
         assert gradient is not None and not gradient.any()
 
 
-def test_the_merge_waits_for_nothing_and_leaks_no_type(monkeypatch):
+def test_merge_does_not_sync_and_returns_plain_tensors(monkeypatch):
     """As on CUDA: neither the count check nor its message reads a number."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -318,12 +318,12 @@ def test_from_module_shares_parameters():
         MLPProjector(8, 8, activation="softplus")
 
 
-def test_projector_keys_are_llavas():
+def test_projector_keys_match_llava():
     source = llava().model.multi_modal_projector
     assert list(MLPProjector(48, 64).state_dict()) == list(source.state_dict())
 
 
-def test_chains_carry_their_names():
+def test_find_chain_returns_attribute_names():
     chain = find_chain(llava().model.multi_modal_projector)
     calls = ("linear_1", "act", "linear_2")
     assert chain[:3] == (calls, "image_features", "preactivation")

@@ -51,7 +51,7 @@ def same(model, fast, given):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_family
-def test_parity(family, dtype):
+def test_parity_with_unpatched(family, dtype):
     model, fast, given = pair(family, dtype)
     with vlm_fast.strict():
         same(model, fast, given)
@@ -60,12 +60,12 @@ def test_parity(family, dtype):
 @pytest.mark.parametrize(
     "changes", [dict(alpha_type="vector"), dict(qk_layer_norms=False)], ids=str
 )
-def test_parity_of_other_idefics(changes):
+def test_parity_of_idefics_variants(changes):
     same(*pair("idefics", **changes))
 
 
 @every_family
-def test_generated_tokens_are_the_same(family):
+def test_generated_tokens_match_unpatched(family):
     model, fast, given = pair(family)
     options = dict(max_new_tokens=8, do_sample=False, output_logits=True)
     for several in (dict(), dict(num_beams=3, num_return_sequences=2)):
@@ -87,7 +87,7 @@ def projections(model):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_images_are_projected_once_in_a_generation(mode):
+def test_images_are_projected_once_per_generation(mode):
     _, fast, given = pair("idefics")
     made = projections(fast)
     with mode():
@@ -96,7 +96,7 @@ def test_images_are_projected_once_in_a_generation(mode):
             assert len(made) == count * len(fast.model.gated_cross_attn_layers)
 
 
-def test_nothing_is_kept_of_a_generation_that_ended():
+def test_image_cache_is_freed_after_generation():
     _, fast, given = pair("idefics")
     with torch.inference_mode():
         found = fast.generate(**given, max_new_tokens=3, return_dict_in_generate=True)
@@ -108,7 +108,7 @@ def test_nothing_is_kept_of_a_generation_that_ended():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("write", ["copy_", "data"])
-def test_one_buffer_for_every_picture(mode, write):
+def test_reused_image_buffer_is_read_again(mode, write):
     """The cache object, too, may serve one request after the other."""
     model, fast, given = pair("idefics")
     given.pop("pixel_values")
@@ -136,7 +136,7 @@ def test_one_buffer_for_every_picture(mode, write):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_the_mask_of_the_whole_context_is_not_prepared(monkeypatch):
+def test_full_cross_attention_mask_is_not_built(monkeypatch):
     model, fast, given = pair("mllama")
     prepared = []
     module = "transformers.models.mllama.modeling_mllama._prepare_cross_attention_mask"
@@ -150,7 +150,7 @@ def test_the_mask_of_the_whole_context_is_not_prepared(monkeypatch):
 
 
 @every_family
-def test_what_falls_back_gives_the_same(family):
+def test_fallback_layers_match_unpatched(family):
     """A layer with an adapter or a hook, between layers that are fused."""
     model, fast, given = pair(family)
     name = "cross_attn.q_proj"
@@ -168,7 +168,7 @@ def test_what_falls_back_gives_the_same(family):
 
 
 @every_family
-def test_a_bias_of_the_mlp_is_not_left_out(family):
+def test_mlp_bias_is_applied(family):
     model, fast, given = pair(family)
     bias = torch.nn.Parameter(torch.randn(64))
     for m in (model, fast):
@@ -181,7 +181,7 @@ def test_a_bias_of_the_mlp_is_not_left_out(family):
         )
 
 
-def test_attention_maps_of_mllama_are_those_of_its_own_forward():
+def test_mllama_attention_maps_match_unpatched():
     model, fast, given = pair("mllama")
     with torch.no_grad():
         found = fast(**given, output_attentions=True).attentions
@@ -191,7 +191,7 @@ def test_attention_maps_of_mllama_are_those_of_its_own_forward():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_mllama_without_a_mask_sees_every_tile():
+def test_mllama_without_mask_attends_to_all_tiles():
     model, fast, given = pair("mllama")  # eager: the default implementation crops, and is wrong
     del given["cross_attention_mask"]
     same(model, fast, given)
@@ -207,7 +207,7 @@ def test_mllama_without_a_mask_sees_every_tile():
     ],
     ids=str,
 )
-def test_a_mask_of_one_token_or_sample_stands_for_all(family, mask, part):
+def test_mask_broadcasts_over_tokens_and_batch(family, mask, part):
     model, fast, given = pair(family)
     given[mask] = given[mask][part]
     with vlm_fast.strict():
@@ -223,7 +223,7 @@ def taken_apart(value):
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def test_what_a_model_inside_is_given_can_be_taken_apart():
+def test_language_model_inputs_can_be_rebuilt_by_hooks():
     model, fast, given = pair("mllama")
     fast.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: (taken_apart(args), taken_apart(kwargs)), with_kwargs=True
@@ -232,7 +232,7 @@ def test_what_a_model_inside_is_given_can_be_taken_apart():
         same(model, fast, given)
 
 
-def test_what_a_model_inside_is_given_exports():
+def test_language_model_inputs_can_be_exported():
     _, fast, given = pair("mllama")
     seen = {}
     inner = fast.model.language_model
@@ -248,7 +248,7 @@ def test_what_a_model_inside_is_given_exports():
         )
 
 
-def test_an_idefics_layer_on_its_own():
+def test_single_idefics_layer_matches_unpatched():
     model, fast, _ = pair("idefics")
     torch.manual_seed(5)
     x, images = torch.randn(2, 7, 64), torch.randn(2, 12, 40)
@@ -274,7 +274,7 @@ def test_gradient_checkpointing(family):
 
 
 @every_family
-def test_revert(family):
+def test_revert_restores_unpatched_model(family):
     model, fast, given = pair(family)
     assert vlm_fast.unpatch(fast) > 2
     assert [type(m) for m in fast.modules()] == [type(m) for m in model.modules()]
@@ -282,7 +282,7 @@ def test_revert(family):
         assert torch.equal(fast(**given).logits, model(**given).logits)
 
 
-def test_more_images_than_a_set_holds_go_the_old_way():
+def test_more_than_64_images_fall_back():
     model, fast, given = pair("idefics")
     mask = given["image_attention_mask"]
     given["image_attention_mask"] = mask.repeat_interleave(22, 2)  # 66
@@ -302,14 +302,14 @@ def test_more_images_than_a_set_holds_go_the_old_way():
         ("mllama", dict(cross_attention_mask=torch.ones(2, 11, 3, 2).long()), "6 tiles"),
     ],
 )
-def test_mistakes_are_named(family, change, said):
+def test_invalid_arguments_raise(family, change, said):
     _, fast, given = pair(family)
     with pytest.raises(ValueError, match=said), torch.no_grad():
         fast(**(given | change))
 
 
 @every_family
-def test_verify_judges_the_gated_layers(family, monkeypatch):
+def test_verify_covers_the_gated_layers(family, monkeypatch):
     """Each against its base, which takes masks where the patched layer is given sets."""
     _, fast, given = pair(family)
     right = vlm_fast.verify(fast, **given)

@@ -43,7 +43,7 @@ def same(model, other, **given):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_whole_models(name):
+def test_whole_models_match_unpatched(name):
     model, inputs = whole(name)
 
     def step():
@@ -70,7 +70,7 @@ def test_whole_models(name):
         torch.testing.assert_close(after[key], expected, rtol=1e-4, atol=close)
 
 
-def test_verify_judges_the_qformer_as_a_whole():
+def test_verify_covers_the_whole_qformer():
     """Its queries are one for all images, and so is their gradient."""
     torch.manual_seed(0)
     model = blip2(**SMALL)
@@ -82,7 +82,7 @@ def test_verify_judges_the_qformer_as_a_whole():
     assert [c.what for c in verification.connectors] == ["FusedQFormerModel"]
 
 
-def test_granite_speech_projector():
+def test_granite_speech_projector_matches_unpatched():
     from transformers.models.granite_speech.modeling_granite_speech import (
         GraniteSpeechEncoderProjector,
     )
@@ -101,7 +101,7 @@ def test_granite_speech_projector():
         torch.testing.assert_close(projector(sound), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_hidden_states_are_collected_and_attentions_fall_back():
+def test_hidden_states_are_returned_and_attentions_fall_back():
     plain, fast = blip2("eager", **SMALL), patched(blip2("eager", **SMALL))
     for _ in range(2):  # transformers leaves its hooks behind
         with vlm_fast.strict():
@@ -122,7 +122,7 @@ def test_hidden_states_are_collected_and_attentions_fall_back():
                 torch.testing.assert_close(mine, other)
 
 
-def test_lora_runs_through_its_own_layers():
+def test_lora_layers_run():
     peft = pytest.importorskip("peft")
     fast, plain = patched(), blip2(**SMALL)
     models = []
@@ -190,7 +190,7 @@ def test_checkpointing(reentrant):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_dropout_under_checkpointing_is_the_same_twice():
+def test_dropout_is_identical_when_checkpoint_recomputes():
     model = patched().train()
 
     def gradients(checkpointed):
@@ -204,7 +204,7 @@ def test_dropout_under_checkpointing_is_the_same_twice():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_hidden_states_have_the_batch_of_the_model():
+def test_hidden_states_have_the_full_batch_size():
     """Where somebody looks at what comes before the image, nothing is shared between images."""
     plain, fast = blip2(**SMALL), patched()
     query = torch.randn(1, 4, 48).expand(3, -1, -1)
@@ -224,7 +224,7 @@ def test_hidden_states_have_the_batch_of_the_model():
         assert shapes[0] == shapes[1], name
 
 
-def test_layers_of_a_shared_qformer_are_checkpointed_as_they_were():
+def test_checkpointing_of_shared_layers_is_unchanged():
     model = blip2(**SMALL).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -254,7 +254,7 @@ def test_layers_of_a_shared_qformer_are_checkpointed_as_they_were():
 
 
 @pytest.mark.parametrize("implementation", ["mine", "sdpa", "eager"])
-def test_an_attention_of_somebody_else_is_called(implementation, monkeypatch):
+def test_custom_attention_is_called(implementation, monkeypatch):
     """One that was registered, and one put in the place of transformers' own."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -276,7 +276,7 @@ def test_an_attention_of_somebody_else_is_called(implementation, monkeypatch):
     assert any("attention" in reason for reason in vlm_fast.explain(fast).values())
 
 
-def test_copies_and_pickles_stay_patched_and_revert():
+def test_copies_and_pickles_stay_patched_until_reverted():
     fast, plain = patched(), blip2(**SMALL)
     assert fast.state_dict().keys() == plain.state_dict().keys()
     for model in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
@@ -294,14 +294,14 @@ def test_saved_and_loaded(tmp_path):
     same(type(blip2(**SMALL)).from_pretrained(tmp_path), fast)
 
 
-def test_compiles_into_one_graph():
+def test_compiles_to_one_graph():
     fast, plain = patched(), blip2(**SMALL)
     graphs = CompileCounterWithBackend("aot_eager")
     same(torch.compile(fast, fullgraph=True, backend=graphs), plain)
     assert graphs.frame_count == 1
 
 
-def test_fp16_loads_keep_fp32_unless_asked(tmp_path):
+def test_fp16_loading_keeps_qformer_in_fp32_by_default(tmp_path):
     config = transformers.Blip2Config(
         vision_config=VISION, qformer_config=QFORMER, text_config=TEXT, num_query_tokens=5
     )
@@ -324,7 +324,7 @@ def test_fp16_loads_keep_fp32_unless_asked(tmp_path):
 
 
 @pytest.mark.parametrize("model", [blip2, instructblip])
-def test_missing_and_misshapen_images_are_named(model):
+def test_missing_or_misshapen_images_raise(model):
     fast = patched(model(**SMALL))
     query = torch.randn(2, 5, 48)
     ids = {} if model is blip2 else dict(input_ids=torch.zeros(2, 3, dtype=torch.long))
@@ -334,7 +334,7 @@ def test_missing_and_misshapen_images_are_named(model):
 
 
 @pytest.mark.parametrize("padding", [[], [(0, 4)]], ids=["", "padded"])
-def test_the_attention_interface(padding):
+def test_attention_interface(padding):
     name = vlm_fast.register_attention()
     plain, ours = blip2("sdpa", **SMALL), blip2("sdpa", **SMALL)
     ours.set_attn_implementation(name)
@@ -345,7 +345,7 @@ def test_the_attention_interface(padding):
     assert vlm_fast.stats()["cross_attention"]["fast"] == 5  # three of self-, two of cross-
 
 
-def test_the_attention_interface_with_text():
+def test_attention_interface_with_text():
     name = vlm_fast.register_attention()
     models = [instructblip("sdpa", **SMALL), instructblip("sdpa", **SMALL)]
     models[0].set_attn_implementation(name)
@@ -355,6 +355,6 @@ def test_the_attention_interface_with_text():
     same(*models, **given)
 
 
-def test_recognised_by_the_module():
+def test_from_module_refuses_other_modules():
     with pytest.raises(ValueError, match="without 'layernorm'"):
         QFormer.from_module(torch.nn.Linear(2, 2))

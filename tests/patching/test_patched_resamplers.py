@@ -101,7 +101,7 @@ def same(fast, plain, x, mask):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("hidden", [False, True], ids=["all", "masked"])
 @every_family
-def test_parity(family, hidden, dtype):
+def test_parity_with_unpatched(family, hidden, dtype):
     plain, fast = pair(family, dtype)
     with vlm_fast.strict():
         same(fast, plain, *FAMILIES[family][1](dtype, hidden))
@@ -136,7 +136,7 @@ WAYS = [
 
 @pytest.mark.parametrize("write", WAYS)
 @pytest.mark.parametrize("patches", [17, 90], ids=["few", "composed"])
-def test_weights_are_read_as_they_are(write, patches):
+def test_weights_written_in_place_are_used(write, patches):
     """However they are written to: averages of weights and merged adapters leave no trace."""
     plain, fast = pair("aria")
     for m in (plain, fast):
@@ -151,7 +151,7 @@ def test_weights_are_read_as_they_are(write, patches):
             torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
-def test_arias_projections_with_a_bias_are_not_composed():
+def test_aria_projections_with_bias_are_not_folded():
     plain, fast = pair("aria")
     bias = torch.nn.Parameter(torch.randn(24))
     for m in (fast, plain):
@@ -162,7 +162,7 @@ def test_arias_projections_with_a_bias_are_not_composed():
 
 
 @every_family
-def test_a_hook_is_not_passed_by(family):
+def test_hook_on_a_linear_fires(family):
     plain, fast = pair(family)
     for m in (plain, fast):
         linear = next(c for n, c in m.named_modules() if n.endswith("k_proj"))
@@ -187,7 +187,7 @@ def kosmos(version):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("version", ["", "_5"])
-def test_kosmos_is_that_of_eager_attention(version, dtype):
+def test_kosmos_matches_eager_attention(version, dtype):
     plain = kosmos(version).to(dtype)
     fast = copy.deepcopy(plain)
     fast.x_attn.config._attn_implementation = "sdpa"  # the default; of Kosmos-2 it is wrong
@@ -210,7 +210,7 @@ def first(module, x):
     return dict(zip(["y", "x", *parameters], [y.detach(), *found], strict=True))
 
 
-def test_kosmos_with_eager_attention_gives_its_maps():
+def test_kosmos_with_eager_attention_returns_attention_maps():
     plain = kosmos("")
     fast = copy.deepcopy(plain)
     vlm_fast.patch(fast, strict=True)
@@ -239,13 +239,13 @@ def test_zero_images_and_revert(family):
         ("aria", torch.ones(3, 17), "True where hidden"),
     ],
 )
-def test_mistakes_are_named(family, mask, said):
+def test_invalid_arguments_raise(family, mask, said):
     _, fast = pair(family)
     with pytest.raises((TypeError, ValueError), match=said):
         fast(FAMILIES[family][1](torch.float32, False)[0], mask)
 
 
-def test_aria_names_the_numbers_of_patches_it_takes():
+def test_aria_error_lists_valid_patch_counts():
     _, fast = pair("aria")
     with pytest.raises(KeyError, match="16"), pytest.warns(vlm_fast.VlmFastFallbackWarning):
         fast(torch.randn(2, 16, 24))

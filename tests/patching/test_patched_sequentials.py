@@ -22,7 +22,7 @@ from vlm_fast.modules import SequentialProjector
 pytestmark = pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
 
 
-def test_it_is_what_it_was():
+def test_patched_sequential_keeps_type_keys_and_signature():
     plain, fast = pair()
     assert isinstance(fast, nn.Sequential) and len(fast) == 3
     assert [*map(type, fast)] == [nn.Linear, nn.GELU, nn.Linear]
@@ -39,7 +39,7 @@ def test_it_is_what_it_was():
 
 
 @both
-def test_steps_of_training_and_loading(make):
+def test_training_steps_and_state_dict_loading(make):
     plain, fast = make(3)
     for _ in range(2):
         for module in (plain, fast):
@@ -74,7 +74,7 @@ def test_mm_projector_bin_loads():
         (dict(activation="softplus"), "activation is 'softplus', expected one of"),
     ],
 )
-def test_wrong_options_are_named(options, said):
+def test_invalid_options_raise(options, said):
     with pytest.raises(ValueError, match=said):
         SequentialProjector(3, 4, **options)
 
@@ -93,7 +93,7 @@ PARTS = {
 
 @both
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_computes_what_it_holds(make, part):
+def test_slices_and_sums_match_plain(make, part):
     plain, fast = (PARTS[part](m) for m in make(3))
     x = torch.randn(3, plain[0].in_features if isinstance(plain[0], nn.Linear) else HIDDEN)
     calls, _ = assert_alike(fast, plain, x)
@@ -149,7 +149,7 @@ EDITS = {
 
 @both
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
-def test_edited_in_place(make, edit):
+def test_in_place_edits_match_plain(make, edit):
     plain, fast = make()
     fast(X)  # nothing of before is remembered
     for module in (plain, fast):
@@ -182,7 +182,7 @@ def _saved(m):
 
 @both
 @pytest.mark.parametrize("clone", [copy.deepcopy, _pickled, _saved])
-def test_copies(make, clone):
+def test_copies_match_plain(make, clone):
     plain, fast = make(3)
     fast(X)
     twin = clone(fast)
@@ -200,7 +200,7 @@ def test_copies(make, clone):
         assert vlm_fast.unpatch(twin) == 1 and type(twin) is nn.Sequential
 
 
-def test_copies_of_a_class_of_linears():
+def test_copies_of_an_mlp_class():
     """Its recipe names functions."""
     module = FunctionalMlp()
     vlm_fast.patch(module, strict=True)
@@ -243,7 +243,7 @@ WRAPS = {
 
 @both
 @pytest.mark.parametrize("wrap", WRAPS, ids=lambda wrap: wrap.__name__)
-def test_a_wrapped_child_is_called_and_the_rest_is_fused(make, wrap):
+def test_wrapped_child_is_called_and_the_rest_is_fused(make, wrap):
     plain, fast = make(3)
     for module in (plain, fast):
         wrap(module)

@@ -56,7 +56,7 @@ def test_device_map(family, offloaded, tmp_path):
 
 
 @every_family
-def test_what_is_dispatched_is_not_patched_over(family, tmp_path):
+def test_dispatched_modules_are_not_patched(family, tmp_path):
     """Its hooks stand in the place of its forward; what does not need that is patched still."""
     plain, _, given = pair(family)
     model = dispatched(copy.deepcopy(plain), family, tmp_path, False)
@@ -68,7 +68,7 @@ def test_what_is_dispatched_is_not_patched_over(family, tmp_path):
 
 
 @every_family
-def test_a_checkpoint_dispatched_into_an_empty_patched_model(family, tmp_path):
+def test_load_checkpoint_and_dispatch_into_patched_model(family, tmp_path):
     plain, _, given = pair(family)
     file = str(tmp_path / "pytorch_model.bin")
     torch.save(plain.state_dict(), file)
@@ -98,7 +98,7 @@ def pickled(model):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, torch_saved])
 @every_family
-def test_copies_are_patched_models_of_their_own(family, copied):
+def test_copies_are_independent_patched_models(family, copied):
     plain, fast, given = pair(family)
     twin = copied(fast)
     assert [type(m) for m in twin.modules()] == [type(m) for m in fast.modules()]
@@ -112,7 +112,7 @@ def test_copies_are_patched_models_of_their_own(family, copied):
 
 
 @every_family
-def test_checkpoints_are_those_of_the_plain_model(family, tmp_path):
+def test_checkpoints_match_unpatched(family, tmp_path):
     plain, fast, given = pair(family)
     assert list(fast.state_dict()) == list(plain.state_dict())
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_checkpoints_are_those_of_the_plain_model(family, tmp_path):
 
 
 @every_family
-def test_patches_of_two_models_are_apart(family):
+def test_patches_of_two_models_are_independent(family):
     plain, fast, given = pair(family)
     again = vlm_fast.patch(fast)
     assert not again.patched

@@ -35,7 +35,7 @@ def by_source(method):
         return str(reason)
 
 
-def test_source_and_answers_agree():
+def test_source_reader_and_probing_agree():
     apart = {}
     for name, kind in CLASSES.items():
         asked = by_asking(kind.get_placeholder_mask)
@@ -48,7 +48,7 @@ def test_source_and_answers_agree():
     assert apart == {}
 
 
-def test_masks_go_straight_to_the_merge():
+def test_masks_are_used_only_by_the_merge():
     astray = {}
     for name, kind in CLASSES.items():
         if isinstance(image_token_merge.recognise(torch.nn.Module.__new__(kind)), MaskSpec):
@@ -59,7 +59,7 @@ def test_masks_go_straight_to_the_merge():
     assert astray == {}
 
 
-def test_every_served_class_gives_its_own_masks_and_merges():
+def test_patched_mask_methods_match_unpatched():
     """Its method by itself, unpatched and patched, on other ids than those it was asked about."""
     torch.manual_seed(0)
     ids, embeds = torch.randint(0, 6, (3, 40)), torch.randn(3, 40, 5)
@@ -101,7 +101,7 @@ def listed(answer):
     return list(answer) if isinstance(answer, tuple) else [answer]
 
 
-def test_most_classes_are_served():
+def test_most_classes_are_recognised():
     found = [image_token_merge.recognise(torch.nn.Module.__new__(k)) for k in CLASSES.values()]
     served = sum(isinstance(form, MaskSpec) for form in found)
     assert served >= 0.7 * len(found)

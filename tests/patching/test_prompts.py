@@ -64,7 +64,7 @@ def test_left_padding(name):
 
 
 @pytest.mark.parametrize("name", ["idefics", "mllama", *tiny_qformers.FAMILIES])
-def test_left_padding_of_the_others(name):
+def test_left_padding_of_other_models(name):
     model, given = others(name)
     plain, fast = pair_of(model)
     given["attention_mask"][1, :2] = 0
@@ -81,7 +81,7 @@ def others(name):
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl", "qwen2_5_vl", "gemma3", "llava_next"])
-def test_leaf_embeddings_that_require_gradients(name):
+def test_inputs_embeds_as_a_leaf_with_gradients(name):
     """They are not written to, and have a gradient where text is, none where pictures are."""
     model, given = build(name)
     ids = given.pop("input_ids")
@@ -104,7 +104,7 @@ def test_leaf_embeddings_that_require_gradients(name):
 
 @pytest.mark.parametrize("name", ["llava", "internvl", "qwen2_5_vl", "gemma3", "idefics3"])
 @pytest.mark.parametrize("after", ["the picture", "a prefix of text"])
-def test_a_prompt_in_chunks(name, after):
+def test_chunked_prefill(name, after):
     """Text after a cached picture, and a picture after cached text."""
     model, given = build(name)
     ids = given["input_ids"]
@@ -134,7 +134,7 @@ def test_a_prompt_in_chunks(name, after):
 
 
 @pytest.mark.parametrize("name", ["mllama", "idefics"])
-def test_generation_in_chunks_of_the_prompt(name):
+def test_generation_with_chunked_prefill(name):
     model, given = others(name)
     plain, fast = pair_of(model)
     for chunk in (4, 7):
@@ -146,7 +146,7 @@ def test_generation_in_chunks_of_the_prompt(name):
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl of images", "llava_next"])
-def test_beams_with_several_grids(name):
+def test_beam_search_with_several_grids(name):
     model, given = build(name)
     plain, fast = pair_of(model)
     texts = [text_of(m, given, num_beams=3, num_return_sequences=2) for m in (plain, fast)]
@@ -157,7 +157,7 @@ def test_beams_with_several_grids(name):
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl", "qwen2_5_vl", "gemma3"])
-def test_rows_with_two_none_and_one_picture(name):
+def test_rows_with_two_zero_and_one_images(name):
     model, given = build(name)
     plain, fast = pair_of(model)
     count = int((given["input_ids"][0] == IMAGE).sum())
@@ -179,7 +179,7 @@ def test_rows_with_two_none_and_one_picture(name):
 
 
 @pytest.mark.parametrize("name", ["mllama", "idefics"])
-def test_a_row_without_a_picture(name):
+def test_row_without_an_image(name):
     """All that it could see is hidden; the other row is as it was."""
     model, given = others(name)
     plain, fast = pair_of(model)
@@ -196,7 +196,7 @@ def test_a_row_without_a_picture(name):
 
 @pytest.mark.parametrize("grids", [[[1, 2, 6], [3, 2, 2]], [[3, 6, 2], [1, 2, 2]]])
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "exaone4_5"])
-def test_videos_of_odd_grids(name, grids):
+def test_videos_with_odd_grids(name, grids):
     """Odd numbers of frames and of blocks along a side, another grid in each row."""
     model, given = build(name)
     plain, fast = pair_of(model)
@@ -233,7 +233,7 @@ def onevision(**config):
     return model
 
 
-def test_one_and_two_pictures_in_a_onevision_batch():
+def test_onevision_batch_with_one_and_two_images_per_row():
     """Of several pictures in a row each is one tile; of a lone one there is a grid."""
     model = onevision()
     plain, fast = pair_of(model)
@@ -256,7 +256,7 @@ def test_one_and_two_pictures_in_a_onevision_batch():
 
 
 @pytest.mark.parametrize("most", [1, 2, 9])
-def test_the_most_tiles_are_those_of_the_config(most):
+def test_maximum_tile_count_follows_config(most):
     model = onevision(
         vision_aspect_ratio=f"anyres_max_{most}",
         image_grid_pinpoints=[[16 * i, 16 * j] for i in range(1, 4) for j in range(1, 4)],

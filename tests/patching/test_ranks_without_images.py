@@ -19,7 +19,7 @@ from vlm_fast.modules import MLPProjector
 from vlm_fast.training.recipes import RECIPES
 
 
-def connector_is_that_of_one_process(rank, world, kind, spread, counts):
+def connector_matches_one_process(rank, world, kind, spread, counts):
     """Output, and gradients averaged over the ranks; ``counts``: images on each."""
     make, given = CONNECTORS[kind]
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def connector_is_that_of_one_process(rank, world, kind, spread, counts):
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def text_alone_trains_on_with_the_others(rank, world, family, sharded):
+def text_only_rank_trains_with_other_ranks(rank, world, family, sharded):
     """One rank has no image: no rank waits, and gradients are those of one process."""
     plain, fast, given = pair(family)
     for model in (plain, fast):
@@ -85,7 +85,7 @@ def skipped(family):
     return {"model.multi_modal_projector", *layers}
 
 
-def a_zero_touches_what_trains(rank, world):
+def touch_parameters_covers_trainable_parameters(rank, world):
     module = nn.Sequential(nn.Linear(3, 4), MLPProjector(4, 5))
     module[0].bias.requires_grad_(False)
     module[0].weight.data.fill_(torch.nan)
@@ -102,7 +102,7 @@ def a_zero_touches_what_trains(rank, world):
     assert "forward" not in vars(sharded)
 
 
-def recipes_touch_behind_a_tower_of_units(rank, world):
+def recipes_touch_parameters_behind_sharded_tower(rank, world):
     """Every layer a unit, those of the frozen tower too, whose gathers both ranks must ask for."""
     models = [tiny_llava.llava() for _ in range(2)]
     for one in models:
@@ -127,16 +127,16 @@ def recipes_touch_behind_a_tower_of_units(rank, world):
 
 
 CHECKS = [
-    (connector_is_that_of_one_process, kind, spread, counts)
+    (connector_matches_one_process, kind, spread, counts)
     for kind in CONNECTORS
     for spread in ("FSDP2, connectors", "DDP")
     for counts in ((3, 2), (3, 0))
 ] + [
-    (a_zero_touches_what_trains,),
-    (recipes_touch_behind_a_tower_of_units,),
-    (text_alone_trains_on_with_the_others, "llava", False),
-    (text_alone_trains_on_with_the_others, "llava", True),
-    (text_alone_trains_on_with_the_others, "mllama", False),
+    (touch_parameters_covers_trainable_parameters,),
+    (recipes_touch_parameters_behind_sharded_tower,),
+    (text_only_rank_trains_with_other_ranks, "llava", False),
+    (text_only_rank_trains_with_other_ranks, "llava", True),
+    (text_only_rank_trains_with_other_ranks, "mllama", False),
 ]
 
 

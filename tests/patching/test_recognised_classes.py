@@ -163,7 +163,7 @@ def of_transformers(name, model_type):
 
 
 @of_release
-def test_no_class_is_missing():
+def test_all_classes_are_listed():
     assert ASKING.keys() == MERGE | NO_MERGE.keys()
     assert {**CANDIDATES, **OTHER_NAMES}.keys() == PROJECTORS.keys()
     assert PACKING.keys() == PACK | NO_PACK
@@ -171,13 +171,13 @@ def test_no_class_is_missing():
 
 @of_release
 @pytest.mark.parametrize("name", sorted(MERGE | NO_MERGE.keys()))
-def test_merges(name):
+def test_recognised_merges(name):
     found = image_token_merge.recognise(nn.Module.__new__(of_transformers(name, ASKING[name])))
     assert isinstance(found, MaskSpec) if name in MERGE else found == NO_MERGE[name]
 
 
 @pytest.mark.parametrize("name", sorted(MERGING.keys() - ASKING.keys()))
-def test_a_model_that_merges_by_itself_is_named(name):
+def test_models_with_own_merge_code_are_reported(name):
     kind = of_transformers(name, MERGING[name])
     forward = inspect.getsource(inspect.unwrap(kind.forward))
     merges = ".masked_scatter(" in forward or "self.inputs_merger(" in forward
@@ -189,7 +189,7 @@ def test_a_model_that_merges_by_itself_is_named(name):
 
 
 @pytest.mark.parametrize("name", PACKING)
-def test_packs_of_tiles(name):
+def test_recognised_anyres_packing(name):
     module = nn.Module.__new__(of_transformers(name, PACKING[name]))
     assert anyres.is_anyres_model(module) == (name in PACK)
     merge = image_token_merge.recognise(module)
@@ -200,7 +200,7 @@ def test_packs_of_tiles(name):
 
 @of_release
 @pytest.mark.parametrize("name", PROJECTORS)
-def test_projectors(name):
+def test_recognised_projectors(name):
     model_type = CANDIDATES.get(name) or OTHER_NAMES[name]
     config = transformers.CONFIG_MAPPING[model_type.replace("unispeech_sat", "unispeech-sat")]
     with torch.device("meta"):

@@ -28,7 +28,7 @@ def ways(name):
 
 
 @pytest.mark.parametrize("name", slow_but((*REPRESENTATIVES, *OTHERS), CASES))
-def test_patched_as_unpatched(name):
+def test_patched_matches_unpatched(name):
     expected, found = served()[name].get(RELEASE), examined(name, ways(name))
     assert expected is not None, "make versions has not written what is served"
     assert (found["outcome"] in ("-", "n/a")) == (expected["outcome"] in ("-", "n/a")), found

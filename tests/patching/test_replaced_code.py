@@ -157,7 +157,7 @@ def every(which):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_forward_replaced_in_its_class_runs(name, when, monkeypatch):
+def test_forward_replaced_in_its_class_runs(name, when, monkeypatch):
     """Of each patched class, and of each class inside one."""
     model, inputs = built(name)
     before = answers(model, inputs)
@@ -215,7 +215,7 @@ every_change = pytest.mark.parametrize("change", slow_but([subclass, hook], CHAN
 
 @every_change
 @pytest.mark.parametrize("name", MODELS)
-def test_a_changed_child_runs(name, change):
+def test_changed_child_runs(name, change):
     model, inputs = built(name)
     for path in places(name)[1]:
         plain, fast = copy.deepcopy(model), copy.deepcopy(model)
@@ -228,7 +228,7 @@ def test_a_changed_child_runs(name, change):
 
 @pytest.mark.parametrize("change", slow_but([pre_hook], [own_forward, hook, pre_hook]))
 @pytest.mark.parametrize("name", MODELS)
-def test_a_changed_connector_runs_as_it_is_called(name, change):
+def test_changed_connector_runs(name, change):
     """Hooks of a patched module see the arguments of its class, and what they change counts."""
     model, inputs = built(name)
     for path in places(name)[0]:
@@ -240,7 +240,7 @@ def test_a_changed_connector_runs_as_it_is_called(name, change):
 
 
 @pytest.mark.parametrize("name", ["llava", "blip2", "flamingo block"])
-def test_a_call_replaced_in_a_class_of_torch_runs(name, monkeypatch):
+def test_call_replaced_in_a_torch_class_runs(name, monkeypatch):
     model, inputs = built(name)
     fast = copy.deepcopy(model)
     vlm_fast.patch(fast)
@@ -290,7 +290,7 @@ def callable_children(module):
 
 @every_change
 @pytest.mark.parametrize("name", OWN)
-def test_a_changed_child_of_this_packages_modules_runs(name, change):
+def test_changed_child_of_vlm_fast_modules_runs(name, change):
     module, plain, inputs = own(name)
     for path in callable_children(module):
         if change is pre_hook and path.startswith("encoder") and path.count(".") < 3:
@@ -303,7 +303,7 @@ def test_a_changed_child_of_this_packages_modules_runs(name, change):
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_a_forward_replaced_in_a_class_of_torch_runs(name, monkeypatch):
+def test_forward_replaced_in_a_torch_class_runs(name, monkeypatch):
     module, plain, inputs = own(name)
     answers(module, inputs)
     for kind in (nn.LayerNorm, nn.Linear, nn.Dropout):
@@ -312,7 +312,7 @@ def test_a_forward_replaced_in_a_class_of_torch_runs(name, monkeypatch):
             assert_alike(module, plain, inputs)
 
 
-def test_what_cannot_be_called_is_refused():
+def test_changed_modules_that_are_never_called_raise():
     """Containers that only name their children, and modules that are restated."""
     qformer = copy.deepcopy(own("QFormer")[0])
     inputs = own("QFormer")[2]

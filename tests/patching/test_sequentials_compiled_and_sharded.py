@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind", [nn.Sequential, nn.Linear, nn.GELU])
-def test_a_forward_replaced_in_its_class_runs(kind, when, monkeypatch):
+def test_forward_replaced_in_its_class_runs(kind, when, monkeypatch):
     plain = stirred(mlp(3, WIDTH, HIDDEN))
     fast, forward = copy.deepcopy(plain), kind.forward
     if when == "after":
@@ -39,7 +39,7 @@ def test_a_forward_replaced_in_its_class_runs(kind, when, monkeypatch):
     assert not why or f"{kind.__name__}.forward has been replaced" in why[""]
 
 
-def test_a_forward_or_an_iteration_of_its_own():
+def test_custom_forward_or_iter_is_not_patched():
     class Twice(nn.Sequential):
         def __iter__(self):
             return iter([*super().__iter__()] * 2)
@@ -53,7 +53,7 @@ def test_a_forward_or_an_iteration_of_its_own():
         vlm_fast.patch(module)
 
 
-def test_revert_gives_every_class_back():
+def test_revert_restores_all_classes():
     model = nn.Sequential(*mlp(2, WIDTH, HIDDEN), SimpleResBlock(HIDDEN))
     report = vlm_fast.patch(model)
     assert report.patched.keys() == {"", "3.proj"}
@@ -68,7 +68,7 @@ def test_revert_gives_every_class_back():
 
 @both
 @pytest.mark.parametrize("depth", [2, 3])
-def test_compiled_whole(make, depth):
+def test_compiles_to_one_graph(make, depth):
     plain, fast = make(depth)
     expected = gradients(plain, X)
     torch._dynamo.reset()
@@ -79,7 +79,7 @@ def test_compiled_whole(make, depth):
 
 
 @pytest.mark.parametrize("name", ["timm Mlp", "functional", "QuickGELU", "VILA mlp_downsample"])
-def test_other_structures_compiled_whole(name):
+def test_other_structures_compile_to_one_graph(name):
     from tests.support.chain_structures import STRUCTURES
 
     make, shape, *_ = STRUCTURES[name]
@@ -92,7 +92,7 @@ def test_other_structures_compiled_whole(name):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_with_a_child_that_is_called():
+def test_compiles_with_a_wrapped_child():
     plain, fast = (TimmMlp(0.5).train() for _ in range(2))
     fast.load_state_dict(plain.state_dict())
     vlm_fast.patch(fast)
@@ -133,7 +133,7 @@ Status = Enum("Status", ["NOT_AVAILABLE", "AVAILABLE"])
 
 
 @both
-def test_only_parameters_that_zero3_gathered_are_read(make):
+def test_only_gathered_zero3_parameters_are_read(make):
     _, fast = make(3)
     for status in (Status.AVAILABLE, Status.NOT_AVAILABLE):
         for i, parameter in enumerate(fast.parameters()):
@@ -146,7 +146,7 @@ def test_only_parameters_that_zero3_gathered_are_read(make):
                 fast(X)
 
 
-def test_it_is_a_connector():
+def test_patched_sequential_is_listed_by_connectors():
     model = nn.ModuleDict({"mm_projector": mlp(2), "other": mlp(1)})
     model["res"] = nn.Sequential(*mlp(2), SimpleResBlock(HIDDEN))
     vlm_fast.patch(model)
@@ -154,7 +154,7 @@ def test_it_is_a_connector():
     assert names == ["mm_projector", "res"]
 
 
-def a_unit_of_fsdp2(rank, world, make, inside):
+def fsdp2_unit_matches_one_process(rank, world, make, inside):
     """The whole, or a unit ``inside`` of a model: gradients as in one process."""
     torch.manual_seed(0)
     single, sharded = make(3)
@@ -177,5 +177,10 @@ def a_unit_of_fsdp2(rank, world, make, inside):
 @pytest.mark.multiprocess
 def test_on_two_ranks(tmp_path):
     on_ranks(
-        tmp_path, [(a_unit_of_fsdp2, make, inside) for make in (pair, own) for inside in (0, 1)]
+        tmp_path,
+        [
+            (fsdp2_unit_matches_one_process, make, inside)
+            for make in (pair, own)
+            for inside in (0, 1)
+        ],
     )

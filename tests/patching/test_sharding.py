@@ -47,7 +47,7 @@ def in_one_process(family, world, lora):
     return single, losses
 
 
-def whole_model_is_that_of_one_process(rank, world, family, spread, lora):
+def whole_model_matches_one_process(rank, world, family, spread, lora):
     """Steps of SGD, a row of the batch on each rank: losses, gradients, weights.
 
     ``lora``: with adapters in the connector and in the language model.
@@ -72,7 +72,7 @@ def whole_model_is_that_of_one_process(rank, world, family, spread, lora):
 # ---- mixed precision, tensor parallelism, the order of patching ----
 
 
-def mixed_precision_is_as_good_as_unpatched(rank, world, family):
+def mixed_precision_is_as_accurate_as_unpatched(rank, world, family):
     plain, fast, given = pair(family)
     exact = plain(**of_row(given, rank))
     exact.loss.backward()
@@ -139,7 +139,7 @@ def tensor_parallelism_falls_back(rank, world, family):
     assert "DTensor" in vlm_fast.explain(fast)[name]
 
 
-def refuse_after_sharding(rank, world):
+def patch_after_sharding_raises(rank, world):
     projector = tiny_llava.llava().model.multi_modal_projector
     sharded = fully_shard(projector)
     kind = type(sharded)
@@ -148,7 +148,7 @@ def refuse_after_sharding(rank, world):
     assert type(sharded) is kind
 
 
-def refuse_dtensors(rank, world):
+def dtensor_parameters_raise(rank, world):
     mesh = init_device_mesh("cpu", (world,))
     args = [torch.randn(3, 4), torch.randn(6, 4), None, torch.randn(2, 6), None]
     spread = [None if a is None else distribute_tensor(a, mesh, [Replicate()]) for a in args]
@@ -158,7 +158,7 @@ def refuse_dtensors(rank, world):
         vlm_fast.ops.mlp(args[0], spread[1], None, spread[3], None)
 
 
-def revert_after_sharding_is_refused(rank, world):
+def revert_after_sharding_raises(rank, world):
     model = tiny_llava.llava()
     report = vlm_fast.patch(model)
     projector = model.model.multi_modal_projector
@@ -171,7 +171,7 @@ def revert_after_sharding_is_refused(rank, world):
     projector.unshard()
 
 
-def a_qformer_sharded_by_layers(rank, world, unit):
+def qformer_sharded_by_layer_matches_one_process(rank, world, unit):
     """A unit for each layer, for the encoder too, or for the whole: as in one process."""
     sizes = {k: v for k, v in tiny_qformers.SMALL.items() if k != "vocab_size"}
     torch.manual_seed(0)
@@ -205,18 +205,23 @@ def a_qformer_sharded_by_layers(rank, world, unit):
 
 CHECKS = {
     "whole models": [
-        (whole_model_is_that_of_one_process, family, spread, spread == "FSDP2, layers")
+        (whole_model_matches_one_process, family, spread, spread == "FSDP2, layers")
         for family in FAMILIES
         for spread in SPREADS
     ],
-    "mixed precision": [(mixed_precision_is_as_good_as_unpatched, family) for family in FAMILIES],
+    "mixed precision": [
+        (mixed_precision_is_as_accurate_as_unpatched, family) for family in FAMILIES
+    ],
     "tensor parallel": [(tensor_parallelism_falls_back, family) for family in FAMILIES],
     "refusals": [
-        (refuse_after_sharding,),
-        (refuse_dtensors,),
-        (revert_after_sharding_is_refused,),
+        (patch_after_sharding_raises,),
+        (dtensor_parameters_raise,),
+        (revert_after_sharding_raises,),
     ],
-    "Q-Former": [(a_qformer_sharded_by_layers, unit) for unit in ("layers", "encoder", "root")],
+    "Q-Former": [
+        (qformer_sharded_by_layer_matches_one_process, unit)
+        for unit in ("layers", "encoder", "root")
+    ],
 }
 
 

@@ -87,7 +87,7 @@ def labels(inputs):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_patched_is_the_same_model(name):
+def test_patched_matches_unpatched(name):
     model, inputs = build(name)
     generate = dict(inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     before, text = step(model, inputs), model.generate(**generate)
@@ -153,7 +153,7 @@ def logits_and_waits(model, inputs, asking):
 
 
 @pytest.mark.parametrize("name", MERGE)
-def test_merge_neither_waits_nor_leaks_its_type(name, monkeypatch):
+def test_merge_does_not_sync_and_returns_plain_tensors(name, monkeypatch):
     """As on CUDA, where the placeholders are counted by the merge, on the device."""
     model, inputs = build(name)
     asking = [m for m in model.modules() if isinstance(image_token_merge.recognise(m), MaskSpec)]
@@ -179,7 +179,7 @@ def test_merge_neither_waits_nor_leaks_its_type(name, monkeypatch):
     torch.testing.assert_close(patched, logits, rtol=1e-4, atol=2e-6)
 
 
-def test_uncounted_sounds_may_outnumber_their_placeholders():
+def test_audio_features_may_outnumber_placeholders():
     """As in the model itself, whose audio merge checks nothing."""
     model, inputs = build("qwen2_5_omni")
     inputs["input_ids"][0, inputs["input_ids"][0] == AUDIO] = 9
@@ -189,7 +189,7 @@ def test_uncounted_sounds_may_outnumber_their_placeholders():
 
 
 @pytest.mark.parametrize("name", ["llava", "video_llava", "llava_onevision", "qwen3_vl"])
-def test_counts_are_checked(name):
+def test_wrong_placeholder_counts_raise(name):
     model, inputs = build(name)
     inputs["input_ids"][0, (inputs["input_ids"][0] == IMAGE).nonzero()[0]] = 9
     patch(name, model)
@@ -218,7 +218,7 @@ def graphs_of(name):
 
 
 @pytest.mark.parametrize("name", slow_but(["vipllava"], ["vipllava", "deepseek_vl"]))
-def test_compiled_whole(name):
+def test_model_compiles_to_one_graph(name):
     graphs = graphs_of(name)
     assert graphs["patched"] == 1 < graphs["plain"]
 
@@ -230,6 +230,6 @@ def merger_compiles_into_one_graph(number):
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_a_merger_compiled_whole():
+def test_merger_compiles_to_one_graph():
     """In a process of its own: after all other tests Dynamo breaks its graph, reset or not."""
     start(merger_compiles_into_one_graph, (), 1)

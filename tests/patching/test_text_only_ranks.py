@@ -31,7 +31,7 @@ def freeze_tower(name, model):
         piece.requires_grad_(True)
 
 
-def text_alone_trains_on(rank, world, name, sharded, kinds):
+def text_only_rank_trains(rank, world, name, sharded, kinds):
     plain, fast = plain_and_patched(name)
     for model in (plain, fast):
         freeze_tower(name, model)
@@ -57,7 +57,7 @@ def text_alone_trains_on(rank, world, name, sharded, kinds):
     same(fast, plain, lambda p: p.grad)
 
 
-def a_parameter_is_touched(rank, world):
+def touch_parameters_accepts_a_parameter(rank, world):
     projector, newline = nn.Linear(2, 3), nn.Parameter(torch.full((3,), torch.inf))
     vlm_fast.touch_parameters(projector, newline).backward()
     assert not newline.grad.any() and not projector.weight.grad.any()
@@ -67,11 +67,11 @@ def a_parameter_is_touched(rank, world):
 @pytest.mark.multiprocess
 def test_on_two_ranks(tmp_path):
     checks = [
-        (text_alone_trains_on, name, sharded, kinds)
+        (text_only_rank_trains, name, sharded, kinds)
         for name in ("qwen3_vl", "llava_onevision")
         for sharded in (False, True)
         for kinds in (BOTH[:1], BOTH[1:])
         # A video alone leaves the newline of pictures out on every rank, patched or not.
         if (name, kinds) != ("llava_onevision", BOTH[1:]) or sharded
     ]
-    on_ranks(tmp_path, [(a_parameter_is_touched,), *checks])
+    on_ranks(tmp_path, [(touch_parameters_accepts_a_parameter,), *checks])

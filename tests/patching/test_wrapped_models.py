@@ -68,7 +68,7 @@ def test_lora(family, where):
 
 
 @every_family
-def test_unloaded_adapters_leave_the_model_as_it_was(family):
+def test_unloading_adapters_restores_the_model(family):
     plain, fast, given = pair(family)
     names, classes = list(fast.state_dict()), [type(m) for m in fast.modules()]
     unloaded = with_lora(fast, FAMILIES[family].adapted).unload()
@@ -79,7 +79,7 @@ def test_unloaded_adapters_leave_the_model_as_it_was(family):
 
 
 @every_family
-def test_patched_inside_peft(family):
+def test_patch_inside_a_peft_model(family):
     """The other order, and an adapter that is switched off."""
     plain, _, given = pair(family)
     expected = step(with_lora(copy.deepcopy(plain), FAMILIES[family].adapted), given)
@@ -142,7 +142,7 @@ def test_gradient_checkpointing_with_lora(family, reentrant):
 
 
 @every_family
-def test_layers_in_torchs_checkpoint_wrapper(family):
+def test_layers_in_torch_checkpoint_wrapper(family):
     """As accelerate and FSDP trainers set it around layers."""
     plain, fast, given = pair(family)
     given["use_cache"] = False  # computed again, a layer would write to the cache twice
@@ -190,7 +190,7 @@ def test_autocast(family, dtype):
 
 
 @every_family
-def test_accumulated_gradients_are_those_of_one_batch(family):
+def test_accumulated_gradients_match_one_batch(family):
     """Four micro-batches of a row each."""
     plain, fast, given = pair(family)
     given = {name: torch.cat((value, value)) for name, value in given.items()}
@@ -253,6 +253,6 @@ def compiles_into_one_graph(number):
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_compiled_whole_in_one_graph():
+def test_whole_model_compiles_to_one_graph():
     """In processes of their own: after all other tests Dynamo breaks graphs, reset or not."""
     start(compiles_into_one_graph, (), len(COMPILED))

@@ -45,7 +45,7 @@ def leaves(monkeypatch):
 
 
 @every_family
-def test_leaf_modules_are_the_connectors(family, leaves):
+def test_connectors_become_leaf_modules(family, leaves):
     _, fast, _ = pair(family)
     names = vlm_fast.prepare_zero3(fast)
     assert tuple(names) == tuple(leaves) == FAMILIES[family].connectors
@@ -53,11 +53,11 @@ def test_leaf_modules_are_the_connectors(family, leaves):
 
 
 @pytest.mark.parametrize("kind", CONNECTORS)
-def test_modules_of_ours_are_leaves(kind, leaves):
+def test_vlm_fast_modules_become_leaf_modules(kind, leaves):
     assert vlm_fast.prepare_zero3(Headed(CONNECTORS[kind][0]())) == ["connector"] == leaves
 
 
-def test_inputs_of_a_frozen_tower_ask_for_gradients(leaves):
+def test_connector_inputs_require_grad_behind_a_frozen_tower(leaves):
     connector, seen = MLPProjector(3, 4), []
     vlm_fast.prepare_zero3(connector)
     connector.register_forward_pre_hook(lambda module, args: seen.append(args[0].requires_grad))
@@ -68,7 +68,7 @@ def test_inputs_of_a_frozen_tower_ask_for_gradients(leaves):
     assert seen == [True, False] and not x.requires_grad
 
 
-def test_a_second_call_in_one_forward_is_refused(leaves):
+def test_second_call_in_one_forward_raises(leaves):
     """DeepSpeed would fail in backward, without a word of it."""
     model, given = build("qwen3_vl")
     vlm_fast.patch(model)
@@ -84,7 +84,7 @@ def test_a_second_call_in_one_forward_is_refused(leaves):
         merger(torch.randn(4, 48)).sum().backward()
 
 
-def test_mistakes_are_named(leaves, monkeypatch):
+def test_invalid_arguments_raise(leaves, monkeypatch):
     with pytest.raises(ValueError, match="model is a Linear without a connector; patch it first"):
         vlm_fast.prepare_zero3(nn.Linear(2, 2))
     monkeypatch.setitem(sys.modules, "deepspeed.utils", None)
@@ -142,7 +142,7 @@ def same_gradients(model, single):
     assert compared > 2
 
 
-def whole_model_is_that_of_one_process(rank, world, family, prepared):
+def whole_model_matches_one_process(rank, world, family, prepared):
     plain, fast, given = pair(family)
     if prepared:
         vlm_fast.prepare_zero3(fast)
@@ -158,7 +158,7 @@ def whole_model_is_that_of_one_process(rank, world, family, prepared):
     same_gradients(fast, plain)
 
 
-def a_rank_without_images_is_waited_for_by_none(rank, world, kind, prepared):
+def rank_without_images_does_not_block_others(rank, world, kind, prepared):
     make, given = CONNECTORS[kind]
     torch.manual_seed(0)
     single = Headed(make())
@@ -175,7 +175,7 @@ def a_rank_without_images_is_waited_for_by_none(rank, world, kind, prepared):
     same_gradients(model, single)
 
 
-def pictures_and_videos_train_as_one_process(rank, world, name, prepared):
+def images_and_videos_match_one_process(rank, world, name, prepared):
     """Pictures on one rank and a video on the other, the other way round, and both on both."""
     for kinds in (BOTH[:1], BOTH[1:]), (BOTH[1:], BOTH[:1]), (BOTH, BOTH[::-1]), (BOTH[::-1], BOTH):
         if prepared and len(kinds[0]) > 1:
@@ -196,14 +196,14 @@ def test_on_two_ranks(tmp_path):
     checks = [
         (check, name, prepared)
         for check, names in (
-            (whole_model_is_that_of_one_process, FAMILIES),
-            (a_rank_without_images_is_waited_for_by_none, CONNECTORS),
+            (whole_model_matches_one_process, FAMILIES),
+            (rank_without_images_does_not_block_others, CONNECTORS),
         )
         for name in names
         for prepared in (True, False)
     ]
     checks += [
-        (pictures_and_videos_train_as_one_process, name, prepared)
+        (images_and_videos_match_one_process, name, prepared)
         for name in BATCHES
         for prepared in (True, False)
     ]

@@ -32,7 +32,7 @@ def drawn(monkeypatch):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("of", [None, QFormer.from_module], ids=["made", "kept"])
-def test_stage1(drawn, of, smoothing):
+def test_stage1_matches_reference(drawn, of, smoothing):
     model, head, image_embeds, ids, mask = parts(5)
     image_embeds.requires_grad_()
     found = losses.stage1_loss(
@@ -60,7 +60,7 @@ def test_stage1(drawn, of, smoothing):
             )
 
 
-def test_stage1_takes_a_temperature_and_a_generator():
+def test_stage1_accepts_temperature_and_generator():
     model, head, *batch = parts(4)
     del model.temp
     call = lambda **options: losses.stage1_loss(  # noqa: E731
@@ -85,7 +85,7 @@ def test_stage1_takes_a_temperature_and_a_generator():
         (2, None, "attention_mask NoneType"),
     ],
 )
-def test_mistakes_of_stage1(position, value, words):
+def test_stage1_invalid_arguments_raise(position, value, words):
     model, head, *batch = parts(4)
     batch[position] = value
     with pytest.raises((TypeError, ValueError), match=r"^vlm_fast.stage1_loss: .*expected") as e:
@@ -93,7 +93,7 @@ def test_mistakes_of_stage1(position, value, words):
     assert all(word in str(e.value) for word in words.split())
 
 
-def test_stage1_refuses_a_token_beyond_the_vocabulary_and_a_single_pair():
+def test_stage1_refuses_out_of_vocabulary_token_and_single_pair():
     model, head, *batch = parts(4)
     with pytest.raises(ValueError, match="bos_token_id is 64, expected 0 to 63"):
         losses.stage1_loss(model, *batch, lm_head=head, bos_token_id=64)
@@ -112,7 +112,7 @@ def prompted(batch=3, tokens=6):
 
 @pytest.mark.parametrize("what", ["features", "pixels"])
 @pytest.mark.parametrize("own_labels", [True, False])
-def test_stage2(what, own_labels):
+def test_stage2_matches_reference(what, own_labels):
     model = generative()
     assert losses.freeze(model.language_model) is model.language_model
     losses.freeze(model.vision_model)
@@ -160,7 +160,7 @@ def test_freezing_switches_dropout_off():
     assert torch.autograd.grad(module(x).sum(), x)[0].abs().sum() > 0
 
 
-def test_a_prompt_is_made_in_the_dtype_of_its_projection():
+def test_soft_prompt_has_projection_dtype():
     projection = nn.Linear(4, 6, dtype=torch.bfloat16)
     prompt = losses.soft_prompt(torch.randn(2, 3, 4), projection)
     assert prompt.shape == (2, 3, 6) and prompt.dtype == torch.bfloat16
@@ -177,7 +177,7 @@ def test_a_prompt_is_made_in_the_dtype_of_its_projection():
         (dict(labels="x"), "labels str"),
     ],
 )
-def test_mistakes_of_stage2(change, words):
+def test_stage2_invalid_arguments_raise(change, words):
     ids, mask = prompted()
     arguments = dict(images=torch.zeros(3, 5, 12), input_ids=ids, attention_mask=mask) | change
     with pytest.raises((TypeError, ValueError), match=r"^vlm_fast.stage2_loss: .*expected") as e:
@@ -185,7 +185,7 @@ def test_mistakes_of_stage2(change, words):
     assert all(word in str(e.value) for word in words.split())
 
 
-def test_stage2_refuses_a_language_model_with_an_encoder():
+def test_stage2_refuses_encoder_decoder_language_model():
     model = generative()
     model.language_model.config.is_encoder_decoder = True
     with pytest.raises(ValueError, match="language_model has an encoder"):

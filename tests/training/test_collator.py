@@ -41,7 +41,7 @@ def learned_text(processor, batch, row=0):
     return "".join(word.replace("▁", " ") for word, on in tokens(processor, batch, row) if on)
 
 
-def test_v1_is_vicunas_conversation_with_the_image_first():
+def test_v1_format_is_vicuna_with_the_image_first():
     processor = tiny_processors.llava()
     batch = Collator(processor)([PICTURED])
     text = processor.tokenizer.decode(batch["input_ids"][0])
@@ -54,7 +54,7 @@ def test_v1_is_vicunas_conversation_with_the_image_first():
     assert learned_text(processor, batch) == " a cat</s>red</s>"
 
 
-def test_plain_is_the_image_and_its_caption():
+def test_plain_format_is_image_and_caption():
     processor = tiny_processors.llava()
     batch = Collator(processor, format="plain")([PICTURED])
     text = processor.tokenizer.decode(batch["input_ids"][0])
@@ -65,7 +65,7 @@ def test_plain_is_the_image_and_its_caption():
 
 
 @pytest.mark.parametrize("template", [tiny_processors.CHAT, tiny_processors.UNMARKED])
-def test_a_chat_template_with_and_without_marks(template):
+def test_chat_template_with_and_without_generation_marks(template):
     processor = tiny_processors.llava(chat_template=template)
     collator = Collator(processor)
     assert collator.format == "chat"
@@ -79,7 +79,7 @@ def test_a_chat_template_with_and_without_marks(template):
     assert learned.replace(" ", "") == "acat</s>red</s>"
 
 
-def test_a_template_that_rewrites_earlier_turns_needs_marks():
+def test_template_that_rewrites_earlier_turns_needs_generation_marks():
     rewriting = "{{ messages | length }}" + tiny_processors.UNMARKED
     collator = Collator(tiny_processors.llava(chat_template=rewriting))
     with pytest.raises(ValueError, match=r"mark the answers.*generation"):
@@ -90,7 +90,7 @@ def test_a_template_that_rewrites_earlier_turns_needs_marks():
 
 
 @pytest.mark.parametrize("family", ["llava", "idefics"])
-def test_an_image_between_answers(family):
+def test_image_between_answers(family):
     processor = getattr(tiny_processors, family)()
     batch = Collator(processor)([example("Who?", "a cat", "And here? <image>", "red")])
     assert learned_text(processor, batch) == " a cat</s>red</s>"
@@ -98,7 +98,7 @@ def test_an_image_between_answers(family):
 
 @pytest.mark.parametrize("vocabulary", [300, 500])
 @pytest.mark.parametrize("template", [None, tiny_processors.CHAT, tiny_processors.UNMARKED])
-def test_labels_are_exact_where_tokens_reach_over_the_ends_of_answers(vocabulary, template):
+def test_labels_are_exact_where_tokens_cross_answer_ends(vocabulary, template):
     """Against the characters: each learned token has a part of an answer, all others none."""
     words = tiny_processors.tokenizer(vocabulary, merging=True)
     processor = tiny_processors.llava(words, chat_template=template)
@@ -140,7 +140,7 @@ def test_mixed_and_text_only_batches():
 
 
 @pytest.mark.parametrize("family", ["blip2", "idefics", "mllama"])
-def test_other_families_processors(family):
+def test_processors_of_other_families(family):
     processor = getattr(tiny_processors, family)()
     batch = Collator(processor, format="v1")([PICTURED, PICTURED])
     assert "pixel_values" in batch
@@ -151,12 +151,12 @@ def test_other_families_processors(family):
     assert {v.shape[1] for v in by_token} == {cut["labels"].shape[1]}
 
 
-def test_blip2_would_put_an_image_into_a_row_that_has_none():
+def test_blip2_batch_with_a_text_only_row_is_refused():
     with pytest.raises(TypeError, match="makes other tokens of the text"):
         Collator(tiny_processors.blip2(), format="v1")([PICTURED, TEXT_ONLY])
 
 
-def test_what_is_too_long_is_cut_at_the_end_but_not_in_the_image():
+def test_truncation_cuts_text_but_not_image_tokens():
     processor = tiny_processors.llava(chat_template=tiny_processors.CHAT)
     whole = Collator(processor)([PICTURED])
     first = int((whole["labels"][0] != -100).nonzero()[0])
@@ -169,13 +169,13 @@ def test_what_is_too_long_is_cut_at_the_end_but_not_in_the_image():
             Collator(processor, max_length=length)([PICTURED])
 
 
-def test_a_processors_own_image_token_in_the_text_is_refused():
+def test_image_token_of_the_processor_in_text_is_refused():
     given = example("<image>\nRead <|image|> aloud", "no")
     with pytest.raises(BadRecord, match=r"<\|image\|> 1 times in the text, got 2"):
         Collator(tiny_processors.mllama(), format="v1")([given])
 
 
-def test_wrong_arguments_are_named():
+def test_invalid_arguments_raise():
     processor = tiny_processors.llava()
     with pytest.raises(TypeError, match=r"processor is a .*, expected one with"):
         Collator(copy.copy(processor.tokenizer))
@@ -194,7 +194,7 @@ def test_wrong_arguments_are_named():
             Collator(lacking)
 
 
-def test_a_model_trains_on_batches_from_workers(tmp_path):
+def test_training_with_dataloader_workers(tmp_path):
     records, images = photographs.write(tmp_path, longest=32, views=("whole",))
     data = Conversations(records, images)
     collator = Collator(tiny_processors.llava(), format="plain")
@@ -214,7 +214,7 @@ def test_a_model_trains_on_batches_from_workers(tmp_path):
     assert loss.isfinite() and model.model.multi_modal_projector.linear_1.weight.grad.norm() > 0
 
 
-def test_the_check_finds_what_is_too_long_for_a_processor(tmp_path):
+def test_check_finds_examples_too_long_for_the_processor(tmp_path):
     records, images = photographs.write(tmp_path, longest=32, views=("whole",))
     tiny_processors.llava().save_pretrained(tmp_path / "model")
     names = [one.id for one in Conversations(records, images)]

@@ -19,7 +19,7 @@ def features(batch, queries=5, width=8, dtype=torch.float32):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("local_loss", [True, False])
 @pytest.mark.parametrize("batch", [1, 6])
-def test_contrast(batch, local_loss, smoothing):
+def test_itc_loss_matches_reference(batch, local_loss, smoothing):
     def ours(images, texts, temperature):
         return losses.itc_loss(
             images, texts, temperature, label_smoothing=smoothing, local_loss=local_loss
@@ -33,7 +33,7 @@ def test_contrast(batch, local_loss, smoothing):
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1)])
 @pytest.mark.parametrize("local_loss", [True, False])
-def test_a_temperature_of_one_element_broadcasts(shape, local_loss):
+def test_temperature_of_one_element_broadcasts(shape, local_loss):
     images, texts = features(4)
     temperature = torch.full(shape, 0.07, requires_grad=True)
     found = losses.itc_loss(images, texts, temperature, local_loss=local_loss)
@@ -44,7 +44,7 @@ def test_a_temperature_of_one_element_broadcasts(shape, local_loss):
     torch.testing.assert_close(ours, plain)
 
 
-def test_contrast_gives_the_logits_of_both_directions():
+def test_itc_loss_returns_logits_of_both_directions():
     images, texts = features(6)
     _, i2t, t2i = losses.itc_loss(images, texts, 0.5)
     logits = reference_blip2.itc(images, texts, 0.5)[1]
@@ -52,7 +52,7 @@ def test_contrast_gives_the_logits_of_both_directions():
     torch.testing.assert_close(t2i, logits.t())
 
 
-def test_contrast_of_low_precision_is_summed_in_fp32():
+def test_itc_loss_in_low_precision_sums_in_fp32():
     images, texts = features(6, dtype=torch.bfloat16)
     found = losses.itc_loss(images, texts, 0.07)
     assert {x.dtype for x in found} == {torch.float32}
@@ -81,7 +81,7 @@ def test_contrast_of_low_precision_is_summed_in_fp32():
         (dict(label_smoothing=1.5), ValueError, "label_smoothing 1.5"),
     ],
 )  # fmt: skip
-def test_mistakes_of_contrast(change, exception, words):
+def test_itc_loss_invalid_arguments_raise(change, exception, words):
     images, texts = features(3)
     arguments = dict(image_features=images, text_features=texts, temperature=0.1) | change
     with pytest.raises(exception, match=r"^vlm_fast.itc_loss: .*expected") as error:
@@ -89,7 +89,7 @@ def test_mistakes_of_contrast(change, exception, words):
     assert all(word in str(error.value) for word in words.split())
 
 
-def test_wrong_partners_are_drawn_by_their_similarity():
+def test_hard_negatives_are_drawn_by_similarity():
     draws, offset = 4000, 2
     similarity = torch.randn(3, 6) * 1.5
     similarity.diagonal(offset).fill_(50.0)  # however near it is, the own pair is not drawn
@@ -108,7 +108,7 @@ def test_wrong_partners_are_drawn_by_their_similarity():
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4])
-def test_where_no_partner_is_likely_each_wrong_one_is_as_likely(offset):
+def test_hard_negatives_are_uniform_without_likely_partner(offset):
     similarity = torch.full((3, 8), -math.inf)
     similarity[1] = 3.0  # among others that are as usual
     similarity[2, [offset + 2, 7]] = torch.tensor([2.0, -1e30])
@@ -122,13 +122,13 @@ def test_where_no_partner_is_likely_each_wrong_one_is_as_likely(offset):
     assert counts[2, 7] == (600 if offset < 5 and offset + 2 != 7 else 0)
 
 
-def test_one_column_that_is_not_the_own_pair_is_drawn_however_unlikely():
+def test_single_negative_is_drawn_despite_zero_probability():
     for dtype in (torch.float32, torch.float16):
         similarity = torch.tensor([[5.0, -math.inf], [-math.inf, -math.inf]]).to(dtype)
         assert losses.hard_negatives(similarity, 0).tolist() == [1, 0]
 
 
-def test_a_generator_repeats_the_draw():
+def test_hard_negatives_are_reproducible_by_generator():
     similarity = torch.randn(50, 50)
     first, again = (
         losses.hard_negatives(similarity, 0, torch.Generator().manual_seed(3)) for _ in range(2)
@@ -148,13 +148,13 @@ def test_a_generator_repeats_the_draw():
         ([[0.0, 1.0]], 0, TypeError, "similarity list"),
     ],
 )
-def test_mistakes_of_drawing(similarity, offset, exception, words):
+def test_hard_negatives_invalid_arguments_raise(similarity, offset, exception, words):
     with pytest.raises(exception, match=r"^vlm_fast.hard_negatives: .*expected") as error:
         losses.hard_negatives(similarity, offset)
     assert all(word in str(error.value) for word in words.split())
 
 
-def test_rows_without_a_group():
+def test_exchange_rows_without_process_group():
     tensor, rows = torch.randn(4, 3, requires_grad=True), torch.tensor([2, 0, 2])
     found = losses.exchange_rows(tensor, rows)
     assert torch.equal(found, tensor[rows])
@@ -166,12 +166,12 @@ def test_rows_without_a_group():
     "rows",
     [torch.zeros(2), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)],
 )
-def test_mistakes_of_exchange(rows):
+def test_exchange_rows_invalid_arguments_raise(rows):
     with pytest.raises(ValueError, match=r"^vlm_fast.exchange_rows: rows .*expected"):
         losses.exchange_rows(torch.zeros(4, 3), rows)
 
 
-def test_matching():
+def test_itm_loss_matches_reference():
     labels = torch.tensor([1, 1, 0, 0, 0, 0])
 
     def plain(logits):
@@ -197,6 +197,6 @@ def test_matching():
         (torch.zeros(6, 5, 2), torch.zeros(6)),
     ],
 )
-def test_mistakes_of_matching(logits, labels):
+def test_itm_loss_invalid_arguments_raise(logits, labels):
     with pytest.raises(ValueError, match=r"^vlm_fast.itm_loss: .*expected"):
         losses.itm_loss(logits, labels)

@@ -19,12 +19,12 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @every_family
-def test_fused_training_is_unfused_training(family):
+def test_fused_training_matches_unfused(family):
     """Nearer to each other than fp32 to fp64: most ops of a CPU are ATen's in another order."""
     fused_training_is_unfused_training(family, torch.float32, "cpu", allowed=1)
 
 
-def test_fused_training_under_autocast():
+def test_fused_training_under_autocast_matches_unfused():
     fused_training_is_unfused_training("mllama", torch.bfloat16, "cpu")
 
 
@@ -37,7 +37,7 @@ def test_fused_training_under_autocast():
         ("mllama", "gated_mlp", "x", 1.01),
     ],
 )
-def test_a_wrong_gradient_is_seen(family, op, argument, factor, monkeypatch):
+def test_wrong_gradient_is_detected(family, op, argument, factor, monkeypatch):
     """One gradient of one op is dropped, or 1 % too large, and all else is right."""
     op = OPS[op]
     wrong, right = op.tensors.index(argument), op._path.backward
@@ -54,7 +54,7 @@ def test_a_wrong_gradient_is_seen(family, op, argument, factor, monkeypatch):
 
 
 @every_family
-def test_what_is_said_hangs_on_the_photograph(family):
+def test_logits_depend_on_the_image(family):
     model, inputs = prepared(family)
     others = inputs | {"pixel_values": inputs["pixel_values"].roll(1, 0)}
     with torch.no_grad():

@@ -26,7 +26,7 @@ def text(batch=3, tokens=7, hidden=8, vocabulary=50):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("rows_at_a_time", [1, 4, 1000])
-def test_generation(monkeypatch, dtype, smoothing, with_bias, rows_at_a_time):
+def test_itg_loss_matches_reference(monkeypatch, dtype, smoothing, with_bias, rows_at_a_time):
     monkeypatch.setitem(cross_entropy.LOGITS_AT_ONCE, "cpu", 50 * rows_at_a_time)
     hidden, weight, labels, bias = text()
 
@@ -39,7 +39,7 @@ def test_generation(monkeypatch, dtype, smoothing, with_bias, rows_at_a_time):
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
-def test_generation_gives_the_gradients_that_are_wanted(wanted):
+def test_itg_loss_computes_only_wanted_gradients(wanted):
     hidden, weight, labels, bias = text()
     tensors = [hidden, weight, bias]
     for i in wanted:
@@ -53,7 +53,7 @@ def test_generation_gives_the_gradients_that_are_wanted(wanted):
         torch.testing.assert_close(ours, plain)
 
 
-def test_generation_on_what_pads_everything_is_nan_as_in_pytorch():
+def test_itg_loss_of_all_ignored_labels_is_nan_as_in_pytorch():
     hidden, weight, labels, _ = text()
     hidden.requires_grad_()
     loss = losses.itg_loss(hidden, weight, torch.full_like(labels, -100))
@@ -61,7 +61,7 @@ def test_generation_on_what_pads_everything_is_nan_as_in_pytorch():
     assert reference_blip2.itg(hidden, weight, torch.full_like(labels, -100)).isnan()
 
 
-def test_generation_ignores_another_label():
+def test_itg_loss_with_another_ignore_index():
     hidden, weight, labels, _ = text()
     labels[labels == -100] = 0
     torch.testing.assert_close(
@@ -70,7 +70,7 @@ def test_generation_ignores_another_label():
     )
 
 
-def test_generation_under_autocast():
+def test_itg_loss_under_autocast():
     hidden, weight, labels, bias = text()
     inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
 
@@ -99,7 +99,7 @@ def learnt(size=6.0, hidden=64, vocabulary=500):
 
 @pytest.mark.parametrize("scale", [65536.0, 32768.0, 3000.0, 1.0])
 @pytest.mark.parametrize("size", [0.1, 6.0, 12.0, 40.0])
-def test_the_scale_of_a_loss_in_fp16_reaches_its_gradients_before_they_are_rounded(scale, size):
+def test_fp16_loss_scale_is_applied_before_gradients_are_rounded(scale, size):
     hidden, weight, labels, bias = learnt(size)
 
     def gradients(loss, dtype):
@@ -117,7 +117,7 @@ def test_the_scale_of_a_loss_in_fp16_reaches_its_gradients_before_they_are_round
         assert ours <= 1.5 * theirs, name  # rounded twice, unless the scale is a power of two
 
 
-def test_sums_over_many_tokens_in_fp16_stay_in_range_whatever_the_scale():
+def test_fp16_sums_over_many_tokens_do_not_overflow():
     """A feature of one sign adds up over tokens; the mean is in range, and so is its gradient."""
     hidden = torch.full((4, 801, 8), 60.0).half()
     weight, labels = torch.zeros(50, 8).half(), torch.zeros(4, 801, dtype=torch.int64)
@@ -130,7 +130,7 @@ def test_sums_over_many_tokens_in_fp16_stay_in_range_whatever_the_scale():
     torch.testing.assert_close(found[0], torch.full((8,), 60.0 * (1 / 50 - 1)).half())
 
 
-def test_a_gradient_of_the_gradient_is_refused(monkeypatch):
+def test_double_backward_raises(monkeypatch):
     hidden, weight, labels, bias = text()
     inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
 
@@ -153,7 +153,7 @@ def test_a_gradient_of_the_gradient_is_refused(monkeypatch):
     refuses()
 
 
-def test_generation_has_no_tensor_of_all_logits(monkeypatch):
+def test_itg_loss_never_allocates_all_logits(monkeypatch):
     monkeypatch.setitem(cross_entropy.LOGITS_AT_ONCE, "cpu", 16 * 4000)
     hidden, weight, labels, bias = text(batch=8, tokens=65, hidden=16, vocabulary=4000)
     inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
@@ -180,14 +180,14 @@ def test_generation_has_no_tensor_of_all_logits(monkeypatch):
         (dict(weight=None), TypeError, "weight NoneType"),
     ],
 )
-def test_mistakes_of_generation(change, exception, words):
+def test_itg_loss_invalid_arguments_raise(change, exception, words):
     arguments = dict(zip(("hidden", "weight", "labels", "bias"), text(), strict=True)) | change
     with pytest.raises(exception, match=r"^vlm_fast.itg_loss: .*expected") as error:
         losses.itg_loss(**arguments)
     assert all(word in str(error.value) for word in words.split())
 
 
-def test_the_head_is_berts():
+def test_lm_head_matches_bert():
     transformers = pytest.importorskip("transformers")
     from transformers.models.bert.modeling_bert import BertLMPredictionHead
 

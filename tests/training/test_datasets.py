@@ -113,7 +113,7 @@ def written(folder, *records, lines=False):
 
 @pytest.mark.parametrize("lines", [False, True])
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_record_is_named_and_stops_or_is_skipped(tmp_path, images, name, lines):
+def test_bad_record_raises_or_is_skipped(tmp_path, images, name, lines):
     bad, kind, words = BAD[name]
     path = written(tmp_path, GOOD, bad, PICTURED | {"id": "b"}, lines=lines)
     with pytest.raises(BadRecord, match=words) as stopped:
@@ -125,7 +125,7 @@ def test_a_bad_record_is_named_and_stops_or_is_skipped(tmp_path, images, name, l
 
 
 @pytest.mark.parametrize("name", BAD_PICTURES)
-def test_a_bad_picture_is_found_beforehand_and_in_training(tmp_path, images, name):
+def test_bad_image_is_found_by_check_and_in_training(tmp_path, images, name):
     image, kind, words = BAD_PICTURES[name]
     bad = record("<image>", "me", id="bad", image=image)
     path = written(tmp_path, GOOD, bad, PICTURED | {"id": "b"})
@@ -159,7 +159,7 @@ TORN = {
 
 
 @pytest.mark.parametrize("name", TORN)
-def test_a_file_that_is_no_list_of_json_stops_always(tmp_path, images, name):
+def test_file_that_is_not_a_json_list_raises(tmp_path, images, name):
     content, words = TORN[name]
     path = tmp_path / "data.json"
     path.write_text(content)
@@ -168,7 +168,7 @@ def test_a_file_that_is_no_list_of_json_stops_always(tmp_path, images, name):
             Records(path, on_bad=how)
 
 
-def test_bytes_that_are_no_utf_8(tmp_path):
+def test_invalid_utf8_raises(tmp_path):
     (tmp_path / "data.json").write_bytes(b'["\xff"]')
     with pytest.raises(BadRecord, match=r"JSON in UTF-8, got .*0xff"):
         Records(tmp_path / "data.json", on_bad="skip")
@@ -181,7 +181,7 @@ def test_bytes_that_are_no_utf_8(tmp_path):
 @pytest.mark.parametrize("lines", [False, True])
 @pytest.mark.parametrize("ascii_only", [False, True])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_records_are_found_again_by_their_bytes(tmp_path, lines, ascii_only, mark):
+def test_records_are_read_by_byte_offset(tmp_path, lines, ascii_only, mark):
     records = [record("¿Qué? 🐈", f"né {n} 猫", id=f"é{n}") for n in range(5)]
     dump = [json.dumps(one, ensure_ascii=ascii_only) for one in records]
     text = "\n".join(dump) if lines else " [\n" + " , ".join(dump) + "\n] \n"
@@ -192,7 +192,7 @@ def test_records_are_found_again_by_their_bytes(tmp_path, lines, ascii_only, mar
     assert read[4].turns[1].text == "né 4 猫"
 
 
-def test_nothing_good_and_no_folder(tmp_path, images):
+def test_no_good_record_or_missing_folder_raises(tmp_path, images):
     path = written(tmp_path, "oops")
     with pytest.raises(ValueError, match="no good record among 1"):
         Conversations(path, images, on_bad="skip")
@@ -207,7 +207,7 @@ def test_nothing_good_and_no_folder(tmp_path, images):
         Conversations(tmp_path / "nowhere.json", images)
 
 
-def test_captions_are_first_answers_of_those_with_an_image(tmp_path):
+def test_captions_are_first_answers_of_records_with_image(tmp_path):
     records, images = photographs.write(tmp_path, longest=16, views=("whole",))
     content = json.loads(records.read_text())
     records.write_text(json.dumps([GOOD | {"id": "text"}, *content]))
@@ -219,7 +219,7 @@ def test_captions_are_first_answers_of_those_with_an_image(tmp_path):
     assert len(Conversations(records, images)) == len(data) + 1
 
 
-def test_a_duplicate_id_is_a_warning(tmp_path, images):
+def test_duplicate_id_warns(tmp_path, images):
     path = written(tmp_path, GOOD, PICTURED, GOOD | {"id": "c"})
     data = Conversations(path, images)
     assert len(data) == 3
@@ -228,7 +228,7 @@ def test_a_duplicate_id_is_a_warning(tmp_path, images):
     ]
 
 
-def test_what_happens_as_pictures_vanish(tmp_path, images):
+def test_image_deleted_during_training_stops_or_is_replaced(tmp_path, images):
     path = written(tmp_path, *(PICTURED | {"id": str(n), "image": f"{n}.png"} for n in range(3)))
     stopping, data = Conversations(path, images), Conversations(path, images, on_bad="skip")
     (images / "1.png").unlink()
@@ -243,7 +243,7 @@ def test_what_happens_as_pictures_vanish(tmp_path, images):
     assert data.replaced == 3
 
 
-def test_the_file_may_be_replaced_but_not_rewritten(tmp_path, images):
+def test_file_may_be_replaced_but_not_modified(tmp_path, images):
     path = written(tmp_path, GOOD, PICTURED)
     data = Conversations(path, images)
     sent = pickle.dumps(data)
@@ -259,7 +259,7 @@ def test_the_file_may_be_replaced_but_not_rewritten(tmp_path, images):
         data[1]
 
 
-def test_each_file_is_decoded_once(tmp_path, images, monkeypatch):
+def test_check_decodes_each_image_once(tmp_path, images, monkeypatch):
     path = written(tmp_path, *(PICTURED | {"id": str(n)} for n in range(5)))
     opened = []
     real = Image.open
@@ -281,7 +281,7 @@ def call(*arguments):
     return CliRunner().invoke(main.app, ["data", "check", *map(str, arguments)])
 
 
-def test_the_command_prints_all_bad_records_and_counts_them(tmp_path, images):
+def test_command_prints_and_counts_bad_records(tmp_path, images):
     bad = [content for content, _, _ in BAD.values()]
     bad += [record("<image>", "x", image=image, id=image) for image, *_ in BAD_PICTURES.values()]
     many = [PICTURED | {"id": str(n), "image": "nowhere.png"} for n in range(30)]
@@ -305,7 +305,7 @@ def test_the_command_prints_all_bad_records_and_counts_them(tmp_path, images):
     assert "stopped at the first bad record" in stopped.stdout
 
 
-def test_a_file_that_may_not_be_read_is_a_wrong_argument(tmp_path, images, monkeypatch):
+def test_unreadable_file_is_a_usage_error(tmp_path, images, monkeypatch):
     def refused(path):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -319,7 +319,7 @@ def test_a_file_that_may_not_be_read_is_a_wrong_argument(tmp_path, images, monke
     assert found.exit_code == main.Exit.USAGE and "Permission denied" in found.stderr
 
 
-def test_the_command_passes_what_is_good_and_refuses_what_is_not_there(tmp_path, images):
+def test_command_passes_good_data_and_refuses_missing_file(tmp_path, images):
     path = written(tmp_path, GOOD, PICTURED)  # ids twice: a warning is no failure
     found = call("--data", path, "--images", images, "--json")
     assert found.exit_code == 0 and json.loads(found.stdout)["ok"]

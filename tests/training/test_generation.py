@@ -21,7 +21,7 @@ def written(folder, boxes=BOXES):
     return paths
 
 
-def test_scenes_have_boxes_as_shares_of_the_picture(tmp_path):
+def test_scenes_have_boxes_relative_to_image_size(tmp_path):
     assert read_scenes(*written(tmp_path)) == [
         Scene(
             7, "7.png", ("A dog on a chair.", "A chair."),
@@ -54,7 +54,7 @@ ANNOTATIONS = {
 
 
 @pytest.mark.parametrize("name", ANNOTATIONS)
-def test_annotations_of_another_shape_are_named(tmp_path, name):
+def test_annotations_of_wrong_structure_raise(tmp_path, name):
     content, words = ANNOTATIONS[name]
     paths = written(tmp_path)
     paths[0].write_text(content if isinstance(content, str) else json.dumps(content))
@@ -69,7 +69,7 @@ def test_annotations_of_another_shape_are_named(tmp_path, name):
      ({"bbox": [1, 2, 3, "4"]}, r"annotations\[0\].bbox: "),
      ({"image_id": "7"}, r"annotations\[0\].image_id: .* a whole number, got '7'")],
 )  # fmt: skip
-def test_boxes_of_another_shape_are_named(tmp_path, change, words):
+def test_boxes_of_wrong_structure_raise(tmp_path, change, words):
     one = {**BOXES["annotations"][0], **change}
     with pytest.raises(BadRecord, match=rf"^the file, instances.json: {words}"):
         read_scenes(*written(tmp_path, {**BOXES, "annotations": [one]}))
@@ -90,7 +90,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_an_answer_is_not_what_was_asked_for(name):
+def test_parse_answer_refuses_bad_answers(name):
     text, words = BAD[name]
     with pytest.raises(BadAnswer, match=re.escape(words)):
         parse_answer(EXAMPLE, "reasoning", text)
@@ -99,7 +99,7 @@ def test_an_answer_is_not_what_was_asked_for(name):
             parse_answer(EXAMPLE, "conversation", few)
 
 
-def test_answers_are_records():
+def test_parse_answer_returns_records():
     for text in (
         '[{"question": "x", "answer": "y"}]',
         '```json\n[{"question": "x ", "answer": "y"}]\n```',
@@ -116,7 +116,7 @@ def test_answers_are_records():
     assert len(set(first)) > 10  # all questions, the image before and after
 
 
-def test_a_resume_log_of_something_else_is_not_written_on(tmp_path):
+def test_resume_log_of_another_run_is_not_overwritten(tmp_path):
     path, log_header = tmp_path / "out.json.resume.jsonl", {"model": "m"}
     with ResumeLog(path, log_header) as ours:
         ours.add("7-detail", failed="no")
@@ -163,7 +163,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("rate", [60, 7, 120, 0.5])
-def test_no_minute_has_more_than_the_rate(rate):
+def test_rate_limiter_allows_at_most_rate_per_minute(rate):
     clock = Clock()
     limit = RateLimit(rate, clock=clock, sleep=clock.sleep)
     times = []
@@ -177,7 +177,7 @@ def test_no_minute_has_more_than_the_rate(rate):
     assert times[-1] - times[0] <= 300 * 60 / rate + 300 * 0.01 + 6 * 13.7
 
 
-def test_it_waits_as_long_as_it_must():
+def test_rate_limiter_spaces_calls_evenly():
     clock = Clock()
     limit = RateLimit(6, clock=clock, sleep=clock.sleep)
     limit.wait()
@@ -209,14 +209,14 @@ NO_BOXES = {
 
 
 @pytest.mark.parametrize("name", NO_BOXES)
-def test_what_is_no_box_in_its_picture_is_left_out_and_named(tmp_path, name):
+def test_invalid_boxes_are_left_out_and_reported(tmp_path, name):
     scenes, issues = as_it_is(tmp_path, box=NO_BOXES[name])
     assert [box.name for box in scenes[0].boxes] == ["chair"] and scenes[1].id == 8
     assert [(issue.kind, issue.id) for issue in issues] == [("no box", "7")]
     assert issues[0].field == "instances.json: annotations[0].bbox"
 
 
-def test_a_missing_box_stops_nothing(tmp_path):
+def test_missing_box_does_not_stop(tmp_path):
     for place, count in ((0, 1), (2, 0)):  # the last is of a picture that nobody described
         boxes = json.loads(json.dumps(BOXES))
         del boxes["annotations"][place]["bbox"]
@@ -227,12 +227,12 @@ def test_a_missing_box_stops_nothing(tmp_path):
     assert len(scenes[0].boxes) == 1 and "got nothing" in str(issues[0])
 
 
-def test_a_box_that_reaches_out_of_its_picture_ends_at_the_edge(tmp_path):
+def test_box_is_clipped_to_the_image(tmp_path):
     scenes, issues = as_it_is(tmp_path, box=[150, 50, 500, 500])
     assert scenes[0].boxes[0] == Box("dog", 0.75, 0.5, 1.0, 1.0) and not issues
 
 
-def test_a_crowd_is_told_as_a_group(tmp_path):
+def test_crowd_annotation_is_described_as_group(tmp_path):
     scenes, issues = as_it_is(tmp_path, iscrowd=1)
     assert scenes[0].boxes[0].name == "group of dog"
     assert [(issue.kind, issue.id) for issue in issues] == [("crowd", "7")]
@@ -241,7 +241,7 @@ def test_a_crowd_is_told_as_a_group(tmp_path):
     assert "group of dog: [0.250, " in messages(scenes[0], "detail")[3]["content"]
 
 
-def test_two_pictures_with_one_id_are_both_left_out(tmp_path):
+def test_images_with_duplicate_ids_are_left_out(tmp_path):
     first = CAPTIONS["images"][0]
     for change, left in (({"file_name": "z.png"}, [8]), ({"width": 99}, [8]), ({}, [7, 8])):
         images = [*CAPTIONS["images"], {**first, **change}]
@@ -253,7 +253,7 @@ def test_two_pictures_with_one_id_are_both_left_out(tmp_path):
         assert kinds == ([(*wanted, actual)] if change else [])
 
 
-def test_two_categories_with_one_id_are_both_left_out(tmp_path):
+def test_categories_with_duplicate_ids_are_left_out(tmp_path):
     boxes = {**BOXES, "categories": [*BOXES["categories"], {"id": 1, "name": "cat"}]}
     issues = []
     scenes = read_scenes(*written(tmp_path, boxes), issues=issues)
@@ -261,7 +261,7 @@ def test_two_categories_with_one_id_are_both_left_out(tmp_path):
     assert [issue.kind for issue in issues] == ["duplicate id", "no category"]
 
 
-def test_without_a_list_of_faults_a_warning_counts_them(tmp_path):
+def test_warning_counts_faults_without_a_fault_list(tmp_path):
     annotations = [{**one, "bbox": [0, 0, 0, 0]} for one in BOXES["annotations"]]
     with pytest.warns(UserWarning, match=r"annotations\[0\]\.bbox: .*; in all 2 no box"):
         read_scenes(*written(tmp_path, {**BOXES, "annotations": annotations}))

@@ -57,7 +57,7 @@ def furthest(picture, wanted):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "a.mpo"])
-def test_viewing_order(tmp_path, name, orientation):
+def test_exif_orientation_is_applied(tmp_path, name, orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     exif[ExifTags.Base.Make] = "a camera"
@@ -69,14 +69,14 @@ def test_viewing_order(tmp_path, name, orientation):
     assert furthest(found, wanted) <= (16 if options.get("quality") else 0)
 
 
-def test_viewing_order_by_xmp(tmp_path):
+def test_xmp_orientation_is_applied(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta tiff:Orientation="6"></x:xmpmeta>')
     found = read(tmp_path, PICTURE, "a.png", pnginfo=info)
     assert furthest(found, PICTURE.transpose(Image.Transpose.ROTATE_270)) == 0
 
 
-def test_broken_exif_leaves_a_picture_as_it_is(tmp_path):
+def test_broken_exif_is_ignored(tmp_path):
     found = read(tmp_path, PICTURE, "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
     assert furthest(found, PICTURE) == 0
     # Broken beside an orientation that can be read: an offset beyond the end.
@@ -129,7 +129,7 @@ KINDS = ("RGBA", "LA", "PA", "P, an index", "P, bytes", "L, a value", "1, a valu
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_transparent_shows_the_background(tmp_path, kind):
+def test_transparent_images_are_composed_on_the_background(tmp_path, kind):
     picture, options, colours, alpha = see_through(kind)
     name = "a.tif" if kind == "PA" else "a.png"
     if kind == "PA":  # which no format that Pillow writes has
@@ -142,7 +142,7 @@ def test_what_is_transparent_shows_the_background(tmp_path, kind):
 
 
 @pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "RGBA in a palette"])
-def test_modes_that_only_pictures_in_memory_have(mode):
+def test_modes_of_in_memory_images(mode):
     from vlm_fast.training.data.images import as_rgb
 
     if mode == "RGBA in a palette":
@@ -158,14 +158,14 @@ def test_modes_that_only_pictures_in_memory_have(mode):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm", "a.jp2"])
-def test_grey_of_16_bits_is_scaled(tmp_path, name):
+def test_grey_16_bit_is_scaled(tmp_path, name):
     deep = ramp(65535)
     found = read(tmp_path, Image.fromarray(deep.astype(np.uint16)), name)
     assert furthest(found.getchannel(0), (deep / 257).round()) == 0
     assert ImageChops.difference(found.getchannel(0), found.getchannel(2)).getextrema() == (0, 0)
 
 
-def test_grey_of_other_depths_orders_and_signs(tmp_path):
+def test_grey_of_other_depths_byte_orders_and_signs(tmp_path):
     deep = ramp(65535)
     big = Image.fromarray(deep.astype(">u2"))
     assert big.mode == "I;16B"
@@ -198,7 +198,7 @@ def twelve_bits(values):
 @pytest.mark.parametrize(
     "kind", [np.float32, np.int32, np.int16, ">i2", np.uint32], ids=lambda kind: np.dtype(kind).str
 )
-def test_grey_whose_white_nobody_knows_is_a_fault(tmp_path, kind):
+def test_grey_with_unknown_white_level_is_a_fault(tmp_path, kind):
     tifffile.imwrite(tmp_path / "b.tif", ramp(30000).astype(kind), byteorder=np.dtype(kind).str[0]
                      if np.dtype(kind).str[0] in "<>" else "<")  # fmt: skip
     content = (tmp_path / "b.tif").read_bytes()
@@ -224,7 +224,7 @@ def test_other_modes(tmp_path, mode):
         assert furthest(read(tmp_path, turned, "a.tif"), turned.convert("RGB")) == 0
 
 
-def test_cmyk_jpegs_of_adobe_are_negative_and_others_are_not(tmp_path):
+def test_adobe_cmyk_jpegs_are_inverted(tmp_path):
     stream = io.BytesIO()
     PICTURE.convert("CMYK").save(stream, "JPEG", quality=100)
     content = stream.getvalue()
@@ -237,7 +237,7 @@ def test_cmyk_jpegs_of_adobe_are_negative_and_others_are_not(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
-def test_the_first_frame_of_an_animated_picture(tmp_path, name):
+def test_animated_image_gives_first_frame(tmp_path, name):
     first = Image.new("RGBA", (8, 6), (200, 0, 0, 255))
     first.putpixel((0, 0), (0, 0, 0, 0))
     options = {"lossless": True} if name.endswith("webp") else {}
@@ -251,7 +251,7 @@ SAVED = ("bmp", "dds", "gif", "ico", "im", "jp2", "pcx", "png", "ppm", "qoi", "s
 
 
 @pytest.mark.parametrize("ending", SAVED)
-def test_formats_of_a_photograph(tmp_path, ending):
+def test_photograph_in_each_file_format(tmp_path, ending):
     if ending in ("avif", "webp", "jp2"):
         from PIL import features
 
@@ -292,7 +292,7 @@ ROTATED = (
      [(b"tEXt", b"Comment\0" + b"x" * 2**20)] * 65],
     ids=["zTXt", "iTXt", "iCCP", "in all"],
 )  # fmt: skip
-def test_a_png_whose_text_is_too_long_is_read(tmp_path, chunks):
+def test_png_with_too_long_text_is_read(tmp_path, chunks):
     with (
         pytest.raises(ValueError, match="MAX_TEXT"),
         Image.open(io.BytesIO(png_with(*chunks))) as it,
@@ -304,20 +304,20 @@ def test_a_png_whose_text_is_too_long_is_read(tmp_path, chunks):
     assert furthest(read(tmp_path, turned, "a.png"), wanted) == 0
 
 
-def test_a_png_that_hides_its_orientation_in_too_long_a_text_is_a_fault_of_metadata(tmp_path):
+def test_png_with_orientation_in_too_long_text_is_a_metadata_fault(tmp_path):
     content = png_with((b"zTXt", b"Raw profile type exif\0\0" + LONG))
     with pytest.raises(BadRecord, match=r"image: metadata: .*'a\.png': ValueError: .*MAX_TEXT"):
         read(tmp_path, content, "a.png")
 
 
-def test_decompression_bombs_are_named(tmp_path, monkeypatch):
+def test_decompression_bombs_raise(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
     with pytest.raises(BadRecord, match=r"image: too many pixels: .*MAX_IMAGE_PIXELS.*1536 pixels"):
         read(tmp_path, PICTURE, "a.png")
 
 
 @pytest.mark.parametrize("background", [(1, 2), (1, 2, 300), (1.0, 2, 3), "no colour", "#11223344"])
-def test_a_background_that_is_no_colour_is_refused(tmp_path, background):
+def test_invalid_background_raises(tmp_path, background):
     (tmp_path / "data.json").write_text("[]")
     for use in (Conversations, Captions, check):
         with pytest.raises(ValueError, match="background is no colour, expected three whole"):

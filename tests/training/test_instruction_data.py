@@ -76,7 +76,7 @@ def assert_no_key(coco, found, caplog):
         assert not [path for path in files if half.encode() in path.read_bytes()]
 
 
-def test_every_question_is_asked_once_and_the_answers_are_good_records(server, coco, caplog):
+def test_each_question_is_sent_once_and_answers_are_valid_records(server, coco, caplog):
     found = generate(coco, "--json", url=server.url)
     assert found.exit_code == 0, found.output
     assert json.loads(found.stdout) == {
@@ -106,7 +106,7 @@ def test_every_question_is_asked_once_and_the_answers_are_good_records(server, c
     assert [entry.get("task") for entry in logged(coco)] == [None, "7-reasoning", "8-reasoning"]
 
 
-def test_what_the_model_is_told(server, coco):
+def test_request_contents(server, coco):
     generate(coco, url=server.url)
     for asked in server.requests:
         assert asked["model"] == "m"
@@ -122,13 +122,13 @@ def test_what_the_model_is_told(server, coco):
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_the_client_tries_again_as_the_endpoint_advises(server, endpoint, status):
+def test_client_retries_after_the_advised_delay(server, endpoint, status):
     server.replies = [(status, SOON, b"{}"), (status, SOON, b"{}"), completion("yes")]
     assert endpoint.ask(HELLO) == "yes"
     assert [asked["messages"] for asked in server.requests] == [HELLO] * 3
 
 
-def test_an_endpoint_that_gives_up_stops_the_run_and_loses_nothing(server, coco):
+def test_failing_endpoint_stops_the_run_without_losing_answers(server, coco):
     server.replies = [good, *[(503, SOON, b"busy")] * 6]
     found = generate(coco, url=server.url)
     assert found.exit_code == main.Exit.FAILURE
@@ -139,7 +139,7 @@ def test_an_endpoint_that_gives_up_stops_the_run_and_loses_nothing(server, coco)
     assert len(server.requests) == asked + 5
 
 
-def test_a_bad_answer_is_asked_for_again_then_recorded_and_named(server, coco):
+def test_bad_answer_is_retried_then_recorded(server, coco):
     server.replies = [completion("no"), completion(None), good, completion("no"), completion("{}")]
     options = ("--kind", "reasoning", "--again", 2)
     found = generate(coco, *options, url=server.url)
@@ -170,7 +170,7 @@ def test_a_bad_answer_is_asked_for_again_then_recorded_and_named(server, coco):
      (200, {"Content-Type": "text/html"}, b"<html>")],
     ids=str,
 )  # fmt: skip
-def test_a_response_that_is_no_completion_is_a_bad_answer(server, endpoint, reply):
+def test_malformed_response_is_a_bad_answer(server, endpoint, reply):
     server.replies = [reply]
     with pytest.raises(BadAnswer, match=r"expected a chat completion|expected text|was cut off"):
         endpoint.ask(HELLO)
@@ -178,7 +178,7 @@ def test_a_response_that_is_no_completion_is_a_bad_answer(server, endpoint, repl
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_an_endpoint_that_accepts_nothing_stops_at_once(server, coco, caplog, status):
+def test_rejecting_endpoint_stops_the_run_at_once(server, coco, caplog, status):
     # The key where a message is cut, which must not leave half of it.
     body = {"error": {"message": f"{'x' * 255}{KEY} is wrong", "code": KEY, "type": KEY}}
     server.replies = [(status, {}, body)]
@@ -188,7 +188,7 @@ def test_an_endpoint_that_accepts_nothing_stops_at_once(server, coco, caplog, st
     assert_no_key(coco, found, caplog)
 
 
-def test_a_question_that_is_refused_is_recorded_and_the_others_are_asked(server, coco, caplog):
+def test_refused_question_is_recorded_and_others_continue(server, coco, caplog):
     server.replies = [(400, {}, {"error": {"message": f"no: {KEY}"}})]
     found = generate(coco, url=server.url)
     assert found.exit_code == main.Exit.FAILURE and len(server.requests) == 6
@@ -196,7 +196,7 @@ def test_a_question_that_is_refused_is_recorded_and_the_others_are_asked(server,
     assert_no_key(coco, found, caplog)
 
 
-def test_an_answer_that_has_the_key_is_kept_without_it(server, coco, caplog):
+def test_api_key_is_removed_from_answers(server, coco, caplog):
     text = f"A dog. {KEY} A chair."
     server.replies = [completion(text), completion(text), completion(f"[{KEY}")]
     found = generate(coco, "--kind", "detail", "--kind", "reasoning", "--limit", 2, url=server.url)
@@ -204,7 +204,7 @@ def test_an_answer_that_has_the_key_is_kept_without_it(server, coco, caplog):
     assert_no_key(coco, found, caplog)
 
 
-def test_a_word_that_stands_for_a_key_is_left_in_answers(server, monkeypatch):
+def test_placeholder_key_is_not_removed_from_answers(server, monkeypatch):
     monkeypatch.setenv("OTHER", "dog")
     server.replies = [completion("A dog.")]
     endpoint = Endpoint("m", key_variable="OTHER", base_url=server.url)
@@ -212,7 +212,7 @@ def test_a_word_that_stands_for_a_key_is_left_in_answers(server, monkeypatch):
     assert server.keys == ["Bearer dog"]
 
 
-def test_no_connection(server):
+def test_connection_failure_is_reported(server):
     endpoint = Endpoint("m", base_url="http://127.0.0.1:9/v1", retries=0)
     with pytest.raises(Unavailable, match="no connection to the endpoint") as raised:
         endpoint.ask(HELLO)
@@ -220,7 +220,7 @@ def test_no_connection(server):
 
 
 @pytest.mark.usefixtures("inherited_sigint")
-def test_control_c_leaves_a_resume_log(server, coco):
+def test_interrupt_leaves_a_resume_log(server, coco):
     def interrupting(asked):
         os.kill(os.getpid(), signal.SIGINT)
         return good(asked)
@@ -240,7 +240,7 @@ def test_control_c_leaves_a_resume_log(server, coco):
     assert len({entry.get("task") for entry in logged(coco)}) == 7
 
 
-def test_requests_are_as_far_apart_as_the_rate_says(server, coco, monkeypatch):
+def test_requests_follow_the_rate_limit(server, coco, monkeypatch):
     waited = []
     monkeypatch.setattr(
         RateLimit.__init__, "__kwdefaults__", dict(clock=lambda: sum(waited), sleep=waited.append)
@@ -252,7 +252,7 @@ def test_requests_are_as_far_apart_as_the_rate_says(server, coco, monkeypatch):
     assert waited == [pytest.approx(3.0)] * 3
 
 
-def test_a_dry_run_needs_no_key_and_asks_and_writes_nothing(server, coco, monkeypatch):
+def test_dry_run_needs_no_key_and_sends_and_writes_nothing(server, coco, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     monkeypatch.setitem(sys.modules, "openai", None)
     before = sorted(coco.rglob("*"))
@@ -267,7 +267,7 @@ def test_a_dry_run_needs_no_key_and_asks_and_writes_nothing(server, coco, monkey
     assert not server.requests and sorted(coco.rglob("*")) == before
 
 
-def test_what_is_missing_is_said_before_anything_is_written(server, coco, monkeypatch, caplog):
+def test_missing_settings_are_reported_before_writing(server, coco, monkeypatch, caplog):
     before = sorted(coco.rglob("*"))
     for between in ("\n", " ", "é"):
         monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}{between}{KEY}")
@@ -286,7 +286,7 @@ def test_what_is_missing_is_said_before_anything_is_written(server, coco, monkey
     assert not server.requests and sorted(coco.rglob("*")) == before
 
 
-def test_wrong_arguments_are_named(server, coco):
+def test_invalid_arguments_are_usage_errors(server, coco):
     (coco / "old.json").write_text("[]")
     for arguments, words in (
         (("--captions", coco / "no.json"), "--captions: there is no file"),
@@ -303,21 +303,21 @@ def test_wrong_arguments_are_named(server, coco):
     assert not server.requests
 
 
-def test_annotations_of_another_shape_fail(coco):
+def test_annotations_of_wrong_structure_fail(coco):
     (coco / "captions.json").write_text("[]")
     found = generate(coco, "--dry-run")
     assert found.exit_code == main.Exit.FAILURE
     assert "captions.json: images: annotation: expected a list" in found.stderr
 
 
-def test_a_picture_that_is_not_there_is_said_before_anything_is_paid(server, coco):
+def test_missing_image_is_reported_before_any_request(server, coco):
     (coco / "images" / "8.png").unlink()
     found = generate(coco, url=server.url)
     assert found.exit_code == main.Exit.FAILURE and "missing image" in found.stderr
     assert not server.requests
 
 
-def test_a_resume_log_of_another_model_is_a_wrong_argument(server, coco):
+def test_resume_log_of_another_model_is_a_usage_error(server, coco):
     generate(coco, "--limit", 1, url=server.url)
     found = generate(coco, "--model", "other", url=server.url)
     assert found.exit_code == main.Exit.USAGE
@@ -325,7 +325,7 @@ def test_a_resume_log_of_another_model_is_a_wrong_argument(server, coco):
     assert len(server.requests) == 1
 
 
-def test_annotations_left_out_are_told_and_counted_before_anything_is_paid(server, coco):
+def test_skipped_annotations_are_counted_before_any_request(server, coco):
     first, second, other = BOXES["annotations"]
     boxes = [{**first, "bbox": [9, 9, 0, 9]}, {**second, "iscrowd": 1}, other]
     (coco / "instances.json").write_text(json.dumps({**BOXES, "annotations": boxes}))

@@ -42,7 +42,7 @@ def averaged_gradients(loss, parameters, world):
     return [gradient / world for gradient in gradients]
 
 
-def contrast_is_that_of_one_process(rank, world, local_loss, smoothing, dtype):
+def itc_loss_matches_one_process(rank, world, local_loss, smoothing, dtype):
     torch.manual_seed(0)
     towers = Towers().to(dtype)
     images = torch.randn(world * BATCH, QUERIES, 6, dtype=dtype)
@@ -67,7 +67,7 @@ def contrast_is_that_of_one_process(rank, world, local_loss, smoothing, dtype):
         torch.testing.assert_close(loss, expected)
 
 
-def contrast_under_ddp(rank, world):
+def itc_loss_under_ddp(rank, world):
     """The wrapper itself, not its rule written again."""
     torch.manual_seed(0)
     plain = Towers()
@@ -81,7 +81,7 @@ def contrast_under_ddp(rank, world):
         torch.testing.assert_close(parameter.grad, exact)
 
 
-def rows_are_exchanged(rank, world):
+def exchange_rows_returns_the_requested_rows(rank, world):
     torch.manual_seed(1)
     whole = torch.randn(world * BATCH, 4, 2, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(world, 7, 4, 2, dtype=torch.float64)
@@ -103,7 +103,7 @@ def rows_are_exchanged(rank, world):
         assert torch.equal(losses.exchange_rows(numbers, rows[rank]), rows[rank])
 
 
-def only_rows_asked_for_travel(rank, world):
+def exchange_rows_sends_only_requested_rows(rank, world):
     sent = []
     transport = dist.all_to_all_single
     dist.all_to_all_single = lambda out, tensor, *args, **options: (
@@ -117,7 +117,7 @@ def only_rows_asked_for_travel(rank, world):
     assert sent == ([] if world == 1 else [world - 1 if rank == world - 1 else 0])
 
 
-def rows_beyond_the_last_are_refused_everywhere(rank, world):
+def out_of_range_rows_raise_on_all_ranks(rank, world):
     if world > 1:
         for wrong in (-1, world * BATCH):
             rows = torch.tensor([0, wrong if rank == 0 else 1])
@@ -125,7 +125,7 @@ def rows_beyond_the_last_are_refused_everywhere(rank, world):
                 losses.exchange_rows(torch.randn(BATCH, 2), rows)
 
 
-def uneven_sizes_are_refused_everywhere(rank, world):
+def uneven_sizes_raise_on_all_ranks(rank, world):
     if world == 1:
         return
     sizes = [1] * (world - 1) + [2]
@@ -143,7 +143,7 @@ def uneven_sizes_are_refused_everywhere(rank, world):
         losses.stage1_loss(model, *batch, lm_head=head, bos_token_id=60)
 
 
-def other_dtypes_are_refused_everywhere(rank, world):
+def mixed_dtypes_raise_on_all_ranks(rank, world):
     """One rank under autocast, or with a model of its own dtype: the bytes would be misread."""
     if world == 1:
         return
@@ -172,7 +172,7 @@ def other_dtypes_are_refused_everywhere(rank, world):
         losses.stage1_loss(model, images, *texts, lm_head=head, bos_token_id=60)
 
 
-def a_penalty_on_gradients_crosses_ranks(rank, world):
+def gradient_penalty_crosses_ranks(rank, world):
     whole = [x.double() for x in siglip_features(world * BATCH)]
     images, texts = (x.detach().requires_grad_() for x in whole)
     loss = reference_blip2.itc(images[:, None], texts, 0.5)[0]
@@ -191,7 +191,7 @@ def a_penalty_on_gradients_crosses_ranks(rank, world):
             torch.testing.assert_close(gradient, exact[own])
 
 
-def the_check_of_sizes_can_be_left_out(rank, world):
+def size_check_can_be_disabled(rank, world):
     features = torch.randn(2, QUERIES, 4), torch.randn(2, 4)
     gathered = []
     gather = rank_exchange._all_gather
@@ -215,7 +215,7 @@ def siglip_features(batch, dtype=torch.float32):
     return [F.normalize(x, dim=-1).requires_grad_() for x in features]
 
 
-def siglip_is_that_of_one_process(rank, world, batches, dtype):
+def siglip_loss_matches_one_process(rank, world, batches, dtype):
     """Also where ranks differ in their rows, and in the weight that they give to their loss."""
     batches = batches[:world]
     features = siglip_features(sum(batches), dtype)
@@ -241,7 +241,7 @@ def siglip_is_that_of_one_process(rank, world, batches, dtype):
         torch.testing.assert_close(gradient.double() / world, value, rtol=rtol, atol=atol)
 
 
-def texts_travel_one_batch_at_a_time(rank, world):
+def siglip_loss_sends_one_text_batch_at_a_time(rank, world):
     """In their own dtype, their gradients in fp32; nothing holds all texts or all logits."""
     images, texts = siglip_features(BATCH, torch.bfloat16)
     sent = []
@@ -262,7 +262,7 @@ def texts_travel_one_batch_at_a_time(rank, world):
     assert largest.numbers == BATCH * WIDTH
 
 
-def siglip_refuses_what_cannot_travel(rank, world):
+def siglip_loss_refuses_mismatched_ranks(rank, world):
     if world == 1:
         return
     for width, dtype, words in (
@@ -280,7 +280,7 @@ def siglip_refuses_what_cannot_travel(rank, world):
         losses.siglip_loss(torch.ones(0, 4), torch.ones(0, 4), 10.0, -10.0)
 
 
-def negatives_come_from_all_ranks(rank, world):
+def hard_negatives_come_from_all_ranks(rank, world):
     if world == 1:
         return
     counts = torch.zeros(2 * world)
@@ -291,7 +291,7 @@ def negatives_come_from_all_ranks(rank, world):
     assert (counts > 0).all()
 
 
-def a_group_of_some_ranks(rank, world):
+def losses_in_a_subgroup(rank, world):
     if world < 3:
         return
     group = dist.new_group([0, world - 1])
@@ -310,7 +310,7 @@ def a_group_of_some_ranks(rank, world):
             losses.exchange_rows(torch.zeros(2), torch.zeros(1, dtype=torch.int64), group)
 
 
-def stage1_is_that_of_one_process(rank, world):
+def stage1_matches_one_process(rank, world):
     model, head, image_embeds, ids, mask = tiny_blip2.parts(world * 2)
     own = slice(rank * 2, rank * 2 + 2)
     drawn = {}
@@ -354,29 +354,29 @@ def stage1_is_that_of_one_process(rank, world):
 
 CHECKS = [
     *(
-        (contrast_is_that_of_one_process, local_loss, smoothing, torch.float32)
+        (itc_loss_matches_one_process, local_loss, smoothing, torch.float32)
         for local_loss in (True, False)
         for smoothing in (0.0, 0.1)
     ),
-    (contrast_is_that_of_one_process, True, 0.1, torch.float64),
-    (contrast_under_ddp,),
-    (rows_are_exchanged,),
-    (only_rows_asked_for_travel,),
-    (rows_beyond_the_last_are_refused_everywhere,),
-    (uneven_sizes_are_refused_everywhere,),
-    (other_dtypes_are_refused_everywhere,),
-    (a_penalty_on_gradients_crosses_ranks,),
-    (the_check_of_sizes_can_be_left_out,),
+    (itc_loss_matches_one_process, True, 0.1, torch.float64),
+    (itc_loss_under_ddp,),
+    (exchange_rows_returns_the_requested_rows,),
+    (exchange_rows_sends_only_requested_rows,),
+    (out_of_range_rows_raise_on_all_ranks,),
+    (uneven_sizes_raise_on_all_ranks,),
+    (mixed_dtypes_raise_on_all_ranks,),
+    (gradient_penalty_crosses_ranks,),
+    (size_check_can_be_disabled,),
     *(
-        (siglip_is_that_of_one_process, batches, dtype)
+        (siglip_loss_matches_one_process, batches, dtype)
         for batches in ([BATCH] * 4, [2, 0, 0, 3])
         for dtype in (torch.float64, torch.float32, torch.bfloat16)
     ),
-    (texts_travel_one_batch_at_a_time,),
-    (siglip_refuses_what_cannot_travel,),
-    (negatives_come_from_all_ranks,),
-    (a_group_of_some_ranks,),
-    (stage1_is_that_of_one_process,),
+    (siglip_loss_sends_one_text_batch_at_a_time,),
+    (siglip_loss_refuses_mismatched_ranks,),
+    (hard_negatives_come_from_all_ranks,),
+    (losses_in_a_subgroup,),
+    (stage1_matches_one_process,),
 ]
 
 

@@ -32,7 +32,7 @@ def learned(processor, batch):
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_rows_with_and_without_pictures(name):
+def test_rows_with_and_without_images(name):
     processor = PROCESSORS[name]()
     collator = Collator(processor, format="v1")
     rows = [pictured(WIDE), TEXT_ONLY, pictured(TALL)]
@@ -48,7 +48,7 @@ def test_rows_with_and_without_pictures(name):
 
 
 @pytest.mark.parametrize("name", PICTURED_ROWS)
-def test_rows_that_all_have_pictures(name):
+def test_rows_that_all_have_images(name):
     processor = PICTURED_ROWS[name]()
     collator = Collator(processor, format="v1")
     batch = collator([pictured(WIDE), pictured(TALL)])
@@ -62,7 +62,7 @@ def test_rows_that_all_have_pictures(name):
 
 
 @pytest.mark.parametrize("name", {**PROCESSORS, **PICTURED_ROWS})
-def test_whatever_has_a_place_for_each_token_is_cut_with_the_tokens(name):
+def test_per_token_tensors_are_truncated_with_the_tokens(name):
     processor = {**PROCESSORS, **PICTURED_ROWS}[name]()
     rows = [pictured(TALL), pictured(TALL)]
     whole = Collator(processor, format="v1")(rows)
@@ -74,12 +74,12 @@ def test_whatever_has_a_place_for_each_token_is_cut_with_the_tokens(name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_processor_that_makes_no_such_rows_is_refused_by_name(name):
+def test_unsupported_processor_is_refused_by_name(name):
     with pytest.raises(TypeError, match=rf"processor is a {name}Processor: "):
         Collator(REFUSED[name](), format="v1")
 
 
-def test_a_model_that_reads_the_question_both_ways_does_not_read_the_answer_so():
+def test_paligemma_answer_attention_is_causal():
     batch = Collator(PICTURED_ROWS["PaliGemma"](), format="v1")([pictured(WIDE), pictured(TALL)])
     for types, labels, attended in zip(
         batch["token_type_ids"], batch["labels"], batch["attention_mask"], strict=True
@@ -88,20 +88,20 @@ def test_a_model_that_reads_the_question_both_ways_does_not_read_the_answer_so()
         assert not types[:first].any() and types[first:count].all()
 
 
-def test_a_row_that_such_a_processor_refuses_is_named():
+def test_row_refused_by_processor_is_named():
     with pytest.raises(BadRecord, match=r"record 'an id', .*refused by the processor.*images"):
         Collator(PICTURED_ROWS["PaliGemma"](), format="v1")([TEXT_ONLY])
 
 
 @pytest.mark.parametrize("name", ["Gemma3", "Chameleon", "PaliGemma", "Emu3"])
-def test_the_plain_format(name):
+def test_plain_format(name):
     processor = {**PROCESSORS, **PICTURED_ROWS}[name]()
     batch = Collator(processor, format="plain")([pictured(WIDE), pictured(TALL)])
     assert [text.strip() for text in learned(processor, batch)] == ["acat"] * 2
 
 
 @pytest.mark.parametrize("name", ["Gemma3", "Chameleon", "Lfm2Vl", "Emu3"])
-def test_a_class_made_from_such_a_processor(name):
+def test_subclass_of_an_unsupported_processor_is_refused(name):
     """Its own name says nothing."""
     processor = PROCESSORS[name]()
     processor.__class__ = type("MyProcessor", (type(processor),), {})

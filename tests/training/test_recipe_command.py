@@ -88,7 +88,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def test_the_recipes_are_listed_with_their_numbers():
+def test_recipes_are_listed_with_hyperparameters():
     text = CliRunner().invoke(main.app, ["recipe"]).stdout
     assert "llava-stage1" in text and "arXiv 2204.14198" in text
     rows = json.loads(CliRunner().invoke(main.app, ["recipe", "--list", "--json"]).stdout)
@@ -114,7 +114,7 @@ def test_the_recipes_are_listed_with_their_numbers():
         ("blip2-stage1", {"--device-batch": "1"}, "expected 2 pairs to contrast"),
     ],
 )  # fmt: skip
-def test_mistakes_are_named_before_anything_is_written(
+def test_invalid_arguments_are_reported_before_writing(
     monkeypatch, tmp_path, data, model, name, change, words
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -125,7 +125,7 @@ def test_mistakes_are_named_before_anything_is_written(
     assert words in said and not out.exists()
 
 
-def test_what_is_missing_is_named(monkeypatch, tmp_path, data, model):
+def test_missing_packages_are_named(monkeypatch, tmp_path, data, model):
     found = CliRunner().invoke(main.app, ["recipe", "llava-stage1", "--model", str(model)])
     assert found.exit_code == 2 and "--data" in found.output
     there = importlib.util.find_spec
@@ -139,7 +139,7 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path, data, model):
     assert "DDP" in call("llava-stage1", model, data, tmp_path / "out", code=2).output
 
 
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, data, model):
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, model):
     found = call("llava-stage1", model, data, tmp_path / "out", "--dry-run", "--json",
                  "--batch", "4", "--epochs", "2")  # fmt: skip
     plan = json.loads(found.stdout)
@@ -167,7 +167,7 @@ def at_batch(monkeypatch):
     yield at
 
 
-def test_a_signal_saves_a_checkpoint_and_a_resumed_run_is_the_unbroken_one(
+def test_signal_saves_a_checkpoint_and_resuming_is_bitwise_equal(
     tmp_path, data, model, at_batch, monkeypatch
 ):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -202,7 +202,7 @@ def test_a_signal_saves_a_checkpoint_and_a_resumed_run_is_the_unbroken_one(
     assert kept == ["checkpoint-6", "checkpoint-4"]
 
 
-def test_a_checkpoint_that_lost_something_is_not_whole(tmp_path):
+def test_incomplete_checkpoint_is_not_resumed(tmp_path):
     for step in (1, 2, 3, 4):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -221,7 +221,7 @@ def test_a_checkpoint_that_lost_something_is_not_whole(tmp_path):
     assert last.exists()
 
 
-def test_a_record_that_breaks_in_training_loses_no_checkpoint(tmp_path, data, model, at_batch):
+def test_record_failing_in_training_keeps_the_checkpoints(tmp_path, data, model, at_batch):
     records, images = data
     own = tmp_path / "images"
     own.mkdir()
@@ -242,7 +242,7 @@ def test_a_record_that_breaks_in_training_loses_no_checkpoint(tmp_path, data, mo
     assert "12 unreadable image" in found.output and "nothing was trained" in found.output
 
 
-def test_bad_records_are_named_and_left_out_as_asked(tmp_path, data, model):
+def test_bad_records_raise_or_are_skipped(tmp_path, data, model):
     records, images = data
     content = json.loads(records.read_text())
     content[3]["image"] = "nowhere.png"
@@ -264,9 +264,7 @@ def test_bad_records_are_named_and_left_out_as_asked(tmp_path, data, model):
 
 
 @pytest.mark.parametrize("name", slow_but(["llava-stage1"], ["llava-stage1", "blip2-stage2"]))
-def test_a_picture_that_the_processor_refuses_is_named_or_left_out_as_asked(
-    monkeypatch, tmp_path, data, name
-):
+def test_image_refused_by_processor_raises_or_is_skipped(monkeypatch, tmp_path, data, name):
     torch.manual_seed(0)
     made = llava() if name == "llava-stage1" else blip2(name)
     folder, images = folder_of(tmp_path / "model", made), tmp_path / "images"
@@ -310,7 +308,7 @@ def test_a_picture_that_the_processor_refuses_is_named_or_left_out_as_asked(
     ],
     ids=["bf16", "bf16 lora", "fp32 in bf16", "bf16 in fp32"],
 )
-def test_a_model_is_saved_in_the_dtype_it_came_in(tmp_path, data, dtype, more):
+def test_model_is_saved_in_its_original_dtype(tmp_path, data, dtype, more):
     folder, lora = folder_of(tmp_path / "model", llava(dtype)), "--lora" in more
     out = tmp_path / "out"
     call("llava-stage2", folder, data, out, *STAGE1, "--checkpointing", *more)
@@ -357,7 +355,7 @@ def test_other_recipes_run_and_resume(tmp_path, data, name):
 
 
 @pytest.mark.slow
-def test_a_seed_decides_everything(tmp_path, data):
+def test_seed_determines_the_losses(tmp_path, data):
     """The head of generation, wrong partners and the order of the data too."""
     torch.manual_seed(0)
     folder = folder_of(tmp_path / "model", blip2("blip2-stage1"))
@@ -370,7 +368,7 @@ def test_a_seed_decides_everything(tmp_path, data):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_though_some_batches_have_no_image(tmp_path, data, model):
+def test_two_processes_match_one_with_text_only_batches(tmp_path, data, model):
     content = json.loads(data[0].read_text())
     for record in content[::2]:
         del record["image"]

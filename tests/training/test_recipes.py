@@ -53,7 +53,7 @@ LEARNS = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_learns_has_gradients_and_the_loss_falls(case):
+def test_trained_parts_get_gradients_and_the_loss_falls(case):
     name, make = CASES[case]
     model, inputs = make()
     keys = list(model.state_dict())
@@ -85,7 +85,7 @@ def test_what_learns_has_gradients_and_the_loss_falls(case):
 
 
 @pytest.mark.parametrize("name", ["llava-stage1", "llava-stage2"])
-def test_frozen_parts_keep_no_graph_and_no_dropout(name):
+def test_frozen_parts_have_no_graph_and_no_dropout(name):
     model = llava()
     tower, language = model.model.vision_tower, model.model.language_model
     RECIPES[name].prepare(model)
@@ -101,7 +101,7 @@ def test_frozen_parts_keep_no_graph_and_no_dropout(name):
     assert isinstance(tower, FrozenTower)
 
 
-def test_layers_after_the_features_are_never_run():
+def test_tower_layers_after_the_feature_layer_are_not_run():
     model = llava()
     keys = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
@@ -134,7 +134,7 @@ def features(model, layer):
 @pytest.mark.parametrize(
     "layer, unused", [(-1, []), (2, []), (1, [1]), ([0, -2], [1]), (0, [0, 1])]
 )
-def test_as_many_layers_are_skipped_as_are_unused(layer, unused):
+def test_skip_unused_skips_exactly_the_unused_layers(layer, unused):
     model = llava(vision_feature_layer=layer) if isinstance(layer, list) else llava()
     expected = features(model, layer)
     found = recipes.freezing.skip_unused(model.model.vision_tower, layer)
@@ -160,7 +160,7 @@ def dropping_blip2():
 
 @pytest.mark.parametrize("make", [dropping_llava, dropping_blip2])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_frozen_language_model_is_checkpointed_without_dropout(make, checkpointed):
+def test_frozen_language_model_is_checkpointed_without_dropout(make, checkpointed):
     name, model, inputs, layers = make()
     trained = RECIPES[name].prepare(model)
     if checkpointed:
@@ -182,7 +182,7 @@ def test_a_frozen_language_model_is_checkpointed_without_dropout(make, checkpoin
 
 
 @pytest.mark.parametrize("case", ["llava-stage1", "llava-stage2", "mllama"])
-def test_a_batch_without_an_image_gives_zero_gradients(case):
+def test_text_only_batch_gives_zero_gradients(case):
     name, make = CASES[case]
     model, inputs = make()
     plain = copy.deepcopy(model)
@@ -202,7 +202,7 @@ def test_a_batch_without_an_image_gives_zero_gradients(case):
         assert model(input_ids=ids).logits.grad_fn is None
 
 
-def test_a_batch_is_kept_on_any_number_of_processes(monkeypatch):
+def test_batch_size_is_kept_for_any_process_count(monkeypatch):
     recipe = RECIPES["llava-stage1"]
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert recipe.accumulation(16) == 16 and recipe.accumulation(8, 4) == 8
@@ -216,7 +216,7 @@ def test_a_batch_is_kept_on_any_number_of_processes(monkeypatch):
 
 @pytest.mark.parametrize("examples, epochs", [(48, 1), (50, 2), (7, 1.5)])
 @pytest.mark.parametrize("name", ["llava-stage1", "blip2-stage1"])
-def test_arguments_are_those_of_the_paper_and_steps_those_of_trainer(
+def test_training_arguments_match_the_paper_and_step_counts_match_trainer(
     tmp_path, name, examples, epochs
 ):
     from transformers import Trainer
@@ -237,7 +237,7 @@ def test_arguments_are_those_of_the_paper_and_steps_those_of_trainer(
     assert own == steps and found.warmup_steps == recipe.warmup_steps(steps)
 
 
-def test_schedules_of_the_papers():
+def test_schedules_match_the_papers():
     def rates(name, steps):
         recipe = RECIPES[name]
         optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
@@ -258,7 +258,7 @@ def test_schedules_of_the_papers():
     assert constant[9] == constant[-1] == 1e-4 and constant[4] == pytest.approx(0.5e-4)
 
 
-def test_groups_have_the_decay_and_the_rate_of_their_part():
+def test_parameter_groups_have_weight_decay_and_learning_rate_of_their_part():
     from dataclasses import replace
 
     model = idefics(alpha_type="vector")
@@ -279,7 +279,7 @@ def test_groups_have_the_decay_and_the_rate_of_their_part():
 
 
 @pytest.mark.parametrize("name, make", [("llava-stage1", idefics), ("flamingo", llava)])
-def test_a_model_of_another_family_is_named_and_left_alone(name, make):
+def test_model_of_another_family_raises_and_is_unchanged(name, make):
     model = make()
     wants = [p.requires_grad for p in model.parameters()]
     with pytest.raises(TypeError, match=f"{name} is given a {type(model).__name__}, of the family"):
@@ -293,7 +293,7 @@ def test_a_model_of_another_family_is_named_and_left_alone(name, make):
         RECIPES["blip2-stage2"].prepare(model)
 
 
-def test_the_head_of_stage_1_is_saved_beside_the_model(tmp_path):
+def test_stage1_head_is_saved_beside_the_model(tmp_path):
     from safetensors.torch import load_file, save_file
 
     model, inputs = retrieval()
@@ -314,7 +314,7 @@ def test_the_head_of_stage_1_is_saved_beside_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["llava-stage1", "mllama", "blip2-stage2"])
-def test_what_save_pretrained_writes_is_found_by_load_state_dict(tmp_path, case):
+def test_save_pretrained_weights_load_with_load_state_dict(tmp_path, case):
     """Trainer hands it over as it is when it resumes, and goes on with a warning if it is not."""
     from safetensors.torch import load_file
 
@@ -335,7 +335,7 @@ def test_what_save_pretrained_writes_is_found_by_load_state_dict(tmp_path, case)
         other.load_state_dict({"else": torch.zeros(1)}, strict=False)
 
 
-def test_a_model_goes_from_stage_to_stage():
+def test_model_goes_through_all_stages():
     model = llava()
     for name in ("llava-stage1", "llava-stage2", "llava-stage1"):
         RECIPES[name].prepare(model)
@@ -348,7 +348,7 @@ def test_a_model_goes_from_stage_to_stage():
     assert type(model.model.vision_tower) is type(llava().model.vision_tower)
 
 
-def test_a_loop_of_ones_own_with_accelerate():
+def test_custom_loop_with_accelerate():
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
 

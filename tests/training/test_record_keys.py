@@ -52,7 +52,7 @@ def written(folder, *records):
 
 @pytest.mark.parametrize("base", [TEXT, PICTURED], ids=["text", "pictured"])
 @pytest.mark.parametrize("key", CONTENT)
-def test_other_content_is_a_fault_that_names_its_key(tmp_path, images, base, key):
+def test_unsupported_content_key_is_a_fault(tmp_path, images, base, key):
     path = written(tmp_path, TEXT, {**base, "id": "bad", key: CONTENT[key]}, PICTURED)
     words = rf"record 1 \(id 'bad'\), {key}: other content: expected nothing"
     with pytest.raises(BadRecord, match=words):
@@ -65,7 +65,7 @@ def test_other_content_is_a_fault_that_names_its_key(tmp_path, images, base, key
 
 
 @pytest.mark.parametrize("key", ["video", "image", "system", "loss_weight"])
-def test_other_content_of_a_turn(tmp_path, images, key):
+def test_unsupported_content_key_of_a_turn_is_a_fault(tmp_path, images, key):
     value = 0.5 if key == "loss_weight" else "a"
     bad = {**TEXT, "conversations": [QUESTION, {**ANSWER, key: value}]}
     with pytest.raises(BadRecord, match=rf"conversations\[1\]\.{key}: other content"):
@@ -73,7 +73,7 @@ def test_other_content_of_a_turn(tmp_path, images, key):
 
 
 @pytest.mark.parametrize("token", TOKENS)
-def test_placeholders_of_other_media(tmp_path, images, token):
+def test_placeholders_of_other_media_are_faults(tmp_path, images, token):
     asked = {**TEXT, "conversations": [{**QUESTION, "value": f"{token}\nWho?"}, ANSWER]}
     said = {**TEXT, "conversations": [QUESTION, {**ANSWER, "value": f"me {token}"}]}
     for bad, number in ((asked, 0), (said, 1)):
@@ -83,20 +83,20 @@ def test_placeholders_of_other_media(tmp_path, images, token):
         assert [issue.actual for issue in check(path, images).issues] == [repr(token)]
 
 
-def test_what_people_write_about_is_no_placeholder(tmp_path, images):
+def test_words_in_angle_brackets_are_not_placeholders(tmp_path, images):
     words = "Use <b>, <video controls>, </video>, <img>, a<b>c and <point x=1> here."
     good = {**TEXT, "conversations": [{**QUESTION, "value": words}, ANSWER]}
     assert check(written(tmp_path, good), images).issues == []
 
 
 @pytest.mark.parametrize("key", METADATA)
-def test_metadata_and_what_is_empty_are_passed_over(tmp_path, images, key):
+def test_metadata_and_empty_keys_are_ignored(tmp_path, images, key):
     path = written(tmp_path, *({**one, key: METADATA[key]} for one in (TEXT, PICTURED)))
     assert check(path, images) == check(written(tmp_path, TEXT, PICTURED), images)
     assert len(Conversations(written(tmp_path, {**TEXT, key: METADATA[key]}), images)) == 1
 
 
-def test_another_name_of_the_image_is_no_other_content(tmp_path, images):
+def test_image_key_aliases_are_accepted(tmp_path, images):
     same = {"image_url": "http://cocodataset.org/train/0.png", "url": "http://x/9.jpg",
             "file_name": "0.png", "image_path": "/data/coco/0.png"}  # fmt: skip
     assert check(written(tmp_path, {**PICTURED, **same}), images).issues == []
@@ -105,7 +105,7 @@ def test_another_name_of_the_image_is_no_other_content(tmp_path, images):
             Conversations(written(tmp_path, {**TEXT, key: value}), images)
 
 
-def test_an_unknown_key_is_told_once_and_the_record_used(tmp_path, images):
+def test_unknown_key_warns_once_and_the_record_is_used(tmp_path, images):
     records = [{**TEXT, "id": str(n), "rationale": f"since {n}"} for n in range(1, 4)]
     records[2]["conversations"] = [QUESTION, {**ANSWER, "thought": ["long"]}]
     path = written(tmp_path, TEXT, *records)
@@ -123,7 +123,7 @@ def test_an_unknown_key_is_told_once_and_the_record_used(tmp_path, images):
         Captions(written(tmp_path, {**PICTURED, "caption": "a dog"}), images)
 
 
-def test_the_command_counts_them(tmp_path, images):
+def test_command_counts_unknown_keys(tmp_path, images):
     bad = [{**TEXT, "id": key, key: CONTENT[key]} for key in ("video", "system", "audio")]
     path = written(tmp_path, TEXT, *bad, {**TEXT, "id": "x", "rationale": "since"})
     arguments = ["data", "check", "--data", str(path), "--images", str(images), "--json"]

@@ -58,7 +58,7 @@ def answers(processor, batch):
     ]
 
 
-def test_the_check_names_each(data, processor):
+def test_check_names_each_refused_image(data, processor):
     collate = Collator(processor, format="v1")
     found = check(*data, collate=collate)
     assert [(issue.index, issue.id, issue.field, issue.kind) for issue in found.issues] == [
@@ -70,7 +70,7 @@ def test_the_check_names_each(data, processor):
         check(*data, collate=collate, on_bad="stop")
 
 
-def test_the_command_names_each(data, processor, monkeypatch):
+def test_command_names_each_refused_image(data, processor, monkeypatch):
     import transformers
 
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda folder: processor)
@@ -85,7 +85,7 @@ def test_the_command_names_each(data, processor, monkeypatch):
     assert "'flat.png': ValueError: " in text
 
 
-def test_training_stops_and_names_it(data, processor):
+def test_refused_image_stops_training(data, processor):
     loader = DataLoader(
         Conversations(*data), batch_size=2, collate_fn=Collator(processor, format="v1")
     )
@@ -95,7 +95,7 @@ def test_training_stops_and_names_it(data, processor):
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_next_that_is_taken_stands_in_for_it(data, processor, size, workers):
+def test_refused_image_is_replaced_by_the_next_good_record(data, processor, size, workers):
     examples = Conversations(*data, on_bad="skip")
     loader = DataLoader(
         examples, batch_size=size, collate_fn=Collator(processor, format="v1"), num_workers=workers
@@ -112,7 +112,7 @@ def test_the_next_that_is_taken_stands_in_for_it(data, processor, size, workers)
     assert examples.replaced == 2
 
 
-def test_after_the_last_comes_the_first_and_none_is_an_error(data, processor):
+def test_replacement_wraps_around_and_raises_if_none_is_good(data, processor):
     records = json.loads(data[0].read_text())
     collate = Collator(processor, format="v1")
     data[0].write_text(json.dumps([records[0], records[1]]))
@@ -124,7 +124,7 @@ def test_after_the_last_comes_the_first_and_none_is_an_error(data, processor):
         collate([Conversations(*data, on_bad="skip")[0]])
 
 
-def test_one_that_is_too_long_is_stood_in_for_too(data):
+def test_too_long_example_is_replaced(data):
     records = json.loads(data[0].read_text())
     records[0]["conversations"][0]["value"] = "<image>" + "Why? " * 200
     data[0].write_text(json.dumps(records))
@@ -140,7 +140,7 @@ def test_one_that_is_too_long_is_stood_in_for_too(data):
     assert answers(processor, batch) == ["thin", "thin"]
 
 
-def test_a_template_that_refuses_a_conversation(data):
+def test_conversation_refused_by_template_raises(data):
     told = "messages[0]['content'][1]['text'] == 'No'"
     refusing = f"{{% if {told} %}}{{{{ raise_exception('not so') }}}}{{% endif %}}"
     processor = tiny_processors.llava(chat_template=refusing + tiny_processors.CHAT)
@@ -150,7 +150,7 @@ def test_a_template_that_refuses_a_conversation(data):
         Collator(processor)([refused])
 
 
-def test_captions_and_their_collator(data):
+def test_refused_image_in_captions_is_replaced(data):
     class Thin(Exception):
         pass
 
@@ -174,7 +174,7 @@ def test_captions_and_their_collator(data):
     assert captions.replaced == 2 and batches[0]["pixel_values"].shape[0] == 5
 
 
-def test_an_error_of_the_whole_batch_is_passed_on(data):
+def test_batch_level_error_is_raised(data):
     """Each is taken alone: no record is at fault, none is replaced."""
     examples = Conversations(*data, on_bad="skip")
     text_only = Example("t", None, (Turn("human", "Who?"), Turn("gpt", "me")))
@@ -183,7 +183,7 @@ def test_an_error_of_the_whole_batch_is_passed_on(data):
     assert examples.replaced == 0
 
 
-def test_memory_is_no_fault_of_a_record(data, monkeypatch):
+def test_out_of_memory_is_raised(data, monkeypatch):
     processor = tiny_processors.llava()
 
     def full(*arguments, **options):
@@ -194,7 +194,7 @@ def test_memory_is_no_fault_of_a_record(data, monkeypatch):
         Collator(processor)([Conversations(*data, on_bad="skip")[0]])
 
 
-def test_an_example_travels_without_its_data_set(data):
+def test_pickled_example_excludes_its_dataset(data):
     one = Conversations(*data, on_bad="skip")[0]
     assert one.replacement is not None and one.file == "good.png" and one.index == 0
     sent = pickle.dumps(one)

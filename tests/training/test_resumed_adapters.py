@@ -18,7 +18,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 @pytest.mark.parametrize(
     "dtype", slow_but([torch.bfloat16], [torch.float32, torch.bfloat16]), ids=["fp32", "bf16"]
 )
-def test_lora_resumes_to_the_last_bit(tmp_path, dtype):
+def test_lora_resume_is_bitwise_equal(tmp_path, dtype):
     data = photographs.write(tmp_path / "data", longest=32, views=("whole",))
     folder = folder_of(tmp_path / "model", llava(dtype))
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -29,13 +29,13 @@ def plain(*inputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale, bias", [START, (117.0, -13.0), (1000.0, -10.0)])
 @pytest.mark.parametrize("batch, logits", [(1, 100), (7, 100), (7, 14), (7, 1)])
-def test_siglip(monkeypatch, batch, logits, scale, bias, dtype):
+def test_siglip_loss_matches_reference(monkeypatch, batch, logits, scale, bias, dtype):
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", logits)
     numbers = torch.tensor(scale), torch.tensor(bias)
     judged(losses.siglip_loss, plain, [*features(batch), *numbers], dtype)
 
 
-def test_it_is_that_of_transformers():
+def test_siglip_loss_matches_transformers():
     small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     config = SiglipConfig(
         text_config=dict(small, vocab_size=9, projection_size=8),
@@ -53,7 +53,7 @@ def test_it_is_that_of_transformers():
     torch.testing.assert_close(ours, theirs.loss)
 
 
-def test_a_scale_and_a_bias_of_one_element_have_gradients_of_their_shape():
+def test_scale_and_bias_gradients_keep_their_shape():
     numbers = [torch.full((1,), x, requires_grad=True) for x in START]
     both = [*features(5), *numbers]
     found = torch.autograd.grad(losses.siglip_loss(*both), numbers)
@@ -61,7 +61,7 @@ def test_a_scale_and_a_bias_of_one_element_have_gradients_of_their_shape():
         torch.testing.assert_close(ours, exact)
 
 
-def test_siglip_of_low_precision_is_computed_in_fp32():
+def test_siglip_loss_in_low_precision_is_computed_in_fp32():
     inputs = [x.requires_grad_() for x in features(6, dtype=torch.bfloat16)]
     inputs += [torch.tensor(x, dtype=torch.bfloat16, requires_grad=True) for x in (100.0, -10.0)]
     for autocast in (False, True):
@@ -78,20 +78,20 @@ def test_siglip_of_low_precision_is_computed_in_fp32():
             assert gradient.dtype == torch.bfloat16
 
 
-def test_autocast_changes_nothing_in_fp32():
+def test_autocast_does_not_change_the_fp32_loss():
     images, texts = features(6)
     wide = losses.siglip_loss(images, texts, *START)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(losses.siglip_loss(images, texts, *START), wide)
 
 
-def test_numbers_are_not_rounded_to_fp32():
+def test_float_scale_and_bias_are_not_rounded_to_fp32():
     images, texts = features(3, dtype=torch.float64)
     found = losses.siglip_loss(images, texts, 10.1, -0.1)
     torch.testing.assert_close(found, plain(images, texts, 10.1, -0.1), rtol=1e-14, atol=0)
 
 
-def test_frozen_images_are_given_no_gradient():
+def test_frozen_image_features_get_no_gradient():
     images, texts = features(4)
     texts.requires_grad_()
     losses.siglip_loss(images, texts, *START).backward()
@@ -99,14 +99,14 @@ def test_frozen_images_are_given_no_gradient():
     assert texts.grad.ne(0).all()
 
 
-def test_siglip_is_differentiable_once():
+def test_siglip_double_backward_raises():
     images, texts = (x.requires_grad_() for x in features(4))
     loss = losses.siglip_loss(images, texts, *START)
     with pytest.raises(RuntimeError, match="siglip_loss: double backward"):
         torch.autograd.grad(loss, images, create_graph=True)
 
 
-def test_siglip_has_no_tensor_of_all_logits(monkeypatch):
+def test_siglip_loss_never_allocates_all_logits(monkeypatch):
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 64)
     images, texts = (x.requires_grad_() for x in features(32, width=2))
     with reference_siglip.Largest() as ours:
@@ -136,7 +136,7 @@ def test_siglip_has_no_tensor_of_all_logits(monkeypatch):
         (dict(bias=torch.tensor(1)), ValueError, "bias int64 floating"),
     ],
 )  # fmt: skip
-def test_mistakes_of_siglip(change, exception, words):
+def test_siglip_loss_invalid_arguments_raise(change, exception, words):
     images, texts = features(3)
     arguments = dict(image_features=images, text_features=texts, scale=10.0, bias=-10.0) | change
     with pytest.raises(exception, match=r"^vlm_fast.siglip_loss: .*expected") as error:

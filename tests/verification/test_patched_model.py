@@ -36,7 +36,7 @@ def remembers(method):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_stale_answer_is_no_ok(dtype, monkeypatch):
+def test_stale_result_fails(dtype, monkeypatch):
     model, inputs = patched(dtype)
     assert vlm_fast.verify(model, **inputs).ok
     monkeypatch.setattr(FusedMLP, "forward", remembers(FusedMLP.forward))
@@ -49,7 +49,7 @@ def test_a_stale_answer_is_no_ok(dtype, monkeypatch):
     assert wrong[0] == "logits" and len(found.outputs) > 1
 
 
-def test_a_derived_weight_that_outlives_its_source_is_no_ok(monkeypatch):
+def test_stale_derived_weight_fails(monkeypatch):
     """Made once of a weight that is written to afterwards, beside the model's own run."""
     model, inputs = patched()
     projector = model.model.multi_modal_projector
@@ -71,7 +71,7 @@ def test_a_derived_weight_that_outlives_its_source_is_no_ok(monkeypatch):
     assert not vlm_fast.verify(model, **inputs).ok
 
 
-def test_what_the_model_computes_is_run_without_hooks(monkeypatch):
+def test_model_runs_without_hooks(monkeypatch):
     """Hooks may make a layer fall back: then they would hide what it does without them."""
     model, inputs = patched()
     right = FusedMLP.forward
@@ -87,7 +87,7 @@ def test_what_the_model_computes_is_run_without_hooks(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(4))
-def test_rounding_is_ok(dtype, seed):
+def test_rounding_differences_pass(dtype, seed):
     model, inputs = patched(dtype)
     torch.manual_seed(seed)
     inputs["pixel_values"] = torch.randn_like(inputs["pixel_values"])
@@ -96,7 +96,7 @@ def test_rounding_is_ok(dtype, seed):
     assert {"loss", "logits"} <= {verdict.what for verdict in found.outputs}
 
 
-def test_a_rounding_error_that_the_model_amplifies_is_ok():
+def test_amplified_rounding_errors_pass():
     """What a model makes of the last bits of its connector is no fault of the connector."""
 
     class Amplifies(nn.Module):
@@ -128,7 +128,7 @@ def with_dropout():
     return model, {"query_embeds": query, "encoder_hidden_states": images(3, 7, 40)}
 
 
-def test_other_masks_of_dropout_are_not_called_wrong(monkeypatch):
+def test_different_dropout_masks_do_not_fail(monkeypatch):
     model, given = with_dropout()
     found = vlm_fast.verify(model, **given)
     assert found.ok and not found.outputs and "dropout" in found.incomparable, found
@@ -146,7 +146,7 @@ def test_other_masks_of_dropout_are_not_called_wrong(monkeypatch):
     assert not vlm_fast.verify(model, **given).ok
 
 
-def test_modes_of_parts_stay():
+def test_train_and_eval_modes_are_unchanged():
     model, given = with_dropout()
     model.encoder.layer[1].eval()
     modes = [module.training for module in model.modules()]
@@ -195,7 +195,7 @@ def state_of(model):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_buffers_are_left_as_they_were(fails):
+def test_buffers_are_unchanged(fails):
     inner, inputs = patched()
     model = Counts(inner).train()
     model.fails = fails
@@ -214,7 +214,7 @@ def test_buffers_are_left_as_they_were(fails):
     assert model.unset is None and "unset" in model._buffers
 
 
-def test_running_statistics_of_a_vision_tower_stay():
+def test_running_statistics_are_unchanged():
     model, inputs = build("fast_vlm")
     model.train()
     vlm_fast.patch(model)
@@ -225,7 +225,7 @@ def test_running_statistics_of_a_vision_tower_stay():
         assert torch.equal(buffer, before[name]), name
 
 
-def test_a_cache_that_is_given_stays():
+def test_past_key_values_are_unchanged():
     """Each run starts with it, and none adds to it."""
     model, inputs = patched()
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_a_cache_that_is_given_stays():
     assert all(verdict.ok for verdict in found.outputs), found
 
 
-def test_results_of_other_places_or_shapes_are_no_ok():
+def test_different_output_names_or_shapes_fail():
     one = model_runs.ModelRun({"a": torch.zeros(2)}, False)
     other = model_runs.ModelRun({"a": torch.zeros(2), "b": torch.zeros(2)}, False)
     (verdict,) = model_runs.judge_outputs(one, other, lambda draw: other)
@@ -258,7 +258,7 @@ class OfItsOwnKind(dict):
 
 
 @pytest.mark.parametrize("kind", [tuple, list, Returned, OfItsOwnKind, torch.Tensor])
-def test_outputs_are_found_in_whatever_is_returned(kind, monkeypatch):
+def test_outputs_are_found_in_nested_results(kind, monkeypatch):
     class Wraps(nn.Module):
         def __init__(self, inner):
             super().__init__()
@@ -282,7 +282,7 @@ def test_outputs_are_found_in_whatever_is_returned(kind, monkeypatch):
     assert not vlm_fast.verify(model, **inputs).ok
 
 
-def test_ok_asks_all_that_was_judged():
+def test_ok_requires_outputs_and_connectors_to_pass():
     model, inputs = patched()
     found = vlm_fast.verify(model, **inputs)
     wrong = dataclasses.replace(found.outputs[0], failure="wrong")

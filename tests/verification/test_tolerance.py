@@ -38,7 +38,7 @@ def judged_gate(found, a, b):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_sums_that_cancel_are_right_in_any_order(dtype):
+def test_cancelling_sums_pass_in_any_order(dtype):
     unlucky = 0
     for seed in range(100):
         a, b = terms(seed, dtype=dtype)
@@ -49,7 +49,7 @@ def test_sums_that_cancel_are_right_in_any_order(dtype):
     assert unlucky or dtype is BF16  # or the other orders were not needed
 
 
-def test_a_term_left_out_of_a_sum_that_cancels_is_seen():
+def test_missing_term_of_a_cancelling_sum_fails():
     for seed in range(100):
         a, b = terms(seed)
         some = torch.arange(len(a)) != (a * b).abs().argsort()[len(a) // 2]  # of middle size
@@ -65,7 +65,7 @@ def product(a, b):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_four_times_the_error_is_seen(dtype):
+def test_four_times_the_error_fails(dtype):
     a, b, c = torch.randn(65, 300), torch.randn(300, 300) / 16, torch.randn(300, 80)
     b, c = b + torch.randn(300, 1), c - c.mean(0)  # most of each sum cancels
     a, b, c = a.to(dtype), b.to(dtype), c.to(dtype)
@@ -78,7 +78,7 @@ def test_four_times_the_error_is_seen(dtype):
         assert [v.ok for v in verdicts] == [right, right], verdicts
 
 
-def test_operands_of_fewer_bits_are_seen():
+def test_operands_of_lower_precision_fail():
     a, b = torch.randn(5, 300), torch.randn(300, 8)
     exact = product(a.double(), b.double())
     rounded = [(t.view(torch.int32) & -(1 << 10)).view(FP32) for t in (a, b)]
@@ -88,7 +88,7 @@ def test_operands_of_fewer_bits_are_seen():
 
 @pytest.mark.parametrize("dtype", slow_but([FP32], DTYPES.values()), ids=DTYPES)
 @every_op
-def test_a_thousandth_more_is_seen(op, dtype):
+def test_relative_error_of_a_thousandth_fails(op, dtype):
     """Of every result; in 16 bits, where an ulp is more than that, a twentieth."""
     args, options = op.sample(op.usual_shape, dtype)
     factor = 1.001 if dtype is FP32 else 1.05
@@ -104,7 +104,7 @@ def _scaled(result, factor):
 
 
 @pytest.mark.parametrize("factor", [1, 1.001])
-def test_a_gate_of_a_whole_model_whose_gradient_is_off_by_a_thousandth_is_seen(factor, monkeypatch):
+def test_gate_gradient_off_by_a_thousandth_fails_in_whole_model(factor, monkeypatch):
     plain, fast, given = whole_models.pair("idefics")
     wide = {n: t.double() if t.is_floating_point() else t for n, t in given.items()}
     true = copy.deepcopy(plain).double()
@@ -133,7 +133,7 @@ def _gate_times(factor, op):
 
 
 @every_case
-def test_other_orders_are_the_same_but_for_rounding(op, shape):
+def test_alternative_references_agree_up_to_rounding(op, shape):
     """In float64, so that an order that pairs the wrong factors is off by far more."""
     args, options = op.sample(shape)
     wide = tolerance.convert(args, torch.Tensor.double)
