@@ -143,8 +143,8 @@ def cost(
     smallest=dict(shape=(1, 1), eps=0.01, biased=True),
     usual=dict(shape=(3, 17), per_feature=True, norm="rms"),
     others=[
-        dict(shape=(40, 100), biased=True),
-        dict(shape=(3, 17, 24), drop_first=1, hidden=True, norm="rms"),
+        dict(shape=(40, 100), biased=True, eps=0.5),
+        dict(shape=(3, 17, 24), drop_first=1, hidden=True, norm="rms", eps=0.5),
         dict(shape=(2, 5, 72), hidden=True),
         dict(shape=(3, 1152), biased=True),
     ],

@@ -240,9 +240,9 @@ def cost(
         dict(batch=2, height=6, width=6, features=24, factor=3, drop_first=1),
         dict(
             batch=2, height=1, width=11, features=40, indexed=True, norm="rms", norm_after=False,
-            layout="channel", eps=1e-6,
+            layout="channel", eps=0.5,
         ),
-        dict(batch=1, height=6, width=2, features=72, norm="layer", norm_after=False),
+        dict(batch=1, height=6, width=2, features=72, norm="layer", norm_after=False, eps=0.5),
     ],
     large=dict(batch=5, height=460, width=460, features=2048, norm='layer'),
     bitwise=True,
