@@ -16,8 +16,8 @@ from ._dropout import keep_tile
 from ._triton import tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Arguments that vary from call to call. Triton would compile a variant for each of their values
-# that is 1 or a multiple of 16.
+# Arguments that vary from call to call. By default Triton would compile further variants for the
+# value 1 and for multiples of 16.
 SIZES = ("kv_heads", "queries", "rows", "keys", "count", "drop_below")
 
 
@@ -282,7 +282,7 @@ def as_bytes(mask: Tensor | None) -> Tensor | None:
 
 
 def score_strides(bias: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of the bias, 0 projection dimensions in which it is broadcast to ``shape``."""
+    """Strides of the bias, 0 along dimensions in which it is broadcast to ``shape``."""
     if bias is None:
         return (0,) * 4
     return tuple(

@@ -13,8 +13,8 @@ Statistics = tuple[Tensor | None, Tensor | None]  # mean and 1 / standard deviat
 def gate_gradient(dtanh: Tensor, gate: Tensor) -> Tensor:
     """The gate's gradient ``(gate.numel(),)``, from partial sums ``(rows, cols)`` of its tanh's.
 
-    Summed in float64, because a gate of one number sums over all rows and features, and these may
-    nearly cancel.
+    The sum is taken in float64, because the gradient of a single gate sums over all rows and
+    features, and these may nearly cancel.
     """
     axes = (0, 1) if gate.numel() == 1 else (0,)
     dtanh = dtanh.sum(axes, dtype=torch.float64).view(-1)

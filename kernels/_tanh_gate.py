@@ -1,4 +1,4 @@
-"""Tile operations of `gated_add`: tanh of the gate, and rows with a mask."""
+"""Tile operations that the forward and backward kernels of `gated_add` share."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""``x + tanh(gate) y`` and the norm that follows, one pass over memory in each direction. A
-program holds whole rows.
+"""``x + tanh(gate) y`` and the norm that follows, one pass over memory in each direction.
+
+A program holds whole rows.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def spatial_pool(x: Tensor, pooling: Pooling, want_chosen: bool) -> tuple[Tensor
     """Pool ``(batch, tokens, cols)`` into ``(batch, pooled tokens, cols)``.
 
     x: inner stride 1. The second result tells the backward which taps were the maxima; its format
-    is private and differs between devices. It is None if not wanted.
+    is private and differs between devices. Modes other than "max" have None.
     """
     if not runs_triton(x):
         return aten.forward(x, pooling)
