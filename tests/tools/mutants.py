@@ -61,7 +61,7 @@ MUTANTS = (
     ),
     Mutant(
         "survivors of dropout are not scaled", "kernels/add_layer_norm.py",
-        "z *= survivor_scale * keep_tile(tl.load(seed_ptr)", "z *= keep_tile(tl.load(seed_ptr)",
+        "z *= survivor_scale * keep_tile(", "z *= keep_tile(",
         NORM,
     ),
     Mutant(
