@@ -82,7 +82,7 @@ def test_an_error_of_one_group_leaves_the_others(monkeypatch):
 
     order = groups(names=("mlp", "linear", "pool"))
     mlp = CONNECTORS["mlp"]
-    monkeypatch.setitem(CONNECTORS, "mlp", type(mlp)(**{**vars(mlp), "pieces": broken}))
+    monkeypatch.setitem(CONNECTORS, "mlp", type(mlp)(**{**vars(mlp), "make_modules": broken}))
     for _ in measure_points.measure_all(order, setting()):
         pass
     rows = {

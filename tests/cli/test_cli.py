@@ -67,7 +67,8 @@ def test_ops_tell_current_proof_from_older_and_from_none(monkeypatch):
 
 def test_sources_of_an_op_are_its_files_and_what_they_share():
     assert results_files.sources(OPS["mlp"]).keys() == {
-        "ops/mlp.py", "kernels/mlp.py", "kernels/_activation.py", "kernels/_hopper.py",
+        "ops/mlp.py", "ops/rows.py", "kernels/mlp.py", "kernels/_activation.py",
+        "kernels/_hopper.py",
         *(f"csrc/{path.name}" for path in results_files.CSRC.glob("hopper_*")),
     }  # fmt: skip
     assert "csrc/hopper_gelu.h" in results_files.sources(OPS["mlp"])

@@ -156,7 +156,7 @@ MUTANTS = (
         "tests/ops",
     ),
     Mutant(
-        "a reference ignores eps", "vlm_fast/ops/gated_add.py",
+        "a reference ignores eps", "vlm_fast/ops/gated_add_norm.py",
         "return h, F.layer_norm(h, (features,), weight.to(h.dtype), bias, eps)",
         "return h, F.layer_norm(h, (features,), weight.to(h.dtype), bias)",
         "tests/kernels/test_kernels.py -k gated_add_norm",
