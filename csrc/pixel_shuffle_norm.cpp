@@ -170,8 +170,8 @@ INLINE void norm_row_backward(const float* __restrict dy, float* __restrict x, i
   const float shift = norm.kind == NormKind::kGemma ? 1 : 0;
   const auto unit = [=](int64_t i) { return x[i] = (x[i] - mean) * rstd; };
   const auto dunit = [=](int64_t i) { return dy[i] * (weight[i] + shift); };
-  const float along = sum(n, [=](int64_t i) { return dunit(i) * unit(i); }) / n;
-  const float level = norm.kind == NormKind::kLayer ? sum(n, dunit) / n : 0;
+  const float projection = sum(n, [=](int64_t i) { return dunit(i) * unit(i); }) / n;
+  const float mean_dunit = norm.kind == NormKind::kLayer ? sum(n, dunit) / n : 0;
   if (float* __restrict dbias = sums.dbias) {
     for (int64_t i = 0; i < n; ++i) dbias[i] += dy[i];
   }
@@ -179,7 +179,7 @@ INLINE void norm_row_backward(const float* __restrict dy, float* __restrict x, i
     for (int64_t i = 0; i < n; ++i) dweight[i] += dy[i] * x[i];
   }
   for (int64_t i = 0; i < n; ++i) {
-    x[i] = (dy[i] * (weight[i] + shift) - x[i] * along - level) * rstd;
+    x[i] = (dy[i] * (weight[i] + shift) - x[i] * projection - mean_dunit) * rstd;
   }
 }
 
