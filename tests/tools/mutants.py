@@ -61,7 +61,7 @@ MUTANTS = (
     ),
     Mutant(
         "survivors of dropout are not scaled", "kernels/add_layer_norm.py",
-        "z *= survivor_scale * kept(tl.load(seed_ptr)", "z *= kept(tl.load(seed_ptr)",
+        "z *= survivor_scale * keep_tile(", "z *= keep_tile(",
         NORM,
     ),
     Mutant(
@@ -71,7 +71,7 @@ MUTANTS = (
     ),
     Mutant(
         "the variance is that of one pass over squares", "kernels/add_layer_norm.py",
-        "rstd = 1.0 / tl.sqrt(tl.sum(spread * spread, axis=1) / cols + eps)",
+        "rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / cols + eps)",
         "rstd = 1.0 / tl.sqrt(tl.sum(z * z, axis=1) / cols - mean * mean + eps)",
         interpreted("test_add_layer_norm.py", "mean_far_above"),
     ),
@@ -92,14 +92,14 @@ MUTANTS = (
         SLOTS,
     ),
     Mutant(
-        "the gate is not squashed", "kernels/gated_add.py",
+        "the gate is not squashed", "kernels/_tanh_gate.py",
         "    return _tanh(gate)\n", "    return gate\n",
         GATED,
     ),
     Mutant(
         "eps is left out of a norm", "kernels/gated_add.py",
-        "rstd = 1.0 / tl.sqrt(tl.sum(spread * spread, axis=1) / cols + eps)",
-        "rstd = 1.0 / tl.sqrt(tl.sum(spread * spread, axis=1) / cols)",
+        "rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / cols + eps)",
+        "rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / cols)",
         GATED,
     ),
     Mutant(
