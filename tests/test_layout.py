@@ -1,4 +1,4 @@
-"""The shape of the repository: who imports whom, what imports anywhere, how long files get."""
+"""The layout of the repository: import directions, packages, file lengths and docstrings."""
 
 import ast
 import inspect
@@ -14,7 +14,7 @@ from tests.support.cases import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vlm_fast"
-# A room may import those after it, itself, and the loose files of the package.
+# A folder may import those after it, itself, and the top-level files of the package.
 ORDER = (
     "cli", "advisor", "training", "devtools", "verification", "patching", "modules", "ops",
     "kernels",
@@ -24,7 +24,7 @@ LOOSE = {
 }  # fmt: skip
 LINKED = ("benchmarks", "csrc", "kernels")  # top-level folders that are installed under the package
 LONGEST = 400
-TABLES = {"tests/support/tiny_models.py": 450}  # a table of models is longer, and read by the row
+TABLES = {"tests/support/tiny_models.py": 450}  # a table of models may be longer
 SOURCES = sorted(
     path
     for folder in ("vlm_fast", *LINKED, "tests", "examples")
@@ -34,7 +34,7 @@ SOURCES = sorted(
 
 
 def imports(path):
-    """Absolute names of the modules that a file imports, at its top or inside functions."""
+    """Absolute names of the modules that a file imports, at the top or inside functions."""
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -132,7 +132,7 @@ def public_names():
 
 @pytest.mark.parametrize("name, value", [pytest.param(*p, id=p[0]) for p in public_names()])
 def test_public_functions_and_classes_have_docstrings(name, value):
-    own = vars(value).get("__doc__")  # not one that a class inherits
+    own = vars(value).get("__doc__")  # not inherited from a base class
     own = value.__doc__ if inspect.isfunction(value) else own
     assert own and len(own.split()) >= 4, name
     if name.startswith("vlm_fast.ops."):

@@ -1,4 +1,4 @@
-"""Which connector, how many tokens: counts, the cost models behind them, and the order."""
+"""The advisor: token counts, cost models and the ranking of connectors."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from vlm_fast.verification import results_files
 
 LLAVA = MODELS["llava-1.5-7b"]
 BF16 = torch.bfloat16
-pytestmark = pytest.mark.filterwarnings("error")  # a fallback would be counted as something else
+pytestmark = pytest.mark.filterwarnings("error")  # a fallback would be counted as another op
 
 
 def call(*arguments):
@@ -37,7 +37,7 @@ def on_meta(*shape):
     return torch.empty(*shape, device="meta", dtype=BF16)
 
 
-# ---- what is counted ----
+# ---- cost models ----
 
 
 @pytest.mark.parametrize("saved", ["all", "preactivation", "input"])
@@ -125,7 +125,7 @@ def test_cost_exists_for_each_connector_and_model(name):
         ("llava-1.5-7b", "merge", 576, "gives 1 to 575 tokens"),
         ("llava-1.5-7b", "pool", 288, "gives 144 or 64 or 36 or 16 or 9 tokens, not 288"),
         ("llava-1.5-7b", "qformer", 0, "gives 1 to 576 tokens"),
-        ("blip2-opt-2.7b", "qformer", 257, None),  # its CLS token is read too
+        ("blip2-opt-2.7b", "qformer", 257, None),  # the CLS token is included
         ("llama-3.2-11b-vision", "merge", 33, "as many tokens of each of 4 tiles"),
         ("llama-3.2-11b-vision", "anyres", 32000, "suits no grid"),
     ],
@@ -166,7 +166,7 @@ def test_language_model_cost_matches_its_layers():
     matrices = 4 * 4096**2 + 3 * 4096 * 11008
     assert language_model.prefill_flops(vicuna, 10) == 32 * (
         2 * 10 * matrices + 4 * 10 * 10 * 4096
-    )  # and of attention alone:
+    )  # attention only:
     assert language_model.attention_flops(vicuna, 10) == 32 * 4 * 10 * 10 * 4096
     norms = 2 * 4096
     assert language_model.language_parameters(vicuna) == 32 * (matrices + norms) + 2 * 32064 * 4096
@@ -184,7 +184,7 @@ def test_timed_layer_is_causal():
     assert torch.equal(one[:, :3], other[:, :3]) and not torch.equal(one[:, 3:], other[:, 3:])
 
 
-# ---- what is advised ----
+# ---- advice ----
 
 
 def test_remaining_text_tokens_in_context():

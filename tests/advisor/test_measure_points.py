@@ -1,4 +1,4 @@
-"""The order in which a profile is measured, what time leaves out, and the front."""
+"""The order in which profile points are measured, the time limit, and the Pareto front."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The profile of connectors: what is measured and when, its files, its page, its errors."""
+"""``vlm-fast profile``: measured points, output files, the HTML page and errors."""
 
 import csv
 import itertools
@@ -35,7 +35,7 @@ HOSTILE = "<script>alert('&')</script>"
 
 
 def call(folder, *arguments):
-    """`vlm-fast profile`; values by commas are given one by one, under the option's own name."""
+    """Run `vlm-fast profile`; comma-separated values are split and the option is repeated."""
     given = ["--model", NAME, "--out", str(folder), "--text", "8", "--budget", "30", *arguments]
     if "--connector" not in arguments:
         given += ["--connector", ",".join(NAMES)]
@@ -60,7 +60,7 @@ def training(tmp_path_factory):
     return folder, json.loads((folder / "profile.json").read_text()), found
 
 
-# ---- what is measured, and in which order ----
+# ---- measured points ----
 
 
 def test_all_points_are_measured(training):
@@ -163,7 +163,7 @@ def test_stdout_holds_table_or_json_and_stderr_progress(tmp_path):
     assert [r["batch"] for r in content["rows"] if r["on_pareto_front"]] == [
         2,
         1,
-    ]  # of each its own
+    ]  # one trace per point
     html = (tmp_path / "profile.html").read_text()
     assert html.index("<h2>Batch 2</h2>") < html.index("<h2>Batch 1</h2>")
 
@@ -172,7 +172,7 @@ def test_stdout_holds_table_or_json_and_stderr_progress(tmp_path):
 
 
 class Reader(HTMLParser):
-    """Checks that tags close in order; collects texts, and whatever would be fetched."""
+    """Check that tags are balanced; collect texts and the URLs that a browser would fetch."""
 
     VOID = frozenset({"meta", "link", "br", "img"})
 
@@ -209,7 +209,7 @@ def read(html):
 def test_html_page_is_complete_and_names_pareto_front(training):
     html = (training[0] / "profile.html").read_text()
     reader = read(html)
-    assert reader.fetched == ["data:,"]  # the icon, which a browser would ask for otherwise
+    assert reader.fetched == ["data:,"]  # the icon, which a browser would request otherwise
     assert "script" not in reader.tags and "@import" not in html
     assert set(re.findall(r"url\((.)", html)) <= {"#"}  # clip paths of charts
     assert 'name="viewport" content="width=device-width' in html
@@ -286,7 +286,7 @@ def test_figures_are_formatted_with_units():
     ]  # fmt: skip
 
 
-# ---- what goes wrong ----
+# ---- errors ----
 
 
 @pytest.mark.usefixtures("inherited_sigint")

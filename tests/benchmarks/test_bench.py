@@ -1,4 +1,4 @@
-"""``vlm-fast bench``: its rows, files, comparisons and errors."""
+"""``vlm-fast bench``: rows, files, comparisons and errors."""
 
 import csv
 import json
@@ -42,7 +42,7 @@ def bench(*arguments):
 
 
 def complete(content):
-    """The contents of a results file, which must have the keys that its readers read."""
+    """Read a results file and check that it has the keys that its readers need."""
     assert content.keys() >= HEAD and content["schema"] == results_files.SCHEMA
     for found in content.get("ops", []):
         more = TIMES if found["status"] == "measured" else {"reason"}
@@ -52,7 +52,7 @@ def complete(content):
 
 @pytest.fixture
 def quickly(monkeypatch):
-    """Skip the measurement of ceilings, and time the fewest rounds."""
+    """Skip the measurement of ceilings and time as few rounds as possible."""
     monkeypatch.setattr(timing, "ceilings", lambda *_: timing.Ceilings(1e10, 1e11))
     take = timing.in_turns
     few = lambda *a, **k: take(*a, **{**k, "seconds": 0.0, "rounds": (3, 3)})  # noqa: E731
@@ -111,7 +111,7 @@ def test_function_left_eager_by_torch_compile_is_not_timed(quickly, monkeypatch)
 
 @pytest.mark.slow
 def test_counting_host_syncs_does_not_stop_dynamo(quickly):
-    """Under a dispatch mode Dynamo stops compiling, and later passes would time eager code."""
+    """Dynamo does not compile under a dispatch mode, so later passes would time eager code."""
     rows = rows_of("gated_add", providers=["torch.compile"])
     assert [row["status"] for row in rows] == ["measured"] * 3
     assert all(row["synchronisations"] is None for row in rows)
@@ -121,7 +121,7 @@ def test_no_compiling_when_time_runs_out(monkeypatch):
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr(ops.time, "monotonic", lambda: float(next(clock)))
     pace = ops.Pace.until(100.0, steps=10)  # at 0
-    assert not pace.allows_compiling(0)  # at 10, of the 10 that it has
+    assert not pace.allows_compiling(0)  # at 10, after the 10 that are allowed
     assert pace.allows_compiling(3)  # at 20, of 40
     pace.compiling_took(25.0)
     assert not pace.allows_compiling(4)  # at 30, of 50
@@ -146,7 +146,7 @@ def test_backward_timing_excludes_forward(quickly):
 
 
 class Nvml:
-    """The functions of pynvml that telemetry reads, for a hot GPU that hides its power."""
+    """The pynvml functions that telemetry reads, for a throttled GPU without power readings."""
 
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
 
@@ -181,7 +181,7 @@ def test_throttled_gpu_is_reported_and_missing_values_are_none(monkeypatch):
     with telemetry.Telemetry("cuda") as seen:
         pass
     found = seen.summary()
-    assert found["throttled"] == ["hardware thermal slowdown"]  # "GPU idle" is no throttling
+    assert found["throttled"] == ["hardware thermal slowdown"]  # "GPU idle" is not throttling
     assert (found["sm_mhz"], found["power_w"], found["power_limit_w"]) == (1980, None, 700)
     assert found["lacks"] == {"power_w": "RuntimeError: Not Supported"}
 

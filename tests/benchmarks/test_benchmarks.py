@@ -1,4 +1,4 @@
-"""The benchmark and the GPU run, as far as a CPU can run them."""
+"""The benchmark script and the GPU run, as far as they work on a CPU."""
 
 import json
 import os
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(*arguments):
-    # On a busy machine threads mostly wait for each other.
+    # On a busy machine several threads are slower than one.
     return subprocess.run(
         [sys.executable, "-m", *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=ROOT, capture_output=True, text=True, timeout=300,
@@ -39,7 +39,7 @@ def python(*arguments):
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     path = tmp_path_factory.mktemp("quick") / "results.json"
-    # Parity and torch.compile of every op have tests of their own: here they would take minutes.
+    # Other tests cover parity and torch.compile of every op; here they would take minutes.
     sections = [f"--section={name}" for name in suite.SECTIONS if name != "parity"]
     few = ("--provider=vlm_fast", "--provider=eager", "--json", str(path))
     found = python("vlm_fast.cli.main", "bench", "--quick", *sections, *few)
@@ -67,7 +67,7 @@ def test_patched_models_match_unpatched(quick):
 
 @pytest.mark.slow
 def test_rows_have_the_same_keys_and_start_with_before(quick):
-    """The row "before" of a part comes first, then its other states."""
+    """The "before" row of each part comes first, then its other states."""
     _, results = quick
     families = list(FAMILIES)
     every = [*results["models"].values(), *(results[family] for family in families)]
@@ -208,11 +208,11 @@ def test_large_shapes_exceed_32_bit_offsets():
 
 
 def test_large_call_equals_calls_on_its_parts(monkeypatch):
-    batch = 11  # no size of a usual shape equals it
+    batch = 11  # no size in a usual shape equals it
     monkeypatch.setattr(gpu_checks, "BATCH", batch)
     for op in OPS.values():
         small = with_batch(op.usual_shape, batch)
-        small.pop("dropout", None)  # its mask depends on the place in the batch
+        small.pop("dropout", None)  # its mask depends on the index in the batch
         if op.large_along == "features":
             small["hidden"] = 2 * batch
         monkeypatch.setattr(op, "large_shape", small)

@@ -1,4 +1,4 @@
-"""The GPU run's checks of the Hopper GEMMs, on a CPU: they pass what is right, and nothing else."""
+"""The GPU run's checks of the Hopper GEMMs, on a CPU: correct GEMMs pass and wrong ones fail."""
 
 import math
 
@@ -17,7 +17,7 @@ NEVER = math.inf
 
 @pytest.fixture
 def without_the_op(monkeypatch):
-    """Leave out the checks through the op, which take longest."""
+    """Skip the checks through the op, which take longest."""
     monkeypatch.setattr(gpu_hopper, "_as_an_op", lambda device, deadline: [])
 
 

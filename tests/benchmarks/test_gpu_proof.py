@@ -1,4 +1,4 @@
-"""The proofs of a GPU run, a process an op."""
+"""The verification of a GPU run, one process per op."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Other libraries' ways to compute an op: found, or absent with a reason, and right."""
+"""Implementations of an op by other libraries: availability, reasons for absence, correctness."""
 
 import sys
 import types
@@ -35,7 +35,7 @@ def test_provider_results_match_ours():
 
 
 def library(monkeypatch, name, **functions):
-    """A module that is not installed here, with ATen's word for what its functions compute."""
+    """A fake module of a library that is not installed, whose functions compute with ATen."""
     parts = name.split(".")
     for i in range(1, len(parts) + 1):
         module = types.ModuleType(".".join(parts[:i]))

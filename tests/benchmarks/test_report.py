@@ -1,4 +1,4 @@
-"""Charts and tables of README and docs: they show what the results files hold."""
+"""Charts and tables in README and docs match the committed results files."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_tests_named_by_support_matrix_exist():
             assert f"def {name}(" in (tests / file).read_text(), test
 
 
-# ---- of made-up results ----
+# ---- reports of made-up results ----
 
 
 def piece(part, before, after, **more):
@@ -97,7 +97,7 @@ def test_host_bound_parts_are_drawn_separately():
 
 def test_slower_results_are_published():
     rows = piece("x", 1.0, 1.5, peak_bytes=13 * 10**5, saved_bytes=2940)
-    rows += piece("y", 1.0, 0.9)  # 2300 more saved bytes are too few to be listed
+    rows += piece("y", 1.0, 0.9)  # a difference of 2300 saved bytes is too small to be listed
     slower = {**call(EAGER, 0.8, "slower")}
     lines = report_tables.losses({"image_token_merge": {"rows": rows}, "ops": [slower]})
     assert lines.splitlines()[2:] == [

@@ -1,4 +1,4 @@
-"""The command line: what it prints, as text and as JSON, and its exit codes."""
+"""The command line: text and JSON output, and exit codes."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The examples in their tiny forms, as a new user runs them."""
+"""The example scripts with tiny models, run as a new user runs them."""
 
 import contextlib
 import importlib
@@ -17,7 +17,7 @@ import vlm_fast
 from tests.support import photographs, tiny_llava, tiny_processors
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-# What processes need, imported once; none of it starts a thread, which a fork would lose.
+# Modules that processes need, imported once; none starts a thread, which a fork would lose.
 PRELOAD = [
     "pytest", "peft", "accelerate", "vlm_fast.training.data", "torch.distributed",
     "transformers.trainer",
@@ -28,7 +28,7 @@ ONE_LINE = 60
 
 
 def module(name):
-    """One of the folder's, which Python looks for beside the script that it runs."""
+    """Import a module of the examples folder."""
     sys.path.insert(0, str(EXAMPLES))
     try:
         return importlib.import_module(name)
@@ -81,7 +81,7 @@ def test_lora_with_local_model_and_data(tmp_path):
 
 
 def test_retrieval_pairs_with_local_model_and_data(tmp_path):
-    """Of one length on every rank."""
+    """All batches have the same text length, as ranks need."""
     module("toy_models").retrieval("", "", "")[0].save_pretrained(tmp_path / "model")
     tiny_processors.blip2().save_pretrained(tmp_path / "model")
     records, images = photographs.write(tmp_path, longest=32, views=("whole",))
@@ -103,7 +103,7 @@ def test_served_qformer_matches_transformers(capsys):
 
 
 def _rank(rank, folder, port):
-    """What torchrun does for a process, whose words go to a file."""
+    """Set what torchrun sets for a process, and write its output to a file."""
     torch.set_num_threads(1)
     os.environ |= dict(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",

@@ -1,4 +1,4 @@
-"""The wheel, built from the sdist, knows what the repository knows: every command, elsewhere."""
+"""The wheel, built from the sdist: every command works as in the repository."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from vlm_fast.kernels._triton import AVAILABLE
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 OP = "gather_image_tokens"
-SAME = {  # what these print does not hang on the machine's mood
+SAME = {  # commands whose output does not depend on the load of the machine
     "ops": ["ops", "--json"],
     "check": ["check", OP, "--json"],
     "advise": ["advise", "--scenario", "concurrency", "--memory", "24GB", "--json"],
@@ -34,7 +34,7 @@ OTHERS = {
 }
 COMMANDS = SAME | OTHERS | (TRITON if AVAILABLE else {})
 
-# One process for all commands, and both without the compiled extension, which is not built here.
+# One process runs all commands; both sides lack the compiled extension, which is not built here.
 DRIVER = """
 import json, sys
 sys.modules["vlm_fast._C"] = None
@@ -60,7 +60,7 @@ def run(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """Where the wheel of the sdist is installed; the wheel of a clone lies in dist/ beside it."""
+    """The folder where the sdist's wheel is installed; dist/ beside it holds the clone's wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     clone = folder / "clone"
     leave = shutil.ignore_patterns("*.so", "__pycache__")
@@ -77,7 +77,7 @@ def site(tmp_path_factory):
     alone = ("--no-build-isolation", "--no-deps", "--no-index", "--no-compile", "--quiet")
     target = folder / "elsewhere" / "site"
     run("-m", "pip", "install", *alone, "--target", target, sdist, env=environment)
-    if shutil.which("git"):  # the repository of a user, around the package
+    if shutil.which("git"):  # a user's repository that contains the installed package
         identity = ("-c", "user.name=someone", "-c", "user.email=someone@else.where")
         for words in (("init",), (*identity, "commit", "--allow-empty", "--message", "theirs")):
             subprocess.run(["git", *words], cwd=target.parent, capture_output=True, check=True)
@@ -86,7 +86,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(site):
-    """What every command says from the wheel, and from the clone that these tests are of."""
+    """The output of every command from the wheel and from this repository."""
     said = []
     installed_alone = {"save": ["bench", "--save", "--op", OP]}
     for path, folder, more in (
@@ -134,7 +134,7 @@ def test_wheel_contains_gpu_verification_results(both):
     (_, installed), _ = both
     rows = {row["op"]: row for row in json.loads(installed["ops"][1])}
     result = json.loads((ROOT / "benchmarks" / "results" / "NVIDIA_H200.json").read_text())
-    checked = result["parity"].keys() & rows.keys()  # an older file names deleted ops too
+    checked = result["parity"].keys() & rows.keys()  # an older results file also names deleted ops
     assert checked
     assert all(result["machine"] in " ".join(rows[op]["gpu"]) for op in checked)
 

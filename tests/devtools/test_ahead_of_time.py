@@ -1,4 +1,4 @@
-"""Every kernel with every config, compiled for three generations of GPU that are not here."""
+"""Every kernel with every config, compiled for three GPU generations without a GPU."""
 
 import ast
 import dataclasses
@@ -52,18 +52,18 @@ def fresh_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def compiled(cache_of_these_sources):
-    """Every kernel with every config for an architecture; a function of its name."""
+    """A function that compiles every kernel with every config for an architecture."""
     return functools.cache(lambda arch: ahead_of_time.compile_all([arch], thorough=False))
 
 
 @pytest.fixture(scope="module")
 def builds(compiled):
-    compiled("sm_90")  # in parallel, so that what follows finds it in the cache
+    compiled("sm_90")  # in parallel; the calls below find the results in the cache
     found = ahead_of_time.builds(["sm_90"], thorough=False)
-    return [b for b in found if "fp32, k fp32" not in b.signature]  # of attention bf16 is enough
+    return [b for b in found if "fp32, k fp32" not in b.signature]  # bf16 is enough for attention
 
 
-# The other architectures: `make compile-all`.
+# `make compile-all` compiles for the other architectures.
 every_arch = pytest.mark.parametrize("arch", slow_but(["sm_90"], ARCHS))
 
 
@@ -98,7 +98,7 @@ def test_kernel_addresses_do_not_overflow(builds, kernel):
     assert [line for ttir in own for line in overflowing_products(ttir)] == []
 
 
-# ---- that these tests can fail ----
+# ---- these tests can fail ----
 
 WITHIN = Resources("k", "x bf16", 1, "sm_90", 64, 0, 0, 1024, 0, 0, 4, 4, 9, 9, 0, 0, 0.1)
 BUDGET = {"k": {"sm_90": {"registers": 64, "shared_bytes": 1024, "wide_loads": 4}}}
@@ -129,7 +129,7 @@ def test_values_within_budget_are_not_reported():
 
 
 def run_command(monkeypatch, tmp_path, shipped, resources, *arguments):
-    """`python -m vlm_fast.devtools.budgets` on given builds; its exit code, output and file."""
+    """Run `python -m vlm_fast.devtools.budgets`; return exit code, output and file."""
     path = tmp_path / "budgets.json"
     path.write_text(budgets.as_text(shipped))
     monkeypatch.setattr(budgets, "BUDGETS", path)
@@ -166,7 +166,7 @@ def test_budgets_file_is_rewritten_deterministically(monkeypatch, tmp_path):
         WITHIN,
         dataclasses.replace(WITHIN, registers=65, wide_stores=2, signature="x fp16"),
         dataclasses.replace(WITHIN, arch="sm_100", shared_bytes=9, wide_loads=0),
-        dataclasses.replace(WITHIN, kernel="j", signature="x fp32"),  # bounds only in 16 bits
+        dataclasses.replace(WITHIN, kernel="j", signature="x fp32"),  # the mask has only 16 bits
     ]
     code, _, after = run_command(monkeypatch, tmp_path, {"gone": BUDGET["k"]}, built)
     narrow = {"registers": 64, "shared_bytes": 1024}
@@ -280,7 +280,7 @@ def test_tensor_cores_and_wide_accesses_are_counted(fresh_cache, arch):
     assert 64 < found["registers"] < 255 and not found["stack_bytes"] and not found["spills"]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])  # sm_90's tensor cores refuse to be cramped
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])  # sm_90 tensor cores need larger tiles
 def test_spills_are_counted(fresh_cache, arch):
     found = counted(square_matmul_kernel, arch, maxnreg=64)
     assert found["stack_bytes"] and found["spills"] and found["registers"] <= 64
@@ -304,8 +304,8 @@ def test_unknown_names_raise(archs, ops):
 
 
 def test_kernel_parsing_is_serialised_across_threads(tmp_path, monkeypatch):
-    """Before Python 3.12 that may end in a SystemError."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nothing was compiled before
+    """Parsing in two threads at once may raise a SystemError before Python 3.12."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # no kernel was compiled before
     parse, inside, most = ast.parse, [], []
 
     def noted(*args, **options):

@@ -1,4 +1,4 @@
-"""What ``vlm-fast env`` says beforehand of homes, users and drivers that kernels need later."""
+"""``vlm-fast env`` reports unwritable homes, unknown users and missing drivers."""
 
 import os
 import subprocess
@@ -53,7 +53,7 @@ def run(code, **environment):
 
 @needs_triton
 def test_unwritable_home_is_reported():
-    said = run(FACTS, HOME="/proc/nowhere")  # where nobody may write, root neither
+    said = run(FACTS, HOME="/proc/nowhere")  # a path that not even root can write to
     assert "/proc cannot be written: " in said["triton cache"]
     assert "set TRITON_CACHE_DIR" in said["triton cache"]
 
@@ -89,7 +89,7 @@ def test_missing_driver_is_reported(monkeypatch, error, words):
 
     from triton.backends.nvidia import driver
 
-    monkeypatch.setattr(driver, "libcuda_dirs", driver.libcuda_dirs.__wrapped__)  # not remembered
+    monkeypatch.setattr(driver, "libcuda_dirs", driver.libcuda_dirs.__wrapped__)  # not cached
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(subprocess, "check_output", ldconfig)
     for name in ("TRITON_LIBCUDA_PATH", "LD_LIBRARY_PATH"):

@@ -1,4 +1,4 @@
-"""A user id without an entry in the list of users, as in containers."""
+"""A user id without a passwd entry, as in containers."""
 
 import os
 import subprocess

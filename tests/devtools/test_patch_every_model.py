@@ -1,4 +1,4 @@
-"""The plugin that patches every model, in suites of a few lines."""
+"""The pytest plugin that patches every model, in small test suites."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The folders of releases, and the tables of what is served in them."""
+"""The folders of transformers releases, and the tables of what is patched in each release."""
 
 import importlib.metadata
 import shutil
@@ -9,11 +9,11 @@ from tests.support.families import CASES
 from tests.tools import releases, releases_table
 from tests.tools.releases import RELEASES, served
 
-PINNED = "5.17.0"  # its coverage is the measure of the others
-# From which release on all that the pinned one serves is served.
+PINNED = "5.17.0"  # older releases are compared with its coverage
+# Releases from here on serve all that the pinned one serves.
 FULL = RELEASES[RELEASES.index("4.57.6") :]
 
-# What an older release does not serve, although the pinned one does.
+# Cases that an older release does not serve although the pinned one does.
 SOUNDS = "its older forwards merge sounds by themselves"
 EXCEPTIONS = {
     "ovis2": "up to 5.8 its forward expands other masks too, and is not followed",
@@ -64,7 +64,7 @@ def test_release_table_row_is_spelled_in_words():
     ]  # fmt: skip
     row = releases_table.page({"llava": found}).splitlines()[2]
     assert row.count("projector") == 3 and "skipped (1)" in row and "n/a (2)" in row
-    assert "?" in row  # what was not run is not claimed
+    assert "?" in row  # cases that were not run are marked with a question mark
 
 
 def test_written_cells_are_read_back(monkeypatch, tmp_path):
@@ -86,7 +86,7 @@ def test_wrong_results_are_not_written():
 
 
 class Pip:
-    """Writes distributions as pip would, after a number of failures."""
+    """A fake pip that writes distributions after a given number of failures."""
 
     def __init__(self, requires, failures=0):
         self.requires, self.failures, self.asked = requires, failures, []
@@ -131,7 +131,9 @@ def test_install_adds_only_missing_requirements(root):
 def test_install_replaces_folder_of_another_environment(root):
     pip = Pip({"transformers": ["absent-one==2.0"]})
     releases.install("4.49.0", pip)
-    shutil.rmtree(releases.folder("4.49.0") / "absent_one-2.0.dist-info")  # as if it was outside
+    shutil.rmtree(
+        releases.folder("4.49.0") / "absent_one-2.0.dist-info"
+    )  # as if it was outside the environment
     releases.install("4.49.0", pip)
     assert pip.asked == 2 * [("transformers==4.49.0",), ("absent-one==2.0",)]
 
@@ -149,7 +151,7 @@ def test_install_replaces_incomplete_folder(root):
     with pytest.raises(KeyboardInterrupt):
         releases.install("4.49.0", pip)
     left = releases.folder("4.49.0")
-    (left / "transformers").mkdir()  # without its end
+    (left / "transformers").mkdir()  # without the marker of a complete installation
     assert not (left / "installed").exists()
     releases.install("4.49.0", pip)
     assert (left / "installed").exists() and not (left / "transformers").exists()

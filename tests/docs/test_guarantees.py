@@ -11,7 +11,7 @@ PAGE = TESTS.parent / "docs" / "guarantees.md"
 
 
 def rows():
-    """The title of each row, and its tests as pairs of file and name."""
+    """Yield the title of each row and its tests as pairs of file and name."""
     table = PAGE.read_text().split("<!-- rows:begin -->")[1].split("<!-- rows:end -->")[0]
     for line in table.strip().splitlines()[2:]:
         title, tests = (cell.strip() for cell in line.strip().strip("|").split(" | "))
@@ -40,5 +40,5 @@ def test_row_titles_are_unique_and_rows_name_tests():
 def test_tests_named_in_row_exist(title):
     for file, name in ROWS[title]:
         assert name in functions(file), f"{PAGE.name}, {title}: {file} has no {name}"
-        if not name.startswith("test_"):  # a check that a test of the same file runs on ranks
+        if not name.startswith("test_"):  # a function that a test of the same file runs on ranks
             assert (TESTS / file).read_text().count(name) > 1, f"{name} is not run"

@@ -1,4 +1,4 @@
-"""The README: its quick start runs as written, and its first screens stay short."""
+"""The README: the quick start runs as written, and the first screens stay short."""
 
 import os
 import re

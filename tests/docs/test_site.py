@@ -17,7 +17,7 @@ DOCS = ROOT / "docs"
 
 
 def api_names():
-    """The functions and classes on docs/api.md, as the hook of mkdocs.yml writes them."""
+    """Names of the functions and classes on docs/api.md, as the mkdocs hook writes them."""
     spec = importlib.util.spec_from_file_location("api_names", DOCS / "api_names.py")
     hook = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hook)

@@ -1,4 +1,4 @@
-"""The table of CPU variants in docs/kernels.md has the figures of the committed results."""
+"""The table of CPU variants in docs/kernels.md matches the committed results."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ ROWS = [
 
 
 def measured(op, section, shape, mode):
-    """The rows of plain PyTorch and of ours."""
+    """The result rows of plain PyTorch and of vlm_fast."""
     if section == "ops":
         rows = [r for r in RESULTS["ops"] if (r["op"], r["shape"], r["mode"]) == (op, shape, mode)]
         by_provider = {r["provider"]: r for r in rows}

@@ -1,4 +1,4 @@
-"""What holds for `add_layer_norm` beyond what holds for every op."""
+"""Tests of `add_layer_norm` beyond those that every op has."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FP32 = torch.float32
 
 
 def arguments(device, *, x, residual, parameters, x_bias, shape=(2, 5, 72)):
-    """Arguments of these dtypes."""
+    """Random arguments of `add_layer_norm` with the given dtypes."""
     features = shape[-1]
     return (
         torch.randn(shape, device=device).to(x),
@@ -33,7 +33,7 @@ def arguments(device, *, x, residual, parameters, x_bias, shape=(2, 5, 72)):
 @pytest.mark.parametrize("x_bias", ["half", "fp32"])
 @pytest.mark.parametrize("residual", ["half", "fp32"])
 def test_parameters_and_residual_in_fp32(device, residual, x_bias, half, dropout):
-    """As under autocast; the result, and what comes after, has the residual's dtype."""
+    """The result has the residual's dtype, as under autocast."""
     dtypes = {"half": half, "fp32": FP32}
     args = arguments(
         device, x=half, residual=dtypes[residual], parameters=FP32, x_bias=dtypes[x_bias]
@@ -64,7 +64,7 @@ VIEWS = {
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("view", VIEWS)
 def test_gradients_through_views(device, view, dropout):
-    """Gradients through a view are those of the reference, summed where it repeats."""
+    """Gradients through a view match the reference; expanded dimensions sum them."""
     source = torch.randn(3, 5, 24, device=device)
     found = []
     for call in (ADD_LAYER_NORM.fast, ADD_LAYER_NORM.reference):
@@ -106,7 +106,7 @@ def test_widths(device, features):
 
 
 def test_mean_far_above_standard_deviation(device):
-    """One pass over squares would have no digit left: 1000**2 against 1e-8."""
+    """A one-pass variance would lose all digits: 1000**2 against 1e-8."""
     x = 1000 + 1e-4 * torch.randn(7, 768, device=device)
     parameters = torch.ones(2, 768, device=device)
     judged(ADD_LAYER_NORM, (x, torch.zeros_like(x), *parameters, None, None), {})
@@ -118,7 +118,7 @@ def test_summands_share_one_gradient_tensor(device):
     y = ADD_LAYER_NORM.fast(x, residual, *args[2:])
     dx, dresidual = torch.autograd.grad(y, (x, residual), torch.randn_like(y))
     assert dx.data_ptr() == dresidual.data_ptr() and torch.equal(dx, dresidual)
-    # They are apart once they are somebody's: an optimizer may change one in place.
+    # Accumulated .grad tensors are separate: an optimizer may change one in place.
     ADD_LAYER_NORM.fast(x, residual, *args[2:]).square().sum().backward()
     before = residual.grad.clone()
     x.grad.mul_(0)

@@ -1,4 +1,4 @@
-"""The check of addresses itself: it sees a single element too far, and nothing else."""
+"""The address check itself: it reports a single element out of bounds and no valid access."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_out_of_window_reads_and_writes_are_found(dtype):
     x, y = torch.ones(2, 32).to(dtype)[:, :20], torch.zeros(64).to(dtype)[8:28]
     copy_kernel[(1,)](x[0], y, 20, 20, BLOCK=32)
     assert y.sum() == 20
-    copy_kernel[(1,)](x, y, 32, 20, BLOCK=32)  # x reaches into its second row
+    copy_kernel[(1,)](x, y, 32, 20, BLOCK=32)  # the window of x ends in its second row
     for loaded, stored, kind in ((21, 20, "load"), (20, 21, "store")):
         with pytest.raises(InterpreterError, match=f"{kind} of 1 elements outside"):
             copy_kernel[(1,)](x[0], y, loaded, stored, BLOCK=32)

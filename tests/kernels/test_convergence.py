@@ -1,4 +1,4 @@
-"""A hundred steps of AdamW of four small models, fused and unfused, on a GPU."""
+"""Four small models trained for a hundred AdamW steps on a GPU, fused and unfused."""
 
 import pytest
 import torch

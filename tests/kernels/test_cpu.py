@@ -1,4 +1,4 @@
-"""The compiled code of the CPU on large tensors, with one thread and with several."""
+"""The compiled CPU code on large tensors, with one and several threads."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from vlm_fast.verification import tolerance
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("mebibytes", [1, 17, 33])
 def test_large_rows_in_threads(mebibytes, threads):
-    """From where the compiled code starts threads, bypasses the cache, asks for huge pages."""
+    """Sizes at which the compiled code uses threads, non-temporal stores and huge pages."""
     hidden = 4095
     rows = (mebibytes << 20) // (2 * hidden)
     op = OPS["merge_image_tokens"]

@@ -1,4 +1,4 @@
-"""What only a GPU can show of every op: graphs, streams, host syncs, and repeats."""
+"""Tests that need a GPU, for every op: CUDA graphs, streams, host syncs, determinism."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.devices("cuda")
 
 
 def prepared(op, shape, device):
-    """A call of forward and backward, warmed up, that does nothing but the op's own work."""
+    """A warmed-up function that runs only the op's forward and backward."""
     args, options = op.sample(shape, torch.bfloat16, device)
     args = tolerance.convert(args, lambda t: t.detach().requires_grad_())
     inputs = tolerance.differentiable(args)
@@ -25,7 +25,7 @@ def prepared(op, shape, device):
         found = tolerance.gradients(results, inputs, upstream)
         return [*(r.detach() for r in results), *(g for g in found if g is not None)]
 
-    # Capture wants the warm-up on a stream of its own.
+    # CUDA graph capture needs a warm-up on a side stream.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""What holds for every op that drops: one mask forward and backward, a function of the seed."""
+"""Ops with dropout: forward and backward use the same mask, which depends on the seed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_seed_is_not_read_without_dropout(device, op):
 
 
 def layer_norm_that_shows_its_mask(device, p, rows=64, features=257):
-    """x, and the op as a function of x that is positive exactly where x survives."""
+    """Return x and a function of it whose result is positive exactly where x is kept."""
     zeros, ones = (torch.full((features,), n, device=device) for n in (0.0, 1.0))
     residual = torch.zeros(rows, features, device=device)
 
@@ -92,7 +92,7 @@ def test_kept_elements_have_probability_1_minus_p_and_are_independent(device, p)
 
 
 def test_generator_is_philox(device):
-    """Random123's known answer: the first word at counter 0 under key 0."""
+    """Compare with Random123's known answer: the first word at counter 0 under key 0."""
     word, zero = 0x6627E8D5, torch.zeros((), dtype=torch.int64, device=device)
     for p, keep in ((word / 2**32, True), ((word + 1) / 2**32, False)):
         assert bool(keep_mask(zero, p, zero, zero, zero)) is keep

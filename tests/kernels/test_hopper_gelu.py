@@ -1,4 +1,4 @@
-"""The GELU of the Hopper epilogues: its C++ source, compiled for the host, against float64."""
+"""GELU of the Hopper GEMM epilogues: its C++ source, compiled for the CPU, against float64."""
 
 import ctypes
 import math
@@ -55,7 +55,7 @@ def every_bf16(most):
 
 
 def test_gelu_and_derivative_within_one_ulp_of_max_1_z(evaluate):
-    # erf is 1 - tiny or tiny - 1 at both ends, so its rounding is absolute: of 1, and of z in h.
+    # erf tends to 1 and -1, so rounding errors are absolute: one ulp of 1, or of z in z * erf.
     torch.manual_seed(0)
     for z in (every_bf16(10), torch.rand(1_000_000) * 20 - 10):
         h, slope = evaluate(z)
@@ -63,7 +63,7 @@ def test_gelu_and_derivative_within_one_ulp_of_max_1_z(evaluate):
         scale = z.double().abs().clamp(min=1)
         assert ((h - true_h).abs() <= ULP * scale).all()
         assert ((slope - true_slope).abs() <= 2 * ULP).all()
-        # Near nought the result is as small as z is, and so must the error be.
+        # Near zero the result is as small as z, so the error must be relative to z.
         small = z.abs() < 0.5
         assert ((h - true_h)[small].abs() <= 2 * ULP * z[small].abs() + 1e-45).all()
 
@@ -88,7 +88,7 @@ def test_derivative_is_of_erf_gelu_not_tanh_gelu(evaluate):
 
 
 def test_infinities_and_nan_follow_the_formula(evaluate):
-    """ATen is no yardstick: at +Inf its code for vectors gives NaN, and its code for one Inf."""
+    """ATen is no reference here: at +Inf its vector code gives NaN and its scalar code Inf."""
     z = torch.tensor([math.inf, -math.inf, math.nan, 1e30, -1e30, 0.0, -0.0])
     wide = z.double()
     cdf, density = torch.special.ndtr(wide), (-wide.square() / 2).exp() / math.sqrt(2 * math.pi)

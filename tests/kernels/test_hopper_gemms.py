@@ -1,4 +1,4 @@
-"""How `mlp` calls the Hopper GEMMs, with functions in Python in place of the extension."""
+"""How `mlp` calls the Hopper GEMMs, with Python functions in place of the extension."""
 
 import inspect
 import re
@@ -44,7 +44,7 @@ def test_outputs_and_gradients_match_reference(shape, saved):
 
 @pytest.mark.parametrize("saved", ["preactivation", "input"])
 def test_each_gemm_works_without_the_other(saved):
-    # With gaps: what forward leaves must be what backward takes.
+    # With gaps between images: backward must read the layout that forward wrote.
     for chosen in ("linear_gelu", "gelu_backward"):
         with python_gemms(chosen) as gemms:
             right(*sample(SHAPES["images with gaps"], saved=saved))
@@ -105,7 +105,7 @@ def test_row_sizes_unsupported_by_tma_use_the_triton_path(shape):
 
 
 def test_each_gemm_is_chosen_by_its_own_sizes():
-    # out = 12 is no row of 16 bytes, but the first linear does not see it.
+    # Rows of out = 12 are no multiple of 16 bytes, but the first linear does not use them.
     with python_gemms() as gemms:
         right(*sample(dict(shape=(9, 8), hidden=16, out=12)))
     assert gemms.calls == ["linear_gelu"]

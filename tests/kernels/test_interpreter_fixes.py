@@ -1,4 +1,4 @@
-"""The corrected interpreter itself, against torch: a broken correction must not pass silently."""
+"""The corrected Triton interpreter against torch."""
 
 import pytest
 import torch
@@ -113,13 +113,15 @@ def test_bf16_reductions():
     for value in x[1:]:
         steps.append(steps[-1] + value)
     assert out[1] == -1 and out[2] == -LENGTH
-    assert abs(out[0] + LENGTH * (LENGTH + 1) / 2) <= 16  # some order of bf16 additions
+    assert (
+        abs(out[0] + LENGTH * (LENGTH + 1) / 2) <= 16
+    )  # one of the possible orders of bf16 additions
     assert torch.equal(out[3:], torch.stack(steps))
 
 
 def test_bf16_sum_rounds_at_each_addition():
     x = torch.full((LENGTH,), 1.0, dtype=BF16)
-    x[0] = 512.0  # in fp32 the ones would survive: 575
+    x[0] = 512.0  # fp32 accumulation would give 575
     out = torch.empty(3 + LENGTH, dtype=BF16)
     reduce_kernel[(1,)](x, out, LENGTH=LENGTH)
     assert out[-1] == 512 and out[0] != torch.tensor(575.0).to(BF16)

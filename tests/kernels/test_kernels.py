@@ -1,4 +1,4 @@
-"""What holds for the fast path of every op, on each device."""
+"""The fast path of every op: parity, gradients, memory bounds and determinism on each device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_parity(device, op, shape, dtype):
 @pytest.mark.aten
 @every_case_with("dtype", DTYPES)
 def test_parity_without_gradients(device, op, shape, dtype):
-    """Where nothing is kept another path may be taken."""
+    """Without gradients an op may use another kernel, because it saves nothing."""
     args, options = op.sample(shape, dtype, device)
     with GuardBands() as bands, torch.no_grad():
         args = tuple(bands.lay_out(value, "padded rows", i) for i, value in enumerate(args))
@@ -110,14 +110,14 @@ def test_parity_under_fp16_overflow(device, op, number):
 
 
 def flat_needs(values, wanted):
-    """Whether the gradient of each tensor is wanted, a list of them opened, and its length."""
+    """Per-tensor flags whether a gradient is wanted, with lists flattened, and their number."""
     lengths = [len(v) if isinstance(v, list) else 1 for v in values]
     flat = tuple(i in wanted for i, length in enumerate(lengths) for _ in range(length))
     return flat, next((len(v) for v in values if isinstance(v, list)), 0)
 
 
 def only_wanted_gradients_are_computed(device, op, shape, sizes_of):
-    """Of the subsets of gradients whose sizes ``sizes_of`` names, given how many there are."""
+    """Check all subsets of gradients whose sizes ``sizes_of(count)`` gives."""
     args, options = op.sample(shape, device=device)
     values = op.accepted(args, {**op.defaults, **options})
     settings = {**op.defaults, **options}
@@ -151,7 +151,7 @@ def only_wanted_gradients_are_computed(device, op, shape, sizes_of):
 @pytest.mark.aten
 @every_op
 def test_only_wanted_gradients_are_computed(device, op):
-    """None, one, all but one, and all."""
+    """Subsets of no gradient, one, all but one, and all."""
     only_wanted_gradients_are_computed(
         device, op, op.usual_shape, lambda count: {0, 1, count - 1, count}
     )
@@ -196,7 +196,7 @@ def test_each_kernel_is_launched_where_triton_runs(device):
                 args, options = op.sample(shape, device=device)
                 tolerance.outputs_and_gradients(op.fast, args, options)
                 args, options = op.sample(shape, torch.bfloat16, device)
-                with torch.no_grad():  # another path may be taken
+                with torch.no_grad():  # another kernel may be used
                     op.fast(*args, **options)
                 missing -= {launch.kernel.name for launch in launches}
                 if runs and not missing:
@@ -222,7 +222,7 @@ def test_wrong_count_gives_in_range_slots(device, beyond):
 @pytest.mark.parametrize("features_dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", OPS["merge_image_tokens"].test_shapes, ids=shape_id)
 def test_features_in_another_dtype(device, shape, features_dtype):
-    """Projectors in fp32 feed language models in bf16; gradients come back in fp32."""
+    """Features in fp32 merge into bf16 embeddings, and their gradient is fp32."""
     op = OPS["merge_image_tokens"]
     (embeds, features, mask), options = op.sample(shape, torch.bfloat16, device)
     change = lambda t: t.to(features_dtype) * 1.001  # noqa: E731
@@ -234,7 +234,7 @@ def test_features_in_another_dtype(device, shape, features_dtype):
 @pytest.mark.parametrize("wild", [-(2**31), -2, 10**6, 2**31 - 1])
 @pytest.mark.parametrize("name", ["anyres_pack", "anyres_pack_resized", "anyres_merge"])
 def test_out_of_range_tables_give_safe_addresses(device, name, wild):
-    """What names no row is a newline on the way there, and gives zeros on the way back."""
+    """Out-of-range entries give the newline in forward and zeros in backward."""
     op = OPS[name]
     args, options = op.sample(op.usual_shape, device=device)
     named = dict(zip(op.tensors, args, strict=True))

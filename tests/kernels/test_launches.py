@@ -1,4 +1,4 @@
-"""How many kernels a forward launches: ATen's that do work, and those recorded here."""
+"""The number of kernels that a forward launches: ATen kernels and our recorded launches."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ FREE = {"_unsafe_view", "detach", "lift_fresh"}
 
 
 class Launches(TorchDispatchMode):
-    """Counts ATen ops that launch something: neither views nor mere allocations."""
+    """Count the ATen ops that launch a kernel; views and allocations are excluded."""
 
     def __init__(self):
         super().__init__()
         self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "vlm_fast":  # looked into: its own launches are recorded
+        if func.namespace == "vlm_fast":  # not counted as an op: its launches are recorded
             with self:
                 return OPS[func._opname]._path._run(*args, **(kwargs or {}))
         returns = func._schema.returns
@@ -41,7 +41,7 @@ def launches(model, **given):
 
 
 def test_qformer_launches_at_most_two_thirds_of_transformers_kernels(monkeypatch):
-    # As many layers as BLIP-2's. The count does not depend on the widths.
+    # The same number of layers as BLIP-2. The count does not depend on the widths.
     sizes = dict(
         hidden_size=16, num_attention_heads=1, intermediate_size=16, num_hidden_layers=12,
         encoder_hidden_size=16,
@@ -51,7 +51,7 @@ def test_qformer_launches_at_most_two_thirds_of_transformers_kernels(monkeypatch
         query_embeds=torch.randn(1, 17, 16, dtype=torch.bfloat16),
         encoder_hidden_states=torch.randn(1, 3, 16, dtype=torch.bfloat16),
     )
-    # Launches are noted and left out: the interpreter's own work is not to be counted.
+    # Launches are recorded but not run, so that the interpreter's own work is not counted.
     monkeypatch.setattr(_launcher, "is_traced", lambda tensor: True)
     before = launches(model, **given)
     vlm_fast.patch(model, strict=True)

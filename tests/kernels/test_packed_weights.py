@@ -1,4 +1,4 @@
-"""Several linears as one: parameters and gradients keep memory of their own."""
+"""Several linears run as one: their parameters and gradients do not share memory."""
 
 import io
 
@@ -77,7 +77,7 @@ def test_rows_need_not_be_contiguous(call, outs, dtype):
 
 
 def test_gradients_can_be_changed_in_place():
-    """Clipping and scaling do."""
+    """Gradient clipping and loss scaling change gradients in place."""
     linears = three_linears()
     stacked_linear(linears, torch.randn(6, 7)).sum().backward()
     before = linears[1].weight.grad.clone()
@@ -88,7 +88,7 @@ def test_gradients_can_be_changed_in_place():
 
 @pytest.mark.parametrize("call, outs", CALLS)
 def test_only_wanted_gradients_are_computed(call, outs):
-    """A trained key beside frozen ones costs one product, not one for each."""
+    """One trained key beside frozen linears costs one matrix product for its gradient."""
     linears = three_linears(outs)
     for linear in linears:
         linear.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""A few steps of AdamW of a projector whose kernels are interpreted, fused and unfused."""
+"""A projector trained for a few AdamW steps with interpreted kernels, fused and unfused."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Kernels are right at other tile sizes than their own."""
+"""Kernels are correct with other tile sizes than their default."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.devices("interpreter", "cuda")
 
 
 def use(monkeypatch, changed):
-    """Launch every kernel with other block sizes: ``changed(size)`` in the place of each."""
+    """Launch every kernel with ``changed(size)`` in place of each block size."""
     for kernel in _launcher.KERNELS.values():
         configs = tuple(
             dataclasses.replace(c, blocks={name: changed(n) for name, n in c.blocks.items()})
@@ -35,6 +35,6 @@ def test_parity_with_other_tile_sizes(device, monkeypatch, op, changed):
 
 @any_case
 def test_parity_with_many_small_tiles(device, monkeypatch, op, shape):
-    """Test shapes fit into one tile of most kernels; with these, every loop has several rounds."""
+    """With small tiles every loop has several iterations; test shapes fit into one usual tile."""
     use(monkeypatch, lambda size: min(size, 16))
     judged(op, *op.sample(shape, torch.bfloat16, device), layout="padded rows")

@@ -1,4 +1,4 @@
-"""Token merging is the paper's algorithm, on each device."""
+"""Token merging follows the paper's algorithm (arXiv 2210.09461), on each device."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ WIDTH = 6
 
 
 def papers_algorithm(metric, r, protected):
-    """Arxiv 2210.09461, section 3, for one image in float64: which tokens become one.
+    """The algorithm of arXiv 2210.09461, section 3, for one image in float64.
 
-    Lists of tokens, a merged token each: A that are left, then B with those that join them.
+    Returns a list of token indices for each merged token: first the tokens of A that are kept, then
+    each token of B with those merged into it.
     """
     unit = [v / max(v.norm().item(), 1e-12) for v in metric.double()]
     tokens = len(unit)
@@ -69,7 +70,7 @@ def test_r_is_capped_at_half(device):
 
 
 def test_ties_go_to_the_lower_index(device):
-    """Unit vectors along axes: all similarities are 0 or 1, exactly, and most are equal."""
+    """Tokens are unit vectors along axes, so similarities are exactly 0 or 1 with many ties."""
     metric = torch.eye(WIDTH)[torch.tensor([[0, 1, 0, 1, 1, 0, 2, 0, 1, 1], [3] * 10])]
     for r in range(6):
         assert_equal_to_the_paper(device, metric, r, 0)
@@ -91,7 +92,7 @@ def test_nan_similarity_ranks_last(device):
     match = ops.bipartite_match.fast(metric.to(device), r=3)
     groups = [match[1][0, i:j].tolist() for i, j in zip(match[2][0], match[2][0, 1:], strict=False)]
     assert groups[0] == [2] and [5] in groups
-    # Where nothing else is left, they merge all the same.
+    # They merge if no other tokens are left.
     match = ops.bipartite_match.fast(metric.to(device), r=4)
     assert match[1][0].sort().values.tolist() == list(range(8))
 
@@ -126,7 +127,7 @@ def test_total_size_is_conserved_over_rounds(device):
 
 
 def test_equal_tokens_survive_merge_and_unmerge(device):
-    # Neighbours are equal in pairs: with half of them merged, nothing is lost.
+    # Neighbours are equal in pairs, so merging half of the tokens loses nothing.
     x = torch.randn(2, 6, 5).repeat_interleave(2, 1).to(device)
     match = ops.bipartite_match.fast(x, r=6)
     merged, size = ops.merge_tokens.fast(x, match)
@@ -162,5 +163,5 @@ def test_numbers_out_of_range_touch_no_memory_outside(device, part):
                 try:
                     call()
                 except (IndexError, RuntimeError):
-                    continue  # said, on a CPU; on a GPU the row is left out
+                    continue  # the CPU raises; a GPU skips the row
     bands.check()

@@ -1,5 +1,5 @@
-"""Projectors as people write them, in nn.Sequential and in classes of linears: patched by their
-structure, the same in every dtype, with less kept for backward."""
+"""Projectors in nn.Sequential and in small classes: patched by structure, equal to unpatched in
+every dtype, and with fewer bytes saved for backward."""
 
 import copy
 
@@ -34,7 +34,7 @@ def results(module, x):
 
 
 def saved_bytes(module, x):
-    """Bytes that the graph of one call holds, parameters excluded."""
+    """Bytes that autograd saves for one call, without parameters."""
     own = {p.untyped_storage()._cdata for p in module.parameters()}
     storages = {}
 
@@ -82,7 +82,7 @@ def test_patched_saves_fewer_bytes(name):
     [("preactivation", 3, 0.55), ("preactivation", 5, 0.55), ("input", 3, 0.3), ("all", 3, 1.0)],
 )
 def test_saved_bytes_of_deep_projectors(saved, depth, most):
-    """x and each pre-activation; of "input" no first one; of "all" as eager."""
+    """ "all" saves as much as eager, the default x and pre-activations, "input" one fewer."""
     plain, x = mlp(depth, 64, 256), torch.randn(2, 64, 64)
     fast = copy.deepcopy(plain)
     vlm_fast.patch(fast, saved=saved)
@@ -118,7 +118,7 @@ def test_autocast_matches_unpatched(name, dtype):
 
 
 def test_activation_after_fp32_norm_runs_in_fp32_under_autocast():
-    """Behind a norm that returns fp32 the activation is called: what comes after it is cast."""
+    """After a norm that returns fp32 the activation runs in fp32, and the next linear casts."""
 
     class Norm32(nn.LayerNorm):
         def forward(self, x):
@@ -179,7 +179,7 @@ def test_dropout_active_in_eval_mode():
     assert "drops values" in vlm_fast.explain(module)[""]
 
 
-# ---- what a forward goes by ----
+# ---- attributes that a forward reads ----
 
 
 def test_changed_attribute_falls_back():
@@ -219,7 +219,7 @@ def test_replaced_or_deleted_child_falls_back():
     for module in (plain, fast):
         module.act_fn2 = nn.Tanh()
     torch.testing.assert_close(fast(x), plain(x))
-    assert vlm_fast.stats(reset=True)["mlp"]["fast"] == 2  # its first two linears still are
+    assert vlm_fast.stats(reset=True)["mlp"]["fast"] == 2  # its first two linears are still fused
     for module in (plain, fast):
         del module.fc3
     for module in (plain, fast):

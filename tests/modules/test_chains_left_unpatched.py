@@ -1,4 +1,4 @@
-"""Modules of linears that are no chains, or not alone: left as they are, with a reason; towers."""
+"""Modules of linears that are not patched, with their reasons: no chains, towers, connectors."""
 
 import copy
 import functools
@@ -21,7 +21,7 @@ from tests.support.randomised_modules import gradients, stirred
 from vlm_fast.modules import SequentialProjector
 from vlm_fast.modules.parameter_access.activation import activation_name
 
-# ---- activations told by their code ----
+# ---- activations recognised by their code ----
 
 
 class OtherSlope(nn.Module):
@@ -82,11 +82,11 @@ def test_replaced_quick_gelu_forward_runs(monkeypatch):
     torch.testing.assert_close(module(x), module.fc2(module.fc1(x).abs()))
 
 
-# ---- what is left alone, and why ----
+# ---- skipped modules and reasons ----
 
 
 def test_norm_between_activation_and_linear():
-    """timm's, of ConvNeXt's heads: nothing to fuse, and it says so."""
+    """timm's MLP in ConvNeXt heads is skipped with a reason."""
     report = vlm_fast.patch(nn.ModuleDict({"mlp": TimmMlp(norm_layer=nn.LayerNorm), "ok": mlp(2)}))
     assert report.patched.keys() == {"ok"}
     assert report.skipped == {
@@ -180,7 +180,7 @@ def test_skipped_candidates_have_reasons(name):
 
 
 def test_wrapped_forward_of_linears_is_skipped(monkeypatch):
-    """What it does with tensors it may not do with what stands for them in a symbolic run."""
+    """A wrapper may treat tensors and symbolic values differently, so it is not traced."""
     forward = NamedMlp.forward
 
     @functools.wraps(forward)
@@ -236,7 +236,7 @@ class Block(nn.Module):
 
 
 class VisionLanguage(nn.Module):
-    """A tower, a projector, an odd head, and a language model whose blocks are a Sequential."""
+    """A tower, a projector, an unusual head, and a language model with a Sequential of blocks."""
 
     def __init__(self, layers=4):
         super().__init__()
@@ -264,7 +264,7 @@ def test_block_of_a_short_tower_is_not_patched():
 
 
 class FlatBlock(nn.Module):
-    """As Whisper's: the linears of its MLP are its own children."""
+    """A block as in Whisper: the linears of its MLP are direct children."""
 
     def __init__(self):
         super().__init__()
@@ -272,7 +272,7 @@ class FlatBlock(nn.Module):
 
 
 def test_module_lists_that_are_not_towers_are_patched():
-    """A projector with residual blocks in a list; a whole model in a list."""
+    """A projector with residual blocks in a list, and a whole model in a list."""
     res = nn.Sequential(*mlp(2), SimpleResBlock(HIDDEN))
     whole = nn.Module()
     whole.tower, whole.mm_projector = nn.ModuleList([FlatBlock()]), mlp(2)
@@ -301,7 +301,7 @@ def test_linears_inside_a_residual_block_are_patched():
 
 @pytest.mark.parametrize("kind", ["merger", "block"])
 def test_chains_inside_a_patched_connector_are_not_patched_again(kind):
-    """Qwen's merger and Flamingo's block read the children of theirs."""
+    """Qwen's merger and Flamingo's block read the parameters of their inner chain themselves."""
     if kind == "merger":
         from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchMerger
 

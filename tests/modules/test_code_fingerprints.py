@@ -1,4 +1,4 @@
-"""Fingerprints of code: the same for what Python runs alike, another for any change."""
+"""Fingerprints of code: equal for equivalent code, different for any change."""
 
 import ast
 import importlib
@@ -96,7 +96,7 @@ def test_methods_of_installed_release_have_recorded_fingerprints():
         try:
             module = importlib.import_module(f"transformers.{home}")
         except ImportError:
-            continue  # of another release
+            continue  # code of another release
         definer = getattr(module, kind, None)
         if definer is not None and method in vars(definer):
             assert (

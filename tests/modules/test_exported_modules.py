@@ -1,4 +1,4 @@
-"""Exported modules: plain PyTorch, saved and loaded, right for every size of the batch."""
+"""torch.export of modules: saved, loaded, and correct for every batch size."""
 
 import io
 

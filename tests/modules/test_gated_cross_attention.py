@@ -1,4 +1,4 @@
-"""Flamingo's gated block: parity with the published formulas, its cache, its mistakes."""
+"""Flamingo's gated block: parity with the published formulas, cached media, errors."""
 
 import copy
 
@@ -90,7 +90,7 @@ def test_cached_media(immediate, tokens):
 
 
 def test_media_written_in_place_are_read_again():
-    """One buffer for every picture, as in serving; also where writes leave no trace."""
+    """A buffer reused for every image, as in serving; also if writes do not bump its version."""
     block = plain().eval()
     module, (x, media, locations) = ours(block).eval(), given(LOCATIONS["interleaved"])
     for mode in (torch.no_grad, torch.inference_mode):
@@ -134,7 +134,7 @@ def test_blocks_are_patched_by_structure():
     assert type(model["a"]) is reference_flamingo.GatedCrossAttentionBlock
     model["a"].ff = torch.nn.Sequential(*block.ff, torch.nn.Dropout())
     report = vlm_fast.patch(model)
-    assert list(report.patched) == ["a.ff"]  # a chain like any other
+    assert list(report.patched) == ["a.ff"]  # patched as an ordinary chain
     assert "feed-forward" in report.skipped["a"]
 
 
@@ -174,7 +174,7 @@ def test_invalid_arguments_raise(change, said):
 
 
 def test_no_tensor_of_text_by_latents_is_allocated():
-    """No tensor as large as text by images by latents, forward or backward."""
+    """Neither pass allocates a tensor as large as text by images by latents."""
     largest = []
 
     class Watch(TorchDispatchMode):
@@ -201,7 +201,7 @@ def test_no_tensor_of_text_by_latents_is_allocated():
 @pytest.mark.parametrize("attend", ["latest", "listed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_noncontiguous_tokens_of_the_same_media(dtype, attend):
-    """A user who goes back to an earlier image; what they see is 1, 2, 1 and so on."""
+    """Text that returns to an earlier image: tokens see image 1, 2, 1 and so on."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 2, n, 16, dtype=dtype, requires_grad=True) for n in (7, 6, 6))
     index = torch.tensor([[1, 2, 1, 2, 0, 1, 0], [2, 2, 0, 1, 2, 2, 1]])

@@ -1,4 +1,4 @@
-"""Mergers and poolings as modules and patched: transformers' classes, and when they are called."""
+"""Patch mergers and poolings, as modules and patched, against transformers' classes."""
 
 import copy
 import types
@@ -262,8 +262,8 @@ def test_pooling_runs_before_the_second_linear():
         with vlm_fast.strict(), Rows(weight, rows):
             after = model.model.get_video_features(**videos, return_dict=True).pooler_output
         torch.testing.assert_close(after, before, rtol=1e-4, atol=2e-6)
-        assert rows == [4 * 4]  # of 4 frames, 2 x 2 of the 4 x 4 tokens each
-        # A hook on the projector has a right to its result.
+        assert rows == [4 * 4]  # 4 frames with 2 x 2 pooled from 4 x 4 tokens each
+        # A hook on the projector sees its result.
         seen = []
         model.model.multi_modal_projector.register_forward_hook(lambda *args: seen.append(args[2]))
         after = model.model.get_video_features(**videos, return_dict=True).pooler_output
@@ -272,7 +272,7 @@ def test_pooling_runs_before_the_second_linear():
 
 
 class Rows(torch.overrides.TorchFunctionMode):
-    """Notes with how many rows a weight is multiplied."""
+    """Record the number of rows that each weight is multiplied with."""
 
     def __init__(self, weight, rows):
         super().__init__()
@@ -284,7 +284,7 @@ class Rows(torch.overrides.TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-# ---- InternVL's shuffle that waits ----
+# ---- InternVL's deferred shuffle ----
 
 
 def waiting():

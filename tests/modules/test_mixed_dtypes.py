@@ -1,5 +1,5 @@
-"""Several dtypes in one model, without autocast and with: where it runs unpatched it runs patched,
-with the same dtypes; where it raises, it raises."""
+"""Several dtypes in one model, with and without autocast: a patched model runs or raises where
+the unpatched one does, with the same dtypes."""
 
 import copy
 import functools
@@ -22,7 +22,7 @@ both_ways = pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP32, BF16)], ids=
 
 
 def captured(model, inputs, names):
-    """What each of the modules is given, the first time."""
+    """The arguments of the first call of each module."""
     seen = {}
 
     def look(name):
@@ -39,7 +39,7 @@ def captured(model, inputs, names):
 
 
 def changes(connector):
-    """Which submodules have a dtype of their own: none, all norms, and each one by itself."""
+    """Submodules to put into another dtype: none, all norms, and each one by itself."""
     owners = [[name] for name, m in connector.named_modules() if m._parameters]
     of_norms = [name for name, m in connector.named_modules() if m in norms(connector)]
     return [[], of_norms, *owners] if len(of_norms) > 1 else [[], *owners]
@@ -123,7 +123,7 @@ MODULES = {
 @both_ways
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_in_mixed_dtypes_match_disabled(name, dtypes):
-    """As with the ops' references: `vlm_fast.disabled` reads no parameter in a kernel."""
+    """The reference is the module under `vlm_fast.disabled`, which runs no kernel."""
     make, given = MODULES[name]
     torch.manual_seed(0)
     module, args = make(), given()
@@ -207,7 +207,7 @@ def test_explain_names_mixed_parameter_dtypes(name):
 
 
 def test_float64_is_not_cast_under_autocast():
-    """Autocast leaves it alone: its precision is not lost in a kernel of float32."""
+    """Autocast does not cast float64, so no float32 kernel may run."""
     model, inputs = build("qwen2_5_vl")
     plain = model.double()
     norms(plain.model.visual.merger)[0].float()

@@ -1,6 +1,6 @@
-"""Several dtypes in models with Q-Formers, resamplers and gated layers: as `test_mixed_dtypes`.
+"""Mixed dtypes in models with Q-Formers, resamplers and gated layers, as in `test_mixed_dtypes`.
 
-Their kernels round in another order than the model's own code, so errors are compared as a whole.
+Kernels round in another order than the model's code, so mean errors are compared.
 """
 
 import copy
@@ -28,7 +28,7 @@ def built(name):
 
 
 def error(found, exact):
-    """The mean relative error of all that is not zero but for rounding."""
+    """The mean relative error over results that are not zero up to rounding."""
     pairs = [(t.double(), exact[name].double()) for name, t in found.items() if t is not None]
     largest = max(true.norm() for _, true in pairs)
     kept = [(t - true).norm() / true.norm() for t, true in pairs if true.norm() > 1e-4 * largest]
@@ -53,7 +53,9 @@ def test_whole_models_in_mixed_dtypes_match_unpatched(name, arrangement, autocas
     exact = run(copy.deepcopy(plain).double(), (), cast(inputs, torch.float64)).found
     apart = error(found.found, exact)
     draws = itertools.chain([theirs], ReorderedRuns(lambda: again(plain)))
-    assert any(apart <= 1.5 * error(one.found, exact) for one in draws)  # as `parity.judge` of rms
+    assert any(
+        apart <= 1.5 * error(one.found, exact) for one in draws
+    )  # the same factor as the tolerance rule
 
 
 @pytest.mark.parametrize("parameters", [torch.float16, torch.bfloat16, torch.float32], ids=str)

@@ -1,4 +1,4 @@
-"""Flamingo's and IDEFICS' Perceiver resamplers: parity, folded weights, mistakes."""
+"""Perceiver resamplers of Flamingo and IDEFICS: parity, folded weights, errors."""
 
 import copy
 import pickle
@@ -38,7 +38,10 @@ def idefics(dtype=torch.float32, norms=True, depth=3, head=24):
         vision_config=dict(embed_dim=40), perceiver_config=dict(qk_layer_norms_perceiver=norms)
     )
     module = scattered(IdeficsPerceiverResampler(config, 40, depth, 2, head, 5), torch.float32)
-    for _, ff in module.blocks:  # few units at ReLU's edge, where rounding decides on a gradient
+    for (
+        _,
+        ff,
+    ) in module.blocks:  # few units are near zero, where rounding decides the gradient of ReLU
         ff.ln.bias.data.add_(torch.randn(40).sign() * 5)
     return module.to(dtype)
 
@@ -71,7 +74,9 @@ def same(module, plain, x):
     exact = everything(copy.deepcopy(plain).double(), x.double())
     found = everything(module, x)
     for name in [name for name in found if "k_layer_norm.bias" in name]:
-        assert not found.pop(name).any()  # it moves all scores alike: plain PyTorch's is rounding
+        assert not found.pop(
+            name
+        ).any()  # it shifts all scores equally, so its exact gradient is zero
         assert exact[name].abs().max() < 1e-12
     assert_right(found, lambda: everything(plain, x), exact, "y")
     module.eval()

@@ -1,4 +1,4 @@
-"""The Q-Former is transformers', by the tolerance rule, patched or as a module of its own."""
+"""The Q-Former matches transformers' by the tolerance rule, patched and as our module."""
 
 import copy
 
@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 class WithLength(nn.Module):
-    """A Q-Former that is told how many of its tokens are queries."""
+    """A Q-Former that passes the number of query tokens on."""
 
     def __init__(self, qformer):
         super().__init__()
@@ -33,8 +33,8 @@ class WithLength(nn.Module):
 
 
 def assert_same(model, inputs, dtype):
-    """Output and every gradient meet the rule, the reference being the model in float64."""
-    # Quantised once, so that all three see the same numbers.
+    """Check output and gradients by the tolerance rule; the reference is the model in float64."""
+    # Rounded once, so that all three models get the same inputs.
     model = copy.deepcopy(model).to(dtype).float()
     inputs = {n: v.to(dtype).float() if v.is_floating_point() else v for n, v in inputs.items()}
     fast = copy.deepcopy(model)
@@ -118,7 +118,7 @@ def test_blip2_with_text_matches_transformers(dtype, text, keys):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_query_batch_for_many_windows(dtype):
-    """As in Granite speech: three queries, a window of fifteen frames."""
+    """As in Granite speech: three queries and a window of fifteen frames."""
     inputs = dict(query_embeds=torch.randn(1, 3, 48), encoder_hidden_states=images(4, 15, 40))
     assert_same(blip2(**SMALL), inputs, dtype)
 
@@ -149,7 +149,7 @@ def test_expanded_queries_are_projected_once(expanded, monkeypatch):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_expanded_queries_keep_batch_size(count):
-    """Two sequences an image, or as many as images: as many come out as went in."""
+    """With one or two sequences per image the output has the batch size of the queries."""
     model = blip2(**SMALL)
     query, image = torch.randn(1, 5, 48).expand(4, -1, -1), images(count, 17, 40)
     qformer = QFormer.from_module(model)
@@ -234,7 +234,7 @@ def test_shared_keys_and_several_sequences_per_image():
 
 
 def test_two_pass_generation_equals_multimodal_causal_mask():
-    """Queries see queries, text sees queries and earlier text: two passes equal one."""
+    """Queries attend to queries, and text to queries and earlier text: two passes equal one."""
     qformer = QFormer.from_module(blip2(text=True, **SMALL))
     query, text, image = torch.randn(2, 5, 48), torch.randn(2, 7, 48), images(2, 17, 40)
     padding = ones_but(2, 7, (1, 2))

@@ -1,4 +1,4 @@
-"""fp16 with a `GradScaler`, as Q-Formers are trained: no worse than plain PyTorch does it."""
+"""fp16 training of a Q-Former with `GradScaler`: as accurate as unpatched."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ BATCH = 6
 
 
 def stage_1(fast, dtype):
-    """The model and its loss, with the same wrong partners in both."""
+    """The model and a stage-1 loss with fixed hard negatives."""
     model, head, image_embeds, ids, mask = parts(BATCH)
     every = torch.arange(BATCH)
     if dtype == torch.float64:
@@ -43,7 +43,7 @@ def patched_qformer(kind, compute_dtype):
         given = {"encoder_hidden_states": images(3, 7, 40), "query_embeds": images(3, 4, 48)}
         if kind == "instructblip":
             given["input_ids"] = torch.randint(1, 90, (3, 5))
-            mask = ones_but(3, 5, (1, 2), (2, 5))  # a text that is padding alone
+            mask = ones_but(3, 5, (1, 2), (2, 5))  # a text that is only padding
             given["attention_mask"] = torch.cat([torch.ones(3, 4, dtype=torch.long), mask], 1)
         target = torch.randn(3, 4, 48)
         model, target = model.to(dtype), target.to(dtype)
@@ -81,7 +81,7 @@ def drawn(monkeypatch):
 
 
 def gradients(make, fast, dtype, scale, autocast):
-    """Of the unscaled loss, in float64, or None where one is not finite."""
+    """Gradients of the unscaled loss in float64, or None if one is not finite."""
     torch.manual_seed(3)
     model, loss = make(fast, dtype)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=dtype != torch.float64)
@@ -98,13 +98,13 @@ def gradients(make, fast, dtype, scale, autocast):
 
 
 def error(found, exact):
-    """Of all gradients together, so that ones which are 0 do not count."""
+    """The relative error over all gradients together, so that zero gradients have no weight."""
     squares = [(found[name] - exact[name]).square().sum() for name in exact]
     return torch.stack(squares).sum().sqrt()
 
 
 def at_rest(make, fast, autocast):
-    """The largest scale at which nothing overflows, and the gradients there."""
+    """The largest loss scale without overflow, and the gradients at that scale."""
     runs = ((scale, gradients(make, fast, torch.float32, scale, autocast)) for scale in SCALES)
     return next((scale, found) for scale, found in runs if found is not None)
 

@@ -1,4 +1,4 @@
-"""Projectors behind a shuffle of patches, against transformers' classes of these names."""
+"""Projectors behind a pixel shuffle, against the transformers classes."""
 
 import types
 
@@ -46,7 +46,7 @@ def test_mlp_matches_llama4(dropout):
     x, found = torch.randn(2, 16, 12), []
     with vlm_fast.strict():
         for module in (ours, theirs):
-            torch.manual_seed(3)  # dropout draws the same
+            torch.manual_seed(3)  # dropout uses the same mask
             found.append(gradients(module, x))
         assert_close(*found)
         assert_close(gradients(ours.eval(), x), gradients(theirs.eval(), x))
@@ -63,7 +63,7 @@ def test_ragged_merger_matches_mistral3(bias):
     )  # fmt: skip
     ours = RaggedMergerProjector(12, 16, bias=bias)
     ours.load_state_dict(stirred(theirs).state_dict())
-    grids = [(4, 6), (2, 2), (5, 3)]  # the last fills no block at its edges
+    grids = [(4, 6), (2, 2), (5, 3)]  # the last image has incomplete blocks at its edges
     x, sizes = torch.randn(24 + 4 + 15, 12), [(2 * h, 2 * w) for h, w in grids]
     with vlm_fast.strict():
         assert_close(gradients(ours, x, grids), gradients(theirs, x, sizes))

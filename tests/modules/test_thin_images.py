@@ -1,4 +1,4 @@
-"""Pictures so thin that no pixel or no token remains of them on a grid: as transformers has it."""
+"""Images so thin that no pixel or token remains on the grid: the same results as transformers."""
 
 import copy
 
@@ -64,7 +64,7 @@ def test_tile_counts_match_image_processors(size):
 
 
 def with_grid(name, tiling):
-    """A tiny model whose config speaks of a published grid, to pack features that are given."""
+    """A tiny model with a published grid in its config, used to pack given features."""
     model = granite().model if name == "granite4_vision" else model_of(name)
     config, granites = model.config, name == "granite4_vision"
     config.image_grid_pinpoints = list(map(list, tiling.pinpoints))
@@ -117,7 +117,7 @@ def results(run, model, *tensors):
 
 @pytest.mark.parametrize("name", MIXINS)
 def test_models_match_unpatched(name):
-    """A batch of a thin picture and another one, and of thin ones alone."""
+    """Batches of a thin and an ordinary image, and of thin images only."""
     model, side = tiling_model(name)
     fast = copy.deepcopy(model)
     vlm_fast.patch(fast)
@@ -139,7 +139,7 @@ def test_models_match_unpatched(name):
 
 
 def test_ties_take_the_first_smallest_pinpoint():
-    """Where nothing remains anywhere the smallest grid is taken, the first of equal ones."""
+    """If no pixel remains on any grid, the first of the smallest grids is chosen."""
     pinpoints = ((672, 336), (336, 672), (672, 672))
     for size in (THIN[1], (100_000, 1)):
         assert anyres_tiling.best_resolution(size, pinpoints) == (672, 336)

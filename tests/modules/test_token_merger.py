@@ -1,4 +1,4 @@
-"""Modules that leave fewer tokens, and attention that knows for how many each of them stands."""
+"""TokenMerger, TokenBudget and proportional attention to merged tokens."""
 
 import contextlib
 
@@ -63,7 +63,7 @@ def test_merger_equals_rounds_of_ops():
 @pytest.mark.parametrize("registered", [False, True], ids=["direct", "registered"])
 @pytest.mark.parametrize("sized", [False, True], ids=["counts", "sizes with gradients"])
 def test_sizes_require_grad_only_if_input_sizes_do(sized, registered):
-    """Else the next merge would keep its tokens for the gradient of counts."""
+    """Otherwise the next merge would save its tokens for the gradient of the sizes."""
     x = torch.randn(2, 12, 8, requires_grad=True)
     size = torch.ones(2, 12, requires_grad=sized)
     with Onlooker() if registered else contextlib.nullcontext():
@@ -119,7 +119,7 @@ def test_merger_refuses_mismatched_inputs():
             merger(x, metric)
 
 
-# ---- attention in proportion to size ----
+# ---- proportional attention ----
 
 
 def heads(batch, tokens, seed):
@@ -128,7 +128,7 @@ def heads(batch, tokens, seed):
 
 
 def test_proportional_attention_equals_attention_to_all_copies():
-    """Keys that are equal, merged, weigh what they weighed: results and gradients of queries."""
+    """Merged equal keys have the weight of all copies: same results and query gradients."""
     q, k, v = heads(2, 3, 0), heads(2, 4, 1), heads(2, 4, 2)
     copies = torch.tensor([3, 1, 2, 5])
     all_copies = [t.repeat_interleave(copies, 2) for t in (k, v)]
@@ -262,7 +262,7 @@ def test_grid_modules_refuse_merged_tokens(name):
     for merging in (TokenMerger(keep=16), TokenMerger(ratio=4), TokenBudget(16, "merge")):
         with pytest.raises(ValueError, match=r"x is .*row by row of a grid; merged ones are in no"):
             torch.nn.Sequential(merging, after)(x)
-    if name != "budget":  # a grid that is given makes no order either
+    if name != "budget":  # an explicit grid does not help either
         with pytest.raises(ValueError, match="merged ones are in no order"):
             after(TokenMerger(keep=16)(x), 4, 4)
     assert torch.equal(torch.nn.Sequential(TokenMerger(keep=64), after)(x), after(x))  # none merged
@@ -270,7 +270,7 @@ def test_grid_modules_refuse_merged_tokens(name):
 
 
 def over(count, *tensors):
-    """Several of each, none like another."""
+    """Call function on several random inputs, with vmap and one by one."""
     return [torch.stack([t.roll(i) * (1 + i) for i in range(count)]) for t in tensors]
 
 

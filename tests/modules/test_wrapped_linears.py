@@ -1,7 +1,7 @@
-"""A linear that does more than its parameters say is called, never read.
+"""Wrapped, hooked or replaced linears inside connectors are called instead of fused.
 
-Every wrapping in every connector: the same change of a fast and of a plain module gives the same
-output and the same gradients, or the same error, and the reason for the fallback can be read.
+Every wrapper in every connector: the same change to a fast and a plain module gives the same
+output and gradients, or the same error, and the fallback has a reason.
 """
 
 import copy
@@ -63,11 +63,11 @@ def idefics_images():
 
 
 class Form(NamedTuple):
-    """A connector as it comes.
+    """A connector and its unpatched original.
 
     Attributes:
-        plain: transformers' or OpenFlamingo's.
-        module: ours of the same parameters; None: the plain one patched.
+        plain: builds transformers' or OpenFlamingo's module.
+        module: builds ours with the same parameters; None: the plain module is patched.
         linear: the name of a linear inside.
         given: inputs, by position or by name.
     """
@@ -132,7 +132,7 @@ every_form = pytest.mark.parametrize("form", FORMS)
 
 
 def pair(form):
-    """The plain module, and the fast one of the same parameters."""
+    """The plain module and the fast one with the same parameters."""
     make = FORMS[form]
     torch.manual_seed(0)
     plain = make.plain()
@@ -146,7 +146,7 @@ def pair(form):
 
 
 def changed(module, form, wrapping):
-    """The same change with the same random numbers."""
+    """Apply the change with fixed random numbers."""
     parent, _, name = FORMS[form].linear.rpartition(".")
     torch.manual_seed(3)
     WRAPPINGS[wrapping][0](module.get_submodule(parent), name)
@@ -165,7 +165,7 @@ def call(module, given):
 
 
 def outcome(module, form):
-    """The output and every gradient, or the error that it raises."""
+    """The output and every gradient, or the error that is raised."""
     given = inputs(form)
     leaves = list(given.values() if isinstance(given, dict) else given)
     for leaf in leaves:
@@ -200,7 +200,7 @@ def assert_same(fast, plain, form):
 
 
 def assert_falls_back(fast, form, reason):
-    """It says why, before anything runs; a patched module also when it is asked."""
+    """Check that the reason is known before a call, and also by `explain` if patched."""
     with vlm_fast.strict(), pytest.raises(vlm_fast.VlmFastFallbackError, match=reason):
         call(fast, inputs(form))
     asked = vlm_fast.explain(fast)
@@ -230,7 +230,7 @@ def test_plain_linears_are_fused(form):
 def test_wrapped_linears_are_called(form, wrapping):
     plain, fast = (changed(module, form, wrapping) for module in pair(form))
     assert_falls_back(fast, form, WRAPPINGS[wrapping][1])
-    if wrapping == "meta weight":  # plain PyTorch answers with uninitialised memory, or raises
+    if wrapping == "meta weight":  # plain PyTorch returns uninitialised memory or raises
         outcomes = [outcome(module, form) for module in (fast, plain)]
         assert isinstance(outcomes[0], dict) == isinstance(outcomes[1], dict)
     else:
@@ -311,13 +311,15 @@ def test_inference_mode_parameters_are_fused(form):
 
 @every_form
 def test_connector_hooks_fire_in_the_same_order(form):
-    """Its own, and those of tensors around it; it is fused still."""
+    """Module hooks and tensor hooks fire in the same order, and the connector is fused."""
     plain, fast = pair(form)
 
     def order(module):
         fired = []
         note = lambda what: lambda *_: fired.append(what)  # noqa: E731
-        for kind in HOOKS[:2] if "Former" in form else HOOKS:  # torch has none of backward on dicts
+        for kind in (
+            HOOKS[:2] if "Former" in form else HOOKS
+        ):  # torch has no backward hooks for dicts
             getattr(module, f"register_{kind}_hook")(note(kind))
         given = inputs(form)
         leaves = list(given.values() if isinstance(given, dict) else given)

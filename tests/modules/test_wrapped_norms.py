@@ -1,4 +1,4 @@
-"""A norm inside a connector that a wrapper holds is called, and its copy is what trains."""
+"""A norm in modules_to_save of peft is called, and its copy is trained."""
 
 import copy
 
@@ -11,7 +11,7 @@ from tests.patching.test_supported_models import labels
 from tests.support.tiny_models import build
 from tests.support.whole_models import assert_close, step
 
-# A norm of each kind, and its name inside.
+# A model for each kind of norm, and the norm's name in it.
 NORMS = {
     "qwen2_vl": "merger.ln_q", "qwen2_5_vl": "merger.ln_q", "qwen3_vl": "merger.norm",
     "internvl": "multi_modal_projector.layer_norm", "mistral3": "multi_modal_projector.norm",
@@ -20,7 +20,7 @@ NORMS = {
 
 
 def adapted(model, name):
-    """LoRA on the language model, and one norm that trains as it is."""
+    """LoRA on the language model, and one norm in modules_to_save."""
     config = peft.LoraConfig(
         target_modules=r".*language_model.*\.q_proj", modules_to_save=[NORMS[name]],
         init_lora_weights=False,
@@ -44,7 +44,7 @@ def test_modules_to_save_of_a_single_norm(name, patched_first):
             saved = [(n, p) for n, p in one.named_parameters() if "modules_to_save" in n]
             assert saved and all(NORMS[name] in n for n, _ in saved)
             for n, parameter in saved:
-                parameter.add_(0.1 if n.endswith("bias") else 0.2)  # another than the original
+                parameter.add_(0.1 if n.endswith("bias") else 0.2)  # it differs from the original
     given = given | {"labels": labels(given)}
     found = step(fast, given)
     assert_close(found, step(plain, given))

@@ -1,4 +1,4 @@
-"""Tiles packed by our ops, module and patches, against transformers' ``pack_image_features``."""
+"""AnyRes tiles packed by ops, module and patches, against transformers' ``pack_image_features``."""
 
 import copy
 import functools
@@ -32,7 +32,7 @@ def model_of(name):
 
 
 def packed(model, parts, sizes, newline, **options):
-    """Rows of all images and their counts, by the model's own method."""
+    """Packed rows of all images and their counts, from the model's method."""
     if "onevision" not in type(model).__module__:
         options["vision_feature_select_strategy"] = "full"
     images, counts = model.pack_image_features(parts, sizes, image_newline=newline, **options)
@@ -44,7 +44,7 @@ def results(model, features, tiles, sizes, newline, **options):
     """Packed rows, and gradients of features and newline."""
 
     def run(features, newline):
-        # The features of a projector: no leaf, split as the models split them.
+        # Features of a projector: not a leaf, and split as the models split them.
         parts = torch.split(features * 1, tiles, dim=0)
         return packed(model, parts, sizes, newline, **options)[0]
 
@@ -112,7 +112,7 @@ def test_copied_rows_are_bitwise_equal():
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("images", [1, 2, 4])
 def test_large_rows_in_threads(images, threads):
-    """From where the compiled code starts threads, bypasses the cache, asks for huge pages."""
+    """Sizes at which the compiled code uses threads, non-temporal stores and huge pages."""
     tiling = anyres_tiling.Tiling([[24, 24], [48, 48]], 24, 24)
     plan = anyres_plan.plan([(48, 40)] * images, tiling)
     features = torch.randn(5 * images, 576, 2047, dtype=torch.bfloat16, requires_grad=True)
@@ -179,7 +179,7 @@ def test_prepared_plan_compiles_to_one_graph():
     assert torch.equal(compiled(features, plan), packer(features, plan))
 
 
-# ---- no copy of the projector's output, and no gradient past what made it ----
+# ---- split features are neither copied nor bypassed in backward ----
 
 
 class Reversal(torch.autograd.Function):
@@ -207,13 +207,13 @@ def test_split_parts_are_not_copied(requires_grad):
 @pytest.mark.parametrize("tokens", [2, 4])
 @pytest.mark.parametrize("images", [2, 3])
 def test_single_tile_parts_with_any_stride_are_not_copied(images, tokens):
-    """Along a size of 1 a stride says nothing, nor where the next part lies."""
+    """The stride along a dimension of size 1 is arbitrary."""
     big = torch.randn(images, tokens, 1, 3)
     parts = [image.transpose(0, 1) for image in big]
     assert all(part.is_contiguous() and part.stride(0) != 3 * tokens for part in parts)
     whole = concatenated(parts)
     assert torch.equal(whole, torch.cat(parts))
-    assert whole.data_ptr() == big.data_ptr() and whole.is_contiguous()  # and nothing is copied
+    assert whole.data_ptr() == big.data_ptr() and whole.is_contiguous()  # without a copy
 
 
 def test_unrelated_parts_are_concatenated():
@@ -265,7 +265,7 @@ def test_invalid_arguments_raise_and_unsupported_fall_back():
         packed(model, [features], [[16, 33]], newline)
     with pytest.raises(ValueError, match=r"image_newline is \(23,\)"):
         packed(model, [features], [[32, 32]], newline[1:])
-    lone = torch.randn(1, 9, 24)  # of another number of tokens: one tile needs no grid
+    lone = torch.randn(1, 9, 24)  # another number of tokens is allowed: a single tile needs no grid
     with pytest.warns(UserWarning, match="pack_image_features runs as plain"):
         rows, _ = packed(model, [lone], [[32, 32]], newline)
     assert torch.equal(rows, torch.cat([lone[0], newline[None]]))

@@ -1,4 +1,4 @@
-"""Token counts and tables of AnyRes against transformers' own, whose arithmetic is in floats."""
+"""Token counts and index tables of AnyRes against transformers, which computes in floats."""
 
 import math
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ each_tiling = pytest.mark.parametrize("tiling", PUBLISHED.values(), ids=PUBLISHE
 
 
 def theirs(size, tiling):
-    """The count of transformers' processors, by their own methods."""
+    """The token count by the methods of transformers' processors."""
     kind = LlavaNextProcessor if tiling.max_tiles is None else LlavaOnevisionProcessor
     processor = SimpleNamespace(
         image_processor=SimpleNamespace(image_grid_pinpoints=list(tiling.pinpoints)),
@@ -39,7 +39,7 @@ def theirs(size, tiling):
         vision_aspect_ratio=f"anyres_max_{tiling.max_tiles}",
     )
     processor._get_unpadded_features = lambda *args: kind._get_unpadded_features(processor, *args)
-    # They are asked for pixels; a patch of one pixel lets the tile's side in tokens be theirs.
+    # They take pixels; with a patch of one pixel the tile's side in tokens equals pixels.
     scale = tiling.tile // tiling.side if tiling.max_tiles is None else 1
     if scale > 1:
         best = select_best_resolution(size, tiling.pinpoints)
@@ -49,7 +49,7 @@ def theirs(size, tiling):
     return kind._get_number_of_features(processor, *size, tiling.tile, tiling.tile)
 
 
-# In whole numbers a larger grid keeps more; in floats a pixel is lost, and with it the tie.
+# In integers a larger grid keeps more pixels; in floats one pixel and the tie are lost.
 LOSSY = [(632, 1265), (1211, 2423), (1275, 2551), (1182, 2365)]
 
 
@@ -74,12 +74,12 @@ def test_token_counts_match_processors(tiling):
 
 
 def kept_in_floats(sizes, grid):
-    """``unpad_image`` as transformers has it, for many sizes in float64."""
+    """``unpad_image`` of transformers, vectorised over sizes in float64."""
     height, width = sizes.double().unbind(1)
     rows, cols = grid
     wide = width / height > cols / rows
     found = torch.where(wide, height * (cols / width), width * (rows / height))
-    near = (found - found.round()).abs() < 1e-6  # rounding to 7 digits changes no other integer
+    near = (found - found.round()).abs() < 1e-6  # rounding to 7 digits changes no other value
     found[near] = torch.tensor([round(x, 7) for x in found[near].tolist()], dtype=torch.float64)
     found = found.trunc().long()
     padding = torch.where(wide, rows - found, cols - found) // 2
@@ -87,7 +87,7 @@ def kept_in_floats(sizes, grid):
 
 
 def test_unpadded_grid_matches_transformers_for_a_million_sizes():
-    """Over every shape of grid that the published pinpoints give, rounding-edge sizes included."""
+    """For every grid shape of the published pinpoints, with sizes at rounding edges."""
     grids = {
         (h // t.tile * t.side, w // t.tile * t.side)
         for t in PUBLISHED.values()
@@ -97,7 +97,7 @@ def test_unpadded_grid_matches_transformers_for_a_million_sizes():
     compared = 0
     for i, grid in enumerate(sorted(grids)):
         sizes = random_sizes(per_grid - 1000, seed=i)
-        # Heights and widths whose scaled side is whole: where floats round the wrong way.
+        # Sizes whose scaled side is an integer, where floats may round the wrong way.
         steps = torch.arange(1, 501)
         edges = [torch.stack([steps * g, steps * grid[1 - k]], 1) for k, g in enumerate(grid)]
         sizes = torch.cat([sizes, *edges])
@@ -202,7 +202,7 @@ def test_tables_are_in_range_and_inverse(tiling):
         assert torch.equal(back[forth[known].long()].long(), known)
         assert (back >= 0).sum() == known.numel()
         return
-    # As matrices: the weights back are those forth, transposed; each packed row's are one in all.
+    # As matrices: backward weights are the transposed forward weights; rows sum to one.
     _, weights, _, back_weights = plan.tables
     matrix = as_matrix(forth, weights, back.shape[0])
     transposed = as_matrix(back, back_weights, forth.shape[0])

@@ -1,4 +1,4 @@
-"""Autocast: ops that contain a linear are cast like nn.Linear, the others are left alone."""
+"""Autocast: ops with a linear cast like nn.Linear, the others do not cast."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ every_low_dtype = pytest.mark.parametrize("dtype", LOW.values(), ids=LOW.keys())
 
 
 def run(call, args, options, *, forward=None, backward=None):
-    """Result and gradients, forward and backward each under a context of its own."""
+    """Result and gradients, with separate contexts for forward and backward."""
     args = tolerance.convert(args, lambda t: t.detach().requires_grad_())
     with forward or torch.autocast("cpu", enabled=False):
         result = call(*args, **options)
@@ -83,7 +83,7 @@ def test_backward_under_autocast_keeps_forward_dtypes(op, shape, dtype):
 @pytest.mark.parametrize("given", [torch.float32, *LOW.values()], ids=str)
 @any_op
 def test_disabled_matches_fast_path_under_autocast(op, given, dtype):
-    """Of the same dtypes; what is chosen is the same, and not what the cast would choose."""
+    """Results have the same dtypes; index ops choose the same, without rounding by the cast."""
     for shape in op.test_shapes[:3]:
         args, options = op.sample(shape, given)
         with torch.autocast("cpu", dtype):
@@ -142,7 +142,7 @@ def test_token_merger_under_autocast_merges_the_same_tokens(dtype):
 
 @every_low_dtype
 def test_fp16_rows_merge_under_bf16_autocast(dtype):
-    """Of the dtypes there autocast takes the reference's scatter for an error."""
+    """Plain PyTorch's scatter raises for these dtypes under autocast."""
     op = OPS["merge_image_tokens"]
     other = next(d for d in LOW.values() if d is not dtype)
     args, options = op.sample(op.test_shapes[1], other)

@@ -1,4 +1,4 @@
-"""How ops behave inside autograd: what they keep, refuse, and leave unchanged."""
+"""Ops in autograd: saved tensors, double backward, checkpointing, transforms, hooks."""
 
 import contextlib
 import functools
@@ -27,7 +27,7 @@ def leaves(op, shape):
 
 
 def total(result):
-    """A scalar that depends on every element of every result, each in its own way."""
+    """A scalar that depends on every element of every result with its own weight."""
     return sum((r * tolerance.random_upstream(r)).sum() for r in each(result))
 
 
@@ -68,7 +68,7 @@ def test_forward_mode_raises(op):
     for call in (op, op.fast):
         with pytest.raises(RuntimeError, match=f"{op.name}.*forward-mode"):
             torch.func.jvp(lambda x: call(x, *rest, **options), (first,), (first,))  # noqa: B023
-    with vlm_fast.disabled():  # as the message says
+    with vlm_fast.disabled():  # as the error message recommends
         ours = torch.func.jvp(lambda x: op(x, *rest, **options), (first,), (first,))
     theirs = torch.func.jvp(lambda x: op.reference(x, *rest, **options), (first,), (first,))
     assert_equal(each(ours), each(theirs))
@@ -91,7 +91,7 @@ def test_torch_func_transforms_use_the_reference(op):
 
 
 def flattened(op, args, options):
-    """The op of tensors alone, and these: neither checkpoints nor gradcheck look into lists."""
+    """The op as a function of flat tensors: checkpoint and gradcheck do not accept lists."""
 
     def flat(*tensors):
         tensors = iter(tensors)
@@ -111,7 +111,7 @@ def test_checkpointing_gives_the_same_gradients(op, shape, reentrant):
     again = lambda *_: checkpoint(flat, *tensors, use_reentrant=reentrant)  # noqa: E731
     inputs = tolerance.differentiable(args)
     expected = gradients(lambda *a: op(*a, **options), args)
-    total(again()).backward()  # reentrant checkpointing has no autograd.grad
+    total(again()).backward()  # reentrant checkpointing does not support autograd.grad
     assert_equal([t.grad for t in inputs], expected)
 
 
@@ -126,16 +126,16 @@ def test_selective_checkpointing_follows_its_policy(op, kept, monkeypatch):
     runs, forward = [], op._path.forward
     monkeypatch.setattr(op._path, "forward", lambda *a, **k: runs.append(1) or forward(*a, **k))
     assert_equal(torch.autograd.grad(total(value), tolerance.differentiable(args)), expected)
-    assert len(runs) <= (not kept)  # none either where backward needs nothing
-    # Some releases of torch ask again when they compute again.
+    assert len(runs) <= (not kept)  # nothing is recomputed if backward needs nothing
+    # Some torch releases call the policy again when they recompute.
     x = torch.ones(2, requires_grad=True)
     exponential, asked = selectively_checkpointed(torch.ops.aten.exp.default, wanted, torch.exp, x)
     exponential.sum().backward()
-    assert seen[0] is False and seen == asked[: len(seen)]  # nothing is where nothing is kept
+    assert seen[0] is False and seen == asked[: len(seen)]  # nothing is saved
 
 
 def selectively_checkpointed(wished, wanted, call, *tensors):
-    """The value, and of each question about a function whether it came while computing again."""
+    """The result, and for each policy call whether it came from the recomputation."""
     seen = []
 
     def policy(context, function, *_, **__):
@@ -176,7 +176,7 @@ def test_backward_twice_is_bitwise_equal(op, shape):
 
 @every_case
 def test_mutating_a_saved_tensor_raises(op, shape):
-    """Each argument in turn: its mutation raises, or does not matter because it was not saved."""
+    """Mutating an argument raises, or does not matter because it was not saved."""
     args, options = leaves(op, shape)
     raised = 0
     for at in range(len(tensors_of(args))):
@@ -197,7 +197,7 @@ def test_mutating_a_saved_tensor_raises(op, shape):
 
 
 def keeps_an_input(op, shape):
-    """A rearrangement of its rows need not."""
+    """Whether the op saves one of its inputs; ops that only move rows need not."""
     args, options = op.sample(shape)
     settings = {**op.defaults, **options}
     values = op.accepted(args, settings)
@@ -247,7 +247,7 @@ def test_only_the_graph_keeps_inputs_alive(op, shape):
 @pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
 @every_op
 def test_zero_rows_give_zero_gradients(op):
-    """A rank without images: an empty result, and zeros, not None, for every parameter."""
+    """As on a rank without images: an empty result, and zero gradients instead of None."""
     args, options = leaves(op, with_batch(op.usual_shape, 0))
     result = op(*args, **options)
     expected = op.reference(*args, **options)
@@ -269,7 +269,7 @@ def test_keyword_tensors_get_gradients(op):
 
 @every_case
 def test_results_are_not_views(op, shape):
-    """They can be changed in place, as those of nn.Linear; FSDP2 does not want views either."""
+    """Results can be changed in place, as those of nn.Linear; FSDP2 does not accept views."""
     args, options = leaves(op, shape)
     result = op(*args, **options)
     expected = gradients(lambda *a: op(*a, **options), args)
@@ -278,7 +278,7 @@ def test_results_are_not_views(op, shape):
         one.add_(1)
     try:
         found = torch.autograd.grad(total(result), tolerance.differentiable(args))
-    except RuntimeError as error:  # one result is kept for the gradient of another
+    except RuntimeError as error:  # one result is saved for the gradient of another
         assert len(each(result)) > 1 and "modified by an inplace operation" in str(error)
     else:
         assert_equal(found, expected)

@@ -1,4 +1,4 @@
-"""Sizes of 0, each in turn: what the reference gives, forward and backward."""
+"""Inputs with one dimension of size 0 match the reference, forward and backward."""
 
 import itertools
 
@@ -10,14 +10,14 @@ from vlm_fast.verification import tolerance
 
 
 class Nought(int):
-    """A size of 0, by whose inverse root random weights can be scaled."""
+    """A size of 0 whose negative powers are 1, so that samples can scale weights by them."""
 
     def __pow__(self, exponent, modulo=None):
         return 1.0 if exponent < 0 else 0
 
 
 def emptied(shape):
-    """The test shape with each of its sizes 0 in turn."""
+    """The test shape with each of its sizes set to 0 in turn."""
     for name, value in shape.items():
         if type(value) is int:
             yield {**shape, name: Nought()}
@@ -50,7 +50,7 @@ def test_zero_sizes_match_reference(op):
             args, options = op.sample(shape)
             expected = attempted(op.reference, args, options)
         except (ValueError, RuntimeError, IndexError, ZeroDivisionError):
-            continue  # there is no such input, or plain PyTorch refuses it
+            continue  # the input cannot be built, or plain PyTorch refuses it
         try:
             found = attempted(op, args, options)
         except (TypeError, ValueError) as refusal:

@@ -1,4 +1,4 @@
-"""Choosing between fast path and reference, and saying so."""
+"""Fallback from the fast path to the reference: warnings, counts, strict mode and switches."""
 
 import asyncio
 import importlib.util
@@ -19,7 +19,7 @@ UNSERVED = torch.float64
 
 
 def unserved_calls():
-    """Valid calls that the fast path cannot serve, with the reason it gives."""
+    """Valid calls that the fast path does not support, with the expected reason."""
     for op in OPS.values():
         args, options = op.sample(op.usual_shape, UNSERVED)
         reason = op.why_not(*args, **options)
@@ -85,7 +85,7 @@ def test_disabled_uses_the_reference_without_warning(op, monkeypatch):
     monkeypatch.setattr(op, "reference", lambda *a, **k: called.append(op) or reference(*a, **k))
     with vlm_fast.disabled(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        with vlm_fast.strict():  # disabling was asked for, so it is no fallback
+        with vlm_fast.strict():  # disabled by the user, so this is not a fallback
             op(*args, **options)
         assert called and op.why_not(*args, **options) is not None
         op.fast(*args, **options)
@@ -138,7 +138,7 @@ def test_dispatch_is_correct_for_supported_dtypes(op):
 
 
 def switches():
-    """Every switch of the process: what holds it, and whether it is on."""
+    """Every global switch: a context manager that sets it, and a function that reads it."""
     state = vlm_fast.fallback.switches
     return {
         "strict": (vlm_fast.strict, lambda: state.strict),

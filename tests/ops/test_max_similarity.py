@@ -1,4 +1,4 @@
-"""What `max_similarity` does beyond what all ops are tested for."""
+"""Tests of `max_similarity` beyond those that every op has."""
 
 import sys
 
@@ -16,7 +16,7 @@ SIMILARITY = OPS["max_similarity"]
 @pytest.mark.parametrize("limit", [1, 40, 200, 1000])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_tiled_similarity_matches_reference(monkeypatch, limit, dtype):
-    """Tiles of one image or text, of several, with a shorter last, or of all."""
+    """Tiles of one or several images or texts, with a shorter last tile, or of all."""
     args, options = SIMILARITY.sample(dict(shape=(7, 5, 9), texts=11), dtype)
     whole = tolerance.outputs_and_gradients(SIMILARITY.fast, args, options)
     monkeypatch.setitem(sys.modules[SIMILARITY.__module__].TILE, "cpu", limit)

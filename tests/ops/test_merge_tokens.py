@@ -1,4 +1,4 @@
-"""Matching and merging on the CPU: what is judged, refused, kept, and the same in threads."""
+"""Token matching and merging on the CPU: match verification, errors, memory and threads."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_invalid_match_is_detected(how):
 
 
 def test_match_of_less_similar_tokens_is_detected():
-    """A match that is a match, but of tokens that are less alike."""
+    """A valid match of less similar tokens."""
     (metric,), options = MATCH.sample(MATCH.usual_shape)
     options = {**MATCH.defaults, **options}
     for other in (metric.roll(2, 1), torch.randn_like(metric)):
@@ -117,12 +117,12 @@ def test_match_is_not_differentiable():
 def test_scores_are_allocated_one_tile_at_a_time():
     x = torch.randn(2, 2000, 8)
     most, _ = peak_bytes(lambda: ops.bipartite_match.fast(x, r=1000))
-    assert most <= 4 * TILE + 30 * x.shape[0] * x.shape[1]  # all of an image are 4 MB
+    assert most <= 4 * TILE + 30 * x.shape[0] * x.shape[1]  # all scores of an image take 4 MB
 
 
 @pytest.mark.parametrize("tokens", [1400, 8000], ids=["shares", "huge pages"])
 def test_results_do_not_depend_on_thread_count(tokens):
-    """Results beyond what one thread takes, and beyond where huge pages are asked for."""
+    """Sizes at which the compiled code uses several threads and huge pages."""
     shape = dict(batch=1, tokens=tokens, features=1200, r=tokens // 9, sized=True)
     args, options = MERGE.sample(shape)
     before, found = torch.get_num_threads(), []

@@ -1,4 +1,4 @@
-"""Merged patches: every norm, place and layout, transformers' shuffles, callers' mistakes."""
+"""`pixel_shuffle_norm`: norms, norm positions, layouts, parity with transformers, errors."""
 
 import itertools
 
@@ -138,7 +138,7 @@ def test_too_wide_rows_fall_back():
 
 
 def test_saves_x_and_two_numbers_per_merged_token():
-    """Eager keeps the shuffled copy too."""
+    """Eager saves the shuffled copy as well."""
     args, options = arguments("layer", True, "patch", False, torch.float32)
     eager = saved_bytes(OP.reference, args, options, parameters=(0, 1, 2))
     assert saved_bytes(OP, args, options, parameters=(0, 1, 2)) == 2 * 6 * 2 * 4

@@ -1,4 +1,4 @@
-"""What needs an op torch knows: compilation, export, stand-ins without data, tensor subclasses."""
+"""Registered ops: torch.compile, export, meta and fake tensors, dispatch modes, DTensor."""
 
 import io
 
@@ -23,7 +23,7 @@ from vlm_fast.ops import registration, transforms
 from vlm_fast.ops.declaration import with_batch
 from vlm_fast.verification import tolerance
 
-# All but AOTAutograd at fixed sizes, which test_compiled_is_bitwise_eager goes through.
+# All but AOTAutograd with static shapes, which test_compiled_is_bitwise_eager covers.
 OPCHECKS = (
     "test_schema",
     "test_autograd_registration",
@@ -78,7 +78,7 @@ def holds_op(graph_module, op):
 
 def assert_same(ours, theirs):
     for one, other in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
-        if one is None or other is None:  # the gradient of what an op chooses by
+        if one is None or other is None:  # the gradient of an input that only selects
             assert one is other
         else:
             assert one.dtype == other.dtype and torch.equal(one, other)
@@ -253,7 +253,7 @@ def test_all_ops_are_registered():
     ],
 )
 def test_changing_option_values_do_not_grow_caches(name, option, values):
-    """What was kept is remembered for every kind of call, not for every value."""
+    """Compiled code is cached per kind of call, not per option value."""
     op = OPS[name]
     shape = next(s for s in op.test_shapes if option != "dropout" or s.get("dropout"))
     args, options = op.sample(shape)

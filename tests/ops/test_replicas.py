@@ -1,4 +1,4 @@
-"""Replicas stay equal bit for bit, however late one of them is."""
+"""Data-parallel replicas stay bitwise equal, also if one rank is late."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.support.small_connectors import CONNECTORS, Headed
 
 
 def replicas_are_equal_bit_for_bit(rank, world, kind):
-    """After fifty steps of AdamW; one rank is late at every one."""
+    """Check weights after fifty AdamW steps in which one rank is always late."""
     make, given = CONNECTORS[kind]
     torch.manual_seed(0)
     model = Headed(make())

@@ -1,4 +1,4 @@
-"""What an op keeps for backward, in bytes, and what it needs beside its result while it runs."""
+"""Bytes that an op saves for backward, and its peak memory."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ LLAVA = dict(shape=(1, 577, 1024), drop_first=1, hidden=4096, out=4096)
 
 
 def saved_bytes(call, args, options, *, parameters=()):
-    """Bytes of the storages that the graph of one call holds, those of ``parameters`` excluded."""
+    """Bytes of the storages that autograd saves for one call, without those of ``parameters``."""
     args = tolerance.convert(args, lambda t: t.detach().requires_grad_())
     storages = {}
 
@@ -47,7 +47,7 @@ def test_mlp_saves_less_than_eager(saved, most, cls_row):
 
 @pytest.mark.parametrize("saved, most", [("preactivation", 0.56), ("input", 0.12)], ids=str)
 def test_mlp_saves_less_than_eager_for_several_images(saved, most):
-    """The GEMM over gaps between images keeps their few rows too."""
+    """The GEMM runs over the gaps between images and saves their few rows too."""
     assert mlp_ratio(saved, {**LLAVA, "shape": (4, 577, 256), "hidden": 1024, "out": 64}) <= most
 
 
@@ -73,8 +73,8 @@ def test_registered_op_saves_the_same_bytes(op, shape):
 
 
 def peak_bytes(call):
-    """The most memory, in bytes, that torch had allocated above the start of the call, and its
-    result."""
+    """The peak of bytes that torch allocated during the call, and the result of the
+    call."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
                                 profile_memory=True) as profile:  # fmt: skip
         result = call()
@@ -99,7 +99,7 @@ def test_merge_allocates_no_temporary_of_hidden_size():
 
 @pytest.mark.parametrize("name", ["mlp", "gated_mlp"])
 def test_backward_frees_saved_tensors_before_it_ends(name):
-    """Where gradients of weights are most of it; with the graph retained it cannot be."""
+    """Weight gradients dominate the peak here; a retained graph cannot free saved tensors."""
     op = OPS[name]
     args, options = op.sample(dict(shape=(65, 48), hidden=256, out=256))
     args = tolerance.convert(args, lambda t: t.detach().requires_grad_())
@@ -119,7 +119,7 @@ def test_backward_frees_saved_tensors_before_it_ends(name):
 
 
 def test_peak_bytes_sees_temporaries():
-    """The measurement itself: a temporary of the size of the result doubles the peak."""
+    """A temporary as large as the result doubles the measured peak."""
     x = torch.randn(1000, 1000)
     most, _ = peak_bytes(lambda: (x + 1) * 2)
     assert most >= 2 * 4 * x.numel()

@@ -1,4 +1,4 @@
-"""Pooled grids: transformers' own poolings, what bilinear weights sum to, callers' mistakes."""
+"""`spatial_pool`: parity with transformers' poolings, bilinear weights, errors."""
 
 import types
 

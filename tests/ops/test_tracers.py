@@ -1,4 +1,4 @@
-"""What tracers make of ops, modules and models: torch.jit.trace, torch.fx, torch.jit.script."""
+"""torch.jit.trace, torch.fx and torch.jit.script of ops, modules and models."""
 
 import copy
 import io
@@ -29,7 +29,7 @@ def assert_close(ours, theirs):
 
 
 def flat_call(op, args, options):
-    """The op of tensors alone, and these."""
+    """The op as a function of flat tensors, and these tensors."""
     flat = [t for a in args for t in (a if isinstance(a, list) else [a]) if t is not None]
 
     def call(*tensors):
@@ -48,13 +48,13 @@ def test_traced_op_uses_the_reference(op):
     call, tensors = flat_call(op, *op.sample(op.usual_shape))
     traced = torch.jit.trace(call, tensors, check_trace=False)
     assert "vlm_fast::" not in str(traced.graph)
-    other = flat_call(op, *op.sample(op.usual_shape))[1]  # of the same sizes, masks and all
+    other = flat_call(op, *op.sample(op.usual_shape))[1]  # inputs of the same sizes
     assert_close(traced(*other), call(*other))
 
 
 PLAN = Tiling([(4, 4), (4, 8), (8, 4)], tile=4, side=2)
 TOKENS = torch.arange(2 * 16 * 6).view(2, 16, 6).sin()
-# Each module, and its inputs.
+# Each module and its inputs.
 MODULES = {
     "MLPProjector": lambda: (modules.MLPProjector(6, 8, 4), TOKENS),
     "SequentialProjector": lambda: (modules.SequentialProjector(6, 8, 4, depth=3), TOKENS),
@@ -92,7 +92,7 @@ MODULES = {
         modules.AnyResPacker(6, PLAN).plan([(4, 4), (3, 8)]),
     ),
 }  # fmt: skip
-SERVED = ("MLPProjector", "SequentialProjector")  # by torch.fx: it looks at no size
+SERVED = ("MLPProjector", "SequentialProjector")  # torch.fx can trace this module: it reads no size
 
 every_module = pytest.mark.parametrize("name", MODULES)
 
@@ -100,13 +100,13 @@ every_module = pytest.mark.parametrize("name", MODULES)
 def made(name):
     module, *given = MODULES[name]()
     with torch.no_grad():
-        for parameter in module.parameters():  # open gates, and norms that do something
+        for parameter in module.parameters():  # nonzero gates and norm weights
             parameter.add_(0.1 * torch.randn_like(parameter))
     return module, given
 
 
 class OfTensors(nn.Module):
-    """A module whose other inputs are given, which returns a tensor."""
+    """A wrapper with fixed keyword inputs that returns a tensor."""
 
     def __init__(self, module, given):
         super().__init__()
@@ -171,13 +171,13 @@ def test_traced_model_matches_unpatched(name):
 
 
 def test_traced_attention_uses_operators_known_to_onnx():
-    """Those of plain softmax: what torch.onnx.export(dynamo=False) writes."""
+    """torch.onnx.export(dynamo=False) can write the operators of plain softmax."""
     op = ops.cross_attention
     for shape in op.test_shapes[:4]:
         call, tensors = flat_call(op, *op.sample(shape))
         traced = torch.jit.trace(call, tensors, check_trace=False)
         assert "_safe_softmax" not in str(traced.graph)
-        assert_close(traced(*tensors), call(*tensors))  # also where a query sees no key
+        assert_close(traced(*tensors), call(*tensors))  # also if a query attends to no key
 
 
 # ---- torch.fx ----
@@ -190,7 +190,7 @@ def test_symbolic_trace_calls_the_op(op):
     names = [f"t{i}" for i in range(len(tensors))]
     root = eval(f"lambda {', '.join(names)}: call({', '.join(names)})", {"call": call})
     module = torch.fx.GraphModule({}, tracer.trace(root))
-    module.graph.eliminate_dead_code()  # sizes that the op looked at before
+    module.graph.eliminate_dead_code()  # sizes that the op has seen before
     assert [node.target for node in module.graph.nodes if node.op == "call_function"] == [op]
     for one in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert_close(one(*tensors), call(*tensors))
@@ -210,7 +210,7 @@ def test_symbolic_trace_under_autocast_and_with_keywords():
 
 
 class Tower(nn.Module):
-    """A model that holds a module."""
+    """A model that contains a module."""
 
     def __init__(self, connector):
         super().__init__()
@@ -274,7 +274,7 @@ def test_scripted_function_calls_the_op(function):
     torch.jit.save(scripted, file)
     file.seek(0)
     for one in (scripted, torch.jit.load(file)):
-        for _ in range(3):  # the first calls are profiled
+        for _ in range(3):  # the first calls of a scripted function are profiled
             assert_close(one(*given), function(*given))
     x = TOKENS.clone().requires_grad_()
     gradients = [

@@ -1,6 +1,6 @@
-"""Wrong calls: an error names op, argument, value and expectation, and no work is begun.
+"""Invalid calls raise errors that name op, argument, value and expectation, before any work.
 
-Most wrong calls follow from each op's declared signature; `MISTAKES` are others.
+Most cases follow from each op's declared signature; `MISTAKES` lists the others.
 """
 
 import inspect
@@ -20,13 +20,13 @@ PACK, RESIZED, PACK_MERGE = (
 
 
 def tensors_of(values):
-    """All tensors among arguments, those of lists too."""
+    """All tensors among arguments, also those in lists."""
     flat = [t for v in values for t in (v if isinstance(v, list) else [v])]
     return [t for t in flat if isinstance(t, torch.Tensor)]
 
 
 def assert_refused(op, args, options, exceptions, *words):
-    """Both `op` and `op.fast` raise, say the words, and neither compute nor change anything."""
+    """Check that `op` and `op.fast` raise with these words and compute and change nothing."""
     before = [t.clone() for t in tensors_of(args)]
     for call in (op, op.fast):
         with pytest.raises(exceptions) as error:
@@ -46,7 +46,7 @@ def no_work(monkeypatch):
 
 
 def each_tensor(op):
-    """Of a sample: declaration, value, and arguments with another value in its place."""
+    """Yield each tensor's declaration, value, and a function that replaces it."""
     args, options = op.sample(op.usual_shape)
     args = op.accepted(args, {**op.defaults, **options})
     for i, (name, declared) in enumerate(op.signature.tensors.items()):
@@ -97,7 +97,7 @@ def test_mixed_devices_raise(op, no_work):
 
 
 def shared_sizes(signature: Signature, argument: TensorArgument):
-    """Indices from the right of those sizes that another tensor, an option or a number fixes."""
+    """Negative indices of the sizes that another tensor, an option or a number determines."""
     others = [s for a in signature.flat() if a is not argument for s in a.sizes or ()]
     fixed = (argument.sizes or ())[1 if argument.leading else 0 :]
     for i, size in enumerate(reversed(fixed)):
@@ -112,7 +112,7 @@ def test_mismatched_size_raises(op, no_work):
         for i in shared_sizes(op.signature, argument):
             if value.shape[-i] > 0:
                 larger = torch.cat([value, value.narrow(-i, 0, 1)], -i)
-                # The error may name the other tensor of the two.
+                # The error may name either tensor.
                 assert_refused(op, replaced(larger), options, ValueError)
                 checked += 1
     shapes = [a.sizes for a in op.signature.flat() if a.sizes is not None]
@@ -155,7 +155,7 @@ def test_option_out_of_range_raises(op, no_work):
 
 @any_op
 def test_compiled_predicate_accepts_test_shapes(op):
-    """The compiled predicate accepts every test shape, so that no valid call is examined twice."""
+    """The compiled predicate accepts every test shape, so valid calls take the short check."""
     for shape in op.test_shapes:
         args, options = op.sample(shape)
         settings = {**op.defaults, **options}
@@ -240,7 +240,7 @@ def test_counts_that_do_not_match_the_mask_raise(count):
 
 
 def test_wrong_count_leaves_no_state_behind():
-    """After the error the same arguments, corrected, give the right result and gradients."""
+    """After the error a corrected call gives the right result and gradients."""
     (embeds, features, mask), options = MERGE.sample(MERGE.usual_shape)
     with pytest.raises(ValueError, match="image_features"):
         MERGE(embeds, features[1:], mask)

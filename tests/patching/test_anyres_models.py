@@ -1,4 +1,4 @@
-"""Whole models that pack tiles, patched against unpatched, and what their releases return."""
+"""Whole AnyRes models, patched against unpatched, and return formats of other releases."""
 
 import inspect
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from vlm_fast.patching.models import anyres_result, image_token_merge
 
 MIXINS = {
     "llava_next": "FusedAnyResMerge",
-    "llava_onevision": "FusedPooledFrames",  # which packs tiles too
+    "llava_onevision": "FusedPooledFrames",  # it packs tiles too
     "granite4_vision": "FusedAnyRes",
 }
 
@@ -43,7 +43,7 @@ def test_patched_models_with_ragged_images_match_unpatched(name):
 
 
 def test_compiled_patched_model_matches_unpatched():
-    """Sizes are no part of a graph: it breaks where they are asked for, as it does unpatched."""
+    """Image sizes are data, so the graph breaks where they are read, as it does unpatched."""
     model, inputs = ragged("llava_next")
     with torch.no_grad():
         before = model.model(**inputs)[0]
@@ -61,7 +61,7 @@ def test_internal_tensor_subclass_does_not_leave_the_model():
     assert all(type(t) is torch.Tensor for _, t in tensors(features.pooler_output))
     inside, packed, get = [], [], model.model.get_image_features
 
-    def keep(*args, **kwargs):  # as the outputs of some releases keep them
+    def keep(*args, **kwargs):  # some releases return them in outputs
         output = get(*args, **kwargs)
         inside.extend(type(image) for image in output.pooler_output)
         packed.extend(output.pooler_output)
@@ -83,7 +83,7 @@ def test_internal_tensor_subclass_does_not_leave_the_model():
 
 @pytest.mark.parametrize("name", MIXINS)
 def test_signatures_match_base_class(name):
-    """Generation hands over only the arguments that it finds in them."""
+    """Generation passes only arguments that are in the signature."""
     model, _ = ragged(name)
     names = ("forward", "get_image_features", "get_video_features", "pack_image_features")
     names = [name for name in names if hasattr(model.model, name)]
@@ -133,7 +133,7 @@ def test_return_format_of_base_class_is_probed(returned, answer):
 @pytest.mark.parametrize("counts", [True, False])
 @pytest.mark.parametrize("flat", [True, False])
 def test_return_format_matches_base_class(counts, flat, monkeypatch):
-    """As in releases where counts are left out, or an image of one tile is flat."""
+    """Some releases return no counts, or flat features for an image of one tile."""
     model = model_of("llava_next")
     vlm_fast.patch(model)
     monkeypatch.setattr(type(model), "pack_result", anyres_result.PackResult(counts, flat))

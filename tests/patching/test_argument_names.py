@@ -1,4 +1,4 @@
-"""Overrides whose parameters have other names, places and defaults in the base."""
+"""Matching the arguments of an override with those of a base class of another release."""
 
 import inspect
 
@@ -12,7 +12,7 @@ from vlm_fast.patching.patched_module import PatchedModule, why_not_compatible
 
 
 class Early(nn.Module):
-    """A layer as an early release has it."""
+    """A layer with the signature of an early release."""
 
     scale = 2.0
 
@@ -21,7 +21,7 @@ class Early(nn.Module):
 
 
 class Late(nn.Module):
-    """The same later: a parameter is gone, one is renamed, two have changed places."""
+    """The layer of a later release: one parameter removed, one renamed, two swapped."""
 
     scale = 2.0
 
@@ -30,7 +30,7 @@ class Late(nn.Module):
 
 
 class Override(PatchedModule):
-    """It computes where nobody asks for anything else, and knows both releases."""
+    """An override that supports both releases and calls the base for unusual arguments."""
 
     scale: float
 
@@ -123,7 +123,7 @@ def test_missing_attribute_is_a_reason_to_skip():
 
 @pytest.mark.parametrize("revert", [False, True])
 def test_instance_forward_left_by_transformers_is_removed(revert):
-    """transformers 4.54 to 5.1 leave one on each layer whose hidden states were asked for."""
+    """transformers 4.54 to 5.1 set one on each layer whose hidden states were collected."""
     module = Late()
     if revert:
         swap(module, Override, ())

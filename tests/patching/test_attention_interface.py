@@ -1,4 +1,4 @@
-"""The attention implementation for transformers, against transformers' own by SDPA."""
+"""The attention implementation registered with transformers, against its SDPA attention."""
 
 import types
 
@@ -18,7 +18,7 @@ def drawn(heads=HEADS, tokens=KEYS, d=D, batch=BATCH):
 
 def seen(*shape):
     mask = torch.rand(shape) < 0.6
-    mask[..., 0] = True  # some key for every query
+    mask[..., 0] = True  # every query attends to at least one key
     return mask
 
 

@@ -1,7 +1,7 @@
-"""Code of transformers that changes under a patch: a reason not to patch, or the same results.
+"""Changed transformers code, as in a future release: a reason not to patch, or equal results.
 
-As in a release that nobody has read yet: parameters have other names, methods return something
-else, instances lack attributes. What raises then raises unpatched as well, and nothing is wrong.
+Parameters are renamed, methods return something else, and instances lack attributes. If the
+unpatched model raises, the patched one must raise too. No result may be wrong.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ pytestmark = [
     pytest.mark.skipif(transformers.__version__ != RELEASE, reason=f"the cases are of {RELEASE}"),
     pytest.mark.filterwarnings("ignore"),
 ]
-ELSEWHERE = {"FusedGatedBlock", "FusedPerceiver"}  # of OpenFlamingo, no class of transformers
+ELSEWHERE = {"FusedGatedBlock", "FusedPerceiver"}  # OpenFlamingo's class is not in transformers
 
 
 def case_of(mixin):
-    """The first model in which a mixin serves something."""
+    """The first case in which a mixin patches a module."""
     cells = ((case, found.get(RELEASE, {})) for case, found in served().items())
     return next((case for case, cell in cells if mixin in cell.get("served", ())), None)
 
@@ -48,7 +48,7 @@ def test_each_mixin_has_a_model():
 
 
 class Model:
-    """The model of a mixin, what it computes unpatched, and the modules that the mixin serves."""
+    """The model of a mixin, its unpatched results, and the modules that the mixin patches."""
 
     def __init__(self, mixin):
         self.mixin, case = CASES[mixin]
@@ -63,7 +63,7 @@ class Model:
         self.ran, self.wrong = 0, []
 
     def run(self, model):
-        """Outputs and generated tokens, or the exception."""
+        """Outputs and generated tokens, or the exception that was raised."""
         try:
             found = forward(model, self.inputs | labels(model, self.inputs))
             if self.generates:
@@ -74,7 +74,7 @@ class Model:
             return error
 
     def judge(self, what, change=lambda model: None):
-        """Whether it runs unpatched as its classes are now; patched it must be the same then."""
+        """Compare patched with unpatched under the current classes; True if the latter runs."""
         plain, fast = copy.deepcopy(self.model), copy.deepcopy(self.model)
         change(plain)
         theirs = self.run(plain)
@@ -88,7 +88,7 @@ class Model:
         return True
 
     def why_wrong(self, fast, plain, theirs):
-        class_swap._swapped_classes.clear()  # as in a new process
+        class_swap._swapped_classes.clear()  # clear caches, as in a new process
         try:
             report = vlm_fast.patch(fast)
         except Exception as error:
@@ -108,7 +108,7 @@ def served_by(module):
 
 
 def methods(model):
-    """File, class and name of every method that the mixin replaces or restates."""
+    """Yield file, class and name of every method that the mixin replaces."""
     for name in dict.fromkeys(
         [*overridden_methods(model.kind, model.mixin), *model.mixin.mirrored_methods]
     ):
@@ -125,7 +125,7 @@ def test_renamed_parameter(mixin):
             what = f"{kind}.{name}, {parameter}"
             with file.changed(file.renamed_everywhere(parameter), parameter):
                 ran = model.judge(f"{what}, in the whole file")
-            if not ran:  # what calls it is in another file
+            if not ran:  # its caller is in another file
                 with file.changed(file.renamed(parameter, kind, name)):
                     model.judge(what)
     assert model.ran and not model.wrong, "\n".join(model.wrong)
@@ -152,7 +152,7 @@ def test_forward_returning_a_tuple(mixin):
 
 @every_mixin
 def test_missing_attributes(mixin):
-    """All that the class itself does not read."""
+    """Delete all attributes that the class does not read itself."""
     model = Model(mixin)
     gone = unread(model)
 
@@ -168,7 +168,7 @@ def test_missing_attributes(mixin):
 
 
 def unread(model):
-    """Plain attributes of the module and of what belongs to it that nothing reads unpatched."""
+    """Plain attributes of the patched modules that the unpatched model does not read."""
     found = {type(m): set(own_attributes(m)) for m in belonging(model)}
 
     def watching(kind):
@@ -186,7 +186,7 @@ def unread(model):
 
 
 def belonging(model):
-    """The modules of a mixin, and those inside them that transformers wrote for them alone."""
+    """The patched modules and the transformers modules inside them."""
 
     def within(name, module):
         yield module
@@ -213,7 +213,7 @@ def test_changed_code_runs():
         assert isinstance(model.run(model.model), Exception)
         assert ",)" in inspect.getsource(model.kind.forward)
     with file.changed(file.renamed("past_key_values", kind, name)):
-        assert isinstance(model.run(model.model), Exception)  # it is called by that name
+        assert isinstance(model.run(model.model), Exception)  # callers use that name
     with file.changed(file.renamed_everywhere("past_key_values"), "past_key_values"):
         assert "past_key_values_of_later" in inspect.signature(model.kind.forward).parameters
         assert not isinstance(model.run(model.model), Exception)

@@ -1,4 +1,4 @@
-"""What a patched model writes is what the plain one writes: the same keys, the same bytes."""
+"""Checkpoints of patched models have the same keys and bytes as those of plain models."""
 
 import copy
 
@@ -36,7 +36,7 @@ def captioner(family):
     return tiny_qformers.whole(f"{family}ForConditionalGeneration")[0]
 
 
-# The plain module, and the same with this package in it.
+# The plain module and a patched copy.
 PAIRS = {
     "BLIP-2": (lambda: tiny_qformers.whole("Blip2ForConditionalGeneration")[0], patched),
     "InstructBLIP": (
@@ -107,7 +107,7 @@ def test_writers_save_the_same_keys_and_bytes_as_unpatched(two, write, tmp_path)
         (tmp_path / name).mkdir()
     try:
         expected = write(plain, tmp_path / "plain")
-    except RuntimeError as error:  # tied weights, which that writer refuses
+    except RuntimeError as error:  # save_file refuses tied weights
         assert "share memory" in str(error)
         with pytest.raises(RuntimeError, match="share memory"):
             write(fast, tmp_path / "fast")
@@ -137,7 +137,7 @@ def test_save_pretrained_matches_unpatched(name, tmp_path):
 
 
 def test_accelerate_resume_is_bitwise_equal(two, tmp_path):
-    """Two steps, a checkpoint, two steps more, and those two again from the checkpoint."""
+    """Take two steps, save, take two more, and repeat these two from the checkpoint."""
     _, model = two
     accelerator = accelerate.Accelerator(cpu=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

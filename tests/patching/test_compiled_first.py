@@ -1,4 +1,4 @@
-"""A patched model that is compiled before it was ever called: one graph all the same."""
+"""A patched model compiles to one graph before its first eager call."""
 
 import copy
 import os
@@ -16,7 +16,7 @@ from tests.support.selection import slow_but
 from tests.support.tiny_models import build
 
 ROOT = Path(__file__).resolve().parents[2]
-# Models whose tower is asked for the outputs of its layers, and others. Of Video-LLaVA both towers.
+# Models that collect hidden states of their tower, and others. Video-LLaVA has two towers.
 ONE_GRAPH = (
     "llava", "llava of two layers", "vipllava", "video_llava", "videos of video_llava",
     "deepseek_vl", "internvl", "paligemma", "aya_vision",
@@ -48,7 +48,7 @@ def one_graph(number):
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("first", slow_but([0], range(0, len(ONE_GRAPH), 3)))
 def test_one_graph_before_first_call(first):
-    """In processes of their own, where no test compiled or called a model before."""
+    """Runs in new processes in which no test compiled or called a model before."""
     start(one_graph_of, (first,), min(3, len(ONE_GRAPH) - first))
 
 
@@ -78,14 +78,14 @@ def test_forward_and_backward_compile_to_one_graph_in_new_process():
 
 @pytest.mark.parametrize("name", ["llava", "video_llava"])
 def test_hidden_states_are_collected_once(name):
-    """The hooks are those of transformers, each in its place once, whoever came first."""
+    """transformers' hooks are set once, whether it or the patch sets them first."""
     model, inputs = build(name)
     hooks = lambda m: sum(len(module._forward_hooks) for module in m.modules())  # noqa: E731
     plain, fast = copy.deepcopy(model), copy.deepcopy(model)
     with torch.no_grad():
         expected = plain(**inputs, output_hidden_states=True)
         vlm_fast.patch(fast)
-        pickle.dumps(fast)  # the hooks, which cannot be pickled, are not there yet
+        pickle.dumps(fast)  # the hooks cannot be pickled and are not set yet
         assert hooks(fast) == 0
         torch._dynamo.reset()
         torch.compile(fast.model, backend="eager")(**inputs)

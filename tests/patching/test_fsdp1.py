@@ -1,4 +1,4 @@
-"""FSDP1 with norms in fp32 in a model of bf16, each norm a unit of its own: as unpatched."""
+"""FSDP1 of a bf16 model with each norm as a separate fp32 unit: equal to unpatched."""
 
 import copy
 import warnings
@@ -27,7 +27,7 @@ def fsdp1_model_matches_unpatched(rank, world, name, original, in_fp32):
     for one in (model, fast):
         policy = ModuleWrapPolicy({type(norm) for norm in norms(one)})
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of FSDP1 itself: it is the older one
+            warnings.simplefilter("ignore")  # FSDP1 warns that it is deprecated
             sharded = FullyShardedDataParallel(
                 one, auto_wrap_policy=policy, device_id=torch.device("cpu"),
                 use_orig_params=original,

@@ -1,4 +1,4 @@
-"""What patching adds to a module goes with the module, and is undone or stays as a whole."""
+"""Lifetime of a patch: garbage collection, copies, and revert of parametrized modules."""
 
 import copy
 import gc
@@ -52,7 +52,7 @@ MODELS = {
 )
 @pytest.mark.parametrize("knows", ["hook", "child"])
 def test_model_in_reference_cycle_is_collected(name, knows):
-    """By a hook that holds the model, or a child that holds its parent."""
+    """The cycle goes through a hook that holds the model or a child that holds its parent."""
     model, given = MODELS[name]()
     for module in list(model.modules())[1:]:
         if knows == "hook" and isinstance(module, nn.Linear):
@@ -105,7 +105,7 @@ def test_unused_classes_are_collected():
         return weakref.ref(Projector), weakref.ref(type(model))
 
     classes = [c for _ in range(3) for c in once()]
-    for _ in range(2):  # the class of the patch goes first, then what it was made from
+    for _ in range(2):  # the patched class is freed first, then its base
         gc.collect()
     assert not any(c() is not None for c in classes)
     assert all(patch.base.__name__ != "Projector" for patch in class_swap._swapped_classes)
@@ -125,7 +125,7 @@ def module_parameter(module):
 
 @pytest.mark.parametrize("name", ["gemma3", "aria"])
 def test_revert_with_parametrization_raises(name):
-    """What came after the patch is undone before it, and nothing is undone by halves."""
+    """A parametrization set after the patch must be removed before the patch is reverted."""
     model, inputs = tiny_models.build(name)
     plain = copy.deepcopy(model)
     report = vlm_fast.patch(model)

@@ -1,4 +1,4 @@
-"""A patched transformers LLaVA is the same model: outputs, loss, gradients, text, checkpoints."""
+"""A patched LLaVA matches unpatched: outputs, loss, gradients, generation, checkpoints."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Models of releases to come: what is not understood is left alone, with a reason, or is equal."""
+"""Placeholder code of future releases: patched with equal results, or skipped with a reason."""
 
 import os
 import warnings
@@ -12,7 +12,7 @@ from vlm_fast.patching.models import image_token_merge
 
 
 def run(model, rows):
-    """What it gives, and gradients of its features and its embeddings."""
+    """The output, and gradients of features and embeddings."""
     torch.manual_seed(0)
     features = torch.randn(rows, HIDDEN, requires_grad=True)
     merged = model(IDS, features)
@@ -41,7 +41,7 @@ def test_changed_models_are_patched_correctly_or_skipped(kind):
 @pytest.mark.parametrize("rows", [2, 4])
 @pytest.mark.parametrize("kind", [*SERVED, *EQUAL], ids=lambda kind: kind.__name__)
 def test_wrong_count_raises_for_any_use_of_the_mask(kind, rows, monkeypatch):
-    """On the host in the model's words; on CUDA on the device, by whoever sees the mask first."""
+    """The host raises with the model's message; on CUDA the device checks the count."""
     model = kind()
     with pytest.raises(ValueError, match="do not match"):
         run(model, rows)
@@ -113,7 +113,7 @@ class Checks(Model):
 
 
 def test_class_is_probed_with_its_checks_enabled(monkeypatch):
-    """Where they are turned off, the host does not check either; the device does all the same."""
+    """With checks disabled the host does not check the count, but the device still does."""
     monkeypatch.setenv(SWITCH, "1")
     model = Checks()
     unchecked = run(model, 5)

@@ -1,4 +1,4 @@
-"""The life of a patch: found by structure, survives copies and files, refuses to break things."""
+"""`vlm_fast.patch`: recognition by structure, copies, files, revert and errors."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ from vlm_fast.patching.models import image_token_merge
 
 
 class Projector(nn.Module):
-    """The structure, in a class of nobody's."""
+    """A projector with a known structure in an unknown class."""
 
     def __init__(self, act=None):
         super().__init__()
@@ -56,7 +56,7 @@ def test_modules_are_found_by_structure():
 
 @pytest.mark.parametrize("family", ["idefics", "mllama"])
 def test_missing_attribute_is_reported_with_transformers_version(family):
-    """An attribute that a family reads is elsewhere; the others are patched still."""
+    """A layer without a needed attribute is skipped; the others are patched."""
     import transformers
 
     model = getattr(tiny_flamingos, family)()
@@ -72,7 +72,7 @@ def test_missing_attribute_is_reported_with_transformers_version(family):
 
 
 def test_norm_first_and_additional_arguments():
-    # A second argument makes it no chain: it may do anything.
+    # With a second argument the forward is not a chain.
     assert find_chain(Normed()) == ("its forward takes more than one argument")
 
     class OneArgument(Normed):
@@ -172,7 +172,7 @@ def test_copies_are_patched(clone):
     if clone is not copy.copy:
         with torch.no_grad():
             twin.linear_1.weight.zero_()
-        assert not torch.allclose(twin(x), model(x))  # it runs on its own weights
+        assert not torch.allclose(twin(x), model(x))  # the copy uses its own weights
     assert vlm_fast.unpatch(twin) == 1 and type(twin) is Projector
 
 
@@ -271,7 +271,7 @@ def test_zero_images_give_zero_gradients_to_all_parameters():
 
 
 def test_merge_does_not_sync_and_returns_plain_tensors(monkeypatch):
-    """As on CUDA: neither the count check nor its message reads a number."""
+    """As on CUDA: the count check and its message read no value from the device."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     reads = []

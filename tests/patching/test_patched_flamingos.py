@@ -1,4 +1,4 @@
-"""IDEFICS and Llama 3.2 Vision, patched: parity, generation, caches, what falls back."""
+"""Patched IDEFICS and Llama 3.2 Vision: parity, generation, caches, fallbacks."""
 
 import copy
 import gc
@@ -21,7 +21,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def pair(family, dtype=torch.float32, **changes):
-    """A model, and the same one patched."""
+    """A model, a patched copy, and inputs."""
     build, inputs = FAMILIES[family]
     model = build(**changes).to(dtype)
     fast = copy.deepcopy(model)
@@ -31,7 +31,7 @@ def pair(family, dtype=torch.float32, **changes):
 
 
 def everything(model, given):
-    """Logits, and gradients of pixels and of every parameter that has one."""
+    """Logits, and gradients of pixels and of parameters."""
     pixels = given["pixel_values"].detach().requires_grad_()
     logits = model(**{**given, "pixel_values": pixels}).logits
     named = dict(model.named_parameters())
@@ -44,7 +44,7 @@ def everything(model, given):
 def same(model, fast, given):
     wide = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
     true = copy.deepcopy(model).double()
-    true.set_attn_implementation("sdpa")  # eager's softmax would be in fp32
+    true.set_attn_implementation("sdpa")  # eager attention computes softmax in fp32
     exact = everything(true, wide)
     assert_right(everything(fast, given), lambda: everything(model, given), exact, "logits")
 
@@ -78,7 +78,7 @@ def test_generated_tokens_match_unpatched(family):
 
 
 def projections(model):
-    """A list that grows by one whenever a layer of IDEFICS projects its images."""
+    """A list that gets an item whenever an IDEFICS layer projects its images."""
     made = []
     for layer in model.model.gated_cross_attn_layers:
         project = layer._key_values
@@ -109,7 +109,7 @@ def test_image_cache_is_freed_after_generation():
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("write", ["copy_", "data"])
 def test_reused_image_buffer_is_read_again(mode, write):
-    """The cache object, too, may serve one request after the other."""
+    """The key-value cache object may be reused for several requests, too."""
     model, fast, given = pair("idefics")
     given.pop("pixel_values")
     batch, width = given["input_ids"].shape[0], model.config.vision_config.embed_dim
@@ -151,7 +151,7 @@ def test_full_cross_attention_mask_is_not_built(monkeypatch):
 
 @every_family
 def test_fallback_layers_match_unpatched(family):
-    """A layer with an adapter or a hook, between layers that are fused."""
+    """A layer with an adapter or a hook is between fused layers."""
     model, fast, given = pair(family)
     name = "cross_attn.q_proj"
     layers = {
@@ -192,7 +192,9 @@ def test_mllama_attention_maps_match_unpatched():
 
 
 def test_mllama_without_mask_attends_to_all_tiles():
-    model, fast, given = pair("mllama")  # eager: the default implementation crops, and is wrong
+    model, fast, given = pair(
+        "mllama"
+    )  # eager attention: the default implementation crops and is wrong
     del given["cross_attention_mask"]
     same(model, fast, given)
 
@@ -215,7 +217,7 @@ def test_mask_broadcasts_over_tokens_and_batch(family, mask, part):
 
 
 def taken_apart(value):
-    """The same, made anew as tools do that cast or move what a module is given."""
+    """Rebuild nested arguments, as tools do that cast or move the inputs of a module."""
     if isinstance(value, (list, tuple)):
         return type(value)(taken_apart(one) for one in value)
     if isinstance(value, dict):
@@ -310,7 +312,7 @@ def test_invalid_arguments_raise(family, change, said):
 
 @every_family
 def test_verify_covers_the_gated_layers(family, monkeypatch):
-    """Each against its base, which takes masks where the patched layer is given sets."""
+    """The base layer gets masks where the patched layer gets sets of images."""
     _, fast, given = pair(family)
     right = vlm_fast.verify(fast, **given)
     layers = [c.name for c in right.connectors if c.what.endswith("Layer")]

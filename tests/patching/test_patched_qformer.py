@@ -1,4 +1,4 @@
-"""The life of a patched Q-Former: inside real models, with hooks, adapters, copies, compilation."""
+"""Patched Q-Formers in real models: hooks, adapters, copies, checkpointing, compilation."""
 
 import copy
 import pickle
@@ -66,12 +66,12 @@ def test_whole_models_match_unpatched(name):
     assert vlm_fast.stats()["self_attention"]["fast"] == 2
     assert before.keys() == after.keys()
     for key, expected in before.items():
-        close = 1e-5 * expected.abs().max().item() + 1e-9  # gradients of key biases are 0
+        close = 1e-5 * expected.abs().max().item() + 1e-9  # exact gradients of key biases are 0
         torch.testing.assert_close(after[key], expected, rtol=1e-4, atol=close)
 
 
 def test_verify_covers_the_whole_qformer():
-    """Its queries are one for all images, and so is their gradient."""
+    """The queries and their gradient are shared by all images."""
     torch.manual_seed(0)
     model = blip2(**SMALL)
     vlm_fast.patch(model)
@@ -94,7 +94,7 @@ def test_granite_speech_projector_matches_unpatched():
     )  # fmt: skip
     torch.manual_seed(0)
     projector = GraniteSpeechEncoderProjector(config).eval()
-    sound = torch.randn(2, 40, 40)  # three windows of fifteen, the last padded
+    sound = torch.randn(2, 40, 40)  # three windows of fifteen frames, the last one padded
     expected = projector(sound)
     patched(projector)
     with vlm_fast.strict():
@@ -103,7 +103,7 @@ def test_granite_speech_projector_matches_unpatched():
 
 def test_hidden_states_are_returned_and_attentions_fall_back():
     plain, fast = blip2("eager", **SMALL), patched(blip2("eager", **SMALL))
-    for _ in range(2):  # transformers leaves its hooks behind
+    for _ in range(2):  # transformers does not remove its hooks
         with vlm_fast.strict():
             ours = run(fast, output_hidden_states=True).hidden_states
         for mine, theirs in zip(
@@ -165,7 +165,7 @@ def test_only_the_layer_with_a_hook_falls_back():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", vlm_fast.VlmFastFallbackWarning)
         run(fast)
-    assert vlm_fast.stats()["self_attention"]["fast"] == 2  # of three
+    assert vlm_fast.stats()["self_attention"]["fast"] == 2  # of three layers
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -205,11 +205,11 @@ def test_dropout_is_identical_when_checkpoint_recomputes():
 
 
 def test_hidden_states_have_the_full_batch_size():
-    """Where somebody looks at what comes before the image, nothing is shared between images."""
+    """If hidden states or hooks see tensors before cross-attention, queries are not shared."""
     plain, fast = blip2(**SMALL), patched()
     query = torch.randn(1, 4, 48).expand(3, -1, -1)
     given = dict(query_embeds=query, encoder_hidden_states=images(3, 7, 40))
-    for _ in range(2):  # transformers leaves its hooks behind
+    for _ in range(2):  # transformers does not remove its hooks
         found = [m(**given, output_hidden_states=True).hidden_states for m in (fast, plain)]
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -255,7 +255,7 @@ def test_checkpointing_of_shared_layers_is_unchanged():
 
 @pytest.mark.parametrize("implementation", ["mine", "sdpa", "eager"])
 def test_custom_attention_is_called(implementation, monkeypatch):
-    """One that was registered, and one put in the place of transformers' own."""
+    """One registered attention function, and one that replaces transformers' own."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.blip_2 import modeling_blip_2
@@ -342,7 +342,9 @@ def test_attention_interface(padding):
     vlm_fast.stats(reset=True)
     with vlm_fast.strict():
         same(ours, plain, **given)
-    assert vlm_fast.stats()["cross_attention"]["fast"] == 5  # three of self-, two of cross-
+    assert (
+        vlm_fast.stats()["cross_attention"]["fast"] == 5
+    )  # three self-attentions, two cross-attentions
 
 
 def test_attention_interface_with_text():

@@ -1,4 +1,4 @@
-"""Idefics2's connector and Aria's projector, patched: parity, masks, what falls back."""
+"""Patched resamplers of Idefics2, Aria and Kosmos: parity, masks, fallbacks."""
 
 import copy
 
@@ -137,7 +137,7 @@ WAYS = [
 @pytest.mark.parametrize("write", WAYS)
 @pytest.mark.parametrize("patches", [17, 90], ids=["few", "composed"])
 def test_weights_written_in_place_are_used(write, patches):
-    """However they are written to: averages of weights and merged adapters leave no trace."""
+    """Writes by averaging weights or merging adapters may not bump a tensor's version."""
     plain, fast = pair("aria")
     for m in (plain, fast):
         m.patch_to_query_dict = {patches: 5}
@@ -190,14 +190,16 @@ def kosmos(version):
 def test_kosmos_matches_eager_attention(version, dtype):
     plain = kosmos(version).to(dtype)
     fast = copy.deepcopy(plain)
-    fast.x_attn.config._attn_implementation = "sdpa"  # the default; of Kosmos-2 it is wrong
+    fast.x_attn.config._attn_implementation = (
+        "sdpa"  # the default attention, which is wrong for Kosmos-2
+    )
     vlm_fast.patch(fast, strict=True)
     torch.manual_seed(1)
     x = torch.randn(3, 17, 24).to(dtype)
     with vlm_fast.strict():
         assert fast(x)[1] is None
     found, exact = first(fast, x), first(copy.deepcopy(plain).double(), x.double())
-    # It moves all scores alike: plain PyTorch's is rounding.
+    # It shifts all scores equally, so its exact gradient is zero.
     assert not found.pop("x_attn.k_proj.bias").any()
     assert_right(found, lambda: first(plain, x), exact, "y")
 

@@ -1,6 +1,6 @@
-"""A patched nn.Sequential is an nn.Sequential still: edited, sliced, copied, wrapped.
+"""A patched nn.Sequential can be edited, sliced, copied and wrapped like a plain one.
 
-The same is done to a plain one, and both must answer alike.
+Each test does the same to a plain and a patched one and compares them.
 """
 
 import copy
@@ -55,7 +55,7 @@ def test_training_steps_and_state_dict_loading(make):
 
 
 def test_mm_projector_bin_loads():
-    """The keys of LLaVA's file, without their prefix."""
+    """The keys of LLaVA's projector file, without their prefix."""
     prefix = "model.mm_projector."
     file = {prefix + name: value for name, value in mlp(3, WIDTH, HIDDEN).state_dict().items()}
     stripped = {name.removeprefix(prefix): value for name, value in file.items()}
@@ -151,7 +151,7 @@ EDITS = {
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
 def test_in_place_edits_match_plain(make, edit):
     plain, fast = make()
-    fast(X)  # nothing of before is remembered
+    fast(X)  # nothing is cached from before the edit
     for module in (plain, fast):
         torch.manual_seed(2)
         edit(module)
@@ -201,7 +201,7 @@ def test_copies_match_plain(make, clone):
 
 
 def test_copies_of_an_mlp_class():
-    """Its recipe names functions."""
+    """Its patch recipe refers to functions."""
     module = FunctionalMlp()
     vlm_fast.patch(module, strict=True)
     for clone in (copy.deepcopy, _pickled, _saved):

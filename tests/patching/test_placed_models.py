@@ -1,4 +1,4 @@
-"""Where accelerate puts a patched model, and what becomes of one in copies and files."""
+"""Patched models with accelerate's device maps, in copies and in files."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ from tests.support.whole_models import (
     step,
 )
 
-# A call of every connector that falls back warns once; each test reads the reason itself.
+# Each connector that falls back warns once; tests check the reason themselves.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning"),
     pytest.mark.filterwarnings("ignore:no connector of"),
@@ -31,14 +31,14 @@ pytestmark = [
 
 
 def dispatched(model, family, folder, offloaded):
-    """All on the CPU, or the connectors on the disk, from which each call fetches them."""
+    """Dispatch with all modules on the CPU, or with connectors offloaded to disk."""
     places = {}
     for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         unit = next((c for c in FAMILIES[family].connectors if name.startswith(f"{c}.")), None)
         places[unit or name] = "disk" if unit and offloaded else "cpu"
     return accelerate.dispatch_model(
         model, places, main_device="cpu", offload_dir=folder, force_hooks=True
-    )  # without force_hooks none are set on one device
+    )  # without force_hooks accelerate sets no hooks on a single device
 
 
 @pytest.mark.parametrize("offloaded", [False, True], ids=["on the CPU", "on the disk"])
@@ -57,7 +57,7 @@ def test_device_map(family, offloaded, tmp_path):
 
 @every_family
 def test_dispatched_modules_are_not_patched(family, tmp_path):
-    """Its hooks stand in the place of its forward; what does not need that is patched still."""
+    """accelerate's hooks replace the forward; patches that need no forward are still applied."""
     plain, _, given = pair(family)
     model = dispatched(copy.deepcopy(plain), family, tmp_path, False)
     report = vlm_fast.patch(model)
@@ -103,7 +103,7 @@ def test_copies_are_independent_patched_models(family, copied):
     twin = copied(fast)
     assert [type(m) for m in twin.modules()] == [type(m) for m in fast.modules()]
     with torch.no_grad():
-        for parameter in fast.parameters():  # they share nothing
+        for parameter in fast.parameters():  # they share no memory
             parameter.zero_()
     with vlm_fast.strict():
         assert_close(step(twin, given), step(plain, given))

@@ -1,4 +1,4 @@
-"""Two independent readers of every class of the installed transformers that has placeholders."""
+"""Two independent readers of all transformers classes with placeholders agree."""
 
 import inspect
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from vlm_fast.patching.models.image_token_merge import FusedMerge
 from vlm_fast.patching.placeholder_masks import MaskSpec, UnknownMaskMethod
 
 CLASSES = {kind.__name__: kind for kind in placeholder_sources.classes()}
-SERVED = {"4.57.6": 31, "5.8.1": 43, "5.17.0": 62, "5.24.0": 85}  # of 41, 57, 81 and 105
+SERVED = {"4.57.6": 31, "5.8.1": 43, "5.17.0": 62, "5.24.0": 85}  # of 41, 57, 81 and 105 classes
 
 
 def by_asking(method):
@@ -41,7 +41,7 @@ def test_source_reader_and_probing_agree():
         asked = by_asking(kind.get_placeholder_mask)
         read = by_source(kind.get_placeholder_mask)
         both_refuse = isinstance(asked, str) and isinstance(read, str)
-        # What is asked must have no names that are unknown, be they harmless.
+        # Probing refuses unknown argument names, also harmless ones.
         unknown = isinstance(asked, str) and asked.startswith(("uses ", "has functions"))
         if not (asked == read or both_refuse or unknown):
             apart[name] = asked, read
@@ -60,7 +60,7 @@ def test_masks_are_used_only_by_the_merge():
 
 
 def test_patched_mask_methods_match_unpatched():
-    """Its method by itself, unpatched and patched, on other ids than those it was asked about."""
+    """The mask method unpatched and patched, on other ids than those used for probing."""
     torch.manual_seed(0)
     ids, embeds = torch.randint(0, 6, (3, 40)), torch.randn(3, 40, 5)
     for name, kind in CLASSES.items():

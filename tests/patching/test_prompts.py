@@ -1,4 +1,4 @@
-"""Prompts as users give them, patched as unpatched: padding, chunks, beams, leaves, no picture."""
+"""Kinds of prompts, patched against unpatched: padding, chunks, beams, several or no images."""
 
 import copy
 
@@ -20,7 +20,7 @@ def pair_of(model):
 
 
 def text_of(model, given, **options):
-    """What is generated, three tokens whatever they are."""
+    """Three generated tokens per row."""
     return model.generate(**given, max_new_tokens=3, min_new_tokens=3, do_sample=False, **options)
 
 
@@ -37,7 +37,7 @@ def labelled(given):
 
 
 def left_padded(given, by=3):
-    """The rows moved to the right by pad tokens, the second by one more."""
+    """The rows with pad tokens on the left, one more in the second row."""
     ids, mask = given["input_ids"], given["attention_mask"]
     rows = [torch.nn.functional.pad(row, (by + i, 1 - i)) for i, row in enumerate(ids)]
     hidden = [torch.nn.functional.pad(row, (by + i, 1 - i)) for i, row in enumerate(mask)]
@@ -82,10 +82,10 @@ def others(name):
 
 @pytest.mark.parametrize("name", ["llava", "internvl", "qwen2_5_vl", "gemma3", "llava_next"])
 def test_inputs_embeds_as_a_leaf_with_gradients(name):
-    """They are not written to, and have a gradient where text is, none where pictures are."""
+    """The leaf is not written to; its gradient is zero at placeholders."""
     model, given = build(name)
     ids = given.pop("input_ids")
-    if name == "llava_next":  # of one tile, so that all placeholders may be told by their embedding
+    if name == "llava_next":  # one tile, so that all placeholders are found by their embedding
         given.pop("attention_mask")
     found = []
     for one in pair_of(model):
@@ -99,13 +99,13 @@ def test_inputs_embeds_as_a_leaf_with_gradients(name):
     assert_close(found[1], found[0])
 
 
-# ---- in several calls ----
+# ---- chunked prompts ----
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl", "qwen2_5_vl", "gemma3", "idefics3"])
 @pytest.mark.parametrize("after", ["the picture", "a prefix of text"])
 def test_chunked_prefill(name, after):
-    """Text after a cached picture, and a picture after cached text."""
+    """Text after a cached image, and an image after cached text."""
     model, given = build(name)
     ids = given["input_ids"]
     first_picture = int((ids == START).nonzero()[:, 1].max())
@@ -120,7 +120,7 @@ def test_chunked_prefill(name, after):
         for start, stop in chunks:
             shown = pictures if (start == 0) == (after == "the picture") else {}
             typed = {n: given[n][:, start:stop] for n in kinds}
-            if "qwen" in name:  # which cannot tell them of a part of a prompt
+            if "qwen" in name:  # it cannot compute them for part of a prompt
                 typed["position_ids"] = torch.arange(start, stop).expand(3, len(ids), -1)
             with torch.no_grad():
                 output = one(
@@ -153,7 +153,7 @@ def test_beam_search_with_several_grids(name):
     assert torch.equal(*texts) and len(texts[0]) == 4
 
 
-# ---- as many pictures as there are ----
+# ---- different numbers of images ----
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl", "qwen2_5_vl", "gemma3"])
@@ -180,7 +180,7 @@ def test_rows_with_two_zero_and_one_images(name):
 
 @pytest.mark.parametrize("name", ["mllama", "idefics"])
 def test_row_without_an_image(name):
-    """All that it could see is hidden; the other row is as it was."""
+    """The mask of this row hides all images; the other row is unchanged."""
     model, given = others(name)
     plain, fast = pair_of(model)
     if name == "mllama":
@@ -197,14 +197,14 @@ def test_row_without_an_image(name):
 @pytest.mark.parametrize("grids", [[[1, 2, 6], [3, 2, 2]], [[3, 6, 2], [1, 2, 2]]])
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "exaone4_5"])
 def test_videos_with_odd_grids(name, grids):
-    """Odd numbers of frames and of blocks along a side, another grid in each row."""
+    """Odd numbers of frames and blocks, with another grid in each row."""
     model, given = build(name)
     plain, fast = pair_of(model)
     width = given["pixel_values_videos"].shape[1]
     rows = []
     for frames, height, across in grids:
         tokens = height * across // 4
-        if "qwen3" in name:  # each frame of its own, with the time before it
+        if "qwen3" in name:  # each frame is separate, with a timestamp before it
             shown = [t for _ in range(frames) for t in (40, START, *[VIDEO] * tokens, END)]
         else:
             shown = [START, *[VIDEO] * (frames * tokens), END]
@@ -234,7 +234,7 @@ def onevision(**config):
 
 
 def test_onevision_batch_with_one_and_two_images_per_row():
-    """Of several pictures in a row each is one tile; of a lone one there is a grid."""
+    """Several images in a row have one tile each; a single image has a grid."""
     model = onevision()
     plain, fast = pair_of(model)
     side = SIGLIP["image_size"] // SIGLIP["patch_size"]

@@ -1,4 +1,4 @@
-"""A rank without images waits for nobody, nobody waits for it, and gradients are those of one
+"""Distributed training with ranks that have no images: no deadlock, and gradients match one
 process."""
 
 import copy
@@ -20,11 +20,11 @@ from vlm_fast.training.recipes import RECIPES
 
 
 def connector_matches_one_process(rank, world, kind, spread, counts):
-    """Output, and gradients averaged over the ranks; ``counts``: images on each."""
+    """Compare output and averaged gradients; ``counts``: the number of images on each rank."""
     make, given = CONNECTORS[kind]
     torch.manual_seed(0)
     single = Headed(make())
-    single(*given(2))  # its head learns the width
+    single(*given(2))  # LazyLinear infers the width
     model = copy.deepcopy(single)
     batches = [given(count) for count in counts]
     spreaded = SPREADS[spread][0](model, None)
@@ -47,7 +47,7 @@ def connector_matches_one_process(rank, world, kind, spread, counts):
 
 
 def text_only_rank_trains_with_other_ranks(rank, world, family, sharded):
-    """One rank has no image: no rank waits, and gradients are those of one process."""
+    """One rank has no image: no rank blocks, and gradients match one process."""
     plain, fast, given = pair(family)
     for model in (plain, fast):
         model.get_submodule(TOWERS[family]).requires_grad_(False)
@@ -62,13 +62,13 @@ def text_only_rank_trains_with_other_ranks(rank, world, family, sharded):
     unseen = [m for name, m in fast.named_modules() if name in skipped(family)]
     spreaded = by_layer(fast, family) if sharded else nn.parallel.DistributedDataParallel(fast)
     zero = torch.zeros(())
-    if rank == world - 1 and sharded:  # where the others run what this rank skips
+    if rank == world - 1 and sharded:  # at the point where other ranks run the connector
         fast.get_input_embeddings().register_forward_hook(
             lambda module, args, embeds: embeds + vlm_fast.touch_parameters(*unseen)
         )
     elif rank == world - 1:
         zero = vlm_fast.touch_parameters(*unseen)
-    for _ in range(2):  # DistributedDataParallel complains at the next forward
+    for _ in range(2):  # DistributedDataParallel raises at the next forward
         fast.zero_grad()
         (spreaded(**batches[rank]).loss + zero).backward()
         zero = vlm_fast.touch_parameters(*unseen) if rank == world - 1 and not sharded else zero
@@ -80,7 +80,7 @@ TOWERS = {"llava": "model.vision_tower", "mllama": "model.vision_model"}
 
 
 def skipped(family):
-    """What trains, and is not run by a batch of text."""
+    """Trainable modules that a text-only batch does not run."""
     layers = FAMILIES[family].connectors if family == "mllama" else ()
     return {"model.multi_modal_projector", *layers}
 
@@ -94,7 +94,7 @@ def touch_parameters_covers_trainable_parameters(rank, world):
     zero.backward()
     assert module[0].bias.grad is None
     assert all(not p.grad.any() for p in module.parameters() if p.requires_grad)
-    sharded = by_leaf(copy.deepcopy(module), None)  # units within a unit: each gathers its own
+    sharded = by_leaf(copy.deepcopy(module), None)  # nested units: each gathers its own parameters
     sharded.zero_grad()
     vlm_fast.touch_parameters(sharded).backward()
     found = [whole(p.grad) for p in sharded.parameters() if p.requires_grad]
@@ -103,7 +103,7 @@ def touch_parameters_covers_trainable_parameters(rank, world):
 
 
 def recipes_touch_parameters_behind_sharded_tower(rank, world):
-    """Every layer a unit, those of the frozen tower too, whose gathers both ranks must ask for."""
+    """Every layer is a unit, also in the frozen tower, and both ranks must gather all of them."""
     models = [tiny_llava.llava() for _ in range(2)]
     for one in models:
         vlm_fast.patch(one)

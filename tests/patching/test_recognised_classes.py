@@ -1,7 +1,7 @@
 """Exactly which classes of transformers are recognised as connectors, and why the others are not.
 
-The lists are those of the release below: another may have more classes, or other forwards. What
-holds in every release is asked of the one that is installed.
+The lists hold for the release below; other releases may have more classes or other forwards.
+Properties of every release are checked with the installed one.
 """
 
 import importlib
@@ -45,7 +45,7 @@ MERGE = {
 METHOD = f"get_placeholder_mask (transformers {transformers.__version__})"
 FORWARD = f"its forward (transformers {transformers.__version__})"
 NO_MERGE = {
-    **dict.fromkeys(  # nothing is counted, so the merge may not count it either
+    **dict.fromkeys(  # the model does not check the count, so the merge may not either
         ["Blip2Model", "Blip2ForConditionalGeneration", "InstructBlipModel",
          "InstructBlipForConditionalGeneration", "InstructBlipVideoForConditionalGeneration"],
         f"{METHOD} takes input_ids, inputs_embeds",
@@ -63,14 +63,14 @@ NO_MERGE = {
         ["DiffusionGemmaEncoderModel", "Gemma4Model", "Gemma4UnifiedModel"],
         f"{FORWARD} expands the mask",
     ),
-    # They hand the question to another model, or to a method that merges.
+    # They delegate to another model or to a method that merges.
     **dict.fromkeys(
         ["Florence2ForConditionalGeneration", "GraniteSpeechModel", "GraniteSpeechPlusModel"]
     ),
 }  # fmt: skip
 
 PACK = {"LlavaNextModel", "LlavaNextVideoModel", "LlavaOnevisionModel", "Granite4VisionModel"}
-# They hand the question to the model inside, or know no such thing.
+# They delegate to the inner model, or have no placeholders.
 NO_PACK = {
     "LlavaNextForConditionalGeneration", "LlavaNextVideoForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration", "Granite4VisionForConditionalGeneration",
@@ -82,7 +82,7 @@ TIMM = {"model_args": {"embed_dim": 8}}
 CHAIN = "its forward is not a chain of its children"
 UNTRACED = "its forward cannot be traced"
 ARGUMENTS = "its forward takes more than one argument"
-# The children before linear_1; or why it is none; or None where it is not even a candidate.
+# The children before linear_1, the reason for skipping, or None if it is no candidate.
 PROJECTORS = {
     **dict.fromkeys(
         ["AudioFlamingo3MultiModalProjector", "FastVlmMultiModalProjector",
@@ -120,7 +120,7 @@ PROJECTORS = {
     "Kimi_K25MultimodalProjection": CHAIN,  # a view
     "Llama4MultiModalProjector": None,  # a single linear
 }  # fmt: skip
-# What a class is made from, if not from its model's config.
+# Constructor arguments of classes that do not take their model's config.
 MADE_FROM = {
     "HubertAttnAdapterLayer": lambda config: [ADAPTER],
     "UniSpeechAttnAdapterLayer": lambda config: [ADAPTER],
@@ -136,7 +136,7 @@ MADE_FROM = {
 
 
 def written(*texts):
-    """Classes in whose source all of these are written, with their model type."""
+    """Classes whose source contains all of these strings, with their model type."""
     for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
         if path.stem != f"modeling_{path.parent.name}":
             continue

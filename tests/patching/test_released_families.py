@@ -1,7 +1,7 @@
-"""Every family under the installed release of transformers: equal to unpatched, or left alone.
+"""Every family under the installed transformers release: equal to unpatched, or not patched.
 
 `make test` runs this under the pinned release and `make test-slow` under three more;
-docs/releases.md says what is served in which.
+docs/releases.md lists what is patched in each release.
 """
 
 import pytest
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def ways(name):
-    """Fewer of a family that is served as one before it is."""
+    """The ways to run a case; fewer if an earlier family is patched in the same way."""
     served_as = [cells.get(RELEASE, {}).get("served") for cells in served().values()]
     place = list(served()).index(name)
     return FEW if served_as[place] in served_as[:place] else QUICK

@@ -1,7 +1,7 @@
-"""Code that somebody replaced runs: of every patched class, and of everything inside it.
+"""User code that replaces a forward or a child of a patched class runs.
 
-Models are small ones of transformers, one for each class that is patched. Each change is made to a
-plain model and to a patched one, and both must answer alike.
+There is a small model for each patched class. Each change is made to a plain and a patched model,
+and both must give the same results.
 """
 
 import copy
@@ -83,9 +83,9 @@ def built(name):
 
 @functools.cache
 def places(name):
-    """Modules of this model whose class is patched, one of each class, and one child of each kind.
+    """One patched module of each class in this model, and one child of each kind.
 
-    Children of a model that is patched for its merge are the whole model's, and stay out.
+    Children of a model that is patched for its merge are excluded, since they are the whole model.
     """
     model, _ = built(name)
     fast = copy.deepcopy(model)
@@ -114,7 +114,7 @@ def callless(module):
 
 
 def scaled(value):
-    """Everything floating in a result, changed."""
+    """The result with every floating tensor scaled."""
     return tree_map(lambda v: v * 1.5 if is_float(v) else v, value)
 
 
@@ -137,7 +137,7 @@ def answers(model, inputs):
 
 
 def assert_alike(fast, plain, inputs):
-    """Compare the two, and return what the plain one answers."""
+    """Compare both results and return the plain one."""
     ours, theirs = answers(fast, inputs), answers(plain, inputs)
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
@@ -158,7 +158,7 @@ def every(which):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_replaced_in_its_class_runs(name, when, monkeypatch):
-    """Of each patched class, and of each class inside one."""
+    """For each patched class and each class inside one."""
     model, inputs = built(name)
     before = answers(model, inputs)
     roots, children = places(name)
@@ -173,7 +173,7 @@ def test_forward_replaced_in_its_class_runs(name, when, monkeypatch):
             if when == "before":
                 vlm_fast.patch(fast)
             now = assert_alike(fast, model, inputs)
-            # Attention of torch reads the parameters of this one and never calls it.
+            # torch's attention reads the parameters of this linear and never calls it.
             if kind is not nn.modules.linear.NonDynamicallyQuantizableLinear:
                 assert not all(map(torch.equal, now, before)), kind
 
@@ -184,7 +184,7 @@ def subclass(module):
 
 
 def adapt(module):
-    """As libraries of adapters do it: another class in the place of the module's own."""
+    """Replace the class of a module, as adapter libraries do."""
     kind = type(module)
 
     class Adapted(kind):
@@ -229,7 +229,7 @@ def test_changed_child_runs(name, change):
 @pytest.mark.parametrize("change", slow_but([pre_hook], [own_forward, hook, pre_hook]))
 @pytest.mark.parametrize("name", MODELS)
 def test_changed_connector_runs(name, change):
-    """Hooks of a patched module see the arguments of its class, and what they change counts."""
+    """Hooks on a patched module see the arguments of its class and can change them."""
     model, inputs = built(name)
     for path in places(name)[0]:
         plain, fast = copy.deepcopy(model), copy.deepcopy(model)
@@ -280,7 +280,7 @@ def own(name):
 
 
 def callable_children(module):
-    """Those whose own forward runs: leaves, and modules of the package that have one."""
+    """Children whose forward runs: leaves, and modules of the package with a forward."""
     return [
         path
         for path, child in module.named_modules()
@@ -294,7 +294,7 @@ def test_changed_child_of_vlm_fast_modules_runs(name, change):
     module, plain, inputs = own(name)
     for path in callable_children(module):
         if change is pre_hook and path.startswith("encoder") and path.count(".") < 3:
-            continue  # an encoder and layers, which have arguments of their own
+            continue  # an encoder and layers with other arguments
         ours, theirs = copy.deepcopy(module), copy.deepcopy(plain)
         answers(ours, inputs)
         for m in (ours, theirs):
@@ -313,7 +313,7 @@ def test_forward_replaced_in_a_torch_class_runs(name, monkeypatch):
 
 
 def test_changed_modules_that_are_never_called_raise():
-    """Containers that only name their children, and modules that are restated."""
+    """Containers without a forward, and modules whose forward the package replaces."""
     qformer = copy.deepcopy(own("QFormer")[0])
     inputs = own("QFormer")[2]
     adapt(qformer.encoder.layer[0].output_query)

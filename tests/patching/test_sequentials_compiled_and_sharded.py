@@ -1,4 +1,4 @@
-"""Patched nn.Sequential where code is replaced, compiled, exported, traced, spread over ranks."""
+"""Patched nn.Sequential with replaced code, compiled, exported, traced and sharded."""
 
 import copy
 from enum import Enum
@@ -19,7 +19,7 @@ from tests.support.sharding_strategies import whole
 pytestmark = pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
 
 
-# ---- code that somebody replaced ----
+# ---- replaced code ----
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -127,7 +127,7 @@ def test_traced_as_plain_pytorch():
         torch.testing.assert_close(fast(X), plain(X))
 
 
-# ---- spread ----
+# ---- sharded ----
 
 Status = Enum("Status", ["NOT_AVAILABLE", "AVAILABLE"])
 
@@ -155,7 +155,7 @@ def test_patched_sequential_is_listed_by_connectors():
 
 
 def fsdp2_unit_matches_one_process(rank, world, make, inside):
-    """The whole, or a unit ``inside`` of a model: gradients as in one process."""
+    """The whole model, or a unit ``inside`` it: gradients match one process."""
     torch.manual_seed(0)
     single, sharded = make(3)
     if inside:

@@ -1,5 +1,5 @@
-"""Real ranks on gloo: whole models under DDP, FSDP2 in every granularity and tensor parallelism are
-those of one process; patching comes first."""
+"""Patched whole models on gloo ranks match one process: DDP, FSDP2 with units of several sizes,
+and tensor parallelism."""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ from tests.support.sharding_strategies import SPREADS, adapted, of_row, same, wh
 from tests.support.whole_models import FAMILIES, distance, pair
 from vlm_fast.modules import QFormer
 
-STEPS = 2  # the gradients of the second are those of the weights after the first
+STEPS = 2  # gradients of the second step depend on the weights after the first
 
 
 def trained(model, loss_of, optimizer):
@@ -34,7 +34,7 @@ def trained(model, loss_of, optimizer):
 
 @functools.cache
 def in_one_process(family, world, lora):
-    """An unpatched model before its last step, and the losses of the rows of its batch."""
+    """The unpatched model before its last step, and the losses of the batch rows."""
     plain, _, given = pair(family)
     single = adapted(plain, family) if lora else plain
     losses = []
@@ -48,7 +48,7 @@ def in_one_process(family, world, lora):
 
 
 def whole_model_matches_one_process(rank, world, family, spread, lora):
-    """Steps of SGD, a row of the batch on each rank: losses, gradients, weights.
+    """Compare losses, gradients and weights after SGD steps with one batch row per rank.
 
     ``lora``: with adapters in the connector and in the language model.
     """
@@ -100,7 +100,7 @@ def mixed_precision_is_as_accurate_as_unpatched(rank, world, family):
     ours, native = gradients
     assert 0 < apart[0] <= 1.25 * apart[1]
     assert all(g.isfinite().all() for g in ours.values())
-    # Of the gradients that are numbers unpatched: IDEFICS' own mask overflows in bf16.
+    # Only gradients that are finite unpatched: IDEFICS' own mask overflows in bf16.
     known = [name for name, g in native.items() if g.isfinite().all()]
     errors = [distance({n: found[n] for n in known}, wanted) for found in (ours, native)]
     assert 0 < errors[0] <= 1.25 * errors[1], errors
@@ -133,7 +133,7 @@ def tensor_parallelism_falls_back(rank, world, family):
     for output in (ours, theirs):
         output.loss.backward()
     same(fast, plain, lambda p: p.grad)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks"):  # nor are the shards read without them
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):  # the shards are not read either
         for module in connector.modules():
             getattr(module, hooks).clear()
     assert "DTensor" in vlm_fast.explain(fast)[name]
@@ -167,12 +167,12 @@ def revert_after_sharding_raises(rank, world):
     for undo in (report.revert, lambda: vlm_fast.unpatch(model)):
         with pytest.raises(ValueError, match="stays patched: its class has become FSDP"):
             undo()
-    assert kinds == [type(module) for module in model.modules()]  # all or none
+    assert kinds == [type(module) for module in model.modules()]  # all or no layers
     projector.unshard()
 
 
 def qformer_sharded_by_layer_matches_one_process(rank, world, unit):
-    """A unit for each layer, for the encoder too, or for the whole: as in one process."""
+    """Units are layers, layers and encoder, or the whole Q-Former."""
     sizes = {k: v for k, v in tiny_qformers.SMALL.items() if k != "vocab_size"}
     torch.manual_seed(0)
     whole_one = QFormer(**sizes)

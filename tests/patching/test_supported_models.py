@@ -1,4 +1,4 @@
-"""Real transformers models, small: what is patched in each, and that it is the same model then."""
+"""Small transformers models: what is patched in each, and parity with unpatched."""
 
 import sys
 from contextlib import ExitStack, nullcontext
@@ -24,8 +24,8 @@ PROJECTOR = {
     "voxtral", "audioflamingo3", "musicflamingo", "glmasr", "qwen3_asr", "deepseek_vl",
     "ernie4_5_vl_moe", "muse_glimmer", "video_llama_3", "lfm2_vl",
 }  # fmt: skip
-IDLE = {"janus": "model.generation_head"}  # patched, and called by no training step
-# Also, or instead of FusedMLP and FusedMerge.
+IDLE = {"janus": "model.generation_head"}  # patched, but not called in a training step
+# In addition to, or instead of FusedMLP and FusedMerge.
 BY_THEIR_CLASS = {
     "FusedAriaProjector": {"aria"},
     "FusedShuffleMerge": {"internvl", "qianfan_ocr"},
@@ -50,16 +50,16 @@ POOLING = {"FusedPooler", "FusedPooledFrames", "FusedFrameProjector"}
 SHUFFLING = BY_THEIR_CLASS.keys() - POOLING - {"FusedAriaProjector", "FusedAnyResMerge"}
 MERGING = {"FusedShuffleMerge", "FusedPooledFrames", "FusedAnyResMerge"}  # in place of FusedMerge
 PROJECTING = {"FusedNormedMLP", "FusedFrameProjector"}  # in place of FusedMLP
-NO_MERGE = {"idefics3"}  # in a method of its own, without get_placeholder_mask
+NO_MERGE = {"idefics3"}  # merged in another method, without get_placeholder_mask
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
     NO_MERGE |= {"deepseek_vl_hybrid", "smolvlm"}
-UNCOUNTED_SOUNDS = {"qwen2_5_omni", "qwen3_omni_moe"}  # they are merged by masked_scatter
+UNCOUNTED_SOUNDS = {"qwen2_5_omni", "qwen3_omni_moe"}  # merged by masked_scatter
 PACK = {"llava_next", "llava_next_video", "llava_onevision"}
 MERGE = [name for name in MODELS if name not in NO_MERGE]
 
 
 def patch(name, model):
-    """Patch, and check that just what should be patched was."""
+    """Patch and check that exactly the expected modules are patched."""
     own = {kind for kind, names in BY_THEIR_CLASS.items() if name in names}
     served = own or name in PROJECTOR or name not in NO_MERGE
     with nullcontext() if served else pytest.warns(UserWarning, match="no connector of"):
@@ -73,7 +73,7 @@ def patch(name, model):
 
 
 def step(model, inputs):
-    """All that a training step computes: loss, logits, hidden states, gradients."""
+    """Loss, logits, hidden states and gradients of a training step."""
     model.zero_grad(set_to_none=True)
     output = model(**inputs, labels=labels(inputs), output_hidden_states=True)
     output.loss.backward()
@@ -83,7 +83,7 @@ def step(model, inputs):
 
 def labels(inputs):
     ids = inputs["input_ids"]
-    return ids.masked_fill(ids > 90, -100)  # the placeholders, and what encloses them
+    return ids.masked_fill(ids > 90, -100)  # the placeholders and the tokens around them
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -118,7 +118,7 @@ def test_patched_matches_unpatched(name):
 
 
 class Waits(TorchDispatchMode):
-    """Collects the operations that read a number from the device."""
+    """Collect the operations that read a value from the device (host syncs)."""
 
     def __init__(self):
         super().__init__()
@@ -142,7 +142,7 @@ class Waits(TorchDispatchMode):
 
 
 def logits_and_waits(model, inputs, asking):
-    """Logits, and what the models in ``asking`` wait for until their features are merged."""
+    """Logits, and the host syncs of the models in ``asking`` before their features are merged."""
     waits = Waits()
     watched = [(module, "get_placeholder_mask") for module in asking]
     watched.append((image_token_merge, "_masked_scatter"))
@@ -154,7 +154,7 @@ def logits_and_waits(model, inputs, asking):
 
 @pytest.mark.parametrize("name", MERGE)
 def test_merge_does_not_sync_and_returns_plain_tensors(name, monkeypatch):
-    """As on CUDA, where the placeholders are counted by the merge, on the device."""
+    """As on CUDA, where the merge counts placeholders on the device."""
     model, inputs = build(name)
     asking = [m for m in model.modules() if isinstance(image_token_merge.recognise(m), MaskSpec)]
     logits, waits = logits_and_waits(model, inputs, asking)
@@ -172,7 +172,7 @@ def test_merge_does_not_sync_and_returns_plain_tensors(name, monkeypatch):
     merge = sys.modules[vlm_fast.ops.merge_image_tokens.__module__]
     monkeypatch.setattr(merge, "check_count", lambda *args: None)
     for module in model.modules():
-        if any(module.children()):  # with hooks on its linears no projector would be fused
+        if any(module.children()):  # hooks on linears would make the projector fall back
             module.register_forward_hook(look, with_kwargs=True)
     patched, waits = logits_and_waits(model, inputs, asking)
     assert waits == leaks == []
@@ -180,7 +180,7 @@ def test_merge_does_not_sync_and_returns_plain_tensors(name, monkeypatch):
 
 
 def test_audio_features_may_outnumber_placeholders():
-    """As in the model itself, whose audio merge checks nothing."""
+    """The model's own audio merge does not check the count either."""
     model, inputs = build("qwen2_5_omni")
     inputs["input_ids"][0, inputs["input_ids"][0] == AUDIO] = 9
     before = model(**inputs).logits
@@ -200,7 +200,7 @@ def test_wrong_placeholder_counts_raise(name):
 
 
 def graphs_of(name):
-    """How many graphs the model inside compiles into, plain and patched."""
+    """The number of graphs that the inner model compiles to, plain and patched."""
     torch.manual_seed(0)
     model, inputs = build(name)
     base, graphs = model.model, {}
@@ -231,5 +231,5 @@ def merger_compiles_into_one_graph(number):
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_merger_compiles_to_one_graph():
-    """In a process of its own: after all other tests Dynamo breaks its graph, reset or not."""
+    """Runs in a new process: Dynamo breaks the graph after many other tests, even when reset."""
     start(merger_compiles_into_one_graph, (), 1)

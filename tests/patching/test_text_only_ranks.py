@@ -1,6 +1,6 @@
-"""A rank with text alone, where a connector has several pieces.
+"""A text-only rank with connectors of several parts.
 
-Qwen3-VL has mergers in its deep stack, LLaVA-OneVision a newline beside its projector.
+Qwen3-VL has several mergers, and LLaVA-OneVision a newline parameter beside its projector.
 """
 
 import copy
@@ -17,7 +17,7 @@ from tests.support.zero3_models import BOTH, batch_of, plain_and_patched
 
 
 def pieces(name, model):
-    """What a batch of text does not run, in the order in which others do."""
+    """Connector parts that a text-only batch skips, in the order in which other ranks run them."""
     if name == "qwen3_vl":
         visual = model.model.visual
         return [*visual.deepstack_merger_list, visual.merger]
@@ -48,7 +48,7 @@ def text_only_rank_trains(rank, world, name, sharded, kinds):
         fast.get_input_embeddings().register_forward_hook(
             lambda module, args, embeds: embeds + vlm_fast.touch_parameters(*pieces(name, fast))
         )
-    for _ in range(2):  # DistributedDataParallel complains at the next forward
+    for _ in range(2):  # DistributedDataParallel raises at the next forward
         fast.zero_grad()
         if rank == 1 and not sharded:
             zero = vlm_fast.touch_parameters(*pieces(name, fast))
@@ -71,7 +71,7 @@ def test_on_two_ranks(tmp_path):
         for name in ("qwen3_vl", "llava_onevision")
         for sharded in (False, True)
         for kinds in (BOTH[:1], BOTH[1:])
-        # A video alone leaves the newline of pictures out on every rank, patched or not.
+        # A video-only batch does not use the image newline, patched or not.
         if (name, kinds) != ("llava_onevision", BOTH[1:]) or sharded
     ]
     on_ranks(tmp_path, [(touch_parameters_accepts_a_parameter,), *checks])

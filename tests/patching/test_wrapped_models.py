@@ -1,5 +1,5 @@
-"""What users wrap around a whole model, with the real libraries: the patched model inside it is the
-unpatched one, and says what it does."""
+"""Patched whole models inside peft, checkpoint wrappers, autocast and torch.compile match
+unpatched, and report fallbacks."""
 
 import copy
 
@@ -28,7 +28,7 @@ from tests.support.whole_models import (
     step,
 )
 
-# A call of every connector that falls back warns once; each test reads the reason itself.
+# Each connector that falls back warns once; tests check the reason themselves.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning"),
     pytest.mark.filterwarnings("ignore:no connector of"),
@@ -49,7 +49,7 @@ WHERE = [(family, where) for family in FAMILIES for where in ("connector", "lang
 
 @pytest.mark.parametrize("family, where", [*WHERE, ("llava", "all-linear")])
 def test_lora(family, where):
-    """Before it is merged linears with adapters are called; afterwards all is fused again."""
+    """Linears with adapters are called until the adapters are merged; then all is fused again."""
     plain, fast, given = pair(family)
     targets = {"connector": FAMILIES[family].adapted, "language model": LANGUAGE}
     targets = targets.get(where, where)
@@ -80,7 +80,7 @@ def test_unloading_adapters_restores_the_model(family):
 
 @every_family
 def test_patch_inside_a_peft_model(family):
-    """The other order, and an adapter that is switched off."""
+    """Patch after peft, also with the adapter disabled."""
     plain, _, given = pair(family)
     expected = step(with_lora(copy.deepcopy(plain), FAMILIES[family].adapted), given)
     wrapped = with_lora(copy.deepcopy(plain), FAMILIES[family].adapted)
@@ -98,7 +98,7 @@ SAVED = {
 
 @every_family
 def test_modules_to_save(family):
-    """The copy that trains is patched as its original is; afterwards it takes its place."""
+    """The trained copy is patched like its original and replaces it after unloading."""
     plain, fast, given = pair(family)
     patched = len(vlm_fast.explain(fast))
     plain, fast = (with_lora(m, LANGUAGE, modules_to_save=[SAVED[family]]) for m in (plain, fast))
@@ -124,7 +124,7 @@ def test_modules_to_save(family):
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 @every_family
 def test_gradient_checkpointing_with_lora(family, reentrant):
-    """Of the whole model around the ops; gradients are those without checkpoints."""
+    """Checkpointing of the whole model gives the gradients of a run without it."""
     targets = f"{FAMILIES[family].adapted}|{LANGUAGE}"
     plain, fast, given = pair(family)
     plain, fast = (with_lora(m, targets).train() for m in (plain, fast))
@@ -133,7 +133,9 @@ def test_gradient_checkpointing_with_lora(family, reentrant):
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
         assert model.is_gradient_checkpointing
-    if family == "mllama" and reentrant:  # it hands its images on by keyword, which that one loses
+    if (
+        family == "mllama" and reentrant
+    ):  # it passes images by keyword, which reentrant checkpointing drops
         for model in (plain, fast):
             with pytest.raises(RuntimeError, match="backward through the graph a second time"):
                 step(model, given)
@@ -143,9 +145,9 @@ def test_gradient_checkpointing_with_lora(family, reentrant):
 
 @every_family
 def test_layers_in_torch_checkpoint_wrapper(family):
-    """As accelerate and FSDP trainers set it around layers."""
+    """The wrapper that accelerate and FSDP trainers apply to layers."""
     plain, fast, given = pair(family)
-    given["use_cache"] = False  # computed again, a layer would write to the cache twice
+    given["use_cache"] = False  # a recomputed layer would write to the cache twice
     expected = step(plain, given)
     step(fast, given)
     ops = vlm_fast.stats(reset=True)
@@ -163,11 +165,11 @@ def test_layers_in_torch_checkpoint_wrapper(family):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @every_family
 def test_autocast(family, dtype):
-    """Logits in its dtype, gradients in float32, and no further from float64 than unpatched."""
+    """Logits have the autocast dtype, gradients are float32, errors are as small as unpatched."""
     plain, fast, given = pair(family)
     wide = {n: t.double() if t.is_floating_point() else t for n, t in given.items()}
     true = copy.deepcopy(plain).double()
-    true.set_attn_implementation("sdpa")  # eager's softmax would be in fp32
+    true.set_attn_implementation("sdpa")  # eager attention computes softmax in fp32
     exact = step(true, wide)
 
     def within(model):
@@ -212,7 +214,7 @@ def test_accumulated_gradients_match_one_batch(family):
 
 @every_family
 def test_main_gradients_in_fp32(family):
-    """As Megatron keeps them beside parameters in bf16: taken as they come, four times."""
+    """As in Megatron: fp32 gradients beside bf16 parameters, accumulated over four batches."""
     plain, fast, given = pair(family)
     exact = {n: g for n, g in step(plain, given).items() if g is not None}
     del exact["logits"], exact["loss"]
@@ -234,12 +236,12 @@ def test_main_gradients_in_fp32(family):
     assert 0 < apart[0] <= 1.25 * apart[1]
 
 
-COMPILED = ("blip2", "idefics", "mllama")  # LLaVA's: `test_llava`, `test_supported_models`
+COMPILED = ("blip2", "idefics", "mllama")  # LLaVA is in `test_llava` and `test_supported_models`
 
 
 def compiles_into_one_graph(number):
     family = COMPILED[number]
-    if family == "idefics":  # of four layers, transformers' own forward breaks
+    if family == "idefics":  # with four layers transformers' own forward breaks the graph
         plain = tiny_flamingos.idefics(num_hidden_layers=2)
         fast, given = copy.deepcopy(plain), tiny_flamingos.idefics_inputs()
         vlm_fast.patch(fast)
@@ -254,5 +256,5 @@ def compiles_into_one_graph(number):
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_whole_model_compiles_to_one_graph():
-    """In processes of their own: after all other tests Dynamo breaks graphs, reset or not."""
+    """Runs in new processes: Dynamo breaks graphs after many other tests, even when reset."""
     start(compiles_into_one_graph, (), len(COMPILED))

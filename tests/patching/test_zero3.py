@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO-3: connectors as leaf modules are fused, without that their children are called.
+"""DeepSpeed's ZeRO-3: connectors are fused as leaf modules, and fall back otherwise.
 
-Its conventions are tested here without it: ``ds_id`` and ``ds_status`` of a parameter, and the
-function that marks leaf modules. Where DeepSpeed itself is installed it is run, on two ranks
+Its conventions are tested without DeepSpeed: ``ds_id`` and ``ds_status`` of a parameter, and the
+function that marks leaf modules. If DeepSpeed is installed, it runs on two ranks
 (``DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed`` does for that).
 """
 
@@ -30,7 +30,7 @@ Status = Enum("Status", ["NOT_AVAILABLE", "INFLIGHT", "AVAILABLE"])
 
 @pytest.fixture
 def leaves(monkeypatch):
-    """The modules that were marked, by a stand-in of DeepSpeed's function."""
+    """The modules that a fake of DeepSpeed's function marked as leaves."""
     marked = []
 
     def set_z3_leaf_modules(model, classes):
@@ -69,7 +69,7 @@ def test_connector_inputs_require_grad_behind_a_frozen_tower(leaves):
 
 
 def test_second_call_in_one_forward_raises(leaves):
-    """DeepSpeed would fail in backward, without a word of it."""
+    """DeepSpeed would fail in backward without an explanation."""
     model, given = build("qwen3_vl")
     vlm_fast.patch(model)
     vlm_fast.prepare_zero3(model)
@@ -80,7 +80,7 @@ def test_second_call_in_one_forward_raises(leaves):
     for kinds in (["picture"], ["video"], []):
         model(**batch_of("qwen3_vl", kinds)).loss.backward()
     merger = model.model.visual.merger
-    for _ in range(2):  # by itself, as often as one likes
+    for _ in range(2):  # several separate calls are allowed
         merger(torch.randn(4, 48)).sum().backward()
 
 
@@ -96,7 +96,7 @@ def test_invalid_arguments_raise(leaves, monkeypatch):
 def test_only_gathered_parameters_are_read(kind):
     make, given = CONNECTORS[kind]
     connector, inputs = make(), given(2)
-    connector(*inputs)  # looked through once, and remembered
+    connector(*inputs)  # searched once and cached
     parameters = list(connector.parameters())
     for status, gathered in ((Status.AVAILABLE, True), (Status.NOT_AVAILABLE, False)):
         for i, parameter in enumerate(parameters):
@@ -176,10 +176,10 @@ def rank_without_images_does_not_block_others(rank, world, kind, prepared):
 
 
 def images_and_videos_match_one_process(rank, world, name, prepared):
-    """Pictures on one rank and a video on the other, the other way round, and both on both."""
+    """Images on one rank and a video on the other, the reverse, and both on both ranks."""
     for kinds in (BOTH[:1], BOTH[1:]), (BOTH[1:], BOTH[:1]), (BOTH, BOTH[::-1]), (BOTH[::-1], BOTH):
         if prepared and len(kinds[0]) > 1:
-            continue  # refused
+            continue  # raises
         plain, fast = plain_and_patched(name)
         if prepared:
             vlm_fast.prepare_zero3(fast)

@@ -1,4 +1,4 @@
-"""BLIP-2's two stages in one process, against transformers' modules put together plainly."""
+"""BLIP-2's two training stages in one process, against a plain reference from transformers."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def gradients_of(loss, model, head):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The wrong partners of each call: texts, then images."""
+    """The hard negatives of each call: texts, then images."""
     drawn = []
     original = blip2_stage1.hard_negatives
     monkeypatch.setattr(
@@ -120,7 +120,7 @@ def test_stage2_matches_reference(what, own_labels):
     ids, mask = prompted()
     labels = ids.masked_fill(mask == 0, -100)
     if own_labels:
-        labels[:, :2] = -100  # a question, which is not learnt
+        labels[:, :2] = -100  # a question, which has no labels
     loss = losses.stage2_loss(model, images, ids, mask, labels if own_labels else None)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}

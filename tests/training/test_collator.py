@@ -1,4 +1,4 @@
-"""Conversations as a processor's inputs: which tokens are learned, and where images are."""
+"""The collator: processor inputs, labels and image positions of conversations."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ TEXT_ONLY = example("Who is it?", "an astronaut", image=None)
 
 
 def tokens(processor, batch, row=0):
-    """Each attended token of a row but those of an image, and whether it is learned."""
+    """The attended tokens of a row without image tokens, and whether each has a label."""
     ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
     learned = batch["labels"][row, : len(ids)] != -100
     assert torch.equal(batch["labels"][row, : len(ids)][learned], ids[learned])
@@ -99,7 +99,7 @@ def test_image_between_answers(family):
 @pytest.mark.parametrize("vocabulary", [300, 500])
 @pytest.mark.parametrize("template", [None, tiny_processors.CHAT, tiny_processors.UNMARKED])
 def test_labels_are_exact_where_tokens_cross_answer_ends(vocabulary, template):
-    """Against the characters: each learned token has a part of an answer, all others none."""
+    """By characters: labelled tokens contain part of an answer, and the others do not."""
     words = tiny_processors.tokenizer(vocabulary, merging=True)
     processor = tiny_processors.llava(words, chat_template=template)
     across = 0
@@ -199,7 +199,7 @@ def test_training_with_dataloader_workers(tmp_path):
     data = Conversations(records, images)
     collator = Collator(tiny_processors.llava(), format="plain")
     here = [collator([data[n] for n in (k, k + 1)]) for k in range(0, 12, 2)]
-    # What spawn sends to its workers.
+    # As DataLoader workers that are started by spawn need.
     sent, collate = pickle.loads(ForkingPickler.dumps((data, collator)))
     for loader in (
         DataLoader(data, batch_size=2, collate_fn=collator, num_workers=2),

@@ -1,4 +1,4 @@
-"""Contrast, wrong partners and matching in one process, against the same written plainly."""
+"""ITC loss, hard negatives and ITM loss in one process, against plain references."""
 
 import math
 
@@ -92,7 +92,7 @@ def test_itc_loss_invalid_arguments_raise(change, exception, words):
 def test_hard_negatives_are_drawn_by_similarity():
     draws, offset = 4000, 2
     similarity = torch.randn(3, 6) * 1.5
-    similarity.diagonal(offset).fill_(50.0)  # however near it is, the own pair is not drawn
+    similarity.diagonal(offset).fill_(50.0)  # the positive pair is never drawn
     counts = torch.zeros(3, 6)
     generator = torch.Generator().manual_seed(0)
     for _ in range(draws):
@@ -110,7 +110,7 @@ def test_hard_negatives_are_drawn_by_similarity():
 @pytest.mark.parametrize("offset", [0, 1, 4])
 def test_hard_negatives_are_uniform_without_likely_partner(offset):
     similarity = torch.full((3, 8), -math.inf)
-    similarity[1] = 3.0  # among others that are as usual
+    similarity[1] = 3.0  # among ordinary rows
     similarity[2, [offset + 2, 7]] = torch.tensor([2.0, -1e30])
     before = similarity.clone()
     counts = torch.zeros(3, 8)

@@ -1,4 +1,4 @@
-"""The fused models train as the unfused do on a CPU, and would be seen if they did not."""
+"""Fused models train like unfused ones on a CPU, and a wrong gradient would be detected."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 @every_family
 def test_fused_training_matches_unfused(family):
-    """Nearer to each other than fp32 to fp64: most ops of a CPU are ATen's in another order."""
+    """The runs differ less than fp32 from fp64: most CPU ops are ATen's in another order."""
     fused_training_is_unfused_training(family, torch.float32, "cpu", allowed=1)
 
 
@@ -38,7 +38,7 @@ def test_fused_training_under_autocast_matches_unfused():
     ],
 )
 def test_wrong_gradient_is_detected(family, op, argument, factor, monkeypatch):
-    """One gradient of one op is dropped, or 1 % too large, and all else is right."""
+    """One gradient of one op is zeroed, or 1 % too large; all others are right."""
     op = OPS[op]
     wrong, right = op.tensors.index(argument), op._path.backward
 

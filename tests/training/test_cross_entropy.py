@@ -1,4 +1,4 @@
-"""The loss over a vocabulary and its head, against the same written plainly."""
+"""The image-grounded text generation (ITG) loss and its head, against a plain reference."""
 
 import sys
 import types
@@ -90,7 +90,7 @@ def test_itg_loss_under_autocast():
 
 
 def learnt(size=6.0, hidden=64, vocabulary=500):
-    """A text whose labels the weight predicts, the surer the larger the size."""
+    """A text whose labels the weight predicts; a larger scale makes it more certain."""
     x, weight = torch.randn(4, 33, hidden), torch.randn(vocabulary, hidden) / 8
     labels = torch.zeros(4, 33, dtype=torch.int64)
     labels[:, 1:] = (x[:, :-1] @ weight.t()).argmax(-1)
@@ -118,7 +118,7 @@ def test_fp16_loss_scale_is_applied_before_gradients_are_rounded(scale, size):
 
 
 def test_fp16_sums_over_many_tokens_do_not_overflow():
-    """A feature of one sign adds up over tokens; the mean is in range, and so is its gradient."""
+    """Features of one sign add up over tokens, but mean and gradient are in range."""
     hidden = torch.full((4, 801, 8), 60.0).half()
     weight, labels = torch.zeros(50, 8).half(), torch.zeros(4, 801, dtype=torch.int64)
     inputs = [t.requires_grad_() for t in (hidden, weight)]
@@ -141,7 +141,7 @@ def test_double_backward_raises(monkeypatch):
         torch.autograd.grad(loss, inputs)
 
     refuses()
-    # Another package's loss with gradients from forward would give constants as well.
+    # A loss that computes gradients in forward would give constants without an error.
     functional = types.ModuleType("liger_kernel.transformers.functional")
 
     def loss(rows, weight, targets, bias, **options):
@@ -197,7 +197,7 @@ def test_lm_head_matches_bert():
     head = losses.LanguageModelHead(embeddings)
     assert head.decoder.weight is embeddings.weight
     names = head.state_dict().keys()
-    assert names == theirs.state_dict().keys() - {"bias"}  # another name of the decoder's
+    assert names == theirs.state_dict().keys() - {"bias"}  # tied with the decoder's bias
     torch.nn.init.normal_(theirs.decoder.bias)
     head.load_state_dict({n: v for n, v in theirs.state_dict().items() if n in names})
     x = torch.randn(3, 4, 8)

@@ -1,4 +1,4 @@
-"""Conversation JSON: bad records named, counted, skipped or stopped at, before and in training."""
+"""Conversation data sets: bad records are reported, counted, skipped or raised."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ def said(*turns):
     return {"id": "a", "conversations": list(turns)}
 
 
-# What is wrong, its kind, and the words for where, what was expected and what got.
+# Record, kind of fault, and the words for position, expectation and finding.
 BAD = {
     "a string": ("oops", "wrong type", "record 1, record: .*expected an object, got 'oops'"),
     "no id": ({"conversations": []}, "missing key", "record 1, id: .*got keys 'conversations'"),
@@ -75,7 +75,7 @@ BAD = {
     "another drive": (PICTURED | {"image": "C:0.png"}, "path", "which is absolute"),
     "not a name": (PICTURED | {"image": "a\0.png"}, "path", "no name of a file"),
 }  # fmt: skip
-# These have the right shape; what is wrong is the picture.
+# These have the right structure, but a bad image.
 BAD_PICTURES = {
     "missing": ("nowhere.png", "missing image", "a file in .*got 'nowhere.png', no such file"),
     "a folder": ("folder", "missing image", "got 'folder', a folder"),
@@ -141,7 +141,7 @@ def test_bad_image_is_found_by_check_and_in_training(tmp_path, images, name):
     with pytest.warns(ReplacedRecordWarning, match=words):
         assert skipping[1].id == "b"
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once is enough
+        warnings.simplefilter("error")  # it warns once
         assert [one.id for one in skipping] == ["a", "b", "b"]
     assert skipping.replaced == 1
 
@@ -232,7 +232,7 @@ def test_image_deleted_during_training_stops_or_is_replaced(tmp_path, images):
     path = written(tmp_path, *(PICTURED | {"id": str(n), "image": f"{n}.png"} for n in range(3)))
     stopping, data = Conversations(path, images), Conversations(path, images, on_bad="skip")
     (images / "1.png").unlink()
-    # In workers too: the error keeps its type and words, and what they replaced is counted here.
+    # Also in workers: errors keep type and message, and replacements are counted here.
     with pytest.raises(BadRecord, match=r"record 1 \(id '1'\), image: missing image"):
         list(DataLoader(stopping, batch_size=None, num_workers=1))
     loader = DataLoader(data, batch_size=None, num_workers=2, collate_fn=lambda one: one.id)
@@ -267,7 +267,7 @@ def test_check_decodes_each_image_once(tmp_path, images, monkeypatch):
     monkeypatch.setattr(datasets, "CHECKED_AT_ONCE", 2)
     assert check(path, images).good == 5
     assert opened == [images / "0.png"]
-    # One bad picture of several records is a fault of each.
+    # A bad image that several records share is a fault of each.
     (images / "0.png").unlink()
     issues = check(path, images).issues
     assert [(issue.index, issue.id) for issue in issues] == [(n, str(n)) for n in range(5)]
@@ -320,7 +320,7 @@ def test_unreadable_file_is_a_usage_error(tmp_path, images, monkeypatch):
 
 
 def test_command_passes_good_data_and_refuses_missing_file(tmp_path, images):
-    path = written(tmp_path, GOOD, PICTURED)  # ids twice: a warning is no failure
+    path = written(tmp_path, GOOD, PICTURED)  # duplicate ids: a warning is not a failure
     found = call("--data", path, "--images", images, "--json")
     assert found.exit_code == 0 and json.loads(found.stdout)["ok"]
     for arguments, words in (

@@ -1,4 +1,4 @@
-"""The parts of making instruction data: annotations, answers, the resume log, the rate limit."""
+"""Parts of instruction data generation: annotations, answers, resume log, rate limit."""
 
 import json
 import re
@@ -113,7 +113,7 @@ def test_parse_answer_returns_records():
     assert first == [
         parse_answer(s, "detail", "A cat.")["conversations"][0]["value"] for s in scenes
     ]
-    assert len(set(first)) > 10  # all questions, the image before and after
+    assert len(set(first)) > 10  # all questions, with the image before and after
 
 
 def test_resume_log_of_another_run_is_not_overwritten(tmp_path):
@@ -136,11 +136,11 @@ def test_resume_log_of_another_run_is_not_overwritten(tmp_path):
         with pytest.raises(ValueError, match=re.escape(words)):
             ResumeLog(path, {"model": model})
         assert path.read_bytes() == wrong
-    # A first line that was torn is that of a run that had asked nothing.
+    # A torn first line means that the run had sent nothing.
     path.write_bytes(head[:10])
     with ResumeLog(path, log_header) as again:
         assert not again.entries
-    # Wherever its last line is torn, the others are there and the next one is whole.
+    # Wherever the last line is torn, the others are read and the next one is complete.
     for length in range(len(head) + 1, len(content)):
         path.write_bytes(content[:length])
         with ResumeLog(path, log_header) as torn:
@@ -168,12 +168,12 @@ def test_rate_limiter_allows_at_most_rate_per_minute(rate):
     limit = RateLimit(rate, clock=clock, sleep=clock.sleep)
     times = []
     for number in range(300):
-        clock.now += 13.7 if number % 50 == 49 else 0.01  # work, and a long pause
+        clock.now += 13.7 if number % 50 == 49 else 0.01  # work and a long pause
         limit.wait()
         times.append(clock.now)
     for start in times:
         assert sum(start <= at < start + 60 for at in times) <= rate + 1
-    # And it is not slower than it must be.
+    # It does not wait longer than needed.
     assert times[-1] - times[0] <= 300 * 60 / rate + 300 * 0.01 + 6 * 13.7
 
 
@@ -190,7 +190,7 @@ def test_rate_limiter_spaces_calls_evenly():
 
 
 def as_it_is(folder, *, box=None, captions=CAPTIONS, **change):
-    """Scenes and faults where the first annotation of boxes is so."""
+    """Scenes and faults if the first box annotation has these changes."""
     one = {**BOXES["annotations"][0], **change} | ({} if box is None else {"bbox": box})
     boxes = {**BOXES, "annotations": [one, *BOXES["annotations"][1:]]}
     paths = written(folder, boxes)
@@ -217,7 +217,7 @@ def test_invalid_boxes_are_left_out_and_reported(tmp_path, name):
 
 
 def test_missing_box_does_not_stop(tmp_path):
-    for place, count in ((0, 1), (2, 0)):  # the last is of a picture that nobody described
+    for place, count in ((0, 1), (2, 0)):  # the last image has no caption
         boxes = json.loads(json.dumps(BOXES))
         del boxes["annotations"][place]["bbox"]
         issues = []

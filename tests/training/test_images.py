@@ -1,4 +1,4 @@
-"""Pictures of every mode and format as 8-bit RGB in viewing order, or a fault that says why not."""
+"""Images of every mode and format are read as 8-bit RGB in viewing orientation, or a fault."""
 
 import io
 import json
@@ -35,7 +35,7 @@ ALPHA = (np.indices((HEIGHT, WIDTH)).sum(0) % 3 * 127).astype(np.uint8)
 
 
 def read(folder, picture, name, *, background=None, **options):
-    """What a data set gives for this picture, saved under this name; or bytes."""
+    """The image that a data set returns for this image, saved under this name; or for bytes."""
     if isinstance(picture, bytes):
         (folder / name).write_bytes(picture)
     else:
@@ -79,7 +79,7 @@ def test_xmp_orientation_is_applied(tmp_path):
 def test_broken_exif_is_ignored(tmp_path):
     found = read(tmp_path, PICTURE, "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
     assert furthest(found, PICTURE) == 0
-    # Broken beside an orientation that can be read: an offset beyond the end.
+    # Broken EXIF with a readable orientation: an offset beyond the end.
     entries = struct.pack("<HHII", 274, 3, 1, 3) + struct.pack("<HHII", 0x8769, 4, 1, 10**6)
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + b"\0\0\0\0"
     found = read(tmp_path, PICTURE, "a.png", exif=exif)
@@ -92,7 +92,7 @@ def composed(colours, alpha, background):
 
 
 def see_through(kind):
-    """A picture of this kind, how it is saved, and its colours and alpha."""
+    """An image with this kind of transparency, its save options, colours and alpha."""
     grey, few = PICTURE.convert("L"), PICTURE.quantize(16)
     if kind in ("RGBA", "LA", "PA"):
         opaque = {"RGBA": PICTURE, "LA": grey, "PA": few}[kind]
@@ -132,7 +132,7 @@ KINDS = ("RGBA", "LA", "PA", "P, an index", "P, bytes", "L, a value", "1, a valu
 def test_transparent_images_are_composed_on_the_background(tmp_path, kind):
     picture, options, colours, alpha = see_through(kind)
     name = "a.tif" if kind == "PA" else "a.png"
-    if kind == "PA":  # which no format that Pillow writes has
+    if kind == "PA":  # no format that Pillow writes has this mode
         picture = picture.convert("RGBA")
     for background in (None, WHITE, GREEN, "#0ac81e"):
         found = read(tmp_path, picture, name, background=background, **options)

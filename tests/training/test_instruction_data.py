@@ -1,4 +1,4 @@
-"""Instruction data from captions and boxes, asked of a real server on this machine."""
+"""Instruction data generation from captions and boxes, with a local HTTP server."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from vlm_fast.training.data.generation.answers import BadAnswer
 
 KEY = "sk-a-secret-that-nobody-may-see"
 HELLO = [{"role": "user", "content": "Hello"}]
-SOON = {"Retry-After": "0.001"}  # the client takes 0 for no advice
+SOON = {"Retry-After": "0.001"}  # the client treats 0 as no advice
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +91,13 @@ def test_each_question_is_sent_once_and_answers_are_valid_records(server, coco, 
     assert {one["image"] for one in records} == {"7.png", "8.png"}
     assert server.keys == [f"Bearer {KEY}"] * 6
     assert_no_key(coco, found, caplog)
-    # Again: nothing is asked, and the file is the same.
+    # A second run sends nothing, and the file is unchanged.
     before = (coco / "out.json").read_bytes()
     found = generate(coco, url=server.url)
     assert found.exit_code == 0 and len(server.requests) == 6
     assert ["asked", "now", "0"] in [line.split() for line in found.stdout.splitlines()]
     assert (coco / "out.json").read_bytes() == before
-    # One kind and the first pictures can come first; a larger limit goes on.
+    # A run with one kind and a limit continues with all kinds and a larger limit.
     (coco / "out.json").unlink()
     (coco / "out.json.resume.jsonl").unlink()
     for limit, asked in ((1, 7), (2, 8)):
@@ -143,9 +143,9 @@ def test_bad_answer_is_retried_then_recorded(server, coco):
     server.replies = [completion("no"), completion(None), good, completion("no"), completion("{}")]
     options = ("--kind", "reasoning", "--again", 2)
     found = generate(coco, *options, url=server.url)
-    assert len(server.requests) == 6 and found.exit_code == 0  # the last was good
+    assert len(server.requests) == 6 and found.exit_code == 0  # the last one was good
     asked = [[message["content"] for message in one["messages"][4:]] for one in server.requests]
-    # The model sees what it said, if it said something, and what is wrong with it.
+    # The model gets its previous answer, if there is one, and the fault in it.
     assert asked[0] == asked[2] == asked[3] == []
     assert asked[1][0] == asked[4][0] == "no" and asked[5][0] == "{}"
     assert all("expected JSON, got 'no'" in asked[n][1] for n in (1, 4))
@@ -153,7 +153,7 @@ def test_bad_answer_is_retried_then_recorded(server, coco):
     (coco / "out.json.resume.jsonl").unlink()
     (coco / "out.json").unlink()
     server.replies = [good, *[completion("no")] * 3]
-    for _ in range(2):  # what failed is not asked again
+    for _ in range(2):  # failed questions are not sent again
         found = generate(coco, *options, url=server.url)
         assert found.exit_code == main.Exit.FAILURE and len(server.requests) == 10
         assert "8-reasoning: expected JSON, got 'no'" in found.stdout
@@ -179,7 +179,7 @@ def test_malformed_response_is_a_bad_answer(server, endpoint, reply):
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_rejecting_endpoint_stops_the_run_at_once(server, coco, caplog, status):
-    # The key where a message is cut, which must not leave half of it.
+    # A truncated message must not contain half of the key.
     body = {"error": {"message": f"{'x' * 255}{KEY} is wrong", "code": KEY, "type": KEY}}
     server.replies = [(status, {}, body)]
     found = generate(coco, "--json", url=server.url)
@@ -231,7 +231,7 @@ def test_interrupt_leaves_a_resume_log(server, coco):
     assert "interrupted; run the same command again to go on" in found.stderr
     assert [entry.get("task") for entry in logged(coco)] == [None, "7-detail", "7-reasoning"]
     assert len(json.loads((coco / "out.json").read_text())) == 2
-    # Torn, as by a lost machine.
+    # Torn, as after a crash.
     path = coco / "out.json.resume.jsonl"
     path.write_bytes(path.read_bytes()[:-10])
     assert generate(coco, url=server.url).exit_code == 0
@@ -245,7 +245,7 @@ def test_requests_follow_the_rate_limit(server, coco, monkeypatch):
     monkeypatch.setattr(
         RateLimit.__init__, "__kwdefaults__", dict(clock=lambda: sum(waited), sleep=waited.append)
     )
-    # A retry of the client is a request too.
+    # A retry of the client counts as a request.
     server.replies = [good, (503, SOON, b"busy")]
     assert generate(coco, "--limit", 3, url=server.url, rate=20).exit_code == 0
     assert len(server.requests) == 4

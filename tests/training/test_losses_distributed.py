@@ -1,4 +1,4 @@
-"""The losses on gloo processes: what they give and what they send back, on 1 to 4 ranks."""
+"""Training losses on 1 to 4 gloo ranks: values, gradients and communicated bytes."""
 
 import re
 from unittest import mock
@@ -35,7 +35,7 @@ class Towers(nn.Module):
 
 
 def averaged_gradients(loss, parameters, world):
-    """As DistributedDataParallel leaves them."""
+    """Gradients averaged over ranks, as by DistributedDataParallel."""
     gradients = list(torch.autograd.grad(loss, parameters))
     for gradient in gradients:
         dist.all_reduce(gradient)
@@ -68,7 +68,7 @@ def itc_loss_matches_one_process(rank, world, local_loss, smoothing, dtype):
 
 
 def itc_loss_under_ddp(rank, world):
-    """The wrapper itself, not its rule written again."""
+    """Uses DistributedDataParallel itself."""
     torch.manual_seed(0)
     plain = Towers()
     images, texts = torch.randn(world * BATCH, QUERIES, 6), torch.randn(world * BATCH, 4)
@@ -144,7 +144,7 @@ def uneven_sizes_raise_on_all_ranks(rank, world):
 
 
 def mixed_dtypes_raise_on_all_ranks(rank, world):
-    """One rank under autocast, or with a model of its own dtype: the bytes would be misread."""
+    """One rank uses autocast or another model dtype, so its bytes would be misread."""
     if world == 1:
         return
     for first, other in MIXED_DTYPES:
@@ -185,7 +185,7 @@ def gradient_penalty_crosses_ranks(rank, world):
         with vlm_fast.disabled():
             loss = losses.itc_loss(inputs[0][:, None], inputs[1], 0.5, local_loss=local).loss
             first = torch.autograd.grad(loss, inputs, create_graph=True)
-        # A rank's loss counts for its share of the mean; penalties of ranks are added.
+        # Each rank's loss has its share of the mean; penalties of ranks are added.
         found = torch.autograd.grad(sum((g / world).square().sum() for g in first), inputs)
         for gradient, exact in zip(found, wanted, strict=True):
             torch.testing.assert_close(gradient, exact[own])
@@ -216,7 +216,7 @@ def siglip_features(batch, dtype=torch.float32):
 
 
 def siglip_loss_matches_one_process(rank, world, batches, dtype):
-    """Also where ranks differ in their rows, and in the weight that they give to their loss."""
+    """Also if ranks have different numbers of rows and loss weights."""
     batches = batches[:world]
     features = siglip_features(sum(batches), dtype)
     numbers = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (10.0, -6.0)]
@@ -228,21 +228,21 @@ def siglip_loss_matches_one_process(rank, world, batches, dtype):
 
     own = slice(sum(batches[:rank]), sum(batches[: rank + 1]))
     inputs = [x.detach().requires_grad_() for x in (*(f[own] for f in features), *numbers)]
-    with mock.patch.dict(LOGITS_AT_ONCE, cpu=4):  # not all logits of a block at once
+    with mock.patch.dict(LOGITS_AT_ONCE, cpu=4):  # no block of logits is allocated at once
         found = losses.siglip_loss(*inputs)
         gradients = torch.autograd.grad(found * weights[rank], inputs)
     for number in (found, *gradients[2:]):
         dist.all_reduce(number.detach())
     torch.testing.assert_close(found.detach() / world, of_images.mean().detach().to(found.dtype))
     for gradient, value in zip(gradients, (x[own] if x.ndim else x for x in wanted), strict=True):
-        # Sums are those of fp32; a row's gradient in bf16 is rounded once, by half an ulp.
+        # Sums are in fp32; the bf16 gradient of a row is rounded once, by half an ulp.
         rtol, atol = (1e-12, 1e-14) if dtype == torch.float64 else (1e-5, 1e-6)
         rtol += 2**-8 if gradient.dtype == torch.bfloat16 else 0.0
         torch.testing.assert_close(gradient.double() / world, value, rtol=rtol, atol=atol)
 
 
 def siglip_loss_sends_one_text_batch_at_a_time(rank, world):
-    """In their own dtype, their gradients in fp32; nothing holds all texts or all logits."""
+    """Texts are sent in their dtype, gradients in fp32; no tensor holds all texts or logits."""
     images, texts = siglip_features(BATCH, torch.bfloat16)
     sent = []
     transport = dist.all_to_all_single
@@ -275,7 +275,7 @@ def siglip_loss_refuses_mismatched_ranks(rank, world):
         features = torch.ones(rank, width, dtype=dtype)
         with pytest.raises(ValueError, match=rf"siglip_loss: .*{re.escape(words)} on ranks 0"):
             losses.siglip_loss(features, features, 10.0, -10.0)
-        losses.siglip_loss(*siglip_features(2), 10.0, -10.0)  # and the ranks are still in step
+        losses.siglip_loss(*siglip_features(2), 10.0, -10.0)  # the ranks are still synchronised
     with pytest.raises(ValueError, match="one row at least"):
         losses.siglip_loss(torch.ones(0, 4), torch.ones(0, 4), 10.0, -10.0)
 

@@ -1,4 +1,4 @@
-"""The processors of all models that are patched, in the collator, with and without pictures."""
+"""The collator with the processors of all patched models, with and without images."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ TEXT_ONLY = example(None, "Who is it?", "an astronaut")
 
 
 def learned(processor, batch):
-    """What each row learns, without spaces."""
+    """The labelled text of each row, without spaces."""
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         kept = ids[labels != -100]
         assert torch.equal(labels[labels != -100], kept)
@@ -53,7 +53,7 @@ def test_rows_that_all_have_images(name):
     collator = Collator(processor, format="v1")
     batch = collator([pictured(WIDE), pictured(TALL)])
     assert list(learned(processor, batch)) == ["acat</s>red</s>"] * 2
-    # A row without one is refused, or made as well: none is made otherwise than alone.
+    # A row without an image is refused, or equals the row made alone.
     try:
         mixed = collator([pictured(WIDE), TEXT_ONLY])
     except (ValueError, TypeError):
@@ -102,7 +102,7 @@ def test_plain_format(name):
 
 @pytest.mark.parametrize("name", ["Gemma3", "Chameleon", "Lfm2Vl", "Emu3"])
 def test_subclass_of_an_unsupported_processor_is_refused(name):
-    """Its own name says nothing."""
+    """The subclass has an unknown name."""
     processor = PROCESSORS[name]()
     processor.__class__ = type("MyProcessor", (type(processor),), {})
     batch = Collator(processor, format="v1")([pictured(WIDE), TEXT_ONLY, pictured(TALL)])

@@ -1,4 +1,4 @@
-"""``vlm-fast recipe``: what it refuses, what it saves, how it goes on after whatever ended it."""
+"""``vlm-fast recipe``: errors, saved files, and resuming after an interruption."""
 
 import importlib.util
 import json
@@ -151,7 +151,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, model):
 
 @pytest.fixture
 def at_batch(monkeypatch):
-    """Does something when the batch of this number is made."""
+    """Call a function when the batch of this number is made."""
 
     def at(number, act):
         made, make = [], run.Collator.__call__
@@ -180,8 +180,8 @@ def test_signal_saves_a_checkpoint_and_resuming_is_bitwise_equal(
     assert signal.getsignal(signal.SIGTERM) is handler
     assert not (broken / "model.safetensors").exists()
     last, _ = checkpoints.last_complete(broken)
-    assert last.name == "checkpoint-2"  # a batch is read ahead
-    # As of a run that was killed while it wrote a checkpoint, later.
+    assert last.name == "checkpoint-2"  # one batch is read ahead
+    # As after a run that was killed while it wrote a later checkpoint.
     (broken / "checkpoint-8").mkdir()
     with (broken / "losses.jsonl").open("a") as file:
         file.write('{"loss": 1.0, "step": 4}\n')
@@ -290,7 +290,7 @@ def test_image_refused_by_processor_raises_or_is_skipped(monkeypatch, tmp_path, 
     summary = json.loads(found.stdout)
     assert (summary["replaced"], summary["steps"], summary["good"]) == (1, 3, 12)
     assert json.loads((tmp_path / "skip" / "run.json").read_text())["background"] == [0, 0, 0]
-    if name == "llava-stage1":  # where texts are cut, each record is tried beforehand
+    if name == "llava-stage1":  # with truncation each record is checked before training
         short = ("--format", "v1", "--max-length", "200")
         found = call(name, folder, (data[0], images), tmp_path / "new", *STAGE1, *short, code=1)
         assert (
@@ -325,7 +325,7 @@ def test_model_is_saved_in_its_original_dtype(tmp_path, data, dtype, more):
     )
     assert loaded.dtype == dtype
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    # With fp32 copies of what learns beside it, a checkpoint keeps what bf16 would round away.
+    # A checkpoint keeps fp32 copies of trained parameters, which bf16 would round.
     if not lora:
         kept = weights(checkpoints.last_complete(out)[0])
         assert kept["multi_modal_projector.linear_1.weight"].dtype == torch.float32
@@ -356,7 +356,7 @@ def test_other_recipes_run_and_resume(tmp_path, data, name):
 
 @pytest.mark.slow
 def test_seed_determines_the_losses(tmp_path, data):
-    """The head of generation, wrong partners and the order of the data too."""
+    """The seed also determines the ITG head, hard negatives and data order."""
     torch.manual_seed(0)
     folder = folder_of(tmp_path / "model", blip2("blip2-stage1"))
     losses = []
@@ -390,7 +390,7 @@ def test_two_processes_match_one_with_text_only_batches(tmp_path, data, model):
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr
-    assert launched.stderr.count("the model is in") == 1  # one of them talks
+    assert launched.stderr.count("the model is in") == 1  # only one process prints
     ours, theirs, before = weights(two), weights(alone), weights(model)
     name = "multi_modal_projector.linear_1.weight"
     assert not torch.allclose(ours[name], before[name])

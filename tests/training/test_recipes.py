@@ -1,4 +1,4 @@
-"""The recipes on tiny models: what learns and what does not, by which rates, in which batches."""
+"""Training recipes on tiny models: trained parts, learning rates, batch sizes, stages."""
 
 import copy
 import pickle
@@ -92,7 +92,7 @@ def test_frozen_parts_have_no_graph_and_no_dropout(name):
     model.train()
     assert not any(module.training for module in tower.modules())
     assert language.training == (name == "llava-stage2")
-    # Embeddings that are made to want gradients, as for checkpointing with adapters.
+    # Embeddings that require gradients, as for checkpointing with adapters.
     tower.embeddings.register_forward_hook(lambda *a: a[2].requires_grad_())
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         kept = []
@@ -115,7 +115,7 @@ def test_tower_layers_after_the_feature_layer_are_not_run():
             assert torch.equal(copied.eval()(**prompt()).logits, expected)
         assert ran == [copied.model.vision_tower.encoder.layers[0].mlp]
     assert all(torch.equal(tensor, keys[name]) for name, tensor in model.state_dict().items())
-    # Who asks for a layer that is not run sees that it was not.
+    # Reading the output of a skipped layer shows that it was not run.
     assert features(model, -1)[0].isnan().all()
     recipes.unfreeze(model)
     assert not any(isinstance(module, Frozen | Skipped) for module in model.modules())
@@ -150,7 +150,7 @@ def dropping_llava():
 
 
 def dropping_blip2():
-    """OPT's layers drop by themselves, not in a module of theirs."""
+    """OPT's layers call functional dropout, not a dropout module."""
     model, inputs = captioned()
     layers = model.language_model.model.decoder.layers
     for layer in layers:
@@ -303,7 +303,9 @@ def test_stage1_head_is_saved_beside_the_model(tmp_path):
     trained.save(tmp_path)
     kept = load_file(tmp_path / "stage1_head.safetensors")
     assert {"temperature", "head.decoder.bias", "head.transform.dense.weight"} <= kept.keys()
-    save_file(trained.state_dict(), tmp_path / "all.safetensors")  # which takes nothing twice
+    save_file(
+        trained.state_dict(), tmp_path / "all.safetensors"
+    )  # the optimizer accepts no parameter twice
     other = RECIPES["blip2-stage1"].prepare(retrieval()[0])
     for parameter in other.parameters():
         torch.nn.init.ones_(parameter)
@@ -315,7 +317,7 @@ def test_stage1_head_is_saved_beside_the_model(tmp_path):
 
 @pytest.mark.parametrize("case", ["llava-stage1", "mllama", "blip2-stage2"])
 def test_save_pretrained_weights_load_with_load_state_dict(tmp_path, case):
-    """Trainer hands it over as it is when it resumes, and goes on with a warning if it is not."""
+    """Trainer loads it with load_state_dict when it resumes, and only warns on mismatch."""
     from safetensors.torch import load_file
 
     name, make = CASES[case]

@@ -1,4 +1,4 @@
-"""Records that hold more than an image and a conversation: a fault, a warning, or metadata."""
+"""Records with additional keys: a fault, a warning, or ignored metadata."""
 
 import json
 
@@ -100,7 +100,7 @@ def test_image_key_aliases_are_accepted(tmp_path, images):
     same = {"image_url": "http://cocodataset.org/train/0.png", "url": "http://x/9.jpg",
             "file_name": "0.png", "image_path": "/data/coco/0.png"}  # fmt: skip
     assert check(written(tmp_path, {**PICTURED, **same}), images).issues == []
-    for key, value in same.items():  # but without an image it would be lost
+    for key, value in same.items():  # without an image the key is a fault
         with pytest.raises(BadRecord, match=rf"{key}: other content"):
             Conversations(written(tmp_path, {**TEXT, key: value}), images)
 

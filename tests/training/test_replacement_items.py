@@ -1,4 +1,4 @@
-"""Sound pictures that a processor refuses: named in the check; in training, or stood in for."""
+"""Valid images that a processor refuses: reported by the check, raised or replaced in training."""
 
 import json
 import pickle
@@ -35,7 +35,7 @@ WORDS = r"refused by the processor: .*got '{}\.png': ValueError: .*aspect ratio.
 
 @pytest.fixture
 def data(tmp_path):
-    """Records of sound pictures, of which Qwen's processor refuses those that are too thin."""
+    """Records with valid images; Qwen's processor refuses the thin ones."""
     records = []
     for name, size in SIZES.items():
         Image.new("RGB", size, "orange").save(tmp_path / f"{name}.png")
@@ -175,7 +175,7 @@ def test_refused_image_in_captions_is_replaced(data):
 
 
 def test_batch_level_error_is_raised(data):
-    """Each is taken alone: no record is at fault, none is replaced."""
+    """Each example works alone, so no record is at fault and none is replaced."""
     examples = Conversations(*data, on_bad="skip")
     text_only = Example("t", None, (Turn("human", "Who?"), Turn("gpt", "me")))
     with pytest.raises(TypeError, match="makes other tokens of the text"):

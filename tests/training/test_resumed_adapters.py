@@ -1,4 +1,4 @@
-"""A recipe with adapters goes on from its last checkpoint to the last bit."""
+"""A recipe with LoRA adapters resumes bitwise equal from its last checkpoint."""
 
 import json
 import shutil

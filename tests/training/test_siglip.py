@@ -1,6 +1,6 @@
-"""SigLIP's loss in one process, against the same written plainly and against transformers' class.
+"""SigLIP's loss in one process, against a plain reference and transformers.
 
-Over ranks it is in `test_objectives_distributed.py`.
+Tests over several ranks are in `test_losses_distributed.py`.
 """
 
 import math
@@ -65,7 +65,7 @@ def test_siglip_loss_in_low_precision_is_computed_in_fp32():
     inputs = [x.requires_grad_() for x in features(6, dtype=torch.bfloat16)]
     inputs += [torch.tensor(x, dtype=torch.bfloat16, requires_grad=True) for x in (100.0, -10.0)]
     for autocast in (False, True):
-        # Backward too is called where autocast is on.
+        # Backward also runs under autocast.
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             found = losses.siglip_loss(*inputs)
             gradients = torch.autograd.grad(found, inputs)
@@ -73,7 +73,7 @@ def test_siglip_loss_in_low_precision_is_computed_in_fp32():
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, exact.float())
         for gradient, wanted in zip(gradients, torch.autograd.grad(exact, inputs), strict=True):
-            # Rounded once each; half an ulp apart at most, and an ulp where a sum lies between.
+            # Each is rounded once: at most half an ulp apart, and an ulp at rounding boundaries.
             torch.testing.assert_close(gradient, wanted, rtol=2**-7, atol=0)
             assert gradient.dtype == torch.bfloat16
 

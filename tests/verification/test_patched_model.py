@@ -1,4 +1,4 @@
-"""What `vlm_fast.verify` says of a whole model, and what it leaves behind."""
+"""`vlm_fast.verify` on whole models: verdicts, and no side effects on the model."""
 
 import copy
 import dataclasses
@@ -22,7 +22,7 @@ def patched(dtype=torch.float32):
 
 
 def remembers(method):
-    """A stale method: without gradients it gives what it gave at first."""
+    """A method that caches its first result and returns it when gradients are disabled."""
     answers = []
 
     def stale(self, *args, **kwargs):
@@ -43,14 +43,14 @@ def test_stale_result_fails(dtype, monkeypatch):
     with torch.no_grad():
         model(**{**inputs, "pixel_values": torch.randn_like(inputs["pixel_values"])})
     found = vlm_fast.verify(model, **inputs)
-    assert all(connector.ok for connector in found.connectors)  # each by itself is right
+    assert all(connector.ok for connector in found.connectors)  # each connector by itself is right
     assert not found.ok and "FAIL output" in str(found)
     wrong = [verdict.what for verdict in found.outputs if not verdict.ok]
     assert wrong[0] == "logits" and len(found.outputs) > 1
 
 
 def test_stale_derived_weight_fails(monkeypatch):
-    """Made once of a weight that is written to afterwards, beside the model's own run."""
+    """A derived weight is cached, and its source is written to afterwards."""
     model, inputs = patched()
     projector = model.model.multi_modal_projector
     kept = copy.deepcopy(projector.linear_2.weight)
@@ -72,7 +72,7 @@ def test_stale_derived_weight_fails(monkeypatch):
 
 
 def test_model_runs_without_hooks(monkeypatch):
-    """Hooks may make a layer fall back: then they would hide what it does without them."""
+    """Hooks may make a layer fall back and so hide a fault of the fast path."""
     model, inputs = patched()
     right = FusedMLP.forward
 
@@ -97,7 +97,7 @@ def test_rounding_differences_pass(dtype, seed):
 
 
 def test_amplified_rounding_errors_pass():
-    """What a model makes of the last bits of its connector is no fault of the connector."""
+    """A model may amplify the rounding of its connector, which is no fault of the connector."""
 
     class Amplifies(nn.Module):
         def __init__(self, inner):
@@ -114,7 +114,7 @@ def test_amplified_rounding_errors_pass():
         perturbed = [torch.sin(1e5 * m(**inputs).logits) for m in (model, plain)]
     found = vlm_fast.verify(Amplifies(model), **inputs)
     assert found.ok, found
-    assert (perturbed[0] - perturbed[1]).abs().max() > 1e-3  # far more than the last bits of this
+    assert (perturbed[0] - perturbed[1]).abs().max() > 1e-3  # far more than rounding
 
 
 # ---- dropout ----
@@ -135,7 +135,7 @@ def test_different_dropout_masks_do_not_fail(monkeypatch):
     assert "not judged" in str(found)
     assert [c.what for c in found.connectors] == ["FusedQFormerModel without dropout"]
     assert all(module.training for module in model.modules())
-    # The connector is judged all the same.
+    # The connector is judged nevertheless.
     right = vlm_fast.ops.mlp._path.forward
 
     def wrong(*args, **options):
@@ -160,7 +160,7 @@ def test_train_and_eval_modes_are_unchanged():
 
 
 class Counts(nn.Module):
-    """Buffers of every kind, and what a forward may do to them; around a patched model."""
+    """A wrapper of a patched model whose forward changes buffers of several kinds."""
 
     def __init__(self, inner):
         super().__init__()
@@ -184,7 +184,7 @@ class Counts(nn.Module):
         if self.fails:
             raise KeyError("midway")
         logits = self.inner(**inputs).logits
-        return logits + self.added_to.sum()  # so that every run has to begin with the same
+        return logits + self.added_to.sum()  # every run has to start with the same values
 
 
 def state_of(model):
@@ -226,7 +226,7 @@ def test_running_statistics_are_unchanged():
 
 
 def test_past_key_values_are_unchanged():
-    """Each run starts with it, and none adds to it."""
+    """Each run starts with the given cache, and no run extends it."""
     model, inputs = patched()
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
@@ -254,7 +254,7 @@ class Returned:
 
 
 class OfItsOwnKind(dict):
-    """A mapping that no registry of trees knows."""
+    """A mapping class that is not registered with pytree."""
 
 
 @pytest.mark.parametrize("kind", [tuple, list, Returned, OfItsOwnKind, torch.Tensor])

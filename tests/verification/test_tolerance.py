@@ -1,4 +1,4 @@
-"""The rule by which results are judged: it fails for what is wrong, and hangs on no processor."""
+"""The tolerance rule: wrong results fail on any processor, and rounding passes."""
 
 import contextlib
 import copy
@@ -17,20 +17,20 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 
 def terms(seed, count=4096, dtype=FP32):
-    """Two rows whose product is a sum that all but cancels, as the gradient of a gate does."""
+    """Two rows whose dot product nearly cancels, like the gradient of a gate."""
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(2, count, generator=generator).double()
     return a.to(dtype), (b - (a @ b) / (a @ a) * a).to(dtype)
 
 
 def gate(a, b, order=None):
-    """The gradient of a gate, a sum of products, in this order."""
+    """The gradient of a gate: a sum of products in the given order."""
     order = torch.arange(len(a)) if order is None else order
     return {"gradient": (a[order] * b[order]).sum()}
 
 
 def judged_gate(found, a, b):
-    """One verdict by several orders, and one by a single draw of plain PyTorch."""
+    """Verdicts with several summation orders, and with a single run of plain PyTorch."""
     exact = gate(a.double(), b.double())
     (several,) = tolerance.judge_all(found, lambda: gate(a, b), exact, outputs=())
     triple = found["gradient"], gate(a, b)["gradient"], exact["gradient"]
@@ -46,13 +46,13 @@ def test_cancelling_sums_pass_in_any_order(dtype):
         several, single = judged_gate(gate(a, b, order), a, b)
         assert several.ok, several
         unlucky += not single.ok
-    assert unlucky or dtype is BF16  # or the other orders were not needed
+    assert unlucky or dtype is BF16  # otherwise the other orders would not be needed
 
 
 def test_missing_term_of_a_cancelling_sum_fails():
     for seed in range(100):
         a, b = terms(seed)
-        some = torch.arange(len(a)) != (a * b).abs().argsort()[len(a) // 2]  # of middle size
+        some = torch.arange(len(a)) != (a * b).abs().argsort()[len(a) // 2]  # a term of median size
         several, _ = judged_gate(gate(a[some], b[some]), a, b)
         assert not several.ok
 
@@ -67,7 +67,7 @@ def product(a, b):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_four_times_the_error_fails(dtype):
     a, b, c = torch.randn(65, 300), torch.randn(300, 300) / 16, torch.randn(300, 80)
-    b, c = b + torch.randn(300, 1), c - c.mean(0)  # most of each sum cancels
+    b, c = b + torch.randn(300, 1), c - c.mean(0)  # each sum nearly cancels
     a, b, c = a.to(dtype), b.to(dtype), c.to(dtype)
     exact = a.double() @ b.double() @ c.double()
     run = lambda: dict.fromkeys(("output", "gradient"), a @ b @ c)  # noqa: E731
@@ -89,7 +89,7 @@ def test_operands_of_lower_precision_fail():
 @pytest.mark.parametrize("dtype", slow_but([FP32], DTYPES.values()), ids=DTYPES)
 @every_op
 def test_relative_error_of_a_thousandth_fails(op, dtype):
-    """Of every result; in 16 bits, where an ulp is more than that, a twentieth."""
+    """Every result is scaled by 1.001, or by 1.05 in 16-bit dtypes, whose ulp is larger."""
     args, options = op.sample(op.usual_shape, dtype)
     factor = 1.001 if dtype is FP32 else 1.05
     wrong = lambda *args, **options: _scaled(op.fast(*args, **options), factor)  # noqa: E731
@@ -108,7 +108,7 @@ def test_gate_gradient_off_by_a_thousandth_fails_in_whole_model(factor, monkeypa
     plain, fast, given = whole_models.pair("idefics")
     wide = {n: t.double() if t.is_floating_point() else t for n, t in given.items()}
     true = copy.deepcopy(plain).double()
-    true.set_attn_implementation("sdpa")  # eager's softmax would be in fp32
+    true.set_attn_implementation("sdpa")  # eager attention computes softmax in fp32
     for name in ("gated_add", "gated_add_norm"):
         monkeypatch.setattr(OPS[name]._path, "backward", _gate_times(factor, OPS[name]))
     ours, exact = whole_models.step(fast, given), whole_models.step(true, wide)
@@ -129,12 +129,12 @@ def _gate_times(factor, op):
     return backward
 
 
-# ---- other orders ----
+# ---- alternative references ----
 
 
 @every_case
 def test_alternative_references_agree_up_to_rounding(op, shape):
-    """In float64, so that an order that pairs the wrong factors is off by far more."""
+    """In float64 a reference that pairs wrong factors differs by far more than rounding."""
     args, options = op.sample(shape)
     wide = tolerance.convert(args, torch.Tensor.double)
     for plain in op.references:
