@@ -8,7 +8,7 @@ import inspect
 import pytest
 import torch
 
-from tests.support.cases import OPS, any_op
+from tests.support.cases import OPS, declared_op
 from vlm_fast.ops.signature import Signature
 from vlm_fast.ops.signature_arguments import TensorArgument
 from vlm_fast.verification import tolerance
@@ -66,13 +66,13 @@ def each_tensor(op):
 
 
 @pytest.mark.parametrize("wrong", ["words", 3, [1.5]], ids=repr)
-@any_op
+@declared_op
 def test_non_tensor_raises(op, wrong, no_work):
     for name, _, _, replaced, options in each_tensor(op):
         assert_refused(op, replaced(wrong), options, TypeError, name)
 
 
-@any_op
+@declared_op
 def test_missing_argument_raises(op, no_work):
     args, options = op.sample(op.usual_shape)
     parameters = op.__signature__.parameters
@@ -83,7 +83,7 @@ def test_missing_argument_raises(op, no_work):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.complex64, torch.bool], ids=str)
-@any_op
+@declared_op
 def test_undeclared_dtype_raises(op, dtype, no_work):
     for name, argument, value, replaced, options in each_tensor(op):
         if str(dtype).removeprefix("torch.") not in argument.dtypes:
@@ -105,7 +105,7 @@ def shared_sizes(signature: Signature, argument: TensorArgument):
             yield i + 1
 
 
-@any_op
+@declared_op
 def test_mismatched_size_raises(op, no_work):
     checked = 0
     for _, argument, value, replaced, options in each_tensor(op):
@@ -119,7 +119,7 @@ def test_mismatched_size_raises(op, no_work):
     assert checked or len(shapes) == 1
 
 
-@any_op
+@declared_op
 def test_wrong_number_of_dimensions_raises(op, no_work):
     for _, argument, value, replaced, options in each_tensor(op):
         if argument.sizes is None:
@@ -130,7 +130,7 @@ def test_wrong_number_of_dimensions_raises(op, no_work):
             assert_refused(op, replaced(value.flatten()[0]), options, ValueError)
 
 
-@any_op
+@declared_op
 def test_unknown_option_raises(op, no_work):
     args, options = op.sample(op.usual_shape)
     for call in (op, op.fast):
@@ -138,7 +138,7 @@ def test_unknown_option_raises(op, no_work):
             call(*args, **options, flavour="vanilla")
 
 
-@any_op
+@declared_op
 def test_option_out_of_range_raises(op, no_work):
     args, options = op.sample(op.usual_shape)
     for name, option in op.signature.options.items():
@@ -153,7 +153,7 @@ def test_option_out_of_range_raises(op, no_work):
             assert_refused(op, args, {**options, name: value}, error, name, repr(value))
 
 
-@any_op
+@declared_op
 def test_compiled_predicate_accepts_test_shapes(op):
     """The compiled predicate accepts every test shape, so valid calls take the short check."""
     for shape in op.test_shapes:

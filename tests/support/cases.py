@@ -59,6 +59,8 @@ every_case_with = functools.partial(_cases, DIFFERENTIABLE.values())
 any_op = pytest.mark.parametrize("op", OWN.values(), ids=OWN.keys())
 any_case = _cases(OWN.values())
 any_case_with = functools.partial(_cases, OWN.values())
+# Also the ops that are their reference on this device: what concerns arguments alone.
+declared_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 # The usual shape and the next one, which is slow: most often it has other optional arguments.
 two_shapes = pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow)])
