@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.selection import slow_but
+from tests.support.selection import slow_except
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMELESS = """
@@ -20,7 +20,6 @@ pwd.getpwuid = getpwuid
 """
 PATCHES = """
 import torch, vlm_fast
-from tests.support.selection import slow_but
 from tests.support.tiny_llava import llava, prompt
 model = llava()
 vlm_fast.patch(model)
@@ -35,8 +34,8 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("home", slow_but([False], [True, False]), ids=["HOME", "no HOME"])
-@pytest.mark.parametrize("call", slow_but(["a patched model"], CALLS))
+@pytest.mark.parametrize("home", slow_except([False], [True, False]), ids=["HOME", "no HOME"])
+@pytest.mark.parametrize("call", slow_except(["a patched model"], CALLS))
 def test_calls_work_without_a_user_name(call, home, tmp_path):
     names = ("USER", "LOGNAME", "LNAME", "USERNAME", "HOME")
     environment = {n: v for n, v in os.environ.items() if n not in names}

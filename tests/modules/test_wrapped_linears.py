@@ -17,7 +17,7 @@ from torch import nn
 import vlm_fast
 from tests.support import reference_flamingo, tiny_flamingos, tiny_qformers
 from tests.support.chain_structures import mlp
-from tests.support.linear_wrappers import HOOKS, WRAPPINGS
+from tests.support.linear_wrappers import HOOKS, LINEAR_WRAPPERS
 from tests.support.tiny_llava import llava
 from vlm_fast.modules import (
     GatedCrossAttentionBlock,
@@ -148,7 +148,7 @@ def changed(module, form, wrapping):
     """Apply the change with fixed random numbers."""
     parent, _, name = FORMS[form].linear.rpartition(".")
     torch.manual_seed(3)
-    WRAPPINGS[wrapping][0](module.get_submodule(parent), name)
+    LINEAR_WRAPPERS[wrapping][0](module.get_submodule(parent), name)
     return module
 
 
@@ -224,11 +224,11 @@ def test_plain_linears_are_fused(form):
     assert_fused(fast, plain, form)
 
 
-@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize("wrapping", LINEAR_WRAPPERS)
 @every_form
 def test_wrapped_linears_are_called(form, wrapping):
     plain, fast = (changed(module, form, wrapping) for module in pair(form))
-    assert_falls_back(fast, form, WRAPPINGS[wrapping][1])
+    assert_falls_back(fast, form, LINEAR_WRAPPERS[wrapping][1])
     if wrapping == "meta weight":  # plain PyTorch returns uninitialised memory or raises
         outcomes = [outcome(module, form) for module in (fast, plain)]
         assert isinstance(outcomes[0], dict) == isinstance(outcomes[1], dict)

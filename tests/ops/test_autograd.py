@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
 
 import vlm_fast
 from tests.support.cases import OPS, each, every_case, every_op
-from tests.support.recording_mode import Onlooker
+from tests.support.recording_mode import RecordingMode
 from vlm_fast.ops.declaration import with_batch
 from vlm_fast.verification import tolerance
 
@@ -45,7 +45,7 @@ def assert_equal(ours, theirs):
 def test_double_backward_raises(op, registered):
     args, options = leaves(op, op.usual_shape)
     if registered:
-        with Onlooker():
+        with RecordingMode():
             result = op(*args, **options)
     else:
         result = op(*args, **options)
@@ -285,7 +285,7 @@ def test_results_are_not_views(op, shape):
 
 
 def in_registered(registered):
-    return Onlooker() if registered else contextlib.nullcontext()
+    return RecordingMode() if registered else contextlib.nullcontext()
 
 
 @pytest.mark.parametrize("registered", [False, True], ids=["direct", "registered"])

@@ -14,7 +14,7 @@ import pytest
 import transformers
 
 import vlm_fast
-from tests.support.across_releases import said, why_different
+from tests.support.across_releases import error_line, why_different
 from tests.support.changed_code import File
 from tests.support.families import build
 from tests.support.ways_to_run import forward, generated, labels
@@ -91,10 +91,10 @@ class Model:
         try:
             report = vlm_fast.patch(fast)
         except Exception as error:
-            return f"patch raises {said(error)}"
+            return f"patch raises {error_line(error)}"
         ours = self.run(fast)
         if isinstance(ours, Exception):
-            return f"raises {said(ours)}"
+            return f"raises {error_line(ours)}"
         left = [name for name in self.names if not served_by(fast.get_submodule(name))]
         if not set(left) <= report.skipped.keys():
             return f"{', '.join(left)} left unpatched without a reason"
@@ -144,7 +144,7 @@ def test_forward_returning_a_tuple(mixin):
     model = Model(mixin)
     for file, kind, name in methods(model):
         if name == "forward":
-            with file.changed(file.opened(kind)):
+            with file.changed(file.returning_a_tuple(kind)):
                 model.judge(f"{kind}.{name}")
     assert not model.wrong, "\n".join(model.wrong)
 

@@ -108,7 +108,7 @@ def why_wrong(off: dict[str, Tensor], way: Any, model: Any, inputs: Inputs) -> s
 # ---- a whole case ----
 
 
-def examined(name: str, ways: Collection[str] = ALL) -> dict[str, Any]:
+def examine_family(name: str, ways: Collection[str] = ALL) -> dict[str, Any]:
     """What is served of a case, as `tests/tools/served.json` has it.
 
     Raises:
@@ -120,15 +120,15 @@ def examined(name: str, ways: Collection[str] = ALL) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         try:
             plain, inputs = build(name)
-            base = CASES[name].altered(copy.deepcopy(plain))  # the same without a patch
+            base = CASES[name].prepare(copy.deepcopy(plain))  # the same without a patch
             forward(plain, inputs)
             full_step(plain, inputs)
         except Exception as error:
-            return {"outcome": "n/a", "why": said(error)}
-        return _examined(name, plain, base, inputs, ways)
+            return {"outcome": "n/a", "why": error_line(error)}
+        return _examine_family(name, plain, base, inputs, ways)
 
 
-def _examined(
+def _examine_family(
     name: str, plain: Any, base: Any, inputs: Inputs, ways: Collection[str]
 ) -> dict[str, Any]:
     fast = copy.deepcopy(base)
@@ -154,7 +154,7 @@ def _examined(
             found = way(fast if ours is None else ours, inputs)
             reason = why_different(found, theirs, way, reference, inputs)
         except Exception as error:
-            reason = f"raises {said(error)}"
+            reason = f"raises {error_line(error)}"
         if what == "training step":
             for op, counts in vlm_fast.stats().items():
                 falls_back.extend(f"{op}: {why}" for why in counts["fallback"])
@@ -171,7 +171,7 @@ def _examined(
         before, after = (full_step(m, inputs) for m in (plain, base))
         if why_different(after, before, full_step, plain, inputs) is None:  # or it is wrong itself
             verify(fast, base, inputs, wrong)
-    for what, reverted in reverts(fast, report) if kinds else ():
+    for what, reverted in check_reverts(fast, report) if kinds else ():
         if what in ways:
             compare(what, full_step, base, reverted)
             if [type(m) for m in reverted.modules()] != [type(m) for m in base.modules()]:
@@ -182,7 +182,9 @@ def _examined(
             wrong.append(f"{AFTER[-1]}: {again}; and before it: {report}")
         compare(AFTER[-1], full_step, plain, base)
     if wrong:
-        raise Wrong(f"{name}, served by {', '.join(kinds)}:\n  " + "\n  ".join(grouped(wrong)))
+        raise Wrong(
+            f"{name}, served by {', '.join(kinds)}:\n  " + "\n  ".join(group_by_reason(wrong))
+        )
     found: dict[str, Any] = {"outcome": "equal" if kinds else "skipped", "served": kinds}
     if ops:
         found["ops"] = dict(sorted(ops.items()))
@@ -209,7 +211,7 @@ def verify(fast: Any, base: Any, inputs: Inputs, wrong: list[str]) -> None:
     try:
         verification = vlm_fast.verify(fast, **inputs, **labels(fast, inputs))
     except Exception as error:
-        wrong.append(f"verify: raises {said(error)}")
+        wrong.append(f"verify: raises {error_line(error)}")
         return
     if not verification.connectors and called.isdisjoint(verification.unreached):
         return  # only what these inputs do not reach is patched
@@ -218,7 +220,7 @@ def verify(fast: Any, base: Any, inputs: Inputs, wrong: list[str]) -> None:
         wrong.append(f"verify: {'; '.join(bad)}")
 
 
-def reverts(fast: Any, report: Any) -> Iterator[tuple[str, Any]]:
+def check_reverts(fast: Any, report: Any) -> Iterator[tuple[str, Any]]:
     copied = copy.deepcopy(fast)
     vlm_fast.unpatch(copied)
     yield "a copy, unpatched", copied
@@ -226,7 +228,7 @@ def reverts(fast: Any, report: Any) -> Iterator[tuple[str, Any]]:
     yield "reverted", fast
 
 
-def grouped(wrong: list[str]) -> Iterator[str]:
+def group_by_reason(wrong: list[str]) -> Iterator[str]:
     """Ways with the same reason in one line."""
     reasons: dict[str, list[str]] = {}
     for line in wrong:
@@ -235,7 +237,7 @@ def grouped(wrong: list[str]) -> Iterator[str]:
     return (f"{', '.join(ways)}: {reason}" for reason, ways in reasons.items())
 
 
-def said(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
@@ -250,7 +252,7 @@ def main(arguments: list[str]) -> int:
     found = {}
     for name in options.cases:
         try:
-            found[name] = examined(name)
+            found[name] = examine_family(name)
         except Wrong as error:
             found[name] = {"outcome": "wrong", "why": str(error)}
             print(error, file=sys.stderr, flush=True)

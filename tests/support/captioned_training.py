@@ -23,7 +23,7 @@ STEPS, BATCH = 100, 4
 WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
 # A gradient may have three times the error of plain PyTorch's, which has one itself.
 ALLOWED = 4
-FALLS_TO = 0.8
+LOSS_RATIO = 0.8
 
 prepared = cache(lambda family: FAMILIES[family]())
 
@@ -66,8 +66,8 @@ def fused_training_is_unfused_training(family, dtype, device, allowed=ALLOWED):
     plain, apart = yardstick(family, dtype, device)
     fused = train(family, dtype, device, fused=True)
     found = distance(fused, plain)
-    assert found.over(apart) <= allowed, f"fused and unfused: {found}, in two dtypes: {apart}"
-    assert max(fused.falls_to(), plain.falls_to()) < FALLS_TO
+    assert found.ratio_to(apart) <= allowed, f"fused and unfused: {found}, in two dtypes: {apart}"
+    assert max(fused.loss_ratio(), plain.loss_ratio()) < LOSS_RATIO
 
 
 @contextlib.contextmanager

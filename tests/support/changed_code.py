@@ -61,7 +61,7 @@ class File:
             edits.append((value.end_lineno, value.end_col_offset, value.end_col_offset, after))
         return edits
 
-    def opened(self, kind: str) -> list[Edit]:
+    def returning_a_tuple(self, kind: str) -> list[Edit]:
         """A forward that gives a tuple of one, and takes the first of it wherever it is called."""
         edits = self.other_returns(kind, "forward")
         first = (

@@ -13,7 +13,7 @@ class Run:
     start: torch.Tensor
     end: torch.Tensor
 
-    def falls_to(self):
+    def loss_ratio(self):
         """The mean loss of the last tenth of the steps, as a share of that of the first."""
         tenth = -(-len(self.losses) // 10)
         return (self.losses[-tenth:].mean() / self.losses[:tenth].mean()).item()
@@ -31,7 +31,7 @@ class Distance:
     loss: float
     weights: float
 
-    def over(self, yardstick):
+    def ratio_to(self, yardstick):
         """How many times as far as another distance, in the worse of the two."""
         return max(self.loss / yardstick.loss, self.weights / yardstick.weights)
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from tests.support import tiny_anyres, tiny_flamingos, tiny_models, tiny_qformers, tiny_resamplers
-from tests.support.older_configs import spelled
+from tests.support.older_configs import adapted_config
 
 
 class Case(NamedTuple):
@@ -26,7 +26,7 @@ class Case(NamedTuple):
 
     kind: str
     build: Callable[[], tuple[Any, dict[str, Any]]]
-    altered: Callable[[Any], Any] = lambda model: model
+    prepare: Callable[[Any], Any] = lambda model: model
 
     @property
     def exists(self) -> bool:
@@ -40,7 +40,7 @@ def retrieval():
         qformer_config=tiny_qformers.QFORMER | dict(use_qformer_text_input=True),
         num_query_tokens=5, image_text_hidden_size=8,
     )  # fmt: skip
-    model = tiny_qformers.scattered(transformers.Blip2ForImageTextRetrieval(config))
+    model = tiny_qformers.randomised_parameters(transformers.Blip2ForImageTextRetrieval(config))
     torch.nn.init.normal_(model.query_tokens)
     mask = tiny_qformers.ones_but(2, 6, (1, 2))
     inputs = dict(input_ids=torch.randint(1, 90, (2, 6)) * mask, attention_mask=mask)
@@ -77,7 +77,7 @@ def perception_lm():
     )
     config = transformers.PerceptionLMConfig(
         vision_config=dict(model_args=dict(embed_dim=24)),
-        text_config=spelled(tiny_models.TEXT | dict(model_type="llama")),
+        text_config=adapted_config(tiny_models.TEXT | dict(model_type="llama")),
         vision_use_cls_token=True, projector_pooling_ratio=2, image_token_id=tiny_models.IMAGE,
         attn_implementation="eager",
     )  # fmt: skip
@@ -90,7 +90,7 @@ def perception_lm():
     auto = mock.Mock(from_config=from_config)
     with mock.patch.object(modeling_perception_lm, "AutoModel", auto):
         model = transformers.PerceptionLMForConditionalGeneration(config)
-    tiny_resamplers.scattered(model)
+    tiny_resamplers.randomised_parameters(model)
     return model, tiny_models.prompt(model, [tiny_models.Placeholders(tiny_models.image_sets, 4)])
 
 

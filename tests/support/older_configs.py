@@ -7,7 +7,7 @@ import transformers
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
-def spelled(config, kind=None):
+def adapted_config(config, kind=None):
     """The same config in the words of the installed release, at any depth.
 
     ``kind`` is the class that will read it, if known: some of before 4.52 have the text's own
@@ -15,7 +15,7 @@ def spelled(config, kind=None):
     """
     if not isinstance(config, dict):
         return copy.deepcopy(config)
-    config = {name: spelled(value) for name, value in config.items()}
+    config = {name: adapted_config(value) for name, value in config.items()}
     if RELEASE < (5, 0) and "rope_parameters" in config:
         rope = config.pop("rope_parameters")
         config["rope_theta"] = rope.pop("rope_theta")

@@ -67,7 +67,7 @@ VIEWS = {
     "right": (0.1, 0.1, 1.0, 1.0),
     "closer": (0.05, 0.05, 0.95, 0.95),
 }
-ASKED_FOR_A_CAPTION = "Describe the picture."
+CAPTION_QUESTION = "Describe the picture."
 
 
 def photograph(name: str) -> Image.Image:
@@ -97,7 +97,7 @@ def write(folder: Path, *, longest: int = 96, views: tuple[str, ...] = tuple(VIE
             picture.thumbnail((longest, longest))
             picture.save(images / file)
             before = len(records) % 2 == 0
-            asked = ("<image>\n{}" if before else "{}\n<image>").format(ASKED_FOR_A_CAPTION)
+            asked = ("<image>\n{}" if before else "{}\n<image>").format(CAPTION_QUESTION)
             turns = [(asked, caption), *questions]
             records.append(
                 {

@@ -3,7 +3,7 @@
 import torch
 
 
-def stirred(module):
+def randomised(module):
     """With parameters that are neither zeros nor ones, which would hide mistakes."""
     torch.manual_seed(0)
     with torch.no_grad():

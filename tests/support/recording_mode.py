@@ -3,7 +3,7 @@
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Onlooker(TorchDispatchMode):
+class RecordingMode(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.seen = set()

@@ -78,7 +78,7 @@ def stage1(model, image_embeds, ids, mask, head, bos, temperature, smoothing, ne
     return contrast + matching + generation, contrast, matching, generation
 
 
-def judged(ours, plain, tensors, dtype):
+def assert_matches_reference(ours, plain, tensors, dtype):
     """Value and gradients of a loss against the plain one, in this dtype and in float64."""
 
     def run(function, dtype):

@@ -6,14 +6,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def of_images(images, texts, scale, bias):
+def loss_per_image(images, texts, scale, bias):
     """``(batch,)``: what each image adds; the loss is the mean."""
     logits = images @ texts.t() * scale + bias
     labels = 2 * torch.eye(len(logits), dtype=logits.dtype) - 1
     return -F.logsigmoid(labels * logits).sum(1)
 
 
-class Largest(TorchDispatchMode):
+class LargestResult(TorchDispatchMode):
     """How many numbers the largest result had of any op called meanwhile."""
 
     numbers = 0

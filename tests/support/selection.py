@@ -14,6 +14,6 @@ REPRESENTATIVES = (
 )  # fmt: skip
 
 
-def slow_but(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:
+def slow_except(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:
     """Parameters of a test: those of ``values`` that are not in ``quick`` are marked slow."""
     return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]

@@ -7,7 +7,7 @@ import torch
 
 import vlm_fast
 from tests.support.chain_structures import HIDDEN, WIDTH, mlp
-from tests.support.randomised_modules import gradients, stirred
+from tests.support.randomised_modules import gradients, randomised
 from vlm_fast.modules import SequentialProjector
 
 X = torch.arange(2 * 5 * WIDTH).view(2, 5, WIDTH).sin()
@@ -15,21 +15,23 @@ X = torch.arange(2 * 5 * WIDTH).view(2, 5, WIDTH).sin()
 
 def pair(depth=2, **options):
     """A plain one and a patched one of the same parameters."""
-    plain = stirred(mlp(depth, WIDTH, HIDDEN))
+    plain = randomised(mlp(depth, WIDTH, HIDDEN))
     fast = copy.deepcopy(plain)
     vlm_fast.patch(fast, strict=True, **options)
     return plain, fast
 
 
-def own(depth=2):
+def module_pair(depth=2):
     """The same with `SequentialProjector` in place of a patched one."""
-    plain = stirred(mlp(depth, WIDTH, HIDDEN))
+    plain = randomised(mlp(depth, WIDTH, HIDDEN))
     fast = SequentialProjector(WIDTH, HIDDEN, depth=depth)
     fast.load_state_dict(plain.state_dict(), strict=True)
     return plain, fast
 
 
-both = pytest.mark.parametrize("make", [pair, own], ids=["patched", "SequentialProjector"])
+every_pair = pytest.mark.parametrize(
+    "make", [pair, module_pair], ids=["patched", "SequentialProjector"]
+)
 
 
 def assert_alike(fast, plain, x=X, *, fused=None):

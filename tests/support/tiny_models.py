@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import transformers
 
-from tests.support.older_configs import spelled
+from tests.support.older_configs import adapted_config
 
 START, END, IMAGE, VIDEO, AUDIO = 91, 92, 95, 96, 97
 
@@ -419,7 +419,7 @@ def build(name):
     model_class = getattr(transformers, model_class)
     torch.manual_seed(0)
     config_class = model_class.config_class
-    config = config_class(**spelled(config, config_class), attn_implementation="eager")
+    config = config_class(**adapted_config(config, config_class), attn_implementation="eager")
     model = model_class(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # zeros and ones would hide mistakes

@@ -5,13 +5,13 @@ import copy
 import torch
 import transformers
 
-from tests.support.older_configs import spelled
+from tests.support.older_configs import adapted_config
 from tests.support.tiny_models import CLIP, IMAGE, TEXT, VISION, image_sets
 
 LATENTS = 5
 
 
-def scattered(model):
+def randomised_parameters(model):
     """No parameter at a value that hides what it does: biases at 0, norms at 1."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -28,10 +28,10 @@ def idefics2(attention="eager"):
             resampler_n_latents=LATENTS, resampler_depth=2, resampler_n_heads=4,
             resampler_head_dim=12, num_key_value_heads=2,
         ),
-        text_config=spelled(TEXT | dict(model_type="mistral", head_dim=8)),
+        text_config=adapted_config(TEXT | dict(model_type="mistral", head_dim=8)),
         image_token_id=IMAGE, attn_implementation=attention,
     )  # fmt: skip
-    model = scattered(transformers.Idefics2ForConditionalGeneration(config))
+    model = randomised_parameters(transformers.Idefics2ForConditionalGeneration(config))
     ids = torch.tensor([[5, 6, *[IMAGE] * LATENTS, 7, 8], [9, *[IMAGE] * LATENTS, 10, 11, 12]])
     shown = torch.ones(2, 1, 16, 16, dtype=torch.long)
     shown[1, :, :, 8:] = 0
@@ -50,7 +50,7 @@ def _kosmos(version, vision, text, pixels):
         attn_implementation="eager",
     )  # fmt: skip
     name = f"Kosmos2{version}ForConditionalGeneration"
-    model = scattered(getattr(transformers, name)(config))
+    model = randomised_parameters(getattr(transformers, name)(config))
     for module in model.modules():
         if hasattr(module, "config"):  # of the text, which some releases do not tell
             module.config._attn_implementation = "eager"

@@ -31,7 +31,7 @@ class Family(NamedTuple):
 
     make: Callable[[], Any]
     given: Callable[[], dict[str, Any]]
-    adapted: str
+    lora_targets: str
     connectors: tuple[str, ...]
     layers: str
     images: tuple[str, ...] = ("pixel_values",)

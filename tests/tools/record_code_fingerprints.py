@@ -48,7 +48,7 @@ def source(release: str) -> Path:
     return Path(found.origin).parent
 
 
-def asked() -> set[str]:
+def checked_methods() -> set[str]:
     """Methods whose code is asked for, in the installed release."""
     from tests.support.families import CASES, build
 
@@ -66,7 +66,7 @@ def asked() -> set[str]:
     for case in CASES:
         try:
             model, inputs = build(case)
-            model = CASES[case].altered(model)
+            model = CASES[case].prepare(model)
             vlm_fast.patch(model)
             model(**inputs)
             model.train()(**inputs)
@@ -75,7 +75,7 @@ def asked() -> set[str]:
     return names
 
 
-def asked_under(release: str) -> set[str]:
+def checked_methods_under(release: str) -> set[str]:
     """The same, in a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch, "names.json")
@@ -87,14 +87,14 @@ def asked_under(release: str) -> set[str]:
             sys.executable,
             "-m",
             "tests.tools.record_code_fingerprints",
-            "--asked",
+            "--checked-methods",
             str(out),
         ]
         subprocess.run(command, cwd=releases.ROOT, env=environment, check=True)
         return set(json.loads(out.read_text()))
 
 
-def told_by_name(root: Path) -> Iterator[str]:
+def methods_recognised_by_name(root: Path) -> Iterator[str]:
     """The forward of each class in a release that is told by its name, and of each activation."""
     for path in root.glob("models/*/*.py"):
         for kind in re.findall(r"^class (\w+)", path.read_text(encoding="utf8"), flags=re.M):
@@ -125,13 +125,17 @@ def fingerprints(names: set[str], roots: list[Path]) -> dict[str, list[str]]:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments[:1] == ["--asked"]:
-        Path(arguments[1]).write_text(json.dumps(sorted(asked())))
+    if arguments[:1] == ["--checked-methods"]:
+        Path(arguments[1]).write_text(json.dumps(sorted(checked_methods())))
         return
-    names = {name for release in arguments or releases.RELEASES for name in asked_under(release)}
+    names = {
+        name
+        for release in arguments or releases.RELEASES
+        for name in checked_methods_under(release)
+    }
     roots = [source(release) for release in releases.RELEASES]
     for root in roots:
-        names |= set(told_by_name(root))
+        names |= set(methods_recognised_by_name(root))
     names |= code_fingerprints.KNOWN.keys()
     code_fingerprints.PATH.write_text(json.dumps(fingerprints(names, roots), indent=1) + "\n")
 

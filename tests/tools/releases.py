@@ -126,7 +126,7 @@ def examine(release: str) -> dict[str, Any]:
 
 
 def served() -> dict[str, dict[str, Cell]]:
-    """By case and release: what `across_releases.examined` gave when it was last written."""
+    """By case and release: what `across_releases.examine_family` gave when it was last written."""
     return json.loads(SERVED.read_text()) if SERVED.exists() else {}
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.support import reference_blip2
-from tests.support.reference_blip2 import judged
+from tests.support.reference_blip2 import assert_matches_reference
 from vlm_fast.training import losses
 
 
@@ -28,7 +28,7 @@ def test_itc_loss_matches_reference(batch, local_loss, smoothing):
     def plain(images, texts, temperature):
         return reference_blip2.itc(images, texts, temperature, smoothing)[0]
 
-    judged(ours, plain, [*features(batch), torch.tensor(0.07)], torch.float32)
+    assert_matches_reference(ours, plain, [*features(batch), torch.tensor(0.07)], torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1)])
@@ -177,7 +177,7 @@ def test_itm_loss_matches_reference():
     def plain(logits):
         return F.cross_entropy(logits.mean(1), labels)
 
-    judged(losses.itm_loss, plain, [torch.randn(6, 5, 2)], torch.float32)
+    assert_matches_reference(losses.itm_loss, plain, [torch.randn(6, 5, 2)], torch.float32)
     other = labels.flip(0)
     logits = torch.randn(6, 5, 2)
     expected = F.cross_entropy(logits.mean(1), other)

@@ -10,7 +10,7 @@ from torch import nn
 from tests.ops.test_saved_bytes import peak_bytes
 from tests.support import reference_blip2
 from tests.support.cases import DTYPES, assert_right
-from tests.support.reference_blip2 import judged
+from tests.support.reference_blip2 import assert_matches_reference
 from vlm_fast.training import losses
 from vlm_fast.training.losses import cross_entropy
 
@@ -35,7 +35,7 @@ def test_itg_loss_matches_reference(monkeypatch, dtype, smoothing, with_bias, ro
 
     tensors = [t.to(dtype) for t in ([hidden, weight, bias] if with_bias else [hidden, weight])]
     ours = of(losses.itg_loss, label_smoothing=smoothing)
-    judged(ours, of(reference_blip2.itg, smoothing=smoothing), tensors, dtype)
+    assert_matches_reference(ours, of(reference_blip2.itg, smoothing=smoothing), tensors, dtype)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
@@ -89,7 +89,7 @@ def test_itg_loss_under_autocast():
     assert_right(within(losses.itg_loss), lambda: within(reference_blip2.itg), exact, "loss")
 
 
-def learnt(size=6.0, hidden=64, vocabulary=500):
+def predictable_text(size=6.0, hidden=64, vocabulary=500):
     """A text whose labels the weight predicts; a larger scale makes it more certain."""
     x, weight = torch.randn(4, 33, hidden), torch.randn(vocabulary, hidden) / 8
     labels = torch.zeros(4, 33, dtype=torch.int64)
@@ -100,7 +100,7 @@ def learnt(size=6.0, hidden=64, vocabulary=500):
 @pytest.mark.parametrize("scale", [65536.0, 32768.0, 3000.0, 1.0])
 @pytest.mark.parametrize("size", [0.1, 6.0, 12.0, 40.0])
 def test_fp16_loss_scale_is_applied_before_gradients_are_rounded(scale, size):
-    hidden, weight, labels, bias = learnt(size)
+    hidden, weight, labels, bias = predictable_text(size)
 
     def gradients(loss, dtype):
         inputs = [t.detach().to(dtype).requires_grad_() for t in (hidden, weight, bias)]

@@ -221,9 +221,9 @@ def siglip_loss_matches_one_process(rank, world, batches, dtype):
     features = siglip_features(sum(batches), dtype)
     numbers = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (10.0, -6.0)]
     exact = [*(x.detach().double().requires_grad_() for x in features), *numbers]
-    of_images = reference_siglip.of_images(*exact)
+    loss_per_image = reference_siglip.loss_per_image(*exact)
     weights = torch.arange(1.0, world + 1, dtype=torch.float64)
-    loss = (of_images * weights.repeat_interleave(torch.tensor(batches))).mean()
+    loss = (loss_per_image * weights.repeat_interleave(torch.tensor(batches))).mean()
     wanted = torch.autograd.grad(loss, exact)
 
     own = slice(sum(batches[:rank]), sum(batches[: rank + 1]))
@@ -233,7 +233,9 @@ def siglip_loss_matches_one_process(rank, world, batches, dtype):
         gradients = torch.autograd.grad(found * weights[rank], inputs)
     for number in (found, *gradients[2:]):
         dist.all_reduce(number.detach())
-    torch.testing.assert_close(found.detach() / world, of_images.mean().detach().to(found.dtype))
+    torch.testing.assert_close(
+        found.detach() / world, loss_per_image.mean().detach().to(found.dtype)
+    )
     for gradient, value in zip(gradients, (x[own] if x.ndim else x for x in wanted), strict=True):
         # Sums are in fp32; the bf16 gradient of a row is rounded once, by half an ulp.
         rtol, atol = (1e-12, 1e-14) if dtype == torch.float64 else (1e-5, 1e-6)
@@ -250,7 +252,7 @@ def siglip_loss_sends_one_text_batch_at_a_time(rank, world):
         sent.append((tensor.dtype, len(tensor))), transport(out, tensor, *args, **options)
     )[1]  # fmt: skip
     try:
-        with reference_siglip.Largest() as largest:
+        with reference_siglip.LargestResult() as largest:
             loss = losses.siglip_loss(images, texts, 10.0, -5.0)
             forward = len(sent)
             loss.backward()
@@ -303,7 +305,7 @@ def losses_in_a_subgroup(rank, world):
         own = slice(2, 4) if rank else slice(0, 2)
         loss = losses.siglip_loss(images[own], texts[own], 10.0, -5.0, group=group)
         torch.testing.assert_close(
-            loss, reference_siglip.of_images(images, texts, 10.0, -5.0)[own].mean()
+            loss, reference_siglip.loss_per_image(images, texts, 10.0, -5.0)[own].mean()
         )
     else:
         with pytest.raises(ValueError, match="group"):
