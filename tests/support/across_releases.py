@@ -1,7 +1,9 @@
-"""A family patched against itself unpatched, in every way that users run it.
+"""Compares a patched family with its unpatched model in every way that users run it.
+`examine_family(name)` says what a patch serves in the installed release of transformers, and raises
 
 `examined(name)` says what a patch serves in the installed release of transformers, and raises
-`Wrong` with all that is not as it is unpatched. ``python -m tests.support.across_releases
+`examine_family(name)` returns what is patched in the installed transformers release, and raises
+`Wrong` with all differences from unpatched. ``python -m tests.support.across_releases
 [cases]`` does so for all cases, prints what is wrong, and writes one JSON object with ``--out``.
 """
 
@@ -49,7 +51,7 @@ FEW = frozenset(
 
 
 class Wrong(AssertionError):
-    """A patched model that raised where the unpatched one did not, or gave something else."""
+    """A patched model raised where the unpatched one did not, or its results differ."""
 
 
 # ---- comparing ----
@@ -58,7 +60,7 @@ class Wrong(AssertionError):
 def why_different(
     ours: Results, theirs: Results, way: Any, model: Any, inputs: Inputs
 ) -> str | None:
-    """What is not the same, or None. Where it is little, by the rule of `parity.judge`."""
+    """The difference, or None. Small differences are judged by the tolerance rule."""
     if ours.keys() != theirs.keys():
         return f"only on one side: {', '.join(sorted(ours.keys() ^ theirs.keys())[:4])}"
     off: dict[str, Tensor] = {}
@@ -87,7 +89,7 @@ def is_near(actual: Tensor, expected: Tensor) -> bool:
 
 
 def why_wrong(off: dict[str, Tensor], way: Any, model: Any, inputs: Inputs) -> str | None:
-    """Judge what is not near, against float64 and other orders of summation."""
+    """Judge results that are not close, against float64 and other orders of summation."""
     wide, dtype, exact_way = copy.deepcopy(model), torch.float64, way
     if way is in_bfloat16:  # float32 is exact enough, and experts know no more
         wide, dtype, exact_way = wide.bfloat16(), torch.float32, step
@@ -109,10 +111,10 @@ def why_wrong(off: dict[str, Tensor], way: Any, model: Any, inputs: Inputs) -> s
 
 
 def examine_family(name: str, ways: Collection[str] = ALL) -> dict[str, Any]:
-    """What is served of a case, as `tests/tools/served.json` has it.
+    """What is patched in a case, in the format of `tests/tools/served.json`.
 
     Raises:
-        Wrong: the patched model is not the unpatched one.
+        Wrong: the patched model differs from the unpatched one.
     """
     if not CASES[name].exists:
         return {"outcome": "-"}
@@ -165,13 +167,13 @@ def _examine_family(
     ways_here = WAYS | {"hooks": with_hooks(hookable(fast))}
     for what, way in ways_here.items():
         if what in ways and (kinds or what == "training step"):
-            # Where the model falls back, it is what it was altered to.
+            # If the model falls back, it equals the prepared unpatched model.
             compare(what, way, base if what == "hooks" else plain)
     if kinds and "verify" in ways:
         before, after = (full_step(m, inputs) for m in (plain, base))
         if why_different(after, before, full_step, plain, inputs) is None:  # or it is wrong itself
             verify(fast, base, inputs, wrong)
-    for what, reverted in check_reverts(fast, report) if kinds else ():
+    for what, reverted in reverted_models(fast, report) if kinds else ():
         if what in ways:
             compare(what, full_step, base, reverted)
             if [type(m) for m in reverted.modules()] != [type(m) for m in base.modules()]:
@@ -195,9 +197,9 @@ def _examine_family(
 
 
 def verify(fast: Any, base: Any, inputs: Inputs, wrong: list[str]) -> None:
-    """Every patched module that the inputs reach has to be judged, and right.
+    """Check that `verify` judges every patched module that the inputs reach, and passes it.
 
-    A model reaches its merge or not: how often, is told by the calls of the op.
+    Calls of the merge op show whether the model reaches its merge.
     """
     called: set[str] = set()
     hooks = [
@@ -220,7 +222,7 @@ def verify(fast: Any, base: Any, inputs: Inputs, wrong: list[str]) -> None:
         wrong.append(f"verify: {'; '.join(bad)}")
 
 
-def check_reverts(fast: Any, report: Any) -> Iterator[tuple[str, Any]]:
+def reverted_models(fast: Any, report: Any) -> Iterator[tuple[str, Any]]:
     copied = copy.deepcopy(fast)
     vlm_fast.unpatch(copied)
     yield "a copy, unpatched", copied
@@ -229,7 +231,7 @@ def check_reverts(fast: Any, report: Any) -> Iterator[tuple[str, Any]]:
 
 
 def group_by_reason(wrong: list[str]) -> Iterator[str]:
-    """Ways with the same reason in one line."""
+    """Yield one line per reason, with all ways that have it."""
     reasons: dict[str, list[str]] = {}
     for line in wrong:
         way, _, reason = line.partition(": ")
@@ -238,7 +240,7 @@ def group_by_reason(wrong: list[str]) -> Iterator[str]:
 
 
 def error_line(error: BaseException) -> str:
-    """An exception in one line."""
+    """An exception as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 

@@ -1,4 +1,4 @@
-"""A real HTTP server that answers as an OpenAI-compatible endpoint does, or as told."""
+"""An HTTP server that answers like an OpenAI-compatible endpoint, or with given replies."""
 
 import json
 import threading
@@ -16,7 +16,7 @@ def completion(text, finish_reason="stop"):
 
 
 def good(asked):
-    """What prompts.py has as an answer of the kind that a request asks for."""
+    """A valid answer of the kind that a request asks for, from prompts.py."""
     system = asked["messages"][0]["content"]
     return completion(next(EXAMPLE_ANSWERS[k] for k, words in WANTED.items() if words in system))
 

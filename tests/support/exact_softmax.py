@@ -1,4 +1,4 @@
-"""The backward of softmax as a truth to measure against."""
+"""An exact backward of softmax for float64 references."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class ExactSoftmaxBackward(TorchDispatchMode):
     """Softmax's backward without the cancellation at the largest probability.
 
-    ``p (dp - sum(p dp))`` there is the sum of all other keys' gradients; where these are below one
-    ulp of dp, it comes out as 0, in float64 too. That is no truth to be measured against.
+    There ``p (dp - sum(p dp))`` is the sum of all other keys' gradients. If these are below one ulp
+    of dp, the result is 0 even in float64, so it could not serve as a reference.
     """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

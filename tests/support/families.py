@@ -1,6 +1,6 @@
-"""Every family that can be patched, as a small model that any release of transformers builds.
+"""A small model of every family that can be patched, for all supported transformers releases.
 
-`CASES` maps a name to the class that a release must have, and to what builds a model with inputs.
+`CASES` maps a name to the class that a release must have, and a function that builds a model.
 """
 
 import functools
@@ -21,7 +21,7 @@ class Case(NamedTuple):
     Attributes:
         kind: the name of its class in transformers.
         build: gives the model, in eval mode, and its inputs.
-        altered: what is changed in the model that is patched, and may not change what it computes.
+        prepare: changes the model before it is patched, without changing its results.
     """
 
     kind: str
@@ -62,14 +62,14 @@ def flamingo(name, *arguments, **changes):
 
 
 def kosmos(version):
-    """Its resampler gives no attention maps, as with any attention but eager."""
+    """The resampler returns no attention maps, as with any attention but eager."""
     model, inputs = getattr(tiny_resamplers, version)()
     model.image_to_text_projection.register_forward_hook(lambda module, x, y: (y[0], None))
     return model, inputs
 
 
 def perception_lm():
-    """With a CLIP in the place of the tower, which is one of timm."""
+    """Perception LM with a CLIP tower in place of its timm tower."""
     from transformers.models.perception_lm import modeling_perception_lm
 
     tower = transformers.CLIPVisionConfig(
@@ -143,7 +143,7 @@ CASES = {
 
 
 def build(name: str) -> tuple[Any, dict[str, Any]]:
-    """The model of a case and its inputs, always the same, and without dropout."""
+    """The model of a case and its inputs, deterministic and without dropout."""
     torch.manual_seed(0)
     model, inputs = CASES[name].build()
     for module in model.modules():

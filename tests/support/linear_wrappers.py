@@ -1,6 +1,6 @@
-"""What users wrap around a linear, or make of it: each changes a child of a module, in place.
+"""Ways in which users wrap or change a linear: each changes a child of a module in place.
 
-`LINEAR_WRAPPERS` maps a name to the change and to what the reason for the fallback says.
+`LINEAR_WRAPPERS` maps a name to the change and a pattern of the fallback's reason.
 """
 
 import accelerate.hooks
@@ -16,7 +16,7 @@ class Doubling(accelerate.hooks.ModelHook):
 
 
 class PackedLinear(nn.Linear):
-    """As 4-bit libraries do: the weight is packed bytes, unpacked in forward."""
+    """A linear as in 4-bit libraries: the weight is packed bytes, unpacked in forward."""
 
     def forward(self, x):
         return nn.functional.linear(x, self.weight.to(x.dtype) / 64, self.bias)
@@ -69,7 +69,7 @@ def bias(change):
 
 
 def changing_hook(kind):
-    """A hook of this kind, that changes what it may."""
+    """A change that registers a hook of this kind, which modifies inputs or outputs if it can."""
 
     def fired(module, *values):
         module.fired = getattr(module, "fired", 0) + 1

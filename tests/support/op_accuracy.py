@@ -1,4 +1,4 @@
-"""Whether an op is as accurate as plain PyTorch, and leaves the memory around its tensors alone."""
+"""Checks that an op is as accurate as plain PyTorch and touches no memory around its tensors."""
 
 from __future__ import annotations
 
@@ -56,8 +56,10 @@ def verdict_on(name, tensors, others, *, ignore_nonfinite=False):
 
 
 def evaluate(op, args, options, upstream=None):
-    """Names of all results and gradients; of each ours, plain PyTorch's and float64's; and plain
-    PyTorch's as it rounds otherwise, a list of all of them at a time.
+    """Run an op, plain PyTorch and float64 on the same arguments.
+
+    Returns the names of all results and gradients; for each name the three values; and runs of
+    plain PyTorch with other rounding.
     """
 
     def run(f, args=args):

@@ -1,4 +1,4 @@
-"""A dispatch mode that changes nothing; ops under it take the registered path."""
+"""A dispatch mode that records functions; under it ops use their registered path."""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -1,4 +1,4 @@
-"""SigLIP's loss written plainly, all logits in memory, one process: what the ring's equals."""
+"""A plain reference of SigLIP's loss, with all logits in memory and in one process."""
 
 import torch
 import torch.nn.functional as F
@@ -7,14 +7,14 @@ from torch.utils._pytree import tree_leaves
 
 
 def loss_per_image(images, texts, scale, bias):
-    """``(batch,)``: what each image adds; the loss is the mean."""
+    """The loss of each image ``(batch,)``; the SigLIP loss is its mean."""
     logits = images @ texts.t() * scale + bias
     labels = 2 * torch.eye(len(logits), dtype=logits.dtype) - 1
     return -F.logsigmoid(labels * logits).sum(1)
 
 
 class LargestResult(TorchDispatchMode):
-    """How many numbers the largest result had of any op called meanwhile."""
+    """Record the element count of the largest result of any op."""
 
     numbers = 0
 

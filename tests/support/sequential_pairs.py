@@ -1,4 +1,4 @@
-"""Projectors of LLaVA in plain PyTorch, each with a fast one of the same parameters."""
+"""LLaVA projectors in plain PyTorch, each with a fast one with the same parameters."""
 
 import copy
 
@@ -14,7 +14,7 @@ X = torch.arange(2 * 5 * WIDTH).view(2, 5, WIDTH).sin()
 
 
 def pair(depth=2, **options):
-    """A plain one and a patched one of the same parameters."""
+    """A plain projector and a patched copy."""
     plain = randomised(mlp(depth, WIDTH, HIDDEN))
     fast = copy.deepcopy(plain)
     vlm_fast.patch(fast, strict=True, **options)
@@ -22,7 +22,7 @@ def pair(depth=2, **options):
 
 
 def module_pair(depth=2):
-    """The same with `SequentialProjector` in place of a patched one."""
+    """A plain projector and a `SequentialProjector` with the same parameters."""
     plain = randomised(mlp(depth, WIDTH, HIDDEN))
     fast = SequentialProjector(WIDTH, HIDDEN, depth=depth)
     fast.load_state_dict(plain.state_dict(), strict=True)
@@ -35,7 +35,7 @@ every_pair = pytest.mark.parametrize(
 
 
 def assert_alike(fast, plain, x=X, *, fused=None):
-    """Results and gradients; ``fused``: whether it runs without a fallback."""
+    """Compare results and gradients; ``fused``: whether no fallback is expected."""
     vlm_fast.stats(reset=True)
     ours, theirs = gradients(fast, x), gradients(plain, x)
     for one, other in zip(ours, theirs, strict=True):

@@ -1,4 +1,4 @@
-"""The ways in which a model is spread over ranks, and how it is compared with one process."""
+"""Ways to shard a model over ranks, and comparison with one process."""
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ def shard_by_leaf(model, family):
 
 
 def shard_by_layer(model, family):
-    """As trainers do: every layer of the language model, every connector, the rest."""
+    """Units as in trainers: each language model layer, each connector, the rest."""
     for layer in model.get_submodule(peft_name(model, FAMILIES[family].layers)):
         fully_shard(layer)
     connectors = [m for _, m in vlm_fast.connectors(model)]
@@ -42,7 +42,7 @@ def replicated(model, family):
 
 
 def with_lora(model, family):
-    """LoRA inside the connector and the language model; every layer a unit, as above."""
+    """Add LoRA to the connector and the language model."""
     import peft
 
     torch.manual_seed(5)

@@ -1,4 +1,4 @@
-"""One module of each family, small, with inputs for any number of images."""
+"""A small module of each family, with inputs for any number of images."""
 
 import torch
 from torch import nn

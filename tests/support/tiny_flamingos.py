@@ -7,7 +7,7 @@ from tests.support.older_configs import adapted_config
 
 
 def _randomised(model):
-    """No parameter at a value that hides what it does: gates at 0, norms at 1."""
+    """Randomise parameters, since gates at 0 and norms at 1 would hide mistakes."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "gate" in name.split(".")[-1] or "alpha" in name:

@@ -159,7 +159,7 @@ def sounds(mels=8, frames=32, mask="input_features_mask"):
 
 
 class Placeholders(NamedTuple):
-    """What the model is given, and how many placeholders of which token a row then has."""
+    """Model inputs, and the number of placeholders of each token per row."""
 
     inputs: object
     count: int
@@ -414,7 +414,7 @@ MODELS = {
 
 
 def build(name):
-    """A model, and inputs in which every placeholder has its features."""
+    """A model, and inputs with as many features as placeholders."""
     model_class, config, placeholders = MODELS[name]
     model_class = getattr(transformers, model_class)
     torch.manual_seed(0)
@@ -428,7 +428,7 @@ def build(name):
 
 
 def prompt(model, placeholders):
-    """Two rows of text with the placeholders at other places in each."""
+    """Two rows of text with placeholders at different positions."""
     rows, inputs = [[5, 6, 7], [8]], {}
     for make, count, token in placeholders:
         inputs |= make()

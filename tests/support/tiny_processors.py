@@ -1,4 +1,4 @@
-"""Real processors of transformers around a tokenizer trained on the photographs' captions."""
+"""transformers processors with a tokenizer trained on the photographs' captions."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Q-Formers of transformers, of default widths with few layers, or small."""
+"""transformers Q-Formers: small, or with default widths and few layers."""
 
 import copy
 
@@ -32,7 +32,7 @@ def instructblip(implementation="sdpa", *, seed=0, **sizes):
 
 
 def randomised_parameters(model):
-    """With biases and norms that matter: fresh ones are 0 and 1."""
+    """Randomise biases and norm weights, which are initially 0 and 1."""
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)

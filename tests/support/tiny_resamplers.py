@@ -12,7 +12,7 @@ LATENTS = 5
 
 
 def randomised_parameters(model):
-    """No parameter at a value that hides what it does: biases at 0, norms at 1."""
+    """Randomise parameters, since biases at 0 and norms at 1 would hide mistakes."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -69,7 +69,7 @@ def kosmos2():
 
 
 def kosmos2_5():
-    """The same of the later one, whose patches arrive flattened behind their row and column."""
+    """A Kosmos-2.5 model, whose inputs are flattened patches with row and column numbers."""
     vision = dict(
         hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         head_dim=12, patch_embed_hidden_size=48, max_num_patches=16, dropout_rate=0.0,
@@ -81,9 +81,9 @@ def kosmos2_5():
 
 
 def of_sdpa(model):
-    """The same with transformers' default attention in the resampler, which gives no maps.
+    """A model with transformers' default attention in the resampler, which returns no maps.
 
-    Of Kosmos-2 it is wrong: it crops the keys.
+    For Kosmos-2 this attention is wrong: it crops the keys.
     """
     attention = model.image_to_text_projection.x_attn
     if not hasattr(attention, "config"):

@@ -1,4 +1,4 @@
-"""LLaVA's two stages on the photographs, on two processes, interrupted and resumed: all of it.
+"""Runs LLaVA's two training stages on two processes, with interruptions and resuming.
 
     python -m tests.support.two_stage_training [FOLDER]
 
@@ -69,7 +69,7 @@ def finished(process, code=0):
 
 
 def interrupt(process, out, how):
-    """Once a checkpoint is whole, and before the run ends."""
+    """Interrupt a run after its first complete checkpoint."""
     while not (out / "checkpoint-6" / "files.json").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
@@ -91,7 +91,7 @@ def losses(out):
 
 
 def answers(folder, data):
-    """Of the patched model here, and of plain transformers in a process of its own."""
+    """Generated answers of the patched model, and of plain transformers in a new process."""
     from PIL import Image
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -111,7 +111,7 @@ def answers(folder, data):
 
 
 def stage(name, model, data, folder, how):
-    """Both runs of a stage; returns the folder with the resumed run's model."""
+    """Run a stage twice; return the folder with the resumed run's model."""
     unbroken, broken = folder / f"{name}-unbroken", folder / f"{name}-broken"
     start = time.perf_counter()
     finished(launch(name, model, data, unbroken))

@@ -1,4 +1,4 @@
-"""Small wrong edits of the package, each of which some test of `make test` must see.
+"""Mutation tests: small wrong edits of the package, each of which a test must detect.
 
     python -m tests.tools.mutants [names]     # all, or those whose names contain one of these
     python -m tests.tools.mutants --list
@@ -29,9 +29,9 @@ class Mutant(NamedTuple):
 
     Attributes:
         name: what is wrong.
-        file: the file that is edited; ``old`` occurs in it.
-        old, new: the text that is replaced, once, and what stands there instead.
-        tests: the arguments of pytest that kill it.
+        file: the file that is edited.
+        old, new: a text in that file, and its replacement at the first occurrence.
+        tests: pytest arguments of tests that fail with the edit.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Mutant(NamedTuple):
 
 
 def interpreted(file: str, words: str) -> str:
-    """The suite of kernels in Triton's interpreter, as far as it names these ops or tests."""
+    """Pytest arguments for interpreted kernel tests that match these words."""
     return f"--device interpreter tests/kernels/{file} -k '{words}'"
 
 
@@ -197,7 +197,7 @@ MUTANTS = (
 
 
 class Copy:
-    """A copy of the files of the repository in which mutants are tried."""
+    """A scratch copy of the repository in which mutants are tested."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -226,7 +226,7 @@ class Copy:
         return failed[1]
 
     def verdict(self, mutant: Mutant) -> str:
-        """By which test it is killed, which passes without it; or why by none."""
+        """The test that kills the mutant and passes without it, or the reason why none does."""
         path = self.folder / mutant.file
         text = path.read_text()
         if mutant.old not in text:
@@ -245,7 +245,7 @@ class Copy:
 
 
 def main(arguments: list[str]) -> int:
-    """Try them, a line each; 1 if one of them was not killed."""
+    """Test the mutants and print a line each; return 1 if one survived."""
     parser = argparse.ArgumentParser(prog="python -m tests.tools.mutants")
     parser.add_argument("--list", action="store_true", help="say which there are, try none")
     parser.add_argument("names", nargs="*", help="parts of names")

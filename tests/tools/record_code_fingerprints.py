@@ -1,10 +1,10 @@
-"""Record fingerprints of the transformers code that patches restate: ``code_fingerprints.json``.
+"""Records fingerprints of the transformers code that patches replace: ``code_fingerprints.json``.
 
     python -m tests.tools.record_code_fingerprints [releases]  # by default all
 
-Under each release every family is patched and run, and each method is noted whose code is asked
-for. Then the fingerprints of those methods are taken from the sources of every release. Whoever
-runs this says that the code was read, and that ``make versions`` found the families equal under it.
+Under each release every family is patched and run, and the methods are collected whose code is
+checked. Then the fingerprints of these methods are taken from the sources of every release. Run
+this only after reading the code, and after ``make versions`` found the families equal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vlm_fast.modules.parameter_access import (
 )
 from vlm_fast.patching.models import patch_merger, pixel_shuffle
 
-# Classes that are told by their names, wherever they are defined.
+# Classes that are recognised by name, wherever they are defined.
 NAMED = (
     *norm.LLAMA_RMS_NORMS, *norm.GEMMA_RMS_NORMS, *patch_merger.MERGERS.values(),
     *patch_merger.UNFOLDING_PROJECTORS.values(), *patch_merger.UNFOLDING_MERGERS.values(),
@@ -39,7 +39,7 @@ NAMED = (
 
 
 def source(release: str) -> Path:
-    """Where a release of transformers lies."""
+    """The source folder of a transformers release."""
     folder = releases.folder(release)
     if folder.exists():
         return folder / "transformers"
@@ -49,7 +49,7 @@ def source(release: str) -> Path:
 
 
 def checked_methods() -> set[str]:
-    """Methods whose code is asked for, in the installed release."""
+    """Methods whose code is checked in the installed release."""
     from tests.support.families import CASES, build
 
     names: set[str] = set()
@@ -76,7 +76,7 @@ def checked_methods() -> set[str]:
 
 
 def checked_methods_under(release: str) -> set[str]:
-    """The same, in a process of its own."""
+    """Methods whose code is checked under a release, found in a new process."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch, "names.json")
         paths = [str(releases.ROOT)]
@@ -95,7 +95,7 @@ def checked_methods_under(release: str) -> set[str]:
 
 
 def methods_recognised_by_name(root: Path) -> Iterator[str]:
-    """The forward of each class in a release that is told by its name, and of each activation."""
+    """The forwards of classes that are recognised by name in a release, and of activations."""
     for path in root.glob("models/*/*.py"):
         for kind in re.findall(r"^class (\w+)", path.read_text(encoding="utf8"), flags=re.M):
             if kind in NAMED:
@@ -105,7 +105,7 @@ def methods_recognised_by_name(root: Path) -> Iterator[str]:
 
 
 def fingerprints(names: set[str], roots: list[Path]) -> dict[str, list[str]]:
-    """Of each method, in the releases that have it."""
+    """Fingerprints of each method in the releases that have it."""
     found: dict[str, set[str]] = {}
     trees: dict[Path, ast.Module] = {}
     for name in sorted(names):
