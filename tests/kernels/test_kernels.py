@@ -233,15 +233,15 @@ def test_features_in_another_dtype(device, shape, features_dtype):
 
 
 @pytest.mark.aten
-@pytest.mark.parametrize("wild", [-(2**31), -2, 10**6, 2**31 - 1])
+@pytest.mark.parametrize("entry", [-(2**31), -2, 10**6, 2**31 - 1])
 @pytest.mark.parametrize("name", ["anyres_pack", "anyres_pack_resized", "anyres_merge"])
-def test_out_of_range_tables_give_safe_addresses(device, name, wild):
+def test_out_of_range_tables_give_safe_addresses(device, name, entry):
     """Out-of-range entries give the newline in forward and zeros in backward."""
     op = OPS[name]
     args, options = op.sample(op.usual_shape, device=device)
     named = dict(zip(op.tensors, args, strict=True))
     forth, back = ("taps", "targets") if "taps" in named else ("source", "target")
-    named[forth][::3], named[back][::3] = wild, wild
+    named[forth][::3], named[back][::3] = entry, entry
     with GuardBands() as bands, torch.no_grad():
         args = tuple(bands.lay_out(value, "dense", i) for i, value in enumerate(named.values()))
         values, settings = op.accepted(args, {**op.defaults, **options}), {**op.defaults, **options}

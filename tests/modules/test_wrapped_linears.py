@@ -202,9 +202,11 @@ def assert_falls_back(fast, form, reason):
     """Check that the reason is known before a call, and also by `explain` if patched."""
     with vlm_fast.strict(), pytest.raises(vlm_fast.VlmFastFallbackError, match=reason):
         call(fast, inputs(form))
-    asked = vlm_fast.explain(fast)
-    assert bool(asked) == (FORMS[form].module is None)
-    assert not asked or any(re.search(reason, why or "") for why in asked.values()), asked
+    explained = vlm_fast.explain(fast)
+    assert bool(explained) == (FORMS[form].module is None)
+    assert not explained or any(re.search(reason, why or "") for why in explained.values()), (
+        explained
+    )
     vlm_fast.stats(reset=True)
 
 

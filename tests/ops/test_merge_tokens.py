@@ -120,7 +120,7 @@ def test_scores_are_allocated_one_tile_at_a_time():
     assert most <= 4 * TILE + 30 * x.shape[0] * x.shape[1]  # all scores of an image take 4 MB
 
 
-@pytest.mark.parametrize("tokens", [1400, 8000], ids=["shares", "huge pages"])
+@pytest.mark.parametrize("tokens", [1400, 8000], ids=["threads", "huge pages"])
 def test_results_do_not_depend_on_thread_count(tokens):
     """Sizes at which the compiled code uses several threads and huge pages."""
     shape = dict(batch=1, tokens=tokens, features=1200, r=tokens // 9, sized=True)

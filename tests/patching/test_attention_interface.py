@@ -53,7 +53,7 @@ OTHER_MASKS = {
 }
 
 
-@pytest.mark.parametrize("queries", [1, BATCH], ids=["one batch of queries", "each its own"])
+@pytest.mark.parametrize("queries", [1, BATCH], ids=["one batch of queries", "one per row"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_supported_masks_use_the_op(mask, queries):
     query = random_tensor(tokens=QUERIES, batch=queries)

@@ -133,8 +133,8 @@ def recipes_touch_parameters_behind_sharded_tower(rank, world):
         model.multi_modal_projector.parameters(), single.multi_modal_projector.parameters(),
         strict=True,
     )  # fmt: skip
-    for ours, alone in pairs:
-        torch.testing.assert_close(full_tensor_of(ours.grad), alone.grad / world)
+    for ours, single_parameter in pairs:
+        torch.testing.assert_close(full_tensor_of(ours.grad), single_parameter.grad / world)
 
 
 CHECKS = [

@@ -97,8 +97,8 @@ def write(folder: Path, *, longest: int = 96, views: tuple[str, ...] = tuple(VIE
             picture.thumbnail((longest, longest))
             picture.save(images / file)
             before = len(records) % 2 == 0
-            asked = ("<image>\n{}" if before else "{}\n<image>").format(CAPTION_QUESTION)
-            turns = [(asked, caption), *questions]
+            question = ("<image>\n{}" if before else "{}\n<image>").format(CAPTION_QUESTION)
+            turns = [(question, caption), *questions]
             records.append(
                 {
                     "id": file.removesuffix(".png"),

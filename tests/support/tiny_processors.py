@@ -51,8 +51,8 @@ def _trained(vocabulary, merging):
     )  # fmt: skip
     texts = [
         f"USER: {question} ASSISTANT: {answer}"
-        for caption, asked in PHOTOGRAPHS.values()
-        for question, answer in [(CAPTION_QUESTION, caption), *asked]
+        for caption, others in PHOTOGRAPHS.values()
+        for question, answer in [(CAPTION_QUESTION, caption), *others]
     ]
     trained.train_from_iterator(texts, trainer)
     trained.post_processor = processors.TemplateProcessing(

@@ -63,9 +63,9 @@ def launch(stage, model, data, out, *more):
 
 
 def finished(process, code=0):
-    told = process.communicate(timeout=280)[0]
-    assert (process.returncode == code) if code == 0 else process.returncode, told
-    return told
+    output = process.communicate(timeout=280)[0]
+    assert (process.returncode == code) if code == 0 else process.returncode, output
+    return output
 
 
 def interrupt(process, out, how):
@@ -115,11 +115,11 @@ def stage(name, model, data, folder, how):
     unbroken, broken = folder / f"{name}-unbroken", folder / f"{name}-broken"
     start = time.perf_counter()
     finished(launch(name, model, data, unbroken))
-    alone = time.perf_counter() - start
-    told = interrupt(launch(name, model, data, broken), broken, how)
+    unbroken_seconds = time.perf_counter() - start
+    output = interrupt(launch(name, model, data, broken), broken, how)
     assert not (broken / "model.safetensors").exists(), "it had ended before it was interrupted"
     if how == signal.SIGTERM:
-        assert "SIGTERM: saving a checkpoint" in told and "go on with --resume" in told, told
+        assert "SIGTERM: saving a checkpoint" in output and "go on with --resume" in output, output
     again = finished(launch(name, model, data, broken, "--resume"))
     resumed = next(line for line in again.splitlines() if "recipe: from checkpoint-" in line)
     found = losses(broken)
@@ -128,7 +128,8 @@ def stage(name, model, data, folder, how):
     assert same_weights(unbroken, broken)
     print(
         f"{name}: {len(found)} steps, loss {found[0]:.3f} to {found[-1]:.3f}; {how.name}, then "
-        f"{resumed.removeprefix('recipe: ')}; weights equal to the last bit; {alone:.0f} s unbroken"
+        f"{resumed.removeprefix('recipe: ')}; weights bitwise equal; "
+        f"{unbroken_seconds:.0f} s without interruption"
     )
     return broken
 

@@ -31,7 +31,7 @@ def drawn_negatives(monkeypatch):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("of", [None, QFormer.from_module], ids=["made", "kept"])
+@pytest.mark.parametrize("of", [None, QFormer.from_module], ids=["transformers", "from_module"])
 def test_stage1_matches_reference(drawn_negatives, of, smoothing):
     model, head, image_embeds, ids, mask = parts(5)
     image_embeds.requires_grad_()
