@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import vlm_fast
-from tests.support import reference_blip2
+from tests.support import reference_losses
 from tests.support.tiny_blip2 import parts
 from tests.support.tiny_qformers import SMALL, blip2, images, instructblip, ones_but
 from vlm_fast.training import losses
@@ -29,7 +29,7 @@ def stage_1(fast, dtype):
                 model, image_embeds, ids, mask, lm_head=head, bos_token_id=60
             ).loss
         negatives = ((every + 1) % BATCH, (every - 1) % BATCH)
-        return reference_blip2.stage1(
+        return reference_losses.stage1(
             model, image_embeds, ids, mask, head, 60, model.temp, 0.1, negatives
         )[0]
 

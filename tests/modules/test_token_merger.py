@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.support.recording_mode import RecordingMode
+from tests.support.dispatch_modes import RecordingMode
 from vlm_fast import ops
 from vlm_fast.kernels import _launcher
 from vlm_fast.kernels._triton import AVAILABLE, INTERPRETED

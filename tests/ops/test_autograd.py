@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
 
 import vlm_fast
 from tests.support.cases import OPS, each, every_case, every_op
-from tests.support.recording_mode import RecordingMode
+from tests.support.dispatch_modes import RecordingMode
 from vlm_fast.ops.declaration import with_batch
 from vlm_fast.verification import tolerance
 

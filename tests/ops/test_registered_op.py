@@ -18,7 +18,7 @@ from tests.support.cases import (
     every_op,
     two_shapes,
 )
-from tests.support.recording_mode import RecordingMode
+from tests.support.dispatch_modes import RecordingMode
 from vlm_fast.ops import registration, transforms
 from vlm_fast.ops.declaration import with_batch
 from vlm_fast.verification import tolerance

@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from tests.support.cases import OPS, each, every_case
-from tests.support.recording_mode import RecordingMode
+from tests.support.dispatch_modes import RecordingMode
 from vlm_fast.verification import tolerance
 
 MLP, MERGE, GATHER = (OPS[n] for n in ("mlp", "merge_image_tokens", "gather_image_tokens"))

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from tests.support.exact_softmax import ExactSoftmaxBackward
+from tests.support.dispatch_modes import ExactSoftmaxBackward
 from tests.support.guard_bands import GuardBands
 from vlm_fast.verification import tolerance
 from vlm_fast.verification.summation_orders import ReorderedRuns

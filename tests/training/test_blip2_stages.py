@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support import reference_blip2
+from tests.support import reference_losses
 from tests.support.tiny_blip2 import generative, parts
 from vlm_fast.modules.qformer.model import QFormer
 from vlm_fast.training import losses
@@ -39,7 +39,7 @@ def test_stage1_matches_reference(drawn_negatives, of, smoothing):
         model, image_embeds, ids, mask, lm_head=head, bos_token_id=60,
         label_smoothing=smoothing, qformer=of and of(model.qformer),
     )  # fmt: skip
-    expected = reference_blip2.stage1(
+    expected = reference_losses.stage1(
         model, image_embeds, ids, mask, head, 60, model.temp, smoothing, drawn_negatives
     )
     for name, ours, plain in zip(found._fields, found, expected, strict=True):

@@ -1,4 +1,4 @@
-"""Plain references of BLIP-2's losses, with all logits in memory and in one process."""
+"""Plain references of BLIP-2's and SigLIP's losses: all logits in memory, one process."""
 
 from __future__ import annotations
 
@@ -76,6 +76,13 @@ def stage1(model, image_embeds, ids, mask, head, bos, temperature, smoothing, ne
     labels = decoded.masked_fill(mask == 0, -100)
     generation = itg(hidden, head.decoder.weight, labels, head.decoder.bias, smoothing)
     return contrast + matching + generation, contrast, matching, generation
+
+
+def siglip_per_image(images, texts, scale, bias):
+    """The loss of each image ``(batch,)``; the SigLIP loss is its mean."""
+    logits = images @ texts.t() * scale + bias
+    labels = 2 * torch.eye(len(logits), dtype=logits.dtype) - 1
+    return -F.logsigmoid(labels * logits).sum(1)
 
 
 def assert_matches_reference(ours, plain, tensors, dtype):
