@@ -5,12 +5,12 @@ namespace {
 
 struct Table {
   Rows source;
-  const int32_t* slots;  // or null
+  const int32_t* slots;  // null: the index has rows of the source
   const int32_t* index;
   int64_t limit;
-  const char* fill;  // or null
+  const char* fill;  // null: zeros
 
-  // Writes `count` rows of the output from `row` on, those of the table from its j-th entry on.
+  // Writes `count` rows of the output, from `row` on, for the entries of the index from j on.
   void write(const RowWriter& writer, int64_t row, int64_t j, int64_t count) const {
     for (const int64_t end = j + count; j < end;) {
       int64_t length = 1;
@@ -30,7 +30,7 @@ struct Table {
   }
 
  private:
-  // The source's row of the j-th entry, or -1.
+  // The source's row for entry j, or -1 if the entry is no row.
   int64_t at(int64_t j) const {
     const int64_t row = index[j];
     if (row < 0 || row >= limit) return -1;
@@ -52,7 +52,7 @@ struct BFloat16 {
     std::memcpy(&value, &bits, sizeof(value));
     return value;
   }
-  static uint16_t store(float x) {  // to nearest, ties to even; NaN stays one
+  static uint16_t store(float x) {  // round to nearest, ties to even; NaN stays NaN
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof(bits));
     const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);

@@ -1,7 +1,7 @@
-// Rows of image tiles packed by a table on the CPU: `index` names a row of the source, and whatever
-// lies outside of its `limit` rows stands for the `fill` row, or zeros where that is null.
+// Packing of rows of image tiles by an index, on a CPU. An entry of `index` is a row of the source;
+// an entry outside of [0, limit) selects the `fill` row, or zeros if `fill` is null.
 //
-// Strides and row lengths are in bytes, outputs are contiguous.
+// Strides and row lengths are in bytes, and outputs are contiguous.
 #pragma once
 
 #include <cstdint>
@@ -10,17 +10,18 @@
 
 namespace vlm_fast {
 
-// out[j] = source[index[j]], or source[slots[index[j]]] where there are slots.
+// out[j] = source[index[j]], or source[slots[index[j]]] if slots is not null.
 void pack_rows(Rows source, const int32_t* slots, const int32_t* index, int64_t limit,
                const char* fill, char* out, int64_t rows, int64_t row_bytes, int threads);
 
-// out = embeds, but its row slots[j] is source[index[j]]; `slots` ascend.
+// out = embeds, except that row slots[j] is source[index[j]]; `slots` must ascend.
 void merge_packed_rows(Rows embeds, const int32_t* slots, Rows source, const int32_t* index,
                        int64_t count, int64_t limit, const char* fill, char* out, int64_t rows,
                        int64_t row_bytes, int threads);
 
-// out[j] = sum over four taps of source[taps[4 j + k]] weights[4 j + k] 2^-30, in fp32, of those
-// that are rows of the source; `fill` or zeros where the first is none. Of bf16, or else of fp32.
+// out[j] = sum over k < 4 of source[taps[4 j + k]] * weights[4 j + k] * 2^-30, in fp32. A tap that
+// is no row of the source adds nothing; if the first tap is none, out[j] is `fill` or zeros. The
+// rows are bf16 if `bf16`, else fp32.
 void blend_rows(Rows source, const int32_t* taps, const int32_t* weights, int64_t limit,
                 const char* fill, char* out, int64_t rows, int64_t cols, bool bf16, int threads);
 

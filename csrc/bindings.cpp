@@ -1,4 +1,5 @@
-// The one file that knows Python. Tensors arrive as addresses, so a build serves every torch.
+// The Python module vlm_fast._C. Tensors are passed as addresses, so that one build works with
+// every version of torch.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,4 +1,5 @@
-// The Python module vlm_fast._hopper. Tensors arrive as addresses, so a build serves every torch.
+// The Python module vlm_fast._hopper. Tensors are passed as addresses, so that one build works with
+// every version of torch.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

@@ -1,7 +1,8 @@
-// GELU in its exact erf form and its slope, for the epilogues of the Hopper GEMMs and, without
-// CUTLASS or CUDA, for the test that compares them with float64.
+// The exact (erf) GELU and its derivative, for the epilogues of the Hopper GEMMs. The file compiles
+// without CUTLASS and CUDA too, for the test that compares the functions with float64.
 //
-// CUTLASS's own pair must not be used: its GELU is the erf form, its dGELU the slope of tanh's.
+// CUTLASS's own functions do not match: its GELU is the erf form, but its dGELU is the derivative
+// of the tanh form.
 #pragma once
 
 #include <cmath>
@@ -17,7 +18,7 @@ namespace vlm_fast {
 inline constexpr float kSqrtHalf = 0.7071067811865476f;
 inline constexpr float kInvSqrtTau = 0.3989422804014327f;
 
-// Where NaN and the infinities go is where ATen's formulas send them.
+// NaN and infinities give what ATen's formulas give.
 VLM_FAST_INLINE float normal_cdf(float z) { return 0.5f * (1.0f + erff(z * kSqrtHalf)); }
 
 VLM_FAST_INLINE float gelu(float z, float cdf) { return z * cdf; }

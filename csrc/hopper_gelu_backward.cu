@@ -1,8 +1,8 @@
-// dz = (dy W) * gelu'(z), and from the same epilogue h = gelu(z) and the partial sums of the bias
-// gradient: a row of its own for every tile of tokens, so no atomics and one order of summation.
+// dz = (dy W) * gelu'(z). The same epilogue also writes h = gelu(z) and partial sums of the bias
+// gradient, one row per tile of tokens: no atomics, one fixed order of summation.
 //
-// The product is taken transposed, features by tokens, and written column by column, which is the
-// same memory: a thread then holds four features, and the sum over tokens stays in its registers.
+// The GEMM computes the transposed product, features by tokens, in column-major order, which is the
+// same memory. So a thread holds four features, and its sum over tokens stays in registers.
 #include "hopper_gelu.h"
 #include "hopper_gemm.h"
 #include "hopper_gemms.h"
@@ -23,7 +23,7 @@ struct TimesSlope;
 template <typename T>
 struct First;
 
-// A node of its own: evaluated within the other two, the compiler forms erf twice.
+// A separate node, because the compiler computes erf twice if the two users compute the CDF.
 template <int N>
 struct Cdf<Floats<N>> {
   CUTLASS_DEVICE Floats<N> operator()(Floats<N> const& z) const {
@@ -55,7 +55,7 @@ struct TimesSlope<Floats<N>> {
   }
 };
 
-// The result, once everything beside it is on its way.
+// Returns the first input. The second makes the root of the graph depend on the other stores.
 template <int N>
 struct First<Floats<N>> {
   CUTLASS_DEVICE Floats<N> operator()(Floats<N> const& result, Floats<N> const&) const {
@@ -72,7 +72,7 @@ using Z = Sm90AuxLoad<Loaded::Stages, Loaded::EpilogueTile, Element, Loaded::Str
                       Loaded::SmemLayoutAtom, Loaded::CopyOpS2R>;
 using H = Sm90AuxStore<Stored::Stages, Stored::EpilogueTile, Element, kRound, Stored::Stride,
                        Stored::SmemLayoutAtom, Stored::CopyOpR2S>;
-constexpr bool kSumsTiles = false;  // who calls adds up the rows of the tiles
+constexpr bool kSumsTiles = false;  // the caller sums the rows of the tiles
 using BiasSums = Sm90ColReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, Tile,
                                   float, float, kRound, cute::Stride<cute::_1, cute::_0, int64_t>,
                                   4, true, kSumsTiles>;

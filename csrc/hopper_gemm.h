@@ -1,5 +1,5 @@
-// The GEMM that the Hopper kernels share: CUTLASS 3.x, warp-specialised, operands by TMA, fp32
-// accumulators, and an epilogue that the caller gives.
+// The GEMM template of the Hopper kernels: CUTLASS 3.x, warp-specialised, operands loaded by TMA,
+// fp32 accumulators, and an epilogue chosen by the caller.
 #pragma once
 
 #include <cstdint>
@@ -20,19 +20,19 @@ using Element = cutlass::bfloat16_t;
 using RowMajor = cutlass::layout::RowMajor;
 using ColumnMajor = cutlass::layout::ColumnMajor;
 using MatrixStride = cute::Stride<int64_t, cute::_1, int64_t>;      // (row, column, batch)
-using TransposedStride = cute::Stride<cute::_1, int64_t, int64_t>;  // the same, read the other way
+using TransposedStride = cute::Stride<cute::_1, int64_t, int64_t>;  // the transposed view
 using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
 
 inline constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 inline constexpr int kAlignment = 16 / sizeof(Element);
 
-// The result is computed in tiles of 128 x 128 (TILE in kernels/_hopper.py) by two warp groups in
-// turns: one is in the main loop while the other is in its epilogue.
+// Tiles of the result are 128 x 128 (TILE in kernels/_hopper.py). Two warp groups alternate: one
+// runs the main loop while the other runs its epilogue.
 using Tile = cute::Shape<cute::_128, cute::_128, cute::_64>;
 using MainSchedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
 using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
 
-// What the nodes of an epilogue must know of it.
+// Tile and element types that the nodes of an epilogue are built from.
 using EpilogueTraits = cutlass::epilogue::collective::detail::EpilogueDescriptor<
     Tile, cutlass::epilogue::collective::EpilogueTileAuto, void, Element, EpilogueSchedule>;
 
@@ -59,7 +59,7 @@ struct Gemm {
     if (m > most || n > most || k > most) return "a size is beyond 2^31 - 1";
     int device = 0;
     if (const cudaError_t error = cudaGetDevice(&device)) return cudaGetErrorString(error);
-    // Asked once: the multiprocessors and how many clusters are active at a time, by GPU model.
+    // Queried once, for the GPU of the first call: multiprocessors and active clusters.
     static const auto hardware =
         cutlass::KernelHardwareInfo::make_kernel_hardware_info<Kernel>(device);
     typename Device::Arguments arguments{

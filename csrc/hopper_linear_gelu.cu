@@ -1,7 +1,7 @@
-// h = gelu(x W^T + bias), and the pre-activation beside it where backward will want it.
+// h = gelu(z) with z = x W^T + bias, and z itself if the backward needs it.
 //
-// The pre-activation is rounded before the GELU takes it, as where a linear alone stores it: h is
-// the same whether z is kept, computed again, or was never asked for.
+// z is rounded before the GELU, as a separate linear would store it. So h does not depend on
+// whether z is stored, recomputed or not needed.
 #include "hopper_gelu.h"
 #include "hopper_gemm.h"
 #include "hopper_gemms.h"

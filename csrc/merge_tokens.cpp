@@ -14,7 +14,7 @@
 namespace vlm_fast {
 namespace {
 
-// Below this a thread costs more than it moves.
+// With fewer bytes per thread, starting a thread costs more than it saves.
 constexpr int64_t kBytesPerThread = 256 << 10;
 constexpr int kLanes = 16;
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
@@ -35,12 +35,12 @@ void narrow(float x, float* to) { *to = x; }
 void narrow(float x, Bfloat16* to) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // ties to even
   *to = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
 }
 
-// Calls work(begin, end) for equal shares of the output's rows, one share a thread; work gives
-// whether all numbers were in range.
+// Calls work(begin, end) for equal shares of the output's rows, one share per thread. work returns
+// whether all of its numbers are in range.
 template <typename Work>
 void for_row_shares(char* out, int64_t rows, int64_t row_bytes, int threads, const Work& work) {
   const int64_t bytes = rows * row_bytes;
@@ -117,7 +117,7 @@ void spread(Tokens y, const int32_t* destination, const float* size, const float
   for_row_shares(reinterpret_cast<char*>(out), batch * tokens, cols * sizeof(T), threads, work);
 }
 
-// Which of `count` come first by falling value, then by number.
+// Moves the r largest of `count` values to the front of `ranked`; of equal values the first.
 void rank(const float* best, int64_t count, int64_t r, std::vector<int32_t>& ranked) {
   std::iota(ranked.begin(), ranked.end(), 0);
   const auto closer = [&](int32_t i, int32_t j) {
@@ -140,7 +140,7 @@ void nearest(const float* scores, int64_t rows, int64_t cols, const float* inver
     int64_t b = 0;
     for (; b + kLanes <= cols; b += kLanes) {
       for (int k = 0; k < kLanes; ++k) {
-        lanes[k] = scaled[b + k] > lanes[k] ? scaled[b + k] : lanes[k];  // never NaN
+        lanes[k] = scaled[b + k] > lanes[k] ? scaled[b + k] : lanes[k];  // false for NaN
       }
     }
     float largest = kLowest;

@@ -1,8 +1,8 @@
 // Merging of similar tokens on the CPU.
 //
-// `destination`, `order` and `start` are those of kernels/bipartite_match.py. Strides are in
-// elements, rows are dense, outputs contiguous, and the caller has checked shapes and dtypes; numbers
-// of tokens are checked here, and one that is out of range throws std::out_of_range.
+// `destination`, `order` and `start` are explained in kernels/bipartite_match.py. Strides are in
+// elements, rows are dense, outputs are contiguous, and the caller has checked shapes and dtypes.
+// The token numbers are checked here: one that is out of range throws std::out_of_range.
 #pragma once
 
 #include <cstdint>
@@ -17,22 +17,25 @@ struct Tokens {
   int64_t batch_stride, token_stride;
 };
 
-// Of each row the largest scores * inverse_b, the number of the first such column, and the value
-// times inverse_a; NaN is taken for -Inf, and a value that is NaN gives column 0.
+// For each row a: nearest[a] is the first column b with the largest scores[a][b] * inverse_b[b],
+// and best[a] is that product times inverse_a[a]. NaN counts as -Inf; if best[a] is -Inf,
+// nearest[a] is 0.
 void nearest(const float* scores, int64_t rows, int64_t cols, const float* inverse_a,
              const float* inverse_b, float* best, int32_t* nearest);
 
-// The match that merges the r best of the `count` last tokens A, each into its nearest B.
+// The match that merges r of the last `count` tokens of A, those with the largest `best`, into
+// their nearest B.
 void merged_order(const float* best, const int32_t* nearest, int64_t batch, int64_t count,
                   int64_t tokens, int64_t r, int64_t protected_a, int64_t protected_b,
                   int32_t* destination, int32_t* order, int32_t* start, int threads);
 
-// Sums of rows into out; with `total`, means weighted by size (null: ones), and total sizes.
+// Writes sums of rows to out. If total is not null, writes means weighted by size (null: ones)
+// instead, and the total sizes to total.
 void sum_tokens(Element element, Tokens x, const float* size, const int32_t* order,
                 const int32_t* start, char* out, float* total, int64_t batch, int64_t tokens,
                 int64_t merged, int64_t cols, int threads);
 
-// out[i] = y[destination[i]]; with `total`, times size[i] (null: 1) / total[destination[i]].
+// out[i] = y[destination[i]], times size[i] (null: 1) / total[destination[i]] if total is not null.
 void spread_tokens(Element element, Tokens y, const int32_t* destination, const float* size,
                    const float* total, char* out, int64_t batch, int64_t tokens, int64_t merged,
                    int64_t cols, int threads);

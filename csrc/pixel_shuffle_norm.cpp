@@ -7,15 +7,15 @@
 
 #include "huge_pages.h"
 
-// One source, compiled for what the CPU turns out to have: the loops below are all plain, and
-// several times as fast in wide registers.
+// The loops below are compiled for several instruction sets, and the loader picks the CPU's: they
+// are several times as fast in wide registers.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define FOR_EVERY_CPU
 #endif
 #if defined(__GNUC__)
-#define INLINE inline __attribute__((always_inline))  // else it would be compiled for any CPU
+#define INLINE inline __attribute__((always_inline))  // else it is compiled for the baseline CPU
 #else
 #define INLINE inline
 #endif
@@ -24,8 +24,8 @@ namespace vlm_fast {
 namespace {
 
 constexpr int64_t kElementsPerThread = 64 << 10;
-// Gradients of parameters are summed over so many tokens before they are added to the rest: a long
-// row of additions loses digits.
+// Gradients of parameters are first summed over this many tokens and then added to the total,
+// because a long chain of fp32 additions loses precision.
 constexpr int64_t kTokensPerSum = 32;
 
 struct BFloat16 {
@@ -43,7 +43,7 @@ INLINE float widened(BFloat16 x) {
 
 INLINE void narrow(float x, float& out) { out = x; }
 
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 INLINE void narrow(float x, BFloat16& out) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -58,7 +58,7 @@ INLINE float rounded(float x) {
   return widened(narrowed);
 }
 
-// Where the p-th patch of a merged token lies in x, given x's strides.
+// The offset in x of patch p of a merged token, with these strides of x.
 INLINE int64_t offset(const Merge& m, int64_t token, int64_t p, int64_t batch_stride,
                       int64_t token_stride) {
   int64_t image, row;
@@ -74,7 +74,8 @@ INLINE int64_t offset(const Merge& m, int64_t token, int64_t p, int64_t batch_st
   return image * batch_stride + row * token_stride;
 }
 
-// wide[:n] from the patches of a token, in the order of its channels if they are normed together.
+// Loads the patches of a merged token into wide[:n], in the merged order if they are normed
+// together.
 template <typename T>
 INLINE void load_patches(const T* __restrict x, const Merge& m, int64_t token,
                          float* __restrict wide) {
@@ -90,7 +91,7 @@ INLINE void load_patches(const T* __restrict x, const Merge& m, int64_t token,
   }
 }
 
-// Four sums side by side: one would wait for each of its additions.
+// Four independent sums, because one would wait for the latency of each addition.
 template <typename Term>
 INLINE float sum(int64_t n, const Term& term) {
   const int64_t quarter = n / 4;
@@ -106,7 +107,7 @@ INLINE float sum(int64_t n, const Term& term) {
   return (a + b) + (c + d);
 }
 
-// Norms x[:n], which is written over, into y.
+// Writes the norm of x[:n] to y; overwrites x.
 template <typename T>
 INLINE void norm_row(float* __restrict x, int64_t n, const Norm& norm, T* __restrict y, float* mean,
                      float* rstd) {
@@ -115,7 +116,8 @@ INLINE void norm_row(float* __restrict x, int64_t n, const Norm& norm, T* __rest
   float rest = 0;
   if (norm.kind == NormKind::kLayer) {
     const float level = sum(n, [=](int64_t i) { return x[i]; }) / n;
-    // Where the mean is far above the spread, its own rounding counts: taken out once more.
+    // If the mean is far larger than the deviation, its rounding error matters: subtract the mean
+    // of what remains too.
     rest = sum(n, [=](int64_t i) { return x[i] -= level; }) / n;
     if (mean) *mean = level + rest;
   }
@@ -133,7 +135,7 @@ INLINE void norm_row(float* __restrict x, int64_t n, const Norm& norm, T* __rest
   }
 }
 
-// Merged tokens [begin, end).
+// The forward of merged tokens [begin, end).
 template <typename T>
 INLINE void forward(const T* x, const Merge& m, const Norm& norm, T* y, float* mean, float* rstd,
                     int64_t begin, int64_t end) {
@@ -161,15 +163,15 @@ struct Gradients {
   float *dweight, *dbias;  // or null
 };
 
-// One normed row: x[:n] becomes its own gradient; the parameters' are added to.
+// The backward of one normed row: overwrites x[:n] with its gradient, and adds to the parameters'.
 INLINE void norm_row_backward(const float* __restrict dy, float* __restrict x, int64_t n,
                               const Norm& norm, float mean, float rstd, Gradients sums) {
   const float* __restrict weight = norm.weight;
   const float shift = norm.kind == NormKind::kGemma ? 1 : 0;
   const auto unit = [=](int64_t i) { return x[i] = (x[i] - mean) * rstd; };
   const auto dunit = [=](int64_t i) { return dy[i] * (weight[i] + shift); };
-  const float along = sum(n, [=](int64_t i) { return dunit(i) * unit(i); }) / n;
-  const float level = norm.kind == NormKind::kLayer ? sum(n, dunit) / n : 0;
+  const float projection = sum(n, [=](int64_t i) { return dunit(i) * unit(i); }) / n;
+  const float mean_dunit = norm.kind == NormKind::kLayer ? sum(n, dunit) / n : 0;
   if (float* __restrict dbias = sums.dbias) {
     for (int64_t i = 0; i < n; ++i) dbias[i] += dy[i];
   }
@@ -177,7 +179,7 @@ INLINE void norm_row_backward(const float* __restrict dy, float* __restrict x, i
     for (int64_t i = 0; i < n; ++i) dweight[i] += dy[i] * x[i];
   }
   for (int64_t i = 0; i < n; ++i) {
-    x[i] = (dy[i] * (weight[i] + shift) - x[i] * along - level) * rstd;
+    x[i] = (dy[i] * (weight[i] + shift) - x[i] * projection - mean_dunit) * rstd;
   }
 }
 
@@ -186,7 +188,7 @@ INLINE void add_and_clear(float* __restrict total, float* __restrict part, int64
   std::fill(part, part + n, 0.f);
 }
 
-// Merged tokens [begin, end); dx or null.
+// The backward of merged tokens [begin, end); dx may be null.
 template <typename T>
 INLINE void backward(const T* dy, const T* x, const Merge& m, const Norm& norm, const float* mean,
                      const float* rstd, T* dx, Gradients totals, int64_t begin, int64_t end) {
@@ -286,7 +288,7 @@ void pixel_shuffle_norm_backward(const void* dy, const void* x, Dtype dtype, con
   const int64_t length = m.cols * (m.after ? m.factor * m.factor : 1);
   const int shares = shares_of(m, threads);
   advise(dx, dtype, m.merged * m.factor * m.factor * m.cols);
-  // A share adds up in memory of its own; these are added in order.
+  // Each share sums in memory of its own; the sums are then added in a fixed order.
   std::vector<float> totals(2 * length * shares);
 #pragma omp parallel for num_threads(shares) schedule(static, 1) if (shares > 1)
   for (int share = 0; share < shares; ++share) {

@@ -1,7 +1,7 @@
-// Blocks of patches into one token each on the CPU, normed before or after they are merged.
+// Merging of blocks of patches into one token each, normed before or after, on a CPU.
 //
 // Strides are in elements, outputs and gradients are contiguous, and the caller has checked shapes,
-// dtypes and the rows that an index names.
+// dtypes and the rows in an index.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ enum class Dtype { kFloat, kBFloat16 };
 enum class NormKind { kLayer, kRms, kGemma };
 
 struct Merge {
-  int64_t merged, factor, cols;                // tokens to write, patches a side, their channels
-  int64_t blocks, blocks_across, width;        // of an image, of its row of blocks, of its grid
+  int64_t merged, factor, cols;                // merged tokens; patches per side; channels
+  int64_t blocks, blocks_across, width;        // per image; per row of blocks; of the grid
   int64_t tokens, batch_stride, token_stride;  // of x
   const int64_t* index;                        // (merged, factor * factor) rows of x, or null
   bool by_channel, after;
@@ -21,17 +21,17 @@ struct Merge {
 
 struct Norm {
   NormKind kind;
-  const float* weight;  // of a patch, or of a merged token
+  const float* weight;  // of a patch or, if Merge::after, of a merged token
   const float* bias;    // or null
   float eps;
 };
 
-// y (merged, factor * factor * cols), and one mean and 1 / deviation for all that is normed at
-// once, where these are wanted.
+// Writes y (merged, factor * factor * cols) and, if not null, the mean and 1 / standard deviation
+// of each normed row.
 void pixel_shuffle_norm(const void* x, Dtype dtype, const Merge& merge, const Norm& norm, void* y,
                         float* mean, float* rstd, int threads);
 
-// Gradients, each where it is wanted: dx, written in the rows of blocks; dweight and dbias,
+// Writes the gradients that are not null: dx in the rows of blocks only; dweight and dbias are
 // added to.
 void pixel_shuffle_norm_backward(const void* dy, const void* x, Dtype dtype, const Merge& merge,
                                  const Norm& norm, const float* mean, const float* rstd, void* dx,

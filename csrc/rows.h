@@ -1,5 +1,6 @@
-// Rows copied into a new output on the CPU: shares a thread, runs of consecutive rows at once, and
-// the stores that suit the output's size. Strides and row lengths are in bytes.
+// Copies of rows into a new output on a CPU: the output is divided among threads, consecutive rows
+// are copied at once, and the kind of store depends on the output's size. Strides and row lengths
+// are in bytes.
 #pragma once
 
 #include <algorithm>
@@ -14,10 +15,10 @@
 
 namespace vlm_fast {
 
-// Below this a thread costs more than it copies.
+// With fewer bytes per thread, starting a thread costs more than it saves.
 inline constexpr int64_t kBytesPerThread = 256 << 10;
-// Outputs from here on do not survive in the cache until they are read again, so stores bypass it:
-// 1.5x at 16 MiB, one thread; at 8 MiB the reader loses more than the copy gains.
+// Outputs of this size are evicted from the cache before they are read, so their stores bypass it:
+// 1.5x faster at 16 MiB with one thread. At 8 MiB the reader would lose more than the copy gains.
 inline constexpr int64_t kStreamBytes = 16 << 20;
 
 #if defined(__SSE2__)
@@ -38,7 +39,7 @@ inline void stream(char* out, const char* source, int64_t bytes) {
   std::memcpy(out + at, source + at, bytes - at);
 }
 
-// Streamed stores are weakly ordered: another thread may read the output only after this.
+// Streaming stores are weakly ordered: other threads may read the output only after this fence.
 inline void finish_streams() { _mm_sfence(); }
 #else
 inline void stream(char* out, const char* source, int64_t bytes) { std::memcpy(out, source, bytes); }
@@ -77,7 +78,7 @@ struct RowWriter {
   }
 };
 
-// Calls write(writer, begin, end) for equal shares of the output's rows, one share a thread.
+// Calls write(writer, begin, end) for equal shares of the output's rows, one share per thread.
 template <typename Write>
 void for_row_shares(char* out, int64_t rows, int64_t row_bytes, int threads, const Write& write) {
   const int64_t bytes = rows * row_bytes;
@@ -92,15 +93,15 @@ void for_row_shares(char* out, int64_t rows, int64_t row_bytes, int threads, con
   }
 }
 
-// The end of the run of consecutive rows slots[j], slots[j] + 1, ... within slots[j:count].
+// The end of the run of consecutive row numbers that starts at slots[j], within slots[j:count].
 inline int64_t run_end(const int32_t* slots, int64_t j, int64_t count) {
   int64_t end = j + 1;
   while (end < count && slots[end] == slots[end - 1] + 1) ++end;
   return end;
 }
 
-// Covers rows [begin, end) in order: text(row, count) for the rows between the image tokens and
-// image(row, j, count) where `count` consecutive rows take the features from the j-th on.
+// Covers rows [begin, end) in order. Calls text(row, count) for rows that are no image tokens, and
+// image(row, j, count) for `count` consecutive rows that take the features from row j on.
 template <typename Text, typename Image>
 void for_runs(const int32_t* slots, int64_t count, int64_t begin, int64_t end, const Text& text,
               const Image& image) {

@@ -1,4 +1,4 @@
-"""The activations between two linears, for kernels: value and slope in fp32."""
+"""Activation functions inside kernels: the value and the derivative, in fp32."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ QUICK_SCALE = tl.constexpr(1.702)
 
 @triton.jit
 def value_and_slope(z, ACTIVATION: tl.constexpr):
-    """f(z) and f'(z). NaN and Inf go where ATen's formulas send them."""
+    """f(z) and f'(z) of a tile of fp32. NaN and Inf give what ATen's formulas give."""
     if ACTIVATION == "gelu":
         cdf = 0.5 * (1 + tl.math.erf(z * SQRT_HALF))
         return z * cdf, cdf + z * INV_SQRT_TAU * tl.exp(-0.5 * z * z)
     elif ACTIVATION == "gelu_tanh":
-        # tanh(u) = 2 sigmoid(2u) - 1: exp is in every backend and the interpreter, tanh is not.
+        # tanh(u) = 2 sigmoid(2u) - 1. Every backend and the interpreter have exp, but not tanh.
         inner = 2 * TANH_SCALE * (z + TANH_CUBIC * z * z * z)
         inner_slope = 2 * TANH_SCALE * (1 + 3 * TANH_CUBIC * z * z)
         gate = tl.sigmoid(inner)
-        # Not 1 - gate: where the gate is nearly 1, inner_slope makes much of its rounding.
+        # sigmoid(-inner) and not 1 - gate: where the gate is nearly 1, the rounding error of
+        # 1 - gate would be multiplied by a large inner_slope.
         return z * gate, gate + z * gate * tl.sigmoid(-inner) * inner_slope
     elif ACTIVATION == "quick_gelu":
         gate = tl.sigmoid(QUICK_SCALE * z)
@@ -34,5 +35,5 @@ def value_and_slope(z, ACTIVATION: tl.constexpr):
         return z * gate, gate + z * gate * (1 - gate)
     else:
         tl.static_assert(ACTIVATION == "relu")
-        # `z <= 0` and not maximum(): NaN must stay NaN, and its slope 1, as in ATen.
+        # `z <= 0` and not maximum(): NaN must stay NaN and have the slope 1, as in ATen.
         return tl.where(z <= 0, 0.0, z), tl.where(z <= 0, 0.0, 1.0)

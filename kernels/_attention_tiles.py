@@ -1,9 +1,10 @@
-"""What the forward and the backward kernels of attention have in common.
+"""Tile operations that the forward and backward kernels of attention share.
 
-Scores are held transposed, keys by queries: the tensor cores' long side takes the keys, and the few
-queries are its short side, which need not be padded. Heads that share keys are packed: row ``r`` of
-a key head is head ``r // queries`` of its group, query ``r % queries``. A head size that is no
-power of two is two parts, each a product of its own: 80 = 64 + 16 is not padded to 128.
+A program holds a tile of rows: the queries of all heads that share a key head. Row ``r`` of a key
+head is query ``r % queries`` of head ``r // queries`` of its group. `cross_attention` holds its
+scores transposed, ``[keys, rows]``: the long side of the tensor cores takes the keys, and the few
+queries are the short side, which needs no padding. A head size that is not a power of two is split
+into two parts, each with a matrix product of its own: 80 = 64 + 16 is not padded to 128.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dropout import kept
+from ._dropout import keep_tile
 from ._triton import tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-SIZES = ("kv_heads", "queries", "rows", "keys", "count", "drop_below")  # differ from call to call
+# Arguments that vary from call to call. By default Triton would compile further variants for the
+# value 1 and for multiples of 16.
+SIZES = ("kv_heads", "queries", "rows", "keys", "count", "drop_below")
 
 
 @triton.jit
 def load_parts(
     ptr, row, inside, d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
 ):  # fmt: skip
-    """The columns of some rows, ``[rows, D1]`` and ``[rows, D2]`` (D2 = 0: anything)."""
+    """Load rows as two parts, ``[rows, D1]`` and ``[rows, D2]``; D2 = 0: the second is unused."""
     col = tl.arange(0, D1)
     at = ptr + row[:, None] + col[None, :]
     if d < D1:
@@ -44,6 +47,7 @@ def load_parts(
 def store_parts(
     ptr, row, inside, x1, x2, d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
 ):  # fmt: skip
+    """Store rows from the two parts that `load_parts` returns."""
     col = tl.arange(0, D1)
     mask = inside[:, None] & (col < d)[None, :] if d < D1 else inside[:, None]
     tl.store(ptr + row[:, None] + col[None, :], x1.to(ptr.dtype.element_ty), mask=mask)
@@ -54,8 +58,8 @@ def store_parts(
 
 
 @triton.jit
-def load_head(ptr, d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """One number for each column of a head, fp32 in two parts."""
+def load_vector_parts(ptr, d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """Load a vector ``(d,)``, such as the weight of a norm, in fp32 as two parts."""
     col = tl.arange(0, D1)
     w1 = tl.load(ptr + col, mask=col < d, other=0.0).to(tl.float32)
     w2 = w1
@@ -66,8 +70,8 @@ def load_head(ptr, d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
 
 
 @triton.jit
-def over_root_mean_square(x1, x2, inside, eps, d: tl.constexpr, D2: tl.constexpr):
-    """Rows in fp32 over their root mean square (arXiv 1910.07467), and its inverse."""
+def divide_by_rms(x1, x2, inside, eps, d: tl.constexpr, D2: tl.constexpr):
+    """Divide rows by their root mean square (arXiv 1910.07467), in fp32; return 1 / rms too."""
     x1, x2 = x1.to(tl.float32), x2.to(tl.float32)
     square = tl.sum(x1 * x1, axis=1)
     if D2 > 0:
@@ -80,9 +84,9 @@ def over_root_mean_square(x1, x2, inside, eps, d: tl.constexpr, D2: tl.constexpr
 def rms_norm(
     x1, x2, inside, weight_ptr, eps, d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
 ):  # fmt: skip
-    """Rows normed, rounded, and then times a weight, as Llama does."""
-    w1, w2 = load_head(weight_ptr, d, D1, D2)
-    unit1, unit2, _ = over_root_mean_square(x1, x2, inside, eps, d, D2)
+    """RMS norm of rows. They are rounded before they are multiplied by the weight, as in Llama."""
+    w1, w2 = load_vector_parts(weight_ptr, d, D1, D2)
+    unit1, unit2, _ = divide_by_rms(x1, x2, inside, eps, d, D2)
     normed1 = (unit1.to(x1.dtype).to(tl.float32) * w1[None, :]).to(x1.dtype)
     normed2 = normed1
     if D2 > 0:
@@ -95,30 +99,30 @@ def rms_norm_backward(
     x1, x2, dy1, dy2, inside, weight_ptr, dweight_ptr, eps,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the rows; that of the weight, summed over them, is stored."""
-    w1, w2 = load_head(weight_ptr, d, D1, D2)
-    unit1, unit2, inverse = over_root_mean_square(x1, x2, inside, eps, d, D2)
+    """Return the gradient of the rows; store the weight's gradient, summed over the rows."""
+    w1, w2 = load_vector_parts(weight_ptr, d, D1, D2)
+    unit1, unit2, inverse = divide_by_rms(x1, x2, inside, eps, d, D2)
     col = tl.arange(0, D1)
     dw1 = tl.sum(dy1 * unit1.to(x1.dtype).to(tl.float32), axis=0)
     tl.store(dweight_ptr + col, dw1, mask=col < d)
     dy1 *= w1[None, :]
-    along = tl.sum(dy1 * unit1, axis=1)
+    projection = tl.sum(dy1 * unit1, axis=1)
     if D2 > 0:
         col = D1 + tl.arange(0, D2)
         dw2 = tl.sum(dy2 * unit2.to(x1.dtype).to(tl.float32), axis=0)
         tl.store(dweight_ptr + col, dw2, mask=col < d)
         dy2 *= w2[None, :]
-        along += tl.sum(dy2 * unit2, axis=1)
-    along = (along / d)[:, None]
-    dx1, dx2 = (dy1 - unit1 * along) * inverse[:, None], dy2
+        projection += tl.sum(dy2 * unit2, axis=1)
+    projection = (projection / d)[:, None]
+    dx1, dx2 = (dy1 - unit1 * projection) * inverse[:, None], dy2
     if D2 > 0:
-        dx2 = (dy2 - unit2 * along) * inverse[:, None]
+        dx2 = (dy2 - unit2 * projection) * inverse[:, None]
     return dx1, dx2
 
 
 @triton.jit
-def inner_product(a1, a2, b1, b2, D2: tl.constexpr, PRECISION: tl.constexpr):
-    """``a b^T`` over both parts."""
+def dot_parts(a1, a2, b1, b2, D2: tl.constexpr, PRECISION: tl.constexpr):
+    """The matrix product ``a b^T``, summed over both parts."""
     product = tl.dot(a1, tl.trans(b1), input_precision=PRECISION)
     if D2 > 0:
         product = tl.dot(a2, tl.trans(b2), product, input_precision=PRECISION)
@@ -131,7 +135,10 @@ def score_tile(
     bias_ptr, bias_batch, bias_head, bias_query, bias_key,
     mask_ptr, mask_batch, mask_key, scale,
 ):  # fmt: skip
-    """Scores ``[keys, rows]`` from the products, -Inf where a key is not seen; and the seen."""
+    """Scores ``[keys, rows]``: scaled and biased products, -Inf for masked keys; and the mask.
+
+    ``first`` is the number of the source's first key among the keys of all sources.
+    """
     s = product * scale
     key = (first + n).to(tl.int64)
     if bias_ptr is not None:
@@ -148,67 +155,77 @@ def score_tile(
 
 @triton.jit
 def softmax_step(s, largest, total, KEYS: tl.constexpr):
-    """Online softmax over a tile of scores whose axis KEYS is of keys (arXiv 1805.02867).
+    """One step of the online softmax (arXiv 1805.02867); axis KEYS of the tile holds the keys.
 
-    Gives its exponentials, what earlier sums shrink by, the largest score and the sum so far.
+    Returns the exponentials of the tile, the factor that rescales earlier sums, the largest score
+    so far and the sum of exponentials so far.
     """
-    larger = tl.maximum(largest, tl.max(s, axis=KEYS))
-    shift = tl.where(larger == -float("inf"), 0.0, larger)  # no key seen yet
+    new_largest = tl.maximum(largest, tl.max(s, axis=KEYS))
+    shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)  # no key seen yet
     p = tl.exp2((s - tl.expand_dims(shift, KEYS)) * LOG2_E)
-    shrunk = tl.exp2((largest - shift) * LOG2_E)
-    return p, shrunk, larger, total * shrunk + tl.sum(p, axis=KEYS)
+    rescale = tl.exp2((largest - shift) * LOG2_E)
+    return p, rescale, new_largest, total * rescale + tl.sum(p, axis=KEYS)
 
 
 @triton.jit
-def _added(total, lost, term):
-    """Kahan's sum: ``total + term``, and what its rounding lost, to be taken off the next term."""
-    term -= lost
-    larger = total + term
-    lost = (larger - total) - term
-    return larger, tl.where(tl.abs(lost) < float("inf"), lost, 0.0)  # Inf - Inf is no loss
+def kahan_add(total, error, term):
+    """One step of Kahan summation: ``total + term``, and its rounding error.
+
+    The next step subtracts the error from its term.
+    """
+    term -= error
+    new_total = total + term
+    error = (new_total - total) - term
+    return new_total, tl.where(tl.abs(error) < float("inf"), error, 0.0)  # Inf - Inf is NaN
 
 
 @triton.jit
 def mean_step(
-    s, dp, largest, total, pivot, beyond, lost_total, lost_beyond, dtype: tl.constexpr,
+    s, dp, largest, total, pivot, excess, total_error, excess_error, dtype: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    """A step of the mean of dp under the softmax of s, tiles whose axis KEYS is of keys.
+    """One online step of ``sum(softmax(s) * dp)``, the mean of dp; axis KEYS holds the keys.
 
-    Largest score, sum of exponentials, dp at the largest score, and the sum of what dp is beyond
-    that, weighted by the exponentials; in fp32 also what these two sums lost to rounding. Over
-    thousands of keys that would be most of the error of dq: an error of the mean moves dq along
-    the mean of k, which lies along q.
+    State: the largest score, the sum of exponentials, ``pivot`` (dp at the largest score), and
+    ``excess``, the sum of ``exp(s - largest) * (dp - pivot)``; the mean is ``pivot + excess /
+    total``. In fp32 both sums are Kahan sums. Plain sums over thousands of keys would be most of
+    the error of dq: an error of the mean shifts dq by a multiple of the mean key, and that
+    is nearly parallel to q.
     """
-    here = tl.max(s, axis=KEYS)
-    there = tl.max(tl.where(s == tl.expand_dims(here, KEYS), dp, -float("inf")), axis=KEYS)
-    there = tl.where((here > largest) & (tl.abs(there) < float("inf")), there, pivot)
-    larger = tl.maximum(largest, here)
-    shift = tl.where(larger == -float("inf"), 0.0, larger)  # no key seen yet
+    tile_largest = tl.max(s, axis=KEYS)
+    new_pivot = tl.max(
+        tl.where(s == tl.expand_dims(tile_largest, KEYS), dp, -float("inf")), axis=KEYS
+    )
+    new_pivot = tl.where(
+        (tile_largest > largest) & (tl.abs(new_pivot) < float("inf")), new_pivot, pivot
+    )
+    new_largest = tl.maximum(largest, tile_largest)
+    shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)  # no key seen yet
     e = tl.exp2((s - tl.expand_dims(shift, KEYS)) * LOG2_E)
-    shrunk = tl.exp2((largest - shift) * LOG2_E)
-    total *= shrunk
-    beyond = beyond * shrunk + total * (pivot - there)
-    more_beyond = tl.sum(e * (dp - tl.expand_dims(there, KEYS)), axis=KEYS)
-    more = tl.sum(e, axis=KEYS)
+    rescale = tl.exp2((largest - shift) * LOG2_E)
+    total *= rescale
+    excess = excess * rescale + total * (pivot - new_pivot)
+    tile_excess = tl.sum(e * (dp - tl.expand_dims(new_pivot, KEYS)), axis=KEYS)
+    tile_total = tl.sum(e, axis=KEYS)
     if dtype == tl.float32:
-        lost_total *= shrunk
-        lost_beyond = lost_beyond * shrunk + lost_total * (pivot - there)
-        beyond, lost_beyond = _added(beyond, lost_beyond, more_beyond)
-        total, lost_total = _added(total, lost_total, more)
+        total_error *= rescale
+        excess_error = excess_error * rescale + total_error * (pivot - new_pivot)
+        excess, excess_error = kahan_add(excess, excess_error, tile_excess)
+        total, total_error = kahan_add(total, total_error, tile_total)
     else:
-        beyond += more_beyond
-        total += more
-    return larger, total, there, beyond, lost_total, lost_beyond
+        excess += tile_excess
+        total += tile_total
+    return new_largest, total, new_pivot, excess, total_error, excess_error
 
 
 @triton.jit
 def probabilities_and_score_gradients(
     s, scored, inside, dp, factor, largest, inverse, pivot, delta, dtype, KEYS: tl.constexpr
 ):  # fmt: skip
-    """A tile of p after dropout and of ds, as the dots to come take them.
+    """A tile of p after dropout and of ds, in ``dtype`` for the matrix products that follow.
 
-    ``scored``: where the scores have a gradient; ``inside``: rows that are there.
+    ``scored`` marks the scores that have a gradient, ``inside`` the rows that exist. In fp32
+    ``delta`` is the mean of dp minus ``pivot``, else it is the mean itself.
     """
     inside = tl.expand_dims(inside, KEYS)
     p = tl.exp2((s - tl.expand_dims(largest, KEYS)) * LOG2_E) * tl.expand_dims(inverse, KEYS)
@@ -216,50 +233,56 @@ def probabilities_and_score_gradients(
         dp -= tl.expand_dims(pivot, KEYS)
     ds = p * (dp - tl.expand_dims(delta, KEYS))
     ds = tl.where(scored & inside, ds, 0.0)  # 0 even if p is NaN
-    p = tl.where(inside, p * factor, 0.0)  # rows beyond the last: 0 * Inf is NaN
+    p = tl.where(inside, p * factor, 0.0)  # a row past the last has 0 * Inf = NaN
     return p.to(dtype), ds.to(dtype)
 
 
 @triton.jit
-def dropout_factor(seed_ptr, drop_below, survivor_scale, key, query, row):
-    """What the probabilities ``[keys, rows]`` are multiplied by; ``row``: of all heads' images."""
-    survives = kept(
-        tl.load(seed_ptr), key[:, None], query.to(tl.int32)[None, :], row.to(tl.int32)[None, :],
-        drop_below,
+def dropout_factor(seed_ptr, drop_below, survivor_scale, key, query, batch_head):
+    """The factor ``[keys, rows]`` of the probabilities: 0, or 1 / (1 - dropout).
+
+    ``batch_head`` is ``image * heads + head``.
+    """
+    keep = keep_tile(
+        tl.load(seed_ptr), key[:, None], query.to(tl.int32)[None, :],
+        batch_head.to(tl.int32)[None, :], drop_below,
     )  # fmt: skip
-    return survives * survivor_scale
+    return keep * survivor_scale
 
 
 def head_parts(d: int) -> tuple[int, int]:
-    """The widths of the two parts of a head."""
+    """The widths D1 and D2 of the two parts of a head of size d; D2 is 0 for one part."""
     first = max(16, 1 << (d.bit_length() - 1))
     return first, 0 if d <= first else max(16, triton.next_power_of_2(d - first))
 
 
-def shrink(q: Tensor) -> int:
-    """What a tile's number of keys is divided by: it is for 64 columns of 16 bits.
+def tile_divisor(q: Tensor) -> int:
+    """The divisor of BLOCK_N, which is the number of keys in a tile for 64 columns of 16 bits.
 
-    In fp32, whose products are sums of scalars in registers, by twice as much as the bytes grow.
+    fp32 products run on scalar units and need more registers, so their tiles have
+    a quarter of the keys.
     """
     columns = triton.next_power_of_2(sum(head_parts(q.shape[3])))
     return max(1, columns // 64) * (4 if q.dtype == torch.float32 else 1)
 
 
 def row_block(q: Tensor, rows: int) -> int:
-    """The rows of a tile: with 64, registers overflow on some GPU."""
+    """The number of rows in a tile. With 64, registers spill on some GPU."""
     return 16 if rows <= 16 or q.dtype == torch.float32 else 32
 
 
 def strides(x: Tensor | None, count: int = 3) -> tuple[int, ...]:
+    """The first strides of a tensor, zeros for None."""
     return x.stride()[:count] if x is not None else (0,) * count
 
 
 def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A bool mask as bytes, which Triton loads."""
     return mask if mask is None else mask.view(torch.uint8)
 
 
 def score_strides(bias: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of the bias, 0 where it is broadcast."""
+    """Strides of the bias, 0 along dimensions in which it is broadcast to ``shape``."""
     if bias is None:
         return (0,) * 4
     return tuple(

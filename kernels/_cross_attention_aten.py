@@ -1,8 +1,8 @@
-"""Few-query attention from ATen's kernels, where Triton does not run.
+"""`cross_attention` on a CPU, from ATen's matrix products and softmax.
 
-Images are taken one by one, with scores that stay in cache; ATen's flash attention is no faster
-here with its backward, and not exact enough. The heads that share a key head are packed into the
-rows of one, so that no key is read twice and its gradient comes out summed.
+Images are processed one by one, so that their scores stay in cache. ATen's flash attention,
+with its backward, is no faster here and less exact. The heads that share a key head are one matrix
+of rows, so each key is read once and its gradient is summed by the matrix product.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def forward(
     bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
     scale: float, dropout: float,
 ) -> Tensor:  # fmt: skip
-    """The result ``(batch, heads, queries, d)``."""
+    """Return ``(batch, heads, queries, d)``."""
     rows = _packed(q, k.shape[1])
     o = by_tokens(q)
     for image in range(q.shape[0]):
         p = _probabilities(image, rows, k, k2, bias, key_mask, q.shape[1:3], scale)
         if dropout > 0 and seed is not None:
-            p *= _survivors(image, q.shape, p.shape, seed, dropout)
+            p *= _dropout_factor(image, q.shape, p.shape, seed, dropout)
         found = torch.bmm(p[..., : k.shape[2]], v[image].float())
         if v2 is not None:
             found.baddbmm_(p[..., k.shape[2] :], v2[image].float())
@@ -42,7 +42,7 @@ def backward(
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
     dk2: Tensor | None, dv2: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fill the gradients that are not None."""
+    """Fill those of dq, dk, dv, dk2 and dv2 that are not None."""
     keys = k.shape[2]
     rows, drows = _packed(q, k.shape[1]), _packed(do, k.shape[1])
     for image in range(q.shape[0]):
@@ -71,7 +71,7 @@ def bias_gradient(
     bias: Tensor, key_mask: Tensor | None, seed: Tensor | None,
     scale: float, dropout: float,
 ) -> Tensor:  # fmt: skip
-    """The gradient of the bias, from scores that are there in full, as the bias is."""
+    """The gradient of the bias, from the full matrix of score gradients. It runs on GPUs too."""
     if is_traced(q):
         return torch.empty_like(bias, memory_format=torch.contiguous_format)
     keys = k.shape[2] + (0 if k2 is None else k2.shape[2])
@@ -93,12 +93,12 @@ def _score_gradients(
     k2: Tensor | None, v2: Tensor | None, bias: Tensor | None, key_mask: Tensor | None,
     seed: Tensor | None, q: Tensor, scale: float, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Of one image the probabilities after dropout and the gradient of the scores, in fp32."""
+    """The probabilities after dropout and the gradient of the scores of one image, in fp32."""
     p = _probabilities(image, rows, k, k2, bias, key_mask, q.shape[1:3], scale)
     dp = _products(do, v[image], None if v2 is None else v2[image])
     factor = None
     if dropout > 0 and seed is not None:
-        factor = _survivors(image, q.shape, p.shape, seed, dropout)
+        factor = _dropout_factor(image, q.shape, p.shape, seed, dropout)
         dp *= factor
     ds = softmax_gradient(dp, p)
     if key_mask is not None:
@@ -107,10 +107,10 @@ def _score_gradients(
 
 
 def softmax_gradient(dp: Tensor, p: Tensor) -> Tensor:
-    """The gradient of the scores from that of their softmax p, which is changed.
+    """The gradient of the scores, from the gradient dp of their softmax p. Overwrites dp.
 
-    The mean of dp is subtracted twice: the second time it is nearly 0, so a row of the result sums
-    to 0 as nearly as fp32 can say, also where one key has all the weight.
+    The mean of dp is subtracted here and once more by ATen, where it is nearly 0. So each row of
+    the result sums to 0 within fp32's rounding, even if one key has all the weight.
     """
     dp -= torch.linalg.vecdot(dp, p)[..., None].nan_to_num_(0, 0, 0)
     return _softmax_backward(dp, p, -1, dp.dtype)
@@ -120,7 +120,7 @@ def _probabilities(
     image: int, rows: Tensor, k: Tensor, k2: Tensor | None, bias: Tensor | None,
     key_mask: Tensor | None, heads_and_queries: torch.Size, scale: float,
 ) -> Tensor:  # fmt: skip
-    """Of one image the probabilities ``(kv_heads, rows, keys)``, in fp32."""
+    """The probabilities ``(kv_heads, rows, keys)`` of one image, in fp32."""
     s = _products(rows[image].float(), k[image], None if k2 is None else k2[image]).mul_(scale)
     if bias is not None:
         by_head = s.view(*heads_and_queries, -1)
@@ -130,10 +130,11 @@ def _probabilities(
     p = torch.softmax(s, -1)
     if s.is_cpu and not p[..., 0].isnan().any():
         return p
-    return torch.ops.aten._safe_softmax(s, -1)  # no key seen: zeros
+    return torch.ops.aten._safe_softmax(s, -1)  # all keys masked: zeros
 
 
 def _products(rows: Tensor, x: Tensor, x2: Tensor | None) -> Tensor:
+    """Products ``(kv_heads, rows, keys)`` of rows with the tokens of both sources."""
     if x2 is None:
         return torch.bmm(rows, x.float().transpose(1, 2))
     out = rows.new_empty(*rows.shape[:2], x.shape[1] + x2.shape[1])
@@ -142,10 +143,10 @@ def _products(rows: Tensor, x: Tensor, x2: Tensor | None) -> Tensor:
     return out
 
 
-def _survivors(
+def _dropout_factor(
     image: int, q_shape: torch.Size, shape: torch.Size, seed: Tensor, dropout: float
 ) -> Tensor:
-    """What dropout multiplies the probabilities ``(kv_heads, rows, keys)`` of an image by."""
+    """Dropout's factor ``(kv_heads, rows, keys)`` for the probabilities of one image."""
     heads, queries = q_shape[1:3]
     key, query, head = (
         torch.arange(n, device=seed.device) for n in (shape[2], queries, heads)
@@ -156,14 +157,17 @@ def _survivors(
 
 
 def _packed(x: Tensor, kv_heads: int) -> Tensor:
-    """``(batch, heads, queries, d)`` as ``(batch, kv_heads, rows, d)``; all rows of a group."""
+    """``(batch, heads, queries, d)`` as ``(batch, kv_heads, rows, d)``: heads become rows."""
     if x.shape[1] == kv_heads:
         return x
     return x.reshape(x.shape[0], kv_heads, -1, x.shape[3])
 
 
 def by_tokens(like: Tensor) -> Tensor:
-    """An empty ``(batch, heads, tokens, d)`` in memory ``(batch, tokens, heads, d)``, no view."""
+    """An empty ``(batch, heads, tokens, d)`` laid out in memory as ``(batch, tokens, heads, d)``.
+
+    It is not a view of another tensor.
+    """
     _, heads, tokens, d = like.shape
     strides = (tokens * heads * d, d, heads * d, 1)
     return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of a seed and a position: nothing is stored for backward.
+"""Dropout whose mask is computed from a seed and a position, so backward needs no stored mask.
 
 An element at position ``(c0, c1, c2)`` is dropped where the first word of Philox-4x32-10 (Salmon
 et al., SC 2011) at counter ``(c0, c1, c2, 0)`` under the seed is below ``p * 2**32``. Kernels and
@@ -18,8 +18,8 @@ _WORD = 0xFFFFFFFF
 
 
 @triton.jit
-def kept(seed, c0, c1, c2, threshold):
-    """1.0 where the element survives, else 0.0; the counters broadcast (int32)."""
+def keep_tile(seed, c0, c1, c2, threshold):
+    """1.0 where the element is kept, else 0.0. The int32 counters are broadcast."""
     shape: tl.constexpr = (c0 + c1 + c2).shape
     zero = tl.zeros(shape, tl.int32)
     word, _, _, _ = tl.philox(seed, zero + c0, zero + c1, zero + c2, zero)
@@ -27,17 +27,17 @@ def kept(seed, c0, c1, c2, threshold):
 
 
 def threshold(p: float) -> int:
-    """The bound below which the random word drops an element."""
+    """An element is dropped if its random word is below this bound."""
     return int(p * 2**32)
 
 
 def keep_mask(seed: Tensor, p: float, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
-    """The mask of `kept` as booleans; ``seed`` is one int64, the counters broadcast."""
+    """Plain PyTorch: the mask of `keep_tile` as bool. ``seed`` has one int64."""
     x0, x1, x2, x3 = (c.to(torch.int64) for c in torch.broadcast_tensors(c0, c1, c2, c0 * 0))
     seed = seed.reshape(())
     key_0, key_1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
-        # A product of two words wraps as a signed 64-bit number with the right bits.
+        # The product of two 32-bit words overflows int64, but all of its 64 bits are right.
         a, b = x0 * _ROUND_A, x2 * _ROUND_B
         x0, x2 = ((b >> 32) & _WORD) ^ x1 ^ key_0, ((a >> 32) & _WORD) ^ x3 ^ key_1
         x1, x3 = b & _WORD, a & _WORD

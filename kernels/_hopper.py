@@ -1,8 +1,8 @@
-"""Optional CUTLASS GEMMs for Hopper with the following element-wise pass fused into the epilogue.
+"""Optional CUTLASS GEMMs for Hopper that compute GELU or its gradient in the epilogue.
 
-The extension ``vlm_fast._hopper`` (csrc/hopper_*) has them. It is built on request, with
+They are in the extension ``vlm_fast._hopper`` (csrc/hopper_*), which is built on request, with
 ``VLM_FAST_CUTLASS=1`` (see setup.py). Without it, on another GPU, in another dtype or for fewer
-rows, cuBLAS multiplies and a kernel does the element-wise pass.
+rows, cuBLAS multiplies and a separate kernel does the element-wise pass.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ except ImportError as error:
     native, why_absent = None, str(error)
 
 CAPABILITY = (9, 0)
-ALIGNMENT = 16  # bytes; TMA reads only rows that start at a multiple of it
+ALIGNMENT = 16  # bytes; TMA reads only rows that start at a multiple of 16
 TILE = 128  # rows and columns of the result that a thread block computes at a time
 
-# From how many rows on a GEMM is taken. Measured on an H200 against cuBLAS and a pass: linear_gelu
-# takes 1.15 times as long at 2,056 rows, and 1/1.22 of the time at 4,608; gelu_backward takes 1.03
-# times as long at 32 rows, and 1/1.27 of the time at 512.
+# The fewest rows for which each GEMM is used. Measured on an H200 against cuBLAS and a separate
+# pass: linear_gelu takes 1.15 times as long at 2,056 rows, and 1/1.22 of the time at 4,608;
+# gelu_backward takes 1.03 times as long at 32 rows, and 1/1.27 of the time at 512.
 LINEAR_GELU_ROWS = 3072
 GELU_BACKWARD_ROWS = 128
 
@@ -55,7 +55,7 @@ def _serves(x: Tensor, *widths: int) -> bool:
 
 
 def runs_here(x: Tensor) -> bool:
-    """Whether the extension is there and the tensor is on a Hopper GPU."""
+    """Whether the extension is built and the tensor is on a Hopper GPU."""
     return native is not None and x.is_cuda and _is_hopper(x.device.index)
 
 
@@ -67,7 +67,10 @@ def _is_hopper(device: int) -> bool:
 def linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, keep_z: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """``z = x W^T + bias``, or None without ``keep_z``, and ``gelu(z)``; x ``(rows, inner)``."""
+    """Return ``z = x W^T + bias``, or None without ``keep_z``, and ``gelu(z)``.
+
+    x ``(rows, inner)``, weight ``(hidden, inner)``, bias ``(hidden,)``; results ``(rows, hidden)``.
+    """
     (rows, inner), hidden = x.shape, weight.shape[0]
     h = x.new_empty(rows, hidden)
     z = torch.empty_like(h) if keep_z else None
@@ -84,7 +87,7 @@ def linear_gelu(
 def gelu_backward(
     z: Tensor, dy: Tensor, weight: Tensor, *, want_h: bool, want_dbias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``dz = (dy W) gelu'(z)``; if wanted, ``gelu(z)`` and the sum of dz over the rows.
+    """Return ``dz = (dy W) gelu'(z)`` and, if wanted, ``gelu(z)`` and the sum of dz over rows.
 
     z ``(rows, hidden)``, contiguous; dy ``(rows, out)``; weight ``(out, hidden)``.
     """
@@ -114,14 +117,14 @@ def _stream(tensor: Tensor) -> int:
 
 
 def _in_tma_rows(x: Tensor) -> Tensor:
-    """A matrix with dense, aligned rows, copied only if x is none."""
+    """A matrix as dense rows that TMA can read, copied only if necessary."""
     pitch = x.stride(0)
     fits = x.stride(1) == 1 and pitch >= x.shape[1] and pitch * x.element_size() % ALIGNMENT == 0
     return _aligned(x) if fits else x.contiguous()
 
 
 def _aligned(x: Any) -> Any:
-    """x, copied if it does not start at an aligned address."""
+    """x, copied only if its address is not aligned."""
     if x is None or is_traced(x) or x.data_ptr() % ALIGNMENT == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched: its block sizes, the device guard, and recorded launches."""
+"""Launching of Triton kernels: block sizes, the current device, and recording of launches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Grid = Callable[[dict[str, int]], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is tiled: its block sizes (powers of two), warps and pipeline stages."""
+    """Block sizes of a kernel (powers of two), its warps and its pipeline stages."""
 
     blocks: dict[str, int]
     num_warps: int = 4
@@ -51,9 +51,9 @@ class Launch:
 
 
 class Kernel:
-    """A Triton kernel with its config; called as ``kernel(grid, *arguments)``.
+    """A Triton kernel with its config, launched by ``kernel(grid, *arguments)``.
 
-    ``grid`` is a function of the config's blocks. A kernel may have a second config for some sizes:
+    ``grid`` maps the block sizes to the number of programs. A kernel may have several configs:
     ``choose`` then maps the ``size`` of a call to the index of a config.
     """
 
@@ -87,17 +87,17 @@ class Kernel:
 
 
 def kernel(*configs: Config, choose: Callable[[int], int] | None = None) -> Callable[[Any], Kernel]:
-    """Give the ``triton.jit`` function below its config, or several and how to choose by size."""
+    """Decorator that makes a ``triton.jit`` function a `Kernel` with these configs."""
     return lambda jit: Kernel(jit, configs, choose)
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether work on this tensor goes to Triton; if not, to the CPU's compiled code or ATen."""
+    """Whether Triton computes on this tensor. If not, the compiled CPU extension or ATen does."""
     return AVAILABLE and (tensor.is_cuda or INTERPRETED)
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether this is a fake or meta tensor: only shapes are wanted, nothing is computed."""
+    """Whether this is a fake or meta tensor, for which only shapes are computed."""
     return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
@@ -106,9 +106,9 @@ _recordings: dict[int, list[Launch]] = {}
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collect the launches of the whole process: autograd runs a GPU's backward in its own thread.
+    """Collect the launches of all threads, because autograd runs a GPU's backward in its own.
 
-    With fake tensors nothing runs; what is recorded then suffices to compile without a GPU.
+    With fake tensors nothing runs, and the recorded launches suffice to compile without a GPU.
     """
     launches: list[Launch] = []
     _recordings[id(launches)] = launches
@@ -119,23 +119,23 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make the tensor's device the current one."""
+    """A context in which the tensor's device is the current one."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
 
 
 def precision() -> str:
-    """Triton's precision of fp32 products, as the user lets cuBLAS take them."""
+    """Triton's ``input_precision`` of fp32 products, as the user has set it for cuBLAS."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def in_rows(x: Tensor) -> Tensor:
-    """``(batch, tokens, features)``, copied only if the strides are not those of rows."""
+    """x as ``(batch, tokens, features)`` with a last stride of 1, copied only if necessary."""
     x = dense(x)
     return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
 
 
 def dense(x: Tensor) -> Tensor:
-    """x with a last stride of 1."""
+    """x with a last stride of 1, copied only if necessary."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,9 +1,9 @@
-"""The backward of attention to media: no atomics, every gradient element summed in one order.
+"""Backward of `media_cross_attention`, deterministic: no atomics, each sum has one fixed order.
 
-Nothing of the forward is kept but its inputs, see `_cross_attention_backward`. One kernel gives the
-queries' gradient, a program per tile of text, and leaves the statistics of the softmax; one finds
-the first and the last token that sees each medium; and one goes from there to there, a program per
-tile of a medium's keys.
+The forward saves its inputs only, as for `_cross_attention_backward`. The first kernel, one program
+per tile of rows, computes dq and stores the statistics of the softmax. The second, one program per
+medium, finds the first and the last token that attends to it. The third, one program per tile of a
+medium's keys, loops over those tokens and computes dk and dv.
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ from torch import Tensor
 
 from ._attention_tiles import (
     SIZES,
+    dot_parts,
     head_parts,
-    inner_product,
     load_parts,
     mean_step,
     probabilities_and_score_gradients,
     rms_norm,
     rms_norm_backward,
-    shrink,
     store_parts,
     strides,
+    tile_divisor,
 )
 from ._launcher import Config, kernel, precision
-from ._media_mask import first_of_tile, load_index, medium_is_seen, sight, tiles_of
+from ._media_mask import first_of_tile, is_visible, load_index, tiles_of, visible_range
 from ._triton import tl, triton
 
 
 @triton.jit
 def _scores_and_dp(
-    k1, k2, v1, v2, q1, q2, do1, do2, inside_keys, seen, alone, scale,
+    k1, k2, v1, v2, q1, q2, do1, do2, inside_keys, seen, unattended_rows, scale,
     UNATTENDED: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``[rows, keys]`` of scores, where they have a gradient, and of dp."""
-    s = inner_product(q1, q2, k1, k2, D2, PRECISION) * scale
+    """A tile ``[rows, keys]`` of scores, of whether they have a gradient, and of dp."""
+    s = dot_parts(q1, q2, k1, k2, D2, PRECISION) * scale
     scored = seen[:, None] & inside_keys[None, :]
     s = tl.where(scored, s, -float("inf"))
-    if UNATTENDED == "uniform":  # equal weights, whatever the scores
-        s = tl.where(scored & alone[:, None], 0.0, s)
-        scored = scored & ~alone[:, None]
-    return s, scored, inner_product(do1, do2, v1, v2, D2, PRECISION)
+    if UNATTENDED == "uniform":  # the weights are equal and the scores get no gradient
+        s = tl.where(scored & unattended_rows[:, None], 0.0, s)
+        scored = scored & ~unattended_rows[:, None]
+    return s, scored, dot_parts(do1, do2, v1, v2, D2, PRECISION)
 
 
 @kernel(Config({"BLOCK_N": 64}, num_warps=8, num_stages=1))
@@ -52,15 +52,15 @@ def media_query_gradient_kernel(
     k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
     index_ptr,  # (batch, queries) int64
     q_norm_ptr,  # (d,) or None
-    stats_ptr,  # (4, count) fp32: largest score, 1 / sum of them, the mean of dp; or None
+    stats_ptr,  # (4, count) fp32 or None: largest score, 1 / sum of exponentials, delta, pivot
     dq_ptr, dq_batch, dq_head, dq_query,  # or None
     dq_norm_ptr,  # (programs, d) fp32 or None
     kv_heads, group, queries, rows, media, tokens_per_media, count, scale, eps,
     ATTEND: tl.constexpr, UNATTENDED: tl.constexpr,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
-    SHRINK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE_DIVISOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    TILE: tl.constexpr = BLOCK_N // SHRINK if BLOCK_N // SHRINK > 16 else 16
+    TILE: tl.constexpr = BLOCK_N // TILE_DIVISOR if BLOCK_N // TILE_DIVISOR > 16 else 16
     program = tl.program_id(0)
     tiles = tl.cdiv(rows, BLOCK_M)
     kv_head = (program // tiles % kv_heads).to(tl.int64)
@@ -76,7 +76,7 @@ def media_query_gradient_kernel(
     do1, do2 = load_parts(
         do_ptr + image * do_batch, head * do_head + query * do_query, inside, d, D1, D2
     )
-    index, alone, low, high = sight(
+    index, unattended_rows, low, high = visible_range(
         index_ptr + image * queries, query, inside, media, ATTEND, UNATTENDED
     )
     k_ptr += image * k_batch + kv_head * k_head
@@ -84,28 +84,28 @@ def media_query_gradient_kernel(
     largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     pivot = tl.zeros([BLOCK_M], tl.float32)
-    beyond = tl.zeros([BLOCK_M], tl.float32)
-    lost_total, lost_beyond = total, beyond
+    excess = tl.zeros([BLOCK_M], tl.float32)
+    total_error, excess_error = total, excess
     per_medium = tl.cdiv(tokens_per_media, TILE)
     start, end = tiles_of(low, high, per_medium)
     for at in range(start, end):
         medium, n = at // per_medium, first_of_tile(at % per_medium, TILE) + tl.arange(0, TILE)
-        seen = medium_is_seen(index, alone, inside, medium, ATTEND, UNATTENDED)
+        seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
         inside_keys = n < tokens_per_media
         key = medium.to(tl.int64) * tokens_per_media + n
         k1, k2 = load_parts(k_ptr, key * k_key, inside_keys, d, D1, D2)
         v1, v2 = load_parts(v_ptr, key * v_key, inside_keys, d, D1, D2)
         s, _, dp = _scores_and_dp(
-            k1, k2, v1, v2, q1, q2, do1, do2, inside_keys, seen, alone, scale,
+            k1, k2, v1, v2, q1, q2, do1, do2, inside_keys, seen, unattended_rows, scale,
             UNATTENDED, D2, PRECISION,
         )  # fmt: skip
-        largest, total, pivot, beyond, lost_total, lost_beyond = mean_step(
-            s, dp, largest, total, pivot, beyond, lost_total, lost_beyond, q1.dtype, 1
+        largest, total, pivot, excess, total_error, excess_error = mean_step(
+            s, dp, largest, total, pivot, excess, total_error, excess_error, q1.dtype, 1
         )
     largest = tl.where(total == 0.0, 0.0, largest)
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    delta = beyond * inverse
-    if q1.dtype != tl.float32:  # whose ds is rounded to 16 bits: one number, and fewer registers
+    delta = excess * inverse
+    if q1.dtype != tl.float32:  # ds is rounded to 16 bits anyway; one number saves registers
         delta += pivot
     if stats_ptr is not None:
         at = stats_ptr + (image * kv_heads * group + head) * queries + query
@@ -119,20 +119,21 @@ def media_query_gradient_kernel(
         dq2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
         for at in range(start, end):
             medium, n = at // per_medium, first_of_tile(at % per_medium, TILE) + tl.arange(0, TILE)
-            seen = medium_is_seen(index, alone, inside, medium, ATTEND, UNATTENDED)
+            seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
             inside_keys = n < tokens_per_media
             key = medium.to(tl.int64) * tokens_per_media + n
             k1, k2 = load_parts(k_ptr, key * k_key, inside_keys, d, D1, D2)
             v1, v2 = load_parts(v_ptr, key * v_key, inside_keys, d, D1, D2)
             s, scored, dp = _scores_and_dp(
-                k1, k2, v1, v2, q1, q2, do1, do2, inside_keys, seen, alone, scale,
+                k1, k2, v1, v2, q1, q2, do1, do2, inside_keys, seen, unattended_rows, scale,
                 UNATTENDED, D2, PRECISION,
             )  # fmt: skip
             _, ds = probabilities_and_score_gradients(
                 s, scored, inside, dp, 1.0, largest, inverse, pivot, delta, q1.dtype, 1
             )
             if q1.dtype == tl.float32:
-                # One chain of thousands of sums would round each; tile by tile it is a tenth.
+                # Tiles are summed on their own first: that has a tenth of the rounding error of one
+                # chain of thousands of additions.
                 dq1 += tl.dot(ds, k1, input_precision=PRECISION) * scale
                 if D2 > 0:
                     dq2 += tl.dot(ds, k2, input_precision=PRECISION) * scale
@@ -158,7 +159,7 @@ def media_query_gradient_kernel(
 @triton.jit(do_not_specialize=["queries", "media"])
 def media_reach_kernel(
     index_ptr,  # (batch, queries) int64
-    reach_ptr,  # (batch, media, 2) int32: the first token that sees it, and one past the last
+    reach_ptr,  # (batch, media, 2) int32: the first token that attends to it, and the last + 1
     queries, media, ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -167,8 +168,8 @@ def media_reach_kernel(
     for start in range(0, queries, BLOCK):
         query = start + tl.arange(0, BLOCK)
         inside = query < queries
-        index, alone = load_index(index_ptr + image * queries, query, inside, ATTEND)
-        seen = medium_is_seen(index, alone, inside, medium, ATTEND, UNATTENDED)
+        index, unattended_rows = load_index(index_ptr + image * queries, query, inside, ATTEND)
+        seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
         first = tl.minimum(first, tl.min(tl.where(seen, query, queries), axis=0))
         last = tl.maximum(last, tl.max(tl.where(seen, query + 1, 0), axis=0))
     at = reach_ptr + (image * media + medium) * 2
@@ -184,14 +185,14 @@ def media_key_gradient_kernel(
     k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
     index_ptr, reach_ptr,  # (batch, queries) int64, (batch, media, 2) int32
     q_norm_ptr,  # (d,) or None
-    stats_ptr,  # (4, count) fp32: as the first kernel leaves it
+    stats_ptr,  # (4, count) fp32, written by media_query_gradient_kernel
     dk_ptr, dk_batch, dk_head, dk_key, dv_ptr, dv_batch, dv_head, dv_key,
     kv_heads, group, queries, media, tokens_per_media, count, scale, eps,
     ATTEND: tl.constexpr, UNATTENDED: tl.constexpr,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
-    SHRINK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE_DIVISOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    TILE: tl.constexpr = BLOCK_N // SHRINK if BLOCK_N // SHRINK > 16 else 16
+    TILE: tl.constexpr = BLOCK_N // TILE_DIVISOR if BLOCK_N // TILE_DIVISOR > 16 else 16
     program = tl.program_id(0)
     per_medium = tl.cdiv(tokens_per_media, TILE)
     n = first_of_tile(program % per_medium, TILE) + tl.arange(0, TILE)
@@ -225,8 +226,8 @@ def media_key_gradient_kernel(
         do1, do2 = load_parts(
             do_ptr + image * do_batch + head * do_head, query * do_query, inside, d, D1, D2
         )
-        index, alone = load_index(index_ptr, query, inside, ATTEND)
-        seen = medium_is_seen(index, alone, inside, medium, ATTEND, UNATTENDED)
+        index, unattended_rows = load_index(index_ptr, query, inside, ATTEND)
+        seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
         stats = stats_ptr + (image * kv_heads * group + head) * queries + query
         largest = tl.load(stats, mask=inside, other=0.0)
         inverse = tl.load(stats + count, mask=inside, other=0.0)
@@ -235,7 +236,7 @@ def media_key_gradient_kernel(
         if q1.dtype == tl.float32:
             pivot = tl.load(stats + count + count + count, mask=inside, other=0.0)
         s, scored, dp = _scores_and_dp(
-            k1, k2, v1, v2, q1, q2, do1, do2, inside_keys, seen, alone, scale,
+            k1, k2, v1, v2, q1, q2, do1, do2, inside_keys, seen, unattended_rows, scale,
             UNATTENDED, D2, PRECISION,
         )  # fmt: skip
         p, ds = probabilities_and_score_gradients(
@@ -257,13 +258,13 @@ def launch_backward(
     tokens_per_media: int, attend: str, unattended: str, scale: float, eps: float,
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
-    """Fill the gradients that are not None, and give q_norm's; see `media_attention_backward`."""
+    """Fill those of dq, dk and dv that are not None; return the gradient of q_norm or None."""
     batch, heads, queries, d = q.shape
     kv_heads, keys = k.shape[1:3]
     media, group = keys // tokens_per_media, heads // kv_heads
     rows, count = group * queries, batch * heads * queries
-    block = 16 if q.dtype == torch.float32 else 32  # with 64, registers overflow on some GPU
-    shrunk, widths = shrink(q), (d, *head_parts(d))
+    block = 16 if q.dtype == torch.float32 else 32  # with 64, registers spill on some GPU
+    divisor, widths = tile_divisor(q), (d, *head_parts(d))
     stats = None if dk is None else q.new_empty(4, count, dtype=torch.float32)
     shared = (
         q, *strides(q), do, *strides(do), k, *strides(k), v, *strides(v), index
@@ -276,7 +277,7 @@ def launch_backward(
         lambda blocks: (programs_of_rows,),
         *shared, q_norm, stats, dq, *strides(dq), shares,
         kv_heads, group, queries, rows, media, tokens_per_media, count, scale, eps,
-        attend, unattended, *widths, block, shrunk, precision(),
+        attend, unattended, *widths, block, divisor, precision(),
     )  # fmt: skip
     dq_norm = None if shares is None else shares.sum(0)
     if dk is None or dv is None:
@@ -289,13 +290,13 @@ def launch_backward(
     )  # fmt: skip
 
     def programs(blocks: dict[str, int]) -> tuple[int, ...]:
-        tile = max(16, blocks["BLOCK_N"] // shrunk)
+        tile = max(16, blocks["BLOCK_N"] // divisor)
         return (batch * kv_heads * media * triton.cdiv(tokens_per_media, tile),)
 
     media_key_gradient_kernel(
         programs,
         *shared, reach, q_norm, stats, dk, *strides(dk), dv, *strides(dv),
         kv_heads, group, queries, media, tokens_per_media, count, scale, eps, attend, unattended,
-        *widths, block, shrunk, precision(),
+        *widths, block, divisor, precision(),
     )  # fmt: skip
     return dq_norm

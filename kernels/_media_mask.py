@@ -1,9 +1,9 @@
-"""Which media a token of text sees, from one number a token.
+"""The mask between text tokens and media (images), decoded from one integer index per token.
 
-``latest``: the number of media so far, of which the last is seen; ``all_previous``: the same
-number, and all of them are seen; ``listed``: bit m says whether medium m is. A token without any
-is *alone*; it sees nothing ("zero"), everything with equal weight ("uniform"), or everything as its
-scores are ("everything").
+ATTEND says what the index means. "latest": the number of media before the token, which attends to
+the last of them. "all_previous": the same number, and the token attends to all of them. "listed":
+bit m is set if the token attends to medium m. UNATTENDED says what a token does that has no medium:
+its result is "zero", the "uniform" mean over all media, or attention to "everything".
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ._triton import tl, triton
 
 @triton.jit
 def load_index(index_ptr, query, inside, ATTEND: tl.constexpr):
-    """The indices of some tokens, and which are alone."""
+    """Load the indices of a tile of tokens; return which of them have no medium, too."""
     index = tl.load(index_ptr + query, mask=inside, other=0)
     if ATTEND != "listed":
         index = tl.minimum(tl.maximum(index, 0), 2147483647).to(tl.int32)
@@ -24,11 +24,14 @@ def load_index(index_ptr, query, inside, ATTEND: tl.constexpr):
 
 
 @triton.jit
-def sight(
+def visible_range(
     index_ptr, query, inside, media, ATTEND: tl.constexpr, UNATTENDED: tl.constexpr
 ):  # fmt: skip
-    """Of a tile of rows: their indices, the alone, and the range of media that any of them sees."""
-    index, alone = load_index(index_ptr, query, inside, ATTEND)
+    """Indices of a tile of rows, which rows have no medium, and the range of media to visit.
+
+    No row attends to a medium outside of ``[low, high)``.
+    """
+    index, unattended_rows = load_index(index_ptr, query, inside, ATTEND)
     if ATTEND == "listed":
         low, high = media * 0, media
     else:
@@ -40,16 +43,16 @@ def sight(
             low = tl.min(tl.where(some, last - 1, media), axis=0)
             low = tl.minimum(low, high)
     if UNATTENDED != "zero":
-        anyone = tl.max(alone.to(tl.int32), axis=0) > 0
+        anyone = tl.max(unattended_rows.to(tl.int32), axis=0) > 0
         low, high = tl.where(anyone, 0, low), tl.where(anyone, media, high)
-    return index, alone, low, high
+    return index, unattended_rows, low, high
 
 
 @triton.jit
-def medium_is_seen(
-    index, alone, inside, medium, ATTEND: tl.constexpr, UNATTENDED: tl.constexpr
+def is_visible(
+    index, unattended_rows, inside, medium, ATTEND: tl.constexpr, UNATTENDED: tl.constexpr
 ):  # fmt: skip
-    """Which rows see a medium."""
+    """Which rows attend to a medium."""
     if ATTEND == "latest":
         seen = index == medium + 1
     elif ATTEND == "all_previous":
@@ -57,24 +60,25 @@ def medium_is_seen(
     else:
         seen = (index >> medium.to(tl.int64)) & 1 != 0
     if UNATTENDED != "zero":
-        seen = seen | alone
+        seen = seen | unattended_rows
     return seen & inside
 
 
 @triton.jit
 def tiles_of(low, high, per_medium):
-    """Media ``low`` to ``high`` as tiles, numbered through."""
+    """The first tile of medium ``low`` and of medium ``high``, if all tiles are numbered."""
     first, last = low.to(tl.int64) * per_medium, high.to(tl.int64) * per_medium
     return first.to(tl.int32), last.to(tl.int32)
 
 
 @triton.jit
 def first_of_tile(tile, SIZE: tl.constexpr):
-    return (tile.to(tl.int64) * SIZE).to(tl.int32)  # numbers of tokens fit
+    """The first token of a tile. The product is taken in int64; a token's number fits in int32."""
+    return (tile.to(tl.int64) * SIZE).to(tl.int32)
 
 
 def media_seen(media_index: Tensor, media: int, attend: str) -> Tensor:
-    """Bool ``(batch, queries, media)``: the same on the host's side."""
+    """Plain PyTorch: the mask as bool ``(batch, queries, media)``."""
     medium = torch.arange(media, device=media_index.device)
     index = media_index.unsqueeze(-1)
     if attend == "latest":

@@ -1,4 +1,4 @@
-"""The optional compiled extension (csrc/), or None; its absence is never an error."""
+"""The compiled extension for CPUs (csrc/), or None if it was not built."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Several linears of one input as one.
+"""Several linears that share an input, computed as one.
 
-On a GPU the weights are put together for the call: one large GEMM fills it, several small ones
-leave most of it idle. Elsewhere each linear writes its own columns, and nothing is copied. What was
-put together is not kept: parameters and their gradients have memory of their own.
+On a GPU the weights are concatenated for the duration of the call, because one large GEMM fills the
+GPU and several small ones leave most of it idle. On a CPU, in fp32, each linear writes its own
+columns and nothing is copied. Parameters and their gradients always have memory of their own.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ._launcher import is_traced
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """``cat([linear(x, weight, bias) for ...], -1)`` of ``x (rows, in)``."""
-    if _at_once(x):
-        weight, bias = _together(weights, biases)
+    if _as_one_gemm(x):
+        weight, bias = _concatenated(weights, biases)
         return torch.addmm(bias, x, weight.t())
     sizes = [weight.shape[0] for weight in weights]
     y = x.new_empty(x.shape[0], sum(sizes))
@@ -28,8 +28,8 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> T
 
 
 def input_gradient(dy: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """The gradient of x, from that of the result ``(rows, sum of out)``."""
-    if _at_once(dy):
+    """The gradient of x ``(rows, in)``, from the gradient of the result ``(rows, sum of out)``."""
+    if _as_one_gemm(dy):
         return torch.mm(dy, torch.cat(list(weights)))
     parts = dy.split([weight.shape[0] for weight in weights], 1)
     dx = torch.mm(parts[0], weights[0])
@@ -41,35 +41,35 @@ def input_gradient(dy: Tensor, weights: Sequence[Tensor]) -> Tensor:
 def parameter_gradients(
     dy: Tensor, x: Tensor, sizes: Sequence[int], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of weights, then of biases, of which some are wanted."""
+    """The gradients of all weights, then of all biases; None for those that are not wanted."""
     of_weights, of_biases = wanted[: len(sizes)], wanted[len(sizes) :]
     weights: list[Tensor | None] = [None] * len(sizes)
-    if _at_once(x) and all(of_weights):
-        weights = [*apart(torch.mm(dy.t(), x), sizes)]
+    if _as_one_gemm(x) and all(of_weights):
+        weights = [*split_copy(torch.mm(dy.t(), x), sizes)]
     elif any(of_weights):
         parts = zip(dy.split(list(sizes), 1), of_weights, strict=True)
         weights = [torch.mm(part.t(), x) if want else None for part, want in parts]
-    biases = apart(dy.sum(0), sizes) if any(of_biases) else [None] * len(sizes)
+    biases = split_copy(dy.sum(0), sizes) if any(of_biases) else [None] * len(sizes)
     return [*weights, *biases]
 
 
-def apart(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """The rows of a tensor as tensors that have memory of their own."""
-    if is_traced(whole):  # a stand-in has no kernel that fills several at once
+def split_copy(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Split a tensor along its rows into copies with memory of their own."""
+    if is_traced(whole):  # split_with_sizes_copy has no out= variant for fake tensors
         return [part.clone() for part in whole.split(list(sizes))]
     parts = [whole.new_empty(size, *whole.shape[1:]) for size in sizes]
     torch.split_with_sizes_copy(whole, list(sizes), 0, out=parts)
     return parts
 
 
-def _together(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """One weight and one bias, by one launch."""
+def _concatenated(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Concatenate the weights, and the biases, by one launch."""
     whole = torch.cat([t.reshape(-1) for t in (*weights, *biases)])
     rows, width = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     weight, bias = whole.split([rows * width, rows])
     return weight.view(rows, width), bias
 
 
-def _at_once(x: Tensor) -> bool:
-    # On a CPU the sum over several products would be rounded after each in 16 bits.
+def _as_one_gemm(x: Tensor) -> bool:
+    # One product in 16 bits on a CPU too: a sum of several would be rounded after each.
     return x.is_cuda or x.dtype != torch.float32

@@ -1,4 +1,4 @@
-"""What `pixel_shuffle_norm` merges, and how the merged tokens or their patches are normed."""
+"""Settings of `pixel_shuffle_norm`: which patches form a block, and which norm is applied."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Blocks:
-    """Which rows of x ``(batch, tokens, cols)`` make a block: those of a grid, or of an index.
+    """The rows of x ``(batch, tokens, cols)`` that form each block of ``factor ** 2`` patches.
 
-    A grid has ``height x width`` tokens in row-major order; an index ``(blocks, factor ** 2)``
-    numbers the rows of all images. ``by_channel``: channels are slowest in a merged token.
+    Without an index the tokens of an image are a grid ``height x width`` in row-major order, and
+    blocks are its squares. An index ``(blocks, factor ** 2)`` gives row numbers, counted over all
+    images. ``by_channel``: the channel is the slowest dimension of a merged token, not the patch.
     """
 
     factor: int
@@ -23,9 +24,11 @@ class Blocks:
 
     @property
     def positions(self) -> int:
+        """Patches in a block."""
         return self.factor**2
 
     def count(self, batch: int) -> int:
+        """Blocks, and thus merged tokens, of ``batch`` images."""
         if self.index is not None:
             return self.index.shape[0]
         return batch * (self.height // self.factor) * (self.width // self.factor)
@@ -33,7 +36,10 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Norm:
-    """``kind``: "layer", "rms" (rounded before the weight) or "gemma" (weight + 1, in fp32)."""
+    """The norm of whole merged tokens (``after``) or of single patches.
+
+    ``kind`` is "layer", "rms" (rounded before the weight) or "gemma" (weight + 1, in fp32).
+    """
 
     kind: str
     after: bool

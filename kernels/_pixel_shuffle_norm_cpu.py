@@ -1,4 +1,4 @@
-"""`pixel_shuffle_norm` on the CPU: compiled code where it serves the dtype, ATen otherwise."""
+"""`pixel_shuffle_norm` on a CPU: the compiled extension for fp32 and bf16, ATen otherwise."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from ._launcher import is_traced
 from ._native import native
 from ._patch_blocks import Blocks, Norm
 
-KINDS = ("layer", "rms", "gemma")  # as numbered in csrc
-Normed = tuple[Tensor, Tensor | None, Tensor | None]  # and means, and 1 / deviations
+KINDS = ("layer", "rms", "gemma")  # the order of NormKind in csrc
+Normed = tuple[Tensor, Tensor | None, Tensor | None]  # y, means, 1 / standard deviations
 
 
 def shuffled(x: Tensor, blocks: Blocks) -> Tensor:
-    """``(merged, factor ** 2 * cols)`` of ``(batch, tokens, cols)``."""
+    """Shuffle ``(batch, tokens, cols)`` into ``(merged, factor ** 2 * cols)``."""
     return _laid_out(_gathered(x, blocks), blocks)
 
 
 def unshuffled(y: Tensor, blocks: Blocks, shape: tuple[int, ...]) -> Tensor:
-    """What `shuffled` put together, back in rows of this shape; zeros in rows of no block."""
+    """The inverse of `shuffled`, in rows of this shape; rows outside of all blocks are zero."""
     return _scattered(_patches(y, blocks), blocks, shape)
 
 
 def norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Blocks, norm: Norm, want: bool
 ) -> Normed:
-    """The merged tokens, and statistics where these are wanted."""
+    """Return ``(merged, factor ** 2 * cols)`` and, if wanted, the statistics for backward."""
     if _compiled(x):
         return _native_forward(x, weight, bias, blocks, norm, want)
     y = _gathered(x, blocks)
@@ -43,7 +43,7 @@ def norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor,
     blocks: Blocks, norm: Norm, wants: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x ``(batch, tokens, cols)``, weight and bias."""
+    """Gradients of x ``(batch, tokens, cols)``, weight and bias, or None if not wanted."""
     if _compiled(x):
         return _native_backward(dy, x, weight, mean, rstd, blocks, norm, wants)
     patches = _gathered(x, blocks)
@@ -58,7 +58,7 @@ def norm_backward(
 
 
 def _gathered(x: Tensor, blocks: Blocks) -> Tensor:
-    """``(merged, factor ** 2, cols)``; of blocks that are consecutive rows a view."""
+    """The patches ``(merged, factor ** 2, cols)``; a view if blocks are consecutive rows."""
     cols = x.shape[-1]
     if blocks.index is None:
         return _grid(x, blocks).reshape(-1, blocks.positions, cols)
@@ -67,6 +67,7 @@ def _gathered(x: Tensor, blocks: Blocks) -> Tensor:
 
 
 def _scattered(patches: Tensor, blocks: Blocks, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `_gathered`."""
     cols = shape[-1]
     if blocks.index is None:
         x = patches.new_empty(math.prod(shape[:-2]), shape[-2], cols)
@@ -79,12 +80,13 @@ def _scattered(patches: Tensor, blocks: Blocks, shape: tuple[int, ...]) -> Tenso
 
 
 def _grid(x: Tensor, blocks: Blocks) -> Tensor:
+    """A view ``(batch, block rows, block cols, factor, factor, cols)``."""
     s = blocks.factor
     return x.unflatten(1, (blocks.height // s, s, blocks.width // s, s)).transpose(2, 3)
 
 
 def _laid_out(patches: Tensor, blocks: Blocks) -> Tensor:
-    """Patches as merged tokens."""
+    """Patches ``(merged, factor ** 2, cols)`` as merged tokens ``(merged, factor ** 2 * cols)``."""
     patches = patches.transpose(1, 2) if blocks.by_channel else patches
     return patches.reshape(patches.shape[0], -1)
 
@@ -125,7 +127,7 @@ def _native_backward(
     blocks: Blocks, norm: Norm, wants: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     dx = None
-    if wants[0]:  # an index may leave rows out; a grid does not
+    if wants[0]:  # an index may omit rows, whose gradient is 0; a grid has every row
         dx = x.new_empty(x.shape) if blocks.index is None else x.new_zeros(x.shape)
     dweight, dbias = (
         weight.new_zeros(weight.shape, dtype=torch.float32) if want else None for want in wants[1:]

@@ -1,4 +1,4 @@
-"""Triton if it is installed; otherwise inert names, so that kernel files import everywhere."""
+"""Triton if it is installed, else placeholders with which kernel files can be imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ except ImportError:
     AVAILABLE = False
 
     class _Absent:
-        """Takes part in definitions (`tl.constexpr(0.5)`, `@triton.jit`), never in a launch."""
+        """A placeholder for use in definitions (`tl.constexpr(0.5)`, `@triton.jit`) only."""
 
         def __getattr__(self, name: str) -> Any:
             return self

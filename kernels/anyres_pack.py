@@ -1,9 +1,9 @@
-"""Rows of image tiles into the order of a prompt, by tables made on the host; and back.
+"""Copies rows of image tiles into the order of a prompt, by index; one program per packed row.
 
-A table names a row of the source for every row of the result. What lies outside of the source's
-rows, as -1, stands for the newline, or for zeros where there is none: no table is a wild address.
-The way back is the same movement by the inverse table, so nothing is added up but the newline's
-gradient, in an order of its own.
+An index has the source's row for every row of the result. An entry that is no row of the source,
+such as -1, selects the fill row (the newline) or zeros, so no entry is used as a wild address. The
+backward is the same kernel with the inverse index. Only the fill row's gradient is a sum, which is
+taken in a fixed order.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ._native import native
 from ._triton import tl, triton
 from .image_tokens import copy_text, row_matrix
 
-MAX_PROGRAMS = 512  # of the newline's gradient, along the rows
-UNIT = tl.constexpr(2.0**-30)  # of weights
+MAX_PROGRAMS = 512  # along the rows, for the gradient of the fill row
+UNIT = tl.constexpr(2.0**-30)  # the unit of integer weights
 
 
 @kernel(Config({"BLOCK_COLS": 2048}, num_warps=4))
@@ -25,8 +25,8 @@ UNIT = tl.constexpr(2.0**-30)  # of weights
 def pack_rows_kernel(
     source_ptr, source_stride,  # (limit or more, cols)
     index_ptr,  # (rows,) int32
-    source_slots_ptr,  # (limit,) int32 or None: the source's row of an index
-    out_slots_ptr,  # (rows,) int32 or None: the result's row
+    source_slots_ptr,  # (limit,) int32 or None: the source's row for each index
+    out_slots_ptr,  # (rows,) int32 or None: the result's row for each index
     fill_ptr,  # (cols,) or None
     out_ptr,  # (rows or more, cols)
     limit, cols, BLOCK_COLS: tl.constexpr,
@@ -54,7 +54,7 @@ def pack_rows_kernel(
 def blend_rows_kernel(
     source_ptr, source_stride,  # (limit, cols)
     taps_ptr, weights_ptr,  # (rows, 4) int32
-    fill_ptr,  # (cols,) or None, of rows without a first tap
+    fill_ptr,  # (cols,) or None: for rows whose first tap is no row
     out_ptr,  # (rows, cols)
     limit, cols, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
@@ -83,11 +83,11 @@ def blend_rows_kernel(
 def fill_gradient_kernel(
     dy_ptr, dy_stride,  # (rows or more, cols)
     index_ptr, index_stride,  # (rows,) int32
-    slots_ptr,  # (rows,) int32 or None: dy's row
+    slots_ptr,  # (rows,) int32 or None: dy's row for each index
     share_ptr,  # (shares, cols) fp32
     limit, rows, rows_per_share, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    # Few rows are fills: the others' loads are masked and cost no traffic.
+    # Few rows are fill rows; the masked loads of the others cause no traffic.
     col_blocks = tl.cdiv(cols, BLOCK_COLS)
     share = tl.program_id(0).to(tl.int64) // col_blocks
     col = (tl.program_id(0) % col_blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
@@ -115,10 +115,10 @@ def pack_rows(
     source: Tensor, index: Tensor, fill: Tensor | None, *, slots: Tensor | None = None,
     limit: int | None = None, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """``(rows, cols)``: ``source[index]``, or ``fill`` (else zeros) where that is no row of it.
+    """Return ``source[index]`` ``(rows, cols)``, with ``fill`` or zeros where index is no row.
 
-    source: ``(..., cols)``; index: ``(rows,)`` int32. With slots ``(limit,)``, an index
-    names the slot whose entry is the source's row.
+    source: ``(..., cols)``; index: ``(rows,)`` int32; fill: ``(cols,)``. With slots ``(limit,)``
+    int32 the rows are ``source[slots[index]]``.
     """
     matrix, index, fill = row_matrix(source), index.contiguous(), _dense(fill)
     limit = matrix.shape[0] if limit is None else limit
@@ -151,7 +151,7 @@ def pack_rows(
 def merge_packed_rows(
     embeds: Tensor, mask: Tensor, slots: Tensor, source: Tensor, index: Tensor, fill: Tensor | None
 ) -> Tensor:
-    """``embeds (batch, sequence, cols)`` with `pack_rows` of the source in its slots."""
+    """Return ``embeds (batch, sequence, cols)`` with `pack_rows` of the source in its slots."""
     matrix, text = row_matrix(source), row_matrix(embeds)
     index, fill = index.contiguous(), _dense(fill)
     limit, cols = matrix.shape
@@ -166,7 +166,7 @@ def merge_packed_rows(
     elif is_traced(embeds):
         pass
     elif native is not None and embeds.is_cpu:
-        # Rounded to the features' dtype first, as it would be among them.
+        # Rounded to the features' dtype first, as if it were one of their rows.
         fill = None if fill is None else fill.to(matrix.dtype).to(out.dtype)
         matrix = matrix.to(out.dtype)
         native.merge_packed_rows(
@@ -181,10 +181,11 @@ def merge_packed_rows(
 
 
 def blend_rows(source: Tensor, taps: Tensor, weights: Tensor, fill: Tensor | None) -> Tensor:
-    """``(rows, cols)``: the sum of four weighted rows, those that are rows of the source.
+    """Return weighted sums ``(rows, cols)`` of up to four rows of the source each.
 
-    source: ``(..., cols)``; taps, weights: ``(rows, 4)`` int32; the latter in units of
-    2**-30. Where the first tap is no row, ``fill`` or zeros.
+    source: ``(..., cols)``; taps: ``(rows, 4)`` int32 row numbers, where a number that is no row
+    adds nothing; weights: ``(rows, 4)`` int32 in units of 2**-30. If the first tap is no row, the
+    result is ``fill`` or zeros.
     """
     matrix, fill = row_matrix(source), _dense(fill)
     taps, weights = taps.contiguous(), weights.contiguous()
@@ -220,7 +221,7 @@ def blend_rows(source: Tensor, taps: Tensor, weights: Tensor, fill: Tensor | Non
 def fill_gradient(
     dy: Tensor, index: Tensor, limit: int, dtype: torch.dtype, *, slots: Tensor | None = None
 ) -> Tensor:
-    """``(cols,)``: the sum of dy's rows whose index is outside of ``limit``, added up in fp32."""
+    """The gradient ``(cols,)`` of fill: the fp32 sum of dy's rows whose index is no row."""
     matrix = row_matrix(dy)
     rows, cols = index.shape[0], matrix.shape[1]
     if runs_triton(dy) or is_traced(dy):

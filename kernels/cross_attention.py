@@ -1,4 +1,8 @@
-"""Attention of few queries against many keys, of one source or two."""
+"""Attention of few queries to many keys, from one source or two, with an online softmax.
+
+A program takes a tile of rows (the queries of all heads that share a key head, of one image) and a
+share of the keys. If the keys are split, a second kernel combines the partial results.
+"""
 
 from __future__ import annotations
 
@@ -10,57 +14,60 @@ from ._attention_tiles import (
     LOG2_E,
     SIZES,
     as_bytes,
+    dot_parts,
     dropout_factor,
     head_parts,
-    inner_product,
     load_parts,
     row_block,
     score_strides,
     score_tile,
-    shrink,
     softmax_step,
     store_parts,
     strides,
+    tile_divisor,
 )
 from ._cross_attention_backward import launch_backward
 from ._dropout import threshold
 from ._launcher import Config, dense, is_traced, kernel, precision, runs_triton
 from ._triton import tl, triton
 
-FULL_GPU = 132  # programs; below, the keys are split among more
+FULL_GPU = 132  # programs, as many as an H200 has multiprocessors; with fewer, keys are split
 MAX_SPLITS = 16
-MIN_SPLIT_KEYS = 128  # below, combining costs more than it saves
+MIN_SPLIT_KEYS = 128  # with fewer keys in a split, combining costs more than splitting saves
 
 
 @triton.jit
 def _attend(
     largest, total, acc1, acc2, q1, q2,
     k_ptr, k_key, v_ptr, v_key, start, end, keys, first,
-    image, head, query, place, inside_rows,
+    image, head, query, batch_head, inside_rows,
     bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
     seed_ptr, drop_below, survivor_scale, scale,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One pass over the keys ``start`` to ``end`` of a source, whose first is number ``first``."""
+    """The online softmax over keys ``start`` to ``end`` of one source.
+
+    ``first`` is the number of the source's first key among the keys of all sources.
+    """
     for at in range(start, end, TILE):
         n = at + tl.arange(0, TILE)
         inside = n < keys
         k1, k2 = load_parts(k_ptr, n.to(tl.int64) * k_key, inside, d, D1, D2)
         v1, v2 = load_parts(v_ptr, n.to(tl.int64) * v_key, inside, d, D1, D2)
         s, _ = score_tile(
-            inner_product(k1, k2, q1, q2, D2, PRECISION),
+            dot_parts(k1, k2, q1, q2, D2, PRECISION),
             n, inside, first, image, head, query, inside_rows,
             bias_ptr, bias_batch, bias_head, bias_query, bias_key,
             mask_ptr, mask_batch, mask_key, scale,
         )  # fmt: skip
-        p, shrunk, largest, total = softmax_step(s, largest, total, 0)
+        p, rescale, largest, total = softmax_step(s, largest, total, 0)
         if seed_ptr is not None:
-            p *= dropout_factor(seed_ptr, drop_below, survivor_scale, first + n, query, place)
+            p *= dropout_factor(seed_ptr, drop_below, survivor_scale, first + n, query, batch_head)
         p = p.to(v1.dtype)
-        acc1 = tl.dot(tl.trans(v1), p, acc1 * shrunk[None, :], input_precision=PRECISION)
+        acc1 = tl.dot(tl.trans(v1), p, acc1 * rescale[None, :], input_precision=PRECISION)
         if D2 > 0:
-            acc2 = tl.dot(tl.trans(v2), p, acc2 * shrunk[None, :], input_precision=PRECISION)
+            acc2 = tl.dot(tl.trans(v2), p, acc2 * rescale[None, :], input_precision=PRECISION)
     return largest, total, acc1, acc2
 
 
@@ -73,14 +80,14 @@ def cross_attention_kernel(
     bias_ptr, bias_batch, bias_head, bias_query, bias_key,
     mask_ptr, mask_batch, mask_key,  # (batch, keys + keys2) bytes
     seed_ptr, drop_below, survivor_scale,
-    o_ptr,  # (batch, queries, heads, d); of more than one split (splits, count, d) fp32, and
+    o_ptr,  # (batch, queries, heads, d); with several splits (splits, count, d) fp32, and
     stats_ptr,  # (splits, 2, count) fp32: largest score, sum of exponentials
     kv_heads, group, queries, rows, keys, keys2, count, splits, scale,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
-    SHRINK: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_DIVISOR: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    TILE: tl.constexpr = BLOCK_N // SHRINK if BLOCK_N // SHRINK > 16 else 16
+    TILE: tl.constexpr = BLOCK_N // TILE_DIVISOR if BLOCK_N // TILE_DIVISOR > 16 else 16
     program = tl.program_id(0)
     split, program = (program % splits).to(tl.int64), program // splits
     tiles = tl.cdiv(rows, BLOCK_M)
@@ -89,14 +96,14 @@ def cross_attention_kernel(
     image = (program // tiles // kv_heads).to(tl.int64)
     inside_rows = row < rows
     head, query = kv_head * group + row // queries, (row % queries).to(tl.int64)
-    place = image * kv_heads * group + head
+    batch_head = image * kv_heads * group + head
     q_ptr += image * q_batch
     q1, q2 = load_parts(q_ptr, head * q_head + query * q_query, inside_rows, d, D1, D2)
     largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc1 = tl.zeros([D1, BLOCK_M], tl.float32)
     acc2 = tl.zeros([D2 if D2 > 0 else 16, BLOCK_M], tl.float32)
-    # Tiles of both sources are numbered through and divided among the splits.
+    # The tiles of both sources have consecutive numbers, which are divided among the splits.
     tiles1 = tl.cdiv(keys, TILE)
     share = tl.cdiv(tiles1 + tl.cdiv(keys2, TILE), splits)
     start, end = split * share * TILE, (split + 1) * share * TILE
@@ -105,7 +112,7 @@ def cross_attention_kernel(
         k_ptr + image * k_batch + kv_head * k_head, k_key,
         v_ptr + image * v_batch + kv_head * v_head, v_key,
         tl.minimum(start, keys).to(tl.int32), tl.minimum(end, keys).to(tl.int32), keys, 0,
-        image, head, query, place, inside_rows,
+        image, head, query, batch_head, inside_rows,
         bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
         seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE, PRECISION,
     )  # fmt: skip
@@ -116,19 +123,19 @@ def cross_attention_kernel(
             k2_ptr + image * k2_batch + kv_head * k2_head, k2_key,
             v2_ptr + image * v2_batch + kv_head * v2_head, v2_key,
             tl.maximum(start, 0).to(tl.int32), tl.minimum(end, keys2).to(tl.int32), keys2, keys,
-            image, head, query, place, inside_rows,
+            image, head, query, batch_head, inside_rows,
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
             seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE, PRECISION,
         )  # fmt: skip
     if PARTIAL:
-        at = place * queries + query
+        at = batch_head * queries + query
         stats_ptr += split * 2 * count
         o_ptr += split * count * d
         tl.store(stats_ptr + at, largest, mask=inside_rows)
         tl.store(stats_ptr + count + at, total, mask=inside_rows)
         store_parts(o_ptr, at * d, inside_rows, tl.trans(acc1), tl.trans(acc2), d, D1, D2)
     else:
-        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)[None, :]  # no key seen: zeros
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)[None, :]  # all keys masked: zeros
         acc1, acc2 = acc1 * inverse, acc2 * inverse
         out_row = ((image * queries + query) * kv_heads * group + head) * d
         store_parts(o_ptr, out_row, inside_rows, tl.trans(acc1), tl.trans(acc2), d, D1, D2)
@@ -142,7 +149,7 @@ def combine_splits_kernel(
     o_ptr,  # (batch, queries, heads, d)
     heads, queries, count, splits, d: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    # A program per row (batch, head, query); all splits at once.
+    # One program per row (batch, head, query); it reads all splits at once.
     row = tl.program_id(0).to(tl.int64)
     split, col = tl.arange(0, SPLITS).to(tl.int64), tl.arange(0, WIDTH)
     inside = split < splits
@@ -178,9 +185,9 @@ def attention_forward(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """The result ``(batch, heads, queries, d)``, in memory ``(batch, queries, heads, d)``.
+    """Return ``(batch, heads, queries, d)``, laid out in memory as ``(batch, queries, heads, d)``.
 
-    Arguments as of the op `cross_attention`.
+    The arguments are those of the op `cross_attention`.
     """
     q, k, v = dense(q), dense(k), dense(v)
     k2, v2 = k2 if k2 is None else dense(k2), v2 if v2 is None else dense(v2)
@@ -213,10 +220,10 @@ def attention_backward(
     want_kv2: bool,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, k2 and v2, None where not wanted.
+    """Return the gradients of q, k, v, k2 and v2, or None for those that are not wanted.
 
-    Each lies in memory as ``(batch, tokens, heads, d)``, the first three in ``into`` if given,
-    whose last strides are 1.
+    Each is laid out in memory as ``(batch, tokens, heads, d)``. If ``into`` is given, the first
+    three are written into its tensors, whose last stride must be 1.
     """
     do, q, k, v = dense(do), dense(q), dense(k), dense(v)
     k2, v2 = k2 if k2 is None else dense(k2), v2 if v2 is None else dense(v2)
@@ -241,6 +248,7 @@ def _targets(
     want_kv2: bool,
     into: tuple[Tensor, Tensor, Tensor] | None,
 ) -> tuple[Tensor | None, ...]:
+    """Allocate the tensors that `attention_backward` fills."""
     dq, dk, dv = into if into is not None else (None, None, None)
     dk2 = dv2 = None
     if into is None and want_q:
@@ -275,7 +283,7 @@ def _launch_forward(
         as_bytes(key_mask), *strides(key_mask, 2),
         seed if dropout > 0 else None, threshold(dropout), 1 / (1 - dropout),
         out, stats, kv_heads, heads // kv_heads, queries, rows, keys, keys2, count, splits, scale,
-        d, *head_parts(d), block, shrink(q), splits > 1, precision(),
+        d, *head_parts(d), block, tile_divisor(q), splits > 1, precision(),
     )  # fmt: skip
     if splits > 1:
         combine_splits_kernel(
@@ -285,5 +293,5 @@ def _launch_forward(
 
 
 def key_splits(programs: int, keys: int) -> int:
-    """Among how many programs each row's keys are divided: a function of shapes alone."""
+    """The number of programs that share the keys of a row. It depends on nothing but shapes."""
     return max(1, min(FULL_GPU // programs, keys // MIN_SPLIT_KEYS, MAX_SPLITS))

@@ -1,7 +1,7 @@
-"""The elementwise middle of a gated MLP, ``act(gate) * up``, one pass over memory each way.
+"""``act(gate) * up`` of a gated MLP and its gradient; a program takes BLOCK elements.
 
-Where ``count`` is a multiple of 16, as it is at any width that tensor cores like, the compiler has
-to know: only then does a mask hold for eight elements alike, and accesses are of 128 bits.
+``count`` is specialized: if the compiler knows that it is a multiple of 16, the mask is the same
+for eight neighbouring elements, and loads and stores are of 128 bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def gated_activation_kernel(
     gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
     value, _ = value_and_slope(gate, ACTIVATION)
-    value = value.to(h_ptr.dtype.element_ty).to(tl.float32)  # rounded as an activation of its own
+    value = value.to(h_ptr.dtype.element_ty).to(tl.float32)  # rounded, as in plain PyTorch
     tl.store(h_ptr + at, (value * up).to(h_ptr.dtype.element_ty), mask=inside)
 
 
@@ -34,7 +34,7 @@ def gated_activation_kernel(
 @triton.jit
 def gated_activation_backward_kernel(
     gate_ptr, up_ptr, dh_ptr,  # (count,)
-    dgate_ptr, dup_ptr,  # (count,); the latter may be dh itself
+    dgate_ptr, dup_ptr,  # (count,); dup may be dh
     h_ptr,  # (count,) or None
     count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def gated_activation_backward_kernel(
     value = value.to(dup_ptr.dtype.element_ty).to(tl.float32)
     dgate = dh * up * slope
     if ACTIVATION == "relu":
-        dgate = tl.where(slope == 0.0, 0.0, dgate)  # even of Inf
+        dgate = tl.where(slope == 0.0, 0.0, dgate)  # not Inf * 0 = NaN
     tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
     tl.store(dup_ptr + at, (dh * value).to(dup_ptr.dtype.element_ty), mask=inside)
     if h_ptr is not None:
@@ -57,7 +57,10 @@ def gated_activation_backward_kernel(
 def gated_activation(
     gate: Tensor, up: Tensor, activation: str, *, overwrite: bool = False
 ) -> Tensor:
-    """``act(gate) * up``, over gate if wanted; both of one shape, contiguous."""
+    """``act(gate) * up``; gate and up have one shape and are contiguous.
+
+    ``overwrite`` allows the result to be written over gate.
+    """
     if not runs_triton(gate):
         return activate(gate, activation, overwrite=overwrite).mul_(up)
     h = gate if overwrite else torch.empty_like(gate)
@@ -71,7 +74,7 @@ def gated_activation(
 def gated_activation_backward(
     gate: Tensor, up: Tensor, dh: Tensor, activation: str, *, want_h: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``dgate``, ``dup`` (written over dh) and, if wanted, ``h``; all ``(rows, cols)``."""
+    """Return dgate, dup (written over dh) and, if wanted, h; all ``(rows, cols)``, contiguous."""
     if not runs_triton(gate):
         value = activate(gate, activation)
         dgate = activation_backward(dh * up, gate, activation)

@@ -1,7 +1,7 @@
-"""Rows of image features into the slots of a text sequence and back: every row moves once.
+"""Copies rows of image features into a text sequence and back; one program per row.
 
-``slots`` lists, in order, the flat row numbers (batch * sequence) where the mask is true. It costs
-4 bytes a feature row; nothing here allocates anything of the hidden size but the results.
+``slots`` lists, in ascending order, the flat row numbers (batch * sequence) where the mask is true:
+4 bytes per feature row. Nothing of the hidden size is allocated except results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def image_token_slots_kernel(
     count_ptr,  # () int32
     batch, sequence, capacity, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # A program per sequence: the bytes before it are counted from L2 (a few kilobytes), which
+    # A program per sequence counts the mask of all earlier sequences, a few kilobytes in L2. That
     # costs less than a second launch or a look-back between programs.
     sample = tl.program_id(0)
     first = sample.to(tl.int64) * sequence
@@ -62,8 +62,8 @@ def merge_image_tokens_kernel(
     out_ptr,  # (rows, cols)
     feature_rows, cols, CLEAR_IMAGE_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    # The first `feature_rows` programs place one feature row each, the rest copy text rows: one
-    # launch, and no row of the result is written twice.
+    # The first `feature_rows` programs copy a feature row each and the others a text row, so that
+    # one launch is enough and no row of the result is written twice.
     program = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_COLS)
     if program < feature_rows:
@@ -108,10 +108,11 @@ def gather_image_tokens_kernel(
 
 
 def image_token_slots(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor | int]:
-    """``slots (capacity,)`` int32 and how many entries of ``mask (batch, sequence)`` are true.
+    """Return ``slots (capacity,)`` int32 and the count of true entries of ``mask``.
 
-    The mask has at least one entry. The count is a number where it is known without waiting.
-    Slots past the count hold 0: a wrong count is somebody's error, never a wild address.
+    mask: bool ``(batch, sequence)``, with at least one entry. The count is a 0-d tensor on a GPU,
+    so that the host need not wait for it, and an int on a CPU. Slots past the count are 0, so that
+    a wrong count of a caller never leads to a wild address.
     """
     mask = mask.contiguous()
     slots = mask.new_empty(capacity, dtype=torch.int32)
@@ -139,7 +140,7 @@ def image_token_slots(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor | int
 def merge_image_tokens(
     embeds: Tensor, features: Sequence[Tensor], mask: Tensor, slots: Tensor
 ) -> Tensor:
-    """``embeds (batch, sequence, cols)`` with the rows of all ``features`` in its slots."""
+    """Return ``embeds (batch, sequence, cols)`` with the rows of all ``features`` in its slots."""
     out = embeds.new_empty(embeds.shape)
     text, images = row_matrix(embeds), [row_matrix(image) for image in features]
     rows, cols = text.shape
@@ -170,7 +171,7 @@ def merge_image_tokens(
 
 
 def clear_image_tokens(source: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
-    """``source (batch, sequence, cols)`` with zeros in its slots: the gradient of the text."""
+    """The gradient of the text: ``source (batch, sequence, cols)`` with zeros in its slots."""
     out = source.new_empty(source.shape)
     text = row_matrix(source)
     rows, cols = text.shape
@@ -189,9 +190,9 @@ def clear_image_tokens(source: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
 
 
 def gather_image_tokens(source: Tensor, slots: Tensor, first: int, out: Tensor) -> None:
-    """``out[j] = source[slots[first + j]]`` over the rows of ``source (batch, sequence, cols)``."""
+    """Write ``source[slots[first + j]]`` to ``out[j]``, for rows of ``(batch, sequence, cols)``."""
     matrix = row_matrix(source)
-    rows = math.prod(out.shape[:-1])  # Size.numel() would fix a dynamic shape
+    rows = math.prod(out.shape[:-1])  # Size.numel() would specialize a dynamic shape
     cols = matrix.shape[1]
     if runs_triton(source):
         gather_image_tokens_kernel(
@@ -209,13 +210,13 @@ def gather_image_tokens(source: Tensor, slots: Tensor, first: int, out: Tensor) 
 
 
 def place_image_tokens(features: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
-    """``features (slots, cols)`` in their slots, zeros elsewhere: the gradient of the gather."""
+    """The gradient of the gather: ``features (slots, cols)`` in their slots, zeros elsewhere."""
     image = row_matrix(features)
     cols = image.shape[1]
     if runs_triton(features) or is_traced(features):
         out = features.new_empty(*mask.shape, cols)
         if runs_triton(features):
-            # One row of zeros, read again and again: no row of the result is written twice.
+            # The text is one row of zeros with stride 0; zeroing the result would write it twice.
             text = features.new_zeros(1, cols).expand(mask.numel(), cols)
             _merge(image, slots, 0, text, mask, out, cols)
         return out
@@ -225,7 +226,10 @@ def place_image_tokens(features: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
 
 
 def copy_text(text: Tensor, mask: Tensor, out: Tensor) -> None:
-    """Rows of ``text (rows, cols)`` into ``out`` where ``mask`` is false; any into the others."""
+    """Copy rows of ``text (rows, cols)`` to ``out`` where ``mask`` is false.
+
+    The other rows of out are undefined afterwards.
+    """
     if runs_triton(text):
         _merge(None, None, 0, text, mask, out, text.shape[1])
     elif not is_traced(text):
@@ -233,7 +237,7 @@ def copy_text(text: Tensor, mask: Tensor, out: Tensor) -> None:
 
 
 def row_matrix(x: Tensor) -> Tensor:
-    """``x`` as ``(rows, cols)`` with dense rows: a view wherever the strides allow one."""
+    """x as ``(rows, cols)`` with dense rows, a view if the strides allow it."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     return x.flatten(0, -2)
 
@@ -248,6 +252,7 @@ def _merge(
     cols: int,
     clear: bool = False,
 ) -> None:
+    """Launch the copy of one image's rows and of the text's rows, or of one of them."""
     feature_rows = 0 if image is None else image.shape[0]
     programs = feature_rows + (0 if text is None else text.shape[0])
     merge_image_tokens_kernel(

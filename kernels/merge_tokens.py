@@ -1,8 +1,8 @@
-"""Rows of tokens summed into the tokens they merge into, and spread out again.
+"""Sums or means of the tokens that merge into one token, and the inverse copy; a program per row.
 
-``destination``, ``order`` and ``start`` are those of `bipartite_match`. Every row is read once, in
-an order that is fixed; there are no atomics. A number out of range is somebody's error, never a
-wild address: on a GPU the row it names is left out, elsewhere it raises IndexError.
+``destination``, ``order`` and ``start`` are those of `bipartite_match`. Each row is read once, in
+a fixed order and without atomics. A number out of range is never used as an address: on a GPU its
+row is left out, on a CPU it raises IndexError.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ._launcher import Config, dense, is_traced, kernel, runs_triton
 from ._native import native
 from ._triton import tl, triton
 
-NATIVE = {torch.float32: 0, torch.bfloat16: 1}  # what the compiled code knows
+NATIVE = {torch.float32: 0, torch.bfloat16: 1}  # as numbered by Element in csrc
 
 
 @kernel(Config({"BLOCK_COLS": 512}, num_warps=2))
@@ -29,7 +29,7 @@ def sum_tokens_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     image = row // merged
-    at = start_ptr + row + image  # one more start than merged tokens
+    at = start_ptr + row + image  # an image has merged + 1 starts
     first, last = tl.maximum(tl.load(at), 0), tl.minimum(tl.load(at + 1), tokens)
     members = order_ptr + image * tokens
     total = 0.0
@@ -54,7 +54,7 @@ def sum_tokens_kernel(
                 weight = 1.0
                 if size_ptr is not None:
                     weight = tl.load(size_ptr + image * tokens + token, mask=inside, other=0.0)
-                x *= tl.math.div_rn(weight, total)  # 1, exactly, of a token alone
+                x *= tl.math.div_rn(weight, total)  # exactly 1 for a group of one token
             sums += x
         tl.store(out_ptr + row * cols + col, sums.to(out_ptr.dtype.element_ty), mask=col < cols)
 
@@ -70,17 +70,17 @@ def spread_tokens_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     image = row // tokens
-    place = tl.load(destination_ptr + row).to(tl.int64)
-    inside = (place >= 0) & (place < merged)
+    group = tl.load(destination_ptr + row).to(tl.int64)
+    inside = (group >= 0) & (group < merged)
     scale = 1.0
     if total_ptr is not None:
         if size_ptr is not None:
             scale = tl.load(size_ptr + row)
-        total = tl.load(total_ptr + image * merged + place, mask=inside, other=1.0)
+        total = tl.load(total_ptr + image * merged + group, mask=inside, other=1.0)
         scale = tl.math.div_rn(scale, total)
     for start in range(0, cols, BLOCK_COLS):
         col = start + tl.arange(0, BLOCK_COLS)
-        at_y = y_ptr + image * y_batch + place * y_token + col
+        at_y = y_ptr + image * y_batch + group * y_token + col
         y = tl.load(at_y, mask=(col < cols) & inside, other=0.0).to(tl.float32)
         found = (y * scale).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * cols + col, found, mask=col < cols)
@@ -97,13 +97,13 @@ def row_products_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     image, token = row // tokens, row % tokens
-    place = tl.load(destination_ptr + row).to(tl.int64)
-    inside = (place >= 0) & (place < merged)
+    group = tl.load(destination_ptr + row).to(tl.int64)
+    inside = (group >= 0) & (group < merged)
     products = tl.zeros([BLOCK_COLS], tl.float32)
     for start in range(0, cols, BLOCK_COLS):
         col = start + tl.arange(0, BLOCK_COLS)
         at_x = x_ptr + image * x_batch + token * x_token + col
-        at_y = y_ptr + image * y_batch + place * y_token + col
+        at_y = y_ptr + image * y_batch + group * y_token + col
         x = tl.load(at_x, mask=col < cols, other=0.0).to(tl.float32)
         products += x * tl.load(at_y, mask=(col < cols) & inside, other=0.0).to(tl.float32)
     tl.store(product_ptr + row, tl.sum(products))
@@ -112,10 +112,10 @@ def row_products_kernel(
 def sum_tokens(
     x: Tensor, order: Tensor, start: Tensor, size: Tensor | None = None, *, mean: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """``(batch, merged, cols)``: sums of rows, or their means weighted by size, and total sizes.
+    """Return sums ``(batch, merged, cols)``, or means weighted by size and the total sizes.
 
-    x: ``(batch, tokens, cols)``; size: fp32 ``(batch, tokens)``, contiguous, or None for ones.
-    Totals, fp32, only with means.
+    x: ``(batch, tokens, cols)``; size: fp32 ``(batch, tokens)``, contiguous, or None for ones. The
+    totals ``(batch, merged)``, fp32, are None without ``mean``.
     """
     batch, tokens, cols = x.shape
     merged = start.shape[1] - 1
@@ -144,9 +144,10 @@ def sum_tokens(
 def spread_tokens(
     y: Tensor, destination: Tensor, size: Tensor | None = None, total: Tensor | None = None
 ) -> Tensor:
-    """``(batch, tokens, cols)``: of each token the row it went to, times its share of the total.
+    """Return ``(batch, tokens, cols)``: for each token the row of its merged token.
 
-    y: ``(batch, merged, cols)``; size and total as of `sum_tokens`, or no total for whole rows.
+    y: ``(batch, merged, cols)``; size and total as in `sum_tokens`. With a total, each row is
+    multiplied by the token's share of it.
     """
     batch, tokens = destination.shape
     merged, cols = y.shape[1:]
@@ -174,7 +175,7 @@ def spread_tokens(
 
 
 def row_products(x: Tensor, y: Tensor, destination: Tensor) -> Tensor:
-    """fp32 ``(batch, tokens)``: the inner products of each token and the row it went to."""
+    """fp32 ``(batch, tokens)``: the inner product of each token of x and its merged token in y."""
     batch, tokens, cols = x.shape
     products = x.new_empty(batch, tokens, dtype=torch.float32)
     x, y, destination = dense(x), dense(y), destination.contiguous()
@@ -191,7 +192,7 @@ def row_products(x: Tensor, y: Tensor, destination: Tensor) -> Tensor:
 
 
 def shares(destination: Tensor, size: Tensor | None, total: Tensor) -> Tensor:
-    """``(batch, tokens)``: the part of its merged token that each token is."""
+    """``(batch, tokens)``: the size of each token divided by the size of its merged token."""
     whole = total.gather(1, destination.long())
     return whole.reciprocal() if size is None else size / whole
 
@@ -199,7 +200,7 @@ def shares(destination: Tensor, size: Tensor | None, total: Tensor) -> Tensor:
 def _sum_aten(
     x: Tensor, order: Tensor, start: Tensor, size: Tensor | None, out: Tensor, total: Tensor | None
 ) -> None:
-    # A sum of each token's rows in their order: index_add_ on a CPU takes them one after another.
+    # The order of summation is fixed, because index_add_ on a CPU adds one row after another.
     merged = start.shape[1] - 1
     counts = start.diff(dim=1)
     ends_fit = (start[:, 0] == 0).all() and (start[:, -1] == order.shape[1]).all()

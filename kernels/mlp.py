@@ -1,7 +1,8 @@
-"""The middle of an MLP's backward: dz, the recomputed activation and the bias gradient, one pass.
+"""Linear plus activation of an MLP for few rows, and the pass between the GEMMs of its backward.
 
-A program takes one block of columns and ROWS_PER_PROGRAM rows of z, in tiles of BLOCK_ROWS, and
-leaves its share of the bias gradient in a row of its own: no atomics, one order of summation.
+A program of the backward takes BLOCK_COLS columns and ROWS_PER_PROGRAM rows in tiles of BLOCK_ROWS,
+and writes its partial sum of the bias gradient to its own row of a buffer: no atomics, one fixed
+order of summation.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ ROWS_PER_PROGRAM = 128
 @kernel(Config({"BLOCK_ROWS": 16, "BLOCK_COLS": 128}, num_warps=4))
 @triton.jit(do_not_specialize=["rows", "tokens", "period"])
 def mlp_activation_backward_kernel(
-    z_ptr,  # (images * period - gap, cols): `tokens` rows of an image, then a gap
+    z_ptr,  # (images * period - gap, cols): `tokens` rows per image, then a gap
     dh_ptr,  # (rows, cols)
-    dz_ptr,  # (rows, cols), may be dh itself
+    dz_ptr,  # (rows, cols), may be dh
     h_ptr,  # (rows, cols) or None
     dbias_ptr,  # (cdiv(rows, ROWS), cols) fp32 or None
     rows, cols, tokens, period,
@@ -53,13 +54,13 @@ def mlp_activation_backward_kernel(
         tl.store(dbias_ptr + chunk * cols + col, tl.sum(dbias, axis=0), mask=inside_cols)
 
 
-FEW_ROWS = 512  # 16 images of 32 queries: a launch less counts for more than cuBLAS's tiles
+FEW_ROWS = 512  # 16 images of 32 queries; up to here a saved launch outweighs cuBLAS's better tiles
 
 
 @kernel(Config({"BLOCK_ROWS": 32, "BLOCK_COLS": 64, "BLOCK_INNER": 64}, num_warps=4, num_stages=3))
 @triton.jit(do_not_specialize=["rows"])
 def linear_activation_kernel(
-    x_ptr, x_row,  # (rows, inner) at this pitch
+    x_ptr, x_row,  # (rows, inner) with this row stride
     weight_ptr,  # (cols, inner)
     bias_ptr,  # (cols,) or None
     out_ptr,  # (rows, cols)
@@ -67,7 +68,7 @@ def linear_activation_kernel(
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
-    # Tiles of the same columns are neighbours: their weights are read from L2.
+    # Consecutive programs share columns, so they read their weights from L2.
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
     program = tl.program_id(0)
     row = (program % row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -90,7 +91,7 @@ def linear_activation_kernel(
         z = tl.dot(x, weight, z, input_precision=PRECISION)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + col, mask=inside_cols, other=0.0).to(tl.float32)[None, :]
-    # Rounded where the linear alone would have rounded it.
+    # Rounded, as a separate linear stores it.
     z = z.to(out_ptr.dtype.element_ty).to(tl.float32)
     h, _ = value_and_slope(z, ACTIVATION)
     inside = inside_rows[:, None] & inside_cols[None, :]
@@ -100,9 +101,10 @@ def linear_activation_kernel(
 
 
 def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """``activate(F.linear(x, weight, bias))`` in one launch, where rows are few and Triton runs.
+    """Return ``activate(F.linear(x, weight, bias))``, ``(rows, cols)``, from one Triton launch.
 
-    x: ``(rows, inner)``, inner stride 1. For calls without gradients: the pre-activation is gone.
+    x: ``(rows, inner)``, inner stride 1. For few rows and calls without gradients, because the
+    pre-activation is not stored.
     """
     rows, inner = x.shape
     cols = weight.shape[0]
@@ -129,9 +131,9 @@ def mlp_activation_backward(
     want_h: bool,
     want_dbias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``dz`` (written over dh), ``h`` and the bias gradient.
+    """Return dz (written over dh) and, if wanted, h and the bias gradient ``(cols,)``.
 
-    z: ``(images * period - gap, cols)`` in any shape, dh: ``(images * tokens, cols)``; contiguous.
+    z: ``(images * period - gap, cols)`` in any shape; dh: ``(images * tokens, cols)``; contiguous.
     """
     if not runs_triton(dh):
         return _aten(z, dh, tokens, period, activation, want_h, want_dbias)
@@ -155,7 +157,7 @@ def _aten(
     want_h: bool,
     want_dbias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The same from ATen's kernels, where Triton does not run."""
+    """`mlp_activation_backward` from ATen's kernels, for CPUs."""
     if tokens == period:
         z = z if z.ndim == 2 else z.view(dh.shape)
         dz = activation_backward(dh, z, activation)
@@ -168,7 +170,7 @@ def _aten(
 
 
 def activate(z: Tensor, activation: str, *, overwrite: bool = False) -> Tensor:
-    """The activation itself; one elementwise pass, where ATen is as fast as a kernel of ours.
+    """Apply an activation with ATen, which is as fast as Triton for one elementwise pass.
 
     ``overwrite`` allows the result to be written over z.
     """
@@ -195,7 +197,7 @@ _ATEN_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation_backward(dh: Tensor, z: Tensor, activation: str) -> Tensor:
-    """The gradient of z, written over dh, from ATen's kernels."""
+    """The gradient of z from ATen's kernels. May be written over dh."""
     return _ATEN_BACKWARD[activation](dh, z)
 
 
@@ -205,7 +207,7 @@ def _quick_gelu_backward(dh: Tensor, z: Tensor) -> Tensor:
     return (dh.float() * (gate + 1.702 * wide * gate * (1 - gate))).to(dh.dtype)
 
 
-# In place: dh is a temporary of the caller's, and nobody reads it afterwards.
+# In place, because dh is a temporary of the caller.
 _ATEN_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": lambda dh, z: _aten_ops.gelu_backward.grad_input(dh, z, grad_input=dh),
     "gelu_tanh": lambda dh, z: _aten_ops.gelu_backward.grad_input(

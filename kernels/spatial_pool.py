@@ -1,42 +1,26 @@
-"""Pooling of a grid of tokens as the tower leaves them, ``(batch, tokens, cols)``: no NCHW copy.
+"""Average, max or bilinear pooling of tokens ``(batch, height * width, cols)``; no NCHW copy.
 
-A program holds a tile of tokens by channels. Backward gathers: each token of the input adds up what
-the pooled tokens it went into give back, in one order and without atomics.
+A program holds a tile of tokens by channels. The backward gathers: each token of the input sums the
+gradients of the pooled tokens it went into, in a fixed order and without atomics.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from ._launcher import Config, is_traced, kernel, runs_triton
+from . import _spatial_pool_aten as aten
+from ._launcher import Config, kernel, runs_triton
+from ._pooling import Pooling
 from ._triton import tl, triton
-
-
-@dataclass(frozen=True)
-class Pooling:
-    """A grid and how it is pooled; ``mode`` is "avg", "max" or "bilinear"."""
-
-    height: int
-    width: int
-    mode: str
-    stride: int
-
-    @property
-    def pooled(self) -> tuple[int, int]:
-        if self.mode == "bilinear":
-            return -(-self.height // self.stride), -(-self.width // self.stride)
-        return self.height // self.stride, self.width // self.stride
 
 
 @triton.jit
 def _tap(at, tap, size, pooled, STRIDE: tl.constexpr, BILINEAR: tl.constexpr):
-    """The ``tap``-th coordinate that goes into the pooled one ``at``, and its weight."""
-    if BILINEAR:  # in whole numbers: weights are exact but for one division
+    """The ``tap``-th input coordinate of the pooled coordinate ``at``, and its weight."""
+    if BILINEAR:  # integers, so that weights are exact except for one division
         halves = (2 * at + 1) * size - pooled
-        first = halves // 2 // pooled  # `2 * pooled` might not fit where `pooled` does
+        first = halves // 2 // pooled  # 2 * pooled may overflow
         share = (halves - 2 * first * pooled).to(tl.float32) / (2.0 * pooled)
         return tl.minimum(first + tap, size - 1), tl.where(tap == 1, share, 1.0 - share)
     else:
@@ -44,8 +28,8 @@ def _tap(at, tap, size, pooled, STRIDE: tl.constexpr, BILINEAR: tl.constexpr):
 
 
 @triton.jit
-def _near(source, near, size, pooled, STRIDE: tl.constexpr, BILINEAR: tl.constexpr):
-    """The ``near``-th pooled coordinate that ``source`` may go into, and with which weight."""
+def _pooled_coordinate(source, near, size, pooled, STRIDE: tl.constexpr, BILINEAR: tl.constexpr):
+    """The ``near``-th pooled coordinate that ``source`` may be a tap of, and its weight."""
     if BILINEAR:
         at = ((2 * source - 1) * pooled + size) // 2 // size + near
         first, weight = _tap(at, 0, size, pooled, STRIDE, BILINEAR)
@@ -62,13 +46,13 @@ def _near(source, near, size, pooled, STRIDE: tl.constexpr, BILINEAR: tl.constex
 def spatial_pool_kernel(
     x_ptr, x_batch, x_token,  # (batch, height * width, cols) at these strides, inner 1
     pooled_ptr,  # (rows, cols), rows of all images
-    chosen_ptr,  # (rows, cols) bytes, which tap was the largest, or None
+    chosen_ptr,  # (rows, cols) bytes: the number of the largest tap; or None
     rows, height, width, pooled_height, pooled_width, cols,
     MODE: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     BILINEAR: tl.constexpr = MODE == "bilinear"
     TAPS: tl.constexpr = 2 if BILINEAR else STRIDE
-    first = (tl.program_id(0).to(tl.int64) * TOKENS).to(tl.int32)  # tokens fit, offsets do not
+    first = (tl.program_id(0).to(tl.int64) * TOKENS).to(tl.int32)  # int32 holds tokens, not offsets
     row = first + tl.arange(0, TOKENS)
     line = row // pooled_width
     image = (line // pooled_height).to(tl.int64)
@@ -78,14 +62,14 @@ def spatial_pool_kernel(
         inside = (row < rows)[:, None] & (col < cols)[None, :]
         total = tl.full([TOKENS, COLS], float("-inf") if MODE == "max" else 0.0, tl.float32)
         chosen = tl.zeros([TOKENS, COLS], tl.int32)
-        for tap_y in range(TAPS):  # not unrolled: a row of a window in registers is enough
+        for tap_y in range(TAPS):  # not unrolled, which saves registers
             from_y, weight_y = _tap(y, tap_y, height, pooled_height, STRIDE, BILINEAR)
             line_ptr = x_ptr + image * x_batch + from_y * width * x_token
             for tap_x in tl.static_range(TAPS):
                 from_x, weight_x = _tap(x, tap_x, width, pooled_width, STRIDE, BILINEAR)
                 at = (line_ptr + from_x * x_token)[:, None] + col[None, :]
                 value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-                if MODE == "max":  # NaN is larger than anything, and of several the last is taken
+                if MODE == "max":  # NaN is the largest; the last of several NaN is taken
                     larger = (value > total) | (value != value)
                     total = tl.where(larger, value, total)
                     chosen = tl.where(larger, tap_y * TAPS + tap_x, chosen)
@@ -103,13 +87,13 @@ def spatial_pool_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def spatial_pool_backward_kernel(
     dpooled_ptr,  # (batch, pooled tokens, cols), dense
-    chosen_ptr,  # as the forward left it, or None
+    chosen_ptr,  # written by the forward, or None
     dx_ptr,  # (rows, cols), rows of all images
     rows, height, width, pooled_height, pooled_width, cols,
     MODE: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     BILINEAR: tl.constexpr = MODE == "bilinear"
-    NEAR: tl.constexpr = 2 if BILINEAR else 1  # pooled coordinates are a stride apart
+    NEAR: tl.constexpr = 2 if BILINEAR else 1  # a coordinate has 2 bilinear neighbours
     first = (tl.program_id(0).to(tl.int64) * TOKENS).to(tl.int32)
     row = first + tl.arange(0, TOKENS)
     line = row // width
@@ -121,18 +105,22 @@ def spatial_pool_backward_kernel(
         inside = (row < rows)[:, None] & (col < cols)[None, :]
         total = tl.zeros([TOKENS, COLS], tl.float32)
         for near in tl.static_range(NEAR * NEAR):
-            to_y, weight_y = _near(y, near // NEAR, height, pooled_height, STRIDE, BILINEAR)
-            to_x, weight_x = _near(x, near % NEAR, width, pooled_width, STRIDE, BILINEAR)
+            to_y, weight_y = _pooled_coordinate(
+                y, near // NEAR, height, pooled_height, STRIDE, BILINEAR
+            )
+            to_x, weight_x = _pooled_coordinate(
+                x, near % NEAR, width, pooled_width, STRIDE, BILINEAR
+            )
             pooled = (image * pooled_height + to_y) * pooled_width + to_x
             weight = weight_y * weight_x
-            given = inside & (weight > 0)[:, None]
+            inside_pooled = inside & (weight > 0)[:, None]
             at = pooled[:, None] * cols + col[None, :]
-            dpooled = tl.load(dpooled_ptr + at, mask=given, other=0.0).to(tl.float32)
+            dpooled = tl.load(dpooled_ptr + at, mask=inside_pooled, other=0.0).to(tl.float32)
             if MODE == "max":
-                chosen = tl.load(chosen_ptr + at, mask=given, other=255).to(tl.int32)
-                total = tl.where(given & (chosen == tap[:, None]), dpooled, 0.0)
+                chosen = tl.load(chosen_ptr + at, mask=inside_pooled, other=255).to(tl.int32)
+                total = tl.where(inside_pooled & (chosen == tap[:, None]), dpooled, 0.0)
             else:
-                total += tl.where(given, weight[:, None] * dpooled, 0.0)
+                total += tl.where(inside_pooled, weight[:, None] * dpooled, 0.0)
         if MODE == "avg":
             total /= STRIDE * STRIDE
         to = row.to(tl.int64)[:, None] * cols + col[None, :]
@@ -140,12 +128,13 @@ def spatial_pool_backward_kernel(
 
 
 def spatial_pool(x: Tensor, pooling: Pooling, want_chosen: bool) -> tuple[Tensor, Tensor | None]:
-    """``(batch, pooled tokens, cols)`` of ``(batch, tokens, cols)``; and where maxima were.
+    """Pool ``(batch, tokens, cols)`` into ``(batch, pooled tokens, cols)``.
 
-    x: inner stride 1. The latter is for the backward alone, in a form of its own on each device.
+    x: inner stride 1. The second result tells the backward which taps were the maxima; its format
+    is private and differs between devices. Modes other than "max" have None.
     """
     if not runs_triton(x):
-        return _aten(x, pooling)
+        return aten.forward(x, pooling)
     batch, _, cols = x.shape
     height, width = pooling.pooled
     rows = batch * height * width
@@ -160,9 +149,9 @@ def spatial_pool(x: Tensor, pooling: Pooling, want_chosen: bool) -> tuple[Tensor
 
 
 def spatial_pool_backward(dpooled: Tensor, chosen: Tensor | None, pooling: Pooling) -> Tensor:
-    """``(batch, tokens, cols)`` of ``(batch, pooled tokens, cols)``, dense both."""
+    """The gradient ``(batch, tokens, cols)``, from ``(batch, pooled tokens, cols)``; both dense."""
     if not runs_triton(dpooled):
-        return _aten_backward(dpooled, chosen, pooling)
+        return aten.backward(dpooled, chosen, pooling)
     batch, _, cols = dpooled.shape
     tokens = pooling.height * pooling.width
     dx = dpooled.new_empty(batch, tokens, cols)
@@ -173,66 +162,3 @@ def spatial_pool_backward(dpooled: Tensor, chosen: Tensor | None, pooling: Pooli
         pooling.mode, pooling.stride,
     )  # fmt: skip
     return dx
-
-
-# Rows of tokens are what ATen calls channels last: views, no copies.
-
-
-def _image(tokens: Tensor, height: int, width: int) -> Tensor:
-    return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-
-
-def _tokens(image: Tensor) -> Tensor:
-    return image.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-
-
-def _windows(x: Tensor, pooling: Pooling) -> Tensor:
-    """``(batch, pooled height, stride, pooled width, stride, cols)``, a view."""
-    (height, width), stride = pooling.pooled, pooling.stride
-    grid = x.unflatten(1, (pooling.height, pooling.width))
-    grid = grid[:, : height * stride, : width * stride]
-    return grid.unflatten(2, (width, stride)).unflatten(1, (height, stride))
-
-
-def _aten(x: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor | None]:
-    image, side = _image(x, pooling.height, pooling.width), [pooling.stride] * 2
-    if pooling.mode == "avg" and x.dtype == torch.float32:  # ATen's takes ten times as long
-        windows = _windows(x, pooling)
-        taps = [windows[:, :, i, :, j] for i in range(side[0]) for j in range(side[1])]
-        total = taps[0] + taps[1] if len(taps) > 1 else taps[0].clone()
-        for tap in taps[2:]:
-            total += tap
-        return total.div_(len(taps)).flatten(1, 2), None
-    if pooling.mode == "avg":
-        return _tokens(torch.ops.aten.avg_pool2d(image, side, side)), None
-    if pooling.mode == "max":
-        pooled, chosen = torch.ops.aten.max_pool2d_with_indices(image, side, side)
-        return _tokens(pooled), _tokens(chosen)
-    found = torch.ops.aten.upsample_bilinear2d.default(image, list(pooling.pooled), False)
-    return _tokens(found), None
-
-
-def _aten_backward(dpooled: Tensor, chosen: Tensor | None, pooling: Pooling) -> Tensor:
-    batch, _, cols = dpooled.shape
-    height, width = pooling.height, pooling.width
-    x = dpooled.new_empty(batch, height * width, cols)
-    if is_traced(x):  # ATen's bilinear backward knows no symbolic sizes
-        return x
-    if pooling.mode == "avg":
-        windows = _windows(x, pooling)
-        if windows.numel() < x.numel():
-            x.zero_()  # rows and columns that fill no window
-        given = (dpooled / pooling.stride**2).unflatten(1, pooling.pooled)
-        windows.copy_(given[:, :, None, :, None].expand_as(windows))
-        return x
-    grad, side = _image(dpooled, *pooling.pooled), [pooling.stride] * 2
-    x = _image(x, height, width)  # of which only the sizes and strides are read
-    if chosen is not None:
-        found = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad, x, side, side, [0, 0], [1, 1], False, _image(chosen, *pooling.pooled)
-        )
-    else:
-        found = torch.ops.aten.upsample_bilinear2d_backward.default(
-            grad, list(pooling.pooled), [batch, cols, height, width], False
-        )
-    return _tokens(found)

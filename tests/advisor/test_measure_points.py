@@ -82,7 +82,7 @@ def test_error_in_one_group_does_not_stop_others(monkeypatch):
 
     order = groups(names=("mlp", "linear", "pool"))
     mlp = CONNECTORS["mlp"]
-    monkeypatch.setitem(CONNECTORS, "mlp", type(mlp)(**{**vars(mlp), "pieces": broken}))
+    monkeypatch.setitem(CONNECTORS, "mlp", type(mlp)(**{**vars(mlp), "make_modules": broken}))
     for _ in measure_points.measure_all(order, setting()):
         pass
     rows = {

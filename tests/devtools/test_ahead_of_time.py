@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import functools
+import hashlib
 import importlib
 import json
 import time
@@ -32,15 +33,25 @@ for path in vlm_fast.kernels.__path__:
 
 
 @pytest.fixture(scope="module")
-def fresh_cache(tmp_path_factory):
-    """Use an empty cache: an old one may hold binaries of other code or of the interpreter."""
+def cache_of_these_sources():
+    """A cache of Triton for exactly these kernels: it serves no binary of other code."""
+    sources = sorted(Path(vlm_fast.kernels.__path__[0]).glob("*.py"))
+    digest = hashlib.sha256(triton.__version__.encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    place = Path(__file__).resolve().parents[2] / ".cache" / "triton"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setenv("TRITON_CACHE_DIR", str(place / digest.hexdigest()[:16]))
         yield
 
 
+@pytest.fixture
+def fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
 @pytest.fixture(scope="module")
-def compiled(fresh_cache):
+def compiled(cache_of_these_sources):
     """A function that compiles every kernel with every config for an architecture."""
     return functools.cache(lambda arch: ahead_of_time.compile_all([arch], thorough=False))
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.selection import slow_except
-
 ROOT = Path(__file__).resolve().parents[2]
 NAMELESS = """
 import os, pwd, runpy, sys
@@ -34,8 +32,9 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("home", slow_except([False], [True, False]), ids=["HOME", "no HOME"])
-@pytest.mark.parametrize("call", slow_except(["a patched model"], CALLS))
+@pytest.mark.slow
+@pytest.mark.parametrize("home", [True, False], ids=["HOME", "no HOME"])
+@pytest.mark.parametrize("call", CALLS)
 def test_calls_work_without_a_user_name(call, home, tmp_path):
     names = ("USER", "LOGNAME", "LNAME", "USERNAME", "HOME")
     environment = {n: v for n, v in os.environ.items() if n not in names}

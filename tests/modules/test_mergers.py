@@ -347,6 +347,7 @@ def test_hook_on_projector_sees_shuffled_tokens():
     torch.testing.assert_close(after, before, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_internvl_compiles_to_one_graph():
     model, inputs = build("internvl")
     with torch.no_grad():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.ops.test_saved_bytes import peak_bytes, saved_bytes
 from tests.support.cases import OPS
 from vlm_fast import ops
-from vlm_fast.kernels.bipartite_match import TILE
+from vlm_fast.kernels._nearest_tokens import TILE
 from vlm_fast.verification import tolerance
 
 MATCH, MERGE = OPS["bipartite_match"], OPS["merge_tokens"]

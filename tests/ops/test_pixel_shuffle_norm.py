@@ -10,7 +10,7 @@ from tests.ops.test_saved_bytes import saved_bytes
 from tests.ops.test_wrong_arguments import assert_refused
 from vlm_fast.kernels import _pixel_shuffle_norm_cpu as cpu
 from vlm_fast.ops.declaration import OPS
-from vlm_fast.ops.pixel_shuffle_norm import rows_of_blocks
+from vlm_fast.ops.patch_blocks import rows_of_blocks
 from vlm_fast.verification import tolerance
 
 OP = OPS["pixel_shuffle_norm"]

@@ -97,7 +97,14 @@ def test_compiled_is_bitwise_eager(op, number):
     assert holds_op(graphs.graphs[0], op)
 
 
-@any_op
+# One op of each kind of schema: optional tensors, a list of tensors, several results, indices.
+INDUCTOR = ("mlp", "cross_attention", "merge_image_tokens", "gated_add_norm", "bipartite_match")
+
+
+@pytest.mark.parametrize(
+    "op",
+    [pytest.param(o, id=n, marks=[pytest.mark.slow] * (n not in INDUCTOR)) for n, o in OPS.items()],
+)
 def test_compiled_by_inductor(op):
     args, options = op.sample(op.usual_shape)
     graphs = CompileCounterWithBackend("inductor")

@@ -17,6 +17,7 @@ import vlm_fast
 from tests.support.across_releases import error_line, why_different
 from tests.support.changed_code import File
 from tests.support.families import build
+from tests.support.selection import slow_except
 from tests.support.ways_to_run import forward, generated, labels
 from tests.tools.releases import served
 from vlm_fast.patching import class_swap
@@ -39,7 +40,7 @@ def case_of(mixin):
 
 CASES = {mixin.__name__: (mixin, case_of(mixin.__name__)) for mixin, _ in FAMILIES}
 CASES = {name: found for name, found in CASES.items() if name not in ELSEWHERE}
-every_mixin = pytest.mark.parametrize("mixin", CASES)
+every_mixin = pytest.mark.parametrize("mixin", slow_except(list(CASES)[::5], CASES))
 
 
 def test_each_mixin_has_a_model():

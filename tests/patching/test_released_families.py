@@ -9,10 +9,12 @@ import transformers
 
 from tests.support.across_releases import FEW, QUICK, examine_family
 from tests.support.families import CASES
+from tests.support.selection import REPRESENTATIVES, slow_except
 from tests.tools.releases import RELEASES, served
 from tests.tools.releases_table import words
 
 RELEASE = transformers.__version__
+OTHERS = ("blip_2", "idefics", "mllama", "idefics2", "kosmos2", "perception_lm")
 pytestmark = pytest.mark.skipif(
     RELEASE not in RELEASES, reason=f"no table holds transformers {RELEASE}"
 )
@@ -25,7 +27,7 @@ def ways(name):
     return FEW if served_as[place] in served_as[:place] else QUICK
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_except((*REPRESENTATIVES, *OTHERS), CASES))
 def test_patched_matches_unpatched(name):
     expected, found = served()[name].get(RELEASE), examine_family(name, ways(name))
     assert expected is not None, "make versions has not written what is served"

@@ -61,7 +61,7 @@ MUTANTS = (
     ),
     Mutant(
         "kept elements of dropout are not scaled", "kernels/add_layer_norm.py",
-        "z *= survivor_scale * kept(tl.load(seed_ptr)", "z *= kept(tl.load(seed_ptr)",
+        "z *= survivor_scale * keep_tile(", "z *= keep_tile(",
         NORM,
     ),
     Mutant(
@@ -71,7 +71,7 @@ MUTANTS = (
     ),
     Mutant(
         "the variance is computed in one pass", "kernels/add_layer_norm.py",
-        "rstd = 1.0 / tl.sqrt(tl.sum(spread * spread, axis=1) / cols + eps)",
+        "rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / cols + eps)",
         "rstd = 1.0 / tl.sqrt(tl.sum(z * z, axis=1) / cols - mean * mean + eps)",
         interpreted("test_add_layer_norm.py", "mean_far_above"),
     ),
@@ -92,14 +92,14 @@ MUTANTS = (
         SLOTS,
     ),
     Mutant(
-        "the gate has no tanh", "kernels/gated_add.py",
+        "the gate has no tanh", "kernels/_tanh_gate.py",
         "    return _tanh(gate)\n", "    return gate\n",
         GATED,
     ),
     Mutant(
         "a norm omits eps", "kernels/gated_add.py",
-        "rstd = 1.0 / tl.sqrt(tl.sum(spread * spread, axis=1) / cols + eps)",
-        "rstd = 1.0 / tl.sqrt(tl.sum(spread * spread, axis=1) / cols)",
+        "rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / cols + eps)",
+        "rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / cols)",
         GATED,
     ),
     Mutant(
@@ -156,7 +156,7 @@ MUTANTS = (
         "tests/ops",
     ),
     Mutant(
-        "a reference ignores eps", "vlm_fast/ops/gated_add.py",
+        "a reference ignores eps", "vlm_fast/ops/gated_add_norm.py",
         "return h, F.layer_norm(h, (features,), weight.to(h.dtype), bias, eps)",
         "return h, F.layer_norm(h, (features,), weight.to(h.dtype), bias)",
         "tests/kernels/test_kernels.py -k gated_add_norm",

@@ -14,7 +14,7 @@ from vlm_fast.modules.parameter_access.activation import activation_module
 from vlm_fast.modules.parameter_access.norm import RMSNorm, shuffle_and_norm
 from vlm_fast.modules.token_grid import grid_of
 from vlm_fast.ops.argument_errors import check_tensor, wrong_value
-from vlm_fast.ops.pixel_shuffle_norm import rows_of_blocks
+from vlm_fast.ops.patch_blocks import rows_of_blocks
 
 
 class PixelShuffleConnector(nn.Module):

@@ -1,8 +1,8 @@
-"""Activation, linear: what follows the first two linears of a deeper projector."""
+"""An activation and a linear layer, for projectors with three or more linears."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 from vlm_fast.kernels._activation import ACTIVATIONS
 from vlm_fast.kernels.mlp import activate, mlp_activation_backward
 from vlm_fast.ops.declaration import Cost, linear_op, nbytes
+from vlm_fast.ops.rows import as_matrix
 
 
 @linear_op(
@@ -22,7 +23,7 @@ from vlm_fast.ops.declaration import Cost, linear_op, nbytes
 def act_linear(
     z: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str = "gelu"
 ) -> Tensor:
-    """An activation, then a linear: ``linear(act(z), weight, bias)``. Backward keeps z alone.
+    """Apply an activation, then a linear: ``linear(act(z), weight, bias)``. Backward keeps only z.
 
     Eager PyTorch keeps z and its activation. For linear, act, linear, act, linear it keeps five
     tensors; `mlp` followed by this op keeps three. Dtypes other than fp32, fp16 and bf16 fall back.
@@ -34,37 +35,36 @@ def act_linear(
 
 
 @act_linear.forward
-def forward(needs_grad, z, weight, bias, *, activation):
+def forward(
+    needs_grad: Any, z: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     y = F.linear(activate(z, activation), weight, bias)
     return y, (z if needs_grad.z or needs_grad.weight else None, weight if needs_grad.z else None)
 
 
 @act_linear.backward
-def backward(needs_grad, saved_tensors, dy, *, activation):
+def backward(
+    needs_grad: Any, saved_tensors: Any, dy: Tensor, *, activation: str
+) -> tuple[Tensor | None, ...]:
     z, weight = saved_tensors
-    leading, dy = dy.shape[:-1], _rows(dy)
+    leading, dy = dy.shape[:-1], as_matrix(dy)
     dz = h = dweight = None
     if needs_grad.z:
         rows = dy.shape[0]
         dz, h, _ = mlp_activation_backward(
-            _rows(z).contiguous(), torch.mm(dy, weight), rows, rows, activation,
+            as_matrix(z).contiguous(), torch.mm(dy, weight), rows, rows, activation,
             want_h=needs_grad.weight, want_dbias=False,
         )  # fmt: skip
         dz = dz.view(*leading, dz.shape[1])
     elif needs_grad.weight:
-        h = _rows(activate(z, activation))
+        h = as_matrix(activate(z, activation))
     if h is not None:
         dweight = torch.mm(dy.t(), h)
     return dz, dweight, dy.sum(0) if needs_grad.bias else None
 
 
-def _rows(x: Tensor) -> Tensor:
-    # Not -1: of no elements it could be any number.
-    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
 @act_linear.cost
-def cost(z, weight, bias, *, activation):
+def cost(z: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str) -> Cost:
     rows = z.shape[:-1].numel()
     flops, y = 2 * rows * weight.numel(), rows * weight.shape[0] * z.element_size()
     moved = nbytes(z, weight, bias)
@@ -87,7 +87,9 @@ def cost(z, weight, bias, *, activation):
         "LLaVA mlp3x, 8 images": dict(shape=(8, 576, 4096), out=4096),
     },
 )
-def inputs(shape, out, *, drop_first=0, bias=True):
+def inputs(
+    shape: tuple[int, ...], out: int, *, drop_first: int = 0, bias: bool = True
+) -> tuple[Tensor | None, ...]:
     z = torch.randn(shape)[..., drop_first:, :] if drop_first else torch.randn(shape)
     inner = shape[-1]
     return (

@@ -1,15 +1,19 @@
-"""Tiles of images of any resolution, packed and merged into the prompt in one movement."""
+"""Image tiles of any resolution packed and scattered into the prompt without a packed copy."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlm_fast.kernels import anyres_pack as kernels
 from vlm_fast.kernels.image_tokens import clear_image_tokens, image_token_slots
-from vlm_fast.ops.anyres_pack import anyres_pack, nothing, sample_plan
+from vlm_fast.ops.anyres_pack import anyres_pack
+from vlm_fast.ops.anyres_samples import Sizes, sample_plan, why_not_packed
 from vlm_fast.ops.declaration import Cost, nbytes, op
-from vlm_fast.ops.image_tokens import check_count, likeness, no_rows, row_count
+from vlm_fast.ops.image_token_rows import check_count, why_no_slots
+from vlm_fast.ops.rows import empty_like_rows, row_count
 
 
 @op(
@@ -35,9 +39,9 @@ def anyres_merge(
     target: Tensor,
     image_mask: Tensor,
 ) -> Tensor:
-    """Pack tiles and merge them into the prompt in one movement.
+    """Pack image tiles as `anyres_pack` does and scatter the rows into ``inputs_embeds``.
 
-    The same as ``merge_image_tokens(inputs_embeds, anyres_pack(...), image_mask)``, but the packed
+    Equal to ``merge_image_tokens(inputs_embeds, anyres_pack(...), image_mask)``, but the packed
     rows exist only at their positions in the result.
 
     Args:
@@ -61,45 +65,54 @@ def anyres_merge(
 
 
 @anyres_merge.fallback_reason
-def fallback_reason(inputs_embeds, features, image_newline, source, target, image_mask):
-    return no_rows(inputs_embeds) or nothing(features, source)
+def fallback_reason(
+    inputs_embeds: Tensor, features: Tensor, image_newline: Tensor | None,
+    source: Tensor, target: Tensor, image_mask: Tensor,
+) -> str | None:  # fmt: skip
+    return why_no_slots(inputs_embeds) or why_not_packed(features, source)
 
 
 @anyres_merge.forward
-def forward(needs_grad, inputs_embeds, features, image_newline, source, target, image_mask):
+def forward(
+    needs_grad: Any, inputs_embeds: Tensor, features: Tensor, image_newline: Any,
+    source: Tensor, target: Tensor, image_mask: Tensor,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
     slots, found = image_token_slots(image_mask, source.shape[0])
     check_count("anyres_merge", "source", source.shape[0], found)
     out = kernels.merge_packed_rows(
         inputs_embeds, image_mask, slots, features, source, image_newline
     )
-    of_images = needs_grad.features or needs_grad.image_newline
+    images_needed = needs_grad.features or needs_grad.image_newline
     return out, (
         image_mask if needs_grad.inputs_embeds else None,
-        slots if needs_grad.inputs_embeds or of_images else None,
+        slots if needs_grad.inputs_embeds or images_needed else None,
         target if needs_grad.features else None,
         source if needs_grad.image_newline else None,
-        likeness(features) if of_images else None,
+        empty_like_rows(features) if images_needed else None,
         image_newline.new_empty(0) if needs_grad.image_newline else None,
     )
 
 
 @anyres_merge.backward
-def backward(needs_grad, saved_tensors, dy):
-    mask, slots, target, source, shape, newline = saved_tensors
+def backward(needs_grad: Any, saved_tensors: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    mask, slots, target, source, rows, newline = saved_tensors
     dembeds = dfeatures = dnewline = None
     if needs_grad.inputs_embeds:
         dembeds = clear_image_tokens(dy, mask, slots)
     if needs_grad.features:
         dfeatures = kernels.pack_rows(
-            dy, target, None, slots=slots, limit=slots.shape[0], dtype=shape.dtype
-        ).view(*shape.shape[:-1], dy.shape[-1])
+            dy, target, None, slots=slots, limit=slots.shape[0], dtype=rows.dtype
+        ).view(*rows.shape[:-1], dy.shape[-1])
     if needs_grad.image_newline:
-        dnewline = kernels.fill_gradient(dy, source, row_count(shape), newline.dtype, slots=slots)
+        dnewline = kernels.fill_gradient(dy, source, row_count(rows), newline.dtype, slots=slots)
     return dembeds, dfeatures, dnewline, None, None, None
 
 
 @anyres_merge.cost
-def cost(inputs_embeds, features, image_newline, source, target, image_mask):
+def cost(
+    inputs_embeds: Tensor, features: Tensor, image_newline: Tensor | None,
+    source: Tensor, target: Tensor, image_mask: Tensor,
+) -> Cost:  # fmt: skip
     hidden, packed = features.shape[-1], source.shape[0]
     text = (image_mask.numel() - packed) * hidden * inputs_embeds.element_size()
     read = min(packed * hidden * features.element_size(), nbytes(features))
@@ -125,10 +138,12 @@ def cost(inputs_embeds, features, image_newline, source, target, image_mask):
         ),
     },
 )
-def inputs(batch, side, hidden, sizes, text, *, newline=True):
+def inputs(
+    batch: int, side: int, hidden: int, sizes: Sizes, text: int, *, newline: bool = True
+) -> tuple[Tensor | None, ...]:
     tables, counts, tiles = sample_plan(batch, side, sizes, newline)
     sequence = max(counts, default=0) + text
-    # Before the image half of the text, and one token more in every next row.
+    # Half of the text stands before the image, and one more token in each further sample.
     starts = [(text // 2 + i) % (text + 1) for i in range(batch)]
     ranges = zip(starts, counts, strict=True)
     mask = torch.zeros(batch, sequence, dtype=torch.bool)

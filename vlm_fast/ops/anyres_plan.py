@@ -1,4 +1,4 @@
-"""Where the rows of a batch's tiles go: tables of whole numbers, made once per grid."""
+"""Index tables that pack image tiles into token rows; they are made once per grid and cached."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 from vlm_fast.kernels._launcher import is_traced
 from vlm_fast.ops.anyres_tiling import Size, Stitched, Tiling, best_resolution, stitched, tile_count
 
-ONE = 2**30  # the unit of weights
-MAX_ROWS = 2**31 - 1  # tables are int32
+ONE = 2**30  # the integer that stands for a weight of 1
+MAX_ROWS = 2**31 - 1  # row numbers are int32
 
 
 class Plan(NamedTuple):
-    """Where the rows of a batch's tiles go: the tables of `ops.anyres_pack`.
+    """The index tables that pack the tiles of a batch of images.
 
     Attributes:
-        counts: rows that each image becomes.
-        tables: ``source, target``, the arguments of `ops.anyres_pack`; or, where an image is
-            resized, ``taps, weights, targets, target_weights`` of `ops.anyres_pack_resized`.
+        counts: The number of packed rows of each image.
+        tables: The arguments ``source, target`` of `ops.anyres_pack`. If any image is resized, the
+            arguments ``taps, weights, targets, target_weights`` of `ops.anyres_pack_resized`.
     """
 
     counts: tuple[int, ...]
@@ -31,6 +31,7 @@ class Plan(NamedTuple):
 
     @property
     def is_resized(self) -> bool:
+        """Whether the tables are those of `ops.anyres_pack_resized`."""
         return len(self.tables) == 4
 
 
@@ -41,20 +42,21 @@ def plan(
     tiles: Iterable[int] | None = None,
     device: str | torch.device = "cpu",
 ) -> Plan:
-    """The tables for a batch of images whose tiles lie one after the other.
+    """Make the tables for a batch of images whose tiles follow each other.
 
-    The tables of a grid are remembered, and those of the last few batches where they are used.
-    Making one for a GPU costs a copy to it: outside of CUDA graphs.
+    The tables of each grid are cached on the host, those of the last few batches on their device.
+    A new table for a GPU is copied from the host, so make it outside of CUDA graphs.
 
     Args:
-        sizes: (height, width) of each image, as `sizes_of` gives them.
-        tiling: of the model.
-        tiles: how many tiles each image has; 1 or its `tile_count`. None: the latter, for all.
-        device: where the features are.
+        sizes: (height, width) of each image in pixels, as `sizes_of` returns them.
+        tiling: How the model tiles its images.
+        tiles: The number of tiles of each image, 1 or its `tile_count`. None means `tile_count` for
+            every image.
+        device: The device of the features.
 
     Raises:
-        ValueError: a size is not positive; the tiles of an image are not those of its grid; nothing
-            is left of an image after its resize; more than 2**31 - 1 rows.
+        ValueError: A size is not positive, an image has not the tiles of its grid, a grid has no
+            rows or no columns after its resize, or there are more than 2**31 - 1 rows.
     """
     sizes = tuple(sizes)
     counts = tuple([tile_count(size, tiling) for size in sizes] if tiles is None else tiles)
@@ -73,27 +75,27 @@ def plan(
     return tables(grids, tiling.side, tiling.newline, torch.device(device))
 
 
-def _remembered(most: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Remember results, those of real tensors: what tracing makes is of its trace only."""
+def _cached(maxsize: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Cache the last ``maxsize`` results. Fake tensors made while tracing are not cached."""
 
     def decorate(make: Callable[..., Any]) -> Callable[..., Any]:
-        remembering = functools.lru_cache(maxsize=most)(torch.inference_mode(False)(make))
+        cached = functools.lru_cache(maxsize=maxsize)(torch.inference_mode(False)(make))
 
         @functools.wraps(make)
         def call(*key: Any) -> Any:
             traced = is_traced(torch.empty(0)) or torch.compiler.is_compiling()
-            return make(*key) if traced else remembering(*key)
+            return make(*key) if traced else cached(*key)
 
         return call
 
     return decorate
 
 
-@_remembered(8)  # of whole batches: up to megabytes each, on the GPU
+@_cached(8)  # tables of whole batches on a GPU take up to megabytes each
 def tables(
     grids: tuple[Stitched | None, ...], side: int, newline: bool, device: torch.device
 ) -> Plan:
-    """The plan of images with these stitched grids; None is a lone tile."""
+    """The plan of images with these stitched grids; None stands for an image of one tile."""
     resized = any(grid is not None and grid.resized != grid.kept for grid in grids)
     make = _resized_tables if resized else _plain_tables
     found: list[tuple[Tensor, ...]] = [make(grid, side, newline) for grid in grids]
@@ -112,20 +114,21 @@ def tables(
 
 
 def _shifted(rows: Tensor, by: int) -> Tensor:
+    """Row numbers increased by ``by``; negative ones, which are no rows, stay."""
     return torch.where(rows < 0, rows, rows + by)
 
 
 def _stitched_rows(grid: Stitched, side: int) -> Tensor:
-    """``(height, width)`` of what is kept: the row of each token among all tiles' rows."""
+    """``(height, width)`` of the kept grid: the row number of each token among all tile rows."""
     y = torch.arange(grid.top, grid.top + grid.kept[0], device="cpu")[:, None]
     x = torch.arange(grid.left, grid.left + grid.kept[1], device="cpu")
     tile = 1 + y // side * grid.tiles[1] + x // side
     return (tile * side + y % side) * side + x % side
 
 
-@_remembered(256)
+@_cached(256)
 def _plain_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Tensor, Tensor]:
-    """``source`` of each packed row, -1 for newlines, and its inverse, -1 for what is cut off."""
+    """``source``, which is -1 for newlines, and its inverse, which is -1 for rows cut off."""
     base = torch.arange(side**2, device="cpu")
     if grid is None:
         source = torch.cat([base, base.new_full((int(newline),), -1)])
@@ -140,21 +143,22 @@ def _plain_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Tens
 
 
 def _positions(size: Size, side: int, newline: bool) -> Tensor:
-    """``(height, width)``: the packed row of each token of the grid."""
+    """``(height, width)``: the number of the packed row of each token of the grid."""
     height, width = size
     y = torch.arange(height, device="cpu")[:, None]
     return side**2 + y * (width + newline) + torch.arange(width, device="cpu")
 
 
-@_remembered(64)
+@_cached(64)
 def _resized_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Tensor, ...]:
-    """Four taps, -1 where there are fewer, and their weights, forth and back.
+    """Taps and weights of each packed row, then those of the transposed matrix.
 
-    Where the resize is one to fewer rows and columns, no token is a tap of more than four others.
+    Each row has four taps, padded with -1. A resize only reduces rows and columns, so no token is a
+    tap of more than four others.
     """
     if grid is None or grid.resized == grid.kept:
         source, target = _plain_tables(grid, side, newline)
-        return *lone_taps(source), *lone_taps(target)
+        return *single_taps(source), *single_taps(target)
     if 0 in grid.resized:
         raise ValueError(f"anyres_plan: nothing is left of a grid of {grid.kept} when resized")
     rows = _stitched_rows(grid, side)
@@ -163,8 +167,9 @@ def _resized_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Te
     marks = taps.new_full((grid.resized[0], int(newline), 4), -1)
     taps = torch.cat([taps, marks], 1).view(-1, 4)
     weights = torch.cat([weights, torch.zeros_like(marks)], 1).view(-1, 4)
-    base, base_weights = lone_taps(torch.arange(side**2, device="cpu"))
-    targets, target_weights = lone_taps(base.new_full(((1 + math.prod(grid.tiles)) * side**2,), -1))
+    base, base_weights = single_taps(torch.arange(side**2, device="cpu"))
+    rows_of_tiles = (1 + math.prod(grid.tiles)) * side**2
+    targets, target_weights = single_taps(base.new_full((rows_of_tiles,), -1))
     targets[: side**2], target_weights[: side**2] = base, base_weights
     back, back_weights = _outer(_positions(grid.resized, side, newline), y_back, x_back)
     targets[rows.flatten()] = back.view(-1, 4).int()
@@ -175,8 +180,8 @@ def _resized_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Te
     )  # fmt: skip
 
 
-def lone_taps(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of rows that are copied: one tap of weight one, or none."""
+def single_taps(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Taps and weights of rows that are copied: one tap of weight 1, or none where a row is -1."""
     taps = rows.new_full((rows.shape[0], 4), -1, dtype=torch.int32)
     taps[:, 0] = rows
     weights = torch.zeros_like(taps)
@@ -184,13 +189,14 @@ def lone_taps(rows: Tensor) -> tuple[Tensor, Tensor]:
     return taps, weights
 
 
-Axis = tuple[Tensor, Tensor]  # taps (length, 2), -1 for none, and their weights in double precision
+Axis = tuple[Tensor, Tensor]  # taps (length, 2), padded with -1, and their float64 weights
 
 
 def _bilinear(length: int, resized: int) -> tuple[Axis, Axis]:
-    """Along one axis: the two taps of each resized token, and of which two each token is a tap.
+    """Bilinear weights along one axis: a matrix with two taps per row, and its transpose.
 
-    Of ``interpolate(mode="bilinear", align_corners=False)``; its positions as exact fractions.
+    The weights are those of ``interpolate(mode="bilinear", align_corners=False)``, from positions
+    that are exact fractions.
     """
     forth: list[tuple[tuple[int, int], tuple[float, float]]] = []
     back: list[dict[int, float]] = [{} for _ in range(length)]
@@ -209,6 +215,7 @@ def _bilinear(length: int, resized: int) -> tuple[Axis, Axis]:
 
 
 def _axis(pairs: Sequence[tuple[Any, Any]]) -> Axis:
+    """Tensors of taps and weights from one pair ``(taps, weights)`` per token."""
     taps, weights = zip(*pairs, strict=True)
     return (
         torch.tensor(taps, device="cpu"),
@@ -217,7 +224,7 @@ def _axis(pairs: Sequence[tuple[Any, Any]]) -> Axis:
 
 
 def _outer(rows: Tensor, y: Axis, x: Axis) -> tuple[Tensor, Tensor]:
-    """``(height, width, 4)``: rows at both axes' taps, and the products of their weights."""
+    """Taps ``(height, width, 4)`` and weights of a grid, from the taps and weights of its axes."""
     (y_taps, y_weights), (x_taps, x_weights) = y, x
     y_at, x_at = y_taps[:, None, :, None], x_taps[None, :, None, :]
     known = (y_at >= 0) & (x_at >= 0)

@@ -1,4 +1,4 @@
-"""Which tiles an image is cut into, and how many tokens it becomes: arithmetic on the host."""
+"""The tiles and the number of tokens of an image of any resolution (LLaVA-NeXT and OneVision)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ Size = tuple[int, int]  # height, width
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a model tiles its images.
+    """How a model cuts its images into tiles.
 
     Attributes:
-        pinpoints: the resolutions (height, width) to choose from, in pixels; of the config's
+        pinpoints: The resolutions (height, width) to choose from, in pixels: the config's
             ``image_grid_pinpoints``.
-        tile: side of a tile in pixels, ``vision_config.image_size``.
-        side: side of a tile in tokens, ``image_size // patch_size``.
-        max_tiles: N of LLaVA-OneVision's ``anyres_max_N``: from 1.21 N tiles of tokens on, the
-            stitched grid is resized to N. None: never.
-        newline: whether each row of the stitched grid, and a lone tile, ends in a newline.
+        tile: The side of a tile in pixels, ``vision_config.image_size``.
+        side: The side of a tile in tokens, ``image_size // patch_size``.
+        max_tiles: N of LLaVA-OneVision's ``anyres_max_N``. A stitched grid of more than 1.21 N
+            tiles of tokens is resized to about N tiles. None means that no grid is resized.
+        newline: Whether a newline follows each row of the stitched grid, and the tile of an image
+            that has only one.
 
     Raises:
-        ValueError: there is no pinpoint, or a number is not positive.
+        ValueError: There is no pinpoint, or a number is not positive.
     """
 
     pinpoints: tuple[Size, ...]
@@ -47,25 +48,33 @@ class Tiling:
 
 
 class Stitched(NamedTuple):
-    """The grid of an image's tiles, in tokens: what is kept of it, and what that is resized to."""
+    """The grid of an image's tiles: which tokens are kept, and the size that they are resized to.
 
-    tiles: Size  # rows and columns of tiles
+    Attributes:
+        tiles: Rows and columns of tiles.
+        top: Rows of tokens that are cut off above the image (and below it).
+        left: Columns of tokens that are cut off on the left (and on the right).
+        kept: Rows and columns of tokens that are kept.
+        resized: Rows and columns after the resize; ``kept`` if there is none.
+    """
+
+    tiles: Size
     top: int
     left: int
     kept: Size
-    resized: Size  # as kept, if it is not
+    resized: Size
 
 
 def sizes_of(image_sizes: Any) -> tuple[Size, ...]:
-    """(height, width) of each image, as whole numbers.
+    """The (height, width) of each image as Python ints.
 
     Args:
-        image_sizes: ``(images, 2)``, a tensor or array, or a sequence of pairs of any of these. A
-            tensor on a GPU costs one transfer, for all images together.
+        image_sizes: ``(images, 2)``: a tensor, an array, or a sequence of pairs of numbers, tensors
+            or arrays. A tensor on a GPU is copied to the host once.
 
     Raises:
-        TypeError: not of pairs of whole numbers.
-        ValueError: a size is not positive.
+        TypeError: ``image_sizes`` does not hold pairs of whole numbers.
+        ValueError: A size is not positive.
     """
     if isinstance(image_sizes, Tensor):
         image_sizes = image_sizes.cpu()
@@ -84,19 +93,20 @@ def sizes_of(image_sizes: Any) -> tuple[Size, ...]:
 
 
 def _whole(number: Any) -> int:
+    """An int from any whole number; TypeError for others."""
     is_whole = isinstance(number, float) and number.is_integer()
     return int(number) if is_whole else operator.index(number)
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """The pinpoint on which the most of the image's pixels remain, of these the smallest.
+    """The pinpoint that keeps most of the image's pixels; among equals, the smallest.
 
-    transformers' ``select_best_resolution``, whose double precision can lose a pixel of a side
-    that fits exactly: it decides ties, so it is repeated here, operation by operation. Of an image
-    so thin that no pixel remains on any pinpoint it is the smallest of all.
+    Mirrors transformers' ``select_best_resolution``, operation by operation, because its rounding
+    in double precision can lose a pixel of a side that fits exactly, and that decides ties. For an
+    image so thin that no pinpoint keeps a pixel, the smallest pinpoint is returned.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: A size is not positive.
     """
     check_size(size)
     height, width = size
@@ -113,14 +123,17 @@ def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
 
 
 def tile_count(size: Size, tiling: Tiling) -> int:
-    """Tiles the tower is given for an image, the base tile included."""
+    """The number of tiles of an image, including the base tile that shows all of it."""
     height, width = best_resolution(size, tiling.pinpoints)
     return 1 + math.ceil(height / tiling.tile) * math.ceil(width / tiling.tile)
 
 
 @functools.lru_cache(maxsize=4096)
 def stitched(size: Size, tiling: Tiling) -> Stitched:
-    """The stitched grid of an image: transformers' ``unpad_image``, and OneVision's resize."""
+    """The stitched grid of an image.
+
+    Mirrors transformers' ``unpad_image``, and the resize of ``LlavaOnevisionModel``.
+    """
     height, width = best_resolution(size, tiling.pinpoints)
     tiles = height // tiling.tile, width // tiling.tile
     rows, cols = tiles[0] * tiling.side, tiles[1] * tiling.side
@@ -130,34 +143,35 @@ def stitched(size: Size, tiling: Tiling) -> Stitched:
 
 
 def padding(size: Size, grid: Size) -> Size:
-    """Rows of a grid of tokens above and below an image of ``size``, and columns beside it."""
+    """Rows of padding above and below an image in its grid of tokens, and columns on each side."""
     height, width = size
     rows, cols = grid
-    # transformers scales in double precision and rounds to 7 digits: the whole quotient.
+    # transformers scales in double precision and rounds to 7 digits, which gives this quotient.
     if width * rows > cols * height:
         return (rows - height * cols // width) // 2, 0
     return 0, (cols - width * rows // height) // 2
 
 
 def _resized(kept: Size, tiling: Tiling) -> Size:
+    """Rows and columns of the kept grid after LLaVA-OneVision's resize."""
     if tiling.max_tiles is None:
         return kept
-    # In double precision, as there: the square root is not whole, and decides what is.
+    # In double precision, as in transformers, because rounding decides the quotients.
     ratio = math.sqrt(kept[0] * kept[1] / (tiling.max_tiles * tiling.side**2))
     return (int(kept[0] // ratio), int(kept[1] // ratio)) if ratio > 1.1 else kept
 
 
 def token_count(size: Sequence[int], tiling: Tiling, *, tiles: int | None = None) -> int:
-    """Tokens an image becomes: its base tile, and its stitched grid with the newlines.
+    """The number of tokens of an image: its base tile, its stitched grid and the newlines.
 
     Args:
-        size: (height, width) in pixels; a pair, a tensor or an array.
-        tiling: of the model.
-        tiles: 1 for an image that the tower is shown as one tile only (as one of several in a
-            prompt of LLaVA-OneVision).
+        size: (height, width) in pixels, as a pair, a tensor or an array.
+        tiling: How the model tiles its images.
+        tiles: 1 for an image that has only the base tile, such as one of several images in a prompt
+            of LLaVA-OneVision.
 
     Raises:
-        TypeError, ValueError: as `sizes_of`.
+        TypeError, ValueError: The size is not valid, see `sizes_of`.
     """
     newline = int(tiling.newline)
     if tiles == 1:
@@ -167,5 +181,6 @@ def token_count(size: Sequence[int], tiling: Tiling, *, tiles: int | None = None
 
 
 def check_size(size: Size) -> None:
+    """Raise ValueError if a height or width is not positive."""
     if min(size) <= 0:
         raise ValueError(f"vlm_fast.anyres: an image of {size}, expected a positive height, width")

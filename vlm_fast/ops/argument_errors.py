@@ -1,4 +1,4 @@
-"""Errors for wrong calls: they name the op and the argument, what was given, what was expected."""
+"""Errors for wrong calls of an op: which argument, what it is, and what was expected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOATING = "a floating dtype (float32, bfloat16 or float16)"
 
 
 def describe(value: object) -> str:
-    """A value in an error: of a tensor its shape, dtype and device."""
+    """The text for a value in an error message: shape, dtype and device of a tensor."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {value.dtype} on {value.device}"
     return repr(value)
@@ -207,7 +207,7 @@ class _Call:
         return f"{text}, or None" if argument.optional else text
 
     def of_conditions(self, *, of_options: bool) -> Iterator[TypeError | ValueError]:
-        """Errors of conditions on options alone, or of the others."""
+        """Errors of conditions only on options, or of all other conditions."""
         for condition, said in self.signature.where.items():
             names = set(re.findall(r"(?<!['\w.])[A-Za-z_]\w*(?!['\w])", condition)) - WORDS
             if (names <= self.options.keys()) != of_options:

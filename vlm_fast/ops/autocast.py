@@ -1,4 +1,4 @@
-"""Autocast around an op: its device, its dtype, and a reference that it does not touch."""
+"""How autocast applies to an op: its device type, and references that run outside of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 def autocast_device(first: Any) -> str:
     """The device type whose autocast applies to a call with this first argument."""
-    # Not a tensor: the op's own checks say so next.
+    # Anything but a tensor is refused by the op's own checks later.
     return "cuda" if getattr(first, "is_cuda", False) else "cpu"
 
 
@@ -26,7 +26,7 @@ def _has_autocast(device: str) -> bool:
 
 
 def without_autocast(reference: Callable[P, R]) -> Callable[P, R]:
-    """The reference as it is outside autocast, which would cast what it multiplies."""
+    """Wrap a reference so that autocast does not cast its operands."""
 
     @functools.wraps(reference)
     def plain(*args: P.args, **options: P.kwargs) -> R:

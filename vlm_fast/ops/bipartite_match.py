@@ -1,6 +1,8 @@
-"""ToMe's bipartite soft matching: which tokens are alike enough to become one."""
+"""Bipartite soft matching of Token Merging (ToMe): pairs of similar tokens."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from vlm_fast.kernels import bipartite_match as kernels
 from vlm_fast.ops.declaration import Cost, index_op, nbytes, no_kernel_for
 from vlm_fast.ops.verdict import ULPS, Verdict
 
-MAX_TOKENS = 2**30 - 1  # numbers of tokens are int32, and a token's is below twice that of its pair
+MAX_TOKENS = 2**30 - 1  # token numbers are int32; they are twice the numbers within A or B
 
 
 @index_op(
@@ -29,11 +31,10 @@ def bipartite_match(metric: Tensor, *, r: int, protected: int = 0) -> tuple[Tens
     Dtypes other than fp32, fp16 and bf16 fall back.
 
     Args:
-        metric: What tokens are compared by, such as the keys of attention or the tokens themselves.
-        r: By how many tokens the number of tokens falls; at most ``(tokens - protected) // 2``, and
-            more counts as that.
-        protected: How many first tokens (a CLS token, registers) stay as they are. They are not
-            merged, and nothing is merged into them.
+        metric: Features that are compared, such as the keys of attention or the tokens themselves.
+        r: The number of tokens to merge away, reduced to ``(tokens - protected) // 2`` if above.
+        protected: The number of first tokens (a CLS token, registers) that are not merged and that
+            no token is merged into.
 
     Returns:
         Three int32 tensors, the match, for ``merged = tokens - r`` merged tokens. Merged tokens are
@@ -54,12 +55,12 @@ def bipartite_match(metric: Tensor, *, r: int, protected: int = 0) -> tuple[Tens
 
 
 def merged_away(tokens: int, r: int, protected: int) -> int:
-    """How many tokens merge where ``r`` are asked for."""
+    """The number of tokens to merge: ``r``, or half of the unprotected tokens if that is less."""
     return min(r, (tokens - protected) // 2)
 
 
 def _similarity(metric: Tensor, protected: int) -> Tensor:
-    """Cosines of all A with all B that are not protected."""
+    """Cosine similarities of all unprotected tokens of A with all those of B."""
     half = kernels.halves(metric.shape[1], protected)
     unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=2)
     a, b = unit[:, 2 * half.protected_a :: 2], unit[:, 2 * half.protected_b + 1 :: 2]
@@ -67,23 +68,26 @@ def _similarity(metric: Tensor, protected: int) -> Tensor:
 
 
 @bipartite_match.fallback_reason
-def fallback_reason(metric, *, r, protected):
+def fallback_reason(metric: Tensor, *, r: int, protected: int) -> str | None:
     if metric.shape[1] > MAX_TOKENS:
         return f"more than {MAX_TOKENS} tokens"
     return no_kernel_for(metric)
 
 
 @bipartite_match.forward
-def forward(needs_grad, metric, *, r, protected):
+def forward(
+    needs_grad: Any, metric: Tensor, *, r: int, protected: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[()]]:
     r = merged_away(metric.shape[1], r, protected)
     return kernels.bipartite_match(metric, r, protected), ()
 
 
 @bipartite_match.verifier
-def judge(found, metric, *, r, protected):
-    """Every choice is as good as the best but for the rounding that plain PyTorch's has too.
+def verifier(found: tuple[Tensor, ...], metric: Tensor, *, r: int, protected: int) -> list[Verdict]:
+    """Verdicts on a match: its form, and how much similarity each choice loses against the best.
 
-    Where two similarities are that near, either is right: what is judged is what was lost.
+    Rounding decides between nearly equal similarities, so a choice may lose as much as rounding in
+    plain PyTorch explains.
     """
     tokens = metric.shape[1]
     r = merged_away(tokens, r, protected)
@@ -91,35 +95,36 @@ def judge(found, metric, *, r, protected):
     to_a = found[0][:, 2 * half.protected_a :: 2].long()
     merges = to_a >= half.a - r
     partner = torch.where(merges, to_a - (half.a - r), half.protected_b)
-    told = kernels.match_of_pairs(merges.float(), partner, r, tokens)
+    expected = kernels.match_of_pairs(merges.float(), partner, r, tokens)
     partner = partner - half.protected_b
-    tidy = all(torch.equal(one, other) for one, other in zip(found, told, strict=True))
-    if not tidy or (partner < 0).any():
+    well_formed = all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    if not well_formed or (partner < 0).any():
         return [Verdict("match", 0.0, 0.0, "not r pairs of tokens that may merge, in their order")]
     if r == 0:
         return [Verdict("match", 0.0, 0.0, None)]
     exact, native = _similarity(metric.double(), protected), _similarity(metric, protected)
-    usual = exact.isfinite() & native.isfinite()
-    error = (native - exact)[usual].abs().max().item() if usual.any() else 0.0
+    finite = exact.isfinite() & native.isfinite()
+    error = (native - exact)[finite].abs().max().item() if finite.any() else 0.0
     budget = max(4 * error, ULPS[torch.float32] * torch.finfo(torch.float32).eps)
-    exact = exact.masked_fill(exact.isnan(), -2.0)  # below all cosines
+    exact = exact.masked_fill(exact.isnan(), -2.0)  # less than any cosine
     best = exact.max(2).values
     lost = (best - exact.gather(2, partner.unsqueeze(2)).squeeze(2))[merges]
     worst_in = best.masked_fill(~merges, torch.inf).min(1).values
     best_out = best.masked_fill(merges, -torch.inf).max(1).values
     return [
-        _judged("nearest", lost.max().item(), budget),
-        _judged("closest pairs", (best_out - worst_in).max().item(), budget),
+        _lost_similarity("nearest", lost.max().item(), budget),
+        _lost_similarity("closest pairs", (best_out - worst_in).max().item(), budget),
     ]
 
 
-def _judged(what, lost, budget):
+def _lost_similarity(what: str, lost: float, budget: float) -> Verdict:
+    """The verdict on choices that lose ``lost`` of the best cosine where ``budget`` is allowed."""
     failure = None if lost <= budget else f"a cosine {lost:.3g} below the best was taken"
     return Verdict(what, max(lost, 0.0), budget, failure)
 
 
 @bipartite_match.cost
-def cost(metric, *, r, protected):
+def cost(metric: Tensor, *, r: int, protected: int) -> Cost:
     batch, tokens, features = metric.shape
     half = kernels.halves(tokens, protected)
     pairs = batch * (half.a - half.protected_a) * (half.b - half.protected_b)
@@ -143,5 +148,5 @@ def cost(metric, *, r, protected):
         ),
     },
 )
-def inputs(batch, tokens, features):
+def inputs(batch: int, tokens: int, features: int) -> tuple[Tensor]:
     return (torch.randn(batch, tokens, features),)

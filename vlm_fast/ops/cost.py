@@ -1,4 +1,4 @@
-"""The least work that a call of an op needs."""
+"""FLOPs and bytes that a call of an op needs at least."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ class Cost:
 
 
 def nbytes(*tensors: Tensor | None) -> int:
-    """Bytes of all tensors together; None counts as none."""
+    """The number of bytes of all tensors together; None counts as 0."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -1,6 +1,8 @@
-"""Attention of few queries against the keys of one or two sources: resamplers and Q-Formers."""
+"""Cross-attention of few queries to keys of one or two sources, as in resamplers and Q-Formers."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,9 +49,9 @@ def cross_attention(
 
     Mirrors the attention of transformers' ``Blip2QFormerMultiHeadAttention`` and
     ``Idefics2PerceiverAttention``. The Perceiver's keys, of the image and of the latents (Flamingo,
-    arXiv 2204.14198), are never concatenated. Tensors have any strides: a stride of 0 is read as it
-    is, a last stride other than 1 costs a copy. A query that sees no key, or whose scores are all
-    -inf, gives zeros. Dtypes other than fp32, fp16 and bf16, and d above 128, fall back.
+    arXiv 2204.14198), are never concatenated. Strides are arbitrary; a last stride
+    other than 1 costs a copy, a stride of 0 does not. A query that sees no key, or whose scores are
+    all -inf, gives zeros. Dtypes other than fp32, fp16 and bf16, and d above 128, fall back.
 
     Args:
         k: Consecutive heads of q share a head of k and v (arXiv 2305.13245).
@@ -68,7 +70,7 @@ def cross_attention(
     if k2 is not None and v2 is not None:
         k, v = torch.cat([k, k2], 2), torch.cat([v, v2], 2)
     shared = heads // max(kv_heads, 1) * queries
-    rows = q.reshape(batch, kv_heads, shared, d)  # of heads that share keys
+    rows = q.reshape(batch, kv_heads, shared, d)  # queries of all heads that share keys
     scores = torch.matmul(rows, k.transpose(2, 3)) * score_scale(scale, d)
     scores = scores.view(batch, heads, queries, k.shape[2])
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -86,23 +88,23 @@ def cross_attention(
 
 
 @cross_attention.fallback_reason
-def fallback_reason(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
+def fallback_reason(q: Tensor, *others: Tensor | None, **options: Any) -> str | None:
     if not 1 <= q.shape[3] <= MAX_HEAD_SIZE:
         return f"head size {q.shape[3]} is not 1 to {MAX_HEAD_SIZE}"
     return no_kernel_for(q)
 
 
 def safe_softmax(scores: Tensor) -> Tensor:
-    """The softmax over keys; zeros where all scores are -Inf."""
+    """The softmax over the last axis, with zeros instead of NaN where all scores are -inf."""
     if not torch.jit.is_tracing():
         return torch.ops.aten._safe_softmax(scores, -1)
-    # The same in operators that torch.onnx knows.
-    blind = (scores == -torch.inf).all(-1, keepdim=True)
-    return torch.softmax(scores.masked_fill(blind, 0), -1).masked_fill(blind, 0)
+    # torch.onnx does not know _safe_softmax.
+    hidden = (scores == -torch.inf).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(hidden, 0), -1).masked_fill(hidden, 0)
 
 
 def score_scale(scale: float | None, d: int) -> float:
-    """What scores are multiplied by, of heads of size d."""
+    """The factor of attention scores: ``scale``, or ``d ** -0.5`` for heads of size d."""
     return max(d, 1) ** -0.5 if scale is None else scale
 
 
@@ -114,15 +116,17 @@ def forward(needs_grad, q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout
     )  # fmt: skip
     if not any(needs_grad):
         return o, ()
-    # Inputs alone: what the forward found of the scores is found again.
+    # Only inputs are saved; backward computes the scores again.
     return o, (q, k, v, k2, v2, bias, key_mask, seed if dropout > 0 else None)
 
 
 @cross_attention.backward
-def backward(needs_grad, saved_tensors, do, *, scale, dropout):
+def backward(
+    needs_grad: Any, saved_tensors: Any, do: Tensor, *, scale: float | None, dropout: float
+) -> tuple[Tensor | None, ...]:
     q, k, v, k2, v2, bias, key_mask, seed = saved_tensors
     scale = score_scale(scale, q.shape[3])
-    found = attention_backward(
+    of_attention = attention_backward(
         do, q, k, v, k2, v2, bias, key_mask, seed, scale=scale, dropout=dropout,
         want_q=needs_grad.q, want_kv=needs_grad.k or needs_grad.v,
         want_kv2=needs_grad.k2 or needs_grad.v2,
@@ -132,7 +136,7 @@ def backward(needs_grad, saved_tensors, do, *, scale, dropout):
         dbias = bias_gradient(
             do, q, k, v, k2, v2, bias, key_mask, seed, scale, dropout
         )  # fmt: skip
-    gradients = (*found, dbias, None, None)
+    gradients = (*of_attention, dbias, None, None)
     return tuple(g if need else None for g, need in zip(gradients, needs_grad, strict=True))
 
 
@@ -140,12 +144,12 @@ def backward(needs_grad, saved_tensors, do, *, scale, dropout):
 def cost(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
     keys = k.shape[2] + (0 if k2 is None else k2.shape[2])
     flops = 4 * q.numel() * keys
-    sources, beside = nbytes(k, v, k2, v2), nbytes(bias, key_mask)
+    sources, masks = nbytes(k, v, k2, v2), nbytes(bias, key_mask)
     return Cost(
         forward_flops=flops,
-        forward_bytes=2 * nbytes(q) + sources + beside,
+        forward_bytes=2 * nbytes(q) + sources + masks,
         backward_flops=5 * flops // 2,
-        backward_bytes=4 * nbytes(q) + 2 * sources + beside,
+        backward_bytes=4 * nbytes(q) + 2 * sources + masks,
     )
 
 

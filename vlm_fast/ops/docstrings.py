@@ -1,4 +1,4 @@
-"""The docstring of an op: what its author wrote, with the declared arguments filled in."""
+"""Completes the docstring of an op with the shapes, dtypes and errors of its declaration."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ RAISED = {
 def documented(text: str, signature: Signature) -> str:
     """The docstring with a line for every argument and the errors that a signature raises.
 
-    The author's ``Args:`` section describes arguments beyond their declaration; an argument that it
-    leaves out gets its declaration alone. Likewise for ``Raises:``.
+    The ``Args:`` section of ``text`` says what the declaration cannot; an argument that it leaves
+    out gets only its declaration. ``Raises:`` is completed in the same way.
     """
     parts = _sections(inspect.cleandoc(text))
     lines = [parts[""].rstrip(), "", "Args:"]
-    told = _entries(parts.get("Args:", ""))
+    described = _entries(parts.get("Args:", ""))
     for name, declared in signature.tensors.items():
-        lines.append(_entry(name, _words(declared), told.pop(name, "")))
+        lines.append(_entry(name, _words(declared), described.pop(name, "")))
     for name in signature.option_names:
         option = signature.options.get(name)
-        lines.append(_entry(name, f"{option.words}" if option else "", told.pop(name, "")))
-    if told:
-        raise ValueError(f"{signature.op}: the docstring describes {', '.join(told)}, no arguments")
+        lines.append(_entry(name, f"{option.words}" if option else "", described.pop(name, "")))
+    if described:
+        raise ValueError(
+            f"{signature.op}: the docstring describes {', '.join(described)}, no arguments"
+        )
     if "Returns:" in parts:
         lines += ["", "Returns:", parts["Returns:"].rstrip()]
     raised = _entries(parts.get("Raises:", ""))
@@ -47,8 +49,8 @@ def _words(declared: TensorArgument | list[TensorArgument]) -> str:
     return "; ".join(f"{argument.name}: {argument.words}" for argument in declared)
 
 
-def _entry(name: str, declared: str, told: str) -> str:
-    sentences = [s if s.endswith(".") else f"{s}." for s in (declared, told) if s]
+def _entry(name: str, declared: str, described: str) -> str:
+    sentences = [s if s.endswith(".") else f"{s}." for s in (declared, described) if s]
     text = f"{name}: {' '.join(sentences)}"
     return textwrap.fill(
         text, 100, initial_indent="    ", subsequent_indent="        ", break_long_words=False,

@@ -1,8 +1,8 @@
-"""The gated MLP of language models and of resamplers since Llama: SwiGLU and its kin."""
+"""A gated MLP such as SwiGLU, as in Llama's decoder layers and many resamplers."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from vlm_fast.kernels._activation import ACTIVATIONS
 from vlm_fast.kernels.gated_mlp import gated_activation, gated_activation_backward
 from vlm_fast.kernels.mlp import activate
 from vlm_fast.ops.declaration import Cost, linear_op, nbytes
+from vlm_fast.ops.rows import as_matrix
 
 
 @linear_op(
@@ -29,7 +30,7 @@ def gated_mlp(
     *,
     activation: str = "silu",
 ) -> Tensor:
-    """A gated MLP such as SwiGLU: ``linear(act(linear(x, w_gate)) * linear(x, w_up), w_down)``.
+    """Gate an MLP as SwiGLU does: ``linear(act(linear(x, w_gate)) * linear(x, w_up), w_down)``.
 
     GLU variants, arXiv 2002.05202. Mirrors transformers' ``MllamaTextMLP``, ``Idefics2MLP`` and the
     ``IdeficsMLP`` of the decoder. Backward keeps x and both products of the first two linears.
@@ -43,29 +44,34 @@ def gated_mlp(
 
 
 @gated_mlp.forward
-def forward(needs_grad, x, weight_gate, weight_up, weight_down, *, activation):
-    rows = _rows(x)
+def forward(
+    needs_grad: Any, x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor,
+    *, activation: str,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
+    rows = as_matrix(x)
     gate, up = F.linear(rows, weight_gate), F.linear(rows, weight_up)
     h = gated_activation(gate, up, activation, overwrite=not any(needs_grad))
     shape = (*x.shape[:-1], weight_down.shape[0])
     if not any(needs_grad):
-        del gate, up  # before the third GEMM allocates
+        del gate, up  # freed before the third GEMM allocates its result
         return F.linear(h, weight_down).view(shape), ()
     y = F.linear(h, weight_down).view(shape)
-    inner = needs_grad.x or needs_grad.weight_gate or needs_grad.weight_up
+    before_down = needs_grad.x or needs_grad.weight_gate or needs_grad.weight_up
     return y, (
         x if needs_grad.weight_gate or needs_grad.weight_up else None,
         weight_gate if needs_grad.x else None,
         weight_up if needs_grad.x else None,
-        weight_down if inner else None,
+        weight_down if before_down else None,
         gate, up,
     )  # fmt: skip
 
 
 @gated_mlp.backward
-def backward(needs_grad, saved_tensors, dy, *, activation):
+def backward(
+    needs_grad: Any, saved_tensors: Any, dy: Tensor, *, activation: str
+) -> tuple[Tensor | None, ...]:
     x, weight_gate, weight_up, weight_down, gate, up = saved_tensors
-    leading, dy = dy.shape[:-1], _rows(dy)
+    leading, dy = dy.shape[:-1], as_matrix(dy)
     dx = dweight_gate = dweight_up = dweight_down = None
     if weight_down is not None:
         dgate, dup, h = gated_activation_backward(
@@ -76,26 +82,25 @@ def backward(needs_grad, saved_tensors, dy, *, activation):
         h = gated_activation(gate, up, activation)
     if h is not None:
         dweight_down = torch.mm(dy.t(), h)
-    del h  # the largest temporaries first out
+    del h  # the largest temporary is freed first
     if needs_grad.x:
         dx = torch.mm(dgate, weight_gate)
     if needs_grad.weight_gate:
-        dweight_gate = torch.mm(dgate.t(), _rows(x))
+        dweight_gate = torch.mm(dgate.t(), as_matrix(x))
     if weight_down is not None:
         del dgate
     if dx is not None:
         dx = dx.addmm_(dup, weight_up).view(*leading, dx.shape[1])
     if needs_grad.weight_up:
-        dweight_up = torch.mm(dup.t(), _rows(x))
+        dweight_up = torch.mm(dup.t(), as_matrix(x))
     return dx, dweight_gate, dweight_up, dweight_down
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
 @gated_mlp.cost
-def cost(x, weight_gate, weight_up, weight_down, *, activation):
+def cost(
+    x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor,
+    *, activation: str,
+) -> Cost:  # fmt: skip
     rows, weights = x.shape[:-1].numel(), (weight_gate, weight_up, weight_down)
     flops = 2 * rows * sum(w.numel() for w in weights)
     element = x.element_size()
@@ -123,7 +128,9 @@ def cost(x, weight_gate, weight_up, weight_down, *, activation):
         "Idefics2 perceiver, 8 images": dict(shape=(8, 64, 4096), hidden=16384, out=4096),
     },
 )
-def inputs(shape, hidden, out, *, drop_first=0):
+def inputs(
+    shape: tuple[int, ...], hidden: int, out: int, *, drop_first: int = 0
+) -> tuple[Tensor, ...]:
     x = torch.randn(shape)[..., drop_first:, :] if drop_first else torch.randn(shape)
     inner = shape[-1]
     return (

@@ -1,4 +1,4 @@
-"""Attention of text to the images it may see: Flamingo's, and Llama 3.2's over tiles."""
+"""Masked cross-attention of text to images, as in Flamingo, IDEFICS and Llama 3.2 Vision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlm_fast.ops.declaration import Cost, linear_op, nbytes, no_kernel_for
 
 ATTEND = ("latest", "all_previous", "listed")
 UNATTENDED = ("zero", "uniform", "everything")
-MAX_LISTED = 63  # bits of an index that are no sign
+MAX_LISTED = 63  # bits of an int64 without its sign
 
 
 @linear_op(
@@ -56,23 +56,23 @@ def media_cross_attention(
     Mirrors the masked cross-attention of OpenFlamingo (Flamingo, arXiv 2204.14198, section 3.1.3)
     and, over tiles, transformers' ``MllamaTextCrossAttention`` and the cross-attention of
     ``IdeficsAttention``. Work and memory grow with the media that are seen: no mask and no scores
-    of all text tokens by all keys are formed. Tensors have any strides; a last stride other than 1
+    of all text tokens by all keys are formed. Strides are arbitrary; a last stride other than 1
     costs a copy. Dtypes other than fp32, fp16 and bf16, and d above 128, fall back.
 
     Args:
-        k: ``keys`` is ``media * tokens_per_media``, one medium after the other. Consecutive heads
+        k: ``keys`` is ``media * tokens_per_media``, in the order of the media. Consecutive heads
             of q share a head of k and v (arXiv 2305.13245).
         media_index: For "latest" and "all_previous" the number of media up to this token, as
             ``(input_ids == image_token).cumsum(1)``. For "listed" a set of media: bit m stands for
             medium m, of at most 63.
         q_norm: The weight of an RMSNorm (arXiv 1910.07467) of each query's head, in Llama's form.
-            Keys come normed.
+            Keys are expected to be normed already.
         tokens_per_media: Keys of one medium.
-        attend: What a token sees. "latest": the last of its media (Flamingo). "all_previous": all
-            of them. "listed": those in its set.
-        unattended: What a token without media gets. "zero"; "uniform": the mean of all values
-            (OpenFlamingo with ``only_attend_immediate_media=False``, IDEFICS); "everything":
-            attention to all media (Llama 3.2).
+        attend: The media that a token sees. "latest": the last one up to the token (Flamingo).
+            "all_previous": all up to the token. "listed": those in its set.
+        unattended: The result of a token that sees no media. "zero"; "uniform": the mean of all
+            values (OpenFlamingo with ``only_attend_immediate_media=False``, IDEFICS);
+            "everything": attention to all media (Llama 3.2).
         scale: Factor of the scores, ``d ** -0.5`` by default.
         eps: Added to the mean square of a query.
 
@@ -90,18 +90,22 @@ def media_cross_attention(
         wide = q.to(torch.promote_types(q.dtype, torch.float32))
         unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         q = (unit.to(q.dtype) * q_norm).to(q.dtype)
-    group = (batch, kv_heads, heads // max(kv_heads, 1) * queries)  # rows of heads that share keys
+    group = (
+        batch,
+        kv_heads,
+        heads // max(kv_heads, 1) * queries,
+    )  # queries of all heads that share keys
     seen = media_seen(media_index, keys // tokens_per_media, attend)
-    alone = ~seen.any(-1, keepdim=True)
+    sees_none = ~seen.any(-1, keepdim=True)
     if unattended != "zero":
-        seen = seen | alone
+        seen = seen | sees_none
     if unattended == "uniform":
-        q = q.masked_fill(alone[:, None], 0)
+        q = q.masked_fill(sees_none[:, None], 0)
 
     def scores_of(medium: int, k: Tensor) -> Tensor:
-        # Tokens that do not see it are taken out: even of NaN, nothing reaches its keys.
-        own = q.masked_fill(~seen[:, None, :, medium, None], 0).reshape(*group, d)
-        return torch.matmul(own, k.transpose(2, 3)) * score_scale(scale, d)
+        # Queries that do not see this medium are zeroed, so that not even NaN reaches its keys.
+        seeing = q.masked_fill(~seen[:, None, :, medium, None], 0).reshape(*group, d)
+        return torch.matmul(seeing, k.transpose(2, 3)) * score_scale(scale, d)
 
     every = [scores_of(m, part) for m, part in enumerate(k.split(tokens_per_media, 2))]
     scores = torch.cat(every, -1).view(batch, heads, queries, keys)
@@ -131,7 +135,7 @@ def forward(
         q, k, v, media_index, q_norm, tokens_per_media=tokens_per_media, attend=attend,
         unattended=unattended, scale=score_scale(scale, q.shape[3]), eps=eps,
     )  # fmt: skip
-    # Inputs alone: what the forward found of the scores is found again.
+    # Only inputs are saved; backward computes the scores again.
     return o, (q, k, v, media_index, q_norm) if any(needs_grad) else ()
 
 
@@ -145,12 +149,16 @@ def backward(needs_grad, saved_tensors, do, *, tokens_per_media, attend, unatten
     )  # fmt: skip
     if dq_norm is not None:
         dq_norm = dq_norm.to(q_norm.dtype)
-    found = (dq, dk, dv, None, dq_norm)
-    return tuple(g if need else None for g, need in zip(found, needs_grad, strict=True))
+    gradients = (dq, dk, dv, None, dq_norm)
+    return tuple(g if need else None for g, need in zip(gradients, needs_grad, strict=True))
 
 
 def _check_index(index: Tensor, media: int, attend: str) -> None:
-    """On the host where it costs nothing or strictness asks; else an assertion on the device."""
+    """Check that indices name existing media.
+
+    On the host if that costs no synchronisation or under `vlm_fast.strict`; otherwise with an
+    assertion on the device.
+    """
     if is_traced(index) or not index.numel():
         return
     wrong = (index >> media) != 0 if attend == "listed" else (index < 0) | (index > media)
@@ -169,7 +177,7 @@ def _check_index(index: Tensor, media: int, attend: str) -> None:
 
 @media_cross_attention.cost
 def cost(q, k, v, media_index, q_norm, *, tokens_per_media, attend, unattended, scale, eps):
-    # Of what is surely seen: one medium, half of them, all.
+    # The number of media that a token is assumed to see: one, half of them, or all.
     media = k.shape[2] // tokens_per_media
     seen = {"latest": min(1, media), "all_previous": (media + 1) / 2, "listed": media}[attend]
     flops = int(4 * q.numel() * tokens_per_media * seen)
@@ -199,7 +207,7 @@ _LLAMA = dict(
         ),
         dict(
             batch=1, heads=4, kv_heads=1, queries=5, media=3, keys=57, tokens_per_media=19, d=80,
-            before=2, attend="listed", unattended="everything", scale=0.2, normed=True, eps=0.01,
+            before=2, attend="listed", unattended="everything", scale=0.2, normed=True, eps=0.5,
         ),
         dict(
             batch=1, heads=2, kv_heads=1, queries=1, media=2, keys=266, tokens_per_media=133, d=16,
@@ -228,9 +236,10 @@ _LLAMA = dict(
 def inputs(
     batch, heads, queries, media, keys, d, *, kv_heads=None, before=0, sets=None, normed=False
 ):  # fmt: skip
-    """Media at even distances after ``before`` tokens of text (-1: all of them before the text).
+    """Media at even distances after ``before`` tokens of text; -1 puts all of them before the text.
 
-    ``sets``: bits of "previous" media, or of "all" from the first on; else the number itself.
+    ``sets`` makes each index a set of bits: of "previous" media, or of "all" media once there is
+    one. None makes it the number of previous media.
     """
 
     def tokens(n, width):
@@ -238,8 +247,8 @@ def inputs(
 
     kv_heads = kv_heads or heads
     sample, token = torch.arange(batch).unsqueeze(1), torch.arange(queries).unsqueeze(0)
-    after = token - before - sample if before >= 0 else token * 0 + sample * 0 + queries
-    index = (after * media).div(max(1, queries - before), rounding_mode="floor") + 1
+    position = token - before - sample if before >= 0 else token * 0 + sample * 0 + queries
+    index = (position * media).div(max(1, queries - before), rounding_mode="floor") + 1
     index = index.clamp(0, media)
     if sets == "all":
         index = (index > 0) * (2**media - 1)

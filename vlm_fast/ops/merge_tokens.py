@@ -1,8 +1,9 @@
-"""Tokens that are alike become their mean, and can be spread out again."""
+"""Similar tokens merged into their weighted mean (Token Merging)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +11,6 @@ from torch import Tensor
 from vlm_fast.kernels import merge_tokens as kernels
 from vlm_fast.kernels.bipartite_match import match_of_pairs
 from vlm_fast.ops.declaration import Cost, nbytes, op
-
-PARTS = ("destination", "order", "start")
 
 
 @op(
@@ -29,25 +28,25 @@ PARTS = ("destination", "order", "start")
 def merge_tokens(
     x: Tensor, match: Sequence[Tensor], size: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Average the tokens that a match groups: each merged token is their weighted mean.
+    """Merge each group of matched tokens into its mean, weighted by their sizes.
 
     Token Merging, arXiv 2210.09461, section 3. Sums are taken in fp32 and in a fixed order, a token
-    of B first; a token that is alone in its group passes unchanged. The sum of sizes is kept, and
-    exactly so for whole numbers below 2**24. Dtypes other than fp32, fp16 and bf16 fall back.
-    Gradients go to x and to size.
+    of B first. A token that is the only one of its group is copied exactly. The sum of sizes does
+    not change; it is exact for whole numbers below 2**24. Gradients go to x and to size. Dtypes
+    other than fp32, fp16 and bf16 fall back.
 
     Args:
         x: Rows at any pitch are not copied.
         match: What `bipartite_match` returned.
-        size: How many tokens each token stands for, as an earlier merge returned it, positive. None
-            means 1 for each.
+        size: The positive number of original tokens in each token, as an earlier merge returned it.
+            None means 1 for each.
 
     Returns:
         The merged tokens ``(batch, merged, features)`` in x's dtype, and their sizes ``(batch,
         merged)`` in the dtype of size, or fp32.
 
     Raises:
-        IndexError: The match has a number out of range. On CUDA its row is left out instead.
+        IndexError: The match has a number out of range. On CUDA that row is skipped instead.
     """
     destination, _, start = match
     batch, _, features = x.shape
@@ -64,7 +63,9 @@ def merge_tokens(
 
 
 @merge_tokens.forward
-def forward(needs_grad, x, match, size):
+def forward(
+    needs_grad: Any, x: Tensor, match: Sequence[Tensor], size: Tensor | None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
     destination, order, start = match
     wide = None if size is None else size.float().contiguous()
     out, total = kernels.sum_tokens(x, order, start, wide, mean=True)
@@ -72,18 +73,21 @@ def forward(needs_grad, x, match, size):
     result = total if size is None else total.to(size.dtype)
     if not (needs_grad.x or needs_grad.size):
         return (out, result), ()
-    of_size = (x, order, start) if needs_grad.size else (None, None, None)
-    return (out, result), (destination, size, total, *of_size)
+    for_size = (x, order, start) if needs_grad.size else (None, None, None)
+    return (out, result), (destination, size, total, *for_size)
 
 
 @merge_tokens.backward
-def backward(needs_grad, saved_tensors, dout, dtotal):
+def backward(
+    needs_grad: Any, saved_tensors: Any, dout: Tensor, dtotal: Tensor
+) -> tuple[Tensor | None, None, Tensor | None]:
     destination, size, total, x, order, start = saved_tensors
     wide = None if size is None else size.float().contiguous()
     dx = kernels.spread_tokens(dout, destination, wide, total) if needs_grad.x else None
     dsize = None
     if needs_grad.size:
-        # mean' = (x - mean) / total: the inner product with the mean is the mean of inner products.
+        # The derivative of the mean is (x - mean) / total. The inner product of dout with the mean
+        # is the mean of the inner products, so the mean itself is not needed.
         products = kernels.row_products(x, dout, destination)
         mean, _ = kernels.sum_tokens(products.unsqueeze(2), order, start, wide, mean=True)
         to = destination.long()
@@ -93,12 +97,13 @@ def backward(needs_grad, saved_tensors, dout, dtotal):
 
 
 @merge_tokens.non_differentiable
-def constants(needs_grad):
-    return () if needs_grad.size else (1,)  # counts, or sums of what has no gradient
+def non_differentiable(needs_grad: Any) -> tuple[int, ...]:
+    # The second result is a sum of sizes.
+    return () if needs_grad.size else (1,)
 
 
 @merge_tokens.cost
-def cost(x, match, size):
+def cost(x: Tensor, match: Sequence[Tensor], size: Tensor | None) -> Cost:
     merged = x.shape[0] * (match[2].shape[1] - 1) * x.shape[2] * x.element_size()
     moved = nbytes(x, match[0]) + merged
     return Cost(
@@ -126,79 +131,19 @@ def cost(x, match, size):
         "CLIP-L/336, 1 image": dict(batch=1, tokens=576, features=1024, r=288),
     },
 )
-def inputs(batch, tokens, features, r, *, sized=False):
+def inputs(
+    batch: int, tokens: int, features: int, r: int, *, sized: bool = False
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
     x = torch.randn(batch, tokens, features)
     size = None
     if sized:
         size = torch.arange(batch * tokens, dtype=torch.float32).remainder(5).add(1)
         size = size.view(batch, tokens)
-    return x, _some_match(batch, tokens, r), size
+    return x, sample_match(batch, tokens, r), size
 
 
-@op(
-    merged="floating (batch, merged_tokens, features)",
-    match=dict(
-        destination="int32 (batch, tokens)",
-        order="int32 (batch, tokens)",
-        start="int32 (batch, merged_tokens + 1)",
-    ),
-    where={"merged_tokens <= tokens": "merged: at most {tokens} merged tokens, as destination has"},
-)
-def unmerge_tokens(merged: Tensor, match: Sequence[Tensor]) -> Tensor:
-    """Copy each merged token to all tokens of its group.
-
-    Token Merging for dense prediction, arXiv 2303.17604, section 3.2. The gradient of a merged
-    token is the sum over its group, in fp32 and in a fixed order. Dtypes other than fp32, fp16 and
-    bf16 fall back.
-
-    Args:
-        match: What `bipartite_match` returned for this number of merged tokens.
-
-    Returns:
-        ``(batch, tokens, features)``.
-
-    Raises:
-        IndexError: The match has a number out of range. On CUDA its row is left out instead.
-    """
-    rows = match[0].long().unsqueeze(2).expand(-1, -1, merged.shape[2])
-    return merged.gather(1, rows)
-
-
-@unmerge_tokens.forward
-def forward_unmerge(needs_grad, merged, match):
-    destination, order, start = match
-    saved_tensors = (order, start) if needs_grad.merged else (None, None)
-    return kernels.spread_tokens(merged, destination), saved_tensors
-
-
-@unmerge_tokens.backward
-def backward_unmerge(needs_grad, saved_tensors, dout):
-    return kernels.sum_tokens(dout, *saved_tensors, mean=False)[0], None
-
-
-@unmerge_tokens.cost
-def cost_unmerge(merged, match):
-    rows = match[0].numel() * merged.shape[2] * merged.element_size()
-    moved = nbytes(merged, match[0]) + rows
-    return Cost(0, moved, rows // merged.element_size(), moved + nbytes(match[2]))
-
-
-@unmerge_tokens.inputs(
-    smallest=dict(batch=1, tokens=1, features=1, r=0),
-    usual=dict(batch=3, tokens=7, features=17, r=3),
-    others=[
-        dict(batch=1, tokens=8, features=100, r=4),
-    ],
-    large=dict(batch=5, tokens=107_000, features=4096, r=53000),
-    bitwise=True,
-    bench={"CLIP-L/336, 64 images, half": dict(batch=64, tokens=576, features=1024, r=288)},
-)
-def inputs_unmerge(batch, tokens, features, r):
-    return torch.randn(batch, tokens - r, features), _some_match(batch, tokens, r)
-
-
-def _some_match(batch, tokens, r):
-    """As of random tokens: r pairs of an A and a B anywhere."""
+def sample_match(batch: int, tokens: int, r: int) -> list[Tensor]:
+    """A match for tests that merges ``r`` pairs of pseudo-random tokens."""
     half_a, half_b = (tokens + 1) // 2, tokens // 2
     number = torch.arange(batch * half_a, dtype=torch.int64).view(batch, half_a)
     closeness = (number * 7919 % 1009).to(torch.float32)

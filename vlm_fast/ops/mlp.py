@@ -1,4 +1,4 @@
-"""Linear, activation, linear: the projector of LLaVA and of most models since."""
+"""Two linear layers with an activation between, as in the projector of LLaVA."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vlm_fast.kernels._activation import ACTIVATIONS
 from vlm_fast.kernels._launcher import runs_triton
 from vlm_fast.kernels.mlp import FEW_ROWS, activate, linear_activation, mlp_activation_backward
 from vlm_fast.ops.declaration import Cost, linear_op, nbytes
+from vlm_fast.ops.rows import as_matrix
 
 SAVED = ("all", "preactivation", "input")
 
@@ -37,7 +38,7 @@ def mlp(
     activation: str = "gelu",
     saved: str = "preactivation",
 ) -> Tensor:
-    """Two linears with an activation between: ``linear(act(linear(x, w1, b1)), w2, b2)``.
+    """Apply two linears with an activation between: ``linear(act(linear(x, w1, b1)), w2, b2)``.
 
     Mirrors transformers' ``LlavaMultiModalProjector``. GELU (arXiv 1606.08415) is the exact erf
     form unless ``activation`` says otherwise. Dtypes other than fp32, fp16 and bf16 fall back.
@@ -46,7 +47,7 @@ def mlp(
         x: Rows at one pitch, as in ``hidden[:, 1:]``, are read without a copy in forward, except by
             the optional GEMM for Hopper.
         saved: What backward keeps. "all": x, the pre-activation z and the activation, as eager
-            PyTorch does. "preactivation": x and z. "input": x alone; backward computes z again, at
+            PyTorch does. "preactivation": x and z. "input": only x; backward computes z again, at
             the cost of one more GEMM.
 
     Returns:
@@ -57,12 +58,14 @@ def mlp(
 
 @mlp.forward
 def forward(needs_grad, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
-    # z, if it is not saved, is freed before the second GEMM allocates.
-    h, saved_tensors = _activated(needs_grad, x, weight_1, bias_1, weight_2, activation, saved)
+    # A helper computes h, so that z, if it is not saved, is freed before the second GEMM.
+    h, saved_tensors = _hidden_and_saved(
+        needs_grad, x, weight_1, bias_1, weight_2, activation, saved
+    )
     return F.linear(h, weight_2, bias_2), saved_tensors
 
 
-def _activated(
+def _hidden_and_saved(
     needs_grad: Any,
     x: Tensor,
     weight_1: Tensor,
@@ -71,7 +74,7 @@ def _activated(
     activation: str,
     saved: str,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The input of the second linear, and the tensors that backward needs."""
+    """The input of the second linear, and the tensors that are saved for backward."""
     if not any(needs_grad) and x.dtype is not torch.float32 and runs_triton(x):
         rows = math.prod(x.shape[:-1])
         if 0 < rows <= FEW_ROWS and x.shape[-1] > 0:
@@ -79,26 +82,28 @@ def _activated(
             few = few if few.stride(1) == 1 else few.contiguous()
             h = linear_activation(few, weight_1, bias_1, activation)
             return h.view(*x.shape[:-1], h.shape[1]), ()
-    inner = needs_grad.x or needs_grad.weight_1 or needs_grad.bias_1
+    before_z = needs_grad.x or needs_grad.weight_1 or needs_grad.bias_1
     rebuild = saved == "input"
-    keep_z = not rebuild and (inner or needs_grad.weight_2)
-    z, h = _first_linear(x, weight_1, bias_1, weight_2, activation, keep_z, inner)
+    keep_z = not rebuild and (before_z or needs_grad.weight_2)
+    z, h = _first_linear(x, weight_1, bias_1, weight_2, activation, keep_z, before_z)
     if not any(needs_grad):
         return h, ()
     return h, (
         x if needs_grad.weight_1 or rebuild else None,
         weight_1 if needs_grad.x or rebuild else None,
         bias_1 if rebuild else None,
-        weight_2 if inner else None,
+        weight_2 if before_z else None,
         z,
         h if saved == "all" and needs_grad.weight_2 else None,
     )
 
 
 @mlp.backward
-def backward(needs_grad, saved_tensors, dy, *, activation, saved):
+def backward(
+    needs_grad: Any, saved_tensors: Any, dy: Tensor, *, activation: str, saved: str
+) -> tuple[Tensor | None, ...]:
     x, weight_1, bias_1, weight_2, z, h = saved_tensors
-    leading, dy = dy.shape[:-1], _rows(dy)
+    leading, dy = dy.shape[:-1], as_matrix(dy)
     if saved == "input":
         whole = _takes_whole_rows(x, weight_2, activation)
         z = F.linear(x.contiguous() if whole else _gemm_input(x), weight_1, bias_1)
@@ -112,12 +117,12 @@ def backward(needs_grad, saved_tensors, dy, *, activation, saved):
         h = fresh_h if want_h else h
     elif want_h:
         h = activate(_without_gaps(z, leading), activation)
-    # Largest temporaries first out: h is gone before dz is used, dz before anything else.
+    # The largest temporaries are freed first: h before dz is used.
     if needs_grad.weight_2:
-        dweight_2 = torch.mm(dy.t(), _rows(h))
+        dweight_2 = torch.mm(dy.t(), as_matrix(h))
     h = fresh_h = None
     if needs_grad.weight_1:
-        dweight_1 = torch.mm(dz.t(), _rows(x))
+        dweight_1 = torch.mm(dz.t(), as_matrix(x))
     if needs_grad.x:
         dx = torch.mm(dz, weight_1)
         dx = dx if len(leading) == 1 else dx.view(*leading, dx.shape[1])
@@ -133,10 +138,10 @@ def _first_linear(
     keep_z: bool,
     backward: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """``z``, if it is kept, and its activation."""
+    """The pre-activation ``z``, or None if it is not kept, and its activation."""
     leading, (hidden, inner) = x.shape[:-1], weight.shape
     if activation == "gelu" and _hopper.takes_linear_gelu(x, math.prod(leading), inner, hidden):
-        z, h = _hopper.linear_gelu(_rows(x), weight, bias, keep_z=keep_z)
+        z, h = _hopper.linear_gelu(as_matrix(x), weight, bias, keep_z=keep_z)
         return None if z is None else z.view(*leading, hidden), h.view(*leading, hidden)
     whole = backward and _takes_whole_rows(x, weight_2, activation)
     z = F.linear(x.contiguous() if whole else _gemm_input(x), weight, bias)
@@ -153,7 +158,7 @@ def _second_linear_backward(
     want_h: bool,
     want_dbias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``dz``, the activation and the gradient of the first bias; dy ``(rows, out)``."""
+    """``dz``, the activation if wanted, and the gradient of the first bias; dy is a matrix."""
     tokens, period = _tokens_and_period(z, leading)
     rows, hidden = dy.shape[0], weight.shape[1]
     if tokens == period and _takes_whole_rows(dy, weight, activation):
@@ -166,22 +171,17 @@ def _second_linear_backward(
 
 
 def _takes_whole_rows(rows: Tensor, weight_2: Tensor, activation: str) -> bool:
-    """Whether backward's GEMM will take z, which then must have no gaps."""
+    """Whether the GEMM for Hopper serves backward, which needs z without gaps between images."""
     out, hidden = weight_2.shape
     count = math.prod(rows.shape[:-1])
     return activation == "gelu" and _hopper.takes_gelu_backward(rows, count, hidden, out)
 
 
-def _rows(x: Tensor) -> Tensor:
-    # Not -1: of no elements it could be any number.
-    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
 def _gemm_input(x: Tensor) -> Tensor:
-    """x as the GEMM with its bias takes it in one call, copied only where that cannot be.
+    """``x`` in a layout that one GEMM with bias reads, copied only if there is no other way.
 
-    Images at one pitch with gaps between, as ``hidden[:, 1:]``, are taken in place as one matrix
-    with the gaps: a few rows more are computed, and never read.
+    Images with gaps between them, as in ``hidden[:, 1:]``, become one matrix that includes the
+    gaps. The results of these extra rows are never read.
     """
     if x.ndim < 3 or x.is_contiguous():
         return x
@@ -196,7 +196,7 @@ def _gemm_input(x: Tensor) -> Tensor:
 
 
 def _tokens_and_period(z: Tensor, leading: torch.Size) -> tuple[int, int]:
-    """Tokens of an image in z, and rows from one image to the next."""
+    """The number of tokens of an image in z, and of rows from one image to the next."""
     if z.ndim != 2 or len(leading) < 2:
         rows = math.prod(leading)  # Size.numel() would fix a dynamic shape
         return rows, rows
@@ -205,7 +205,7 @@ def _tokens_and_period(z: Tensor, leading: torch.Size) -> tuple[int, int]:
 
 
 def _without_gaps(z: Tensor, leading: torch.Size) -> Tensor:
-    """The rows of z that belong to images: z itself, or a view without the gaps."""
+    """The rows of z that belong to images: z itself, or a view that skips the gaps."""
     if z.ndim != 2 or len(leading) < 2:
         return z
     tokens, period = _tokens_and_period(z, leading)
@@ -249,7 +249,9 @@ def cost(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
         "BLIP-2-wide, 257 tokens": dict(shape=(8, 257, 1408), hidden=4096, out=4096),
     },
 )
-def inputs(shape, hidden, out, *, drop_first=0, bias=True):
+def inputs(
+    shape: tuple[int, ...], hidden: int, out: int, *, drop_first: int = 0, bias: bool = True
+) -> tuple[Tensor | None, ...]:
     x = torch.randn(shape)[..., drop_first:, :] if drop_first else torch.randn(shape)
     inner = shape[-1]
     return (

@@ -19,10 +19,10 @@ from torch.jit._builtins import _register_builtin
 from torch.library import Library, register_autograd, register_fake, register_vmap
 
 from vlm_fast.fallback import record_fast_call
-from vlm_fast.ops.schema import holds_list, schema_type
+from vlm_fast.ops.autograd_function import autograd_function
+from vlm_fast.ops.schema import holds_list, schema_type, script_schema
 from vlm_fast.ops.transforms import (
     in_each,
-    in_functorch,
     is_batched,
     refuse_double_backward,
     refuse_forward_mode,
@@ -36,7 +36,7 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
 class CallPath:
-    """Calls the kernels of an op: ``path(values, settings)``, differentiable once."""
+    """Calls an op's kernels, ``path(values, settings)``; its result is differentiable once."""
 
     def __init__(self, op: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
         self.op, self.name = op, op.name
@@ -50,7 +50,7 @@ class CallPath:
         self.list_at = lists[0] if lists else None
         self.single = op.__signature__.return_annotation is Tensor
         self.results = 1 if self.single else len(get_args(op.__signature__.return_annotation))
-        self.function = _autograd_function(self)
+        self.function = autograd_function(self)
         self.saved_sources: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
         self.backward_sources: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
         self.registered = self._register(op, annotations)
@@ -93,8 +93,8 @@ class CallPath:
         key: tuple[Any, ...] = flat
         if self.list_at is not None:
             i = self.list_at
-            of_list = flat[i : i + count]
-            key = (*flat[:i], of_list if any(of_list) else (), *flat[i + count :])
+            list_needs = flat[i : i + count]
+            key = (*flat[:i], list_needs if any(list_needs) else (), *flat[i + count :])
         found = self.needs_grad.get(key)
         if found is None:
             found = self.needs_grad[key] = self.op.NeedsGrad(*key)
@@ -136,7 +136,7 @@ class CallPath:
         return outputs[0] if self.single else tuple(outputs[: self.results])
 
     def _run(self, *values: Any, needs_grad: list[bool], **settings: Any) -> list[Tensor]:
-        """The results, then the other tensors that backward needs; none twice, and no input."""
+        """The results, then other tensors that backward needs, without repeats and inputs."""
         count = self.count(values)
         result, saved = self.forward(self.needs_of(tuple(needs_grad), count), *values, **settings)
         results = [result] if self.single else list(result)
@@ -152,9 +152,9 @@ class CallPath:
         return known[len(self.flatten(values)) :]
 
     def _key(self, needs_grad: Any, count: int, settings: dict[str, Any]) -> tuple[Any, ...]:
-        # Sizes are left out: hashing a symbolic size specialises on it. Of a float only whether it
-        # is 0 counts: a schedule gives a new value in every step, and what is saved depends on
-        # nothing else.
+        # Sizes are left out, because hashing a symbolic size specialises on it. For a float only
+        # whether it is 0 counts: what is saved depends on nothing else, and a schedule may change
+        # the value in every step.
         plain = [
             (k, bool(v) if isinstance(v, float) else v)
             for k, v in settings.items()
@@ -172,7 +172,7 @@ class CallPath:
         needs_grad: list[bool],
         **settings: Any,
     ) -> list[Tensor]:
-        """The gradients that are needed; no tensor twice, and none that was an input."""
+        """The gradients that are needed, without repeated tensors and without inputs."""
         known: list[Tensor | None] = [*grads, *saved_tensors]
         came_in = len(known)
         sources: list[int | None] = []
@@ -188,7 +188,7 @@ class CallPath:
                 known.append(gradient)
             sources.append(None if gradient is None else at)
         self.backward_sources[self._key(needs_grad, list_length, settings)] = tuple(sources)
-        return known[came_in:]  # type: ignore[return-value]  # those that came are not None
+        return known[came_in:]  # type: ignore[return-value]  # the new ones are never None
 
     def _register(self, op: Any, annotations: list[Any]) -> Any:
         arguments = ", ".join(
@@ -226,7 +226,7 @@ class CallPath:
             if torch.is_grad_enabled():  # create_graph=True
                 refuse_double_backward(name)
             came, saved_tensors = list(grads[: self.results]), list(ctx.saved_tensors)
-            flat = self._call_registered_backward(
+            flat = self.call_registered_backward(
                 came, saved_tensors, ctx.settings, ctx.count, ctx.needs_grad
             )
             return self.unflatten(flat, ctx.count)
@@ -256,7 +256,7 @@ class CallPath:
         register_vmap(f"vlm_fast::{backward_name}", of_each, lib=LIBRARY)
         return getattr(torch.ops.vlm_fast, name).default
 
-    def _call_registered_backward(
+    def call_registered_backward(
         self,
         grads: list[Tensor],
         saved_tensors: list[Any],
@@ -264,7 +264,7 @@ class CallPath:
         count: int,
         needs_grad: Any,
     ) -> tuple[Tensor | None, ...]:
-        """The flat gradients, put together from those that the registered op returned as new."""
+        """The flat gradients, of which the registered op returns only the new tensors."""
 
         def made_of(grads: list[Tensor], saved_tensors: list[Any]) -> list[Tensor]:
             made: list[Tensor] = self.registered_backward(
@@ -286,63 +286,9 @@ class CallPath:
 
         A saved program needs ``import vlm_fast`` before it is loaded.
         """
-        written: list[str] = []
-        for parameter in op.__signature__.parameters.values():
-            if parameter.kind is parameter.KEYWORD_ONLY and "*" not in written:
-                written.append("*")
-            argument = f"{schema_type(parameter.annotation)} {parameter.name}"
-            if isinstance(parameter.default, str):
-                argument += f'="{parameter.default}"'
-            elif parameter.default is not parameter.empty:
-                argument += f"={parameter.default}"
-            written.append(argument)
-        results = ", ".join(["Tensor"] * self.results)
-        results = results if self.single else f"({results})"
-        LIBRARY.define(f"{self.name}.script({', '.join(written)}) -> {results}")
+        LIBRARY.define(script_schema(f"{self.name}.script", op.__signature__, self.results))
         LIBRARY.impl(f"{self.name}.script", op, "CompositeImplicitAutograd")
         _register_builtin(op, f"vlm_fast::{self.name}")
-
-
-def _autograd_function(path: CallPath) -> Any:
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, call: tuple[int, dict[str, Any]], *flat: Any) -> Any:
-            count, settings = ctx.call = call
-            needs_grad = path.needs_of(ctx.needs_input_grad[1:], count)
-            result, saved = path.forward(needs_grad, *path.unflatten(flat, count), **settings)
-            ctx.save_for_backward(*saved)
-            if path.single:
-                return _fresh(result)
-            results = tuple(map(_fresh, result))
-            ctx.mark_non_differentiable(
-                *[results[i] for i in path.op.results_without_gradient(needs_grad)]
-            )
-            return results
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Any:
-            if torch.is_grad_enabled():  # create_graph=True
-                refuse_double_backward(path.name)
-            count, settings = ctx.call
-            needs_grad = ctx.needs_input_grad[1:]
-            if in_functorch() or is_batched(grads):  # no kernel can read these
-                saved_tensors = list(ctx.saved_tensors)
-                return None, *path._call_registered_backward(
-                    list(grads), saved_tensors, settings, count, needs_grad
-                )
-            # A used-up iterator holds no tensors, and autograd frees them unless the graph is
-            # retained. So a tensor is freed before the op allocates the next one.
-            saved_tensors = iter(list(ctx.saved_tensors))  # type: ignore[assignment]
-            ctx.maybe_clear_saved_tensors()
-            return None, *path.gradients(needs_grad, count, saved_tensors, grads, settings)
-
-    Function.__name__ = Function.__qualname__ = f"vlm_fast_{path.name}"
-    return Function
-
-
-def _fresh(result: Tensor) -> Tensor:
-    # Autograd forbids in-place work on a view that a Function returned; on nn.Linear's it does not.
-    return result.data if result._is_view() else result
 
 
 def _share_storage(one: Tensor, other: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Shapes of an op's arguments, as tests and benchmarks name them."""
+"""The shapes that tests and benchmarks pass to the input builder of an op."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def with_batch(shape: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """A shape with another number of images or rows; with 0, none of them.
+    """A copy of a shape with ``batch`` images or rows, which may be 0.
 
     That number is the size named ``batch`` (``count`` counts over the whole batch), or the first
     size of ``shape``.

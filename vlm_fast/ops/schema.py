@@ -1,7 +1,8 @@
-"""The types of a torch op schema, from Python annotations."""
+"""Translates Python annotations into the types of a torch op schema."""
 
 from __future__ import annotations
 
+from inspect import Signature
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -16,7 +17,7 @@ def holds_list(annotation: Any) -> bool:
 
 
 def schema_type(annotation: Any) -> str:
-    """The schema's type of an annotation; a tensor or a list of tensors is a list."""
+    """The schema type of an annotation; ``Tensor | list[Tensor]`` gives a list."""
     if holds_list(annotation):
         return "Tensor[]"
     if get_origin(annotation) in (Union, UnionType):
@@ -24,3 +25,20 @@ def schema_type(annotation: Any) -> str:
         return schema_type(kinds[0]) + "?"
     words = {Tensor: "Tensor", str: "str", float: "float", int: "SymInt", bool: "bool"}
     return words[annotation]
+
+
+def script_schema(name: str, signature: Signature, results: int) -> str:
+    """The schema ``name(...)`` of a Python signature with its defaults, for torch.jit.script."""
+    written: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in written:
+            written.append("*")
+        argument = f"{schema_type(parameter.annotation)} {parameter.name}"
+        if isinstance(parameter.default, str):
+            argument += f'="{parameter.default}"'
+        elif parameter.default is not parameter.empty:
+            argument += f"={parameter.default}"
+        written.append(argument)
+    returned = ", ".join(["Tensor"] * results)
+    returned = returned if results == 1 else f"({returned})"
+    return f"{name}({', '.join(written)}) -> {returned}"

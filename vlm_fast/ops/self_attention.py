@@ -1,6 +1,8 @@
-"""Self-attention with its projections: one GEMM for queries, keys and values, one kernel after."""
+"""Self-attention with its projections: one GEMM for queries, keys and values, then one kernel."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,12 +72,15 @@ def self_attention(
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
+    """``(batch, tokens, features)`` as ``(batch, heads, tokens, features / heads)``."""
     batch, tokens, features = x.shape
     return x.view(batch, tokens, heads, features // heads).transpose(1, 2)
 
 
 @self_attention.fallback_reason
-def fallback_reason(x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
+def fallback_reason(
+    x: Tensor, parameters: list[Tensor], *others: Tensor | None, heads: int, **options: Any
+) -> str | None:
     d = parameters[0].shape[0] // heads
     if d > MAX_HEAD_SIZE:
         return f"heads of {d} features are more than {MAX_HEAD_SIZE}"
@@ -89,13 +94,13 @@ def forward(needs_grad, x, parameters, bias, key_mask, seed, *, heads, scale, dr
     qkv = linears(x.reshape(batch * tokens, width), parameters[:3], parameters[3:])
     qkv = qkv.view(batch, tokens, 3 * features)
     q, k, v = _parts(qkv, heads)
-    wanted = needs_grad.x or needs_grad.parameters or needs_grad.bias
+    any_needed = needs_grad.x or needs_grad.parameters or needs_grad.bias
     o = attention_forward(
         q, k, v, None, None, bias, key_mask, seed,
         scale=score_scale(scale, features // heads), dropout=dropout,
     )  # fmt: skip
     out = o.transpose(1, 2).reshape(batch, tokens, features)
-    if not wanted:
+    if not any_needed:
         return out, ()
     return out, (
         x if needs_grad.parameters else None,
@@ -105,7 +110,10 @@ def forward(needs_grad, x, parameters, bias, key_mask, seed, *, heads, scale, dr
 
 
 @self_attention.backward
-def backward(needs_grad, saved_tensors, dout, *, heads, scale, dropout):
+def backward(
+    needs_grad: Any, saved_tensors: Any, dout: Tensor,
+    *, heads: int, scale: float | None, dropout: float,
+) -> tuple[Any, ...]:  # fmt: skip
     x, *weights, qkv, bias, key_mask, seed = saved_tensors
     batch, tokens, features = dout.shape
     q, k, v = _parts(qkv, heads)
@@ -129,7 +137,7 @@ def backward(needs_grad, saved_tensors, dout, *, heads, scale, dropout):
     if needs_grad.parameters:
         x = x.reshape(batch * tokens, x.shape[2])
         dparameters = parameter_gradients(rows, x, [features] * 3, needs_grad.parameters)
-        if dparameters[4] is not None:  # a key's bias shifts all scores of a query alike
+        if dparameters[4] is not None:  # the bias of keys adds one number to all scores of a query
             dparameters[4].mul_(0)
     return dx, dparameters, dbias, None, None
 
@@ -143,7 +151,7 @@ def _parts(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @self_attention.cost
-def cost(x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
+def cost(x: Tensor, parameters: list[Tensor], *others: Tensor | None, **options: Any) -> Cost:
     batch, tokens, width = x.shape
     features = parameters[0].shape[0]
     projections = 2 * batch * tokens * width * 3 * features
@@ -174,7 +182,10 @@ def cost(x, parameters, bias, key_mask, seed, *, heads, scale, dropout):
         ),
     },
 )
-def inputs(batch, tokens, width, features, *, masked=False, biased=False):
+def inputs(
+    batch: int, tokens: int, width: int, features: int,
+    *, masked: bool = False, biased: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
     key_mask = torch.rand(batch, tokens) < 0.7 if masked else None
     if key_mask is not None and batch > 0:
         key_mask[batch // 2] = False

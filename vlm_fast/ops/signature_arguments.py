@@ -1,4 +1,4 @@
-"""One declared argument of an op: a tensor or an option, and how its line is read."""
+"""Reads the declaration of one argument of an op, a tensor or an option."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Option:
 
 
 def parse_tensor(op: str, name: str, line: str) -> TensorArgument:
-    """Read one declared line."""
+    """Read the declaration of a tensor; ValueError if it is malformed."""
     found = re.fullmatch(
         r"(?P<list>list of )?(?P<dtypes>[\w ]+?)(?P<shape> \(.*\)| one element)?"
         r"(?P<none> or None)?",
@@ -103,7 +103,7 @@ def parse_tensor(op: str, name: str, line: str) -> TensorArgument:
 
 
 def parse_option(op: str, name: str, line: str | tuple[str, ...]) -> Option:
-    """Read one declared option."""
+    """Read the declaration of an option; ValueError if it is malformed."""
     if isinstance(line, tuple):
         return Option(name, choices=line)
     found = re.fullmatch(r"int(?: from (-?\d+))?(?: to (\d+))?(?:, needs (\w+))?", line)

@@ -19,7 +19,7 @@ ERRORS = "(AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError)
 
 
 class Compiler:
-    """Writes the source of the predicate: each attribute of each tensor is read once."""
+    """Writes the source of a predicate that reads each attribute of each tensor once."""
 
     def __init__(self, signature: Signature) -> None:
         self.signature = signature

@@ -1,8 +1,9 @@
-"""Fewer tokens of an image: its grid pooled, in the order in which towers leave it."""
+"""Average, maximum or bilinear pooling of a grid of image tokens."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,9 @@ def spatial_pool(
 
 
 @spatial_pool.forward
-def forward(needs_grad, x, *, height, width, mode, stride):
+def forward(
+    needs_grad: Any, x: Tensor, *, height: int, width: int, mode: str, stride: int
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     pooling = Pooling(height, width, mode, stride)
     shape = (*x.shape[:-2], math.prod(pooling.pooled), x.shape[-1])
     if x.numel() == 0:
@@ -76,7 +79,10 @@ def forward(needs_grad, x, *, height, width, mode, stride):
 
 
 @spatial_pool.backward
-def backward(needs_grad, saved_tensors, dy, *, height, width, mode, stride):
+def backward(
+    needs_grad: Any, saved_tensors: Any, dy: Tensor,
+    *, height: int, width: int, mode: str, stride: int,
+) -> tuple[Tensor]:  # fmt: skip
     leading, features = dy.shape[:-2], dy.shape[-1]
     shape = (*leading, height * width, features)
     if dy.numel() == 0:
@@ -88,15 +94,15 @@ def backward(needs_grad, saved_tensors, dy, *, height, width, mode, stride):
 
 
 @spatial_pool.cost
-def cost(x, *, height, width, mode, stride):
+def cost(x: Tensor, *, height: int, width: int, mode: str, stride: int) -> Cost:
     pooled = math.prod(Pooling(height, width, mode, stride).pooled)
-    to = nbytes(x) * pooled // (height * width)
-    chosen = to // x.element_size() if mode == "max" else 0
+    written = nbytes(x) * pooled // (height * width)
+    chosen = written // x.element_size() if mode == "max" else 0
     return Cost(
         forward_flops=x.numel(),
-        forward_bytes=nbytes(x) + to,
+        forward_bytes=nbytes(x) + written,
         backward_flops=x.numel(),
-        backward_bytes=nbytes(x) + to + chosen,
+        backward_bytes=nbytes(x) + written + chosen,
     )
 
 
@@ -121,5 +127,7 @@ def cost(x, *, height, width, mode, stride):
         "PerceptionLM, 37 tiles": dict(batch=37, height=32, width=32, features=4096),
     },
 )
-def inputs(batch, height, width, features, *, drop_first=0):
+def inputs(
+    batch: int, height: int, width: int, features: int, *, drop_first: int = 0
+) -> tuple[Tensor]:
     return (torch.randn(batch, height * width + drop_first, features)[:, drop_first:],)

@@ -1,8 +1,9 @@
-"""Several linears of one input as one GEMM."""
+"""Several linear layers of one input computed as one GEMM."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,11 @@ from vlm_fast.ops.declaration import Cost, linear_op, nbytes
     parameters="list of like x",
 )
 def stacked_linear(x: Tensor, parameters: list[Tensor]) -> Tensor:
-    """Several linears of one input as one GEMM: ``cat([linear(x, w, b), ...], dim=-1)``.
+    """Apply several linears to one input as one GEMM: ``cat([linear(x, w, b), ...], dim=-1)``.
 
-    Used for the keys and values of many layers. On a GPU the weights are concatenated in each pass;
-    the concatenation is not kept. Every gradient has memory of its own. Dtypes other than fp32,
-    fp16 and bf16 fall back.
+    For example the keys and values of many layers. On a GPU the weights are concatenated in each
+    pass; the concatenation is not kept. Every gradient has memory of its own. Dtypes other than
+    fp32, fp16 and bf16 fall back.
 
     Args:
         parameters: n weights ``(out_i, in)``, then n biases ``(out_i,)``.
@@ -36,7 +37,7 @@ def stacked_linear(x: Tensor, parameters: list[Tensor]) -> Tensor:
 
 
 @stacked_linear.check
-def check(x, parameters):
+def check(x: Tensor, parameters: list[Tensor]) -> ValueError | None:
     name, count = "stacked_linear", len(parameters) // 2
     if not count or len(parameters) % 2:
         return wrong_value(name, "the length of parameters", len(parameters), "2 n, n above 0")
@@ -48,7 +49,9 @@ def check(x, parameters):
 
 
 @stacked_linear.forward
-def forward(needs_grad, x, parameters):
+def forward(
+    needs_grad: Any, x: Tensor, parameters: list[Tensor]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     count = len(parameters) // 2
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = linears(rows, parameters[:count], parameters[count:])
@@ -63,7 +66,7 @@ def forward(needs_grad, x, parameters):
 
 
 @stacked_linear.backward
-def backward(needs_grad, saved_tensors, dy):
+def backward(needs_grad: Any, saved_tensors: Any, dy: Tensor) -> tuple[Any, Any]:
     x, *parameters = saved_tensors
     count = len(parameters) // 2
     rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
@@ -79,7 +82,7 @@ def backward(needs_grad, saved_tensors, dy):
 
 
 @stacked_linear.cost
-def cost(x, parameters):
+def cost(x: Tensor, parameters: list[Tensor]) -> Cost:
     count = len(parameters) // 2
     outs = sum(bias.shape[0] for bias in parameters[count:])
     rows = x.shape[:-1].numel()
@@ -102,7 +105,7 @@ def cost(x, parameters):
         "BLIP-2 keys and values, 1 image": dict(shape=(1, 257, 1408), outs=(768,) * 12),
     },
 )
-def inputs(shape, outs):
+def inputs(shape: tuple[int, ...], outs: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
     width = shape[-1]
     weights = [torch.randn(out, width) * width**-0.5 for out in outs]
     return torch.randn(shape), [*weights, *(torch.randn(out) * 0.1 for out in outs)]

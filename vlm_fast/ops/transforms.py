@@ -1,4 +1,4 @@
-"""What an op must know of the transforms it runs under: Dynamo, torch.func, forward-mode AD.
+"""Detects the transforms that an op runs under: Dynamo, torch.func, vmap and forward-mode AD.
 
 The private names of torch that this needs are all here; tests check that they exist.
 """
@@ -19,9 +19,9 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def constant_while_compiling(function: F) -> F:
-    """Mark a function that Dynamo runs while it traces, and whose result it takes as a constant.
+    """Mark a function that Dynamo runs while it traces; its result becomes a constant.
 
-    The same as ``torch.compiler.assume_constant_result``, without importing Dynamo.
+    Equivalent to ``torch.compiler.assume_constant_result``, without importing Dynamo.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -58,7 +58,7 @@ def in_each(
 
 
 def refuse_forward_mode(name: str) -> None:
-    """Raise in forward-mode AD, where registered ops would silently give a zero tangent."""
+    """Raise RuntimeError in forward-mode AD, where registered ops would give a zero tangent."""
     if forward_ad._current_level >= 0:
         raise RuntimeError(
             f"vlm_fast.{name}: forward-mode AD (jvp) is not supported; "
@@ -67,7 +67,7 @@ def refuse_forward_mode(name: str) -> None:
 
 
 def refuse_double_backward(name: str) -> None:
-    """Raise, because a gradient of the op's gradient was asked for."""
+    """Raise RuntimeError, because the gradient of an op has no gradient itself."""
     raise RuntimeError(
         f"vlm_fast.{name}: double backward is not supported; "
         f"use vlm_fast.ops.{name}.reference or vlm_fast.disabled()"

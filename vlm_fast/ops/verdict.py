@@ -1,4 +1,4 @@
-"""The result of comparing one tensor with what it should be."""
+"""The result of comparing one computed tensor with its reference."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-# Units in the last place by which a result may differ at least, by dtype.
+# The least tolerance of each dtype, in units in the last place.
 ULPS = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 1, torch.float64: 8}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One tensor's judgement: largest error, the budget it had, and what failed, if anything."""
+    """The largest error of one tensor, the error allowed, and the failure, or None."""
 
     what: str
     error: float

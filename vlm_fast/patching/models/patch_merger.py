@@ -11,7 +11,7 @@ from vlm_fast.modules.fused_sequence import fused_mlp, why_not_fused
 from vlm_fast.modules.parameter_access.module_calls import why_call_does_more
 from vlm_fast.modules.parameter_access.norm import shuffle_and_norm, why_not_direct_norm
 from vlm_fast.modules.patch_merger import children_of, merge_patches
-from vlm_fast.ops.pixel_shuffle_norm import rows_of_blocks
+from vlm_fast.ops.patch_blocks import rows_of_blocks
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.patched_module import PatchedModule
 

@@ -1,0 +1,95 @@
+"""The kernel of `pixel_shuffle_norm`'s backward; a program takes consecutive merged tokens.
+
+It reads x again and needs no shuffled copy. A program writes its partial sums of the parameters'
+gradients to its own row of a buffer: no atomics, one fixed order of summation.
+"""
+
+from __future__ import annotations
+
+from ._launcher import Config, kernel
+from ._pixel_shuffle_tiles import (
+    group_index,
+    group_sum,
+    load_parameter,
+    merged_channels,
+    patch_offsets,
+)
+from ._triton import tl, triton
+
+
+@kernel(Config({"ELEMENTS": 4096}, num_warps=8))
+@triton.jit(do_not_specialize=["rows", "merged", "per_program", "blocks"])
+def pixel_shuffle_norm_backward_kernel(
+    dy_ptr,  # (merged, FACTOR ** 2 * cols)
+    x_ptr, x_batch, x_token,  # (batch, tokens, cols) at these strides, inner 1
+    index_ptr,  # (merged, FACTOR ** 2) or None
+    weight_ptr,  # (cols,) or, if AFTER, (FACTOR ** 2 * cols,)
+    mean_ptr, rstd_ptr,  # written by the forward
+    dx_ptr, dx_batch,  # (batch, tokens, cols), dense, or None
+    dweight_ptr, dbias_ptr,  # (programs, size of the weight) fp32 or None
+    tokens, rows, merged, per_program, blocks, blocks_across, width, cols,
+    FACTOR: tl.constexpr, BY_CHANNEL: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr,
+    POSITIONS: tl.constexpr, COLS: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    TOKENS: tl.constexpr = ELEMENTS // (POSITIONS * COLS) if ELEMENTS > POSITIONS * COLS else 1
+    program = tl.program_id(0).to(tl.int64)
+    p, c = tl.arange(0, POSITIONS), tl.arange(0, COLS)
+    channel = merged_channels(p, c, cols, FACTOR, BY_CHANNEL)
+    channel_inside = (p < FACTOR * FACTOR)[:, None] & (c < cols)[None, :]
+    weight = load_parameter(weight_ptr, channel, p, c, channel_inside, cols, AFTER)
+    if NORM == "gemma":
+        weight += 1.0
+    size = cols * FACTOR * FACTOR if AFTER else cols
+    dweight = tl.zeros([TOKENS, POSITIONS, COLS], dtype=tl.float32)
+    dbias = tl.zeros([TOKENS, POSITIONS, COLS], dtype=tl.float32)
+    first = program * per_program
+    last = tl.minimum(first + per_program, merged)
+    for start in range(0, per_program, TOKENS):
+        token = (first + start + tl.arange(0, TOKENS)).to(tl.int32)
+        patches = (token < last)[:, None] & (p < FACTOR * FACTOR)[None, :]
+        source, patch_inside = patch_offsets(
+            token, p, patches, index_ptr, x_batch, x_token,
+            tokens, rows, blocks, blocks_across, width, FACTOR,
+        )  # fmt: skip
+        inside = patches[:, :, None] & (c < cols)[None, None, :]
+        at = x_ptr + source[:, :, None] + c[None, None, :]
+        x = tl.load(at, mask=patch_inside[:, :, None] & inside, other=0.0).to(tl.float32)
+        merged_row = dy_ptr + token.to(tl.int64)[:, None, None] * cols * (FACTOR * FACTOR)
+        dy = tl.load(merged_row + channel[None, :, :], mask=inside, other=0.0).to(tl.float32)
+        group = group_index(token, p, FACTOR, AFTER)
+        group_inside = (token < last)[:, None, None] if AFTER else patches[:, :, None]
+        rstd = tl.load(rstd_ptr + group, mask=group_inside, other=0.0)
+        if NORM == "layer":
+            x -= tl.load(mean_ptr + group, mask=group_inside, other=0.0)
+        unit = tl.where(inside, x * rstd, 0.0)
+        if dx_ptr is not None:
+            dunit = dy * weight
+            dx = dunit - unit * (group_sum(dunit * unit, AFTER) / size)
+            if NORM == "layer":
+                dx -= group_sum(dunit, AFTER) / size
+            to, _ = patch_offsets(
+                token, p, patches, index_ptr, dx_batch, cols,
+                tokens, rows, blocks, blocks_across, width, FACTOR,
+            )  # fmt: skip
+            at = dx_ptr + to[:, :, None] + c[None, None, :]
+            tl.store(at, (dx * rstd).to(dx_ptr.dtype.element_ty), patch_inside[:, :, None] & inside)
+        if dweight_ptr is not None:
+            dweight += dy * unit
+        if dbias_ptr is not None:
+            dbias += dy
+    if dweight_ptr is not None:
+        _store_share(dweight_ptr, dweight, program, channel, c, channel_inside, cols, FACTOR, AFTER)
+    if dbias_ptr is not None:
+        _store_share(dbias_ptr, dbias, program, channel, c, channel_inside, cols, FACTOR, AFTER)
+
+
+@triton.jit
+def _store_share(
+    ptr, share, program, channel, c, inside, cols, FACTOR: tl.constexpr, AFTER: tl.constexpr
+):
+    """Store a program's partial sum of a parameter's gradient."""
+    share = tl.sum(share, axis=0)
+    if AFTER:
+        tl.store(ptr + program * cols * (FACTOR * FACTOR) + channel, share, mask=inside)
+    else:
+        tl.store(ptr + program * cols + c, tl.sum(share, axis=0), mask=c < cols)
