@@ -174,12 +174,13 @@ MUTANTS = (
     ),
     Mutant(
         "cached keys survive a new prompt", "vlm_fast/patching/image_kv_cache.py",
-        "if length == 0 or tokens != 1 or cache not in _kept:", "if cache not in _kept:",
+        "if length == 0 or tokens != 1 or cache not in _generations:",
+        "if cache not in _generations:",
         "tests/patching/test_patched_flamingos.py",
     ),
     Mutant(
-        "a replaced forward is not called", "vlm_fast/patching/class_swap.py",
-        "        if current is not read:\n            record_fallback",
+        "a replaced forward is not called", "vlm_fast/patching/patched_module.py",
+        "        if current is not original:\n            record_fallback",
         "        if False:\n            record_fallback",
         "tests/patching/test_replaced_code.py -k forward_replaced",
     ),
