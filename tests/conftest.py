@@ -1,4 +1,4 @@
-"""The ``--device`` option, what every process of the suite sets, and shared fixtures."""
+"""The ``--device`` option, process-wide settings of the suite, and shared fixtures."""
 
 import copy
 import os
@@ -70,7 +70,7 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Nothing but the suites of kernels runs on other devices than the CPU."""
+    """Only tests/kernels runs on devices other than the CPU."""
     if config.getoption("device") != "cpu":
         around = {KERNELS, *KERNELS.parents}
         return (collection_path not in around and KERNELS not in collection_path.parents) or None
@@ -85,7 +85,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def devices(item):
-    """The devices that a test is for."""
+    """The devices that a test runs on."""
     marker = item.get_closest_marker("devices")
     return marker.args if marker else ("cpu",)
 

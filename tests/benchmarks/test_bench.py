@@ -51,7 +51,7 @@ def complete(content):
 
 
 @pytest.fixture
-def quickly(monkeypatch):
+def few_rounds(monkeypatch):
     """Skip the measurement of ceilings and time as few rounds as possible."""
     monkeypatch.setattr(timing, "ceilings", lambda *_: timing.Ceilings(1e10, 1e11))
     take = timing.in_turns
@@ -59,7 +59,7 @@ def quickly(monkeypatch):
     monkeypatch.setattr(timing, "in_turns", few)
 
 
-def rows_of(op, quickly=None, **selected):
+def rows_of(op, few_rounds=None, **selected):
     selection = ops.Selection([op], **selected)
     return [row for row, _ in ops.measure(selection, device="cpu", quick=True)]
 
@@ -67,7 +67,7 @@ def rows_of(op, quickly=None, **selected):
 # ---- rows ----
 
 
-def test_each_provider_has_a_measured_row_or_a_reason(quickly, tmp_path):
+def test_each_provider_has_a_measured_row_or_a_reason(few_rounds, tmp_path):
     path, table = tmp_path / "out.json", tmp_path / "out.csv"
     found = bench(
         "--quick", "--op", "gather_image_tokens", "--json", str(path), "--csv", str(table)
@@ -89,7 +89,7 @@ def test_each_provider_has_a_measured_row_or_a_reason(quickly, tmp_path):
     assert len(lines) == len(rows) and float(lines[0]["median"]) == content["ops"][0]["median"]
 
 
-def test_raising_provider_gives_row_with_reason(quickly, monkeypatch):
+def test_raising_provider_gives_row_with_reason(few_rounds, monkeypatch):
     def make(*args, **options):
         def call(*args, **options):
             raise RuntimeError("no such kernel\nsecond line")
@@ -103,14 +103,14 @@ def test_raising_provider_gives_row_with_reason(quickly, monkeypatch):
     assert rows[1]["reason"] == "RuntimeError: no such kernel"
 
 
-def test_function_left_eager_by_torch_compile_is_not_timed(quickly, monkeypatch):
+def test_function_left_eager_by_torch_compile_is_not_timed(few_rounds, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, mode=None: function)
     rows = rows_of("gated_add", modes=["forward"], providers=["torch.compile"])
     assert rows[0]["reason"].startswith("no graph was made")
 
 
 @pytest.mark.slow
-def test_counting_host_syncs_does_not_stop_dynamo(quickly):
+def test_counting_host_syncs_does_not_stop_dynamo(few_rounds):
     """Dynamo does not compile under a dispatch mode, so later passes would time eager code."""
     rows = rows_of("gated_add", providers=["torch.compile"])
     assert [row["status"] for row in rows] == ["measured"] * 3
@@ -128,7 +128,7 @@ def test_no_compiling_when_time_runs_out(monkeypatch):
     assert ops.Pace.until(None, steps=10).allows_compiling(0)
 
 
-def test_backward_timing_excludes_forward(quickly):
+def test_backward_timing_excludes_forward(few_rounds):
     calls = []
 
     def squared(x):
@@ -207,7 +207,7 @@ def test_cpu_rows_have_no_launches_and_have_result_sizes():
 
 @pytest.mark.usefixtures("inherited_sigint")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_run_leaves_valid_results(quickly, monkeypatch, tmp_path, number):
+def test_interrupted_run_leaves_valid_results(few_rounds, monkeypatch, tmp_path, number):
     path, measure = tmp_path / "out.json", ops.measure
 
     def interrupted(*args, **options):
@@ -224,7 +224,7 @@ def test_interrupted_run_leaves_valid_results(quickly, monkeypatch, tmp_path, nu
     assert content["failures"] == ["interrupted"]
 
 
-def test_failing_section_does_not_stop_others(quickly, monkeypatch, tmp_path):
+def test_failing_section_does_not_stop_others(few_rounds, monkeypatch, tmp_path):
     def broken(run):
         raise RuntimeError("no such luck")
 
@@ -290,7 +290,7 @@ def test_comparison_uses_time_relative_to_eager():
     ]
 
 
-def test_regression_gives_exit_code_1(quickly, monkeypatch, tmp_path):
+def test_regression_gives_exit_code_1(few_rounds, monkeypatch, tmp_path):
     path = tmp_path / "old.json"
     assert bench(*FEW, "--json", str(path)).exit_code == 0
     same = bench(*FEW, "--compare", str(path), "--allow", "1000")

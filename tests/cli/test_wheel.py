@@ -74,9 +74,9 @@ def site(tmp_path_factory):
     )
     run("-c", build, cwd=clone, env=environment)
     (sdist,) = (folder / "dist").glob("*.tar.gz")
-    alone = ("--no-build-isolation", "--no-deps", "--no-index", "--no-compile", "--quiet")
+    offline = ("--no-build-isolation", "--no-deps", "--no-index", "--no-compile", "--quiet")
     target = folder / "elsewhere" / "site"
-    run("-m", "pip", "install", *alone, "--target", target, sdist, env=environment)
+    run("-m", "pip", "install", *offline, "--target", target, sdist, env=environment)
     if shutil.which("git"):  # a user's repository that contains the installed package
         identity = ("-c", "user.name=someone", "-c", "user.email=someone@else.where")
         for words in (("init",), (*identity, "commit", "--allow-empty", "--message", "theirs")):

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import vlm_fast.kernels
 from tests.support.address_arithmetic import overflowing_products
-from tests.support.selection import slow_but
+from tests.support.selection import slow_except
 from vlm_fast.devtools import ahead_of_time, budgets, sass
 from vlm_fast.devtools.ahead_of_time import ARCHS, Resources
 from vlm_fast.devtools.budgets import BUDGETS_TRITON, violations
@@ -64,7 +64,7 @@ def builds(compiled):
 
 
 # `make compile-all` compiles for the other architectures.
-every_arch = pytest.mark.parametrize("arch", slow_but(["sm_90"], ARCHS))
+every_arch = pytest.mark.parametrize("arch", slow_except(["sm_90"], ARCHS))
 
 
 @every_arch

@@ -18,7 +18,6 @@ pwd.getpwuid = getpwuid
 """
 PATCHES = """
 import torch, vlm_fast
-from tests.support.selection import slow_but
 from tests.support.tiny_llava import llava, prompt
 model = llava()
 vlm_fast.patch(model)

@@ -89,10 +89,10 @@ class Pip:
     """A fake pip that writes distributions after a given number of failures."""
 
     def __init__(self, requires, failures=0):
-        self.requires, self.failures, self.asked = requires, failures, []
+        self.requires, self.failures, self.requested = requires, failures, []
 
     def __call__(self, path, *wanted):
-        self.asked.append(wanted)
+        self.requested.append(wanted)
         for text in wanted:
             name, _, version = text.partition("==")
             info = path / f"{name.replace('-', '_')}-{version}.dist-info"
@@ -123,9 +123,9 @@ def test_install_adds_only_missing_requirements(root):
         }
     )  # fmt: skip
     releases.install("4.49.0", pip)
-    assert pip.asked == [("transformers==4.49.0",), ("absent-one==2.0",), ("ruff==0.1",)]
+    assert pip.requested == [("transformers==4.49.0",), ("absent-one==2.0",), ("ruff==0.1",)]
     releases.install("4.49.0", pip)
-    assert len(pip.asked) == 3
+    assert len(pip.requested) == 3
 
 
 def test_install_replaces_folder_of_another_environment(root):
@@ -135,14 +135,14 @@ def test_install_replaces_folder_of_another_environment(root):
         releases.folder("4.49.0") / "absent_one-2.0.dist-info"
     )  # as if it was outside the environment
     releases.install("4.49.0", pip)
-    assert pip.asked == 2 * [("transformers==4.49.0",), ("absent-one==2.0",)]
+    assert pip.requested == 2 * [("transformers==4.49.0",), ("absent-one==2.0",)]
 
 
 def test_install_names_requirements_pip_did_not_install(root):
     pip = Pip({"transformers": ["absent-one==2.0"]})
     with pytest.raises(RuntimeError, match="still lacks absent-one"):
         releases.install(
-            "4.49.0", lambda path, *wanted: pip(path, *(wanted if not pip.asked else ()))
+            "4.49.0", lambda path, *wanted: pip(path, *(wanted if not pip.requested else ()))
         )
 
 
@@ -155,4 +155,4 @@ def test_install_replaces_incomplete_folder(root):
     assert not (left / "installed").exists()
     releases.install("4.49.0", pip)
     assert (left / "installed").exists() and not (left / "transformers").exists()
-    assert pip.asked[1:] == [("transformers==4.49.0",), ("absent-one==2.0",)]
+    assert pip.requested[1:] == [("transformers==4.49.0",), ("absent-one==2.0",)]

@@ -1,4 +1,4 @@
-"""The device that ``--device`` chooses, and ATen in the place of the CPU's compiled code."""
+"""The device that ``--device`` chooses, and repeats without the CPU's compiled code."""
 
 import sys
 
@@ -12,7 +12,7 @@ def device(request):
 
 
 def pytest_generate_tests(metafunc):
-    """On a CPU, tests marked ``aten`` run again as if the compiled code was not built."""
+    """On a CPU, tests marked ``aten`` run again without the compiled code."""
     from vlm_fast.kernels._native import native
 
     on_cpu = metafunc.config.getoption("device") == "cpu" and native is not None
@@ -30,7 +30,7 @@ def code(request, monkeypatch):
 
 
 def pytest_collection_modifyitems(config, items):
-    """An op that has no compiled code would run the same ATen twice."""
+    """Deselect repeats for ops without compiled code, which would run the same ATen code twice."""
     repeats = [item for item in items if is_repeat(getattr(item, "callspec", None))]
     config.hook.pytest_deselected(items=repeats)
     gone = set(repeats)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.op_accuracy import judged
+from tests.support.op_accuracy import assert_accurate
 from vlm_fast.kernels import add_layer_norm as kernels
 from vlm_fast.ops.declaration import OPS
 
@@ -38,7 +38,7 @@ def test_parameters_and_residual_in_fp32(device, residual, x_bias, half, dropout
     args = arguments(
         device, x=half, residual=dtypes[residual], parameters=FP32, x_bias=dtypes[x_bias]
     )
-    judged(ADD_LAYER_NORM, args, {"dropout": dropout}, layout="padded rows")
+    assert_accurate(ADD_LAYER_NORM, args, {"dropout": dropout}, layout="padded rows")
 
 
 def test_mixed_activation_dtypes_raise(device):
@@ -102,14 +102,14 @@ def test_widths(device, features):
     args = arguments(
         device, x=FP32, residual=FP32, parameters=FP32, x_bias=FP32, shape=(3, features)
     )
-    judged(ADD_LAYER_NORM, args, {"eps": 1e-3})
+    assert_accurate(ADD_LAYER_NORM, args, {"eps": 1e-3})
 
 
 def test_mean_far_above_standard_deviation(device):
     """A one-pass variance would lose all digits: 1000**2 against 1e-8."""
     x = 1000 + 1e-4 * torch.randn(7, 768, device=device)
     parameters = torch.ones(2, 768, device=device)
-    judged(ADD_LAYER_NORM, (x, torch.zeros_like(x), *parameters, None, None), {})
+    assert_accurate(ADD_LAYER_NORM, (x, torch.zeros_like(x), *parameters, None, None), {})
 
 
 def test_summands_share_one_gradient_tensor(device):

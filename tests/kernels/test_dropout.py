@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.cases import OPS
-from tests.support.op_accuracy import judged
+from tests.support.op_accuracy import assert_accurate
 from vlm_fast.kernels._dropout import keep_mask
 from vlm_fast.verification import tolerance
 
@@ -28,7 +28,7 @@ def sample(op, seed, device, p=0.25):
 @pytest.mark.parametrize("seed", [-1, 2**40 + 5])
 @every_dropping_op
 def test_parity_for_extreme_seeds(device, op, seed):
-    judged(op, *sample(op, seed, device))
+    assert_accurate(op, *sample(op, seed, device))
 
 
 @every_dropping_op
@@ -55,7 +55,7 @@ def test_seed_is_not_read_without_dropout(device, op):
     assert torch.equal(*results)
 
 
-def layer_norm_that_shows_its_mask(device, p, rows=64, features=257):
+def layer_norm_showing_its_mask(device, p, rows=64, features=257):
     """Return x and a function of it whose result is positive exactly where x is kept."""
     zeros, ones = (torch.full((features,), n, device=device) for n in (0.0, 1.0))
     residual = torch.zeros(rows, features, device=device)
@@ -69,7 +69,7 @@ def layer_norm_that_shows_its_mask(device, p, rows=64, features=257):
 
 
 def test_gradient_is_zero_exactly_where_dropped(device):
-    x, run = layer_norm_that_shows_its_mask(device, 0.3)
+    x, run = layer_norm_showing_its_mask(device, 0.3)
     y = run(x.requires_grad_(), 5)
     (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
     assert torch.equal(dx != 0, y > 0)
@@ -77,7 +77,7 @@ def test_gradient_is_zero_exactly_where_dropped(device):
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_kept_elements_have_probability_1_minus_p_and_are_independent(device, p):
-    x, run = layer_norm_that_shows_its_mask(device, p)
+    x, run = layer_norm_showing_its_mask(device, p)
     kept, other = run(x, 5) > 0, run(x, 6) > 0
     stays, agree = 1 - p, p**2 + (1 - p) ** 2
     pairs = {
@@ -96,7 +96,7 @@ def test_generator_is_philox(device):
     word, zero = 0x6627E8D5, torch.zeros((), dtype=torch.int64, device=device)
     for p, keep in ((word / 2**32, True), ((word + 1) / 2**32, False)):
         assert bool(keep_mask(zero, p, zero, zero, zero)) is keep
-    x, run = layer_norm_that_shows_its_mask(device, (word + 1) / 2**32)
+    x, run = layer_norm_showing_its_mask(device, (word + 1) / 2**32)
     mask = run(x, 0) > 0
     row, col = (torch.arange(n, device=device) for n in mask.shape)
     expected = keep_mask(zero, (word + 1) / 2**32, col, row[:, None], zero)

@@ -60,9 +60,9 @@ def test_single_gradient_equals_gradient_with_all_wanted(wanted):
         y = ops.mlp(*leaves, **options)
         dy = torch.randn_like(y)
         every = dict(zip(names, torch.autograd.grad(y, leaves, dy), strict=True))
-        alone = [a.detach().requires_grad_(name == wanted) for name, a in zip(names, args)]  # noqa: B905
-        y = ops.mlp(*alone, **options)
-        (found,) = torch.autograd.grad(y, [alone[names.index(wanted)]], dy)
+        leaves = [a.detach().requires_grad_(name == wanted) for name, a in zip(names, args)]  # noqa: B905
+        y = ops.mlp(*leaves, **options)
+        (found,) = torch.autograd.grad(y, [leaves[names.index(wanted)]], dy)
     assert torch.equal(found, every[wanted])
 
 

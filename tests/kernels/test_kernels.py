@@ -21,7 +21,7 @@ from tests.support.cases import (
     two_shapes,
 )
 from tests.support.guard_bands import LAYOUTS, GuardBands
-from tests.support.op_accuracy import evaluated, judged, verdict_on
+from tests.support.op_accuracy import assert_accurate, evaluate, verdict_on
 from vlm_fast.kernels import _launcher
 from vlm_fast.kernels.image_tokens import image_token_slots
 from vlm_fast.ops.declaration import OPS
@@ -34,7 +34,9 @@ UPSTREAMS = ("dense", "padded rows", "transposed", "every other column", "expand
 @pytest.mark.aten
 @any_case_with("dtype", DTYPES)
 def test_parity(device, op, shape, dtype):
-    judged(op, *op.sample(shape, dtype, device), layout="padded rows", upstream="padded rows")
+    assert_accurate(
+        op, *op.sample(shape, dtype, device), layout="padded rows", upstream="padded rows"
+    )
 
 
 @pytest.mark.aten
@@ -59,7 +61,7 @@ def test_parity_without_gradients(device, op, shape, dtype):
 @any_op
 def test_parity_for_input_layouts(device, op, number, layout):
     for shape in op.test_shapes[number : number + 1]:
-        judged(op, *op.sample(shape, torch.bfloat16, device), layout=layout)
+        assert_accurate(op, *op.sample(shape, torch.bfloat16, device), layout=layout)
 
 
 @pytest.mark.aten
@@ -68,7 +70,7 @@ def test_parity_for_input_layouts(device, op, number, layout):
 @every_op
 def test_parity_for_upstream_gradient_layouts(device, op, number, upstream):
     for shape in op.test_shapes[number : number + 1]:
-        judged(op, *op.sample(shape, device=device), upstream=upstream)
+        assert_accurate(op, *op.sample(shape, device=device), upstream=upstream)
 
 
 HOSTILE = {
@@ -98,7 +100,7 @@ def test_parity_for_extreme_values(device, op, shape, values):
     if args[0].numel():
         hostile = values(args[0])
         finite = bool(hostile.isfinite().all())
-        judged(op, (hostile, *args[1:]), options, fair=not finite)
+        assert_accurate(op, (hostile, *args[1:]), options, ignore_nonfinite=not finite)
 
 
 @two_shapes
@@ -106,7 +108,7 @@ def test_parity_for_extreme_values(device, op, shape, values):
 def test_parity_under_fp16_overflow(device, op, number):
     for shape in op.test_shapes[number : number + 1]:
         args, options = op.sample(shape, torch.float16, device)
-        judged(op, (args[0] * 2e4, *args[1:]), options, fair=True)
+        assert_accurate(op, (args[0] * 2e4, *args[1:]), options, ignore_nonfinite=True)
 
 
 def flat_needs(values, wanted):
@@ -123,7 +125,7 @@ def only_wanted_gradients_are_computed(device, op, shape, sizes_of):
     settings = {**op.defaults, **options}
     floating = [i for i, v in enumerate(values) if tolerance.differentiable([v])]
     sizes = sorted(sizes_of(len(floating)))
-    names, triples, others = evaluated(op, args, options)
+    names, triples, others = evaluate(op, args, options)
     first = names.index("gradient 0")
     for wanted in (c for size in sizes for c in itertools.combinations(floating, size)):
         needs = op._path.needs_of(*flat_needs(values, wanted))
@@ -184,7 +186,7 @@ def deterministic_algorithms():
 
 @any_op
 def test_use_deterministic_algorithms_is_obeyed(device, op, deterministic_algorithms):
-    judged(op, *op.sample(op.usual_shape, device=device))
+    assert_accurate(op, *op.sample(op.usual_shape, device=device))
 
 
 def test_each_kernel_is_launched_where_triton_runs(device):
@@ -227,19 +229,19 @@ def test_features_in_another_dtype(device, shape, features_dtype):
     (embeds, features, mask), options = op.sample(shape, torch.bfloat16, device)
     change = lambda t: t.to(features_dtype) * 1.001  # noqa: E731
     features = [change(f) for f in features] if isinstance(features, list) else change(features)
-    judged(op, (embeds, features, mask), options, layout="padded rows")
+    assert_accurate(op, (embeds, features, mask), options, layout="padded rows")
 
 
 @pytest.mark.aten
-@pytest.mark.parametrize("wild", [-(2**31), -2, 10**6, 2**31 - 1])
+@pytest.mark.parametrize("entry", [-(2**31), -2, 10**6, 2**31 - 1])
 @pytest.mark.parametrize("name", ["anyres_pack", "anyres_pack_resized", "anyres_merge"])
-def test_out_of_range_tables_give_safe_addresses(device, name, wild):
+def test_out_of_range_tables_give_safe_addresses(device, name, entry):
     """Out-of-range entries give the newline in forward and zeros in backward."""
     op = OPS[name]
     args, options = op.sample(op.usual_shape, device=device)
     named = dict(zip(op.tensors, args, strict=True))
     forth, back = ("taps", "targets") if "taps" in named else ("source", "target")
-    named[forth][::3], named[back][::3] = wild, wild
+    named[forth][::3], named[back][::3] = entry, entry
     with GuardBands() as bands, torch.no_grad():
         args = tuple(bands.lay_out(value, "dense", i) for i, value in enumerate(named.values()))
         values, settings = op.accepted(args, {**op.defaults, **options}), {**op.defaults, **options}

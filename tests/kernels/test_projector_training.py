@@ -29,5 +29,5 @@ def test_projector_training_matches_unfused():
     assert vlm_fast.stats()["mlp"]["fast"] == STEPS
     with vlm_fast.disabled():
         plain, exact = run(torch.float32), run(torch.float64)
-    assert distance(fused, plain).over(distance(plain, exact)) < 4
-    assert fused.falls_to() < 1
+    assert distance(fused, plain).ratio_to(distance(plain, exact)) < 4
+    assert fused.loss_ratio() < 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.cases import any_case, any_op
-from tests.support.op_accuracy import judged
+from tests.support.op_accuracy import assert_accurate
 from vlm_fast.kernels import _launcher
 
 pytestmark = pytest.mark.devices("interpreter", "cuda")
@@ -30,11 +30,11 @@ def use(monkeypatch, changed):
 @any_op
 def test_parity_with_other_tile_sizes(device, monkeypatch, op, changed):
     use(monkeypatch, changed)
-    judged(op, *op.sample(op.usual_shape, torch.bfloat16, device), layout="padded rows")
+    assert_accurate(op, *op.sample(op.usual_shape, torch.bfloat16, device), layout="padded rows")
 
 
 @any_case
 def test_parity_with_many_small_tiles(device, monkeypatch, op, shape):
     """With small tiles every loop has several iterations; test shapes fit into one usual tile."""
     use(monkeypatch, lambda size: min(size, 16))
-    judged(op, *op.sample(shape, torch.bfloat16, device), layout="padded rows")
+    assert_accurate(op, *op.sample(shape, torch.bfloat16, device), layout="padded rows")

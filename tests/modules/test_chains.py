@@ -21,7 +21,7 @@ from tests.support.chain_structures import (
     TimmMlp,
     mlp,
 )
-from tests.support.randomised_modules import gradients, stirred
+from tests.support.randomised_modules import gradients, randomised
 from vlm_fast.modules import SequentialProjector
 
 every_structure = pytest.mark.parametrize("name", STRUCTURES)
@@ -54,7 +54,7 @@ def saved_bytes(module, x):
 @every_structure
 def test_patched_matches_unpatched(name, dtype):
     make, shape, patched, _ = STRUCTURES[name]
-    plain = stirred(make()).to(dtype)
+    plain = randomised(make()).to(dtype)
     fast, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
     report = vlm_fast.patch(fast, strict=True)
     assert report.patched.keys() == set(patched) and not report.skipped
@@ -98,7 +98,7 @@ def test_saved_bytes_of_deep_projectors(saved, depth, most):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_matches_unpatched(name, dtype):
     make, shape, *_ = STRUCTURES[name]
-    plain = stirred(make())
+    plain = randomised(make())
     fast, x = copy.deepcopy(plain), torch.randn(shape)
     vlm_fast.patch(fast)
     exact = results(copy.deepcopy(plain).double(), x.double())
@@ -125,7 +125,7 @@ def test_activation_after_fp32_norm_runs_in_fp32_under_autocast():
             with torch.autocast("cpu", enabled=False):
                 return super().forward(x.float())
 
-    plain = stirred(nn.Sequential(nn.Linear(8, 24), Norm32(24), nn.GELU(), nn.Linear(24, 8)))
+    plain = randomised(nn.Sequential(nn.Linear(8, 24), Norm32(24), nn.GELU(), nn.Linear(24, 8)))
     fast, x = copy.deepcopy(plain), torch.randn(5, 8)
     vlm_fast.patch(fast)
     with torch.autocast("cpu", torch.bfloat16):
@@ -140,7 +140,7 @@ def test_activation_after_fp32_norm_runs_in_fp32_under_autocast():
 @pytest.mark.parametrize("make", [TimmMlp, FunctionalMlp], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_active_dropout_is_checked_at_each_call(make, training):
-    plain = stirred(make(0.1)).train(not training)
+    plain = randomised(make(0.1)).train(not training)
     fast, x = copy.deepcopy(plain), torch.randn(2, 9, WIDTH)
     vlm_fast.patch(fast, strict=True)  # in the other mode
     for module in (plain, fast):

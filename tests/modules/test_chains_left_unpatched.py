@@ -17,7 +17,7 @@ from tests.support.chain_structures import (
     TimmMlp,
     mlp,
 )
-from tests.support.randomised_modules import gradients, stirred
+from tests.support.randomised_modules import gradients, randomised
 from vlm_fast.modules import SequentialProjector
 from vlm_fast.modules.parameter_access.activation import activation_name
 
@@ -281,7 +281,7 @@ def test_module_lists_that_are_not_towers_are_patched():
 
 
 def test_towers_are_patched_on_request():
-    plain = stirred(VisionLanguage())
+    plain = randomised(VisionLanguage())
     fast, x = copy.deepcopy(plain), torch.randn(2, 5, WIDTH)
     report = vlm_fast.patch(fast, towers=True)
     of_tower = {f"tower.{i}.mlp" for i in range(4)} | {f"language.{i}" for i in range(4)}

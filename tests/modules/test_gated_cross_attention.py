@@ -50,7 +50,7 @@ def given(locations, dtype=torch.float32, media=3):
     return x, images, locations
 
 
-def everything(block, x, media, *others):
+def result_and_gradients(block, x, media, *others):
     """The result and every gradient."""
     x, media = x.detach().requires_grad_(), media.detach().requires_grad_()
     parameters = dict(block.named_parameters())
@@ -60,10 +60,15 @@ def everything(block, x, media, *others):
     return dict(zip(["y", "x", "media", *parameters], [y.detach(), *found], strict=True))
 
 
-def same(module, block, *arguments):
+def assert_same(module, block, *arguments):
     x, media, *others = arguments
-    exact = everything(copy.deepcopy(block).double(), x.double(), media.double(), *others)
-    assert_right(everything(module, *arguments), lambda: everything(block, *arguments), exact, "y")
+    exact = result_and_gradients(copy.deepcopy(block).double(), x.double(), media.double(), *others)
+    assert_right(
+        result_and_gradients(module, *arguments),
+        lambda: result_and_gradients(block, *arguments),
+        exact,
+        "y",
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -72,13 +77,13 @@ def same(module, block, *arguments):
 def test_parity_with_the_published_formulas(locations, immediate, dtype):
     block = plain(immediate, dtype)
     with vlm_fast.strict():
-        same(ours(block), block, *given(LOCATIONS[locations], dtype))
+        assert_same(ours(block), block, *given(LOCATIONS[locations], dtype))
 
 
 @pytest.mark.parametrize("immediate", [True, False])
 def test_without_locations_tokens_attend_to_all_media(immediate):
     block = plain(immediate)
-    same(ours(block), block, *given(None))
+    assert_same(ours(block), block, *given(None))
 
 
 @pytest.mark.parametrize("immediate", [True, False])
@@ -86,7 +91,7 @@ def test_without_locations_tokens_attend_to_all_media(immediate):
 def test_cached_media(immediate, tokens):
     block = plain(immediate)
     x, media, locations = given(LOCATIONS["interleaved"])
-    same(ours(block), block, x[:, :tokens], media, locations, True)
+    assert_same(ours(block), block, x[:, :tokens], media, locations, True)
 
 
 def test_media_written_in_place_are_read_again():
@@ -129,7 +134,7 @@ def test_blocks_are_patched_by_structure():
     model = torch.nn.ModuleDict({"a": copy.deepcopy(block)})
     with vlm_fast.patch(model) as report, vlm_fast.strict():
         assert list(report.patched) == ["a"]
-        same(model["a"], block, *arguments)
+        assert_same(model["a"], block, *arguments)
         assert vlm_fast.explain(model) == {"a": None}
     assert type(model["a"]) is reference_flamingo.GatedCrossAttentionBlock
     model["a"].ff = torch.nn.Sequential(*block.ff, torch.nn.Dropout())

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vlm_fast
-from tests.support.randomised_modules import assert_close, gradients, stirred
+from tests.support.randomised_modules import assert_close, gradients, randomised
 from tests.support.tiny_models import build
 from vlm_fast.modules import (
     PatchMerger,
@@ -42,7 +42,7 @@ QWENS = [
 
 @pytest.mark.parametrize("theirs, options", QWENS, ids=lambda value: str(value))
 def test_patch_merger_matches_qwen(theirs, options):
-    theirs, ours = stirred(qwen(*theirs)), PatchMerger(12, 16, **options)
+    theirs, ours = randomised(qwen(*theirs)), PatchMerger(12, 16, **options)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(24, 12)
     with vlm_fast.strict():
@@ -50,7 +50,7 @@ def test_patch_merger_matches_qwen(theirs, options):
 
 
 def test_merger_undoes_window_order():
-    merger, x = stirred(PatchMerger(12, 16, keys="qwen2", norm="rms")), torch.randn(24, 12)
+    merger, x = randomised(PatchMerger(12, 16, keys="qwen2", norm="rms")), torch.randn(24, 12)
     order = torch.tensor([3, 0, 5, 1, 2, 4])
     expected = merger(x)[torch.argsort(order)]
     torch.testing.assert_close(merger(x, order), expected)
@@ -76,7 +76,7 @@ def internvl_projector():
         vision_config=types.SimpleNamespace(hidden_size=12),
         text_config=types.SimpleNamespace(hidden_size=16),
     )
-    return stirred(
+    return randomised(
         InternVLMultiModalProjector(
             types.SimpleNamespace(**sizes, downsample_ratio=0.5, projector_hidden_act="gelu")
         )
@@ -114,7 +114,7 @@ def test_spatial_pool_module():
 def test_pooled_mlp_matches_perception_lm():
     theirs, x = perception_lm()
     ours = PooledMLPProjector(6, 8)
-    ours.load_state_dict(stirred(theirs).state_dict())
+    ours.load_state_dict(randomised(theirs).state_dict())
     with vlm_fast.strict():
         assert_close(gradients(ours, x), gradients(theirs, x))
     with pytest.raises(ValueError, match="mode is 'max', expected one of"):
@@ -124,7 +124,7 @@ def test_pooled_mlp_matches_perception_lm():
 def test_pooled_norm_matches_gemma3():
     theirs, x = t5gemma2()
     ours = PooledNormProjector(6, 8, stride=4)
-    ours.load_state_dict(stirred(theirs).state_dict())
+    ours.load_state_dict(randomised(theirs).state_dict())
     with vlm_fast.strict():
         assert_close(gradients(ours, x), gradients(theirs, x))
         assert ours(torch.randn(1, 32, 6), height=4, width=8).shape == (1, 2, 8)
@@ -139,7 +139,7 @@ def test_rms_norm_matches_transformers(dtype):
         (RMSNorm(24), Mistral3RMSNorm(24)),
         (RMSNorm(24, unit_offset=True), Gemma3RMSNorm(24)),
     ):
-        theirs = stirred(theirs).to(dtype)
+        theirs = randomised(theirs).to(dtype)
         ours.load_state_dict(theirs.state_dict())
         x = torch.randn(2, 5, 24, dtype=dtype)
         ulp = torch.finfo(dtype).eps
@@ -191,7 +191,7 @@ ALONE = {
 @pytest.mark.parametrize("kind", ALONE)
 def test_patched_class_matches_unpatched(kind):
     module, x = ALONE[kind]()
-    stirred(module)
+    randomised(module)
     expected = gradients(module, x)
     report = vlm_fast.patch(module)
     assert report.patched[""].endswith(f"by {kind}")
@@ -207,7 +207,7 @@ def qwen25():
 @pytest.mark.parametrize("make", [*ALONE.values(), qwen25])
 def test_compiles_to_one_graph(make):
     module, x = make()
-    expected = gradients(stirred(module), x)
+    expected = gradients(randomised(module), x)
     vlm_fast.patch(module)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -229,7 +229,7 @@ def test_unsupported_grids_run_the_original_forward():
 @pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
 @pytest.mark.parametrize("child", ["ln_q", "mlp", "mlp.0"])
 def test_hooked_children_are_called(child):
-    merger, x, seen = stirred(qwen("qwen2_vl", "PatchMerger")), torch.randn(24, 12), []
+    merger, x, seen = randomised(qwen("qwen2_vl", "PatchMerger")), torch.randn(24, 12), []
     expected = gradients(merger, x)
     vlm_fast.patch(merger)
     merger.get_submodule(child).register_forward_hook(lambda *_: seen.append(child))
@@ -244,7 +244,7 @@ def test_wrapped_linear_is_called():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    merger, x = stirred(qwen("qwen2_5_vl", "Qwen2_5_VLPatchMerger")), torch.randn(24, 12)
+    merger, x = randomised(qwen("qwen2_5_vl", "Qwen2_5_VLPatchMerger")), torch.randn(24, 12)
     merger.mlp[2] = Scaled(48, 16)
     expected = gradients(merger, x)
     vlm_fast.patch(merger)
@@ -287,7 +287,7 @@ class Rows(torch.overrides.TorchFunctionMode):
 # ---- InternVL's deferred shuffle ----
 
 
-def waiting():
+def deferred_shuffle():
     x = torch.randn(2, 4, 4, 3)
     from transformers.models.internvl.modeling_internvl import InternVLModel
 
@@ -311,14 +311,14 @@ def waiting():
     ],
 )
 def test_reading_the_deferred_tensor_shuffles_it(look):
-    unshuffled, shuffled = waiting()
+    unshuffled, shuffled = deferred_shuffle()
     found = look(unshuffled)
     assert type(found) is torch.Tensor
     torch.testing.assert_close(found, look(shuffled))
 
 
 def test_reading_the_shape_does_not_shuffle():
-    unshuffled, _ = waiting()
+    unshuffled, _ = deferred_shuffle()
     assert unshuffled.shape == (2, 2, 2, 12) and unshuffled.size(3) == 12 and unshuffled.ndim == 4
     assert type(unshuffled.reshape(2, -1, 12)) is DeferredPixelShuffle
     assert vlm_fast.stats().get("pixel_shuffle_norm", {"fast": 0})["fast"] == 0

@@ -9,7 +9,7 @@ import torch
 
 import vlm_fast
 from tests.support.mixed_dtypes import BF16, FP32, arranged, assert_alike, cast, norms, run
-from tests.support.selection import REPRESENTATIVES, slow_but
+from tests.support.selection import REPRESENTATIVES, slow_except
 from tests.support.tiny_models import MODELS, build
 from vlm_fast import modules
 
@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning"),
     pytest.mark.filterwarnings("ignore:no connector of"),
 ]
-every_model = pytest.mark.parametrize("name", slow_but(REPRESENTATIVES, MODELS))
+every_model = pytest.mark.parametrize("name", slow_except(REPRESENTATIVES, MODELS))
 both_ways = pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP32, BF16)], ids=["bf16", "fp32"])
 
 
@@ -73,7 +73,7 @@ def test_connectors_in_mixed_dtypes_match_unpatched(name, dtypes):
                     assert_alike(run_plain, found, functools.partial(run, exact, *wide))
 
 
-@pytest.mark.parametrize("autocast", slow_but([True], [False, True]), ids=["plain", "autocast"])
+@pytest.mark.parametrize("autocast", slow_except([True], [False, True]), ids=["plain", "autocast"])
 @every_model
 def test_whole_models_in_mixed_dtypes_match_unpatched(name, autocast):
     model, inputs = build(name)

@@ -13,7 +13,7 @@ import torch
 import vlm_fast
 from tests.support import tiny_flamingos, tiny_qformers
 from tests.support.mixed_dtypes import ARRANGEMENTS, arranged, cast, dtypes, run
-from tests.support.selection import slow_but
+from tests.support.selection import slow_except
 from vlm_fast.verification.summation_orders import ReorderedRuns
 
 pytestmark = pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
@@ -38,7 +38,7 @@ def error(found, exact):
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-@pytest.mark.parametrize("name", slow_but(QUICK, NAMES))
+@pytest.mark.parametrize("name", slow_except(QUICK, NAMES))
 def test_whole_models_in_mixed_dtypes_match_unpatched(name, arrangement, autocast):
     model, inputs = built(name)
     plain, ours, dtype = arranged(model, arrangement)

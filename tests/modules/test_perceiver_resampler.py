@@ -19,7 +19,7 @@ SIZES = dict(dim=40, depth=3, dim_head=24, heads=2, num_latents=5)
 EMBEDDED = SIZES | dict(max_num_media=3, max_num_frames=2)
 
 
-def scattered(module, dtype):
+def randomised_parameters(module, dtype):
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim == 1:
@@ -29,7 +29,9 @@ def scattered(module, dtype):
 
 def flamingo(dtype=torch.float32, **sizes):
     torch.manual_seed(0)
-    return scattered(reference_flamingo.PerceiverResampler(**(sizes or EMBEDDED)), dtype)
+    return randomised_parameters(
+        reference_flamingo.PerceiverResampler(**(sizes or EMBEDDED)), dtype
+    )
 
 
 def idefics(dtype=torch.float32, norms=True, depth=3, head=24):
@@ -37,11 +39,11 @@ def idefics(dtype=torch.float32, norms=True, depth=3, head=24):
     config = IdeficsConfig(
         vision_config=dict(embed_dim=40), perceiver_config=dict(qk_layer_norms_perceiver=norms)
     )
-    module = scattered(IdeficsPerceiverResampler(config, 40, depth, 2, head, 5), torch.float32)
-    for (
-        _,
-        ff,
-    ) in module.blocks:  # few units are near zero, where rounding decides the gradient of ReLU
+    module = randomised_parameters(
+        IdeficsPerceiverResampler(config, 40, depth, 2, head, 5), torch.float32
+    )
+    # Few units are near zero, where rounding decides the gradient of ReLU.
+    for _, ff in module.blocks:
         ff.ln.bias.data.add_(torch.randn(40).sign() * 5)
     return module.to(dtype)
 
@@ -63,22 +65,22 @@ def features(*shape, dtype=torch.float32):
     return torch.randn(*shape, 40).to(dtype)
 
 
-def everything(module, x):
+def result_and_gradients(module, x):
     x, parameters = x.detach().requires_grad_(), dict(module.named_parameters())
     y = module(x)
     found = torch.autograd.grad(y, [x, *parameters.values()], tolerance.random_upstream(y))
     return dict(zip(["y", "x", *parameters], [y.detach(), *found], strict=True))
 
 
-def same(module, plain, x):
-    exact = everything(copy.deepcopy(plain).double(), x.double())
-    found = everything(module, x)
+def assert_same(module, plain, x):
+    exact = result_and_gradients(copy.deepcopy(plain).double(), x.double())
+    found = result_and_gradients(module, x)
     for name in [name for name in found if "k_layer_norm.bias" in name]:
         assert not found.pop(
             name
         ).any()  # it shifts all scores equally, so its exact gradient is zero
         assert exact[name].abs().max() < 1e-12
-    assert_right(found, lambda: everything(plain, x), exact, "y")
+    assert_right(found, lambda: result_and_gradients(plain, x), exact, "y")
     module.eval()
     with torch.no_grad():
         wide = copy.deepcopy(plain).double()(x.double())
@@ -92,13 +94,13 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 def test_parity_with_the_published_formulas(dtype):
     plain = flamingo(dtype)
     with vlm_fast.strict():
-        same(ours(plain), plain, features(2, 3, 2, 17, dtype=dtype))
-        same(patched(plain), plain, features(2, 2, 1, 17, dtype=dtype))
+        assert_same(ours(plain), plain, features(2, 3, 2, 17, dtype=dtype))
+        assert_same(patched(plain), plain, features(2, 2, 1, 17, dtype=dtype))
 
 
 def test_without_media_and_frame_embeddings():
     plain = flamingo(**SIZES)
-    same(ours(plain, **SIZES), plain, features(1, 4, 3, 5))
+    assert_same(ours(plain, **SIZES), plain, features(1, 4, 3, 5))
 
 
 @every_dtype
@@ -106,7 +108,7 @@ def test_without_media_and_frame_embeddings():
 def test_parity_with_idefics(norms, depth, head, dtype):
     plain = idefics(dtype, norms, depth, head)
     with vlm_fast.strict():
-        same(patched(plain), plain, features(3, 17, dtype=dtype))
+        assert_same(patched(plain), plain, features(3, 17, dtype=dtype))
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -134,7 +136,7 @@ def test_unrelated_class_of_the_same_name_is_not_patched(layer):
     assert not report.patched and report.skipped[""].startswith("its ")
 
 
-def adapted(module, targets):
+def with_lora(module, targets):
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
     config = peft.LoraConfig(target_modules=targets, init_lora_weights=False)
@@ -144,7 +146,7 @@ def adapted(module, targets):
 @pytest.mark.parametrize("make, targets", [(flamingo, ["to_kv"]), (idefics, ["k_proj"])])
 def test_lora_layers_run(make, targets):
     plain = make()
-    fast, plain = (adapted(m, targets) for m in (patched(plain), plain))
+    fast, plain = (with_lora(m, targets) for m in (patched(plain), plain))
     x = features(3, 17) if make is idefics else features(2, 2, 1, 17)
     with pytest.warns(vlm_fast.VlmFastFallbackWarning, match="plain nn.Linear"):
         torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-5)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import vlm_fast
-from tests.support import reference_blip2
+from tests.support import reference_losses
 from tests.support.tiny_blip2 import parts
 from tests.support.tiny_qformers import SMALL, blip2, images, instructblip, ones_but
 from vlm_fast.training import losses
@@ -29,7 +29,7 @@ def stage_1(fast, dtype):
                 model, image_embeds, ids, mask, lm_head=head, bos_token_id=60
             ).loss
         negatives = ((every + 1) % BATCH, (every - 1) % BATCH)
-        return reference_blip2.stage1(
+        return reference_losses.stage1(
             model, image_embeds, ids, mask, head, 60, model.temp, 0.1, negatives
         )[0]
 
@@ -70,7 +70,7 @@ CASES = {
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def fixed_negatives(monkeypatch):
     step = [1]
 
     def next_ones(similarity, offset, generator=None):
@@ -103,24 +103,24 @@ def error(found, exact):
     return torch.stack(squares).sum().sqrt()
 
 
-def at_rest(make, fast, autocast):
+def largest_finite_scale(make, fast, autocast):
     """The largest loss scale without overflow, and the gradients at that scale."""
     runs = ((scale, gradients(make, fast, torch.float32, scale, autocast)) for scale in SCALES)
     return next((scale, found) for scale, found in runs if found is not None)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_under_grad_scaler_are_as_exact_as_unpatched(name, drawn):
+def test_gradients_under_grad_scaler_are_as_exact_as_unpatched(name, fixed_negatives):
     make, autocast = CASES[name]
     exact = gradients(make, False, torch.float64, 1.0, False)
-    largest, native = at_rest(make, False, True)
-    scale, found = at_rest(make, True, autocast)
+    largest, native = largest_finite_scale(make, False, True)
+    scale, found = largest_finite_scale(make, True, autocast)
     assert found.keys() == exact.keys()
     assert scale >= largest / 2 and error(found, exact) <= 2 * error(native, exact)
 
 
 @pytest.mark.parametrize("name", ["stage 1", "BLIP-2", "InstructBLIP"])
-def test_training_with_grad_scaler(name, drawn):
+def test_training_with_grad_scaler(name, fixed_negatives):
     make, _ = CASES[name]
     with vlm_fast.strict():
         model, loss = make(True, torch.float32)

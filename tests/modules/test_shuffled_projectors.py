@@ -10,7 +10,7 @@ from transformers.models.llama4 import modeling_llama4 as llama4
 from transformers.models.mistral3 import modeling_mistral3 as mistral3
 
 import vlm_fast
-from tests.support.randomised_modules import assert_close, gradients, stirred
+from tests.support.randomised_modules import assert_close, gradients, randomised
 from vlm_fast.modules import PixelShuffleConnector, PixelShuffleMLP, RaggedMergerProjector
 
 
@@ -24,7 +24,7 @@ def test_connector_matches_idefics3():
         config(scale_factor=3, vision_config=vision, text_config=text)
     )
     ours = PixelShuffleConnector(12, 16, factor=3)
-    ours.load_state_dict(stirred(theirs).state_dict())
+    ours.load_state_dict(randomised(theirs).state_dict())
     x = torch.randn(2, 36, 12)
     with vlm_fast.strict():
         assert_close(gradients(ours, x), gradients(theirs, x))
@@ -42,7 +42,7 @@ def test_mlp_matches_llama4(dropout):
         )
     )  # fmt: skip
     ours = PixelShuffleMLP(12, 20, dropout=dropout)
-    ours.load_state_dict(stirred(theirs).state_dict())
+    ours.load_state_dict(randomised(theirs).state_dict())
     x, found = torch.randn(2, 16, 12), []
     with vlm_fast.strict():
         for module in (ours, theirs):
@@ -62,7 +62,7 @@ def test_ragged_merger_matches_mistral3(bias):
         )
     )  # fmt: skip
     ours = RaggedMergerProjector(12, 16, bias=bias)
-    ours.load_state_dict(stirred(theirs).state_dict())
+    ours.load_state_dict(randomised(theirs).state_dict())
     grids = [(4, 6), (2, 2), (5, 3)]  # the last image has incomplete blocks at its edges
     x, sizes = torch.randn(24 + 4 + 15, 12), [(2 * h, 2 * w) for h, w in grids]
     with vlm_fast.strict():
@@ -72,7 +72,7 @@ def test_ragged_merger_matches_mistral3(bias):
 
 
 def test_hooked_linear_is_called():
-    ours = stirred(RaggedMergerProjector(12, 16))
+    ours = randomised(RaggedMergerProjector(12, 16))
     x, calls = torch.randn(24, 12), []
     expected = ours(x, [(4, 6)])
     ours.linear_1.register_forward_hook(lambda *_: calls.append(1))

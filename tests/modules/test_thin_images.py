@@ -11,7 +11,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 import vlm_fast
 from tests.ops.test_anyres_packing import model_of, packed
-from tests.ops.test_anyres_plan import NEXT, ONEVISION, PUBLISHED, each_tiling, theirs
+from tests.ops.test_anyres_plan import NEXT, ONEVISION, PUBLISHED, each_tiling, transformers_count
 from tests.patching.test_anyres_models import MIXINS
 from tests.patching.test_supported_models import step
 from tests.support.tiny_anyres import PINPOINTS, TILE, granite, tiling_model
@@ -36,7 +36,7 @@ def test_token_counts_match_processors(tiling):
         assert anyres_tiling.best_resolution(size, tiling.pinpoints) == select_best_resolution(
             size, tiling.pinpoints
         )
-        assert anyres_tiling.token_count(size, tiling) == theirs(size, tiling), size
+        assert anyres_tiling.token_count(size, tiling) == transformers_count(size, tiling), size
         assert anyres_tiling.tile_count(size, tiling) == image_size_to_num_patches(
             size, list(tiling.pinpoints), tiling.tile
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.support.recording_mode import Onlooker
+from tests.support.dispatch_modes import RecordingMode
 from vlm_fast import ops
 from vlm_fast.kernels import _launcher
 from vlm_fast.kernels._triton import AVAILABLE, INTERPRETED
@@ -66,7 +66,7 @@ def test_sizes_require_grad_only_if_input_sizes_do(sized, registered):
     """Otherwise the next merge would save its tokens for the gradient of the sizes."""
     x = torch.randn(2, 12, 8, requires_grad=True)
     size = torch.ones(2, 12, requires_grad=sized)
-    with Onlooker() if registered else contextlib.nullcontext():
+    with RecordingMode() if registered else contextlib.nullcontext():
         match = ops.bipartite_match(x, r=6)
         results = [
             ops.merge_tokens(x, match, size),

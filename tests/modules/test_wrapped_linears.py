@@ -17,8 +17,8 @@ from torch import nn
 import vlm_fast
 from tests.support import reference_flamingo, tiny_flamingos, tiny_qformers
 from tests.support.chain_structures import mlp
-from tests.support.linear_wrappers import HOOKS, WRAPPINGS
-from tests.support.selection import slow_but
+from tests.support.linear_wrappers import HOOKS, LINEAR_WRAPPERS
+from tests.support.selection import slow_except
 from tests.support.tiny_llava import llava
 from vlm_fast.modules import (
     GatedCrossAttentionBlock,
@@ -149,7 +149,7 @@ def changed(module, form, wrapping):
     """Apply the change with fixed random numbers."""
     parent, _, name = FORMS[form].linear.rpartition(".")
     torch.manual_seed(3)
-    WRAPPINGS[wrapping][0](module.get_submodule(parent), name)
+    LINEAR_WRAPPERS[wrapping][0](module.get_submodule(parent), name)
     return module
 
 
@@ -203,9 +203,11 @@ def assert_falls_back(fast, form, reason):
     """Check that the reason is known before a call, and also by `explain` if patched."""
     with vlm_fast.strict(), pytest.raises(vlm_fast.VlmFastFallbackError, match=reason):
         call(fast, inputs(form))
-    asked = vlm_fast.explain(fast)
-    assert bool(asked) == (FORMS[form].module is None)
-    assert not asked or any(re.search(reason, why or "") for why in asked.values()), asked
+    explained = vlm_fast.explain(fast)
+    assert bool(explained) == (FORMS[form].module is None)
+    assert not explained or any(re.search(reason, why or "") for why in explained.values()), (
+        explained
+    )
     vlm_fast.stats(reset=True)
 
 
@@ -225,11 +227,11 @@ def test_plain_linears_are_fused(form):
     assert_fused(fast, plain, form)
 
 
-@pytest.mark.parametrize("wrapping", slow_but(list(WRAPPINGS)[::3], WRAPPINGS))
+@pytest.mark.parametrize("wrapping", slow_except(list(LINEAR_WRAPPERS)[::3], LINEAR_WRAPPERS))
 @every_form
 def test_wrapped_linears_are_called(form, wrapping):
     plain, fast = (changed(module, form, wrapping) for module in pair(form))
-    assert_falls_back(fast, form, WRAPPINGS[wrapping][1])
+    assert_falls_back(fast, form, LINEAR_WRAPPERS[wrapping][1])
     if wrapping == "meta weight":  # plain PyTorch returns uninitialised memory or raises
         outcomes = [outcome(module, form) for module in (fast, plain)]
         assert isinstance(outcomes[0], dict) == isinstance(outcomes[1], dict)

@@ -19,7 +19,7 @@ NORMS = {
 }  # fmt: skip
 
 
-def adapted(model, name):
+def with_adapters(model, name):
     """LoRA on the language model, and one norm in modules_to_save."""
     config = peft.LoraConfig(
         target_modules=r".*language_model.*\.q_proj", modules_to_save=[NORMS[name]],
@@ -36,7 +36,7 @@ def test_modules_to_save_of_a_single_norm(name, patched_first):
     fast = copy.deepcopy(model)
     if patched_first:
         vlm_fast.patch(fast)
-    plain, fast = adapted(model, name), adapted(fast, name)
+    plain, fast = with_adapters(model, name), with_adapters(fast, name)
     if not patched_first:
         vlm_fast.patch(fast)
     with torch.no_grad():

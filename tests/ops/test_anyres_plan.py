@@ -28,7 +28,7 @@ PUBLISHED = {
 each_tiling = pytest.mark.parametrize("tiling", PUBLISHED.values(), ids=PUBLISHED)
 
 
-def theirs(size, tiling):
+def transformers_count(size, tiling):
     """The token count by the methods of transformers' processors."""
     kind = LlavaNextProcessor if tiling.max_tiles is None else LlavaOnevisionProcessor
     processor = SimpleNamespace(
@@ -64,7 +64,7 @@ def test_token_counts_match_processors(tiling):
     sizes += LOSSY + [(w, h) for h, w in LOSSY + sizes[:300]]
     sizes += [(tiling.tile * i, 100 * i) for i in range(1, 40)]
     for size in map(tuple, sizes):
-        assert token_count(size, tiling) == theirs(size, tiling), size
+        assert token_count(size, tiling) == transformers_count(size, tiling), size
         assert anyres_tiling.best_resolution(size, tiling.pinpoints) == select_best_resolution(
             size, tiling.pinpoints
         )
@@ -73,7 +73,7 @@ def test_token_counts_match_processors(tiling):
         )
 
 
-def kept_in_floats(sizes, grid):
+def unpadded_in_floats(sizes, grid):
     """``unpad_image`` of transformers, vectorised over sizes in float64."""
     height, width = sizes.double().unbind(1)
     rows, cols = grid
@@ -101,7 +101,7 @@ def test_unpadded_grid_matches_transformers_for_a_million_sizes():
         steps = torch.arange(1, 501)
         edges = [torch.stack([steps * g, steps * grid[1 - k]], 1) for k, g in enumerate(grid)]
         sizes = torch.cat([sizes, *edges])
-        rows, cols = kept_in_floats(sizes, grid)
+        rows, cols = unpadded_in_floats(sizes, grid)
         ours = [anyres_tiling.padding(tuple(size), grid) for size in sizes.tolist()]
         top, left = torch.tensor(ours).unbind(1)
         assert torch.equal(grid[0] - 2 * top, rows) and torch.equal(grid[1] - 2 * left, cols)
@@ -116,7 +116,7 @@ def test_float_rounding_edge_sizes():
     single = int(torch.tensor(37.0) * (torch.tensor(48.0) / torch.tensor(592.0)))
     assert unrounded and single != 37 * 48 // 592
     for size in [*unrounded, (37, 592)]:
-        rows, _ = kept_in_floats(torch.tensor([size]), (48, 48))
+        rows, _ = unpadded_in_floats(torch.tensor([size]), (48, 48))
         assert 48 - 2 * anyres_tiling.padding(size, (48, 48))[0] == rows
         assert (
             anyres_tiling.padding(size[::-1], (48, 48))
@@ -135,7 +135,7 @@ def test_token_count_of_global_view_and_four_tiles():
 @pytest.mark.parametrize("size", [(1000, 30), (30, 1000), (3000, 28), (28, 3000)])
 def test_extreme_aspect_ratios(size):
     for tiling in PUBLISHED.values():
-        assert token_count(size, tiling) == theirs(size, tiling)
+        assert token_count(size, tiling) == transformers_count(size, tiling)
 
 
 def test_accepted_types_of_image_sizes():

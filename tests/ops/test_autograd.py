@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
 
 import vlm_fast
 from tests.support.cases import OPS, each, every_case, every_op
-from tests.support.recording_mode import Onlooker
+from tests.support.dispatch_modes import RecordingMode
 from vlm_fast.ops.declaration import with_batch
 from vlm_fast.verification import tolerance
 
@@ -45,7 +45,7 @@ def assert_equal(ours, theirs):
 def test_double_backward_raises(op, registered):
     args, options = leaves(op, op.usual_shape)
     if registered:
-        with Onlooker():
+        with RecordingMode():
             result = op(*args, **options)
     else:
         result = op(*args, **options)
@@ -115,7 +115,7 @@ def test_checkpointing_gives_the_same_gradients(op, shape, reentrant):
     assert_equal([t.grad for t in inputs], expected)
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "computed again"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
 @every_op
 def test_selective_checkpointing_follows_its_policy(op, kept, monkeypatch):
     args, options = leaves(op, op.usual_shape)
@@ -129,9 +129,11 @@ def test_selective_checkpointing_follows_its_policy(op, kept, monkeypatch):
     assert len(runs) <= (not kept)  # nothing is recomputed if backward needs nothing
     # Some torch releases call the policy again when they recompute.
     x = torch.ones(2, requires_grad=True)
-    exponential, asked = selectively_checkpointed(torch.ops.aten.exp.default, wanted, torch.exp, x)
+    exponential, policy_calls = selectively_checkpointed(
+        torch.ops.aten.exp.default, wanted, torch.exp, x
+    )
     exponential.sum().backward()
-    assert seen[0] is False and seen == asked[: len(seen)]  # nothing is saved
+    assert seen[0] is False and seen == policy_calls[: len(seen)]  # nothing is saved
 
 
 def selectively_checkpointed(wished, wanted, call, *tensors):
@@ -285,7 +287,7 @@ def test_results_are_not_views(op, shape):
 
 
 def in_registered(registered):
-    return Onlooker() if registered else contextlib.nullcontext()
+    return RecordingMode() if registered else contextlib.nullcontext()
 
 
 @pytest.mark.parametrize("registered", [False, True], ids=["direct", "registered"])

@@ -37,7 +37,7 @@ def test_match_is_a_partition_and_conserves_sizes(tokens, r, protected, seed):
     )
 
 
-def spoilt(match, how):
+def corrupted(match, how):
     destination, order, start = (t.clone() for t in match)
     if how == "another partner":
         destination[0, 0], destination[0, 2] = destination[0, 2].clone(), destination[0, 0].clone()
@@ -54,7 +54,7 @@ def test_invalid_match_is_detected(how):
     match = MATCH.fast(metric, **options)
     options = {**MATCH.defaults, **options}
     assert all(v.ok for v in MATCH.verify(match, metric, **options))
-    assert not all(v.ok for v in MATCH.verify(spoilt(match, how), metric, **options))
+    assert not all(v.ok for v in MATCH.verify(corrupted(match, how), metric, **options))
 
 
 def test_match_of_less_similar_tokens_is_detected():
@@ -120,7 +120,7 @@ def test_scores_are_allocated_one_tile_at_a_time():
     assert most <= 4 * TILE + 30 * x.shape[0] * x.shape[1]  # all scores of an image take 4 MB
 
 
-@pytest.mark.parametrize("tokens", [1400, 8000], ids=["shares", "huge pages"])
+@pytest.mark.parametrize("tokens", [1400, 8000], ids=["threads", "huge pages"])
 def test_results_do_not_depend_on_thread_count(tokens):
     """Sizes at which the compiled code uses several threads and huge pages."""
     shape = dict(batch=1, tokens=tokens, features=1200, r=tokens // 9, sized=True)

@@ -18,7 +18,7 @@ from tests.support.cases import (
     every_op,
     two_shapes,
 )
-from tests.support.recording_mode import Onlooker
+from tests.support.dispatch_modes import RecordingMode
 from vlm_fast.ops import registration, transforms
 from vlm_fast.ops.declaration import with_batch
 from vlm_fast.verification import tolerance
@@ -189,7 +189,7 @@ def test_fake_tensors_give_shapes_and_dtypes(op, shape):
 @every_case
 def test_dispatch_modes_see_the_op(op, shape):
     args, options = op.sample(shape)
-    with Onlooker() as mode:
+    with RecordingMode() as mode:
         watched = tolerance.outputs_and_gradients(op, args, options)
     assert_same(watched, tolerance.outputs_and_gradients(op.fast, args, options))
     backward = getattr(torch.ops.vlm_fast, f"{op.name}_backward").default
@@ -207,9 +207,9 @@ def mesh():
     destroy_process_group()
 
 
-@pytest.mark.parametrize("everything", [True, False], ids=["every argument", "the first"])
+@pytest.mark.parametrize("all_arguments", [True, False], ids=["every argument", "the first"])
 @any_op
-def test_dtensors_are_refused(op, mesh, everything):
+def test_dtensors_are_refused(op, mesh, all_arguments):
     from torch.distributed.tensor import DTensor, Replicate
 
     args, options = op.sample(op.usual_shape)
@@ -221,7 +221,7 @@ def test_dtensors_are_refused(op, mesh, everything):
             return [distributed(v) for v in value]
         return DTensor.from_local(value, mesh, [Replicate()], run_check=False)
 
-    args = [distributed(a) if everything or i == 0 else a for i, a in enumerate(args)]
+    args = [distributed(a) if all_arguments or i == 0 else a for i, a in enumerate(args)]
     for call in (op, op.fast):
         with pytest.raises((RuntimeError, NotImplementedError, TypeError, ValueError)) as error:
             call(*args, **options)
@@ -234,7 +234,7 @@ def test_private_torch_apis_behave_as_expected():
     inside = []
     torch.func.vmap(lambda x: (inside.append(level()), x)[1])(torch.ones(2))
     assert inside[0] is not None
-    with Onlooker():
+    with RecordingMode():
         assert modes() == 1
     with forward_ad.dual_level():
         assert forward_ad._current_level >= 0
@@ -261,7 +261,7 @@ def test_changing_option_values_do_not_grow_caches(name, option, values):
     for value in values:
         options[option] = value
         expected = tolerance.outputs_and_gradients(op.fast, args, options)
-        with Onlooker():
+        with RecordingMode():
             assert_same(tolerance.outputs_and_gradients(op, args, options), expected)
         counts.append((len(op._path.saved_sources), len(op._path.backward_sources)))
     assert set(counts) == {counts[0]}
@@ -272,6 +272,6 @@ def test_dropout_may_alternate_with_zero():
     args, options = op.sample(op.test_shapes[1])
     for dropout in (0.25, 0.0, 0.5, 0.0, 0.25):
         options["dropout"] = dropout
-        with Onlooker():
+        with RecordingMode():
             found = tolerance.outputs_and_gradients(op, args, options)
         assert_same(found, tolerance.outputs_and_gradients(op.fast, args, options))

@@ -6,14 +6,14 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.support.distributed_helpers import on_ranks
-from tests.support.small_connectors import CONNECTORS, Headed
+from tests.support.small_connectors import CONNECTORS, WithHead
 
 
 def replicas_are_equal_bit_for_bit(rank, world, kind):
     """Check weights after fifty AdamW steps in which one rank is always late."""
     make, given = CONNECTORS[kind]
     torch.manual_seed(0)
-    model = Headed(make())
+    model = WithHead(make())
     model(*given(2))
     replica = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(replica.parameters(), lr=1e-3)

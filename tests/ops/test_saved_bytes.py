@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from tests.support.cases import OPS, each, every_case
-from tests.support.recording_mode import Onlooker
+from tests.support.dispatch_modes import RecordingMode
 from vlm_fast.verification import tolerance
 
 MLP, MERGE, GATHER = (OPS[n] for n in ("mlp", "merge_image_tokens", "gather_image_tokens"))
@@ -68,7 +68,7 @@ def test_gather_saves_the_mask_and_four_bytes_per_row():
 def test_registered_op_saves_the_same_bytes(op, shape):
     args, options = op.sample(shape)
     direct = saved_bytes(op, args, options)
-    with Onlooker():
+    with RecordingMode():
         assert saved_bytes(op, args, options) == direct
 
 

@@ -12,7 +12,7 @@ from vlm_fast.patching.attention_interface import attention_forward
 BATCH, HEADS, QUERIES, KEYS, D = 2, 4, 5, 7, 8
 
 
-def drawn(heads=HEADS, tokens=KEYS, d=D, batch=BATCH):
+def random_tensor(heads=HEADS, tokens=KEYS, d=D, batch=BATCH):
     return torch.randn(batch, heads, tokens, d)
 
 
@@ -26,7 +26,7 @@ def module_of(causal=False, groups=1):
     return types.SimpleNamespace(is_causal=causal, num_key_value_groups=groups, training=True)
 
 
-def same(query, key, value, mask, module=None, **options):
+def assert_same(query, key, value, mask, module=None, **options):
     module = module or module_of()
     ours, theirs = (
         f(module, query, key, value, mask, **options)[0]
@@ -53,43 +53,46 @@ OTHER_MASKS = {
 }
 
 
-@pytest.mark.parametrize("queries", [1, BATCH], ids=["one batch of queries", "each its own"])
+@pytest.mark.parametrize("queries", [1, BATCH], ids=["one batch of queries", "one per row"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_supported_masks_use_the_op(mask, queries):
-    query = drawn(tokens=QUERIES, batch=queries)
-    assert same(query, drawn(), drawn(), MASKS[mask](), scaling=0.2) == 1
+    query = random_tensor(tokens=QUERIES, batch=queries)
+    assert assert_same(query, random_tensor(), random_tensor(), MASKS[mask](), scaling=0.2) == 1
 
 
 @pytest.mark.parametrize("groups", [1, 2], ids=["", "shared keys"])
 @pytest.mark.parametrize("mask", OTHER_MASKS)
 def test_unsupported_mask_shapes_use_sdpa(mask, groups):
     keys = HEADS // groups
-    given = drawn(tokens=QUERIES), drawn(keys), drawn(keys)
-    assert same(*given, OTHER_MASKS[mask](), module_of(groups=groups)) == 0
+    given = random_tensor(tokens=QUERIES), random_tensor(keys), random_tensor(keys)
+    assert assert_same(*given, OTHER_MASKS[mask](), module_of(groups=groups)) == 0
 
 
 @pytest.mark.parametrize("width", [3, 16])
 @pytest.mark.parametrize("mask", MASKS | OTHER_MASKS)
 def test_values_of_another_width_use_sdpa(mask, width):
     made = (MASKS | OTHER_MASKS)[mask]
-    assert same(drawn(tokens=QUERIES), drawn(), drawn(d=width), made()) == 0
+    assert (
+        assert_same(random_tensor(tokens=QUERIES), random_tensor(), random_tensor(d=width), made())
+        == 0
+    )
 
 
 @pytest.mark.parametrize("mask", ["none", "keys", "added"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_position_bias_is_applied(mask, causal):
     bias = torch.randn(1, HEADS, QUERIES, KEYS)
-    given = drawn(tokens=QUERIES), drawn(), drawn(), MASKS[mask]()
-    assert same(*given, module_of(causal), position_bias=bias) == 0
+    given = random_tensor(tokens=QUERIES), random_tensor(), random_tensor(), MASKS[mask]()
+    assert assert_same(*given, module_of(causal), position_bias=bias) == 0
 
 
 def test_broadcast_keys_use_sdpa():
-    keys = drawn(batch=1)
-    assert same(drawn(tokens=QUERIES), keys, keys, seen(BATCH, 1, 1, KEYS)) == 0
+    keys = random_tensor(batch=1)
+    assert assert_same(random_tensor(tokens=QUERIES), keys, keys, seen(BATCH, 1, 1, KEYS)) == 0
 
 
 def test_invalid_shapes_raise_the_error_of_sdpa():
-    given = drawn(tokens=QUERIES), drawn(), drawn()
+    given = random_tensor(tokens=QUERIES), random_tensor(), random_tensor()
     for mask in (seen(QUERIES, KEYS + 2), torch.ones(QUERIES, KEYS, dtype=torch.int64)):
         with pytest.raises(RuntimeError) as theirs:
             sdpa_attention_forward(module_of(), *given, mask)

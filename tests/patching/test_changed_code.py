@@ -14,10 +14,10 @@ import pytest
 import transformers
 
 import vlm_fast
-from tests.support.across_releases import said, why_different
+from tests.support.across_releases import error_line, why_different
 from tests.support.changed_code import File
 from tests.support.families import build
-from tests.support.selection import slow_but
+from tests.support.selection import slow_except
 from tests.support.ways_to_run import forward, generated, labels
 from tests.tools.releases import served
 from vlm_fast.patching import class_swap
@@ -40,7 +40,7 @@ def case_of(mixin):
 
 CASES = {mixin.__name__: (mixin, case_of(mixin.__name__)) for mixin, _ in FAMILIES}
 CASES = {name: found for name, found in CASES.items() if name not in ELSEWHERE}
-every_mixin = pytest.mark.parametrize("mixin", slow_but(list(CASES)[::5], CASES))
+every_mixin = pytest.mark.parametrize("mixin", slow_except(list(CASES)[::5], CASES))
 
 
 def test_each_mixin_has_a_model():
@@ -92,10 +92,10 @@ class Model:
         try:
             report = vlm_fast.patch(fast)
         except Exception as error:
-            return f"patch raises {said(error)}"
+            return f"patch raises {error_line(error)}"
         ours = self.run(fast)
         if isinstance(ours, Exception):
-            return f"raises {said(ours)}"
+            return f"raises {error_line(ours)}"
         left = [name for name in self.names if not served_by(fast.get_submodule(name))]
         if not set(left) <= report.skipped.keys():
             return f"{', '.join(left)} left unpatched without a reason"
@@ -145,7 +145,7 @@ def test_forward_returning_a_tuple(mixin):
     model = Model(mixin)
     for file, kind, name in methods(model):
         if name == "forward":
-            with file.changed(file.opened(kind)):
+            with file.changed(file.returning_a_tuple(kind)):
                 model.judge(f"{kind}.{name}")
     assert not model.wrong, "\n".join(model.wrong)
 

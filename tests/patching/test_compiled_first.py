@@ -12,7 +12,7 @@ import torch
 
 import vlm_fast
 from tests.support.distributed_helpers import start
-from tests.support.selection import slow_but
+from tests.support.selection import slow_except
 from tests.support.tiny_models import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ def one_graph(number):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("first", slow_but([0], range(0, len(ONE_GRAPH), 3)))
+@pytest.mark.parametrize("first", slow_except([0], range(0, len(ONE_GRAPH), 3)))
 def test_one_graph_before_first_call(first):
     """Runs in new processes in which no test compiled or called a model before."""
     start(one_graph_of, (first,), min(3, len(ONE_GRAPH) - first))

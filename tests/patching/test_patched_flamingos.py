@@ -30,7 +30,7 @@ def pair(family, dtype=torch.float32, **changes):
     return model, fast, given
 
 
-def everything(model, given):
+def result_and_gradients(model, given):
     """Logits, and gradients of pixels and of parameters."""
     pixels = given["pixel_values"].detach().requires_grad_()
     logits = model(**{**given, "pixel_values": pixels}).logits
@@ -41,12 +41,17 @@ def everything(model, given):
     return {"logits": logits.detach(), **dict(zip(["pixels", *named], found, strict=True))}
 
 
-def same(model, fast, given):
+def assert_same(model, fast, given):
     wide = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
     true = copy.deepcopy(model).double()
     true.set_attn_implementation("sdpa")  # eager attention computes softmax in fp32
-    exact = everything(true, wide)
-    assert_right(everything(fast, given), lambda: everything(model, given), exact, "logits")
+    exact = result_and_gradients(true, wide)
+    assert_right(
+        result_and_gradients(fast, given),
+        lambda: result_and_gradients(model, given),
+        exact,
+        "logits",
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -54,14 +59,14 @@ def same(model, fast, given):
 def test_parity_with_unpatched(family, dtype):
     model, fast, given = pair(family, dtype)
     with vlm_fast.strict():
-        same(model, fast, given)
+        assert_same(model, fast, given)
 
 
 @pytest.mark.parametrize(
     "changes", [dict(alpha_type="vector"), dict(qk_layer_norms=False)], ids=str
 )
 def test_parity_of_idefics_variants(changes):
-    same(*pair("idefics", **changes))
+    assert_same(*pair("idefics", **changes))
 
 
 @every_family
@@ -161,7 +166,7 @@ def test_fallback_layers_match_unpatched(family):
     for m in (model, fast):
         layers(m).get_submodule(name).register_forward_hook(lambda module, x, y: y * 1.5)
     with pytest.warns(vlm_fast.VlmFastFallbackWarning, match=f"{name}: it has hooks"):
-        same(model, fast, given)
+        assert_same(model, fast, given)
     assert "hooks" in str(vlm_fast.explain(fast))
     options = dict(max_new_tokens=4, do_sample=False)
     assert torch.equal(fast.generate(**given, **options), model.generate(**given, **options))
@@ -196,7 +201,7 @@ def test_mllama_without_mask_attends_to_all_tiles():
         "mllama"
     )  # eager attention: the default implementation crops and is wrong
     del given["cross_attention_mask"]
-    same(model, fast, given)
+    assert_same(model, fast, given)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +218,7 @@ def test_mask_broadcasts_over_tokens_and_batch(family, mask, part):
     model, fast, given = pair(family)
     given[mask] = given[mask][part]
     with vlm_fast.strict():
-        same(model, fast, given)
+        assert_same(model, fast, given)
 
 
 def taken_apart(value):
@@ -231,7 +236,7 @@ def test_language_model_inputs_can_be_rebuilt_by_hooks():
         lambda module, args, kwargs: (taken_apart(args), taken_apart(kwargs)), with_kwargs=True
     )
     with vlm_fast.strict():
-        same(model, fast, given)
+        assert_same(model, fast, given)
 
 
 def test_language_model_inputs_can_be_exported():
@@ -272,7 +277,7 @@ def test_gradient_checkpointing(family):
     model, fast, given = pair(family)
     fast.gradient_checkpointing_enable()
     fast.train()
-    same(model, fast, given)
+    assert_same(model, fast, given)
 
 
 @every_family

@@ -37,7 +37,7 @@ def run(model, **given):
     return model(**inputs, **given)
 
 
-def same(model, other, **given):
+def assert_same(model, other, **given):
     ours, theirs = (run(m, **given).last_hidden_state for m in (model, other))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -132,12 +132,12 @@ def test_lora_layers_run():
         models.append(peft.get_peft_model(model, config).eval())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", vlm_fast.VlmFastFallbackWarning)
-        same(*models)
+        assert_same(*models)
     reasons = list(filter(None, vlm_fast.explain(models[0]).values()))
     assert reasons and all("plain nn.Linear" in reason for reason in reasons)
     merged = [m.merge_and_unload() for m in models]
     with vlm_fast.strict():
-        same(*merged)
+        assert_same(*merged)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_hooks_fire(place):
         run(fast)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", vlm_fast.VlmFastFallbackWarning)
-        same(fast, plain)
+        assert_same(fast, plain)
     assert len(fired) == 2
 
 
@@ -272,7 +272,7 @@ def test_custom_attention_is_called(implementation, monkeypatch):
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, implementation, mine)
     for model in (plain, fast):
         model.set_attn_implementation(implementation)
-    same(fast, plain)
+    assert_same(fast, plain)
     assert any("attention" in reason for reason in vlm_fast.explain(fast).values())
 
 
@@ -281,23 +281,23 @@ def test_copies_and_pickles_stay_patched_until_reverted():
     assert fast.state_dict().keys() == plain.state_dict().keys()
     for model in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         with vlm_fast.strict():
-            same(model, plain)
+            assert_same(model, plain)
         assert "[vlm_fast]" in repr(model)
     assert vlm_fast.unpatch(fast) == 5
     assert type(fast) is type(plain) and type(fast.encoder) is type(plain.encoder)
-    same(fast, plain)
+    assert_same(fast, plain)
 
 
 def test_saved_and_loaded(tmp_path):
     fast = patched()
     fast.save_pretrained(tmp_path)
-    same(type(blip2(**SMALL)).from_pretrained(tmp_path), fast)
+    assert_same(type(blip2(**SMALL)).from_pretrained(tmp_path), fast)
 
 
 def test_compiles_to_one_graph():
     fast, plain = patched(), blip2(**SMALL)
     graphs = CompileCounterWithBackend("aot_eager")
-    same(torch.compile(fast, fullgraph=True, backend=graphs), plain)
+    assert_same(torch.compile(fast, fullgraph=True, backend=graphs), plain)
     assert graphs.frame_count == 1
 
 
@@ -341,7 +341,7 @@ def test_attention_interface(padding):
     given = dict(encoder_attention_mask=ones_but(2, 17, *padding))
     vlm_fast.stats(reset=True)
     with vlm_fast.strict():
-        same(ours, plain, **given)
+        assert_same(ours, plain, **given)
     assert (
         vlm_fast.stats()["cross_attention"]["fast"] == 5
     )  # three self-attentions, two cross-attentions
@@ -354,7 +354,7 @@ def test_attention_interface_with_text():
     given = dict(
         input_ids=torch.ones(2, 3, dtype=torch.long), attention_mask=ones_but(2, 8, (1, 2))
     )
-    same(*models, **given)
+    assert_same(*models, **given)
 
 
 def test_from_module_refuses_other_modules():

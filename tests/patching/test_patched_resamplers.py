@@ -15,7 +15,7 @@ from tests.support.cases import assert_right
 from vlm_fast.verification import tolerance
 
 
-def scattered(module):
+def randomised_parameters(module):
     with torch.no_grad():
         for parameter in module.parameters():
             spread = 0.1 if parameter.ndim == 1 else 0.05
@@ -34,7 +34,7 @@ def idefics2(attention="eager"):
         text_config=dict(model_type="mistral", hidden_size=32, intermediate_size=48),
         attn_implementation=attention,
     )  # fmt: skip
-    return scattered(Idefics2Connector(config))
+    return randomised_parameters(Idefics2Connector(config))
 
 
 def idefics2_inputs(dtype, hidden):
@@ -59,7 +59,7 @@ def aria():
         ),
         projector_patch_to_query_dict={17: 5, 9: 3},
     )
-    return scattered(AriaProjector(config))
+    return randomised_parameters(AriaProjector(config))
 
 
 def aria_inputs(dtype, hidden):
@@ -80,7 +80,7 @@ def pair(family, dtype=torch.float32):
     return plain, fast
 
 
-def everything(module, x, mask):
+def result_and_gradients(module, x, mask):
     x, parameters = x.detach().requires_grad_(), dict(module.named_parameters())
     y = module(x, mask)
     found = torch.autograd.grad(
@@ -89,10 +89,15 @@ def everything(module, x, mask):
     return dict(zip(["y", "x", *parameters], [y.detach(), *found], strict=True))
 
 
-def same(fast, plain, x, mask):
+def assert_same(fast, plain, x, mask):
     true = copy.deepcopy(plain).double()
-    exact = everything(true, x.double(), mask)
-    assert_right(everything(fast, x, mask), lambda: everything(plain, x, mask), exact, "y")
+    exact = result_and_gradients(true, x.double(), mask)
+    assert_right(
+        result_and_gradients(fast, x, mask),
+        lambda: result_and_gradients(plain, x, mask),
+        exact,
+        "y",
+    )
     with torch.no_grad():
         exact = {"y": true(x.double(), mask)}
         assert_right({"y": fast(x, mask)}, lambda: {"y": plain(x, mask)}, exact, "y")
@@ -104,7 +109,7 @@ def same(fast, plain, x, mask):
 def test_parity_with_unpatched(family, hidden, dtype):
     plain, fast = pair(family, dtype)
     with vlm_fast.strict():
-        same(fast, plain, *FAMILIES[family][1](dtype, hidden))
+        assert_same(fast, plain, *FAMILIES[family][1](dtype, hidden))
 
 
 def write_in_place(parameter, value):
@@ -182,7 +187,7 @@ def kosmos(version):
     for part in (config, config.text_config):
         part._attn_implementation = "eager"
     module = {"": kosmos2, "_5": kosmos2_5}[version]
-    return scattered(getattr(module, f"Kosmos2{version}ImageToTextProjection")(config))
+    return randomised_parameters(getattr(module, f"Kosmos2{version}ImageToTextProjection")(config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

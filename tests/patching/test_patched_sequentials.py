@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 import vlm_fast
 from tests.support.chain_structures import HIDDEN, WIDTH, FunctionalMlp, SimpleResBlock, mlp
-from tests.support.randomised_modules import stirred
-from tests.support.sequential_pairs import X, assert_alike, both, pair
+from tests.support.randomised_modules import randomised
+from tests.support.sequential_pairs import X, assert_alike, every_pair, pair
 from vlm_fast.modules import SequentialProjector
 
 # The first call of a (module, reason) warns; every one is counted.
@@ -38,7 +38,7 @@ def test_patched_sequential_keeps_type_keys_and_signature():
             wrong(fast)
 
 
-@both
+@every_pair
 def test_training_steps_and_state_dict_loading(make):
     plain, fast = make(3)
     for _ in range(2):
@@ -91,7 +91,7 @@ PARTS = {
 }
 
 
-@both
+@every_pair
 @pytest.mark.parametrize("part", PARTS)
 def test_slices_and_sums_match_plain(make, part):
     plain, fast = (PARTS[part](m) for m in make(3))
@@ -147,7 +147,7 @@ EDITS = {
 }  # fmt: skip
 
 
-@both
+@every_pair
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
 def test_in_place_edits_match_plain(make, edit):
     plain, fast = make()
@@ -180,7 +180,7 @@ def _saved(m):
     return torch.load(file, weights_only=False)
 
 
-@both
+@every_pair
 @pytest.mark.parametrize("clone", [copy.deepcopy, _pickled, _saved])
 def test_copies_match_plain(make, clone):
     plain, fast = make(3)
@@ -241,7 +241,7 @@ WRAPS = {
 }
 
 
-@both
+@every_pair
 @pytest.mark.parametrize("wrap", WRAPS, ids=lambda wrap: wrap.__name__)
 def test_wrapped_child_is_called_and_the_rest_is_fused(make, wrap):
     plain, fast = make(3)
@@ -257,7 +257,7 @@ def test_wrapped_child_is_called_and_the_rest_is_fused(make, wrap):
 
 
 def test_lora_before_the_patch():
-    plain = stirred(mlp(3, WIDTH, HIDDEN))
+    plain = randomised(mlp(3, WIDTH, HIDDEN))
     lora(plain)
     plain.requires_grad_()
     fast = copy.deepcopy(plain)
@@ -265,7 +265,7 @@ def test_lora_before_the_patch():
     assert_alike(fast, plain, fused=False)
 
 
-@both
+@every_pair
 def test_frozen_linears(make):
     plain, fast = make(3)
     for module in (plain, fast):
@@ -280,7 +280,7 @@ def test_frozen_linears(make):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
-@both
+@every_pair
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoint_sequential(make, reentrant):
     plain, fast = make(3)

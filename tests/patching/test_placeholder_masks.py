@@ -19,7 +19,7 @@ CLASSES = {kind.__name__: kind for kind in placeholder_sources.classes()}
 SERVED = {"4.57.6": 31, "5.8.1": 43, "5.17.0": 62, "5.24.0": 85}  # of 41, 57, 81 and 105 classes
 
 
-def by_asking(method):
+def by_probing(method):
     try:
         form = placeholder_masks.probe_mask_method(inspect.unwrap(method))
     except UnknownMaskMethod as reason:
@@ -38,13 +38,13 @@ def by_source(method):
 def test_source_reader_and_probing_agree():
     apart = {}
     for name, kind in CLASSES.items():
-        asked = by_asking(kind.get_placeholder_mask)
+        probed = by_probing(kind.get_placeholder_mask)
         read = by_source(kind.get_placeholder_mask)
-        both_refuse = isinstance(asked, str) and isinstance(read, str)
+        both_refuse = isinstance(probed, str) and isinstance(read, str)
         # Probing refuses unknown argument names, also harmless ones.
-        unknown = isinstance(asked, str) and asked.startswith(("uses ", "has functions"))
-        if not (asked == read or both_refuse or unknown):
-            apart[name] = asked, read
+        unknown = isinstance(probed, str) and probed.startswith(("uses ", "has functions"))
+        if not (probed == read or both_refuse or unknown):
+            apart[name] = probed, read
     assert apart == {}
 
 

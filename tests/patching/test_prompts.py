@@ -240,10 +240,10 @@ def test_onevision_batch_with_one_and_two_images_per_row():
     side = SIGLIP["image_size"] // SIGLIP["patch_size"]
     tiling = anyres_tiling.Tiling(model.config.image_grid_pinpoints, SIGLIP["image_size"], side, 9)
     sizes = torch.tensor([[16, 32], [20, 16], [16, 16]])
-    alone = anyres_tiling.token_count(sizes[0], tiling)
+    grid_count = anyres_tiling.token_count(sizes[0], tiling)
     tiled = anyres_tiling.tile_count(tuple(sizes[0].tolist()), tiling)
     one = anyres_tiling.token_count(sizes[1], tiling, tiles=1)
-    rows = [[5, *[IMAGE] * alone, 6], [7, *[IMAGE] * one, 8, *[IMAGE] * one, 9]]
+    rows = [[5, *[IMAGE] * grid_count, 6], [7, *[IMAGE] * one, 8, *[IMAGE] * one, 9]]
     longest = max(map(len, rows))
     batch = {
         "input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows]),

@@ -12,8 +12,15 @@ from torch.distributed.fsdp import fully_shard
 import vlm_fast
 from tests.support import tiny_llava
 from tests.support.distributed_helpers import on_ranks
-from tests.support.sharding_strategies import SPREADS, by_layer, by_leaf, of_row, same, whole
-from tests.support.small_connectors import CONNECTORS, Headed
+from tests.support.sharding_strategies import (
+    STRATEGIES,
+    assert_same_parameters,
+    batch_row,
+    full_tensor_of,
+    shard_by_layer,
+    shard_by_leaf,
+)
+from tests.support.small_connectors import CONNECTORS, WithHead
 from tests.support.whole_models import FAMILIES, pair, with_labels
 from vlm_fast.modules import MLPProjector
 from vlm_fast.training.recipes import RECIPES
@@ -23,11 +30,11 @@ def connector_matches_one_process(rank, world, kind, spread, counts):
     """Compare output and averaged gradients; ``counts``: the number of images on each rank."""
     make, given = CONNECTORS[kind]
     torch.manual_seed(0)
-    single = Headed(make())
+    single = WithHead(make())
     single(*given(2))  # LazyLinear infers the width
     model = copy.deepcopy(single)
     batches = [given(count) for count in counts]
-    spreaded = SPREADS[spread][0](model, None)
+    spreaded = STRATEGIES[spread][0](model, None)
     name = type(single.connector).__name__
     with warnings.catch_warnings(), vlm_fast.strict():
         warnings.filterwarnings("error", message=rf"FSDP2.* \(FSDP{name}\) returned a view")
@@ -38,7 +45,7 @@ def connector_matches_one_process(rank, world, kind, spread, counts):
     torch.testing.assert_close(ours, theirs[rank])
     assert all(p.grad is not None for p in model.connector.parameters() if p.requires_grad)
     ours, expected = (
-        {n: whole(p.grad) for n, p in m.named_parameters() if p.grad is not None}
+        {n: full_tensor_of(p.grad) for n, p in m.named_parameters() if p.grad is not None}
         for m in (model, single)
     )
     assert ours.keys() == expected.keys()
@@ -51,7 +58,7 @@ def text_only_rank_trains_with_other_ranks(rank, world, family, sharded):
     plain, fast, given = pair(family)
     for model in (plain, fast):
         model.get_submodule(TOWERS[family]).requires_grad_(False)
-    batches = [of_row(given, row) for row in range(world)]
+    batches = [batch_row(given, row) for row in range(world)]
     text = batches[-1]
     for name in FAMILIES[family].images:
         del text[name]
@@ -60,7 +67,9 @@ def text_only_rank_trains_with_other_ranks(rank, world, family, sharded):
     )
     batches[-1] = with_labels(text)
     unseen = [m for name, m in fast.named_modules() if name in skipped(family)]
-    spreaded = by_layer(fast, family) if sharded else nn.parallel.DistributedDataParallel(fast)
+    spreaded = (
+        shard_by_layer(fast, family) if sharded else nn.parallel.DistributedDataParallel(fast)
+    )
     zero = torch.zeros(())
     if rank == world - 1 and sharded:  # at the point where other ranks run the connector
         fast.get_input_embeddings().register_forward_hook(
@@ -73,7 +82,7 @@ def text_only_rank_trains_with_other_ranks(rank, world, family, sharded):
         (spreaded(**batches[rank]).loss + zero).backward()
         zero = vlm_fast.touch_parameters(*unseen) if rank == world - 1 and not sharded else zero
     (sum(plain(**batch).loss for batch in batches) / world).backward()
-    same(fast, plain, lambda p: p.grad)
+    assert_same_parameters(fast, plain, lambda p: p.grad)
 
 
 TOWERS = {"llava": "model.vision_tower", "mllama": "model.vision_model"}
@@ -94,10 +103,12 @@ def touch_parameters_covers_trainable_parameters(rank, world):
     zero.backward()
     assert module[0].bias.grad is None
     assert all(not p.grad.any() for p in module.parameters() if p.requires_grad)
-    sharded = by_leaf(copy.deepcopy(module), None)  # nested units: each gathers its own parameters
+    sharded = shard_by_leaf(
+        copy.deepcopy(module), None
+    )  # nested units: each gathers its own parameters
     sharded.zero_grad()
     vlm_fast.touch_parameters(sharded).backward()
-    found = [whole(p.grad) for p in sharded.parameters() if p.requires_grad]
+    found = [full_tensor_of(p.grad) for p in sharded.parameters() if p.requires_grad]
     assert len(found) == 5 and not any(gradient.any() for gradient in found)
     assert "forward" not in vars(sharded)
 
@@ -122,8 +133,8 @@ def recipes_touch_parameters_behind_sharded_tower(rank, world):
         model.multi_modal_projector.parameters(), single.multi_modal_projector.parameters(),
         strict=True,
     )  # fmt: skip
-    for ours, alone in pairs:
-        torch.testing.assert_close(whole(ours.grad), alone.grad / world)
+    for ours, single_parameter in pairs:
+        torch.testing.assert_close(full_tensor_of(ours.grad), single_parameter.grad / world)
 
 
 CHECKS = [

@@ -7,9 +7,9 @@ docs/releases.md lists what is patched in each release.
 import pytest
 import transformers
 
-from tests.support.across_releases import FEW, QUICK, examined
+from tests.support.across_releases import FEW, QUICK, examine_family
 from tests.support.families import CASES
-from tests.support.selection import REPRESENTATIVES, slow_but
+from tests.support.selection import REPRESENTATIVES, slow_except
 from tests.tools.releases import RELEASES, served
 from tests.tools.releases_table import words
 
@@ -27,9 +27,9 @@ def ways(name):
     return FEW if served_as[place] in served_as[:place] else QUICK
 
 
-@pytest.mark.parametrize("name", slow_but((*REPRESENTATIVES, *OTHERS), CASES))
+@pytest.mark.parametrize("name", slow_except((*REPRESENTATIVES, *OTHERS), CASES))
 def test_patched_matches_unpatched(name):
-    expected, found = served()[name].get(RELEASE), examined(name, ways(name))
+    expected, found = served()[name].get(RELEASE), examine_family(name, ways(name))
     assert expected is not None, "make versions has not written what is served"
     assert (found["outcome"] in ("-", "n/a")) == (expected["outcome"] in ("-", "n/a")), found
     assert set(words(found)) >= set(words(expected)), found

@@ -11,9 +11,9 @@ from torch.distributed.fsdp import fully_shard
 import vlm_fast
 from tests.support.chain_structures import HIDDEN, WIDTH, SimpleResBlock, TimmMlp, mlp
 from tests.support.distributed_helpers import on_ranks
-from tests.support.randomised_modules import gradients, stirred
-from tests.support.sequential_pairs import X, both, own, pair
-from tests.support.sharding_strategies import whole
+from tests.support.randomised_modules import gradients, randomised
+from tests.support.sequential_pairs import X, every_pair, module_pair, pair
+from tests.support.sharding_strategies import full_tensor_of
 
 # The first call of a (module, reason) warns; every one is counted.
 pytestmark = pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind", [nn.Sequential, nn.Linear, nn.GELU])
 def test_forward_replaced_in_its_class_runs(kind, when, monkeypatch):
-    plain = stirred(mlp(3, WIDTH, HIDDEN))
+    plain = randomised(mlp(3, WIDTH, HIDDEN))
     fast, forward = copy.deepcopy(plain), kind.forward
     if when == "after":
         vlm_fast.patch(fast)
@@ -66,7 +66,7 @@ def test_revert_restores_all_classes():
 # ---- compiled, exported, traced ----
 
 
-@both
+@every_pair
 @pytest.mark.parametrize("depth", [2, 3])
 def test_compiles_to_one_graph(make, depth):
     plain, fast = make(depth)
@@ -83,7 +83,7 @@ def test_other_structures_compile_to_one_graph(name):
     from tests.support.chain_structures import STRUCTURES
 
     make, shape, *_ = STRUCTURES[name]
-    module, x = stirred(make()), torch.randn(shape)
+    module, x = randomised(make()), torch.randn(shape)
     expected = gradients(module, x)
     vlm_fast.patch(module)
     torch._dynamo.reset()
@@ -132,7 +132,7 @@ def test_traced_as_plain_pytorch():
 Status = Enum("Status", ["NOT_AVAILABLE", "AVAILABLE"])
 
 
-@both
+@every_pair
 def test_only_gathered_zero3_parameters_are_read(make):
     _, fast = make(3)
     for status in (Status.AVAILABLE, Status.NOT_AVAILABLE):
@@ -171,7 +171,7 @@ def fsdp2_unit_matches_one_process(rank, world, make, inside):
     theirs.square().sum().div(world).backward()
     torch.testing.assert_close(ours, theirs[rank : rank + 1], rtol=1e-4, atol=1e-5)
     for one, other in zip(sharded.parameters(), single.parameters(), strict=True):
-        torch.testing.assert_close(whole(one.grad), other.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(full_tensor_of(one.grad), other.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.multiprocess
@@ -180,7 +180,7 @@ def test_on_two_ranks(tmp_path):
         tmp_path,
         [
             (fsdp2_unit_matches_one_process, make, inside)
-            for make in (pair, own)
+            for make in (pair, module_pair)
             for inside in (0, 1)
         ],
     )

@@ -15,7 +15,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import vlm_fast
 from tests.support import tiny_llava, tiny_qformers
 from tests.support.distributed_helpers import on_ranks
-from tests.support.sharding_strategies import SPREADS, adapted, of_row, same, whole
+from tests.support.sharding_strategies import (
+    STRATEGIES,
+    assert_same_parameters,
+    batch_row,
+    full_tensor_of,
+    with_lora,
+)
 from tests.support.whole_models import FAMILIES, distance, pair
 from vlm_fast.modules import QFormer
 
@@ -36,11 +42,11 @@ def trained(model, loss_of, optimizer):
 def in_one_process(family, world, lora):
     """The unpatched model before its last step, and the losses of the batch rows."""
     plain, _, given = pair(family)
-    single = adapted(plain, family) if lora else plain
+    single = with_lora(plain, family) if lora else plain
     losses = []
 
     def loss_of(model, step):
-        losses[:] = [model(**of_row(given, row)).loss for row in range(world)]
+        losses[:] = [model(**batch_row(given, row)).loss for row in range(world)]
         return sum(losses) / world
 
     trained(single, loss_of, torch.optim.SGD(single.parameters(), lr=0.05))
@@ -53,16 +59,16 @@ def whole_model_matches_one_process(rank, world, family, spread, lora):
     ``lora``: with adapters in the connector and in the language model.
     """
     single, losses = in_one_process(family, world, lora)
-    spread, fuses = SPREADS[spread]
+    spread, fuses = STRATEGIES[spread]
     _, fast, given = pair(family)
-    model = adapted(fast, family) if lora else fast
+    model = with_lora(fast, family) if lora else fast
     spreaded = spread(model, family)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     vlm_fast.stats(reset=True)
-    loss = trained(spreaded, lambda m, step: m(**of_row(given, rank)).loss, optimizer)
+    loss = trained(spreaded, lambda m, step: m(**batch_row(given, rank)).loss, optimizer)
     torch.testing.assert_close(loss, losses[rank], rtol=1e-4, atol=1e-5)
-    same(model, single, lambda p: p.grad)
-    same(model, single, lambda p: p.detach())
+    assert_same_parameters(model, single, lambda p: p.grad)
+    assert_same_parameters(model, single, lambda p: p.detach())
     fallbacks = [r for counts in vlm_fast.stats().values() for r in counts["fallback"]]
     assert (not fallbacks) == (fuses and not lora), fallbacks
     if lora:
@@ -74,7 +80,7 @@ def whole_model_matches_one_process(rank, world, family, spread, lora):
 
 def mixed_precision_is_as_accurate_as_unpatched(rank, world, family):
     plain, fast, given = pair(family)
-    exact = plain(**of_row(given, rank))
+    exact = plain(**batch_row(given, rank))
     exact.loss.backward()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     wanted = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
@@ -88,11 +94,13 @@ def mixed_precision_is_as_accurate_as_unpatched(rank, world, family):
         for unit in [*units, model]:
             fully_shard(unit, mp_policy=policy)
         vlm_fast.stats(reset=True)
-        output = model(**of_row(given, rank))
+        output = model(**batch_row(given, rank))
         assert not any(counts["fallback"] for counts in vlm_fast.stats().values())
         assert output.logits.dtype == torch.bfloat16
         output.loss.backward()
-        found = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        found = {
+            n: full_tensor_of(p.grad) for n, p in model.named_parameters() if p.grad is not None
+        }
         assert found.keys() == wanted.keys()
         assert {g.dtype for g in found.values()} == {torch.float32}
         gradients.append(found)
@@ -132,7 +140,7 @@ def tensor_parallelism_falls_back(rank, world, family):
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
     for output in (ours, theirs):
         output.loss.backward()
-    same(fast, plain, lambda p: p.grad)
+    assert_same_parameters(fast, plain, lambda p: p.grad)
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):  # the shards are not read either
         for module in connector.modules():
             getattr(module, hooks).clear()
@@ -197,7 +205,7 @@ def qformer_sharded_by_layer_matches_one_process(rank, world, unit):
             of_image, image.grad = image.grad, None
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(image.grad[rank], of_image[rank], rtol=1e-4, atol=1e-5)
-    same(sharded, whole_one, lambda p: p.grad)
+    assert_same_parameters(sharded, whole_one, lambda p: p.grad)
     if unit != "root":
         with pytest.raises(ValueError, match="image_key_values: encoder is sharded"):
             sharded.image_key_values(image)
@@ -207,7 +215,7 @@ CHECKS = {
     "whole models": [
         (whole_model_matches_one_process, family, spread, spread == "FSDP2, layers")
         for family in FAMILIES
-        for spread in SPREADS
+        for spread in STRATEGIES
     ],
     "mixed precision": [
         (mixed_precision_is_as_accurate_as_unpatched, family) for family in FAMILIES

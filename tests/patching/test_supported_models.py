@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlm_fast
 from tests.support.distributed_helpers import start
-from tests.support.selection import slow_but
+from tests.support.selection import slow_except
 from tests.support.tiny_models import AUDIO, IMAGE, MODELS, build
 from tests.support.ways_to_run import tensors
 from vlm_fast.patching.models import image_token_merge
@@ -117,7 +117,7 @@ def test_patched_matches_unpatched(name):
         assert verification.ok and list(verification.unreached) == idle, verification
 
 
-class Waits(TorchDispatchMode):
+class HostSyncs(TorchDispatchMode):
     """Collect the operations that read a value from the device (host syncs)."""
 
     def __init__(self):
@@ -141,15 +141,15 @@ class Waits(TorchDispatchMode):
         return watched
 
 
-def logits_and_waits(model, inputs, asking):
+def logits_and_syncs(model, inputs, asking):
     """Logits, and the host syncs of the models in ``asking`` before their features are merged."""
-    waits = Waits()
+    syncs = HostSyncs()
     watched = [(module, "get_placeholder_mask") for module in asking]
     watched.append((image_token_merge, "_masked_scatter"))
     with torch.no_grad(), ExitStack() as stack:
         for owner, name in watched:
-            stack.enter_context(mock.patch.object(owner, name, waits.during(getattr(owner, name))))
-        return model(**inputs, labels=labels(inputs)).logits, waits.seen
+            stack.enter_context(mock.patch.object(owner, name, syncs.during(getattr(owner, name))))
+        return model(**inputs, labels=labels(inputs)).logits, syncs.seen
 
 
 @pytest.mark.parametrize("name", MERGE)
@@ -157,8 +157,8 @@ def test_merge_does_not_sync_and_returns_plain_tensors(name, monkeypatch):
     """As on CUDA, where the merge counts placeholders on the device."""
     model, inputs = build(name)
     asking = [m for m in model.modules() if isinstance(image_token_merge.recognise(m), MaskSpec)]
-    logits, waits = logits_and_waits(model, inputs, asking)
-    assert waits
+    logits, syncs = logits_and_syncs(model, inputs, asking)
+    assert syncs
 
     leaks = []
 
@@ -174,8 +174,8 @@ def test_merge_does_not_sync_and_returns_plain_tensors(name, monkeypatch):
     for module in model.modules():
         if any(module.children()):  # hooks on linears would make the projector fall back
             module.register_forward_hook(look, with_kwargs=True)
-    patched, waits = logits_and_waits(model, inputs, asking)
-    assert waits == leaks == []
+    patched, syncs = logits_and_syncs(model, inputs, asking)
+    assert syncs == leaks == []
     torch.testing.assert_close(patched, logits, rtol=1e-4, atol=2e-6)
 
 
@@ -217,7 +217,7 @@ def graphs_of(name):
     return graphs
 
 
-@pytest.mark.parametrize("name", slow_but(["vipllava"], ["vipllava", "deepseek_vl"]))
+@pytest.mark.parametrize("name", slow_except(["vipllava"], ["vipllava", "deepseek_vl"]))
 def test_model_compiles_to_one_graph(name):
     graphs = graphs_of(name)
     assert graphs["patched"] == 1 < graphs["plain"]

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 import vlm_fast
 from tests.support.distributed_helpers import on_ranks
-from tests.support.sharding_strategies import same
+from tests.support.sharding_strategies import assert_same_parameters
 from tests.support.zero3_models import BOTH, batch_of, plain_and_patched
 
 
@@ -54,7 +54,7 @@ def text_only_rank_trains(rank, world, name, sharded, kinds):
             zero = vlm_fast.touch_parameters(*pieces(name, fast))
         (model(**batches[rank]).loss + zero).backward()
     (sum(plain(**batch).loss for batch in batches) / world).backward()
-    same(fast, plain, lambda p: p.grad)
+    assert_same_parameters(fast, plain, lambda p: p.grad)
 
 
 def touch_parameters_accepts_a_parameter(rank, world):

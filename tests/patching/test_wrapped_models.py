@@ -51,7 +51,7 @@ WHERE = [(family, where) for family in FAMILIES for where in ("connector", "lang
 def test_lora(family, where):
     """Linears with adapters are called until the adapters are merged; then all is fused again."""
     plain, fast, given = pair(family)
-    targets = {"connector": FAMILIES[family].adapted, "language model": LANGUAGE}
+    targets = {"connector": FAMILIES[family].lora_targets, "language model": LANGUAGE}
     targets = targets.get(where, where)
     plain, fast = (with_lora(m, targets) for m in (plain, fast))
     assert_close(step(fast, given), step(plain, given))
@@ -71,7 +71,7 @@ def test_lora(family, where):
 def test_unloading_adapters_restores_the_model(family):
     plain, fast, given = pair(family)
     names, classes = list(fast.state_dict()), [type(m) for m in fast.modules()]
-    unloaded = with_lora(fast, FAMILIES[family].adapted).unload()
+    unloaded = with_lora(fast, FAMILIES[family].lora_targets).unload()
     assert list(unloaded.state_dict()) == names
     assert [type(m) for m in unloaded.modules()] == classes
     with vlm_fast.strict():
@@ -82,8 +82,8 @@ def test_unloading_adapters_restores_the_model(family):
 def test_patch_inside_a_peft_model(family):
     """Patch after peft, also with the adapter disabled."""
     plain, _, given = pair(family)
-    expected = step(with_lora(copy.deepcopy(plain), FAMILIES[family].adapted), given)
-    wrapped = with_lora(copy.deepcopy(plain), FAMILIES[family].adapted)
+    expected = step(with_lora(copy.deepcopy(plain), FAMILIES[family].lora_targets), given)
+    wrapped = with_lora(copy.deepcopy(plain), FAMILIES[family].lora_targets)
     vlm_fast.patch(wrapped, strict=True)
     assert_close(step(wrapped, given), expected)
     with wrapped.disable_adapter():
@@ -125,7 +125,7 @@ def test_modules_to_save(family):
 @every_family
 def test_gradient_checkpointing_with_lora(family, reentrant):
     """Checkpointing of the whole model gives the gradients of a run without it."""
-    targets = f"{FAMILIES[family].adapted}|{LANGUAGE}"
+    targets = f"{FAMILIES[family].lora_targets}|{LANGUAGE}"
     plain, fast, given = pair(family)
     plain, fast = (with_lora(m, targets).train() for m in (plain, fast))
     expected = step(plain, given)

@@ -17,8 +17,8 @@ from torch import nn
 
 import vlm_fast
 from tests.support.distributed_helpers import on_ranks
-from tests.support.sharding_strategies import of_row
-from tests.support.small_connectors import CONNECTORS, Headed
+from tests.support.sharding_strategies import batch_row
+from tests.support.small_connectors import CONNECTORS, WithHead
 from tests.support.tiny_models import build
 from tests.support.whole_models import FAMILIES, every_family, pair
 from tests.support.zero3_models import BATCHES, BOTH, batch_of, plain_and_patched
@@ -54,7 +54,7 @@ def test_connectors_become_leaf_modules(family, leaves):
 
 @pytest.mark.parametrize("kind", CONNECTORS)
 def test_vlm_fast_modules_become_leaf_modules(kind, leaves):
-    assert vlm_fast.prepare_zero3(Headed(CONNECTORS[kind][0]())) == ["connector"] == leaves
+    assert vlm_fast.prepare_zero3(WithHead(CONNECTORS[kind][0]())) == ["connector"] == leaves
 
 
 def test_connector_inputs_require_grad_behind_a_frozen_tower(leaves):
@@ -148,11 +148,11 @@ def whole_model_matches_one_process(rank, world, family, prepared):
         vlm_fast.prepare_zero3(fast)
     engine = engine_of(fast)
     vlm_fast.stats(reset=True)
-    loss = engine(**of_row(given, rank)).loss
+    loss = engine(**batch_row(given, rank)).loss
     reasons = [why for counts in vlm_fast.stats().values() for why in counts["fallback"]]
     assert bool(reasons) != prepared and all("it has hooks" in why for why in reasons), reasons
     engine.backward(loss)
-    losses = [plain(**of_row(given, row)).loss for row in range(world)]
+    losses = [plain(**batch_row(given, row)).loss for row in range(world)]
     (sum(losses) / world).backward()
     torch.testing.assert_close(loss, losses[rank], rtol=1e-4, atol=1e-5)
     same_gradients(fast, plain)
@@ -161,9 +161,9 @@ def whole_model_matches_one_process(rank, world, family, prepared):
 def rank_without_images_does_not_block_others(rank, world, kind, prepared):
     make, given = CONNECTORS[kind]
     torch.manual_seed(0)
-    single = Headed(make())
+    single = WithHead(make())
     single(*given(2))
-    model = Headed(make())
+    model = WithHead(make())
     model(*given(2))
     model.load_state_dict(single.state_dict())
     batches = [given(3), given(0)]

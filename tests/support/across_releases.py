@@ -1,7 +1,9 @@
-"""A family patched against itself unpatched, in every way that users run it.
+"""Compares a patched family with its unpatched model in every way that users run it.
+`examine_family(name)` says what a patch serves in the installed release of transformers, and raises
 
 `examined(name)` says what a patch serves in the installed release of transformers, and raises
-`Wrong` with all that is not as it is unpatched. ``python -m tests.support.across_releases
+`examine_family(name)` returns what is patched in the installed transformers release, and raises
+`Wrong` with all differences from unpatched. ``python -m tests.support.across_releases
 [cases]`` does so for all cases, prints what is wrong, and writes one JSON object with ``--out``.
 """
 
@@ -49,7 +51,7 @@ FEW = frozenset(
 
 
 class Wrong(AssertionError):
-    """A patched model that raised where the unpatched one did not, or gave something else."""
+    """A patched model raised where the unpatched one did not, or its results differ."""
 
 
 # ---- comparing ----
@@ -58,7 +60,7 @@ class Wrong(AssertionError):
 def why_different(
     ours: Results, theirs: Results, way: Any, model: Any, inputs: Inputs
 ) -> str | None:
-    """What is not the same, or None. Where it is little, by the rule of `parity.judge`."""
+    """The difference, or None. Small differences are judged by the tolerance rule."""
     if ours.keys() != theirs.keys():
         return f"only on one side: {', '.join(sorted(ours.keys() ^ theirs.keys())[:4])}"
     off: dict[str, Tensor] = {}
@@ -87,7 +89,7 @@ def is_near(actual: Tensor, expected: Tensor) -> bool:
 
 
 def why_wrong(off: dict[str, Tensor], way: Any, model: Any, inputs: Inputs) -> str | None:
-    """Judge what is not near, against float64 and other orders of summation."""
+    """Judge results that are not close, against float64 and other orders of summation."""
     wide, dtype, exact_way = copy.deepcopy(model), torch.float64, way
     if way is in_bfloat16:  # float32 is exact enough, and experts know no more
         wide, dtype, exact_way = wide.bfloat16(), torch.float32, step
@@ -108,11 +110,11 @@ def why_wrong(off: dict[str, Tensor], way: Any, model: Any, inputs: Inputs) -> s
 # ---- a whole case ----
 
 
-def examined(name: str, ways: Collection[str] = ALL) -> dict[str, Any]:
-    """What is served of a case, as `tests/tools/served.json` has it.
+def examine_family(name: str, ways: Collection[str] = ALL) -> dict[str, Any]:
+    """What is patched in a case, in the format of `tests/tools/served.json`.
 
     Raises:
-        Wrong: the patched model is not the unpatched one.
+        Wrong: the patched model differs from the unpatched one.
     """
     if not CASES[name].exists:
         return {"outcome": "-"}
@@ -120,15 +122,15 @@ def examined(name: str, ways: Collection[str] = ALL) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         try:
             plain, inputs = build(name)
-            base = CASES[name].altered(copy.deepcopy(plain))  # the same without a patch
+            base = CASES[name].prepare(copy.deepcopy(plain))  # the same without a patch
             forward(plain, inputs)
             full_step(plain, inputs)
         except Exception as error:
-            return {"outcome": "n/a", "why": said(error)}
-        return _examined(name, plain, base, inputs, ways)
+            return {"outcome": "n/a", "why": error_line(error)}
+        return _examine_family(name, plain, base, inputs, ways)
 
 
-def _examined(
+def _examine_family(
     name: str, plain: Any, base: Any, inputs: Inputs, ways: Collection[str]
 ) -> dict[str, Any]:
     fast = copy.deepcopy(base)
@@ -154,7 +156,7 @@ def _examined(
             found = way(fast if ours is None else ours, inputs)
             reason = why_different(found, theirs, way, reference, inputs)
         except Exception as error:
-            reason = f"raises {said(error)}"
+            reason = f"raises {error_line(error)}"
         if what == "training step":
             for op, counts in vlm_fast.stats().items():
                 falls_back.extend(f"{op}: {why}" for why in counts["fallback"])
@@ -165,13 +167,13 @@ def _examined(
     ways_here = WAYS | {"hooks": with_hooks(hookable(fast))}
     for what, way in ways_here.items():
         if what in ways and (kinds or what == "training step"):
-            # Where the model falls back, it is what it was altered to.
+            # If the model falls back, it equals the prepared unpatched model.
             compare(what, way, base if what == "hooks" else plain)
     if kinds and "verify" in ways:
         before, after = (full_step(m, inputs) for m in (plain, base))
         if why_different(after, before, full_step, plain, inputs) is None:  # or it is wrong itself
             verify(fast, base, inputs, wrong)
-    for what, reverted in reverts(fast, report) if kinds else ():
+    for what, reverted in reverted_models(fast, report) if kinds else ():
         if what in ways:
             compare(what, full_step, base, reverted)
             if [type(m) for m in reverted.modules()] != [type(m) for m in base.modules()]:
@@ -182,7 +184,9 @@ def _examined(
             wrong.append(f"{AFTER[-1]}: {again}; and before it: {report}")
         compare(AFTER[-1], full_step, plain, base)
     if wrong:
-        raise Wrong(f"{name}, served by {', '.join(kinds)}:\n  " + "\n  ".join(grouped(wrong)))
+        raise Wrong(
+            f"{name}, served by {', '.join(kinds)}:\n  " + "\n  ".join(group_by_reason(wrong))
+        )
     found: dict[str, Any] = {"outcome": "equal" if kinds else "skipped", "served": kinds}
     if ops:
         found["ops"] = dict(sorted(ops.items()))
@@ -193,9 +197,9 @@ def _examined(
 
 
 def verify(fast: Any, base: Any, inputs: Inputs, wrong: list[str]) -> None:
-    """Every patched module that the inputs reach has to be judged, and right.
+    """Check that `verify` judges every patched module that the inputs reach, and passes it.
 
-    A model reaches its merge or not: how often, is told by the calls of the op.
+    Calls of the merge op show whether the model reaches its merge.
     """
     called: set[str] = set()
     hooks = [
@@ -209,7 +213,7 @@ def verify(fast: Any, base: Any, inputs: Inputs, wrong: list[str]) -> None:
     try:
         verification = vlm_fast.verify(fast, **inputs, **labels(fast, inputs))
     except Exception as error:
-        wrong.append(f"verify: raises {said(error)}")
+        wrong.append(f"verify: raises {error_line(error)}")
         return
     if not verification.connectors and called.isdisjoint(verification.unreached):
         return  # only what these inputs do not reach is patched
@@ -218,7 +222,7 @@ def verify(fast: Any, base: Any, inputs: Inputs, wrong: list[str]) -> None:
         wrong.append(f"verify: {'; '.join(bad)}")
 
 
-def reverts(fast: Any, report: Any) -> Iterator[tuple[str, Any]]:
+def reverted_models(fast: Any, report: Any) -> Iterator[tuple[str, Any]]:
     copied = copy.deepcopy(fast)
     vlm_fast.unpatch(copied)
     yield "a copy, unpatched", copied
@@ -226,8 +230,8 @@ def reverts(fast: Any, report: Any) -> Iterator[tuple[str, Any]]:
     yield "reverted", fast
 
 
-def grouped(wrong: list[str]) -> Iterator[str]:
-    """Ways with the same reason in one line."""
+def group_by_reason(wrong: list[str]) -> Iterator[str]:
+    """Yield one line per reason, with all ways that have it."""
     reasons: dict[str, list[str]] = {}
     for line in wrong:
         way, _, reason = line.partition(": ")
@@ -235,8 +239,8 @@ def grouped(wrong: list[str]) -> Iterator[str]:
     return (f"{', '.join(ways)}: {reason}" for reason, ways in reasons.items())
 
 
-def said(error: BaseException) -> str:
-    """An exception in one line."""
+def error_line(error: BaseException) -> str:
+    """An exception as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
@@ -250,7 +254,7 @@ def main(arguments: list[str]) -> int:
     found = {}
     for name in options.cases:
         try:
-            found[name] = examined(name)
+            found[name] = examine_family(name)
         except Wrong as error:
             found[name] = {"outcome": "wrong", "why": str(error)}
             print(error, file=sys.stderr, flush=True)

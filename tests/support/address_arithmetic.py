@@ -1,8 +1,8 @@
-"""Which 32-bit multiplications of a kernel can overflow on the way into an address, from its TTIR.
+"""Finds 32-bit multiplications in a kernel's TTIR that can overflow in an address.
 
-A load or store past 2**31 elements needs a big GPU to try; this needs none. From the offset of
-each ``tt.addptr`` the definitions are followed back, and a 32-bit product is accepted only where
-its operands are bounded so that it stays below 2**31: a grid has up to 2**31 - 1 programs along x
+A load or store past 2**31 elements needs a large GPU to try; this check needs none. It follows the
+definitions back from the offset of each ``tt.addptr``, and accepts a 32-bit product only if its
+operands are bounded so that it stays below 2**31: a grid has up to 2**31 - 1 programs along x
 but 65,535 along y and z, so ``program_id(1) * BLOCK`` is, and ``program_id(0) * cols`` is not.
 """
 
@@ -33,12 +33,12 @@ class Value:
 
     @cached_property
     def bound(self) -> int:
-        """The largest this can be, sizes and indices being no less than 0."""
+        """The largest possible value, if sizes and indices are not negative."""
         return min(self.unwrapped, 2 ** (self.bits() - 1) - 1)
 
     @cached_property
     def unwrapped(self) -> float:
-        """The same before the width of its type is counted in."""
+        """The bound without the limit of the type's width."""
         match self.operation, self.operands:
             case "arith.constant", _:
                 number = re.search(r"(?:dense<|constant )(-?\d+)[> ]", self.text)
@@ -72,7 +72,7 @@ class Value:
 
 
 def overflowing_products(ttir: str) -> list[str]:
-    """The lines at fault; NotImplementedError where control flow is not understood."""
+    """The lines of overflowing products; raises NotImplementedError for unknown control flow."""
     found = {}
     todo = [value.operands[1] for value in parse(ttir) if value.operation == "tt.addptr"]
     seen = set()
@@ -89,7 +89,7 @@ def overflowing_products(ttir: str) -> list[str]:
 
 
 def parse(ttir: str) -> list[Value]:
-    """Every operation, operands resolved; what a loop carries has its start and its next value."""
+    """All operations with resolved operands; loop-carried values have a start and a next value."""
     values: list[Value] = []
     names: dict[str, Value] = {}
     regions: list[list[list[Value]]] = []  # by region: the values that its i-th yield reaches

@@ -1,7 +1,7 @@
-"""Every address that an interpreted kernel reads or writes lies in a tensor it was given.
+"""Checks that interpreted kernels read and write only inside the tensors of their arguments.
 
-Guard bands show what was written outside or leaked into a result. This also shows a read outside
-that no result depends on, which on a GPU may still be a fault.
+Guard bands detect writes outside and reads that change a result. This check also detects reads
+outside that no result depends on, which may fault on a GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small models of four families, and what they are given of the photographs and their captions."""
+"""Small models of four families, and their inputs made of the captioned photographs."""
 
 from functools import cache
 
@@ -22,7 +22,7 @@ def pictures():
 
 
 def captions(*before):
-    """Ids of every caption behind those of ``before``, and labels on the caption alone."""
+    """Ids of ``before`` and then of each caption, with labels only on the caption."""
     split = [caption.replace(",", " ,").split() for caption, _ in PHOTOGRAPHS.values()]
     known = sorted({word for words in split for word in words})
     number = {word: FIRST_WORD + i for i, word in enumerate(known)}
@@ -44,7 +44,7 @@ def llava():
 
 
 def blip2():
-    """Weights are large enough for features and attention that matter: the tower's are 1e-10."""
+    """Weights are enlarged so that features matter: the tower's initial ones are 1e-10."""
     image = 7
     model = tiny_blip2.generative(
         vision=dict(image_size=SIDE, patch_size=7, hidden_size=32, initializer_range=0.2),
@@ -78,7 +78,7 @@ def idefics():
 
 
 def mllama():
-    """One tile of 16 pixels or two, by the photograph's shape; each word sees all there are."""
+    """One or two tiles of 16 pixels, by the photograph's shape; each word attends to all tiles."""
     processor = MllamaImageProcessorPil(
         size=dict(height=16, width=16), max_image_tiles=2,
         image_mean=[0.5] * 3, image_std=[0.5] * 3,

@@ -1,4 +1,4 @@
-"""What the suites loop over: every declared op at every one of its test shapes."""
+"""Parametrisations over all declared ops and their test shapes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def shape_id(shape: dict[str, Any]) -> str:
     return "-".join(f"{name}{text(value)}" for name, value in shape.items())
 
 
-# The ops that have a forward and a backward of their own here; the others are their reference.
+# Ops with their own forward and backward on this device; the others run their reference.
 OWN = {name: op for name, op in OPS.items() if INTERPRETED or not op.plain_on_cpu}
 DIFFERENTIABLE = {name: op for name, op in OWN.items() if not op.returns_indices}
 
@@ -52,7 +52,7 @@ def _cases(
     return pytest.mark.parametrize("op, shape" if name is None else f"op, shape, {name}", found)
 
 
-# What asks for gradients loops over the differentiable ops, all else over any.
+# Tests with gradients use the differentiable ops (every_...), the others all ops (any_...).
 every_op = pytest.mark.parametrize("op", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys())
 every_case = _cases(DIFFERENTIABLE.values())
 every_case_with = functools.partial(_cases, DIFFERENTIABLE.values())
@@ -67,20 +67,20 @@ two_shapes = pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.
 
 
 def each(result: Any) -> list[torch.Tensor]:
-    """All results of an op, one or a tuple, nested or not."""
+    """A flat list of an op's results, which may be one tensor or a nested tuple."""
     return [r for part in result for r in each(part)] if isinstance(result, tuple) else [result]
 
 
 def assert_right(
     ours: Results, plain: Callable[[], Results], exact: Results, *outputs: str
 ) -> None:
-    """All of ``ours`` meet the tolerance rule; the names that are no ``outputs`` are gradients."""
+    """Check ``ours`` by the tolerance rule; names that are not in ``outputs`` are gradients."""
     verdicts = tolerance.judge_all(ours, plain, exact, outputs=outputs)
     assert verdicts and all(v.ok for v in verdicts), [v for v in verdicts if not v.ok]
 
 
 def has_compiled_code(op: Op[..., Any]) -> bool:
-    """Whether a kernel that the op's file imports is in C++ too."""
+    """Whether a kernel that the op's file imports also has C++ code."""
     imported = vars(sys.modules[op.__module__]).values()
     homes = {getattr(v, "__module__", None) or getattr(v, "__name__", None) for v in imported}
     return any(hasattr(sys.modules.get(home), "native") for home in homes if home)

@@ -1,4 +1,4 @@
-"""Projectors and MLPs as published code writes them, in plain PyTorch: see `STRUCTURES`."""
+"""Projectors and MLPs in the forms of published code, in plain PyTorch: see `STRUCTURES`."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class SimpleResBlock(nn.Module):
 
 
 class DownSampleBlock(nn.Module):
-    """VILA's: blocks of 2 x 2 tokens side by side; a module that nothing is known of."""
+    """VILA's: concatenates blocks of 2 x 2 tokens; the package does not know this module."""
 
     def forward(self, x):
         rows, tokens, width = x.shape
@@ -94,7 +94,7 @@ class TimmMlp(nn.Module):
 
 
 class FunctionalMlp(nn.Module):
-    """With activations as functions, one of them an attribute, and dropout as a function."""
+    """An MLP with functional activations, one of them an attribute, and functional dropout."""
 
     def __init__(self, p=0.0):
         super().__init__()
@@ -115,7 +115,7 @@ class QuickGELU(nn.Module):
 
 
 class MolmoGELU(nn.GELU):
-    """Molmo's: a subclass that adds something beside forward."""
+    """Molmo's: a subclass of GELU that adds a property and keeps forward."""
 
     @property
     def output_multiplier(self):
@@ -123,7 +123,7 @@ class MolmoGELU(nn.GELU):
 
 
 class NamedMlp(nn.Module):
-    """As HF's CLIPMLP; any activation."""
+    """An MLP like transformers' CLIPMLP with any activation."""
 
     def __init__(self, act):
         super().__init__()
@@ -138,7 +138,7 @@ class Structure(NamedTuple):
     """A module, the shape of its input, and the names of what is patched in it.
 
     Attributes:
-        less: whether it then keeps less for backward.
+        less: whether the patched module saves fewer bytes for backward.
     """
 
     make: Callable[[], nn.Module]

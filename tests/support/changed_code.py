@@ -1,4 +1,4 @@
-"""Classes of transformers as a release that does not exist yet may have them.
+"""Edits transformers classes into forms that a future release may have.
 
 `File` edits methods in the text of a modeling file, compiles them from there, and puts them in the
 place of the originals. Module, names, file and lines are those of the originals, also for
@@ -25,7 +25,7 @@ LATER = "_of_later"
 
 
 class File:
-    """A module of transformers and its text."""
+    """A modeling file of transformers and its text."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module, self.path = module, str(module.__file__)
@@ -37,11 +37,11 @@ class File:
         return [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)][1:]
 
     def renamed(self, parameter: str, kind: str, name: str) -> list[Edit]:
-        """The parameter of one method with another name, in its signature and where it is read."""
+        """Rename a parameter of one method, in its signature and body."""
         return list(self._names(self.methods[kind, name], parameter))
 
     def renamed_everywhere(self, parameter: str) -> list[Edit]:
-        """The same in all methods of the file, and where they call each other."""
+        """Rename a parameter in all methods of the file and in calls between them."""
         edits = []
         for method in self.methods.values():
             edits += self._names(method, parameter)
@@ -53,7 +53,7 @@ class File:
         return edits
 
     def other_returns(self, kind: str, name: str) -> list[Edit]:
-        """A tuple of one where there was none, and the first where there was a tuple."""
+        """Return a one-element tuple in place of a value, or the first element of a tuple."""
         edits: list[Edit] = []
         for value in _returned(self.methods[kind, name]):
             before, after = ("(", ")[0]") if isinstance(value, ast.Tuple) else ("(", ",)")
@@ -61,8 +61,8 @@ class File:
             edits.append((value.end_lineno, value.end_col_offset, value.end_col_offset, after))
         return edits
 
-    def opened(self, kind: str) -> list[Edit]:
-        """A forward that gives a tuple of one, and takes the first of it wherever it is called."""
+    def returning_a_tuple(self, kind: str) -> list[Edit]:
+        """Make a forward return a one-element tuple, and unpack it at all its calls."""
         edits = self.other_returns(kind, "forward")
         first = (
             f"(lambda m: (lambda *a, **k: m(*a, **k)[0]) if type(m).__name__ == {kind!r} else m)("
@@ -94,7 +94,7 @@ class File:
 
     @contextlib.contextmanager
     def changed(self, edits: Iterable[Edit], renamed: str | None = None) -> Iterator[None]:
-        """Within it the methods that these edits touch are changed.
+        """Context manager in which the methods that these edits touch are changed.
 
         Whole models still take a parameter that was ``renamed`` under its old name too, for they
         are called from other files.
@@ -118,7 +118,7 @@ class File:
             yield
 
     def _compiled(self, text: str, touched: set[int]) -> Iterator[tuple[type, str, Any]]:
-        """Methods with a touched line as the text has them, made in classes with nothing else."""
+        """Compile the methods with a changed line inside classes that contain nothing else."""
         tree, holders = ast.parse(text), []
         for holder in tree.body:
             if isinstance(holder, ast.ClassDef):
@@ -152,7 +152,7 @@ def _lines(node: Any) -> range:
 
 
 def _methods(tree: ast.Module) -> Iterator[tuple[tuple[str, str], ast.FunctionDef]]:
-    """Methods by their class and name, without those that are called without an instance."""
+    """Methods by class and name, without static and class methods."""
     for kind in tree.body:
         for node in kind.body if isinstance(kind, ast.ClassDef) else []:
             if not isinstance(node, ast.FunctionDef) or node.name.startswith("__"):

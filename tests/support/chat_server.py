@@ -1,4 +1,4 @@
-"""A real HTTP server that answers as an OpenAI-compatible endpoint does, or as told."""
+"""An HTTP server that answers like an OpenAI-compatible endpoint, or with given replies."""
 
 import json
 import threading
@@ -15,9 +15,9 @@ def completion(text, finish_reason="stop"):
     return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
 
 
-def good(asked):
-    """What prompts.py has as an answer of the kind that a request asks for."""
-    system = asked["messages"][0]["content"]
+def good(request):
+    """A valid answer of the kind that a request asks for, from prompts.py."""
+    system = request["messages"][0]["content"]
     return completion(next(EXAMPLE_ANSWERS[k] for k, words in WANTED.items() if words in system))
 
 
@@ -31,12 +31,12 @@ class ChatServer:
     def __init__(self):
         self.requests, self.keys, self.replies = [], [], []
 
-    def reply(self, asked, key):
-        self.requests.append(asked)
+    def reply(self, request, key):
+        self.requests.append(request)
         self.keys.append(key)
         reply = self.replies.pop(0) if self.replies else good
         status, headers, body = reply if isinstance(reply, tuple) else (200, {}, reply)
-        body = body(asked) if callable(body) else body
+        body = body(request) if callable(body) else body
         return status, headers, body if isinstance(body, bytes) else json.dumps(body).encode()
 
 
@@ -49,8 +49,8 @@ def serving():
         disable_nagle_algorithm = True
 
         def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, headers, body = server.reply(asked, self.headers["Authorization"])
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            status, headers, body = server.reply(request, self.headers["Authorization"])
             self.send_response(status)
             headers = {"Content-Type": "application/json", "Content-Length": len(body), **headers}
             for name, value in headers.items():

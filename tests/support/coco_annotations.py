@@ -1,4 +1,4 @@
-"""Annotations of three pictures as COCO writes them, one of which nobody described."""
+"""COCO annotations of three images, one of them without a caption."""
 
 CAPTIONS = {
     "images": [

@@ -1,4 +1,4 @@
-"""How far apart two trainings end, by their losses and by their weights."""
+"""The distance between two training runs, in losses and in weights."""
 
 from dataclasses import dataclass
 
@@ -7,32 +7,32 @@ import torch
 
 @dataclass(frozen=True)
 class Run:
-    """The loss at each step ``(steps,)``, and all that was trained in one row, before and after."""
+    """The loss at each step ``(steps,)``, and all trained weights, flat, before and after."""
 
     losses: torch.Tensor
     start: torch.Tensor
     end: torch.Tensor
 
-    def falls_to(self):
-        """The mean loss of the last tenth of the steps, as a share of that of the first."""
+    def loss_ratio(self):
+        """The mean loss of the last tenth of the steps, divided by that of the first tenth."""
         tenth = -(-len(self.losses) // 10)
         return (self.losses[-tenth:].mean() / self.losses[:tenth].mean()).item()
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far apart two runs are that took the same batches in the same order.
+    """The distance of two runs that took the same batches in the same order.
 
-    loss: the largest difference over the curves; the same step is the same question to both.
-    weights: the norm of the difference over that of the way from the start, so that it does not
-        hang on how large weights are: 1 is as far as from no training at all.
+    loss: the largest difference of the two losses at a step.
+    weights: the norm of the difference divided by the norm of the change in training, so that it
+        does not depend on the scale of weights: 1 is the distance to an untrained model.
     """
 
     loss: float
     weights: float
 
-    def over(self, yardstick):
-        """How many times as far as another distance, in the worse of the two."""
+    def ratio_to(self, yardstick):
+        """The larger of the two ratios to another distance."""
         return max(self.loss / yardstick.loss, self.weights / yardstick.weights)
 
 
@@ -47,8 +47,8 @@ def distance(run, other):
 def adamw(parameters, losses, *, lr):
     """Step by AdamW down each loss that the iterable ``losses`` computes.
 
-    With the usual eps of 1e-8, gradients that are 0 but for rounding would make steps as long as
-    any, in directions of chance: those of the biases of keys, which softmax does not see.
+    With the usual eps of 1e-8, gradients that are zero up to rounding would make full steps in
+    random directions. Key biases have such gradients, since softmax does not depend on them.
     """
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=lr, eps=1e-6)

@@ -1,7 +1,7 @@
-"""Several real processes on gloo that run many checks: what costs is to start them.
+"""Runs checks on several gloo processes, which are started once because starting is slow.
 
-They are forked from one server that has imported everything, for a whole session of tests, and go
-through the sizes of the group one after the other.
+They are forked from one server that has imported all modules, once per test session, and run
+the group sizes one after the other.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ PRELOAD = [
 def on_ranks(
     folder: Path, checks: Iterable[tuple[Callable[..., None], ...]], worlds: Iterable[int] = (2,)
 ) -> None:
-    """Call ``function(rank, world, *arguments)`` for each of ``checks`` on all ranks of each world.
+    """Call ``function(rank, world, *arguments)`` for each check on all ranks of each group size.
 
     A check that fails or a rank that dies fails the test, with the trace of the rank. A check that
     waits for a rank that does not come fails within a minute.

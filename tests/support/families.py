@@ -1,6 +1,6 @@
-"""Every family that can be patched, as a small model that any release of transformers builds.
+"""A small model of every family that can be patched, for all supported transformers releases.
 
-`CASES` maps a name to the class that a release must have, and to what builds a model with inputs.
+`CASES` maps a name to the class that a release must have, and a function that builds a model.
 """
 
 import functools
@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from tests.support import tiny_anyres, tiny_flamingos, tiny_models, tiny_qformers, tiny_resamplers
-from tests.support.older_configs import spelled
+from tests.support.older_configs import adapted_config
 
 
 class Case(NamedTuple):
@@ -21,12 +21,12 @@ class Case(NamedTuple):
     Attributes:
         kind: the name of its class in transformers.
         build: gives the model, in eval mode, and its inputs.
-        altered: what is changed in the model that is patched, and may not change what it computes.
+        prepare: changes the model before it is patched, without changing its results.
     """
 
     kind: str
     build: Callable[[], tuple[Any, dict[str, Any]]]
-    altered: Callable[[Any], Any] = lambda model: model
+    prepare: Callable[[Any], Any] = lambda model: model
 
     @property
     def exists(self) -> bool:
@@ -40,7 +40,7 @@ def retrieval():
         qformer_config=tiny_qformers.QFORMER | dict(use_qformer_text_input=True),
         num_query_tokens=5, image_text_hidden_size=8,
     )  # fmt: skip
-    model = tiny_qformers.scattered(transformers.Blip2ForImageTextRetrieval(config))
+    model = tiny_qformers.randomised_parameters(transformers.Blip2ForImageTextRetrieval(config))
     torch.nn.init.normal_(model.query_tokens)
     mask = tiny_qformers.ones_but(2, 6, (1, 2))
     inputs = dict(input_ids=torch.randint(1, 90, (2, 6)) * mask, attention_mask=mask)
@@ -62,14 +62,14 @@ def flamingo(name, *arguments, **changes):
 
 
 def kosmos(version):
-    """Its resampler gives no attention maps, as with any attention but eager."""
+    """The resampler returns no attention maps, as with any attention but eager."""
     model, inputs = getattr(tiny_resamplers, version)()
     model.image_to_text_projection.register_forward_hook(lambda module, x, y: (y[0], None))
     return model, inputs
 
 
 def perception_lm():
-    """With a CLIP in the place of the tower, which is one of timm."""
+    """Perception LM with a CLIP tower in place of its timm tower."""
     from transformers.models.perception_lm import modeling_perception_lm
 
     tower = transformers.CLIPVisionConfig(
@@ -77,7 +77,7 @@ def perception_lm():
     )
     config = transformers.PerceptionLMConfig(
         vision_config=dict(model_args=dict(embed_dim=24)),
-        text_config=spelled(tiny_models.TEXT | dict(model_type="llama")),
+        text_config=adapted_config(tiny_models.TEXT | dict(model_type="llama")),
         vision_use_cls_token=True, projector_pooling_ratio=2, image_token_id=tiny_models.IMAGE,
         attn_implementation="eager",
     )  # fmt: skip
@@ -90,7 +90,7 @@ def perception_lm():
     auto = mock.Mock(from_config=from_config)
     with mock.patch.object(modeling_perception_lm, "AutoModel", auto):
         model = transformers.PerceptionLMForConditionalGeneration(config)
-    tiny_resamplers.scattered(model)
+    tiny_resamplers.randomised_parameters(model)
     return model, tiny_models.prompt(model, [tiny_models.Placeholders(tiny_models.image_sets, 4)])
 
 
@@ -143,7 +143,7 @@ CASES = {
 
 
 def build(name: str) -> tuple[Any, dict[str, Any]]:
-    """The model of a case and its inputs, always the same, and without dropout."""
+    """The model of a case and its inputs, deterministic and without dropout."""
     torch.manual_seed(0)
     model, inputs = CASES[name].build()
     for module in model.modules():

@@ -1,8 +1,8 @@
-"""Tensors inside larger buffers: what is read or written outside them shows.
+"""Guard bands: tensors lie inside larger buffers, which reveal reads and writes outside them.
 
-Inputs lie in NaN (masks in True), so that whatever leaks in reaches a result (see `_poison`). What
-the code under test allocates lies in bytes of ones, which are NaN too but other bits, and is NaN
-until written.
+Inputs are surrounded by NaN (masks by True), so that a read outside reaches a result (see
+`_poison`). Allocations of the code under test are surrounded by 0xFF bytes, which are NaN with
+other bits, and are NaN until written.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LAYOUTS = (
 
 
 def strides_of(shape: torch.Size, layout: str, padding: int) -> list[int]:
-    """Strides of the layout; one that needs more dimensions than there are is dense."""
+    """Strides of the layout; dense if the layout needs more dimensions than there are."""
     if layout == "transposed" and len(shape) > 1:
         *leading, rows, cols = shape
         strides = strides_of(torch.Size([*leading, cols, rows]), "padded rows", padding)
@@ -47,10 +47,10 @@ def strides_of(shape: torch.Size, layout: str, padding: int) -> list[int]:
 
 @functools.cache
 def _poison(dtype: torch.dtype, device: str) -> float:
-    """NaN; a huge number where plain PyTorch itself multiplies what lies beside a row by zero.
+    """NaN, or a huge number where plain PyTorch multiplies memory beside a row by zero.
 
-    oneDNN does so with AMX: its products in bf16 read past the end of rows that are not a multiple
-    of its tiles, so that a NaN there reaches the result, and any finite number does not.
+    oneDNN does so with AMX: its bf16 products read past rows that are not a multiple of its tiles.
+    A NaN there would reach the result, and a finite number does not.
     """
     if not dtype.is_floating_point:
         return 1
@@ -64,7 +64,7 @@ def _poison(dtype: torch.dtype, device: str) -> float:
 
 
 class GuardBands(TorchFunctionMode):
-    """While active, allocations get guard bands; `check` says whether any band was touched."""
+    """While active, allocations get guard bands; `check` fails if a band was changed."""
 
     EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
     ZERO = ("zeros", "zeros_like", "new_zeros")
@@ -76,7 +76,7 @@ class GuardBands(TorchFunctionMode):
         self.outputs: list[tuple[Tensor, int]] = []
 
     def lay_out(self, value: Any, layout: str, index: int = 0) -> Any:
-        """The same values in a layout of their own; lists and None are passed through."""
+        """Copy values into the given layout; lists are mapped and None is passed through."""
         if isinstance(value, list):
             return [self.lay_out(v, layout, index + i) for i, v in enumerate(value)]
         if not isinstance(value, Tensor) or value.ndim == 0:
@@ -124,7 +124,7 @@ class GuardBands(TorchFunctionMode):
         return window.set_(storage, start, like.shape, like.stride())
 
     def check(self) -> None:
-        """Inputs and their bands hold the bits they had; the bands of allocations are intact."""
+        """Check that inputs and all bands have unchanged bits."""
         for buffer, before in self.inputs:
             assert torch.equal(buffer.view(torch.uint8), before.view(torch.uint8)), (
                 "an input, or memory beside it, was written"

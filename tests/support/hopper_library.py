@@ -1,7 +1,7 @@
-"""The functions of the extension vlm_fast._hopper in Python, for tests on a CPU.
+"""The functions of the extension vlm_fast._hopper in Python, for tests without a Hopper GPU.
 
-They take what the extension takes: addresses, sizes and pitches. They refuse what the extension
-cannot take, and leave NaN wherever it writes nothing.
+They have the extension's arguments: addresses, sizes and pitches. They refuse what the extension
+does not support, and leave NaN where it writes nothing.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def matrix(address, rows, cols, pitch=None, dtype=torch.bfloat16):
 
 
 class PythonGemms:
-    """Has the functions of the extension, and lists the calls."""
+    """A fake extension that records the calls of its functions."""
 
     def __init__(self):
         self.calls = []
@@ -61,7 +61,7 @@ class PythonGemms:
 
 @contextlib.contextmanager
 def python_gemms(*names):
-    """As if a Hopper GPU were here, with these GEMMs (by default both) at every size."""
+    """Use the Python GEMMs (by default both) at every size, as on a Hopper GPU."""
     gemms = PythonGemms()
     chosen = {ROWS[name]: 1 if name in (names or ROWS) else 2**62 for name in ROWS}
     with (

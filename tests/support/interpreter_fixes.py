@@ -1,4 +1,4 @@
-"""What Triton's interpreter gets wrong, put right for tests; written for Triton 3.6 to 3.9.
+"""Corrections of Triton's interpreter for tests, for Triton 3.6 to 3.9.
 
 The interpreter keeps bf16 as uint16 and computes with those integers; here it computes in fp32 and
 rounds to nearest even after every operation, as the hardware does. It also lets one NaN operand win
@@ -30,7 +30,7 @@ COMPARISONS = (
 
 
 def apply() -> None:
-    """Correct the interpreter of this process; call it once, before the first kernel."""
+    """Apply all corrections in this process; call it once, before the first kernel."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("these corrections need a process started with TRITON_INTERPRET=1")
     # A kernel's exp may overflow to Inf, its division may yield NaN: no news to a GPU.
@@ -50,14 +50,14 @@ def is_bf16(value: object) -> bool:
 
 
 def widened(handle: TensorHandle) -> TensorHandle:
-    """A bf16 handle in fp32, where every bf16 is exact; other handles as they are."""
+    """A bf16 handle as fp32, which is exact; other handles unchanged."""
     if not is_bf16(handle):
         return handle
     return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def rounded(handle: TensorHandle) -> TensorHandle:
-    """An fp32 handle in bf16, to nearest and ties to even."""
+    """An fp32 handle rounded to bf16, to nearest with ties to even."""
     values = np.ascontiguousarray(handle.data, dtype=np.float32)
     bits = values.view(np.uint32)
     halfway = np.uint32(0x7FFF) + ((bits >> 16) & 1)
@@ -78,7 +78,7 @@ def _patch_the_language_once_a_launch() -> None:
 
 
 def _make_types_once() -> None:
-    """What is known of a type or shape is asked again for every value: a third of the time left."""
+    """Cache facts about types and shapes, which otherwise take a third of the time."""
     core, known = tl.core, interpreter._get_np_dtype
 
     @functools.cache

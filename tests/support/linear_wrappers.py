@@ -1,6 +1,6 @@
-"""What users wrap around a linear, or make of it: each changes a child of a module, in place.
+"""Ways in which users wrap or change a linear: each changes a child of a module in place.
 
-`WRAPPINGS` maps a name to the change and to what the reason for the fallback says.
+`LINEAR_WRAPPERS` maps a name to the change and a pattern of the fallback's reason.
 """
 
 import accelerate.hooks
@@ -16,60 +16,60 @@ class Doubling(accelerate.hooks.ModelHook):
 
 
 class PackedLinear(nn.Linear):
-    """As 4-bit libraries do: the weight is packed bytes, unpacked in forward."""
+    """A linear as in 4-bit libraries: the weight is packed bytes, unpacked in forward."""
 
     def forward(self, x):
         return nn.functional.linear(x, self.weight.to(x.dtype) / 64, self.bias)
 
 
-def lora(parent, name):
+def add_lora(parent, name):
     config = peft.LoraConfig(target_modules=[name], init_lora_weights=False)
     peft.inject_adapter_in_model(config, parent)
 
 
-def saved(parent, name):
+def save_module(parent, name):
     setattr(parent, name, peft.utils.ModulesToSaveWrapper(getattr(parent, name), "default"))
 
 
-def compiled(parent, name):
+def compile_module(parent, name):
     setattr(parent, name, torch.compile(getattr(parent, name), backend="eager"))
 
 
-def quantised(parent, name):
+def quantise(parent, name):
     quantise = torch.ao.quantization.quantize_dynamic
     quantise(parent, {name: torch.ao.quantization.default_dynamic_qconfig}, inplace=True)
 
 
-def packed(linear):
+def pack_weight(linear):
     linear.__class__ = PackedLinear
     packed = (torch.arange(linear.weight.numel()) % 256).to(torch.uint8)
     linear.weight = nn.Parameter(packed.view_as(linear.weight), requires_grad=False)
 
 
-def hidden(linear):
+def hide_weight(linear):
     linear.__dict__["weight"] = linear.weight.detach() * 2
 
 
-def partitioned(linear):
+def partition(linear):
     linear.weight.data, linear.weight.ds_id = torch.empty(0), 1
 
 
-def of_weight(change):
+def weight(change):
     def case(linear):
         linear.weight = nn.Parameter(change(linear.weight.detach()), requires_grad=False)
 
     return case
 
 
-def of_bias(change):
+def bias(change):
     def case(linear):
         linear.bias = nn.Parameter(change(torch.full((linear.out_features,), 0.3)))
 
     return case
 
 
-def hook(kind):
-    """A hook of this kind, that changes what it may."""
+def changing_hook(kind):
+    """A change that registers a hook of this kind, which modifies inputs or outputs if it can."""
 
     def fired(module, *values):
         module.fired = getattr(module, "fired", 0) + 1
@@ -81,33 +81,34 @@ def hook(kind):
     return lambda linear: getattr(linear, f"register_{kind}_hook")(fired)
 
 
-def of(change):
-    """A change of the linear itself as one of its parent."""
+def on_child(change):
+    """Apply a change of a linear to the child of this name."""
     return lambda parent, name: change(getattr(parent, name))
 
 
 HOOKS = ("forward", "forward_pre", "full_backward", "full_backward_pre")
-WRAPPINGS = {
-    "LoRA": (lora, "peft.tuners.lora"),
-    "modules_to_save": (saved, "ModulesToSaveWrapper is not a plain nn.Linear"),
-    **{f"{kind} hook": (of(hook(kind)), "it has hooks") for kind in HOOKS},
+LINEAR_WRAPPERS = {
+    "LoRA": (add_lora, "peft.tuners.lora"),
+    "modules_to_save": (save_module, "ModulesToSaveWrapper is not a plain nn.Linear"),
+    **{f"{kind} hook": (on_child(changing_hook(kind)), "it has hooks") for kind in HOOKS},
     "accelerate's hook": (
-        of(lambda linear: accelerate.hooks.add_hook_to_module(linear, Doubling())),
+        on_child(lambda linear: accelerate.hooks.add_hook_to_module(linear, Doubling())),
         "its forward has been replaced",
     ),
-    "weight_norm": (of(parametrizations.weight_norm), "is not a plain nn.Linear"),
+    "weight_norm": (on_child(parametrizations.weight_norm), "is not a plain nn.Linear"),
     "pruning": (
-        of(lambda linear: prune.l1_unstructured(linear, "weight", amount=0.5)), "hooks|hides",
+        on_child(lambda linear: prune.l1_unstructured(linear, "weight", amount=0.5)),
+        "hooks|hides",
     ),
-    "a tensor hiding the parameter": (of(hidden), "hides a parameter"),
-    "compile()": (of(lambda linear: linear.compile(backend="eager")), "compiled on its own"),
-    "torch.compile": (compiled, "OptimizedModule is not a plain nn.Linear"),
-    "dynamic quantisation": (quantised, "quantized.dynamic"),
-    "packed weight": (of(packed), "PackedLinear is not a plain nn.Linear"),
-    "fp8 weight": (of(of_weight(lambda w: w.to(torch.float8_e4m3fn))), "dtype torch.float8"),
-    "sparse weight": (of(of_weight(lambda w: w.to_sparse_csr())), "layout torch.sparse_csr"),
-    "meta weight": (of(of_weight(lambda w: w.to("meta"))), "meta device"),
-    "bias of another dtype": (of(of_bias(lambda b: b.to(torch.bfloat16))), "bias differs"),
-    "bias of shape (1,)": (of(of_bias(lambda b: b[:1])), r"bias has shape \(1,\)"),
-    "ZeRO-3 partition": (of(partitioned), "ZeRO-3"),
+    "a tensor hiding the parameter": (on_child(hide_weight), "hides a parameter"),
+    "compile()": (on_child(lambda linear: linear.compile(backend="eager")), "compiled on its own"),
+    "torch.compile": (compile_module, "OptimizedModule is not a plain nn.Linear"),
+    "dynamic quantisation": (quantise, "quantized.dynamic"),
+    "packed weight": (on_child(pack_weight), "PackedLinear is not a plain nn.Linear"),
+    "fp8 weight": (on_child(weight(lambda w: w.to(torch.float8_e4m3fn))), "dtype torch.float8"),
+    "sparse weight": (on_child(weight(lambda w: w.to_sparse_csr())), "layout torch.sparse_csr"),
+    "meta weight": (on_child(weight(lambda w: w.to("meta"))), "meta device"),
+    "bias of another dtype": (on_child(bias(lambda b: b.to(torch.bfloat16))), "bias differs"),
+    "bias of shape (1,)": (on_child(bias(lambda b: b[:1])), r"bias has shape \(1,\)"),
+    "ZeRO-3 partition": (on_child(partition), "ZeRO-3"),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Models and connectors whose parameters and inputs have several dtypes, run plain and patched."""
+"""Runs models and connectors with parameters and inputs of several dtypes, plain and patched."""
 
 import contextlib
 import copy
@@ -26,7 +26,7 @@ ARRANGEMENTS = {
 
 
 class Run(NamedTuple):
-    """Floating results by name, or what was raised."""
+    """Floating results by name, or the exception that was raised."""
 
     found: dict[str, Any]
     raised: Exception | None
@@ -47,7 +47,7 @@ def linears(connectors, which):
 
 
 def arranged(model, arrangement):
-    """A copy of the model in these dtypes, one patched, and the dtype that it is given."""
+    """A copy of the model in these dtypes, a patched copy, and the input dtype."""
     fast = copy.deepcopy(model)
     vlm_fast.patch(fast)
     names = [name for name, _ in vlm_fast.connectors(fast)]
@@ -66,7 +66,7 @@ def cast(value, dtype):
 
 
 def run(module, args, kwargs, *, autocast=False):
-    """Every floating result, and the gradients of floating inputs and parameters."""
+    """All floating results, and the gradients of floating inputs and parameters."""
     inputs = []
 
     def leaf(tensor):
@@ -103,9 +103,9 @@ def dtypes(run):
 
 
 def assert_alike(run_plain, fast, exact):
-    """Both raise; or dtypes are equal, and errors of the patched one no larger than allowed.
+    """Check that both raise, or that dtypes are equal and the patched errors are small enough.
 
-    ``run_plain``: runs the unpatched one; ``exact``: makes the run that errors are measured from.
+    ``run_plain`` runs the unpatched model; ``exact`` makes the reference run for errors.
     """
     plain = run_plain()
     if plain.raised is not None or fast.raised is not None:
@@ -130,6 +130,6 @@ def assert_alike(run_plain, fast, exact):
 
 
 def _is_noise(theirs, true):
-    """Of a gradient that is zero but for rounding."""
+    """Whether a gradient is zero up to rounding."""
     error = (theirs.double() - true).norm()
     return bool(error > 0.5 * true.double().norm())

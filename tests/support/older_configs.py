@@ -1,4 +1,4 @@
-"""Configs as older releases of transformers spell them, out of those of the newest."""
+"""Adapts configs of the newest transformers release to older releases."""
 
 import copy
 
@@ -7,15 +7,14 @@ import transformers
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
-def spelled(config, kind=None):
-    """The same config in the words of the installed release, at any depth.
+def adapted_config(config, kind=None):
+    """The config with the key names of the installed release, at any depth.
 
-    ``kind`` is the class that will read it, if known: some of before 4.52 have the text's own
-    options beside the config of the tower.
+    ``kind`` is the config class, if known: before 4.52 some have the text options at the top level.
     """
     if not isinstance(config, dict):
         return copy.deepcopy(config)
-    config = {name: spelled(value) for name, value in config.items()}
+    config = {name: adapted_config(value) for name, value in config.items()}
     if RELEASE < (5, 0) and "rope_parameters" in config:
         rope = config.pop("rope_parameters")
         config["rope_theta"] = rope.pop("rope_theta")

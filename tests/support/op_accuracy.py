@@ -1,4 +1,4 @@
-"""Whether an op is as accurate as plain PyTorch, and leaves the memory around its tensors alone."""
+"""Checks that an op is as accurate as plain PyTorch and touches no memory around its tensors."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import itertools
 import torch
 from torch import Tensor
 
-from tests.support.exact_softmax import ExactSoftmaxBackward
+from tests.support.dispatch_modes import ExactSoftmaxBackward
 from tests.support.guard_bands import GuardBands
 from vlm_fast.verification import tolerance
 from vlm_fast.verification.summation_orders import ReorderedRuns
 
 
-def judged(op, args, options, *, layout="dense", upstream="dense", fair=False):
-    """Outputs and gradients meet the tolerance rule, and no memory around them is touched.
+def assert_accurate(op, args, options, *, layout="dense", upstream="dense", ignore_nonfinite=False):
+    """Check outputs and gradients by the tolerance rule, and that no memory around them is touched.
 
-    With ``fair``, nothing is asked of elements that plain PyTorch makes infinite or NaN where its
-    own float64 does not, or the other way round, if ours are like one of the two. (So are its
-    GELU of +Inf, NaN in fp32, and intermediates that overflow in fp16.) Of plain PyTorch in other
-    orders of its sums, ours may then be infinite or NaN as any.
+    With ``ignore_nonfinite``, elements are ignored where only one of plain PyTorch and its float64
+    run is finite, if ours is like one of the two. Examples are its GELU of +Inf, which is NaN in
+    fp32, and intermediates that overflow in fp16. Ours may also be like plain PyTorch in another
+    order of summation.
     """
     with GuardBands() as bands:
         args = tuple(bands.lay_out(value, layout, i) for i, value in enumerate(args))
@@ -35,27 +35,31 @@ def judged(op, args, options, *, layout="dense", upstream="dense", fair=False):
                 return grad.new_full((), 0.75).expand_as(grad)
             return bands.lay_out(grad, upstream)
 
-        names, found, others = evaluated(op, args, options, make_upstream)
+        names, found, others = evaluate(op, args, options, make_upstream)
     for i, (name, tensors) in enumerate(zip(names, found, strict=True)):
-        verdict = verdict_on(name, tensors, (other[i] for other in others), fair=fair)
+        verdict = verdict_on(
+            name, tensors, (other[i] for other in others), ignore_nonfinite=ignore_nonfinite
+        )
         assert verdict.ok, verdict
     bands.check()
 
 
-def verdict_on(name, tensors, others, *, fair=False):
+def verdict_on(name, tensors, others, *, ignore_nonfinite=False):
     gradient = name.startswith("gradient")
-    if not fair:
+    if not ignore_nonfinite:
         return tolerance.judge(name, *tensors, gradient=gradient, others=others)
-    verdict = tolerance.judge(name, *without_unfair(*tensors), gradient=gradient)
+    verdict = tolerance.judge(name, *mask_nonfinite(*tensors), gradient=gradient)
     if not verdict.ok:
-        (*tensors,) = without_unfair(*tensors, *others)
+        (*tensors,) = mask_nonfinite(*tensors, *others)
         verdict = tolerance.judge(name, *tensors[:3], gradient=gradient, others=tensors[3:])
     return verdict
 
 
-def evaluated(op, args, options, upstream=None):
-    """Names of all results and gradients; of each ours, plain PyTorch's and float64's; and plain
-    PyTorch's as it rounds otherwise, a list of all of them at a time.
+def evaluate(op, args, options, upstream=None):
+    """Run an op, plain PyTorch and float64 on the same arguments.
+
+    Returns the names of all results and gradients; for each name the three values; and runs of
+    plain PyTorch with other rounding.
     """
 
     def run(f, args=args):
@@ -74,7 +78,7 @@ def evaluated(op, args, options, upstream=None):
     return names, triples, ReorderedRuns(*plain)
 
 
-def without_unfair(ours, native, exact, *others):
+def mask_nonfinite(ours, native, exact, *others):
     def kind(x):  # finite, NaN, +Inf or -Inf
         return torch.where(x.isnan(), 2, x.isposinf().int() - x.isneginf().int())
 

@@ -1,6 +1,6 @@
-"""A small real image set: photographs that come inside scikit-image's wheel, captioned for tests.
+"""A small set of captioned photographs, which scikit-image's wheel contains.
 
-Nothing is downloaded and nothing is random: the same files and records every time.
+Nothing is downloaded and nothing is random.
 """
 
 import json
@@ -67,17 +67,17 @@ VIEWS = {
     "right": (0.1, 0.1, 1.0, 1.0),
     "closer": (0.05, 0.05, 0.95, 0.95),
 }
-ASKED_FOR_A_CAPTION = "Describe the picture."
+CAPTION_QUESTION = "Describe the picture."
 
 
 def photograph(name: str) -> Image.Image:
-    """One of ``PHOTOGRAPHS``, in RGB and its own size."""
+    """One of ``PHOTOGRAPHS``, in RGB and original size."""
     with (resources.files("skimage") / "data" / name).open("rb") as file:
         return Image.open(file).convert("RGB")
 
 
 def write(folder: Path, *, longest: int = 96, views: tuple[str, ...] = tuple(VIEWS)):
-    """Write records and pictures as LLaVA's training reads them; return (records.json, images).
+    """Write records and images in LLaVA's training format; return (records.json, images).
 
     A record for each view of each photograph, views of one photograph apart. Its first question
     asks for the caption, with ``<image>`` before or after it; the others are answered in a few
@@ -97,8 +97,8 @@ def write(folder: Path, *, longest: int = 96, views: tuple[str, ...] = tuple(VIE
             picture.thumbnail((longest, longest))
             picture.save(images / file)
             before = len(records) % 2 == 0
-            asked = ("<image>\n{}" if before else "{}\n<image>").format(ASKED_FOR_A_CAPTION)
-            turns = [(asked, caption), *questions]
+            question = ("<image>\n{}" if before else "{}\n<image>").format(CAPTION_QUESTION)
+            turns = [(question, caption), *questions]
             records.append(
                 {
                     "id": file.removesuffix(".png"),

@@ -1,6 +1,6 @@
-"""Small models that merge as transformers does, or as a release to come might.
+"""Small models that merge image features like transformers, or as future releases might.
 
-`SERVED`, `EQUAL` and `SKIPPED` say what becomes of each when it is patched.
+`SERVED`, `EQUAL` and `SKIPPED` list the expected outcome of patching each model.
 """
 
 import functools
@@ -14,7 +14,7 @@ IDS = torch.tensor([[5, IMAGE, IMAGE, 7, VIDEO], [IMAGE, 94, VIDEO, VIDEO, 96 + 
 
 
 class Model(nn.Module):
-    """As transformers writes it today."""
+    """A model as in current transformers."""
 
     def __init__(self):
         super().__init__()
@@ -153,7 +153,7 @@ class Integers(Negated):
 
 
 class Shifted(Model):
-    """The first placeholder of a row is no place."""
+    """The mask omits the first placeholder of a row."""
 
     def get_placeholder_mask(self, input_ids, inputs_embeds, image_features):
         mask = input_ids == self.config.image_token_id
@@ -173,7 +173,7 @@ class EitherId(Model):
 
 
 class AtLeast(Model):
-    """More features than placeholders are taken."""
+    """Accepts more features than placeholders."""
 
     def get_placeholder_mask(self, input_ids, inputs_embeds, image_features):
         mask = (input_ids == self.config.image_token_id).unsqueeze(-1)
@@ -209,7 +209,7 @@ class InATuple(InAList):
 
 
 class ManyIds(Model):
-    """What was a number is a list: the method cannot be asked as it was."""
+    """The token id is a list instead of a number, so the method cannot be probed."""
 
     def __init__(self):
         super().__init__()
@@ -229,7 +229,7 @@ class WithInnerFunctions(Model):
 
 
 class Compiled:
-    """A method that is no function."""
+    """A descriptor in place of a method."""
 
     def __get__(self, model, kind):
         return self if model is None else functools.partial(Model.get_placeholder_mask, model)

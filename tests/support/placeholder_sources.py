@@ -1,7 +1,7 @@
-"""Reads what transformers' ``get_placeholder_mask`` and ``forward`` do from their sources.
+"""Reads from source code what transformers' ``get_placeholder_mask`` and ``forward`` do.
 
-Knows nothing of how the package reads them: it goes through the statements one by one, and gives
-up at the first that it does not know.
+It is independent of the package's own reader: it goes through the statements one by one and
+stops at the first unknown one.
 """
 
 import ast
@@ -16,18 +16,18 @@ import transformers
 
 
 class Unknown(Exception):
-    """Something in a source that is not followed here."""
+    """The source contains code that this reader does not understand."""
 
 
 class Mask(NamedTuple):
-    """The places of one id, in a tensor of two dimensions, three, or three of the hidden size."""
+    """A mask of one token id, with shape (B, T), (B, T, 1) or (B, T, hidden)."""
 
     id: str
     shape: str
 
 
 def classes():
-    """Every class of the installed transformers that writes a ``get_placeholder_mask``."""
+    """All classes of the installed transformers that define ``get_placeholder_mask``."""
     for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
         source = path.read_text(encoding="utf8")
         if "def get_placeholder_mask" not in source:
@@ -44,7 +44,7 @@ def tree(function):
 
 
 def read_masks(method):
-    """Ids of the masks, the id that each argument of features is counted by, the masks' shape."""
+    """Token ids of the masks, the id that each feature argument is counted by, the mask shape."""
     function = tree(method)
     features = {a.arg for a in function.args.args if a.arg.endswith("features")}
     tokens = {a.arg for a in function.args.args if a.arg.endswith("token_id")}
@@ -64,7 +64,7 @@ def read_masks(method):
 
 
 class _Reader:
-    """Goes through a method with values for what its names stand for."""
+    """Interprets a method symbolically, with a value for each name."""
 
     def __init__(self, features, tokens):
         self.features, self.tokens = features, tokens
@@ -151,7 +151,7 @@ class _Reader:
 
 
 def follow_masks(forward):
-    """How many masks a forward asks for and merges by; `Unknown` where one goes another way."""
+    """The number of masks that a forward merges by; raises `Unknown` for other uses of a mask."""
     merged, waiting = 0, set()
     for node in _statements(tree(forward).body):
         names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} & waiting

@@ -1,4 +1,4 @@
-"""Tiny processors of the other models that are patched, with the words of tiny_processors.py."""
+"""Tiny processors of the other patched models, with the tokenizer of tiny_processors.py."""
 
 import importlib
 
@@ -21,7 +21,7 @@ SPLIT = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-
 
 
 class Videos(transformers.BaseVideoProcessor):
-    """No picture is a video. A processor of both wants one all the same."""
+    """A video processor for processors that require one although tests have no videos."""
 
     temporal_patch_size = merge_size = 2
 
@@ -30,7 +30,7 @@ class Videos(transformers.BaseVideoProcessor):
 
 
 class Lfm2Images(transformers.ImageProcessingMixin):
-    """What LFM2-VL's processor reads of its image processor, which needs torchvision."""
+    """A fake of LFM2-VL's image processor, which needs torchvision."""
 
     use_thumbnail = False
     tile_size, encoder_patch_size, downsample_factor = 28, 7, 2
@@ -48,7 +48,7 @@ class Lfm2Images(transformers.ImageProcessingMixin):
 
 
 def words(*tokens, **named):
-    """A tokenizer with these special tokens, some of them known to it by a name."""
+    """A tokenizer with these special tokens, some also as named attributes."""
     trained = tiny_processors.tokenizer(300).backend_tokenizer
     made = PreTrainedTokenizerFast(
         tokenizer_object=trained, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
@@ -59,7 +59,7 @@ def words(*tokens, **named):
 
 
 def of(model, name):
-    """A class by its module: its name alone gives none where torchvision is missing."""
+    """A class imported from its module; transformers hides it without torchvision."""
     return getattr(importlib.import_module(f"transformers.models.{model}"), name)
 
 

@@ -1,10 +1,10 @@
-"""Small modules compared: random parameters, results and gradients, closeness."""
+"""Random parameters, gradients and comparison of small modules."""
 
 import torch
 
 
-def stirred(module):
-    """With parameters that are neither zeros nor ones, which would hide mistakes."""
+def randomised(module):
+    """Add noise to all parameters; initial zeros and ones would hide mistakes."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():

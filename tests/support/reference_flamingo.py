@@ -1,4 +1,4 @@
-"""Flamingo's gated cross-attention in plain PyTorch, written from its published formulas.
+"""Flamingo's gated cross-attention in plain PyTorch, from the published formulas.
 
 Flamingo, arXiv 2204.14198, sections 3.1.2 and 3.1.3, with the parameter names and the arguments of
 OpenFlamingo: text attends to the latents of its last image, or of all images so far, through a mask

@@ -1,4 +1,4 @@
-"""What `make test` runs of long lists; the rest is slow and runs in `make test-slow`."""
+"""Selections of long lists for `make test`; the rest is slow and runs in `make test-slow`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ REPRESENTATIVES = (
 )  # fmt: skip
 
 
-def slow_but(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:
-    """Parameters of a test: those of ``values`` that are not in ``quick`` are marked slow."""
+def slow_except(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:
+    """Test parameters in which all ``values`` that are not in ``quick`` are marked slow."""
     return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]

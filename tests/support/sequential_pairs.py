@@ -1,4 +1,4 @@
-"""Projectors of LLaVA in plain PyTorch, each with a fast one of the same parameters."""
+"""LLaVA projectors in plain PyTorch, each with a fast one with the same parameters."""
 
 import copy
 
@@ -7,33 +7,35 @@ import torch
 
 import vlm_fast
 from tests.support.chain_structures import HIDDEN, WIDTH, mlp
-from tests.support.randomised_modules import gradients, stirred
+from tests.support.randomised_modules import gradients, randomised
 from vlm_fast.modules import SequentialProjector
 
 X = torch.arange(2 * 5 * WIDTH).view(2, 5, WIDTH).sin()
 
 
 def pair(depth=2, **options):
-    """A plain one and a patched one of the same parameters."""
-    plain = stirred(mlp(depth, WIDTH, HIDDEN))
+    """A plain projector and a patched copy."""
+    plain = randomised(mlp(depth, WIDTH, HIDDEN))
     fast = copy.deepcopy(plain)
     vlm_fast.patch(fast, strict=True, **options)
     return plain, fast
 
 
-def own(depth=2):
-    """The same with `SequentialProjector` in place of a patched one."""
-    plain = stirred(mlp(depth, WIDTH, HIDDEN))
+def module_pair(depth=2):
+    """A plain projector and a `SequentialProjector` with the same parameters."""
+    plain = randomised(mlp(depth, WIDTH, HIDDEN))
     fast = SequentialProjector(WIDTH, HIDDEN, depth=depth)
     fast.load_state_dict(plain.state_dict(), strict=True)
     return plain, fast
 
 
-both = pytest.mark.parametrize("make", [pair, own], ids=["patched", "SequentialProjector"])
+every_pair = pytest.mark.parametrize(
+    "make", [pair, module_pair], ids=["patched", "SequentialProjector"]
+)
 
 
 def assert_alike(fast, plain, x=X, *, fused=None):
-    """Results and gradients; ``fused``: whether it runs without a fallback."""
+    """Compare results and gradients; ``fused``: whether no fallback is expected."""
     vlm_fast.stats(reset=True)
     ours, theirs = gradients(fast, x), gradients(plain, x)
     for one, other in zip(ours, theirs, strict=True):

@@ -1,4 +1,4 @@
-"""The ways in which a model is spread over ranks, and how it is compared with one process."""
+"""Ways to shard a model over ranks, and comparison with one process."""
 
 import torch
 from torch import nn
@@ -8,13 +8,13 @@ import vlm_fast
 from tests.support.whole_models import FAMILIES, LANGUAGE
 
 
-def by_connector(model, family):
+def shard_by_connector(model, family):
     for _, connector in vlm_fast.connectors(model):
         fully_shard(connector)
     return fully_shard(model)
 
 
-def by_leaf(model, family):
+def shard_by_leaf(model, family):
     for _, connector in vlm_fast.connectors(model):
         for module in list(connector.modules()):
             if isinstance(module, nn.Linear):
@@ -22,9 +22,9 @@ def by_leaf(model, family):
     return fully_shard(model)
 
 
-def by_layer(model, family):
-    """As trainers do: every layer of the language model, every connector, the rest."""
-    for layer in model.get_submodule(prefixed(model, FAMILIES[family].layers)):
+def shard_by_layer(model, family):
+    """Units as in trainers: each language model layer, each connector, the rest."""
+    for layer in model.get_submodule(peft_name(model, FAMILIES[family].layers)):
         fully_shard(layer)
     connectors = [m for _, m in vlm_fast.connectors(model)]
     for connector in connectors:
@@ -33,7 +33,7 @@ def by_layer(model, family):
     return fully_shard(model)
 
 
-def by_root(model, family):
+def shard_by_root(model, family):
     return fully_shard(model)
 
 
@@ -41,17 +41,17 @@ def replicated(model, family):
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 
-def adapted(model, family):
-    """LoRA inside the connector and the language model; every layer a unit, as above."""
+def with_lora(model, family):
+    """Add LoRA to the connector and the language model."""
     import peft
 
     torch.manual_seed(5)
-    targets = f"{FAMILIES[family].adapted}|{LANGUAGE}"
+    targets = f"{FAMILIES[family].lora_targets}|{LANGUAGE}"
     config = peft.LoraConfig(target_modules=targets, init_lora_weights=False)
     return peft.get_peft_model(model, config)
 
 
-def prefixed(model, name):
+def peft_name(model, name):
     return f"base_model.model.{name}" if hasattr(model, "peft_config") else name
 
 
@@ -60,24 +60,24 @@ def is_sharded(module):
 
 
 # Whether connectors are fused then: all, or none of the linears.
-SPREADS = {
-    "FSDP2, connectors": (by_connector, True),
-    "FSDP2, leaves": (by_leaf, False),
-    "FSDP2, layers": (by_layer, True),
-    "FSDP2, root": (by_root, True),
+STRATEGIES = {
+    "FSDP2, connectors": (shard_by_connector, True),
+    "FSDP2, leaves": (shard_by_leaf, False),
+    "FSDP2, layers": (shard_by_layer, True),
+    "FSDP2, root": (shard_by_root, True),
     "DDP": (replicated, True),
 }
 
 
-def whole(tensor):
+def full_tensor_of(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def of_row(given, row):
+def batch_row(given, row):
     return {name: value[row : row + 1] for name, value in given.items()}
 
 
-def same(model, single, of):
+def assert_same_parameters(model, single, of):
     theirs = dict(single.named_parameters())
     compared = 0
     for name, parameter in model.named_parameters():
@@ -86,7 +86,11 @@ def same(model, single, of):
         if expected is not None:
             atol = 1e-5 * max(1.0, expected.abs().max().item())
             torch.testing.assert_close(
-                whole(ours), expected, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+                full_tensor_of(ours),
+                expected,
+                rtol=1e-4,
+                atol=atol,
+                msg=lambda m, n=name: f"{n}: {m}",
             )
             compared += 1
     assert compared >= 8

@@ -1,4 +1,4 @@
-"""One module of each family, small, with inputs for any number of images."""
+"""A small module of each family, with inputs for any number of images."""
 
 import torch
 from torch import nn
@@ -27,19 +27,19 @@ CONNECTORS = {
         lambda n: (torch.randn(n, 2, 1, 9, 24),),
     ),
     "gated block": (
-        lambda: opened(GatedCrossAttentionBlock(dim=24, dim_visual=12, dim_head=8, heads=2)),
+        lambda: open_gates(GatedCrossAttentionBlock(dim=24, dim_visual=12, dim_head=8, heads=2)),
         lambda n: (torch.randn(n, 7, 24), torch.randn(n, 2, 3, 12)),
     ),
 }  # fmt: skip
 
 
-def opened(block):
+def open_gates(block):
     for gate in (block.attn_gate, block.ff_gate):
         gate.data.fill_(0.5)
     return block
 
 
-class Headed(nn.Module):
+class WithHead(nn.Module):
     def __init__(self, connector):
         super().__init__()
         self.connector, self.head = connector, nn.LazyLinear(3)

@@ -12,7 +12,7 @@ SIZES = [[33, 47], [16, 55]]
 
 
 def granite():
-    """Since 5.18 the heads of its Q-Former are of 64, and as wide as the tower."""
+    """Since transformers 5.18 Q-Former heads have width 64 and it is as wide as the tower."""
     torch.manual_seed(0)
     qformer = transformers.Blip2QFormerConfig(
         hidden_size=64, encoder_hidden_size=64, num_attention_heads=1, intermediate_size=32,

@@ -40,7 +40,7 @@ def parts(batch, tokens=6):
 
 
 def generative(vision=(), qformer=(), text=(), **options):
-    """A model of the second stage, on a tiny OPT; with changes of each config."""
+    """A stage-2 model on a tiny OPT, with changes to each config."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.Blip2Config(

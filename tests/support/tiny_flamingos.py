@@ -3,11 +3,11 @@
 import torch
 import transformers
 
-from tests.support.older_configs import spelled
+from tests.support.older_configs import adapted_config
 
 
-def _scattered(model):
-    """No parameter at a value that hides what it does: gates at 0, norms at 1."""
+def _randomised(model):
+    """Randomise parameters, since gates at 0 and norms at 1 would hide mistakes."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "gate" in name.split(".")[-1] or "alpha" in name:
@@ -34,7 +34,7 @@ def idefics(attention="eager", **changes):
         ),
         attn_implementation=attention,
     ) | changes)  # fmt: skip
-    return _scattered(transformers.IdeficsForVisionText2Text(config))
+    return _randomised(transformers.IdeficsForVisionText2Text(config))
 
 
 def idefics_inputs(images=3, tokens=11):
@@ -65,9 +65,9 @@ def mllama(attention="eager", **changes):
         supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
     )  # fmt: skip
     config = transformers.MllamaConfig(
-        vision_config=vision, text_config=spelled(text), attn_implementation=attention
+        vision_config=vision, text_config=adapted_config(text), attn_implementation=attention
     )
-    return _scattered(transformers.MllamaForConditionalGeneration(config))
+    return _randomised(transformers.MllamaForConditionalGeneration(config))
 
 
 def mllama_inputs(images=2, tokens=11):

@@ -28,7 +28,7 @@ def llava(size="tiny", dtype=torch.float32, **options):
 
 
 def prompt(dtype=torch.float32, batch=2, tokens=16, length=30):
-    """Ids with an image's placeholders in each row, at another place in each, and the pixels."""
+    """Ids with image placeholders at different positions in each row, and pixels."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(8, 128, (batch, length), generator=generator)
     for row in range(batch):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import transformers
 
-from tests.support.older_configs import spelled
+from tests.support.older_configs import adapted_config
 
 START, END, IMAGE, VIDEO, AUDIO = 91, 92, 95, 96, 97
 
@@ -159,7 +159,7 @@ def sounds(mels=8, frames=32, mask="input_features_mask"):
 
 
 class Placeholders(NamedTuple):
-    """What the model is given, and how many placeholders of which token a row then has."""
+    """Model inputs, and the number of placeholders of each token per row."""
 
     inputs: object
     count: int
@@ -414,12 +414,12 @@ MODELS = {
 
 
 def build(name):
-    """A model, and inputs in which every placeholder has its features."""
+    """A model, and inputs with as many features as placeholders."""
     model_class, config, placeholders = MODELS[name]
     model_class = getattr(transformers, model_class)
     torch.manual_seed(0)
     config_class = model_class.config_class
-    config = config_class(**spelled(config, config_class), attn_implementation="eager")
+    config = config_class(**adapted_config(config, config_class), attn_implementation="eager")
     model = model_class(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # zeros and ones would hide mistakes
@@ -428,7 +428,7 @@ def build(name):
 
 
 def prompt(model, placeholders):
-    """Two rows of text with the placeholders at other places in each."""
+    """Two rows of text with placeholders at different positions."""
     rows, inputs = [[5, 6, 7], [8]], {}
     for make, count, token in placeholders:
         inputs |= make()

@@ -1,4 +1,4 @@
-"""Real processors of transformers around a tokenizer trained on the photographs' captions."""
+"""transformers processors with a tokenizer trained on the photographs' captions."""
 
 import functools
 
@@ -19,7 +19,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from tests.support.photographs import ASKED_FOR_A_CAPTION, PHOTOGRAPHS
+from tests.support.photographs import CAPTION_QUESTION, PHOTOGRAPHS
 from tests.support.tiny_llava import IMAGE_TOKEN
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|image|>", "<fake_token_around_image>",
@@ -51,8 +51,8 @@ def _trained(vocabulary, merging):
     )  # fmt: skip
     texts = [
         f"USER: {question} ASSISTANT: {answer}"
-        for caption, asked in PHOTOGRAPHS.values()
-        for question, answer in [(ASKED_FOR_A_CAPTION, caption), *asked]
+        for caption, others in PHOTOGRAPHS.values()
+        for question, answer in [(CAPTION_QUESTION, caption), *others]
     ]
     trained.train_from_iterator(texts, trainer)
     trained.post_processor = processors.TemplateProcessing(

@@ -1,4 +1,4 @@
-"""A profile of a model so small that all of it is measured in seconds."""
+"""A profile of a model so small that measuring takes seconds."""
 
 import time
 

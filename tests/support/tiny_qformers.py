@@ -1,4 +1,4 @@
-"""Q-Formers of transformers, of default widths with few layers, or small."""
+"""transformers Q-Formers: small, or with default widths and few layers."""
 
 import copy
 
@@ -18,19 +18,21 @@ def blip2(implementation="sdpa", *, text=False, seed=0, **sizes):
     torch.manual_seed(seed)
     sizes.pop("vocab_size", None)
     config = Blip2QFormerConfig(**sizes, use_qformer_text_input=text)
-    return scattered(Blip2QFormerModel._from_config(config, attn_implementation=implementation))
+    return randomised_parameters(
+        Blip2QFormerModel._from_config(config, attn_implementation=implementation)
+    )
 
 
 def instructblip(implementation="sdpa", *, seed=0, **sizes):
     torch.manual_seed(seed)
     config = InstructBlipQFormerConfig(**sizes)
-    return scattered(
+    return randomised_parameters(
         InstructBlipQFormerModel._from_config(config, attn_implementation=implementation)
     )
 
 
-def scattered(model):
-    """With biases and norms that matter: fresh ones are 0 and 1."""
+def randomised_parameters(model):
+    """Randomise biases and norm weights, which are initially 0 and 1."""
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -86,7 +88,7 @@ def whole(name):
         vision_config=VISION, qformer_config=QFORMER, text_config=TEXT, num_query_tokens=5,
         image_token_index=98, image_token_id=98, video_token_index=98, video_token_id=98,
     )  # fmt: skip
-    model = scattered(getattr(transformers, name)(config))
+    model = randomised_parameters(getattr(transformers, name)(config))
     model.query_tokens.data.normal_()
     frames = (2,) if "Video" in name else ()
     ids = torch.tensor([[98] * 5 * (frames or (1,))[0] + [4, 5, 6]]).repeat(2, 1)

@@ -5,14 +5,14 @@ import copy
 import torch
 import transformers
 
-from tests.support.older_configs import spelled
+from tests.support.older_configs import adapted_config
 from tests.support.tiny_models import CLIP, IMAGE, TEXT, VISION, image_sets
 
 LATENTS = 5
 
 
-def scattered(model):
-    """No parameter at a value that hides what it does: biases at 0, norms at 1."""
+def randomised_parameters(model):
+    """Randomise parameters, since biases at 0 and norms at 1 would hide mistakes."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -28,10 +28,10 @@ def idefics2(attention="eager"):
             resampler_n_latents=LATENTS, resampler_depth=2, resampler_n_heads=4,
             resampler_head_dim=12, num_key_value_heads=2,
         ),
-        text_config=spelled(TEXT | dict(model_type="mistral", head_dim=8)),
+        text_config=adapted_config(TEXT | dict(model_type="mistral", head_dim=8)),
         image_token_id=IMAGE, attn_implementation=attention,
     )  # fmt: skip
-    model = scattered(transformers.Idefics2ForConditionalGeneration(config))
+    model = randomised_parameters(transformers.Idefics2ForConditionalGeneration(config))
     ids = torch.tensor([[5, 6, *[IMAGE] * LATENTS, 7, 8], [9, *[IMAGE] * LATENTS, 10, 11, 12]])
     shown = torch.ones(2, 1, 16, 16, dtype=torch.long)
     shown[1, :, :, 8:] = 0
@@ -50,7 +50,7 @@ def _kosmos(version, vision, text, pixels):
         attn_implementation="eager",
     )  # fmt: skip
     name = f"Kosmos2{version}ForConditionalGeneration"
-    model = scattered(getattr(transformers, name)(config))
+    model = randomised_parameters(getattr(transformers, name)(config))
     for module in model.modules():
         if hasattr(module, "config"):  # of the text, which some releases do not tell
             module.config._attn_implementation = "eager"
@@ -69,7 +69,7 @@ def kosmos2():
 
 
 def kosmos2_5():
-    """The same of the later one, whose patches arrive flattened behind their row and column."""
+    """A Kosmos-2.5 model, whose inputs are flattened patches with row and column numbers."""
     vision = dict(
         hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         head_dim=12, patch_embed_hidden_size=48, max_num_patches=16, dropout_rate=0.0,
@@ -81,9 +81,9 @@ def kosmos2_5():
 
 
 def of_sdpa(model):
-    """The same with transformers' default attention in the resampler, which gives no maps.
+    """A model with transformers' default attention in the resampler, which returns no maps.
 
-    Of Kosmos-2 it is wrong: it crops the keys.
+    For Kosmos-2 this attention is wrong: it crops the keys.
     """
     attention = model.image_to_text_projection.x_attn
     if not hasattr(attention, "config"):

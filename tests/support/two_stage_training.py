@@ -1,4 +1,4 @@
-"""LLaVA's two stages on the photographs, on two processes, interrupted and resumed: all of it.
+"""Runs LLaVA's two training stages on two processes, with interruptions and resuming.
 
     python -m tests.support.two_stage_training [FOLDER]
 
@@ -63,13 +63,13 @@ def launch(stage, model, data, out, *more):
 
 
 def finished(process, code=0):
-    told = process.communicate(timeout=280)[0]
-    assert (process.returncode == code) if code == 0 else process.returncode, told
-    return told
+    output = process.communicate(timeout=280)[0]
+    assert (process.returncode == code) if code == 0 else process.returncode, output
+    return output
 
 
 def interrupt(process, out, how):
-    """Once a checkpoint is whole, and before the run ends."""
+    """Interrupt a run after its first complete checkpoint."""
     while not (out / "checkpoint-6" / "files.json").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
@@ -91,7 +91,7 @@ def losses(out):
 
 
 def answers(folder, data):
-    """Of the patched model here, and of plain transformers in a process of its own."""
+    """Generated answers of the patched model, and of plain transformers in a new process."""
     from PIL import Image
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -111,15 +111,15 @@ def answers(folder, data):
 
 
 def stage(name, model, data, folder, how):
-    """Both runs of a stage; returns the folder with the resumed run's model."""
+    """Run a stage twice; return the folder with the resumed run's model."""
     unbroken, broken = folder / f"{name}-unbroken", folder / f"{name}-broken"
     start = time.perf_counter()
     finished(launch(name, model, data, unbroken))
-    alone = time.perf_counter() - start
-    told = interrupt(launch(name, model, data, broken), broken, how)
+    unbroken_seconds = time.perf_counter() - start
+    output = interrupt(launch(name, model, data, broken), broken, how)
     assert not (broken / "model.safetensors").exists(), "it had ended before it was interrupted"
     if how == signal.SIGTERM:
-        assert "SIGTERM: saving a checkpoint" in told and "go on with --resume" in told, told
+        assert "SIGTERM: saving a checkpoint" in output and "go on with --resume" in output, output
     again = finished(launch(name, model, data, broken, "--resume"))
     resumed = next(line for line in again.splitlines() if "recipe: from checkpoint-" in line)
     found = losses(broken)
@@ -128,7 +128,8 @@ def stage(name, model, data, folder, how):
     assert same_weights(unbroken, broken)
     print(
         f"{name}: {len(found)} steps, loss {found[0]:.3f} to {found[-1]:.3f}; {how.name}, then "
-        f"{resumed.removeprefix('recipe: ')}; weights equal to the last bit; {alone:.0f} s unbroken"
+        f"{resumed.removeprefix('recipe: ')}; weights bitwise equal; "
+        f"{unbroken_seconds:.0f} s without interruption"
     )
     return broken
 

@@ -1,4 +1,4 @@
-"""The ways in which users run a model: each gives named results."""
+"""Ways to run a model, such as training steps and generation; each returns named results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def labels(model: Any, inputs: Inputs) -> Inputs:
 
 
 def step(model: Any, inputs: Inputs, **options: Any) -> Results:
-    """All that a training step computes: loss, logits, hidden states, gradients."""
+    """Loss, logits, hidden states and gradients of a training step."""
     model.zero_grad(set_to_none=True)
     output = model(**inputs, **labels(model, inputs), **options)
     loss = output.get("loss")
@@ -99,7 +99,7 @@ def in_bfloat16(model: Any, inputs: Inputs) -> Results:
 
 
 def with_hooks(names: list[str]) -> Callable[[Any, Inputs], Results]:
-    """The way in which these children are hooked, so that they have to be called."""
+    """A forward with hooks on these children, so that they must be called."""
 
     def run(model: Any, inputs: Inputs) -> Results:
         if not names:
@@ -161,7 +161,7 @@ def hookable(model: nn.Module) -> list[str]:
 
 
 def tensors(value: Any, path: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested containers and caches, with the way to it."""
+    """Every tensor in nested containers and caches, by path."""
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, (list, tuple)):

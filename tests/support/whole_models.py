@@ -1,6 +1,6 @@
-"""The four families as whole models, for tests of what users wrap around one.
+"""Whole models of four families, for tests of wrappers around a model.
 
-Each has a connector of another kind: LLaVA an MLP, BLIP-2 a Q-Former, IDEFICS a Perceiver resampler
+Each has another kind of connector: LLaVA an MLP, BLIP-2 a Q-Former, IDEFICS a Perceiver resampler
 and gated layers, Llama 3.2 Vision gated layers.
 """
 
@@ -18,27 +18,33 @@ LANGUAGE = r".*(language_model|model|decoder)\.layers\.\d+\.self_attn\.(q|v)_pro
 
 
 class Family(NamedTuple):
-    """How to build one.
+    """How to build a model of a family.
+        make: the model, unpatched, in eval mode.
+        given: its inputs.
+        lora_targets: a regex of linears inside connectors, as users give it to LoRA.
 
     Attributes:
         make: the model, unpatched, in eval mode.
         given: its inputs.
         adapted: a regex of linears inside connectors, as users give it to LoRA.
-        connectors: names of the modules that FSDP2 shards as units of their own.
+        make: builds the unpatched model in eval mode.
+        given: builds its inputs.
+        lora_targets: a regex of linears inside connectors, as users pass it to LoRA.
+        connectors: names of the modules that FSDP2 shards as units.
         layer: the name of a list of layers of the language model.
         images: the inputs that a batch of text does not have.
     """
 
     make: Callable[[], Any]
     given: Callable[[], dict[str, Any]]
-    adapted: str
+    lora_targets: str
     connectors: tuple[str, ...]
     layers: str
     images: tuple[str, ...] = ("pixel_values",)
 
 
 def _blip2() -> Any:
-    """Without its dropout, so that training can be compared."""
+    """BLIP-2 without dropout, so that training can be compared."""
     model, given = tiny_qformers.whole("Blip2ForConditionalGeneration")
     for module in model.modules():
         for name in ("attention_dropout", "dropout"):
@@ -80,7 +86,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def pair(family: str) -> tuple[Any, Any, dict[str, Any]]:
-    """A model, the same patched, and their inputs with labels."""
+    """A model, a patched copy, and inputs with labels."""
     plain = FAMILIES[family].make()
     fast = copy.deepcopy(plain)
     vlm_fast.patch(fast, strict=True)
@@ -93,7 +99,7 @@ def with_labels(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def step(model: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Logits, loss, and every gradient, None where there is none."""
+    """Logits, loss and all gradients, which may be None."""
     model.zero_grad(set_to_none=True)
     output = model(**given)
     output.loss.backward()
@@ -114,7 +120,7 @@ def assert_close(ours: dict[str, Any], theirs: dict[str, Any], rtol=1e-4, atol=1
 
 
 def distance(found: dict[str, Any], exact: dict[str, Any]) -> torch.Tensor:
-    """Mean relative error of gradients; of those that are zero but for rounding none is taken."""
+    """Mean relative error of gradients, without those that are zero up to rounding."""
     sizes = {name: exact[name].double().norm() for name in found}
     largest = max(sizes.values())
     errors = [

@@ -1,4 +1,4 @@
-"""Qwen3-VL and LLaVA-OneVision, tiny, with batches of pictures, of a video, of both and of none."""
+"""Tiny Qwen3-VL and LLaVA-OneVision models, with batches of images, videos, both or neither."""
 
 import copy
 
@@ -12,7 +12,7 @@ BOTH = ("picture", "video")
 
 
 def qwen3(*kinds):
-    """One row with a picture and a video in this order, or one of them, or text alone."""
+    """One row with an image and a video in this order, one of them, or only text."""
     ids, given = [5, 6], {}
     generator = torch.Generator().manual_seed(len(kinds) + 7 * ("video" in kinds[:1]))
     for kind in kinds:
@@ -30,7 +30,7 @@ def qwen3(*kinds):
 
 
 def onevision(*kinds):
-    """The same of LLaVA-OneVision, whose pictures come in tiles and end their rows in a newline."""
+    """Inputs of LLaVA-OneVision, whose images have tiles and a newline after each row."""
     ids, given = [5, 6], {}
     generator = torch.Generator().manual_seed(len(kinds) + 7 * ("video" in kinds[:1]))
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""Look at every page of the built site in headless Chromium, on a phone and on a desktop.
+"""Opens every page of the built site in headless Chromium, in phone and desktop width.
 
     make docs && python -m tests.tools.check_pages [--screenshots FOLDER]
 
@@ -38,7 +38,7 @@ CUT_OFF = """() => {
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves files without a line for each request."""
+    """A file server without request logging."""
 
     def log_message(self, *_: Any) -> None:
         pass

@@ -1,9 +1,9 @@
-"""The suite as other processors run it, one setting after another, on this one.
+"""Runs the test suite with the settings of other processors, one after another.
 
 ``python -m tests.tools.machines [pytest's arguments]`` prints a line per setting and ends with 1
-if one fails. A setting is what ATen and oneDNN are told that the processor can do, how MKL sums,
-how many threads there are, and whether SIGINT was ignored at the start, as it is in the
-background of a shell script. Triton's interpreter is a suite of its own:
+if one fails. A setting is the instruction set for ATen and oneDNN, MKL's summation mode, the
+number of threads, and whether SIGINT is ignored at the start, as in the background of a shell
+script. For the interpreted kernels run
 ``python -m tests.tools.machines --device interpreter``.
 """
 
@@ -28,7 +28,7 @@ class Setting(NamedTuple):
     ignores_sigint: bool
 
     def environment(self) -> dict[str, str]:
-        """tests/conftest.py tells oneDNN what ATen is told."""
+        """tests/conftest.py passes ATen's instruction set on to oneDNN."""
         return {
             "ATEN_CPU_CAPABILITY": self.level,
             "MKL_CBWR": self.mkl,
@@ -48,7 +48,7 @@ SETTINGS = (
 
 
 def run(setting: Setting, arguments: list[str]) -> tuple[int, str]:
-    """The exit code, and pytest's last line; failures are printed as they are found."""
+    """Run pytest; return its exit code and last line, and print failures."""
     ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
     found = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *arguments],
@@ -63,7 +63,7 @@ def run(setting: Setting, arguments: list[str]) -> tuple[int, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Every setting with these arguments of pytest."""
+    """Run every setting with these pytest arguments."""
     worst = 0
     for setting in SETTINGS:
         start = time.monotonic()

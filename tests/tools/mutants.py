@@ -1,4 +1,4 @@
-"""Small wrong edits of the package, each of which some test of `make test` must see.
+"""Mutation tests: small wrong edits of the package, each of which a test must detect.
 
     python -m tests.tools.mutants [names]     # all, or those whose names contain one of these
     python -m tests.tools.mutants --list
@@ -29,9 +29,9 @@ class Mutant(NamedTuple):
 
     Attributes:
         name: what is wrong.
-        file: the file that is edited; ``old`` occurs in it.
-        old, new: the text that is replaced, once, and what stands there instead.
-        tests: the arguments of pytest that kill it.
+        file: the file that is edited.
+        old, new: a text in that file, and its replacement at the first occurrence.
+        tests: pytest arguments of tests that fail with the edit.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Mutant(NamedTuple):
 
 
 def interpreted(file: str, words: str) -> str:
-    """The suite of kernels in Triton's interpreter, as far as it names these ops or tests."""
+    """Pytest arguments for interpreted kernel tests that match these words."""
     return f"--device interpreter tests/kernels/{file} -k '{words}'"
 
 
@@ -60,17 +60,17 @@ MUTANTS = (
         NORM,
     ),
     Mutant(
-        "survivors of dropout are not scaled", "kernels/add_layer_norm.py",
+        "kept elements of dropout are not scaled", "kernels/add_layer_norm.py",
         "z *= survivor_scale * keep_tile(", "z *= keep_tile(",
         NORM,
     ),
     Mutant(
-        "a program sums rows of the next", "kernels/add_layer_norm.py",
+        "a program also sums rows of the next one", "kernels/add_layer_norm.py",
         "inside_rows = row < last", "inside_rows = row < rows",
         NORM,
     ),
     Mutant(
-        "the variance is that of one pass over squares", "kernels/add_layer_norm.py",
+        "the variance is computed in one pass", "kernels/add_layer_norm.py",
         "rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / cols + eps)",
         "rstd = 1.0 / tl.sqrt(tl.sum(z * z, axis=1) / cols - mean * mean + eps)",
         interpreted("test_add_layer_norm.py", "mean_far_above"),
@@ -81,7 +81,7 @@ MUTANTS = (
         SLOTS,
     ),
     Mutant(
-        "features go one slot too far", "kernels/image_tokens.py",
+        "features are written one slot too far", "kernels/image_tokens.py",
         "slot = found + tl.cumsum(here, axis=0) - 1", "slot = found + tl.cumsum(here, axis=0)",
         SLOTS,
     ),
@@ -92,12 +92,12 @@ MUTANTS = (
         SLOTS,
     ),
     Mutant(
-        "the gate is not squashed", "kernels/_tanh_gate.py",
+        "the gate has no tanh", "kernels/_tanh_gate.py",
         "    return _tanh(gate)\n", "    return gate\n",
         GATED,
     ),
     Mutant(
-        "eps is left out of a norm", "kernels/gated_add.py",
+        "a norm omits eps", "kernels/gated_add.py",
         "rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / cols + eps)",
         "rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / cols)",
         GATED,
@@ -108,22 +108,22 @@ MUTANTS = (
         interpreted("test_kernels.py", "mlp and not gated"),
     ),
     Mutant(
-        "a key of the next medium is seen", "kernels/media_cross_attention.py",
+        "attention includes a key of the next medium", "kernels/media_cross_attention.py",
         "    inside = n < tokens_per_media\n", "    inside = n <= tokens_per_media\n",
         ATTENTION,
     ),
     Mutant(
-        "dropout is left out of a backward", "kernels/_cross_attention_backward.py",
+        "backward omits dropout", "kernels/_cross_attention_backward.py",
         "        dp *= factor\n    return s, seen, dp, factor", "    return s, seen, dp, factor",
         ATTENTION,
     ),
     Mutant(
-        "a wild start is an address", "kernels/merge_tokens.py",
+        "an out-of-range start is used as an address", "kernels/merge_tokens.py",
         "tl.minimum(tl.load(at + 1), tokens)", "tl.load(at + 1)",
         TOKENS,
     ),
     Mutant(
-        "a wild destination is an address", "kernels/merge_tokens.py",
+        "an out-of-range destination is used as an address", "kernels/merge_tokens.py",
         "y = tl.load(at_y, mask=(col < cols) & inside, other=0.0)",
         "y = tl.load(at_y, mask=col < cols, other=0.0)",
         TOKENS,
@@ -134,7 +134,7 @@ MUTANTS = (
         interpreted("test_kernels.py", "spatial_pool"),
     ),
     Mutant(
-        "half as much is dropped", "kernels/_dropout.py",
+        "dropout drops half as much", "kernels/_dropout.py",
         "return int(p * 2**32)", "return int(p * 2**31)",
         "tests/kernels/test_dropout.py",
     ),
@@ -168,28 +168,29 @@ MUTANTS = (
         "tests/ops/test_saved_bytes.py tests/modules/test_chains.py tests/patching/test_patch.py",
     ),
     Mutant(
-        "keys of images that were written to are kept", "vlm_fast/patching/image_kv_cache.py",
+        "cached keys survive in-place writes to images", "vlm_fast/patching/image_kv_cache.py",
         "version = None if images.is_inference() else images._version", "version = None",
         "tests/patching/test_patched_flamingos.py",
     ),
     Mutant(
-        "keys of the images of an earlier prompt are kept", "vlm_fast/patching/image_kv_cache.py",
-        "if length == 0 or tokens != 1 or cache not in _kept:", "if cache not in _kept:",
+        "cached keys survive a new prompt", "vlm_fast/patching/image_kv_cache.py",
+        "if length == 0 or tokens != 1 or cache not in _generations:",
+        "if cache not in _generations:",
         "tests/patching/test_patched_flamingos.py",
     ),
     Mutant(
-        "a forward that was replaced is not called", "vlm_fast/patching/class_swap.py",
-        "        if current is not read:\n            record_fallback",
+        "a replaced forward is not called", "vlm_fast/patching/patched_module.py",
+        "        if current is not original:\n            record_fallback",
         "        if False:\n            record_fallback",
         "tests/patching/test_replaced_code.py -k forward_replaced",
     ),
     Mutant(
-        "a subclass of a linear is read as one", "vlm_fast/modules/parameter_access/linear.py",
+        "a subclass of nn.Linear is fused", "vlm_fast/modules/parameter_access/linear.py",
         "    if type(linear) not in _LINEARS:\n", "    if not isinstance(linear, _LINEARS):\n",
         "tests/patching/test_replaced_code.py -k changed_child",
     ),
     Mutant(
-        "parameters of another dtype are read", "vlm_fast/modules/parameter_access/linear.py",
+        "parameters of another dtype are fused", "vlm_fast/modules/parameter_access/linear.py",
         "if parameter.dtype != weight.dtype or parameter.device != weight.device:", "if False:",
         "tests/modules",
     ),
@@ -197,7 +198,7 @@ MUTANTS = (
 
 
 class Copy:
-    """A copy of the files of the repository in which mutants are tried."""
+    """A scratch copy of the repository in which mutants are tested."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -226,7 +227,7 @@ class Copy:
         return failed[1]
 
     def verdict(self, mutant: Mutant) -> str:
-        """By which test it is killed, which passes without it; or why by none."""
+        """The test that kills the mutant and passes without it, or the reason why none does."""
         path = self.folder / mutant.file
         text = path.read_text()
         if mutant.old not in text:
@@ -245,7 +246,7 @@ class Copy:
 
 
 def main(arguments: list[str]) -> int:
-    """Try them, a line each; 1 if one of them was not killed."""
+    """Test the mutants and print a line each; return 1 if one survived."""
     parser = argparse.ArgumentParser(prog="python -m tests.tools.mutants")
     parser.add_argument("--list", action="store_true", help="say which there are, try none")
     parser.add_argument("names", nargs="*", help="parts of names")

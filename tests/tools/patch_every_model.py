@@ -1,4 +1,4 @@
-"""A pytest plugin that patches every model of transformers, for suites that know nothing of it.
+"""A pytest plugin that patches every transformers model, for example in transformers' own tests.
 
 With a checkout of transformers, and this folder and the root of this project on the path:
 
@@ -32,7 +32,7 @@ def pytest_configure(config):
 
 
 def patch_every_model():
-    """From now on every model of transformers is patched when it is made; again changes nothing."""
+    """Patch every transformers model when it is constructed; calling this again has no effect."""
     from transformers import PreTrainedModel
 
     original = PreTrainedModel.post_init

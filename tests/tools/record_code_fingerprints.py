@@ -1,10 +1,10 @@
-"""Record fingerprints of the transformers code that patches restate: ``code_fingerprints.json``.
+"""Records fingerprints of the transformers code that patches replace: ``code_fingerprints.json``.
 
     python -m tests.tools.record_code_fingerprints [releases]  # by default all
 
-Under each release every family is patched and run, and each method is noted whose code is asked
-for. Then the fingerprints of those methods are taken from the sources of every release. Whoever
-runs this says that the code was read, and that ``make versions`` found the families equal under it.
+Under each release every family is patched and run, and the methods are collected whose code is
+checked. Then the fingerprints of these methods are taken from the sources of every release. Run
+this only after reading the code, and after ``make versions`` found the families equal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vlm_fast.modules.parameter_access import (
 )
 from vlm_fast.patching.models import patch_merger, pixel_shuffle
 
-# Classes that are told by their names, wherever they are defined.
+# Classes that are recognised by name, wherever they are defined.
 NAMED = (
     *norm.LLAMA_RMS_NORMS, *norm.GEMMA_RMS_NORMS, *patch_merger.MERGERS.values(),
     *patch_merger.UNFOLDING_PROJECTORS.values(), *patch_merger.UNFOLDING_MERGERS.values(),
@@ -39,7 +39,7 @@ NAMED = (
 
 
 def source(release: str) -> Path:
-    """Where a release of transformers lies."""
+    """The source folder of a transformers release."""
     folder = releases.folder(release)
     if folder.exists():
         return folder / "transformers"
@@ -48,8 +48,8 @@ def source(release: str) -> Path:
     return Path(found.origin).parent
 
 
-def asked() -> set[str]:
-    """Methods whose code is asked for, in the installed release."""
+def checked_methods() -> set[str]:
+    """Methods whose code is checked in the installed release."""
     from tests.support.families import CASES, build
 
     names: set[str] = set()
@@ -66,7 +66,7 @@ def asked() -> set[str]:
     for case in CASES:
         try:
             model, inputs = build(case)
-            model = CASES[case].altered(model)
+            model = CASES[case].prepare(model)
             vlm_fast.patch(model)
             model(**inputs)
             model.train()(**inputs)
@@ -75,8 +75,8 @@ def asked() -> set[str]:
     return names
 
 
-def asked_under(release: str) -> set[str]:
-    """The same, in a process of its own."""
+def checked_methods_under(release: str) -> set[str]:
+    """Methods whose code is checked under a release, found in a new process."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch, "names.json")
         paths = [str(releases.ROOT)]
@@ -87,15 +87,15 @@ def asked_under(release: str) -> set[str]:
             sys.executable,
             "-m",
             "tests.tools.record_code_fingerprints",
-            "--asked",
+            "--checked-methods",
             str(out),
         ]
         subprocess.run(command, cwd=releases.ROOT, env=environment, check=True)
         return set(json.loads(out.read_text()))
 
 
-def told_by_name(root: Path) -> Iterator[str]:
-    """The forward of each class in a release that is told by its name, and of each activation."""
+def methods_recognised_by_name(root: Path) -> Iterator[str]:
+    """The forwards of classes that are recognised by name in a release, and of activations."""
     for path in root.glob("models/*/*.py"):
         for kind in re.findall(r"^class (\w+)", path.read_text(encoding="utf8"), flags=re.M):
             if kind in NAMED:
@@ -105,7 +105,7 @@ def told_by_name(root: Path) -> Iterator[str]:
 
 
 def fingerprints(names: set[str], roots: list[Path]) -> dict[str, list[str]]:
-    """Of each method, in the releases that have it."""
+    """Fingerprints of each method in the releases that have it."""
     found: dict[str, set[str]] = {}
     trees: dict[Path, ast.Module] = {}
     for name in sorted(names):
@@ -125,13 +125,17 @@ def fingerprints(names: set[str], roots: list[Path]) -> dict[str, list[str]]:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments[:1] == ["--asked"]:
-        Path(arguments[1]).write_text(json.dumps(sorted(asked())))
+    if arguments[:1] == ["--checked-methods"]:
+        Path(arguments[1]).write_text(json.dumps(sorted(checked_methods())))
         return
-    names = {name for release in arguments or releases.RELEASES for name in asked_under(release)}
+    names = {
+        name
+        for release in arguments or releases.RELEASES
+        for name in checked_methods_under(release)
+    }
     roots = [source(release) for release in releases.RELEASES]
     for root in roots:
-        names |= set(told_by_name(root))
+        names |= set(methods_recognised_by_name(root))
     names |= code_fingerprints.KNOWN.keys()
     code_fingerprints.PATH.write_text(json.dumps(fingerprints(names, roots), indent=1) + "\n")
 

@@ -1,11 +1,11 @@
-"""Releases of transformers, each in a folder beside `.venv`, and what of every family they get.
+"""Installs transformers releases beside `.venv` and tests every family under each.
 
     python -m tests.tools.releases [releases]             # the suite under each, or all
     python -m tests.tools.releases --install [releases]   # their folders alone
 
-The suite of a release runs in a process of its own. What it finds is written to
-`tests/tools/served.json`, which is reviewed as a lock file is, and from there to the tables in
-docs and README. What is wrong in a release is printed and not written.
+The suite of a release runs in a separate process. Results are written to
+`tests/tools/served.json`, which is reviewed like a lock file, and from there to the tables in docs
+and README. Failures in a release are printed and not written.
 """
 
 from __future__ import annotations
@@ -44,10 +44,9 @@ def folder(release: str) -> Path:
 
 
 def install(release: str, pip: Callable[..., None] | None = None) -> None:
-    """A release, and those of its requirements that the environment does not satisfy.
+    """Install a release, and those of its requirements that the environment does not satisfy.
 
-    A folder whose installation did not come to its end is made anew, and so is one that was made
-    for another environment.
+    A folder with an incomplete installation, or for another environment, is replaced.
     """
     path, pip = folder(release), pip or run_pip
     if (path / "installed").exists() and not any(missing(path, "transformers", set())):
@@ -72,7 +71,7 @@ def run_pip(path: Path, *requirements: str) -> None:
 
 
 def missing(path: Path, name: str, seen: set[str]) -> Iterator[str]:
-    """Requirements of a distribution, and of what satisfies them, that nothing satisfies."""
+    """Unsatisfied requirements of a distribution and of its installed requirements."""
     for text in distribution(path, name).requires or []:
         requirement = Requirement(text)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
@@ -90,7 +89,7 @@ def missing(path: Path, name: str, seen: set[str]) -> Iterator[str]:
 
 
 def distribution(path: Path, name: str) -> importlib.metadata.Distribution:
-    """That in the folder, or else that of the environment."""
+    """The distribution in the folder, or else in the environment."""
     own = importlib.metadata.distributions(name=name, path=[str(path)])
     return next(iter(own), None) or importlib.metadata.distribution(name)
 
@@ -99,7 +98,7 @@ def distribution(path: Path, name: str) -> importlib.metadata.Distribution:
 
 
 def examine(release: str) -> dict[str, Any]:
-    """What `across_releases` finds there: ``cases`` by their names, and the ``release``."""
+    """Run `across_releases` under a release; returns ``cases`` by name and the ``release``."""
     paths = [str(ROOT)]
     if release != importlib.metadata.version("transformers"):
         install(release)
@@ -126,12 +125,12 @@ def examine(release: str) -> dict[str, Any]:
 
 
 def served() -> dict[str, dict[str, Cell]]:
-    """By case and release: what `across_releases.examined` gave when it was last written."""
+    """Results of `across_releases.examine_family` by case and release, from the file."""
     return json.loads(SERVED.read_text()) if SERVED.exists() else {}
 
 
 def written(cells: dict[str, dict[str, Cell]]) -> str:
-    """The file: a line for each cell."""
+    """The text of the file, with one line per cell."""
     cases = []
     for case, releases in cells.items():
         lines = [f"  {json.dumps(r)}: {json.dumps(releases[r])}" for r in RELEASES if r in releases]
@@ -165,7 +164,7 @@ def main(arguments: list[str]) -> int:
 
 
 def merged(cells: dict[str, dict[str, Cell]], found: dict[str, Any]) -> dict[str, dict[str, Cell]]:
-    """The cells with those of one release in their places, but what is wrong."""
+    """The cells updated with those of one release, without wrong results."""
     after = {}
     for case, cell in found["cases"].items():
         after[case] = {r: c for r, c in cells.get(case, {}).items() if r != found["release"]}

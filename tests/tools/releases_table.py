@@ -1,4 +1,4 @@
-"""The tables of docs/releases.md, made from `tests/tools/served.json`."""
+"""Makes the tables of docs/releases.md from `tests/tools/served.json`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def page(cells: Cells) -> str:
 
 
 def summary(cells: Cells) -> str:
-    """For each family what is served from which release on: families with the same in one row."""
+    """What is patched in each family and since which release; equal families share a row."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for case, found in cells.items():
         if " " not in case:  # another form of the same

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support import reference_blip2
+from tests.support import reference_losses
 from tests.support.tiny_blip2 import generative, parts
 from vlm_fast.modules.qformer.model import QFormer
 from vlm_fast.training import losses
@@ -20,7 +20,7 @@ def gradients_of(loss, model, head):
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def drawn_negatives(monkeypatch):
     """The hard negatives of each call: texts, then images."""
     drawn = []
     original = blip2_stage1.hard_negatives
@@ -31,16 +31,16 @@ def drawn(monkeypatch):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("of", [None, QFormer.from_module], ids=["made", "kept"])
-def test_stage1_matches_reference(drawn, of, smoothing):
+@pytest.mark.parametrize("of", [None, QFormer.from_module], ids=["transformers", "from_module"])
+def test_stage1_matches_reference(drawn_negatives, of, smoothing):
     model, head, image_embeds, ids, mask = parts(5)
     image_embeds.requires_grad_()
     found = losses.stage1_loss(
         model, image_embeds, ids, mask, lm_head=head, bos_token_id=60,
         label_smoothing=smoothing, qformer=of and of(model.qformer),
     )  # fmt: skip
-    expected = reference_blip2.stage1(
-        model, image_embeds, ids, mask, head, 60, model.temp, smoothing, drawn
+    expected = reference_losses.stage1(
+        model, image_embeds, ids, mask, head, 60, model.temp, smoothing, drawn_negatives
     )
     for name, ours, plain in zip(found._fields, found, expected, strict=True):
         torch.testing.assert_close(ours, plain, msg=lambda m, name=name: f"{name}: {m}")

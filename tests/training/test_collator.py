@@ -130,12 +130,12 @@ def test_mixed_and_text_only_batches():
         collator = Collator(processor)
         mixed = collator([TEXT_ONLY, PICTURED, TEXT_ONLY, PICTURED])
         assert mixed["pixel_values"].shape[0] == 2
-        alone = [collator([one]) for one in (TEXT_ONLY, PICTURED)]
-        assert "pixel_values" not in alone[0]
+        single = [collator([one]) for one in (TEXT_ONLY, PICTURED)]
+        assert "pixel_values" not in single[0]
         for row in range(4):
-            length = alone[row % 2]["input_ids"].shape[1]
+            length = single[row % 2]["input_ids"].shape[1]
             for name in ("input_ids", "labels"):
-                assert torch.equal(mixed[name][row, :length], alone[row % 2][name][0])
+                assert torch.equal(mixed[name][row, :length], single[row % 2][name][0])
             assert not mixed["attention_mask"][row, length:].any()
 
 

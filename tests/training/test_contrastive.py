@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support import reference_blip2
-from tests.support.reference_blip2 import judged
+from tests.support import reference_losses
+from tests.support.reference_losses import assert_matches_reference
 from vlm_fast.training import losses
 
 
@@ -26,9 +26,9 @@ def test_itc_loss_matches_reference(batch, local_loss, smoothing):
         ).loss
 
     def plain(images, texts, temperature):
-        return reference_blip2.itc(images, texts, temperature, smoothing)[0]
+        return reference_losses.itc(images, texts, temperature, smoothing)[0]
 
-    judged(ours, plain, [*features(batch), torch.tensor(0.07)], torch.float32)
+    assert_matches_reference(ours, plain, [*features(batch), torch.tensor(0.07)], torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1)])
@@ -37,7 +37,7 @@ def test_temperature_of_one_element_broadcasts(shape, local_loss):
     images, texts = features(4)
     temperature = torch.full(shape, 0.07, requires_grad=True)
     found = losses.itc_loss(images, texts, temperature, local_loss=local_loss)
-    expected, logits = reference_blip2.itc(images, texts, temperature)
+    expected, logits = reference_losses.itc(images, texts, temperature)
     assert found.loss.shape == () and found.similarity_i2t.shape == logits.shape
     torch.testing.assert_close(found.loss, expected)
     ours, plain = (torch.autograd.grad(x, temperature)[0] for x in (found.loss, expected))
@@ -47,7 +47,7 @@ def test_temperature_of_one_element_broadcasts(shape, local_loss):
 def test_itc_loss_returns_logits_of_both_directions():
     images, texts = features(6)
     _, i2t, t2i = losses.itc_loss(images, texts, 0.5)
-    logits = reference_blip2.itc(images, texts, 0.5)[1]
+    logits = reference_losses.itc(images, texts, 0.5)[1]
     torch.testing.assert_close(i2t, logits)
     torch.testing.assert_close(t2i, logits.t())
 
@@ -177,7 +177,7 @@ def test_itm_loss_matches_reference():
     def plain(logits):
         return F.cross_entropy(logits.mean(1), labels)
 
-    judged(losses.itm_loss, plain, [torch.randn(6, 5, 2)], torch.float32)
+    assert_matches_reference(losses.itm_loss, plain, [torch.randn(6, 5, 2)], torch.float32)
     other = labels.flip(0)
     logits = torch.randn(6, 5, 2)
     expected = F.cross_entropy(logits.mean(1), other)

@@ -50,7 +50,7 @@ def test_wrong_gradient_is_detected(family, op, argument, factor, monkeypatch):
     monkeypatch.setattr(op._path, "backward", backward)
     plain, apart = yardstick(family, torch.float32, "cpu")
     broken = train(family, torch.float32, "cpu", fused=True)
-    assert distance(broken, plain).over(apart) > 5 * ALLOWED
+    assert distance(broken, plain).ratio_to(apart) > 5 * ALLOWED
 
 
 @every_family

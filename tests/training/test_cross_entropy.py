@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from tests.ops.test_saved_bytes import peak_bytes
-from tests.support import reference_blip2
+from tests.support import reference_losses
 from tests.support.cases import DTYPES, assert_right
-from tests.support.reference_blip2 import judged
+from tests.support.reference_losses import assert_matches_reference
 from vlm_fast.training import losses
 from vlm_fast.training.losses import cross_entropy
 
@@ -35,7 +35,7 @@ def test_itg_loss_matches_reference(monkeypatch, dtype, smoothing, with_bias, ro
 
     tensors = [t.to(dtype) for t in ([hidden, weight, bias] if with_bias else [hidden, weight])]
     ours = of(losses.itg_loss, label_smoothing=smoothing)
-    judged(ours, of(reference_blip2.itg, smoothing=smoothing), tensors, dtype)
+    assert_matches_reference(ours, of(reference_losses.itg, smoothing=smoothing), tensors, dtype)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
@@ -45,7 +45,7 @@ def test_itg_loss_computes_only_wanted_gradients(wanted):
     for i in wanted:
         tensors[i].requires_grad_()
     found = losses.itg_loss(hidden, weight, labels, bias, label_smoothing=0.1)
-    expected = reference_blip2.itg(hidden, weight, labels, bias, smoothing=0.1)
+    expected = reference_losses.itg(hidden, weight, labels, bias, smoothing=0.1)
     inputs = [tensors[i] for i in wanted]
     pairs = zip(torch.autograd.grad(3 * found, inputs), torch.autograd.grad(3 * expected, inputs),
                 strict=True)  # fmt: skip
@@ -58,7 +58,7 @@ def test_itg_loss_of_all_ignored_labels_is_nan_as_in_pytorch():
     hidden.requires_grad_()
     loss = losses.itg_loss(hidden, weight, torch.full_like(labels, -100))
     assert loss.isnan()
-    assert reference_blip2.itg(hidden, weight, torch.full_like(labels, -100)).isnan()
+    assert reference_losses.itg(hidden, weight, torch.full_like(labels, -100)).isnan()
 
 
 def test_itg_loss_with_another_ignore_index():
@@ -66,7 +66,7 @@ def test_itg_loss_with_another_ignore_index():
     labels[labels == -100] = 0
     torch.testing.assert_close(
         losses.itg_loss(hidden, weight, labels, ignore_index=0),
-        reference_blip2.itg(hidden, weight, labels, ignore_index=0),
+        reference_losses.itg(hidden, weight, labels, ignore_index=0),
     )
 
 
@@ -85,11 +85,11 @@ def test_itg_loss_under_autocast():
             found = run(function)
         return {n: t if n == "loss" else t.bfloat16() for n, t in found.items()}
 
-    exact = run(reference_blip2.itg, lambda t: t.bfloat16().double())
-    assert_right(within(losses.itg_loss), lambda: within(reference_blip2.itg), exact, "loss")
+    exact = run(reference_losses.itg, lambda t: t.bfloat16().double())
+    assert_right(within(losses.itg_loss), lambda: within(reference_losses.itg), exact, "loss")
 
 
-def learnt(size=6.0, hidden=64, vocabulary=500):
+def predictable_text(size=6.0, hidden=64, vocabulary=500):
     """A text whose labels the weight predicts; a larger scale makes it more certain."""
     x, weight = torch.randn(4, 33, hidden), torch.randn(vocabulary, hidden) / 8
     labels = torch.zeros(4, 33, dtype=torch.int64)
@@ -100,7 +100,7 @@ def learnt(size=6.0, hidden=64, vocabulary=500):
 @pytest.mark.parametrize("scale", [65536.0, 32768.0, 3000.0, 1.0])
 @pytest.mark.parametrize("size", [0.1, 6.0, 12.0, 40.0])
 def test_fp16_loss_scale_is_applied_before_gradients_are_rounded(scale, size):
-    hidden, weight, labels, bias = learnt(size)
+    hidden, weight, labels, bias = predictable_text(size)
 
     def gradients(loss, dtype):
         inputs = [t.detach().to(dtype).requires_grad_() for t in (hidden, weight, bias)]
@@ -109,9 +109,9 @@ def test_fp16_loss_scale_is_applied_before_gradients_are_rounded(scale, size):
         return dict(zip(("hidden", "weight", "bias"), grads, strict=True))
 
     found = gradients(losses.itg_loss, torch.float16)
-    native = gradients(reference_blip2.itg, torch.float16)
-    exact = gradients(reference_blip2.itg, torch.float64)
-    assert_right(found, lambda: gradients(reference_blip2.itg, torch.float16), exact)
+    native = gradients(reference_losses.itg, torch.float16)
+    exact = gradients(reference_losses.itg, torch.float64)
+    assert_right(found, lambda: gradients(reference_losses.itg, torch.float16), exact)
     for name, true in exact.items():
         ours, theirs = ((g[name] - true).norm() for g in (found, native))
         assert ours <= 1.5 * theirs, name  # rounded twice, unless the scale is a power of two
@@ -163,7 +163,7 @@ def test_itg_loss_never_allocates_all_logits(monkeypatch):
 
     logits = 4 * 8 * 64 * 4000
     assert peak_bytes(step(losses.itg_loss))[0] < logits / 4
-    assert peak_bytes(step(reference_blip2.itg))[0] > 2 * logits
+    assert peak_bytes(step(reference_losses.itg))[0] > 2 * logits
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_rate_limiter_spaces_calls_evenly():
             RateLimit(wrong)
 
 
-def as_it_is(folder, *, box=None, captions=CAPTIONS, **change):
+def read_changed_box(folder, *, box=None, captions=CAPTIONS, **change):
     """Scenes and faults if the first box annotation has these changes."""
     one = {**BOXES["annotations"][0], **change} | ({} if box is None else {"bbox": box})
     boxes = {**BOXES, "annotations": [one, *BOXES["annotations"][1:]]}
@@ -210,7 +210,7 @@ NO_BOXES = {
 
 @pytest.mark.parametrize("name", NO_BOXES)
 def test_invalid_boxes_are_left_out_and_reported(tmp_path, name):
-    scenes, issues = as_it_is(tmp_path, box=NO_BOXES[name])
+    scenes, issues = read_changed_box(tmp_path, box=NO_BOXES[name])
     assert [box.name for box in scenes[0].boxes] == ["chair"] and scenes[1].id == 8
     assert [(issue.kind, issue.id) for issue in issues] == [("no box", "7")]
     assert issues[0].field == "instances.json: annotations[0].bbox"
@@ -223,20 +223,20 @@ def test_missing_box_does_not_stop(tmp_path):
         issues = []
         scenes = read_scenes(*written(tmp_path, boxes), issues=issues)
         assert len(scenes[0].boxes) == 2 - count and len(issues) == count
-    scenes, issues = as_it_is(tmp_path, bbox=None)
+    scenes, issues = read_changed_box(tmp_path, bbox=None)
     assert len(scenes[0].boxes) == 1 and "got nothing" in str(issues[0])
 
 
 def test_box_is_clipped_to_the_image(tmp_path):
-    scenes, issues = as_it_is(tmp_path, box=[150, 50, 500, 500])
+    scenes, issues = read_changed_box(tmp_path, box=[150, 50, 500, 500])
     assert scenes[0].boxes[0] == Box("dog", 0.75, 0.5, 1.0, 1.0) and not issues
 
 
 def test_crowd_annotation_is_described_as_group(tmp_path):
-    scenes, issues = as_it_is(tmp_path, iscrowd=1)
+    scenes, issues = read_changed_box(tmp_path, iscrowd=1)
     assert scenes[0].boxes[0].name == "group of dog"
     assert [(issue.kind, issue.id) for issue in issues] == [("crowd", "7")]
-    assert as_it_is(tmp_path, iscrowd=0)[1] == []
+    assert read_changed_box(tmp_path, iscrowd=0)[1] == []
     assert "'group of'" in messages(scenes[0], "detail")[0]["content"]
     assert "group of dog: [0.250, " in messages(scenes[0], "detail")[3]["content"]
 
@@ -245,7 +245,7 @@ def test_images_with_duplicate_ids_are_left_out(tmp_path):
     first = CAPTIONS["images"][0]
     for change, left in (({"file_name": "z.png"}, [8]), ({"width": 99}, [8]), ({}, [7, 8])):
         images = [*CAPTIONS["images"], {**first, **change}]
-        scenes, issues = as_it_is(tmp_path, captions={**CAPTIONS, "images": images})
+        scenes, issues = read_changed_box(tmp_path, captions={**CAPTIONS, "images": images})
         assert [scene.id for scene in scenes] == left
         kinds = [(issue.kind, issue.field, issue.actual) for issue in issues]
         wanted = ("duplicate id", "captions.json: images[3].id")

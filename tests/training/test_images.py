@@ -50,7 +50,7 @@ def read(folder, picture, name, *, background=None, **options):
     return image
 
 
-def furthest(picture, wanted):
+def largest_difference(picture, wanted):
     assert np.asarray(picture).shape == np.asarray(wanted).shape
     return np.abs(np.asarray(picture).astype(float) - np.asarray(wanted).astype(float)).max()
 
@@ -66,24 +66,24 @@ def test_exif_orientation_is_applied(tmp_path, name, orientation):
     options = {"quality": 100} if name[-3:] in ("jpg", "mpo") else {}
     options |= {"lossless": True} if name.endswith("webp") else {}
     found = read(tmp_path, PICTURE, name, exif=exif, **options)
-    assert furthest(found, wanted) <= (16 if options.get("quality") else 0)
+    assert largest_difference(found, wanted) <= (16 if options.get("quality") else 0)
 
 
 def test_xmp_orientation_is_applied(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta tiff:Orientation="6"></x:xmpmeta>')
     found = read(tmp_path, PICTURE, "a.png", pnginfo=info)
-    assert furthest(found, PICTURE.transpose(Image.Transpose.ROTATE_270)) == 0
+    assert largest_difference(found, PICTURE.transpose(Image.Transpose.ROTATE_270)) == 0
 
 
 def test_broken_exif_is_ignored(tmp_path):
     found = read(tmp_path, PICTURE, "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
-    assert furthest(found, PICTURE) == 0
+    assert largest_difference(found, PICTURE) == 0
     # Broken EXIF with a readable orientation: an offset beyond the end.
     entries = struct.pack("<HHII", 274, 3, 1, 3) + struct.pack("<HHII", 0x8769, 4, 1, 10**6)
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + b"\0\0\0\0"
     found = read(tmp_path, PICTURE, "a.png", exif=exif)
-    assert furthest(found, PICTURE.transpose(Image.Transpose.ROTATE_180)) == 0
+    assert largest_difference(found, PICTURE.transpose(Image.Transpose.ROTATE_180)) == 0
 
 
 def composed(colours, alpha, background):
@@ -91,7 +91,7 @@ def composed(colours, alpha, background):
     return np.asarray(colours).astype(float) * share + np.array(background) * (1 - share)
 
 
-def see_through(kind):
+def transparent_image(kind):
     """An image with this kind of transparency, its save options, colours and alpha."""
     grey, few = PICTURE.convert("L"), PICTURE.quantize(16)
     if kind in ("RGBA", "LA", "PA"):
@@ -130,14 +130,14 @@ KINDS = ("RGBA", "LA", "PA", "P, an index", "P, bytes", "L, a value", "1, a valu
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_transparent_images_are_composed_on_the_background(tmp_path, kind):
-    picture, options, colours, alpha = see_through(kind)
+    picture, options, colours, alpha = transparent_image(kind)
     name = "a.tif" if kind == "PA" else "a.png"
     if kind == "PA":  # no format that Pillow writes has this mode
         picture = picture.convert("RGBA")
     for background in (None, WHITE, GREEN, "#0ac81e"):
         found = read(tmp_path, picture, name, background=background, **options)
         shown = WHITE if background in (None, WHITE) else GREEN
-        assert furthest(found, composed(colours, np.asarray(alpha), shown)) <= 1
+        assert largest_difference(found, composed(colours, np.asarray(alpha), shown)) <= 1
     assert (np.asarray(alpha) < 255).any()
 
 
@@ -146,22 +146,24 @@ def test_modes_of_in_memory_images(mode):
     from vlm_fast.training.data.images import as_rgb
 
     if mode == "RGBA in a palette":
-        picture = see_through("RGBA")[0].quantize(32)
+        picture = transparent_image("RGBA")[0].quantize(32)
         wanted = composed(
             picture.convert("RGB"), np.asarray(picture.convert("RGBA"))[..., 3], GREEN
         )
     else:
-        picture, _, colours, alpha = see_through({"La": "LA", "RGBa": "RGBA", "PA": "PA"}[mode])
+        picture, _, colours, alpha = transparent_image(
+            {"La": "LA", "RGBa": "RGBA", "PA": "PA"}[mode]
+        )
         picture, wanted = picture.convert(mode), composed(colours, alpha, GREEN)
     assert picture.mode == ("P" if " " in mode else mode)
-    assert furthest(as_rgb(picture, GREEN), wanted) <= 2
+    assert largest_difference(as_rgb(picture, GREEN), wanted) <= 2
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm", "a.jp2"])
 def test_grey_16_bit_is_scaled(tmp_path, name):
     deep = ramp(65535)
     found = read(tmp_path, Image.fromarray(deep.astype(np.uint16)), name)
-    assert furthest(found.getchannel(0), (deep / 257).round()) == 0
+    assert largest_difference(found.getchannel(0), (deep / 257).round()) == 0
     assert ImageChops.difference(found.getchannel(0), found.getchannel(2)).getextrema() == (0, 0)
 
 
@@ -169,10 +171,10 @@ def test_grey_of_other_depths_byte_orders_and_signs(tmp_path):
     deep = ramp(65535)
     big = Image.fromarray(deep.astype(">u2"))
     assert big.mode == "I;16B"
-    assert furthest(read(tmp_path, big, "a.tif").getchannel(0), (deep / 257).round()) == 0
+    assert largest_difference(read(tmp_path, big, "a.tif").getchannel(0), (deep / 257).round()) == 0
     # 0 is white, by the photometric interpretation.
     found = read(tmp_path, Image.fromarray(deep.astype(np.uint16)), "b.tif", tiffinfo={262: 0})
-    assert furthest(found.getchannel(0), 255 - (deep / 257).round()) <= 1
+    assert largest_difference(found.getchannel(0), 255 - (deep / 257).round()) <= 1
     ten = ramp(1023).ravel()
     text = f"P2 {WIDTH} {HEIGHT} 1023 {' '.join(map(str, ten))}".encode()
     found = np.asarray(read(tmp_path, text, "c.pgm").getchannel(0)).ravel()
@@ -219,21 +221,21 @@ def test_other_modes(tmp_path, mode):
         turned = ImageCms.applyTransform(PICTURE, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
     else:
         turned = PICTURE.convert(mode)
-    assert furthest(as_rgb(turned), turned.convert("RGB")) == 0
+    assert largest_difference(as_rgb(turned), turned.convert("RGB")) == 0
     if mode not in ("HSV", "RGBX"):
-        assert furthest(read(tmp_path, turned, "a.tif"), turned.convert("RGB")) == 0
+        assert largest_difference(read(tmp_path, turned, "a.tif"), turned.convert("RGB")) == 0
 
 
 def test_adobe_cmyk_jpegs_are_inverted(tmp_path):
     stream = io.BytesIO()
     PICTURE.convert("CMYK").save(stream, "JPEG", quality=100)
     content = stream.getvalue()
-    assert furthest(read(tmp_path, content, "a.jpg"), PICTURE) <= 16
+    assert largest_difference(read(tmp_path, content, "a.jpg"), PICTURE) <= 16
     marker = content.index(b"\xff\xee")
     length = struct.unpack(">H", content[marker + 2 : marker + 4])[0]
     plain = content[:marker] + content[marker + 2 + length :]
     inverted = ImageChops.invert(PICTURE.convert("CMYK")).convert("RGB")
-    assert furthest(read(tmp_path, plain, "b.jpg"), inverted) <= 16
+    assert largest_difference(read(tmp_path, plain, "b.jpg"), inverted) <= 16
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
@@ -298,10 +300,10 @@ def test_png_with_too_long_text_is_read(tmp_path, chunks):
         Image.open(io.BytesIO(png_with(*chunks))) as it,
     ):
         it.load()
-    assert furthest(read(tmp_path, png_with(*chunks), "a.png"), PICTURE) == 0
+    assert largest_difference(read(tmp_path, png_with(*chunks), "a.png"), PICTURE) == 0
     turned = png_with(*chunks[:1], *chunks[1:], (b"tEXt", b"Raw profile type exif\0" + ROTATED))
     wanted = PICTURE.transpose(Image.Transpose.ROTATE_270)
-    assert furthest(read(tmp_path, turned, "a.png"), wanted) == 0
+    assert largest_difference(read(tmp_path, turned, "a.png"), wanted) == 0
 
 
 def test_png_with_orientation_in_too_long_text_is_a_metadata_fault(tmp_path):

@@ -100,32 +100,32 @@ def test_each_question_is_sent_once_and_answers_are_valid_records(server, coco, 
     # A run with one kind and a limit continues with all kinds and a larger limit.
     (coco / "out.json").unlink()
     (coco / "out.json.resume.jsonl").unlink()
-    for limit, asked in ((1, 7), (2, 8)):
+    for limit, count in ((1, 7), (2, 8)):
         generate(coco, "--kind", "reasoning", "--limit", limit, url=server.url)
-        assert len(server.requests) == asked
+        assert len(server.requests) == count
     assert [entry.get("task") for entry in logged(coco)] == [None, "7-reasoning", "8-reasoning"]
 
 
 def test_request_contents(server, coco):
     generate(coco, url=server.url)
-    for asked in server.requests:
-        assert asked["model"] == "m"
-        roles = [message["role"] for message in asked["messages"]]
+    for request in server.requests:
+        assert request["model"] == "m"
+        roles = [message["role"] for message in request["messages"]]
         assert roles == ["system", "user", "assistant", "user"]
-    told = [asked["messages"][-1]["content"] for asked in server.requests]
-    assert set(told[:3]) == {
+    contents = [request["messages"][-1]["content"] for request in server.requests]
+    assert set(contents[:3]) == {
         "A dog on a chair.\nA chair.\n\n"
         "dog: [0.250, 0.250, 0.750, 0.755]\nchair: [0.000, 0.000, 1.000, 0.990]"
     }
-    assert set(told[3:]) == {"A cat.\n\n(no objects are listed)"}
-    assert len({asked["messages"][0]["content"] for asked in server.requests}) == 3
+    assert set(contents[3:]) == {"A cat.\n\n(no objects are listed)"}
+    assert len({request["messages"][0]["content"] for request in server.requests}) == 3
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_client_retries_after_the_advised_delay(server, endpoint, status):
     server.replies = [(status, SOON, b"{}"), (status, SOON, b"{}"), completion("yes")]
     assert endpoint.ask(HELLO) == "yes"
-    assert [asked["messages"] for asked in server.requests] == [HELLO] * 3
+    assert [request["messages"] for request in server.requests] == [HELLO] * 3
 
 
 def test_failing_endpoint_stops_the_run_without_losing_answers(server, coco):
@@ -134,9 +134,9 @@ def test_failing_endpoint_stops_the_run_without_losing_answers(server, coco):
     assert found.exit_code == main.Exit.FAILURE
     assert "busy'; run the same command again" in found.stderr
     assert [one["id"] for one in json.loads((coco / "out.json").read_text())] == ["7-detail"]
-    asked = len(server.requests)
+    before = len(server.requests)
     assert generate(coco, url=server.url).exit_code == 0
-    assert len(server.requests) == asked + 5
+    assert len(server.requests) == before + 5
 
 
 def test_bad_answer_is_retried_then_recorded(server, coco):
@@ -144,12 +144,12 @@ def test_bad_answer_is_retried_then_recorded(server, coco):
     options = ("--kind", "reasoning", "--again", 2)
     found = generate(coco, *options, url=server.url)
     assert len(server.requests) == 6 and found.exit_code == 0  # the last one was good
-    asked = [[message["content"] for message in one["messages"][4:]] for one in server.requests]
+    messages = [[message["content"] for message in one["messages"][4:]] for one in server.requests]
     # The model gets its previous answer, if there is one, and the fault in it.
-    assert asked[0] == asked[2] == asked[3] == []
-    assert asked[1][0] == asked[4][0] == "no" and asked[5][0] == "{}"
-    assert all("expected JSON, got 'no'" in asked[n][1] for n in (1, 4))
-    assert "expected a list of 1, got an object of 0" in asked[5][1]
+    assert messages[0] == messages[2] == messages[3] == []
+    assert messages[1][0] == messages[4][0] == "no" and messages[5][0] == "{}"
+    assert all("expected JSON, got 'no'" in messages[n][1] for n in (1, 4))
+    assert "expected a list of 1, got an object of 0" in messages[5][1]
     (coco / "out.json.resume.jsonl").unlink()
     (coco / "out.json").unlink()
     server.replies = [good, *[completion("no")] * 3]
@@ -221,9 +221,9 @@ def test_connection_failure_is_reported(server):
 
 @pytest.mark.usefixtures("inherited_sigint")
 def test_interrupt_leaves_a_resume_log(server, coco):
-    def interrupting(asked):
+    def interrupting(request):
         os.kill(os.getpid(), signal.SIGINT)
-        return good(asked)
+        return good(request)
 
     server.replies = [good, good, interrupting]
     found = generate(coco, url=server.url)

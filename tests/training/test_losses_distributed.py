@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import vlm_fast
-from tests.support import reference_blip2, reference_siglip, tiny_blip2
+from tests.support import reference_losses, tiny_blip2
+from tests.support.dispatch_modes import LargestResult
 from tests.support.distributed_helpers import on_ranks
 from vlm_fast.training import losses
 from vlm_fast.training.losses import blip2_stage1, rank_exchange
@@ -47,7 +48,7 @@ def itc_loss_matches_one_process(rank, world, local_loss, smoothing, dtype):
     towers = Towers().to(dtype)
     images = torch.randn(world * BATCH, QUERIES, 6, dtype=dtype)
     texts = torch.randn(world * BATCH, 4, dtype=dtype)
-    expected, logits = reference_blip2.itc(*towers(images, texts), smoothing)
+    expected, logits = reference_losses.itc(*towers(images, texts), smoothing)
     wanted = torch.autograd.grad(expected, list(towers.parameters()))
 
     own = slice(rank * BATCH, (rank + 1) * BATCH)
@@ -72,7 +73,7 @@ def itc_loss_under_ddp(rank, world):
     torch.manual_seed(0)
     plain = Towers()
     images, texts = torch.randn(world * BATCH, QUERIES, 6), torch.randn(world * BATCH, 4)
-    expected, _ = reference_blip2.itc(*plain(images, texts))
+    expected, _ = reference_losses.itc(*plain(images, texts))
     wanted = torch.autograd.grad(expected, list(plain.parameters()))
     wrapped = nn.parallel.DistributedDataParallel(plain)
     own = slice(rank * BATCH, (rank + 1) * BATCH)
@@ -175,7 +176,7 @@ def mixed_dtypes_raise_on_all_ranks(rank, world):
 def gradient_penalty_crosses_ranks(rank, world):
     whole = [x.double() for x in siglip_features(world * BATCH)]
     images, texts = (x.detach().requires_grad_() for x in whole)
-    loss = reference_blip2.itc(images[:, None], texts, 0.5)[0]
+    loss = reference_losses.itc(images[:, None], texts, 0.5)[0]
     penalty = sum(g.square().sum() for g in torch.autograd.grad(loss, [images, texts],
                                                                create_graph=True))  # fmt: skip
     wanted = torch.autograd.grad(penalty, [images, texts])
@@ -221,9 +222,9 @@ def siglip_loss_matches_one_process(rank, world, batches, dtype):
     features = siglip_features(sum(batches), dtype)
     numbers = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (10.0, -6.0)]
     exact = [*(x.detach().double().requires_grad_() for x in features), *numbers]
-    of_images = reference_siglip.of_images(*exact)
+    loss_per_image = reference_losses.siglip_per_image(*exact)
     weights = torch.arange(1.0, world + 1, dtype=torch.float64)
-    loss = (of_images * weights.repeat_interleave(torch.tensor(batches))).mean()
+    loss = (loss_per_image * weights.repeat_interleave(torch.tensor(batches))).mean()
     wanted = torch.autograd.grad(loss, exact)
 
     own = slice(sum(batches[:rank]), sum(batches[: rank + 1]))
@@ -233,7 +234,9 @@ def siglip_loss_matches_one_process(rank, world, batches, dtype):
         gradients = torch.autograd.grad(found * weights[rank], inputs)
     for number in (found, *gradients[2:]):
         dist.all_reduce(number.detach())
-    torch.testing.assert_close(found.detach() / world, of_images.mean().detach().to(found.dtype))
+    torch.testing.assert_close(
+        found.detach() / world, loss_per_image.mean().detach().to(found.dtype)
+    )
     for gradient, value in zip(gradients, (x[own] if x.ndim else x for x in wanted), strict=True):
         # Sums are in fp32; the bf16 gradient of a row is rounded once, by half an ulp.
         rtol, atol = (1e-12, 1e-14) if dtype == torch.float64 else (1e-5, 1e-6)
@@ -250,7 +253,7 @@ def siglip_loss_sends_one_text_batch_at_a_time(rank, world):
         sent.append((tensor.dtype, len(tensor))), transport(out, tensor, *args, **options)
     )[1]  # fmt: skip
     try:
-        with reference_siglip.Largest() as largest:
+        with LargestResult() as largest:
             loss = losses.siglip_loss(images, texts, 10.0, -5.0)
             forward = len(sent)
             loss.backward()
@@ -303,7 +306,7 @@ def losses_in_a_subgroup(rank, world):
         own = slice(2, 4) if rank else slice(0, 2)
         loss = losses.siglip_loss(images[own], texts[own], 10.0, -5.0, group=group)
         torch.testing.assert_close(
-            loss, reference_siglip.of_images(images, texts, 10.0, -5.0)[own].mean()
+            loss, reference_losses.siglip_per_image(images, texts, 10.0, -5.0)[own].mean()
         )
     else:
         with pytest.raises(ValueError, match="group"):
@@ -323,7 +326,7 @@ def stage1_matches_one_process(rank, world):
 
     every = torch.arange(2 * world)
     negatives = ((every + 1) % len(every), (every - 1) % len(every))
-    expected = reference_blip2.stage1(
+    expected = reference_losses.stage1(
         model, image_embeds, ids, mask, head, 60, model.temp, 0.1, negatives
     )
     parameters = [*model.parameters(), *head.transform.parameters(), head.decoder.bias]

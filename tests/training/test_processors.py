@@ -40,10 +40,10 @@ def test_rows_with_and_without_images(name):
     wanted = ["acat</s>red</s>", "anastronaut</s>", "acat</s>red</s>"]
     assert list(learned(processor, batch)) == wanted
     for row, one in enumerate(rows):
-        alone = collator([one])
-        length = alone["input_ids"].shape[1]
-        assert torch.equal(batch["input_ids"][row, :length], alone["input_ids"][0])
-        assert torch.equal(batch["labels"][row, :length], alone["labels"][0])
+        single = collator([one])
+        length = single["input_ids"].shape[1]
+        assert torch.equal(batch["input_ids"][row, :length], single["input_ids"][0])
+        assert torch.equal(batch["labels"][row, :length], single["labels"][0])
         assert not batch["attention_mask"][row, length:].any()
 
 

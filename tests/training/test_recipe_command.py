@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from tests.support import photographs, tiny_blip2, tiny_flamingos, tiny_llava, tiny_processors
-from tests.support.selection import slow_but
+from tests.support.selection import slow_except
 from vlm_fast.cli import main
 from vlm_fast.training.data import ReplacedRecordWarning
 from vlm_fast.training.recipes import checkpoints, run
@@ -263,7 +263,7 @@ def test_bad_records_raise_or_are_skipped(tmp_path, data, model):
     assert "10 too long" in found.output and "has no good record" in found.output
 
 
-@pytest.mark.parametrize("name", slow_but(["llava-stage1"], ["llava-stage1", "blip2-stage2"]))
+@pytest.mark.parametrize("name", slow_except(["llava-stage1"], ["llava-stage1", "blip2-stage2"]))
 def test_image_refused_by_processor_raises_or_is_skipped(monkeypatch, tmp_path, data, name):
     torch.manual_seed(0)
     made = llava() if name == "llava-stage1" else blip2(name)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import photographs
-from tests.support.selection import slow_but
+from tests.support.selection import slow_except
 from tests.training.test_recipe_command import STAGE1, call, folder_of, llava, weights
 from vlm_fast.training.recipes import checkpoints
 
@@ -16,7 +16,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 @pytest.mark.parametrize(
-    "dtype", slow_but([torch.bfloat16], [torch.float32, torch.bfloat16]), ids=["fp32", "bf16"]
+    "dtype", slow_except([torch.bfloat16], [torch.float32, torch.bfloat16]), ids=["fp32", "bf16"]
 )
 def test_lora_resume_is_bitwise_equal(tmp_path, dtype):
     data = photographs.write(tmp_path / "data", longest=32, views=("whole",))

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from transformers import SiglipConfig, SiglipModel
 
-from tests.support import reference_siglip
-from tests.support.reference_blip2 import judged
+from tests.support import reference_losses
+from tests.support.dispatch_modes import LargestResult
+from tests.support.reference_losses import assert_matches_reference
 from vlm_fast.training import losses
 from vlm_fast.training.losses.cross_entropy import LOGITS_AT_ONCE
 
@@ -23,7 +24,7 @@ def features(batch, width=8, dtype=torch.float32):
 
 
 def plain(*inputs):
-    return reference_siglip.of_images(*inputs).mean()
+    return reference_losses.siglip_per_image(*inputs).mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -32,7 +33,7 @@ def plain(*inputs):
 def test_siglip_loss_matches_reference(monkeypatch, batch, logits, scale, bias, dtype):
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", logits)
     numbers = torch.tensor(scale), torch.tensor(bias)
-    judged(losses.siglip_loss, plain, [*features(batch), *numbers], dtype)
+    assert_matches_reference(losses.siglip_loss, plain, [*features(batch), *numbers], dtype)
 
 
 def test_siglip_loss_matches_transformers():
@@ -109,9 +110,9 @@ def test_siglip_double_backward_raises():
 def test_siglip_loss_never_allocates_all_logits(monkeypatch):
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 64)
     images, texts = (x.requires_grad_() for x in features(32, width=2))
-    with reference_siglip.Largest() as ours:
+    with LargestResult() as ours:
         losses.siglip_loss(images, texts, *START).backward()
-    with reference_siglip.Largest() as theirs:
+    with LargestResult() as theirs:
         plain(images, texts, *START).backward()
     assert (ours.numbers, theirs.numbers) == (64, 32 * 32)
 

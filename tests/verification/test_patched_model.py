@@ -21,7 +21,7 @@ def patched(dtype=torch.float32):
     return model, inputs
 
 
-def remembers(method):
+def caching_first_result(method):
     """A method that caches its first result and returns it when gradients are disabled."""
     answers = []
 
@@ -39,7 +39,7 @@ def remembers(method):
 def test_stale_result_fails(dtype, monkeypatch):
     model, inputs = patched(dtype)
     assert vlm_fast.verify(model, **inputs).ok
-    monkeypatch.setattr(FusedMLP, "forward", remembers(FusedMLP.forward))
+    monkeypatch.setattr(FusedMLP, "forward", caching_first_result(FusedMLP.forward))
     with torch.no_grad():
         model(**{**inputs, "pixel_values": torch.randn_like(inputs["pixel_values"])})
     found = vlm_fast.verify(model, **inputs)
@@ -276,7 +276,7 @@ def test_outputs_are_found_in_nested_results(kind, monkeypatch):
     model = Wraps(inner)
     (verdict,) = vlm_fast.verify(model, **inputs).outputs
     assert verdict.ok
-    monkeypatch.setattr(FusedMLP, "forward", remembers(FusedMLP.forward))
+    monkeypatch.setattr(FusedMLP, "forward", caching_first_result(FusedMLP.forward))
     with torch.no_grad():
         model(**{**inputs, "pixel_values": torch.randn_like(inputs["pixel_values"])})
     assert not vlm_fast.verify(model, **inputs).ok

@@ -8,7 +8,7 @@ import torch
 
 from tests.support import whole_models
 from tests.support.cases import DTYPES, every_case, every_op
-from tests.support.selection import slow_but
+from tests.support.selection import slow_except
 from vlm_fast.ops.declaration import OPS
 from vlm_fast.verification import tolerance
 from vlm_fast.verification.summation_orders import RandomSumOrder
@@ -86,7 +86,7 @@ def test_operands_of_lower_precision_fail():
     assert not any(v.ok for v in verdicts), verdicts
 
 
-@pytest.mark.parametrize("dtype", slow_but([FP32], DTYPES.values()), ids=DTYPES)
+@pytest.mark.parametrize("dtype", slow_except([FP32], DTYPES.values()), ids=DTYPES)
 @every_op
 def test_relative_error_of_a_thousandth_fails(op, dtype):
     """Every result is scaled by 1.001, or by 1.05 in 16-bit dtypes, whose ulp is larger."""

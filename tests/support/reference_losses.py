@@ -1,4 +1,4 @@
-"""BLIP-2's losses written plainly, all logits in memory, one process: what the fast ones equal."""
+"""Plain references of BLIP-2's and SigLIP's losses: all logits in memory, one process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support.cases import assert_right
 
 
 def itc(images, texts, temperature, smoothing=0.0):
-    """The loss and the logits of images, whose transpose are those of texts."""
+    """The ITC loss and the image-to-text logits, whose transpose is text-to-image."""
     logits = torch.einsum("aqp,cp->acq", images, texts).amax(2) / temperature
     target = torch.arange(len(logits))
     losses = [F.cross_entropy(x, target, label_smoothing=smoothing) for x in (logits, logits.t())]
@@ -26,7 +26,7 @@ def itg(hidden, weight, labels, bias=None, smoothing=0.0, ignore_index=-100):
 
 
 def multimodal_causal_mask(mask, queries):
-    """(batch, 1, all, all): queries see queries; text sees queries and the text until itself."""
+    """(batch, 1, all, all): queries attend to queries, text to queries and earlier text."""
     batch, tokens = mask.shape
     seen = torch.zeros(batch, queries + tokens, queries + tokens, dtype=torch.bool)
     seen[:, :, :queries] = True
@@ -36,7 +36,7 @@ def multimodal_causal_mask(mask, queries):
 
 
 def stage1(model, image_embeds, ids, mask, head, bos, temperature, smoothing, negatives):
-    """The three losses by transformers' own Q-Former, every pass on its own.
+    """The three stage-1 losses with transformers' Q-Former, each in a separate pass.
 
     ``negatives``: the text for each image, and the image for each text.
     """
@@ -78,8 +78,15 @@ def stage1(model, image_embeds, ids, mask, head, bos, temperature, smoothing, ne
     return contrast + matching + generation, contrast, matching, generation
 
 
-def judged(ours, plain, tensors, dtype):
-    """Value and gradients of a loss against the plain one, in this dtype and in float64."""
+def siglip_per_image(images, texts, scale, bias):
+    """The loss of each image ``(batch,)``; the SigLIP loss is its mean."""
+    logits = images @ texts.t() * scale + bias
+    labels = 2 * torch.eye(len(logits), dtype=logits.dtype) - 1
+    return -F.logsigmoid(labels * logits).sum(1)
+
+
+def assert_matches_reference(ours, plain, tensors, dtype):
+    """Check value and gradients of a loss against the plain one, in this dtype and float64."""
 
     def run(function, dtype):
         inputs = [t.detach().to(dtype).requires_grad_() for t in tensors]
