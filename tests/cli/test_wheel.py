@@ -25,7 +25,6 @@ SAME = {  # commands whose output does not depend on the load of the machine
 }
 TRITON = {
     "compile": ["compile", "--op", OP, "--arch", "sm_90", "--check", "--json"],
-    "report": ["compile", "--op", OP, "--arch", "sm_90", "--report"],
 }
 OTHERS = {
     "env": ["env", "--json"],

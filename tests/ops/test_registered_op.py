@@ -11,6 +11,7 @@ from torch.library import opcheck
 
 from tests.support.cases import (
     OPS,
+    OWN,
     any_case,
     any_op,
     each,
@@ -103,7 +104,7 @@ INDUCTOR = ("mlp", "cross_attention", "merge_image_tokens", "gated_add_norm", "b
 
 @pytest.mark.parametrize(
     "op",
-    [pytest.param(o, id=n, marks=[pytest.mark.slow] * (n not in INDUCTOR)) for n, o in OPS.items()],
+    [pytest.param(o, id=n, marks=[pytest.mark.slow] * (n not in INDUCTOR)) for n, o in OWN.items()],
 )
 def test_compiled_by_inductor(op):
     args, options = op.sample(op.usual_shape)
