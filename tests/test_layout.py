@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -23,8 +24,12 @@ LOOSE = {
     "__init__.py", "atomic_write.py", "fallback.py", "py.typed", "signals.py", "terminal.py",
 }  # fmt: skip
 LINKED = ("benchmarks", "csrc", "kernels")  # top-level folders that are installed under the package
-LONGEST = 400
-TABLES = {"tests/support/tiny_models.py": 450}  # a table of models may be longer
+# Lines of a file, by room. Files that are longer are listed with their length, which may only fall.
+LONGEST = {
+    "vlm_fast": 220, "vlm_fast/ops": 160, "vlm_fast/modules": 160, "vlm_fast/patching": 160,
+    "kernels": 220, "csrc": 220, "benchmarks": 250, "tests": 280, "examples": 80,
+}  # fmt: skip
+LONGER = json.loads((ROOT / "tests" / "long_files.json").read_text())
 SOURCES = sorted(
     path
     for folder in ("vlm_fast", *LINKED, "tests", "examples")
@@ -107,11 +112,18 @@ def test_declared_packages_match_folders():
     assert project["project"]["version"] == vlm_fast.__version__
 
 
+def longest(name):
+    """The limit of the innermost room that a file is in."""
+    return LONGEST[max((room for room in LONGEST if name.startswith(f"{room}/")), key=len)]
+
+
 def test_files_stay_short():
-    assert len(SOURCES) > 20
     lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in SOURCES}
-    too_long = {n: lines for n, lines in lengths.items() if lines > TABLES.get(n, LONGEST)}
-    assert not too_long
+    longer = {name: lines for name, lines in lengths.items() if lines > longest(name)}
+    assert longer.keys() <= LONGER.keys(), "shorten them, or split them by meaning"
+    grown = {name: lines for name, lines in longer.items() if lines > LONGER[name]}
+    assert not grown, "files in tests/long_files.json may only become shorter"
+    assert longer == LONGER, "write their new lengths to tests/long_files.json"
 
 
 def test_ops_have_a_kernel_file_or_need_none():
