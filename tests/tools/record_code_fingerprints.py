@@ -124,6 +124,12 @@ def fingerprints(names: set[str], roots: list[Path]) -> dict[str, list[str]]:
     return {name: sorted(of_name) for name, of_name in found.items()}
 
 
+def as_text(found: dict[str, list[str]]) -> str:
+    """The fingerprints as JSON, a line for each method."""
+    lines = [f" {json.dumps(name)}: {json.dumps(found[name])}" for name in sorted(found)]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--checked-methods"]:
         Path(arguments[1]).write_text(json.dumps(sorted(checked_methods())))
@@ -137,7 +143,7 @@ def main(arguments: list[str]) -> None:
     for root in roots:
         names |= set(methods_recognised_by_name(root))
     names |= code_fingerprints.KNOWN.keys()
-    code_fingerprints.PATH.write_text(json.dumps(fingerprints(names, roots), indent=1) + "\n")
+    code_fingerprints.PATH.write_text(as_text(fingerprints(names, roots)))
 
 
 if __name__ == "__main__":
