@@ -67,6 +67,7 @@ def rows_of(op, few_rounds=None, **selected):
 # ---- rows ----
 
 
+@pytest.mark.slow
 def test_each_provider_has_a_measured_row_or_a_reason(few_rounds, tmp_path):
     path, table = tmp_path / "out.json", tmp_path / "out.csv"
     found = bench(

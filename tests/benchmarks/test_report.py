@@ -155,6 +155,7 @@ def test_short_run_has_one_shape_per_op():
         assert len({s for s in short_run.SHAPES.values() if s in shapes}) == 1, name
 
 
+@pytest.mark.slow
 def test_short_run_patches_verifies_and_times(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(short_run, "SHAPES", {"merge_tokens": short_run.SHAPES["merge_tokens"]})
     monkeypatch.setattr(short_run, "SECONDS_PER_PASS", 0.01)

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from tests.support.cases import (
+    DIFFERENTIABLE,
     OPS,
     OWN,
     any_case,
@@ -99,13 +100,18 @@ def test_compiled_is_bitwise_eager(op, number):
 
 
 # One op of each kind of schema: optional tensors, a list of tensors, several results, indices.
-INDUCTOR = ("mlp", "cross_attention", "merge_image_tokens", "gated_add_norm", "bipartite_match")
+KINDS = ("mlp", "cross_attention", "merge_image_tokens", "gated_add_norm", "bipartite_match")
 
 
-@pytest.mark.parametrize(
-    "op",
-    [pytest.param(o, id=n, marks=[pytest.mark.slow] * (n not in INDUCTOR)) for n, o in OWN.items()],
-)
+def one_of_each_kind(ops):
+    """Parametrises ``op``; those that repeat a kind of schema are slow."""
+    marks = {name: [pytest.mark.slow] * (name not in KINDS) for name in ops}
+    return pytest.mark.parametrize(
+        "op", [pytest.param(op, id=name, marks=marks[name]) for name, op in ops.items()]
+    )
+
+
+@one_of_each_kind(OWN)
 def test_compiled_by_inductor(op):
     args, options = op.sample(op.usual_shape)
     graphs = CompileCounterWithBackend("inductor")
@@ -117,7 +123,7 @@ def test_compiled_by_inductor(op):
     assert holds_op(graphs.graphs[0], op)
 
 
-@every_op
+@one_of_each_kind(DIFFERENTIABLE)
 def test_compiled_under_autocast(op):
     args, options = op.sample(op.usual_shape)
 

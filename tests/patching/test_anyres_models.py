@@ -42,6 +42,7 @@ def test_patched_models_with_ragged_images_match_unpatched(name):
     assert torch.equal(model(**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.slow
 def test_compiled_patched_model_matches_unpatched():
     """Image sizes are data, so the graph breaks where they are read, as it does unpatched."""
     model, inputs = ragged("llava_next")
