@@ -185,7 +185,9 @@ def compile_(
     ] = None,
     op: OpOption = None,
     as_json: Json = False,
-    check: Annotated[bool, typer.Option(help="Fail if a kernel exceeds its budget, of Triton 3.6.")] = False,
+    check: Annotated[
+        bool, typer.Option(help="Fail if a budget (of Triton 3.6) is exceeded.")
+    ] = False,
 ) -> None:
     """Compile every kernel for GPUs that need not be here; print registers, spills, memory."""
     if not _triton.AVAILABLE or _triton.INTERPRETED:
