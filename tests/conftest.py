@@ -55,6 +55,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Triton is either interpreted or compiled for the life of a process."""
     device = config.getoption("device")
+    os.environ["VLM_FAST_TEST_DEVICE"] = device  # read by tests.support.cases at its import
     if device == "interpreter":
         if "triton" in sys.modules:
             raise pytest.UsageError("--device interpreter: Triton was imported already")

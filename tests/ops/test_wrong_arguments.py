@@ -5,6 +5,7 @@ Most cases follow from each op's declared signature; `MISTAKES` lists the others
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,6 +137,12 @@ def test_unknown_option_raises(op, no_work):
     for call in (op, op.fast):
         with pytest.raises(TypeError, match="flavour"):
             call(*args, **options, flavour="vanilla")
+
+
+def test_numpy_integers_are_integers():
+    x = torch.randn(2, 35, 4)
+    found = OPS["spatial_pool"](x, height=np.int64(5), width=np.int32(7), stride=np.int64(2))
+    assert torch.equal(found, OPS["spatial_pool"](x, height=5, width=7, stride=2))
 
 
 @declared_op

@@ -61,11 +61,11 @@ def plan(
     sizes = tuple(sizes)
     counts = tuple([tile_count(size, tiling) for size in sizes] if tiles is None else tiles)
     if len(counts) != len(sizes):
-        raise ValueError(f"anyres_plan: {len(sizes)} sizes, {len(counts)} counts of tiles")
+        raise ValueError(f"vlm_fast.anyres: {len(sizes)} sizes, {len(counts)} counts of tiles")
     for size, found in zip(sizes, counts, strict=True):
         if found != 1 and found != 1 + math.prod(stitched(size, tiling).tiles):
             raise ValueError(
-                f"anyres_plan: an image of {size} has {found} tiles, expected the base and "
+                f"vlm_fast.anyres: an image of {size} has {found} tiles, expected the base and "
                 f"{stitched(size, tiling).tiles} of {tiling.tile} pixels for its grid of "
                 f"{best_resolution(size, tiling.pinpoints)}, or 1"
             )
@@ -107,7 +107,7 @@ def tables(
         counts.append(forth.shape[0])
         first, placed = first + back.shape[0], placed + forth.shape[0]
     if max(first, placed) > MAX_ROWS:
-        raise ValueError(f"anyres_plan: {max(first, placed)} rows, at most {MAX_ROWS}")
+        raise ValueError(f"vlm_fast.anyres: {max(first, placed)} rows, at most {MAX_ROWS}")
     none = (torch.empty(0, dtype=torch.int32, device="cpu"),) * 2
     columns = zip(*(shifted or [none]), strict=True)
     return Plan(tuple(counts), tuple(torch.cat(column).to(device) for column in columns))
@@ -160,7 +160,7 @@ def _resized_tables(grid: Stitched | None, side: int, newline: bool) -> tuple[Te
         source, target = _plain_tables(grid, side, newline)
         return *single_taps(source), *single_taps(target)
     if 0 in grid.resized:
-        raise ValueError(f"anyres_plan: nothing is left of a grid of {grid.kept} when resized")
+        raise ValueError(f"vlm_fast.anyres: nothing is left of a grid of {grid.kept} when resized")
     rows = _stitched_rows(grid, side)
     (y, y_back), (x, x_back) = map(_bilinear, grid.kept, grid.resized)
     taps, weights = _outer(rows, y, x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,9 @@ from vlm_fast.ops.signature import Signature
 from vlm_fast.ops.signature_arguments import HALF, NAMES, TensorArgument
 
 WORDS = {"and", "else", "if", "is", "not", "or", "None"}
+# NumPy's numbers are among them; a tensor is not.
+INTEGERS: tuple[Any, ...] = (numbers.Integral, torch.SymInt)
+NUMBERS: tuple[Any, ...] = (numbers.Real, torch.SymInt, torch.SymFloat)
 FLOATING = "a floating dtype (float32, bfloat16 or float16)"
 
 
@@ -131,11 +135,7 @@ class _Call:
                 if value not in option.choices:
                     yield wrong_value(self.op, name, value, option.words)
                 continue
-            kinds = (
-                (int, torch.SymInt)
-                if option.integer
-                else (int, float, torch.SymInt, torch.SymFloat)
-            )
+            kinds = INTEGERS if option.integer else NUMBERS
             if isinstance(value, bool) or not isinstance(value, kinds):
                 yield wrong_type(self.op, name, value, option.words)
             elif not option.least <= value < option.below:

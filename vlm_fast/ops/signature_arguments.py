@@ -19,8 +19,10 @@ class TensorArgument:
     Attributes:
         name: of the argument, or of the element of a list.
         dtypes: alternatives as written: "floating", "half", "like x", "int32".
-        sizes: expressions, or None for any shape, or "one element".
+        sizes: expressions, or None for any shape.
+        one_element: whether the tensor has exactly one element.
         optional: whether None is accepted.
+        is_list: whether this stands for every tensor of a list.
     """
 
     name: str
@@ -91,8 +93,9 @@ def parse_tensor(op: str, name: str, line: str) -> TensorArgument:
         raise ValueError(f"{op}: {name}={line!r} is no declaration of a tensor")
     dtypes = tuple(found["dtypes"].split(" or "))
     for dtype in dtypes:
-        if dtype not in ("floating", "half") and not dtype.startswith("like "):
-            getattr(torch, dtype)
+        named = dtype in ("floating", "half") or dtype.startswith("like ")
+        if not named and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"{op}: {name}={line!r} names no dtype {dtype!r}")
     shape = (found["shape"] or "").strip()
     sizes = None
     if shape.startswith("("):
