@@ -8,6 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 from peft import PeftModel
@@ -70,6 +71,7 @@ def test_lora_of_patched_llava_loads_in_plain_peft(tmp_path):
     assert (logits - untrained).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_lora_with_local_model_and_data(tmp_path):
     tiny_llava.llava().save_pretrained(tmp_path / "model")
     tiny_processors.llava().save_pretrained(tmp_path / "model")
@@ -80,6 +82,7 @@ def test_lora_with_local_model_and_data(tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_retrieval_pairs_with_local_model_and_data(tmp_path):
     """All batches have the same text length, as ranks need."""
     module("toy_models").retrieval("", "", "")[0].save_pretrained(tmp_path / "model")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vlm_fast.cli import main
+from vlm_fast.kernels import _triton
 from vlm_fast.kernels._triton import AVAILABLE
 
 pytestmark = pytest.mark.slow
@@ -93,7 +94,10 @@ def both(site):
         (ROOT, site.parent.parent, {}),
     ):
         (folder / "mix.json").write_text(json.dumps([{"id": "no conversations"}]))
-        environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
+        # The Triton of this process, which the budgets are of: it may lie outside site-packages.
+        triton = [str(Path(_triton.triton.__file__).parents[1])] if AVAILABLE else []
+        paths = os.pathsep.join([str(path), *triton])
+        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         output = run("-c", DRIVER, json.dumps(COMMANDS | more), cwd=folder, env=environment)
         found = json.loads(output.splitlines()[-1])
         assert Path(found["package"]) == path / "vlm_fast" / "__init__.py"

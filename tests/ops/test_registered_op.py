@@ -138,7 +138,7 @@ def test_compiled_under_autocast(op):
     )
 
 
-@any_op
+@one_of_each_kind(OWN)
 def test_new_sizes_recompile_at_most_once(op):
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op, fullgraph=True, backend=graphs)
