@@ -1,4 +1,5 @@
-"""Two optional extension modules: vlm_fast._C for CPUs and vlm_fast._hopper for Hopper GPUs.
+"""Three optional extension modules: vlm_fast._C for CPUs, vlm_fast._launch, which launches Triton
+kernels, and vlm_fast._hopper for Hopper GPUs.
 
 VLM_FAST_CUTLASS=1 builds vlm_fast._hopper (sm_90a): about a minute and 4 GB for each of its two
 kernels. It needs nvcc 12.3 or newer and CUTLASS's headers, from CUTLASS_PATH (a folder with
@@ -18,7 +19,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 HOPPER_FILES = sorted(Path("csrc").glob("hopper_*"))
-FILES = sorted(set(Path("csrc").iterdir()) - set(HOPPER_FILES))
+LAUNCH_FILES = sorted(Path("csrc").glob("launch*"))
+FILES = sorted(set(Path("csrc").iterdir()) - {*HOPPER_FILES, *LAUNCH_FILES})
 COMPILER = os.environ.get("CXX", "g++")
 NVCC = os.environ.get("CUDACXX", "nvcc")
 
@@ -67,14 +69,14 @@ def python_includes() -> list[str]:
 
 
 def ninja_file(files: list[Path], library: Path, linker: str, *, openmp: str = "") -> str:
-    """A build of one extension module: .cpp files by the C++ compiler, .cu files by nvcc."""
+    """A build of one extension module: .c and .cpp files by the compiler, .cu files by nvcc."""
     host = f"-O3 -std=c++17 -fPIC -fvisibility=hidden {openmp}"
     includes = " ".join(f"-I{shlex.quote(path)}" for path in python_includes())
     device = (
         "-std=c++17 -O3 -DNDEBUG -gencode arch=compute_90a,code=sm_90a --expt-relaxed-constexpr "
         f"-Xcompiler -fPIC,-fvisibility=hidden -isystem {shlex.quote(str(cutlass_include()))}"
     )
-    sources = [path for path in files if path.suffix in (".cpp", ".cu")]
+    sources = [path for path in files if path.suffix in (".c", ".cpp", ".cu")]
     objects = " ".join(f"{path.stem}.o" for path in sources)
     lines = [
         "pool memory",
@@ -83,6 +85,8 @@ def ninja_file(files: list[Path], library: Path, linker: str, *, openmp: str = "
         f"  command = {COMPILER} {host} {includes} -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        "rule c",
+        f"  command = {COMPILER} -x c -O2 -fPIC -fvisibility=hidden {includes} -c $in -o $out",
         "rule cu",
         f"  command = {NVCC} {device} -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -132,6 +136,7 @@ HOPPER = "vlm_fast._hopper"
 extensions = []
 if (reason := why_pure_python()) is None:
     extensions.append(extension("vlm_fast._C", FILES))
+    extensions.append(extension("vlm_fast._launch", LAUNCH_FILES))
 else:
     print(f"vlm_fast: pure-Python install, {reason}", file=sys.stderr)
 if os.environ.get("VLM_FAST_CUTLASS") == "1":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ._fast_launch import Recipe, make_launcher, recipe
 from ._triton import AVAILABLE, INTERPRETED
 
 KERNELS: dict[str, Kernel] = {}
@@ -55,6 +56,10 @@ class Kernel:
 
     ``grid`` maps the block sizes to the number of programs. A kernel may have several configs:
     ``choose`` then maps the ``size`` of a call to the index of a config.
+
+    Attributes:
+        launch: launches with a config; Triton's own launch until it has compiled a kernel, then a
+            launcher of `_fast_launch`.
     """
 
     def __init__(
@@ -62,9 +67,18 @@ class Kernel:
     ) -> None:
         self.jit, self.configs, self.choose = jit, configs, choose
         self.name: str = getattr(jit, "__name__", "absent")
+        self.launch: Callable[..., Any] = self.launch_by_triton
         KERNELS[self.name] = self
 
     def __call__(self, grid: Grid, *arguments: Any, size: int = 0) -> None:
+        self.launch(0 if self.choose is None else self.choose(size), grid, *arguments)
+
+    def launch_by_triton(self, config: int, grid: Grid, *arguments: Any) -> Recipe | None:
+        """Record the launch if asked for, and run it unless the tensors are traced.
+
+        Returns:
+            What launches the compiled kernel again, if anything but Triton can.
+        """
         for tensor in arguments:
             if isinstance(tensor, Tensor):
                 break
@@ -73,17 +87,20 @@ class Kernel:
             for launches in tuple(_recordings.values()):
                 launches.append(Launch(self, named, grid))
         if is_traced(tensor):
-            return
-        config = self.configs[0 if self.choose is None else self.choose(size)]
-        programs = grid(config.blocks)
+            return None
+        chosen = self.configs[config]
+        programs = grid(chosen.blocks)
         if 0 in programs:
-            return
-        if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-            # Triton launches on the current device, which need not be the tensor's.
-            with torch.cuda.device(tensor.device):
-                self.jit[programs](*arguments, **config.options)
-        else:
-            self.jit[programs](*arguments, **config.options)
+            return None
+        # Triton launches on the current device, which need not be the tensor's.
+        with on_device_of(tensor):
+            compiled = self.jit[programs](*arguments, **chosen.options)
+        if INTERPRETED:
+            return None
+        if self.launch == self.launch_by_triton:
+            blocks = tuple(config.blocks for config in self.configs)
+            self.launch = make_launcher(self.launch_by_triton, self.jit, blocks, _recordings)
+        return recipe(compiled, arguments, self.jit)
 
 
 def kernel(*configs: Config, choose: Callable[[int], int] | None = None) -> Callable[[Any], Kernel]:

@@ -1,0 +1,99 @@
+"""A GPU that computes nothing: Triton compiles kernels and launches them on a stub of the driver.
+
+Tensors are the CPU's, so no result means anything. Launches are counted and their arguments kept.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from vlm_fast.kernels import _fast_launch, _launcher
+
+SOURCE = Path(__file__).with_name("stub_driver.c")
+CPU = 1  # DLPack's number of the device
+
+
+def why_none():
+    """None, or why this process cannot have a stub of the driver."""
+    if torch.cuda.is_available():
+        return "the driver of a real GPU is loaded"
+    if shutil.which(os.environ.get("CC", "gcc")) is None:
+        return "there is no C compiler"
+    if not _launcher.AVAILABLE:
+        return "Triton is not installed"
+    return None
+
+
+@functools.cache
+def driver():
+    """The stub, compiled and loaded as this process's libcuda.so.1."""
+    folder = tempfile.mkdtemp(prefix="vlm_fast-stub-")
+    library = Path(folder, "libcuda.so.1")
+    compiler = os.environ.get("CC", "gcc")
+    command = [compiler, "-shared", "-fPIC", "-O1", "-w", f"-Wl,-soname,{library.name}"]
+    subprocess.run([*command, "-o", library, SOURCE], check=True)
+    Path(folder, "libcuda.so").symlink_to(library.name)
+    os.environ["TRITON_LIBCUDA_PATH"] = folder  # where Triton's helper module is linked to
+    loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    for name in ("stub_function", "stub_parameter"):
+        getattr(loaded, name).restype = ctypes.c_ulonglong
+    loaded.stub_config.restype = ctypes.c_uint
+    loaded.stub_set_busy.argtypes = [ctypes.c_long]
+    return loaded
+
+
+def fake_backend(device):
+    """Triton's NVIDIA backend with constants where it would ask ``torch.cuda``."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+
+    class StubDriver(CudaDriver):
+        def __init__(self):
+            self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+            self.get_device_capability = lambda device=0: (9, 0)
+            self.get_current_stream = lambda device: 0
+            self.get_current_device = lambda: device
+            self.set_current_device = lambda device: None
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    return StubDriver()
+
+
+@contextlib.contextmanager
+def active(launcher="c"):
+    """Run kernels on the stub, by this launcher: "c", "python" or "triton"."""
+    from triton.runtime import driver as triton_driver
+
+    stub = driver()
+    before = triton_driver._active, _fast_launch._extension[:]
+    # The index of a CPU tensor's device is -1 for Python and 0 for DLPack.
+    triton_driver.set_active(fake_backend(-1 if launcher == "python" else 0))
+    _fast_launch._extension[:] = [_fast_launch.load_extension(CPU)]
+    forget_launchers()
+    stub.stub_set_device(0)
+    try:
+        with mock.patch.dict(os.environ, VLM_FAST_LAUNCHER=launcher):
+            yield stub
+    finally:
+        triton_driver._active, _fast_launch._extension[:] = before
+        forget_launchers()
+        for reset in (stub.stub_set_error, stub.stub_set_busy, stub.stub_watch):
+            reset(0)
+
+
+def forget_launchers():
+    """Let every kernel begin with Triton's own launch again."""
+    for kernel in _launcher.KERNELS.values():
+        kernel.launch = kernel.launch_by_triton
+        if hasattr(kernel.jit, "device_caches"):
+            kernel.jit.device_caches.clear()
