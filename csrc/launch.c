@@ -1,4 +1,5 @@
-// Launches compiled Triton kernels without Triton's binder.
+// The host's work for a call: launches of compiled Triton kernels without Triton's binder, and
+// descriptions of tensors.
 //
 // A Launcher holds one kernel's compiled variants. A call makes a key from the arguments: the
 // specialisation that Triton would choose. If the key is known, the kernel is launched with the
@@ -12,6 +13,7 @@
 #include <stddef.h>
 
 #include "launch_call.h"
+#include "launch_describe.h"
 
 // ---- the type ----
 
@@ -19,8 +21,8 @@
 static int launcher_init(PyObject *object, PyObject *arguments, PyObject *names) {
   Launcher *self = (Launcher *)object;
   PyObject *slow, *flags, *blocks, *idle;
-  if (exchange == NULL) {
-    PyErr_SetString(PyExc_RuntimeError, "setup() must be called before");
+  if (exchange == NULL || launch_kernel == NULL) {
+    PyErr_SetString(PyExc_RuntimeError, "use_driver() must be called before");
     return -1;
   }
   if (!PyArg_ParseTuple(arguments, "OSO!O!", &slow, &flags, &PyTuple_Type, &blocks, &PyTuple_Type,
@@ -122,40 +124,47 @@ static PyTypeObject LauncherType = {
 
 // ---- the module ----
 
-// setup(Tensor, Parameter, device type of DLPack); ImportError if torch or the driver lacks a part
-static PyObject *setup(PyObject *module, PyObject *arguments) {
+// read_tensors(Tensor, Parameter); ImportError if this torch has no exchange table
+static PyObject *read_tensors(PyObject *module, PyObject *arguments) {
   PyObject *tensor, *parameter;
-  int type;
-  if (!PyArg_ParseTuple(arguments, "O!O!i", &PyType_Type, &tensor, &PyType_Type, &parameter, &type))
+  if (!PyArg_ParseTuple(arguments, "O!O!", &PyType_Type, &tensor, &PyType_Type, &parameter))
     return NULL;
   PyObject *capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
-  const Exchange *table =
-      capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : NULL;
+  const Exchange *table = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : NULL;
   Py_XDECREF(capsule);  // the table is static
   if (table == NULL || table->major != 1 || table->view == NULL || table->stream == NULL) {
     PyErr_Clear();
     PyErr_SetString(PyExc_ImportError, "torch has no exchange table of DLPack 1");
     return NULL;
   }
+  tensor_type = (PyTypeObject *)Py_NewRef(tensor);
+  parameter_type = (PyTypeObject *)Py_NewRef(parameter);
+  exchange = table;
+  Py_RETURN_NONE;
+}
+
+// use_driver(device type of DLPack whose tensors are launched on); ImportError without a driver
+static PyObject *use_driver(PyObject *module, PyObject *type) {
+  int number = (int)PyLong_AsLong(type);
+  if (number == -1 && PyErr_Occurred()) return NULL;
   void *driver = dlopen("libcuda.so.1", RTLD_LAZY);
   if (driver != NULL) {
     launch_kernel = dlsym(driver, "cuLaunchKernelEx");
     current_device = dlsym(driver, "cuCtxGetDevice");
     error_name = dlsym(driver, "cuGetErrorString");
   }
-  if (launch_kernel == NULL || current_device == NULL || error_name == NULL) {
+  if (exchange == NULL || launch_kernel == NULL || current_device == NULL || error_name == NULL) {
     PyErr_SetString(PyExc_ImportError, "libcuda.so.1 has no cuLaunchKernelEx");
     return NULL;
   }
-  tensor_type = (PyTypeObject *)Py_NewRef(tensor);
-  parameter_type = (PyTypeObject *)Py_NewRef(parameter);
-  device_type = type;
-  exchange = table;
+  device_type = number;
   Py_RETURN_NONE;
 }
 
 static PyMethodDef functions[] = {
-    {"setup", setup, METH_VARARGS, "Read tensors of these types, on devices of this type."},
+    {"read_tensors", read_tensors, METH_VARARGS, "Set the classes of tensors that are read."},
+    {"use_driver", use_driver, METH_O, "Launch on devices of this type with the CUDA driver."},
+    {"describe", describe_arguments, METH_O, "Dtypes, devices, shapes and strides as bytes."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -167,7 +176,8 @@ static struct PyModuleDef definition = {
 };
 
 PyMODINIT_FUNC PyInit__launch(void) {
-  if (PyType_Ready(&LauncherType) < 0) return NULL;
+  requires_grad_name = PyUnicode_InternFromString("requires_grad");
+  if (requires_grad_name == NULL || PyType_Ready(&LauncherType) < 0) return NULL;
   PyObject *module = PyModule_Create(&definition);
   if (module != NULL && PyModule_AddObjectRef(module, "Launcher", (PyObject *)&LauncherType) < 0)
     Py_CLEAR(module);

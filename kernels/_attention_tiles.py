@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._dropout import keep_tile
+from ._launcher import next_power_of_2
 from ._triton import tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -253,7 +254,7 @@ def dropout_factor(seed_ptr, drop_below, survivor_scale, key, query, batch_head)
 def head_parts(d: int) -> tuple[int, int]:
     """The widths D1 and D2 of the two parts of a head of size d; D2 is 0 for one part."""
     first = max(16, 1 << (d.bit_length() - 1))
-    return first, 0 if d <= first else max(16, triton.next_power_of_2(d - first))
+    return first, 0 if d <= first else max(16, next_power_of_2(d - first))
 
 
 def tile_divisor(q: Tensor) -> int:
@@ -262,7 +263,7 @@ def tile_divisor(q: Tensor) -> int:
     fp32 products run on scalar units and need more registers, so their tiles have
     a quarter of the keys.
     """
-    columns = triton.next_power_of_2(sum(head_parts(q.shape[3])))
+    columns = next_power_of_2(sum(head_parts(q.shape[3])))
     return max(1, columns // 64) * (4 if q.dtype == torch.float32 else 1)
 
 

@@ -36,7 +36,7 @@ from ._attention_tiles import (
     tile_divisor,
 )
 from ._dropout import threshold
-from ._launcher import Config, kernel, precision
+from ._launcher import Config, cdiv, kernel, precision
 from ._triton import tl, triton
 
 # Key heads of all images. With fewer, one program per key head would leave much of a GPU idle.
@@ -330,7 +330,7 @@ def launch_backward(
     keys2 = 0 if k2 is None else k2.shape[2]
     rows, count = heads // kv_heads * queries, batch * heads * queries
     block = row_block(q, rows)
-    row_tiles = triton.cdiv(rows, block)
+    row_tiles = cdiv(rows, block)
     one_pass = row_tiles == 1 and batch * kv_heads >= ENOUGH_HEADS
     written = (dk, dv, dk2, dv2) if one_pass else (None,) * 4
     stats = None if one_pass else q.new_empty(4, count, dtype=torch.float32)
@@ -366,6 +366,4 @@ def launch_backward(
 def _by_keys(k: Tensor, divisor: int) -> Callable[[dict[str, int]], tuple[int, ...]]:
     """The grid of `key_gradient_kernel`: one program per tile of keys."""
     batch, kv_heads, keys = k.shape[:3]
-    return lambda blocks: (
-        batch * kv_heads * triton.cdiv(keys, max(16, blocks["BLOCK_N"] // divisor)),
-    )
+    return lambda blocks: (batch * kv_heads * cdiv(keys, max(16, blocks["BLOCK_N"] // divisor)),)

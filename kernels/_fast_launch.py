@@ -11,16 +11,13 @@ builder, and `PythonLauncher` where there is no C compiler.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._host import host
 from ._triton import triton
 
 SPECIALIZE, ALIGN, CONSTANT = 1, 2, 4  # flags of an argument, as in csrc/launch_key.h
@@ -104,7 +101,7 @@ def make_launcher(
     if getattr(knobs.compilation, "instrumentation_mode", ""):
         return slow
     if wanted == "c" and backend == "cuda":
-        module = extension()
+        module = host.launching_on(CUDA)
         if module is not None:
             launcher: Launcher = module.Launcher(slow, flags, blocks, idle)
             return launcher
@@ -136,46 +133,6 @@ def _settings(jit: Any) -> tuple[Any, ...]:
         jit.pre_run_hooks,
         *[hook.calls for hook in hooks if hook is not None],
     )
-
-
-_extension: list[ModuleType | None] = []
-
-
-def extension() -> ModuleType | None:
-    """The compiled launcher, from the installation or else built by Triton; None without either."""
-    if not _extension:
-        _extension.append(load_extension(CUDA))
-    return _extension[0]
-
-
-def load_extension(device_type: int) -> ModuleType | None:
-    """The compiled launcher, which reads tensors on this type of device (a number of DLPack)."""
-    for load in (lambda: import_module(".._launch", __package__), _built_by_triton):
-        try:
-            module = load()
-            module.setup(Tensor, torch.nn.Parameter, device_type)
-            return module
-        except Exception:  # no compiler, another libc, a torch without DLPack's table
-            continue
-    return None
-
-
-def _built_by_triton() -> ModuleType:
-    from triton.runtime.build import compile_module_from_src
-
-    source = flattened_source(Path(__file__).resolve().parent.parent / "csrc")
-    module: ModuleType = compile_module_from_src(
-        src=source, name="_launch", library_dirs=[], include_dirs=[], libraries=[]
-    )
-    return module
-
-
-def flattened_source(folder: Path, name: str = "launch.c") -> str:
-    """The text of a C file with the headers of this folder in place of their includes."""
-    text = (folder / name).read_text()
-    return re.sub(
-        r'#include "(\w+\.h)"', lambda found: flattened_source(folder, found[1]), text
-    ).replace("#pragma once\n", "")
 
 
 class PythonLauncher:

@@ -24,7 +24,7 @@ from ._attention_tiles import (
     strides,
     tile_divisor,
 )
-from ._launcher import Config, kernel, precision
+from ._launcher import Config, cdiv, kernel, next_power_of_2, precision
 from ._media_mask import first_of_tile, is_visible, load_index, tiles_of, visible_range
 from ._triton import tl, triton
 
@@ -269,7 +269,7 @@ def launch_backward(
     shared = (
         q, *strides(q), do, *strides(do), k, *strides(k), v, *strides(v), index
     )  # fmt: skip
-    programs_of_rows = batch * kv_heads * triton.cdiv(rows, block)
+    programs_of_rows = batch * kv_heads * cdiv(rows, block)
     shares = None
     if q_norm is not None and dq is not None:
         shares = q.new_empty(programs_of_rows, d, dtype=torch.float32)
@@ -286,12 +286,12 @@ def launch_backward(
     media_reach_kernel(
         lambda blocks: (batch * media,),
         index, reach, queries, media, attend, unattended,
-        min(1024, triton.next_power_of_2(queries)),
+        min(1024, next_power_of_2(queries)),
     )  # fmt: skip
 
     def programs(blocks: dict[str, int]) -> tuple[int, ...]:
         tile = max(16, blocks["BLOCK_N"] // divisor)
-        return (batch * kv_heads * media * triton.cdiv(tokens_per_media, tile),)
+        return (batch * kv_heads * media * cdiv(tokens_per_media, tile),)
 
     media_key_gradient_kernel(
         programs,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._launcher import Config, kernel, precision, runs_triton
+from ._launcher import Config, cdiv, kernel, precision, runs_triton
 from ._native import native
 from ._triton import tl, triton
 
@@ -105,7 +105,7 @@ def find_nearest(metric: Tensor, half: Halves, best: Tensor, nearest: Tensor) ->
     count_a, count_b = half.a - half.protected_a, half.b - half.protected_b
     if runs_triton(metric):
         nearest_kernel(
-            lambda blocks: (batch * triton.cdiv(count_a, blocks["BLOCK_A"]),),
+            lambda blocks: (batch * cdiv(count_a, blocks["BLOCK_A"]),),
             metric, *metric.stride()[:2], best, nearest, count_a, count_b,
             2 * half.protected_a, 2 * half.protected_b + 1, features, precision(),
         )  # fmt: skip

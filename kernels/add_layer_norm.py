@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._dropout import keep_tile, threshold
-from ._launcher import Config, kernel
+from ._launcher import Config, cdiv, kernel, next_power_of_2
 from ._triton import tl, triton
 
 MAX_PROGRAMS = 512  # of the backward: about four per multiprocessor of an H200
@@ -161,9 +161,9 @@ def add_layer_norm(
     if want_statistics:
         z, mean = residual.new_empty(rows, cols), residual.new_empty(rows, dtype=torch.float32)
         statistics = z, mean, torch.empty_like(mean)
-    block = triton.next_power_of_2(cols)
+    block = next_power_of_2(cols)
     add_layer_norm_kernel(
-        lambda blocks: (triton.cdiv(rows, max(blocks["ELEMENTS"] // block, 1)),),
+        lambda blocks: (cdiv(rows, max(blocks["ELEMENTS"] // block, 1)),),
         x, *x.stride()[:2], residual, *residual.stride()[:2], x_bias, weight, bias,
         seed, threshold(dropout), 1 / (1 - dropout), y, *(statistics or (None, None, None)),
         rows, tokens, cols, eps, block, size=rows,
@@ -196,8 +196,8 @@ def add_layer_norm_backward(
     shared = seed is None and x_dtype == z.dtype
     dz = torch.empty_like(z) if want_residual or (shared and want_x) else None
     dx = torch.empty_like(z, dtype=x_dtype) if want_x and not shared else None
-    rows_per_program = max(16, triton.cdiv(rows, MAX_PROGRAMS))
-    programs = triton.cdiv(rows, rows_per_program)
+    rows_per_program = max(16, cdiv(rows, MAX_PROGRAMS))
+    programs = cdiv(rows, rows_per_program)
     shares = [
         dy.new_empty(programs, cols, dtype=torch.float32) if want else None
         for want in (want_weight, want_bias, want_x_bias)
@@ -205,7 +205,7 @@ def add_layer_norm_backward(
     add_layer_norm_backward_kernel(
         lambda blocks: (programs,),
         dy, z, mean, rstd, weight, seed, threshold(dropout), 1 / (1 - dropout), dz, dx, *shares,
-        rows, rows_per_program, cols, triton.next_power_of_2(cols),
+        rows, rows_per_program, cols, next_power_of_2(cols),
     )  # fmt: skip
     dx = dz if shared and want_x else dx
     return dx, dz if want_residual else None, *(None if s is None else s.sum(0) for s in shares)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._launcher import Config, is_traced, kernel, runs_triton
+from ._launcher import Config, cdiv, is_traced, kernel, runs_triton
 from ._native import native
 from ._triton import tl, triton
 from .image_tokens import copy_text, row_matrix
@@ -230,7 +230,7 @@ def fill_gradient(
         share = dy.new_empty(shares, cols, dtype=torch.float32)
         if runs_triton(dy):
             fill_gradient_kernel(
-                lambda blocks: (shares * triton.cdiv(cols, blocks["BLOCK_COLS"]),),
+                lambda blocks: (shares * cdiv(cols, blocks["BLOCK_COLS"]),),
                 matrix, matrix.stride(0), index, index.stride(0), slots, share,
                 limit, rows, rows_per_share, cols,
             )  # fmt: skip

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._launcher import Config, dense, is_traced, kernel, runs_triton
+from ._launcher import Config, cdiv, dense, is_traced, kernel, runs_triton
 from ._native import native
 from ._nearest_tokens import find_nearest, halves
 from ._triton import tl, triton
@@ -118,11 +118,11 @@ def bipartite_match(metric: Tensor, r: int, protected: int) -> Match:
         kept = metric.new_empty(batch, count, dtype=torch.uint8)
         if r:
             closest_pairs_kernel(
-                lambda blocks: (batch * triton.cdiv(count, blocks["BLOCK"]),),
+                lambda blocks: (batch * cdiv(count, blocks["BLOCK"]),),
                 best, kept, count, r,
             )  # fmt: skip
         merged_order_kernel(
-            lambda blocks: (batch * triton.cdiv(half.b + 1, blocks["BLOCK"]),),
+            lambda blocks: (batch * cdiv(half.b + 1, blocks["BLOCK"]),),
             kept, nearest, *found, tokens, r, count, half.protected_a, half.protected_b,
         )  # fmt: skip
         return found

@@ -28,7 +28,16 @@ from ._attention_tiles import (
 )
 from ._cross_attention_backward import launch_backward
 from ._dropout import threshold
-from ._launcher import Config, dense, is_traced, kernel, precision, runs_triton
+from ._launcher import (
+    Config,
+    cdiv,
+    dense,
+    is_traced,
+    kernel,
+    next_power_of_2,
+    precision,
+    runs_triton,
+)
 from ._triton import tl, triton
 
 FULL_GPU = 132  # programs, as many as an H200 has multiprocessors; with fewer, keys are split
@@ -270,7 +279,7 @@ def _launch_forward(
     keys2 = 0 if k2 is None else k2.shape[2]
     rows, count = heads // kv_heads * queries, batch * heads * queries
     block = row_block(q, rows)
-    programs = batch * kv_heads * triton.cdiv(rows, block)
+    programs = batch * kv_heads * cdiv(rows, block)
     splits = key_splits(programs, keys + keys2)
     out, stats = o, None
     if splits > 1:
@@ -288,7 +297,7 @@ def _launch_forward(
     if splits > 1:
         combine_splits_kernel(
             lambda blocks: (count,), out, stats, o, heads, queries, count, splits,
-            d, triton.next_power_of_2(d), triton.next_power_of_2(splits),
+            d, next_power_of_2(d), next_power_of_2(splits),
         )  # fmt: skip
 
 

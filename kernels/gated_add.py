@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _gated_add_aten as aten
 from ._gated_add_aten import Statistics
 from ._gated_add_backward import gated_add_backward_kernel
-from ._launcher import Config, in_rows, kernel, runs_triton
+from ._launcher import Config, cdiv, in_rows, kernel, next_power_of_2, runs_triton
 from ._tanh_gate import load_gate, load_masked_rows
 from ._triton import tl, triton
 
@@ -102,9 +102,9 @@ def gated_add(
     normed = None if norm == "none" else torch.empty_like(h)
     rstd = None if norm == "none" else x.new_empty(rows, dtype=torch.float32)
     mean = torch.empty_like(rstd) if norm == "layer" and rstd is not None else None
-    block = triton.next_power_of_2(cols)
+    block = next_power_of_2(cols)
     gated_add_kernel(
-        lambda blocks: (triton.cdiv(rows, max(blocks["ELEMENTS"] // block, 1)),),
+        lambda blocks: (cdiv(rows, max(blocks["ELEMENTS"] // block, 1)),),
         x, *x.stride()[:2], y, *y.stride()[:2], gate, _bytes(row_mask), weight, bias,
         h, normed, mean, rstd, rows, tokens, cols, eps, gate.numel() > 1, norm, block,
     )  # fmt: skip
@@ -145,8 +145,8 @@ def gated_add_backward(
     rows = batch * tokens
     dx = torch.empty_like(dh) if want_x and not plain else None
     dy = torch.empty_like(dh) if want_y else None
-    rows_per_program = max(16, triton.cdiv(rows, MAX_PROGRAMS))
-    programs = triton.cdiv(rows, rows_per_program)
+    rows_per_program = max(16, cdiv(rows, MAX_PROGRAMS))
+    programs = cdiv(rows, rows_per_program)
     shares = [
         dh.new_empty(programs, cols, dtype=torch.float32) if want else None
         for want in (want_gate, want_weight, want_bias)
@@ -156,7 +156,7 @@ def gated_add_backward(
         dh, dnormed, h, *statistics, weight,
         y if want_gate else None, *(y.stride()[:2] if want_gate and y is not None else (0, 0)),
         gate, _bytes(row_mask), dx, dy, *shares, rows, rows_per_program, tokens, cols,
-        gate.numel() > 1, norm, triton.next_power_of_2(cols),
+        gate.numel() > 1, norm, next_power_of_2(cols),
     )  # fmt: skip
     dtanh, dweight, dbias = shares
     dgate = None if dtanh is None else aten.gate_gradient(dtanh, gate)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._activation import value_and_slope
-from ._launcher import Config, kernel, runs_triton
+from ._launcher import Config, cdiv, kernel, runs_triton
 from ._triton import tl, triton
 from .mlp import activate, activation_backward
 
@@ -66,7 +66,7 @@ def gated_activation(
     h = gate if overwrite else torch.empty_like(gate)
     count = gate.numel()
     gated_activation_kernel(
-        lambda blocks: (triton.cdiv(count, blocks["BLOCK"]),), gate, up, h, count, activation
+        lambda blocks: (cdiv(count, blocks["BLOCK"]),), gate, up, h, count, activation
     )
     return h
 
@@ -83,7 +83,7 @@ def gated_activation_backward(
     dgate, h = torch.empty_like(dh), torch.empty_like(dh) if want_h else None
     count = gate.numel()
     gated_activation_backward_kernel(
-        lambda blocks: (triton.cdiv(count, blocks["BLOCK"]),),
+        lambda blocks: (cdiv(count, blocks["BLOCK"]),),
         gate, up, dh, dgate, dh, h, count, activation,
     )  # fmt: skip
     return dgate, dh, h

@@ -22,7 +22,16 @@ from ._attention_tiles import (
     tile_divisor,
 )
 from ._cross_attention_aten import by_tokens
-from ._launcher import Config, dense, is_traced, kernel, precision, runs_triton
+from ._launcher import (
+    Config,
+    cdiv,
+    dense,
+    is_traced,
+    kernel,
+    next_power_of_2,
+    precision,
+    runs_triton,
+)
 from ._media_cross_attention_backward import launch_backward
 from ._media_mask import first_of_tile, is_visible, tiles_of, visible_range
 from ._triton import tl, triton
@@ -252,7 +261,7 @@ def _launch_forward(
     rows, count = heads // kv_heads * queries, batch * heads * queries
     # fp32 products run on scalar units; with 64 rows their registers would spill.
     block = 16 if rows <= 16 or q.dtype == torch.float32 else 64
-    programs = batch * kv_heads * triton.cdiv(rows, block)
+    programs = batch * kv_heads * cdiv(rows, block)
     # With "latest" a row attends to the keys of one medium, else possibly to all keys.
     splits = key_splits(programs, tokens_per_media if attend == "latest" else keys)
     out, stats = o, None
@@ -269,5 +278,5 @@ def _launch_forward(
     if splits > 1:
         combine_splits_kernel(
             lambda blocks: (count,), out, stats, o, heads, queries, count, splits,
-            d, triton.next_power_of_2(d), triton.next_power_of_2(splits),
+            d, next_power_of_2(d), next_power_of_2(splits),
         )  # fmt: skip

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._activation import value_and_slope
-from ._launcher import Config, kernel, precision, runs_triton
+from ._launcher import Config, cdiv, kernel, precision, runs_triton
 from ._triton import tl, triton
 
 ROWS_PER_PROGRAM = 128
@@ -111,7 +111,7 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation
     out = x.new_empty(rows, cols)
 
     def grid(blocks: dict[str, int]) -> tuple[int, ...]:
-        return (triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(cols, blocks["BLOCK_COLS"]),)
+        return (cdiv(rows, blocks["BLOCK_ROWS"]) * cdiv(cols, blocks["BLOCK_COLS"]),)
 
     linear_activation_kernel(
         grid, x, x.stride(0), weight.contiguous(),
@@ -139,10 +139,10 @@ def mlp_activation_backward(
         return _aten(z, dh, tokens, period, activation, want_h, want_dbias)
     rows, cols = dh.shape
     h = torch.empty_like(dh) if want_h else None
-    chunks = triton.cdiv(rows, ROWS_PER_PROGRAM)
+    chunks = cdiv(rows, ROWS_PER_PROGRAM)
     dbias = dh.new_empty(chunks, cols, dtype=torch.float32) if want_dbias else None
     mlp_activation_backward_kernel(
-        lambda blocks: (chunks, triton.cdiv(cols, blocks["BLOCK_COLS"])),
+        lambda blocks: (chunks, cdiv(cols, blocks["BLOCK_COLS"])),
         z, dh, dh, h, dbias, rows, cols, tokens, period, activation, ROWS_PER_PROGRAM,
     )  # fmt: skip
     return dh, h, dbias.sum(0).to(dh.dtype) if dbias is not None else None

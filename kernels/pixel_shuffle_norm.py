@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._launcher import Config, dense, is_traced, kernel, runs_triton
+from ._launcher import Config, cdiv, dense, is_traced, kernel, next_power_of_2, runs_triton
 from ._patch_blocks import Blocks, Norm
 from ._pixel_shuffle_norm_backward import pixel_shuffle_norm_backward_kernel
 from ._pixel_shuffle_norm_cpu import norm_backward, norm_forward, shuffled, unshuffled
@@ -159,10 +159,10 @@ def pixel_shuffle_norm(
     groups = merged if norm.after else merged * blocks.positions
     rstd = x.new_empty(groups, dtype=torch.float32) if want_statistics else None
     mean = torch.empty_like(rstd) if rstd is not None and norm.kind == "layer" else None
-    positions, block = triton.next_power_of_2(blocks.positions), triton.next_power_of_2(cols)
+    positions, block = next_power_of_2(blocks.positions), next_power_of_2(cols)
     held = positions * block
     pixel_shuffle_norm_kernel(
-        lambda sizes: (triton.cdiv(merged, max(sizes["ELEMENTS"] // held, 1)),),
+        lambda sizes: (cdiv(merged, max(sizes["ELEMENTS"] // held, 1)),),
         x, *x.stride()[:2], blocks.index, weight, bias, y, mean, rstd,
         *_sizes(x.shape, blocks), cols, norm.eps,
         blocks.factor, blocks.by_channel, norm.kind, norm.after, positions, block,
@@ -186,8 +186,8 @@ def pixel_shuffle_norm_backward(
         return dx if dx is None else dx.view(shape), dweight, dbias
     dx = _empty_gradient(dy, blocks, shape) if want_x else None
     merged, cols = dy.shape[0], x.shape[2]
-    per_program = max(4, triton.cdiv(merged, MAX_PROGRAMS))
-    programs = triton.cdiv(merged, per_program)
+    per_program = max(4, cdiv(merged, MAX_PROGRAMS))
+    programs = cdiv(merged, per_program)
     shares = [
         dy.new_empty(programs, weight.shape[0], dtype=torch.float32) if want else None
         for want in (want_weight, want_bias)
@@ -198,7 +198,7 @@ def pixel_shuffle_norm_backward(
         dy, x, *x.stride()[:2], blocks.index, weight, mean, rstd, dx, x.shape[1] * cols, *shares,
         tokens, rows, merged, per_program, *across, cols,
         blocks.factor, blocks.by_channel, norm.kind, norm.after,
-        triton.next_power_of_2(blocks.positions), triton.next_power_of_2(cols),
+        next_power_of_2(blocks.positions), next_power_of_2(cols),
     )  # fmt: skip
     dweight, dbias = (None if s is None else s.sum(0) for s in shares)
     return dx, dweight, dbias
@@ -217,7 +217,7 @@ def _shuffle(x: Tensor, blocks: Blocks, y: Tensor, undo: bool) -> None:
     pixel_shuffle_kernel(
         lambda sizes: (merged,), x, *x.stride()[:2], blocks.index, y,
         *_sizes(x.shape, blocks), x.shape[2], blocks.factor, blocks.by_channel, undo,
-        triton.next_power_of_2(blocks.positions),
+        next_power_of_2(blocks.positions),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _spatial_pool_aten as aten
-from ._launcher import Config, kernel, runs_triton
+from ._launcher import Config, cdiv, kernel, runs_triton
 from ._pooling import Pooling
 from ._triton import tl, triton
 
@@ -141,7 +141,7 @@ def spatial_pool(x: Tensor, pooling: Pooling, want_chosen: bool) -> tuple[Tensor
     pooled = x.new_empty(batch, height * width, cols)
     chosen = torch.empty_like(pooled, dtype=torch.uint8) if want_chosen else None
     spatial_pool_kernel(
-        lambda blocks: (triton.cdiv(rows, blocks["TOKENS"]),),
+        lambda blocks: (cdiv(rows, blocks["TOKENS"]),),
         x, *x.stride()[:2], pooled, chosen, rows, pooling.height, pooling.width, height, width,
         cols, pooling.mode, pooling.stride,
     )  # fmt: skip
@@ -157,7 +157,7 @@ def spatial_pool_backward(dpooled: Tensor, chosen: Tensor | None, pooling: Pooli
     dx = dpooled.new_empty(batch, tokens, cols)
     rows = batch * tokens
     spatial_pool_backward_kernel(
-        lambda blocks: (triton.cdiv(rows, blocks["TOKENS"]),),
+        lambda blocks: (cdiv(rows, blocks["TOKENS"]),),
         dpooled, chosen, dx, rows, pooling.height, pooling.width, *pooling.pooled, cols,
         pooling.mode, pooling.stride,
     )  # fmt: skip

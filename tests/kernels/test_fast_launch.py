@@ -2,7 +2,6 @@
 
 import gc
 import random
-import sys
 import threading
 import time
 import types
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from tests.support import stub_gpu
-from vlm_fast.kernels import _fast_launch, _launcher
+from vlm_fast.kernels import _fast_launch, _host, _launcher
 from vlm_fast.kernels._launcher import Config, Kernel
 from vlm_fast.kernels._triton import tl, triton
 
@@ -300,7 +299,7 @@ def test_more_arguments_than_the_table_holds_are_refused():
 
 
 def test_extension_refuses_more_arguments_than_it_holds(stub):
-    module = _fast_launch._extension[0]
+    module = _host.host.launching_on(stub_gpu.CPU)
     with pytest.raises(ValueError, match="at most 128 arguments"):
         module.Launcher(print, bytes(129), ({},), ())
     launcher = module.Launcher(print, bytes(128), ({},), ())
@@ -310,17 +309,29 @@ def test_extension_refuses_more_arguments_than_it_holds(stub):
         launcher(3, one_program, *[None] * 128)
 
 
-def test_triton_builds_the_extension_from_source(monkeypatch):
+@pytest.fixture
+def nothing_installed(monkeypatch):
+    """No extension was built when the package was installed."""
+
+    def absent():
+        raise ImportError
+
+    monkeypatch.setattr(_host, "installed", absent)
+
+
+def test_triton_builds_the_extension_from_source(nothing_installed):
     stub_gpu.driver()
-    monkeypatch.setattr(_fast_launch, "import_module", lambda *name: sys.modules["absent"])
-    module = _fast_launch.load_extension(stub_gpu.CPU)
-    assert module.__name__ == "_launch" and module.Launcher is not None
+    host = _host.Host()
+    assert host.module is None and host.describe is None
+    assert host.launching_on(stub_gpu.CPU).__name__ == "_launch"
+    assert host.describe((torch.zeros(2, 3), None)) == _host.host.describe((torch.ones(2, 3), None))
 
 
-def test_python_launches_without_an_extension(monkeypatch):
+def test_python_launches_without_an_extension(nothing_installed, monkeypatch):
+    monkeypatch.setattr(_host, "built_by_triton", _host.installed)
     with stub_gpu.active("python"):
         monkeypatch.setenv("VLM_FAST_LAUNCHER", "c")
-        monkeypatch.setattr(_fast_launch, "extension", lambda: None)
+        monkeypatch.setattr(_fast_launch, "host", _host.Host())
         kernel = kernel_of(add_one, 16)
         kernel(one_program, torch.zeros(64), 64)
         assert isinstance(kernel.launch, _fast_launch.PythonLauncher)

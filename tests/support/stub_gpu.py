@@ -75,17 +75,17 @@ def active(launcher="c"):
     from triton.runtime import driver as triton_driver
 
     stub = driver()
-    before = triton_driver._active, _fast_launch._extension[:]
+    before = triton_driver._active
     # The index of a CPU tensor's device is -1 for Python and 0 for DLPack.
     triton_driver.set_active(fake_backend(-1 if launcher == "python" else 0))
-    _fast_launch._extension[:] = [_fast_launch.load_extension(CPU)]
     forget_launchers()
     stub.stub_set_device(0)
     try:
-        with mock.patch.dict(os.environ, VLM_FAST_LAUNCHER=launcher):
+        patch = mock.patch.dict(os.environ, VLM_FAST_LAUNCHER=launcher)
+        with patch, mock.patch.object(_fast_launch, "CUDA", CPU):
             yield stub
     finally:
-        triton_driver._active, _fast_launch._extension[:] = before
+        triton_driver._active = before
         forget_launchers()
         for reset in (stub.stub_set_error, stub.stub_set_busy, stub.stub_watch):
             reset(0)
