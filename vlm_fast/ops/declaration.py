@@ -38,6 +38,7 @@ from torch.fx import Proxy
 from torch.utils import _pytree
 
 from vlm_fast.fallback import DISABLED, record_fallback, record_fast_call, switches
+from vlm_fast.kernels._host import host
 from vlm_fast.kernels._launcher import runs_triton
 from vlm_fast.kernels._triton import AVAILABLE
 from vlm_fast.ops.argument_errors import mistake
@@ -48,13 +49,21 @@ from vlm_fast.ops.docstrings import documented
 from vlm_fast.ops.registration import CallPath
 from vlm_fast.ops.sample_shapes import with_batch as with_batch
 from vlm_fast.ops.signature import Signature, canonical_form
-from vlm_fast.ops.transforms import constant_while_compiling, in_functorch, refuse_forward_mode
+from vlm_fast.ops.transforms import (
+    constant_while_compiling,
+    in_functorch,
+    in_plain_eager,
+    refuse_forward_mode,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 OPS: dict[str, Op[..., Any]] = {}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_KNOWN = 1024  # descriptions of checked calls that an op remembers
+Known = tuple[dict[str, Any], bool]
+NOT_SERVED: Known = ({}, False)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}  # by name
 
 
@@ -86,7 +95,7 @@ class Op(Generic[P, R]):
         self.__module__ = reference.__module__
         self.__signature__ = inspect.signature(reference, eval_str=True)
         self.reference = reference
-        parameters = self.__signature__.parameters.values()
+        parameters = list(self.__signature__.parameters.values())
         self.tensors = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
         self.defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         self.signature = Signature(self.name, self.tensors, tuple(self.defaults), declared, where)
@@ -104,12 +113,66 @@ class Op(Generic[P, R]):
         self._fallback_reason: Callable[..., str | None] | None = None
         self._canonical = canonical_form(self.signature)
         self._has_more_checks = self._canonical is not None
+        self._count = len(self.tensors)
+        self._tensor_defaults = {
+            p.name: p.default
+            for p in parameters
+            if p.name in self.tensors and p.default is not p.empty
+        }
+        self._known: dict[Any, Known] = {}  # calls that were checked
         OPS[self.name] = self
 
     def __call__(self, *args: P.args, **options: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return self._checked(args, options)
+        if len(args) != self._count or not self.defaults.keys() >= options.keys():
+            args, options = self._in_position(args, options)  # type: ignore[assignment]
+        describe = host.describe
+        metadata = None if describe is None or not in_plain_eager() else describe(args)
+        if metadata is None or switches.disabled or self._is_cast(args[0]):
+            return self._checked(args, options)
+        # A call like one that was checked before needs no checks.
+        try:
+            key = (
+                (metadata, *options.items(), *map(type, options.values())) if options else metadata
+            )
+            known = self._known.get(key)
+        except TypeError:  # an option that cannot be hashed
+            return self._checked(args, options)
+        if known is None:
+            known = self._known[key] = self._settings_if_served(args, options)
+        if known is NOT_SERVED:
+            return self._checked(args, options)
+        record_fast_call(self.name)
+        settings, on_cpu = known
+        values = args if self._canonical is None else self._canonical(args)
+        if on_cpu:
+            return self.reference(*values, **settings)
+        requires_grad = metadata[-1] and not self.returns_indices
+        return self._path.in_plain_eager(values, settings, requires_grad)
+
+    def _settings_if_served(self, args: tuple[Any, ...], options: dict[str, Any]) -> Known:
+        """All options of a call that needs no fallback, and whether it is the reference's."""
+        if len(self._known) >= MAX_KNOWN:
+            self._known.clear()
+        try:
+            values, settings = self._bind(args, options)
+            self.accepted(values, settings)
+        except (TypeError, ValueError):
+            return NOT_SERVED
+        if self._why_not(values, settings) is not None:
+            return NOT_SERVED
+        return settings, self.plain_on_cpu and not runs_triton(values[0])
+
+    def _is_cast(self, first: Any) -> bool:
+        """Whether autocast casts the arguments of a call with this first one."""
+        return self.autocasts and torch.is_autocast_enabled(autocast_device(first))
+
+    def _checked(self, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """A call that is checked argument by argument, and falls back with a reason."""
         values, settings = self._bind(args, options)
         try:
-            if self.autocasts and torch.is_autocast_enabled(autocast_device(values[0])):
+            if self._is_cast(values[0]):
                 return self._under_autocast(self, values, settings)
             if self._has_more_checks or not self._accepts(*values, **settings):
                 values = self.accepted(values, settings)
@@ -135,7 +198,7 @@ class Op(Generic[P, R]):
             RuntimeError: the kernels cannot serve this call.
         """
         values, settings = self._bind(args, options)
-        if self.autocasts and torch.is_autocast_enabled(autocast_device(values[0])):
+        if self._is_cast(values[0]):
             return self._under_autocast(self.fast, values, settings)
         values = self.accepted(values, settings)
         reason = self._why_not(values, settings)
@@ -192,7 +255,9 @@ class Op(Generic[P, R]):
         self, args: tuple[Any, ...], options: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Every tensor in its position and every option by name; tensors may come by keyword."""
-        if len(args) == len(self.tensors):
+        if len(args) != self._count or not self.defaults.keys() >= options.keys():
+            args, options = self._in_position(args, options)
+        if len(args) == self._count:
             if not options:
                 return args, self.defaults
             if options.keys() <= self.defaults.keys():
@@ -200,6 +265,20 @@ class Op(Generic[P, R]):
         bound = self.__signature__.bind(*args, **options)
         bound.apply_defaults()
         return bound.args, dict(bound.kwargs)
+
+    def _in_position(
+        self, args: tuple[Any, ...], options: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Tensors that were named or left out in their positions; nothing moves in a wrong call."""
+        rest, filled = dict(options), list(args)
+        for name in self.tensors[len(args) :]:
+            if name in rest:
+                filled.append(rest.pop(name))
+            elif name in self._tensor_defaults:
+                filled.append(self._tensor_defaults[name])
+            else:
+                return args, dict(options)
+        return tuple(filled), rest
 
     def _of_proxies(self, args: tuple[Any, ...], options: dict[str, Any], error: Exception) -> Any:
         """Record the call if a tracer made it with proxies in place of tensors; else raise."""
@@ -254,7 +333,11 @@ class Op(Generic[P, R]):
     # ---- attached by the declaration ----
 
     def check(self, check: Callable[..., Exception | None]) -> None:
-        """Attach ``check(x, ..., *, option)``, which returns the error of a wrong call or None."""
+        """Attach ``check(x, ..., *, option)``, which returns the error of a wrong call or None.
+
+        It reads options, dtypes, devices, shapes and strides and no elements: a call that equals a
+        checked one in these is not checked again. The same holds for `fallback_reason`.
+        """
         self._check = check
         self._has_more_checks = True
 

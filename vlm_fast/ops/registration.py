@@ -51,6 +51,11 @@ class CallPath:
         self.single = op.__signature__.return_annotation is Tensor
         self.results = 1 if self.single else len(get_args(op.__signature__.return_annotation))
         self.function = autograd_function(self)
+        # Before torch 2.14 `Function.apply` is Python that unwraps tensors of functorch.
+        plain = "apply" in vars(torch.autograd.Function)
+        self.apply = (
+            super(torch.autograd.Function, self.function).apply if plain else self.function.apply
+        )
         self.saved_sources: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
         self.backward_sources: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
         self.registered = self._register(op, annotations)
@@ -70,6 +75,15 @@ class CallPath:
             for value in flat:
                 if value is not None and value.requires_grad:
                     return self.function.apply((self.count(values), settings), *flat)
+        return self.forward(self.none_needed, *values, **settings)[0]
+
+    def in_plain_eager(
+        self, values: tuple[Any, ...], settings: dict[str, Any], requires_grad: int
+    ) -> Any:
+        """The call where `transforms.in_plain_eager` holds and all tensors are plain ones."""
+        if requires_grad and torch.is_grad_enabled():
+            flat = values if self.list_at is None else self.flatten(values)
+            return self.apply((self.count(values), settings), *flat)
         return self.forward(self.none_needed, *values, **settings)[0]
 
     # ---- one list of tensors among the arguments is flattened for autograd ----

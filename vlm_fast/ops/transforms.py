@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 F = TypeVar("F", bound=Callable[..., Any])
 
 _functorch_level = torch._C._functorch.maybe_current_level
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_tracing = torch._C._is_tracing
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -30,6 +32,16 @@ def constant_while_compiling(function: F) -> F:
 def in_functorch() -> bool:
     """Whether a transform of torch.func (grad, vmap, ...) is active."""
     return _functorch_level() is not None
+
+
+def in_plain_eager() -> bool:
+    """Whether no dispatch mode, transform, forward-mode AD or tracer of TorchScript is active."""
+    return not (
+        _dispatch_modes()
+        or _functorch_level() is not None
+        or forward_ad._current_level >= 0
+        or _is_tracing()
+    )
 
 
 def is_batched(grads: Sequence[Tensor]) -> bool:
