@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._host import host
-from ._triton import triton
+from ._triton import tl, triton
 
 SPECIALIZE, ALIGN, CONSTANT = 1, 2, 4  # flags of an argument, as in csrc/launch_key.h
 MAX_ARGUMENTS, MAX_ENTRIES = 128, 4096
@@ -50,9 +50,11 @@ def recipe(compiled: Any, arguments: tuple[Any, ...], jit: Any) -> Recipe | None
     """What launches this compiled kernel; None if only Triton's own launch serves it.
 
     That is so for clusters, cooperative and dependent launches, scratch memory, tensor descriptors
-    and other arguments by value than integers, bools and fp32.
+    and other arguments by value than integers, bools and fp32. A kernel may use global constants;
+    Triton would raise if one had another value than when it was compiled.
     """
-    if compiled is None or jit.used_global_vals or jit.pre_run_hooks:
+    constants = [value for value, _ in jit.used_global_vals.values()]
+    if compiled is None or not all(isinstance(value, tl.constexpr) for value in constants):
         return None
     metadata = compiled.metadata
     if (

@@ -113,7 +113,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _stream(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    return torch._C._cuda_getCurrentRawStream(tensor.device.index) if tensor.is_cuda else 0
 
 
 def _in_tma_rows(x: Tensor) -> Tensor:

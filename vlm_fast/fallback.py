@@ -130,7 +130,7 @@ def record_fast_call(name: str) -> None:
     _fast[name] += 1
 
 
-def record_fallback(name: str, reason: str) -> None:
+def record_fallback(name: str, reason: str, *, stacklevel: int = 3) -> None:
     """Count a fallback of ``name`` and warn the first time; under `strict` raise instead.
 
     Nothing happens under `disabled` and while compiling.
@@ -146,5 +146,7 @@ def record_fallback(name: str, reason: str) -> None:
     if (name, reason) not in _warned:
         _warned.add((name, reason))
         warnings.warn(
-            f"vlm_fast.{name} runs as plain PyTorch: {reason}", VlmFastFallbackWarning, stacklevel=3
+            f"vlm_fast.{name} runs as plain PyTorch: {reason}",
+            VlmFastFallbackWarning,
+            stacklevel=stacklevel,
         )

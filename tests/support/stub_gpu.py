@@ -9,13 +9,17 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
+import threading
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 
 from vlm_fast.kernels import _fast_launch, _launcher
+from vlm_fast.kernels._triton import triton
 
 SOURCE = Path(__file__).with_name("stub_driver.c")
 CPU = 1  # DLPack's number of the device
@@ -97,3 +101,46 @@ def forget_launchers():
         kernel.launch = kernel.launch_by_triton
         if hasattr(kernel.jit, "device_caches"):
             kernel.jit.device_caches.clear()
+
+
+def serve_cpu_tensors(monkeypatch):
+    """Let every op take its Triton path with tensors of the CPU."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vlm_fast.") and hasattr(module, "runs_triton"):
+            monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
+        if name.startswith("vlm_fast.") and hasattr(module, "check_count"):
+            monkeypatch.setattr(module, "check_count", lambda *given: None)  # reads elements
+
+
+class HostWork(NamedTuple):
+    """What the host does in a call: counts, which do not depend on the machine's speed."""
+
+    frames: int
+    aten: int
+    launches: int
+    by_triton: int
+
+
+def host_work(call):
+    """Python frames, ATen calls, launches of kernels, and those of them by Triton's own launch."""
+    stub, frames, by_triton = driver(), 0, 0
+    run = triton.runtime.jit.JITFunction.run.__code__
+
+    def trace(frame, event, argument):
+        nonlocal frames, by_triton
+        if event == "call":
+            frames += 1
+            by_triton += frame.f_code is run
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    top = [e for e in profile.events() if e.name.startswith("aten::") and e.cpu_parent is None]
+    launches = stub.stub_launches()
+    sys.setprofile(trace)
+    threading.setprofile(trace)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    return HostWork(frames, len(top), stub.stub_launches() - launches, by_triton)
