@@ -1,0 +1,170 @@
+"""A call like one that was checked is not checked again, and no other call passes for one."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+import vlm_fast
+from tests.support.cases import OWN, any_op
+from vlm_fast import ops
+from vlm_fast.fallback import VlmFastFallbackError
+from vlm_fast.kernels._host import host
+from vlm_fast.ops import known_calls
+
+pytestmark = pytest.mark.skipif(host.describe is None, reason="the extension is not built")
+
+
+def projector(rows=5):
+    """Arguments of `ops.mlp`."""
+    sizes = (rows, 24), (40, 24), (40,), (16, 40), (16,)
+    return [torch.randn(*size) for size in sizes]
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """A list that grows with every call whose arguments are checked."""
+    calls = []
+    for op in OWN.values():
+        monkeypatch.setattr(op, "_known", known_calls.KnownCalls(op.served_by))
+        accepts = op._accepts
+        monkeypatch.setattr(
+            op, "_accepts", lambda *a, f=accepts, **o: (calls.append(a), f(*a, **o))[1]
+        )
+    return calls
+
+
+@any_op
+def test_second_call_is_not_checked(op, checks):
+    args, options = op.sample(op.usual_shape)
+    first = op(*args, **options)
+    count = len(checks)
+    second = op(*args, **options)
+    assert count > 0 and len(checks) == count
+    torch.testing.assert_close(second, first, rtol=0, atol=0, equal_nan=True)
+
+
+@any_op
+def test_tensors_by_name_or_left_out_need_no_signature(op, checks, monkeypatch):
+    args, options = op.sample(op.usual_shape)
+    wanted = op(*args, **options)
+    given = dict(zip(op.tensors, args, strict=True))
+    monkeypatch.setattr(op, "__signature__", None)
+    absent = {n for n, v in op._tensor_defaults.items() if v is given[n]}
+    found = op(**{n: v for n, v in given.items() if n not in absent}, **options)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+CHANGES = {
+    "rank": lambda a: [a[0].expand(2, 5, 24), *a[1:]],
+    "dtype": lambda a: [a[0].double(), *a[1:]],
+    "size": lambda a: [a[0], a[1][:, :20], *a[2:]],
+    "absent": lambda a: [None, *a[1:]],
+    "type": lambda a: ["x", *a[1:]],
+    "sparse": lambda a: [a[0].to_sparse(), *a[1:]],
+    "meta": lambda a: [v.to("meta") for v in a],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_other_tensors_are_checked(checks, change):
+    args = projector()
+    ops.mlp(*args)
+    count, changed = len(checks), change(args)
+    with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
+        ops.mlp(*changed)
+    assert len(checks) > count
+
+
+@pytest.mark.parametrize("r", [True, 2.0, "2"])
+def test_equal_options_of_another_type_are_checked(checks, r):
+    metric = torch.randn(2, 16, 8)
+    ops.bipartite_match(metric, r=2 if r is not True else 1)
+    with pytest.raises((TypeError, ValueError), match="bipartite_match: r"):
+        ops.bipartite_match(metric, r=r)
+
+
+def test_unhashable_option_is_refused_as_before():
+    args = projector()
+    ops.mlp(*args)
+    with pytest.raises((TypeError, ValueError), match="activation"):
+        ops.mlp(*args, activation=["gelu"])
+
+
+def test_disabled_and_strict_hold_for_known_calls():
+    args = projector()
+    ops.mlp(*args)
+    with vlm_fast.disabled():
+        before = vlm_fast.stats()
+        ops.mlp(*args)
+        assert vlm_fast.stats() == before
+    wide = [a.double() for a in args]
+    with pytest.warns(vlm_fast.VlmFastFallbackWarning):
+        ops.mlp(*wide)
+    with vlm_fast.strict(), pytest.raises(VlmFastFallbackError):
+        ops.mlp(*wide)
+
+
+def test_known_calls_are_counted():
+    args = projector()
+    before = vlm_fast.stats().get("mlp", {"fast": 0})["fast"]
+    for _ in range(3):
+        ops.mlp(*args)
+    assert vlm_fast.stats()["mlp"]["fast"] == before + 3
+
+
+def test_autocast_is_obeyed_by_known_calls():
+    args = projector()
+    assert ops.mlp(*args).dtype is torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.mlp(*args).dtype is torch.bfloat16
+
+
+def test_gradients_are_those_of_the_moment():
+    args = projector()
+    assert not ops.mlp(*args).requires_grad
+    args[1] = nn.Parameter(args[1])
+    assert ops.mlp(*args).requires_grad
+    with torch.no_grad():
+        assert not ops.mlp(*args).requires_grad
+    args[1].requires_grad_(False)
+    assert not ops.mlp(*args).requires_grad
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+def test_transforms_are_seen_by_known_calls(transform):
+    args = projector()
+    ops.mlp(*args)
+    call = lambda x: ops.mlp(x, *args[1:])  # noqa: E731
+    if transform == "vmap":
+        torch.testing.assert_close(torch.vmap(call)(args[0][:, None])[:, 0], call(args[0]))
+    elif transform == "grad":
+        assert torch.func.grad(lambda x: call(x).sum())(args[0]).shape == args[0].shape
+    else:
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            torch.func.jvp(call, (args[0],), (args[0],))
+
+
+def test_number_of_known_calls_is_bounded(monkeypatch):
+    monkeypatch.setattr(known_calls, "MOST", 4)
+    known = known_calls.KnownCalls(ops.mlp.served_by)
+    for rows in range(1, 20):
+        args = tuple(projector(rows))
+        assert known.find(host.describe(args), args, {}) is not None
+        assert len(known._answers) <= 4
+
+
+def test_description_holds_what_checks_read():
+    x = torch.randn(4, 6)
+    same = host.describe((x, None, [x, x]))
+    assert same == host.describe((torch.zeros(4, 6), None, [x, x]))
+    for other in (x.t(), x[:, ::2], x.half(), x[None], x.requires_grad_(), nn.Parameter(x)):
+        assert host.describe((other, None, [x, x])) != same
+    assert host.describe((x, None, (x, x))) != host.describe((x, None, [x, x]))
+    assert host.describe((x, 3)) is None and host.describe((x.to("meta"),)) is None
+
+
+def test_too_many_tensors_are_not_described():
+    assert host.describe(tuple([torch.zeros(2, 3)] * 1000)) is None
+    assert host.describe((torch.zeros(*[1] * 7),)) is None
