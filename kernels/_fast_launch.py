@@ -185,16 +185,15 @@ class PythonLauncher:
             if found is not None:
                 x, y, z, *_ = *grid(self.blocks[config]), 1, 1
                 if x and y and z:
-                    run, function, metadata, constants = found
-                    run(
-                        x, y, z, self.current_stream(device), function, metadata, None, None, None,
-                        *arguments, *constants,
+                    compiled, constants = found
+                    compiled.run(
+                        x, y, z, self.current_stream(device), compiled.function,
+                        compiled.packed_metadata, None, None, None, *arguments, *constants,
                     )  # fmt: skip
                 return
         made = self.slow(config, grid, *arguments)
         if made is not None and key is not None and len(kernels) < MAX_ENTRIES:
-            compiled, constants = made.compiled, tuple(self.blocks[config].values())
-            kernels[key] = compiled.run, compiled.function, compiled.packed_metadata, constants
+            kernels[key] = made.compiled, tuple(self.blocks[config].values())
 
 
 def _without_parameters(types: tuple[type, ...]) -> tuple[type, ...]:
