@@ -34,7 +34,7 @@ SOURCES = sorted(
     path
     for folder in ("vlm_fast", *LINKED, "tests", "examples")
     for path in (ROOT / folder).rglob("*")
-    if path.suffix in (".py", ".cpp", ".h", ".cu")
+    if path.suffix in (".py", ".c", ".cpp", ".h", ".cu")
 )
 
 

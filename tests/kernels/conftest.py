@@ -11,6 +11,16 @@ def device(request):
     return "cuda" if request.config.getoption("device") == "cuda" else "cpu"
 
 
+@pytest.fixture(params=["c", "python"])
+def stub(request):
+    """A driver that computes nothing, under each launcher."""
+    from tests.support import stub_gpu
+
+    with stub_gpu.active(request.param) as found:
+        found.name = request.param
+        yield found
+
+
 def pytest_generate_tests(metafunc):
     """On a CPU, tests marked ``aten`` run again without the compiled code."""
     from vlm_fast.kernels._native import native

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
+from vlm_fast.ops.fallback_reasons import FLOATS
 from vlm_fast.ops.transforms import constant_while_compiling
 
 P = ParamSpec("P")
@@ -38,3 +40,17 @@ def without_autocast(reference: Callable[P, R]) -> Callable[P, R]:
             return reference(*args, **options)
 
     return plain
+
+
+def autocast_values(values: Sequence[Any], exempt: Sequence[bool], dtype: torch.dtype) -> list[Any]:
+    """The arguments with their floating tensors in autocast's dtype, but for exempt ones.
+
+    The op casts them itself, because torch.compile skips register_autocast on torch 2.11.
+    """
+
+    def to(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [to(v) for v in value]
+        return value.to(dtype) if isinstance(value, Tensor) and value.dtype in FLOATS else value
+
+    return [v if left else to(v) for v, left in zip(values, exempt, strict=True)]

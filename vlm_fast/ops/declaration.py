@@ -39,9 +39,9 @@ from vlm_fast.ops.autocast import without_autocast
 from vlm_fast.ops.cost import Cost as Cost
 from vlm_fast.ops.cost import nbytes as nbytes
 from vlm_fast.ops.docstrings import documented
-from vlm_fast.ops.op_call import FLOATS as FLOATS
+from vlm_fast.ops.fallback_reasons import FLOATS as FLOATS
+from vlm_fast.ops.fallback_reasons import no_kernel_for as no_kernel_for
 from vlm_fast.ops.op_call import CallableOp
-from vlm_fast.ops.op_call import no_kernel_for as no_kernel_for
 from vlm_fast.ops.registration import CallPath
 from vlm_fast.ops.sample_shapes import with_batch as with_batch
 
