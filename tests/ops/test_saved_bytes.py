@@ -116,10 +116,3 @@ def test_backward_frees_saved_tensors_before_it_ends(name):
             peaks[call, retain] = peak_bytes(step)[0]
     assert peaks[op, False] <= peaks[op.reference, False]
     assert peaks[op, False] < peaks[op, True]
-
-
-def test_peak_bytes_sees_temporaries():
-    """A temporary as large as the result doubles the measured peak."""
-    x = torch.randn(1000, 1000)
-    most, _ = peak_bytes(lambda: (x + 1) * 2)
-    assert most >= 2 * 4 * x.numel()

@@ -1,6 +1,5 @@
 """Patched nn.Sequential with replaced code, compiled, exported, traced and sharded."""
 
-import copy
 from enum import Enum
 
 import pytest
@@ -22,23 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning
 # ---- replaced code ----
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("kind", [nn.Sequential, nn.Linear, nn.GELU])
-def test_forward_replaced_in_its_class_runs(kind, when, monkeypatch):
-    plain = randomised(mlp(3, WIDTH, HIDDEN))
-    fast, forward = copy.deepcopy(plain), kind.forward
-    if when == "after":
-        vlm_fast.patch(fast)
-    monkeypatch.setattr(kind, "forward", lambda self, x: 1.5 * forward(self, x))
-    if when == "before":
-        report = vlm_fast.patch(nn.ModuleList([fast]))
-        if kind is nn.Sequential:
-            assert report.skipped == {"0": "Sequential.forward has been replaced"}
-    torch.testing.assert_close(fast(X), plain(X))
-    why = vlm_fast.explain(fast)
-    assert not why or f"{kind.__name__}.forward has been replaced" in why[""]
-
-
 def test_custom_forward_or_iter_is_not_patched():
     class Twice(nn.Sequential):
         def __iter__(self):
@@ -51,16 +33,6 @@ def test_custom_forward_or_iter_is_not_patched():
     module.forward = lambda x: x
     with pytest.warns(UserWarning, match="its forward has been replaced"):
         vlm_fast.patch(module)
-
-
-def test_revert_restores_all_classes():
-    model = nn.Sequential(*mlp(2, WIDTH, HIDDEN), SimpleResBlock(HIDDEN))
-    report = vlm_fast.patch(model)
-    assert report.patched.keys() == {"", "3.proj"}
-    report.revert()
-    assert type(model) is type(model[3].proj) is nn.Sequential
-    vlm_fast.patch(model)
-    assert vlm_fast.unpatch(model) == 2 and vlm_fast.unpatch(model) == 0
 
 
 # ---- compiled, exported, traced ----

@@ -15,61 +15,25 @@ from tests.support.distributed_helpers import start
 from tests.support.selection import slow_except
 from tests.support.tiny_models import AUDIO, IMAGE, MODELS, build
 from tests.support.ways_to_run import tensors
+from tests.tools.releases import RELEASES, served
 from vlm_fast.patching.models import image_token_merge
 from vlm_fast.patching.placeholder_masks import MaskSpec
 
-PROJECTOR = {
-    "llava", "llava of two layers", "llava of pixtral", "llava_next", "llava_next_video",
-    "llava_onevision", "vipllava", "video_llava", "fast_vlm", "internvl", "qianfan_ocr",
-    "voxtral", "audioflamingo3", "musicflamingo", "glmasr", "qwen3_asr", "deepseek_vl",
-    "ernie4_5_vl_moe", "muse_glimmer", "video_llama_3", "lfm2_vl",
-}  # fmt: skip
 IDLE = {"janus": "model.generation_head"}  # patched, but not called in a training step
-# In addition to, or instead of FusedMLP and FusedMerge.
-BY_THEIR_CLASS = {
-    "FusedAriaProjector": {"aria"},
-    "FusedShuffleMerge": {"internvl", "qianfan_ocr"},
-    "FusedNormedMLP": {"internvl", "qianfan_ocr"},
-    "FusedPatchMerger": {
-        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl of images", "qwen3_vl_moe", "qwen3_5",
-        "qwen3_5_moe", "qwen2_5_omni", "qwen3_omni_moe", "exaone4_5", "cosmos3_edge",
-        "cosmos3_omni",
-    },
-    "FusedUnfoldingMerger": {"mistral3", "lighton_ocr"},
-    "FusedGatedProjector": {"aya_vision", "cohere2_vision"},
-    "FusedShuffleMLP": {"llama4"},
-    "FusedConnector": {"idefics3", "smolvlm"},
-    "FusedPooledNorm": {"gemma3"},
-    "FusedPooler": {"llava_next_video"},
-    "FusedPooledFrames": {"llava_onevision"},
-    "FusedFrameProjector": {"llava_onevision"},
-    "FusedAnyResMerge": {"llava_next", "llava_next_video"},
-}  # fmt: skip
-WITH_AN_MLP = {"FusedAriaProjector", "FusedPatchMerger", "FusedUnfoldingMerger"}
-POOLING = {"FusedPooler", "FusedPooledFrames", "FusedFrameProjector"}
-SHUFFLING = BY_THEIR_CLASS.keys() - POOLING - {"FusedAriaProjector", "FusedAnyResMerge"}
-MERGING = {"FusedShuffleMerge", "FusedPooledFrames", "FusedAnyResMerge"}  # in place of FusedMerge
-PROJECTING = {"FusedNormedMLP", "FusedFrameProjector"}  # in place of FusedMLP
-NO_MERGE = {"idefics3"}  # merged in another method, without get_placeholder_mask
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
-    NO_MERGE |= {"deepseek_vl_hybrid", "smolvlm"}
-UNCOUNTED_SOUNDS = {"qwen2_5_omni", "qwen3_omni_moe"}  # merged by masked_scatter
-PACK = {"llava_next", "llava_next_video", "llava_onevision"}
-MERGE = [name for name in MODELS if name not in NO_MERGE]
+# What docs/releases.md lists for the installed release; `make versions` writes it.
+SERVED = {name: served()[name].get(transformers.__version__, {}) for name in MODELS}
+MERGE = [name for name, found in SERVED.items() if "merge_image_tokens" in found.get("ops", {})]
+pytestmark = pytest.mark.skipif(
+    transformers.__version__ not in RELEASES, reason="no table holds this release of transformers"
+)
 
 
 def patch(name, model):
     """Patch and check that exactly the expected modules are patched."""
-    own = {kind for kind, names in BY_THEIR_CLASS.items() if name in names}
-    served = own or name in PROJECTOR or name not in NO_MERGE
-    with nullcontext() if served else pytest.warns(UserWarning, match="no connector of"):
+    expected = SERVED[name]["served"]
+    with nullcontext() if expected else pytest.warns(UserWarning, match="no connector of"):
         report = vlm_fast.patch(model)
-    kinds = {what.split(" by ")[1] for what in report.patched.values()}
-    expected = {
-        "FusedMLP": name in PROJECTOR | IDLE.keys() and not own & PROJECTING,
-        "FusedMerge": name not in NO_MERGE and not own & MERGING,
-    }
-    assert kinds == own | {kind for kind, is_expected in expected.items() if is_expected}
+    assert sorted({what.split(" by ")[1] for what in report.patched.values()}) == expected
 
 
 def step(model, inputs):
@@ -96,18 +60,12 @@ def test_patched_matches_unpatched(name):
         after = step(model, inputs)
         calls = {op: counts["fast"] for op, counts in vlm_fast.stats().items()}
         assert torch.equal(model.generate(**generate), text)
-    counted = [p.token != AUDIO or name not in UNCOUNTED_SOUNDS for p in MODELS[name].placeholders]
-    merges = sum(counted) * (name in MERGE)
-    assert calls.get("merge_image_tokens", 0) == merges
-    assert (calls.get("anyres_pack", 0) > 0) == (name in PACK)
-    own = {kind for kind, names in BY_THEIR_CLASS.items() if name in names}
-    computes = name in PROJECTOR or bool(own)
-    assert (calls.get("mlp", 0) > 0) == (name in PROJECTOR or bool(own & WITH_AN_MLP))
-    assert (calls.get("pixel_shuffle_norm", 0) > 0) == bool(own & SHUFFLING)
+    expected = SERVED[name].get("ops", {})
+    assert {op: count for op, count in calls.items() if count} == expected
     assert after.keys() == before.keys()
     for where, value in after.items():
         assert type(value) is type(before[where]), where
-        if computes:
+        if expected.keys() - {"merge_image_tokens"}:  # not only rows are copied
             torch.testing.assert_close(value, before[where], rtol=1e-4, atol=2e-6)
         else:
             assert torch.equal(value, before[where]), where
