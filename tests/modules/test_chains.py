@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
 import vlm_fast
 from tests.support.cases import every_dtype
@@ -28,26 +27,15 @@ from tests.support.randomised_modules import (
     randomised,
     results,
 )
+from vlm_fast.devtools import memory
 from vlm_fast.modules import SequentialProjector
 
 every_structure = pytest.mark.parametrize("name", STRUCTURES)
 
 
 def saved_bytes(module, x):
-    """Bytes that autograd saves for one call, without parameters."""
-    own = {p.untyped_storage()._cdata for p in module.parameters()}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            storages[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = module(x.clone().requires_grad_())
-    assert y.requires_grad
-    return sum(storages.values())
+    """Bytes that autograd saves for one call, without parameters and the result."""
+    return memory.saved_bytes(lambda: module(x.clone().requires_grad_()), module.parameters())
 
 
 @every_dtype

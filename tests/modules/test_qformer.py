@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import vlm_fast
+from tests.support import small_connectors
 from tests.support.cases import assert_right
 from tests.support.tiny_qformers import (
     SMALL,
@@ -182,8 +183,7 @@ def test_active_dropout_in_any_layer_is_applied(part):
 
 
 def same_weights(model, **options):
-    sizes = {k: v for k, v in SMALL.items() if k != "vocab_size"}
-    ours = QFormer(**sizes, **options)
+    ours = QFormer(**small_connectors.SMALL, **options)
     ours.load_state_dict(model.state_dict())
     return ours.eval()
 

@@ -13,9 +13,9 @@ import vlm_fast
 from tests.ops.test_anyres_packing import model_of, packed
 from tests.ops.test_anyres_plan import NEXT, ONEVISION, PUBLISHED, each_tiling, transformers_count
 from tests.patching.test_anyres_models import MIXINS
-from tests.patching.test_supported_models import step
 from tests.support.tiny_anyres import PINPOINTS, TILE, granite, tiling_model
 from tests.support.tiny_models import IMAGE
+from tests.support.ways_to_run import full_step
 from vlm_fast.ops import anyres_tiling
 from vlm_fast.verification import tolerance
 
@@ -130,9 +130,9 @@ def test_models_match_unpatched(name):
             row[4 : 4 + anyres_tiling.token_count(size, tiling)] = IMAGE
         pixels = torch.randn(2, max(tiles), 3, TILE, TILE)
         given = dict(input_ids=ids, pixel_values=pixels, image_sizes=torch.tensor(sizes))
-        before = step(model, given)
+        before = full_step(model, given)
         with vlm_fast.strict():
-            after = step(fast, given)
+            after = full_step(fast, given)
         assert after.keys() == before.keys()
         for where, value in after.items():
             torch.testing.assert_close(value, before[where], rtol=1e-4, atol=2e-5)

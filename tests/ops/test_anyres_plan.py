@@ -109,21 +109,6 @@ def test_unpadded_grid_matches_transformers_for_a_million_sizes():
     assert compared >= 1_000_000
 
 
-def test_float_rounding_edge_sizes():
-    """Sizes at which float32, or float64 without rounding, would keep another row."""
-    sizes = [(h, w) for w in range(49, 400) for h in range(1, w)]
-    unrounded = [(h, w) for h, w in sizes if int(h * (48 / w)) != h * 48 // w]
-    single = int(torch.tensor(37.0) * (torch.tensor(48.0) / torch.tensor(592.0)))
-    assert unrounded and single != 37 * 48 // 592
-    for size in [*unrounded, (37, 592)]:
-        rows, _ = unpadded_in_floats(torch.tensor([size]), (48, 48))
-        assert 48 - 2 * anyres_tiling.padding(size, (48, 48))[0] == rows
-        assert (
-            anyres_tiling.padding(size[::-1], (48, 48))
-            == anyres_tiling.padding(size, (48, 48))[::-1]
-        )
-
-
 def test_token_count_of_global_view_and_four_tiles():
     assert token_count((672, 672), NEXT) == 2880 + 48
     without = Tiling(NEXT.pinpoints, 336, 24, newline=False)

@@ -8,14 +8,14 @@ import pytest
 import torch
 import transformers
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlm_fast
 from tests.support.distributed_helpers import start
 from tests.support.selection import slow_except
 from tests.support.tiny_models import AUDIO, IMAGE, MODELS, build
-from tests.support.ways_to_run import tensors
+from tests.support.ways_to_run import full_step, labels, tensors
 from tests.tools.releases import RELEASES, served
+from vlm_fast.devtools.memory import host_syncs
 from vlm_fast.patching.models import image_token_merge
 from vlm_fast.patching.placeholder_masks import MaskSpec
 
@@ -36,28 +36,14 @@ def patch(name, model):
     assert sorted({what.split(" by ")[1] for what in report.patched.values()}) == expected
 
 
-def step(model, inputs):
-    """Loss, logits, hidden states and gradients of a training step."""
-    model.zero_grad(set_to_none=True)
-    output = model(**inputs, labels=labels(inputs), output_hidden_states=True)
-    output.loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return dict(tensors(output)) | gradients
-
-
-def labels(inputs):
-    ids = inputs["input_ids"]
-    return ids.masked_fill(ids > 90, -100)  # the placeholders and the tokens around them
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_patched_matches_unpatched(name):
     model, inputs = build(name)
     generate = dict(inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    before, text = step(model, inputs), model.generate(**generate)
+    before, text = full_step(model, inputs), model.generate(**generate)
     patch(name, model)
     with vlm_fast.strict():
-        after = step(model, inputs)
+        after = full_step(model, inputs)
         calls = {op: counts["fast"] for op, counts in vlm_fast.stats().items()}
         assert torch.equal(model.generate(**generate), text)
     expected = SERVED[name].get("ops", {})
@@ -70,44 +56,29 @@ def test_patched_matches_unpatched(name):
         else:
             assert torch.equal(value, before[where]), where
     if vlm_fast.explain(model):
-        verification = vlm_fast.verify(model, **inputs, labels=labels(inputs))
+        verification = vlm_fast.verify(model, **inputs, **labels(model, inputs))
         idle = [IDLE[name]] if name in IDLE else []
         assert verification.ok and list(verification.unreached) == idle, verification
 
 
-class HostSyncs(TorchDispatchMode):
-    """Collect the operations that read a value from the device (host syncs)."""
+def logits_and_syncs(model, inputs, asking):
+    """Logits, and the host syncs of the models in ``asking`` before their features are merged."""
+    counts = []
 
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        if name == "aten.index.Tensor":
-            if any(i is not None and i.dtype == torch.bool for i in args[1]):
-                self.seen.append(name)
-        elif name.split(".")[1] in ("_local_scalar_dense", "nonzero", "masked_select"):
-            self.seen.append(name)
-        return function(*args, **(kwargs or {}))
-
-    def during(self, function):
+    def counted(function):
         def watched(*args, **kwargs):
-            with self:
-                return function(*args, **kwargs)
+            found = []
+            counts.append(host_syncs(lambda: found.append(function(*args, **kwargs)), "cpu"))
+            return found[0]
 
         return watched
 
-
-def logits_and_syncs(model, inputs, asking):
-    """Logits, and the host syncs of the models in ``asking`` before their features are merged."""
-    syncs = HostSyncs()
     watched = [(module, "get_placeholder_mask") for module in asking]
     watched.append((image_token_merge, "_masked_scatter"))
     with torch.no_grad(), ExitStack() as stack:
         for owner, name in watched:
-            stack.enter_context(mock.patch.object(owner, name, syncs.during(getattr(owner, name))))
-        return model(**inputs, labels=labels(inputs)).logits, syncs.seen
+            stack.enter_context(mock.patch.object(owner, name, counted(getattr(owner, name))))
+        return model(**inputs, **labels(model, inputs)).logits, sum(counts)
 
 
 @pytest.mark.parametrize("name", MERGE)
@@ -133,7 +104,7 @@ def test_merge_does_not_sync_and_returns_plain_tensors(name, monkeypatch):
         if any(module.children()):  # hooks on linears would make the projector fall back
             module.register_forward_hook(look, with_kwargs=True)
     patched, syncs = logits_and_syncs(model, inputs, asking)
-    assert syncs == leaks == []
+    assert syncs == 0 and leaks == []
     torch.testing.assert_close(patched, logits, rtol=1e-4, atol=2e-6)
 
 
