@@ -177,13 +177,6 @@ def test_invalid_arguments_raise_and_change_nothing():
     assert vlm_fast.explain(model) == {}
 
 
-def test_patch_without_connectors_warns_or_raises():
-    with pytest.warns(UserWarning, match="no connector of Linear was patched"):
-        vlm_fast.patch(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="no connector of Linear"):
-        vlm_fast.patch(nn.Linear(2, 2), strict=True)
-
-
 def test_zero3_parameters_raise_and_change_nothing():
     model = llava()
     model.model.multi_modal_projector.linear_2.weight.ds_id = 4

@@ -1,7 +1,5 @@
 """Patched Q-Formers in real models: hooks, adapters, copies, checkpointing, compilation."""
 
-import warnings
-
 import pytest
 import torch
 import transformers
@@ -21,6 +19,9 @@ from tests.support.tiny_qformers import (
     whole,
 )
 from vlm_fast.modules import QFormer
+
+# The first call of a (module, reason) warns; every one is counted.
+pytestmark = pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
 
 
 def patched(model=None, **options):
@@ -110,9 +111,7 @@ def test_hidden_states_are_returned_and_attentions_fall_back():
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
         with pytest.raises(vlm_fast.VlmFastFallbackError, match="maps"), vlm_fast.strict():
             run(fast, output_attentions=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", vlm_fast.VlmFastFallbackWarning)
-            ours = run(fast, output_attentions=True)
+        ours = run(fast, output_attentions=True)
         theirs = run(plain, output_attentions=True)
         for kind in ("attentions", "cross_attentions"):
             assert len(ours[kind]) == len(theirs[kind]) > 0
@@ -124,9 +123,7 @@ def test_only_the_layer_with_a_hook_falls_back():
     fast = patched()
     fast.encoder.layer[1].attention.output.register_forward_hook(lambda module, args, out: None)
     vlm_fast.stats(reset=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", vlm_fast.VlmFastFallbackWarning)
-        run(fast)
+    run(fast)
     assert vlm_fast.stats()["self_attention"]["fast"] == 2  # of three layers
 
 

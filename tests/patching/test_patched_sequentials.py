@@ -54,18 +54,6 @@ def test_training_steps_and_state_dict_loading(make):
     assert_alike(fast, plain, fused=True)
 
 
-def test_mm_projector_bin_loads():
-    """The keys of LLaVA's projector file, without their prefix."""
-    prefix = "model.mm_projector."
-    file = {prefix + name: value for name, value in mlp(3, WIDTH, HIDDEN).state_dict().items()}
-    stripped = {name.removeprefix(prefix): value for name, value in file.items()}
-    projector = SequentialProjector(WIDTH, HIDDEN, depth=3)
-    projector.load_state_dict(stripped, strict=True)
-    assert torch.equal(projector[4].weight, stripped["4.weight"])
-    assert [c.out_features for c in SequentialProjector(3, 5, 7, depth=3)[::2]] == [5, 5, 7]
-    assert list(SequentialProjector(3, 5, 7, depth=1).state_dict()) == ["0.weight", "0.bias"]
-
-
 @pytest.mark.parametrize(
     "options, said",
     [

@@ -7,11 +7,8 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import vlm_fast
-from tests.support.distributed_helpers import start
-from tests.support.selection import slow_except
 from tests.support.tiny_models import AUDIO, IMAGE, MODELS, build
 from tests.support.ways_to_run import full_step, labels, tensors
 from tests.tools.releases import RELEASES, served
@@ -126,39 +123,3 @@ def test_wrong_placeholder_counts_raise(name):
         ValueError, match=r"Image features and image tokens do not match[,:] tokens: "
     ):
         model(**inputs)
-
-
-def graphs_of(name):
-    """The number of graphs that the inner model compiles to, plain and patched."""
-    torch.manual_seed(0)
-    model, inputs = build(name)
-    base, graphs = model.model, {}
-    with torch.no_grad():
-        expected = base(**inputs)[0]
-        for what in ("plain", "patched"):
-            if what == "patched":
-                patch(name, model)
-            torch._dynamo.reset()
-            counter = CompileCounterWithBackend("aot_eager" if what == "patched" else "eager")
-            actual = torch.compile(base, backend=counter)(**inputs)[0]
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-6)
-            graphs[what] = counter.frame_count
-    return graphs
-
-
-@pytest.mark.parametrize("name", slow_except(["vipllava"], ["vipllava", "deepseek_vl"]))
-def test_model_compiles_to_one_graph(name):
-    graphs = graphs_of(name)
-    assert graphs["patched"] == 1 < graphs["plain"]
-
-
-def merger_compiles_into_one_graph(number):
-    graphs = graphs_of("aya_vision")
-    assert graphs["patched"] == 1 < graphs["plain"]
-
-
-@pytest.mark.multiprocess
-@pytest.mark.slow
-def test_merger_compiles_to_one_graph():
-    """Runs in a new process: Dynamo breaks the graph after many other tests, even when reset."""
-    start(merger_compiles_into_one_graph, (), 1)
