@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers.image_processing_utils import select_best_resolution
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 import vlm_fast
 from tests.ops.test_anyres_packing import model_of, packed
-from tests.ops.test_anyres_plan import NEXT, ONEVISION, PUBLISHED, each_tiling, transformers_count
+from tests.ops.test_anyres_plan import NEXT, ONEVISION, PUBLISHED
 from tests.patching.test_anyres_models import MIXINS
 from tests.support.tiny_anyres import PINPOINTS, TILE, granite, tiling_model
 from tests.support.tiny_models import IMAGE
@@ -22,24 +20,8 @@ from vlm_fast.verification import tolerance
 REPORTED = {(1, 2305): 576, (2760, 1): 600, (3, 2000): 576}  # tokens of LLaVA-NeXT
 
 
-def both_ways(sizes):
-    return [*sizes, *((w, h) for h, w in sizes)]
-
-
-THIN = both_ways([(1, 300), (1, 2305), (2, 1000), (2, 4000), (3, 2000), (5, 9000), (1, 100_000)])
-
-
-@each_tiling
-def test_token_counts_match_processors(tiling):
-    lengths = [*range(1, 40), *range(40, 12_000, 97)]
-    for size in both_ways([(thin, long) for thin in (1, 2, 3, 7) for long in lengths]):
-        assert anyres_tiling.best_resolution(size, tiling.pinpoints) == select_best_resolution(
-            size, tiling.pinpoints
-        )
-        assert anyres_tiling.token_count(size, tiling) == transformers_count(size, tiling), size
-        assert anyres_tiling.tile_count(size, tiling) == image_size_to_num_patches(
-            size, list(tiling.pinpoints), tiling.tile
-        )
+THIN = [(1, 300), (1, 2305), (2, 1000), (2, 4000), (3, 2000), (5, 9000), (1, 100_000)]
+THIN += [(w, h) for h, w in THIN]
 
 
 def test_known_token_counts():

@@ -60,8 +60,10 @@ def random_sizes(count, seed, largest=4000):
 
 @each_tiling
 def test_token_counts_match_processors(tiling):
+    lengths = [*range(1, 40), *range(40, 12_000, 97)]
+    thin = [(width, length) for width in (1, 2, 3, 7) for length in lengths]
     sizes = random_sizes(1500, seed=0).tolist()
-    sizes += LOSSY + [(w, h) for h, w in LOSSY + sizes[:300]]
+    sizes += LOSSY + thin + [(w, h) for h, w in LOSSY + thin + sizes[:300]]
     sizes += [(tiling.tile * i, 100 * i) for i in range(1, 40)]
     for size in map(tuple, sizes):
         assert token_count(size, tiling) == transformers_count(size, tiling), size

@@ -1,9 +1,5 @@
 """`vlm_fast.patch`: recognition by structure, copies, files, revert and errors."""
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +7,7 @@ from transformers.activations import ACT2FN
 
 import vlm_fast
 from tests.support import tiny_flamingos
-from tests.support.tiny_llava import llava, prompt
+from tests.support.tiny_llava import llava
 from vlm_fast.modules import MLPProjector
 from vlm_fast.modules.parameter_access.chain import find_chain
 
@@ -127,43 +123,6 @@ def test_unpatching_one_model_leaves_others_patched():
     assert first.model.multi_modal_projector.patch_spec.settings.saved == "preactivation"
     report.revert()
     assert vlm_fast.explain(first) == {} and len(vlm_fast.explain(second)) == 2
-
-
-def _pickled(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def _saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, _pickled, _saved])
-def test_copies_are_patched(clone):
-    model = Projector()
-    vlm_fast.patch(model)
-    twin = clone(model)
-    assert type(twin) is type(model) and vlm_fast.explain(twin) == {"": None}
-    x = torch.randn(3, 12)
-    torch.testing.assert_close(twin(x), model(x))
-    if clone is not copy.copy:
-        with torch.no_grad():
-            twin.linear_1.weight.zero_()
-        assert not torch.allclose(twin(x), model(x))  # the copy uses its own weights
-    assert vlm_fast.unpatch(twin) == 1 and type(twin) is Projector
-
-
-def test_patch_inside_a_peft_model():
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(llava(), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
-    inputs = prompt()
-    expected = model(**inputs).logits
-    report = vlm_fast.patch(model)
-    assert len(report.patched) == 2
-    with vlm_fast.strict():
-        torch.testing.assert_close(model(**inputs).logits, expected)
 
 
 def test_invalid_arguments_raise_and_change_nothing():

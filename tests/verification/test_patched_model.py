@@ -133,6 +133,7 @@ def test_different_dropout_masks_do_not_fail(monkeypatch):
     assert found.ok and not found.outputs and "dropout" in found.incomparable, found
     assert "not judged" in str(found)
     assert [c.what for c in found.connectors] == ["FusedQFormerModel without dropout"]
+    assert not found.unreached
     assert all(module.training for module in model.modules())
     # The connector is judged nevertheless.
     right = vlm_fast.ops.mlp._path.forward
