@@ -159,7 +159,7 @@ def test_zero_images_give_zero_gradients_to_all_parameters():
 def test_from_module_shares_parameters():
     source = llava().model.multi_modal_projector
     projector = MLPProjector.from_module(source, saved="input")
-    assert projector.linear_1 is source.linear_1
+    assert projector.linear_1 is source.linear_1 and "saved='input'" in repr(projector)
     x = torch.randn(2, 3, 48)
     with vlm_fast.strict():
         torch.testing.assert_close(projector(x), source(x))

@@ -104,28 +104,32 @@ def test_reused_image_buffer_is_read_again(mode, write):
     """The key-value cache object may be reused for several requests, too."""
     model, fast, given = pair("idefics")
     given.pop("pixel_values")
-    batch, width = given["input_ids"].shape[0], model.config.vision_config.embed_dim
-    images = given["image_attention_mask"].shape[2]
+    ids, mask = given["input_ids"], given["image_attention_mask"]
+    batch, _, images = mask.shape
+    width = model.config.vision_config.embed_dim
     buffer = torch.zeros(batch, images, model.config.perceiver_config.resampler_n_latents, width)
     caches = {m: DynamicCache(config=m.config) for m in (model, fast)}
+    step = {"input_ids": ids[:, :1], "image_attention_mask": mask[:, -1:]}
+
+    def assert_same_logits(given):
+        one, other = (
+            m(**given, perceiver_embeddings=buffer, past_key_values=cache).logits
+            for m, cache in caches.items()
+        )
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
     with mode():
         buffer = buffer.clone()
         for _ in range(3):
             picture = torch.randn_like(buffer)
             buffer.data.copy_(picture) if write == "data" else buffer.copy_(picture)
-            logits = []
-            for m in (model, fast):
-                cache = caches[m]
+            for cache in caches.values():
                 cache.crop(0)
-                out = m(**given, perceiver_embeddings=buffer, past_key_values=cache)
-                step = {
-                    "input_ids": given["input_ids"][:, :1],
-                    "image_attention_mask": given["image_attention_mask"][:, -1:],
-                }
-                later = m(**step, perceiver_embeddings=buffer, past_key_values=cache)
-                logits.append((out.logits, later.logits))
-            for one, other in zip(*logits, strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+            assert_same_logits(given)
+            assert_same_logits(step)
+        if (mode, write) == (torch.no_grad, "copy_"):  # noticed within a generation, too
+            buffer.copy_(torch.randn_like(buffer))
+            assert_same_logits(step)
 
 
 def test_full_cross_attention_mask_is_not_built(monkeypatch):
