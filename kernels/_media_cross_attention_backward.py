@@ -26,6 +26,7 @@ from ._attention_tiles import (
 )
 from ._launcher import Config, kernel, precision
 from ._media_mask import first_of_tile, is_visible, load_index, tiles_of, visible_range
+from ._sum_shares import sum_shares
 from ._triton import tl, triton
 
 
@@ -270,8 +271,9 @@ def launch_backward(
         q, *strides(q), do, *strides(do), k, *strides(k), v, *strides(v), index
     )  # fmt: skip
     programs_of_rows = batch * kv_heads * triton.cdiv(rows, block)
-    shares = None
+    shares = dq_norm = None
     if q_norm is not None and dq is not None:
+        dq_norm = torch.empty_like(q_norm)
         shares = q.new_empty(programs_of_rows, d, dtype=torch.float32)
     media_query_gradient_kernel(
         lambda blocks: (programs_of_rows,),
@@ -279,7 +281,7 @@ def launch_backward(
         kv_heads, group, queries, rows, media, tokens_per_media, count, scale, eps,
         attend, unattended, *widths, block, divisor, precision(),
     )  # fmt: skip
-    dq_norm = None if shares is None else shares.sum(0)
+    sum_shares(shares, dq_norm)
     if dk is None or dv is None:
         return dq_norm
     reach = torch.empty(batch, media, 2, dtype=torch.int32, device=q.device)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ._launcher import Config, is_traced, kernel, runs_triton
 from ._native import native
+from ._sum_shares import new_shares, split_rows, store_share, sum_shares
 from ._triton import tl, triton
 from .image_tokens import copy_text, row_matrix
 
-MAX_PROGRAMS = 512  # along the rows, for the gradient of the fill row
 UNIT = tl.constexpr(2.0**-30)  # the unit of integer weights
 
 
@@ -84,7 +84,8 @@ def fill_gradient_kernel(
     dy_ptr, dy_stride,  # (rows or more, cols)
     index_ptr, index_stride,  # (rows,) int32
     slots_ptr,  # (rows,) int32 or None: dy's row for each index
-    share_ptr,  # (shares, cols) fp32
+    dfill_ptr,  # (cols,)
+    shares_ptr,  # (shares, cols) fp32, or None for one
     limit, rows, rows_per_share, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     # Few rows are fill rows; the masked loads of the others cause no traffic.
@@ -108,7 +109,7 @@ def fill_gradient_kernel(
             mask=is_fill[:, None] & inside_cols[None, :], other=0.0,
         )  # fmt: skip
         total += dy.to(tl.float32)
-    tl.store(share_ptr + share * cols + col, tl.sum(total, axis=0), mask=inside_cols)
+    store_share(dfill_ptr, shares_ptr, share * cols, tl.sum(total, axis=0), col, inside_cols)
 
 
 def pack_rows(
@@ -225,16 +226,17 @@ def fill_gradient(
     matrix = row_matrix(dy)
     rows, cols = index.shape[0], matrix.shape[1]
     if runs_triton(dy) or is_traced(dy):
-        rows_per_share = max(64, -(-rows // MAX_PROGRAMS))
-        shares = -(-rows // rows_per_share)
-        share = dy.new_empty(shares, cols, dtype=torch.float32)
+        dfill = dy.new_empty(cols, dtype=dtype)
         if runs_triton(dy):
+            rows_per_share, count = split_rows(rows, least=64)
+            shares, _ = new_shares(count, dfill)
             fill_gradient_kernel(
-                lambda blocks: (shares * triton.cdiv(cols, blocks["BLOCK_COLS"]),),
-                matrix, matrix.stride(0), index, index.stride(0), slots, share,
+                lambda blocks: (count * -(-cols // blocks["BLOCK_COLS"]),),
+                matrix, matrix.stride(0), index, index.stride(0), slots, dfill, shares,
                 limit, rows, rows_per_share, cols,
             )  # fmt: skip
-        return share.sum(0).to(dtype)
+            sum_shares(shares, dfill)
+        return dfill
     at = ((index < 0) | (index >= limit)).nonzero().flatten()
     at = at if slots is None else slots[at]
     return matrix.index_select(0, at).sum(0, dtype=torch.float32).to(dtype)
