@@ -69,8 +69,9 @@ def gated_add_backward_kernel(
             tl.store(dy_ptr + offset, dy.to(dy_ptr.dtype.element_ty), mask=inside)
         if dgate_ptr is not None:
             y, _ = load_masked_rows(
-                y_ptr, row, inside_rows, col, inside_cols, y_batch, y_token, tokens, kept_ptr
-            )
+                y_ptr, row.to(tl.int32), inside_rows, col, inside_cols,
+                y_batch, y_token, tokens, kept_ptr,
+            )  # fmt: skip
             dgate += tl.where(kept[:, None], tl.where(inside, dh, 0.0) * y, 0.0)
     at = program * shares_row
     if dweight_ptr is not None:
@@ -80,12 +81,10 @@ def gated_add_backward_kernel(
         store_share(dbias_ptr, shares_ptr, at, tl.sum(dbias, axis=0), col, inside_cols)
         at += cols
     if dgate_ptr is not None:
-        by_feature = tl.sum(dgate, axis=0) * load_gate_slope(
-            gate_ptr, col, inside_cols, PER_FEATURE
-        )
-        if PER_FEATURE:
-            store_share(dgate_ptr, shares_ptr, at, by_feature, col, inside_cols)
-        else:  # in float64, because a sum over all features may nearly cancel
-            total = tl.sum(by_feature.to(tl.float64), axis=0, keep_dims=True)
-            only = tl.arange(0, 1)
-            store_share(dgate_ptr, shares_ptr, at, total, only, only < 1)
+        total = tl.sum(dgate, axis=0)
+        if not PER_FEATURE:  # in float64, because a sum over all features may nearly cancel
+            total = tl.sum(total.to(tl.float64), axis=0, keep_dims=True)
+            col = tl.arange(0, 1)
+            inside_cols = col < 1
+        total *= load_gate_slope(gate_ptr, col, inside_cols, PER_FEATURE)
+        store_share(dgate_ptr, shares_ptr, at, total, col, inside_cols)

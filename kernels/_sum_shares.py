@@ -16,6 +16,7 @@ from ._triton import tl, triton
 
 MAX_PROGRAMS = 512  # that share the rows: about four per multiprocessor of an H200
 MOST_GRADIENTS = 4  # that one launch sums
+ALIGNMENT = 16  # columns; Triton's wide accesses need strides that are a multiple of it
 
 
 def split_rows(rows: int, least: int) -> tuple[int, int]:
@@ -33,12 +34,13 @@ def split_rows(rows: int, least: int) -> tuple[int, int]:
 def new_shares(programs: int, *gradients: Tensor | None) -> tuple[Tensor | None, int]:
     """Return memory for the shares of gradients, ``(programs, cols)`` fp32, and its row stride.
 
-    The columns of the gradients follow each other. None if there are no gradients or one program.
+    The columns of the gradients follow each other, and then some unused ones, so that rows can be
+    read and written in 128 bits. None if there are no gradients or only one program.
     """
     wanted = [gradient for gradient in gradients if gradient is not None]
     if programs == 1 or not wanted:
         return None, 0
-    cols = sum([gradient.numel() for gradient in wanted])
+    cols = -(-sum([gradient.numel() for gradient in wanted]) // ALIGNMENT) * ALIGNMENT
     return wanted[0].new_empty(programs, cols, dtype=torch.float32), cols
 
 
@@ -67,7 +69,7 @@ def _store_columns(ptr, cols, total, col, IS_ZERO: tl.constexpr):
 )
 @triton.jit(do_not_specialize=["count", "cols_1", "cols_2", "cols_3", "cols_4"])
 def sum_shares_kernel(
-    shares_ptr, shares_row,  # (count, all columns) at this row stride
+    shares_ptr, shares_row,  # (count, cols) at this row stride
     gradient_1_ptr, gradient_2_ptr, gradient_3_ptr, gradient_4_ptr,  # or None
     cols_1, cols_2, cols_3, cols_4,
     count, cols, ZERO: tl.constexpr,
@@ -94,16 +96,16 @@ def sum_shares_kernel(
 def sum_shares(shares: Tensor | None, *gradients: Tensor | None, zero: int | None = None) -> None:
     """Fill gradients, at most four, with the sums of their shares.
 
-    shares: ``(count, cols)``, inner stride 1, with the columns of the gradients in their order, or
-    None for nothing to do. gradients: contiguous, of any dtypes; those that are None have no
-    columns. ``zero`` is the index of a gradient whose terms cancel exactly; rounding errors of its
+    shares: ``(count, cols)``, inner stride 1, with the columns of the gradients in their order and
+    then any others, or None for nothing to do. gradients: contiguous, of any dtypes; those that are
+    None have no columns. ``zero`` is the index of a gradient whose terms cancel exactly; rounding errors of its
     sum are dropped.
     """
     if shares is None:
         return
     sizes = [0 if gradient is None else gradient.numel() for gradient in gradients]
     absent = MOST_GRADIENTS - len(sizes)
-    cols, count = sum(sizes), shares.shape[0]
+    count, cols = shares.shape
     sum_shares_kernel(
         lambda blocks: (-(-cols // blocks["BLOCK_COLS"]),),
         shares, shares.stride(0), *gradients, *[None] * absent, *sizes, *[0] * absent,

@@ -57,7 +57,7 @@ def image_token_slots_kernel(
 def merge_image_tokens_kernel(
     features_ptr, features_stride,  # (feature_rows, cols) or None
     slots_ptr, first_slot,
-    text_ptr, text_stride,  # (rows, cols), or None for zeros
+    text_ptr, text_stride,  # (rows, cols) or None
     mask_ptr,  # (rows,) bytes
     out_ptr,  # (rows, cols)
     feature_rows, cols, CLEAR_IMAGE_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
@@ -76,17 +76,17 @@ def merge_image_tokens_kernel(
                 x = x.to(out_ptr.dtype.element_ty)
                 tl.store(out_ptr + row * cols + col, x, mask=inside)
     else:
-        row = program - feature_rows
-        is_text = tl.load(mask_ptr + row) == 0
-        if is_text | CLEAR_IMAGE_ROWS:
-            for start in range(0, cols, BLOCK_COLS):
-                col = start + lane
-                inside = col < cols
-                x = tl.zeros([BLOCK_COLS], dtype=out_ptr.dtype.element_ty)
-                if text_ptr is not None:
-                    at = text_ptr + row * text_stride + col
-                    x = tl.load(at, mask=inside & is_text, other=0.0)
-                tl.store(out_ptr + row * cols + col, x, mask=inside)
+        if text_ptr is not None:
+            row = program - feature_rows
+            is_text = tl.load(mask_ptr + row) == 0
+            if is_text | CLEAR_IMAGE_ROWS:
+                for start in range(0, cols, BLOCK_COLS):
+                    col = start + lane
+                    inside = col < cols
+                    x = tl.load(
+                        text_ptr + row * text_stride + col, mask=inside & is_text, other=0.0
+                    )
+                    tl.store(out_ptr + row * cols + col, x, mask=inside)
 
 
 @kernel(Config({"BLOCK_COLS": 2048}, num_warps=4))
@@ -216,7 +216,9 @@ def place_image_tokens(features: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
     if runs_triton(features) or is_traced(features):
         out = features.new_empty(*mask.shape, cols)
         if runs_triton(features):
-            _merge(image, slots, 0, None, mask, out, cols, zeros=mask.numel())
+            # The text is one row of zeros with stride 0; zeroing the result would write it twice.
+            text = features.new_zeros(1, cols).expand(mask.numel(), cols)
+            _merge(image, slots, 0, text, mask, out, cols)
         return out
     out = features.new_zeros(*mask.shape, cols)
     out.view(-1, cols).index_copy_(0, slots.long(), image)
@@ -249,11 +251,10 @@ def _merge(
     out: Tensor,
     cols: int,
     clear: bool = False,
-    zeros: int = 0,
 ) -> None:
-    """Launch the copy of one image's rows, and of the text's rows or as many ``zeros``."""
+    """Launch the copy of one image's rows and of the text's rows, or of one of them."""
     feature_rows = 0 if image is None else image.shape[0]
-    programs = feature_rows + (zeros if text is None else text.shape[0])
+    programs = feature_rows + (0 if text is None else text.shape[0])
     merge_image_tokens_kernel(
         lambda blocks: (programs,),
         image, 0 if image is None else image.stride(0), slots, first,

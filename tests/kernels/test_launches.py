@@ -99,7 +99,7 @@ BACKWARDS = {
     "gated_mlp": [
         (None, "gated_activation_backward_kernel mm mm mm mm addmm_ mm"),
     ],
-    "gather_image_tokens": [(None, "merge_image_tokens_kernel")],
+    "gather_image_tokens": [(None, "merge_image_tokens_kernel new_zeros")],
     "max_similarity": [(None, "new_zeros _to_copy scatter_ mm mm")],
     "media_cross_attention": [
         (dict(batch=1, heads=2, queries=9, media=1, keys=5, tokens_per_media=5, d=16),
