@@ -96,10 +96,10 @@ def sum_shares_kernel(
 def sum_shares(shares: Tensor | None, *gradients: Tensor | None, zero: int | None = None) -> None:
     """Fill gradients, at most four, with the sums of their shares.
 
-    shares: ``(count, cols)``, inner stride 1, with the columns of the gradients in their order and
-    then any others, or None for nothing to do. gradients: contiguous, of any dtypes; those that are
-    None have no columns. ``zero`` is the index of a gradient whose terms cancel exactly; rounding errors of its
-    sum are dropped.
+    shares: ``(count, cols)``, inner stride 1: the columns of the gradients in their order, then any
+    others. None if a single program has filled the gradients. gradients: contiguous, of any dtypes;
+    None has no columns. ``zero`` is the index of a gradient whose terms cancel exactly; rounding
+    errors of its sum are dropped.
     """
     if shares is None:
         return
