@@ -22,8 +22,8 @@ ALIGNMENT = 16  # columns; Triton's wide accesses need strides that are a multip
 def split_rows(rows: int, least: int) -> tuple[int, int]:
     """Return the rows of a program and the number of programs.
 
-    A program takes ``least`` rows or more. Up to twice as many all go to one program, because a
-    launch of `sum_shares` takes longer than they do.
+    A program takes ``least`` rows or more. Up to twice as many all go to one program, which saves
+    the launch of `sum_shares`.
     """
     if rows <= 2 * least:
         return rows, 1
