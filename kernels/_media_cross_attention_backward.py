@@ -267,14 +267,12 @@ def launch_backward(
     block = 16 if q.dtype == torch.float32 else 32  # with 64, registers spill on some GPU
     divisor, widths = tile_divisor(q), (d, *head_parts(d))
     stats = None if dk is None else q.new_empty(4, count, dtype=torch.float32)
-    shared = (
-        q, *strides(q), do, *strides(do), k, *strides(k), v, *strides(v), index
-    )  # fmt: skip
+    shared = (q, *strides(q), do, *strides(do), k, *strides(k), v, *strides(v), index)
     programs_of_rows = batch * kv_heads * triton.cdiv(rows, block)
-    shares = dq_norm = None
-    if q_norm is not None and dq is not None:
-        dq_norm = torch.empty_like(q_norm)
-        shares = q.new_empty(programs_of_rows, d, dtype=torch.float32)
+    dq_norm = None if q_norm is None or dq is None else torch.empty_like(q_norm)
+    shares = None
+    if dq_norm is not None:
+        shares = dq_norm.new_empty(programs_of_rows, d, dtype=torch.float32)
     media_query_gradient_kernel(
         lambda blocks: (programs_of_rows,),
         *shared, q_norm, stats, dq, *strides(dq), shares,

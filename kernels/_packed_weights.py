@@ -46,11 +46,11 @@ def parameter_gradients(
     x: Tensor,
     sizes: Sequence[int],
     wanted: Sequence[bool],
-    zero_bias: int | None = None,
+    zero: int | None = None,
 ) -> list[Tensor | None]:
     """The gradients of all weights, then of all biases; None for those that are not wanted.
 
-    ``zero_bias`` is the index of a bias whose gradient is zero but for rounding errors.
+    ``zero`` is the index of a bias whose gradient is zero but for rounding errors.
     """
     of_weights, of_biases = wanted[: len(sizes)], wanted[len(sizes) :]
     weights: list[Tensor | None] = [None] * len(sizes)
@@ -61,7 +61,7 @@ def parameter_gradients(
         weights = [torch.mm(part.t(), x) if want else None for part, want in parts]
     if not any(of_biases):
         return [*weights, *[None] * len(sizes)]
-    return [*weights, *_bias_gradients(dy, sizes, zero_bias)]
+    return [*weights, *_bias_gradients(dy, sizes, zero)]
 
 
 def _bias_gradients(dy: Tensor, sizes: Sequence[int], zero: int | None) -> list[Tensor]:

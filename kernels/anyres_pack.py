@@ -2,8 +2,7 @@
 
 An index has the source's row for every row of the result. An entry that is no row of the source,
 such as -1, selects the fill row (the newline) or zeros, so no entry is used as a wild address. The
-backward is the same kernel with the inverse index. Only the fill row's gradient is a sum, which is
-taken in a fixed order.
+backward is the same kernel with the inverse index. Only the fill row's gradient is a sum.
 """
 
 from __future__ import annotations
@@ -84,8 +83,7 @@ def fill_gradient_kernel(
     dy_ptr, dy_stride,  # (rows or more, cols)
     index_ptr, index_stride,  # (rows,) int32
     slots_ptr,  # (rows,) int32 or None: dy's row for each index
-    dfill_ptr,  # (cols,)
-    shares_ptr,  # (shares, cols) fp32, or None for one
+    dfill_ptr, shares_ptr, shares_row,  # (cols,); (shares, cols) fp32, or None for one
     limit, rows, rows_per_share, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     # Few rows are fill rows; the masked loads of the others cause no traffic.
@@ -109,7 +107,7 @@ def fill_gradient_kernel(
             mask=is_fill[:, None] & inside_cols[None, :], other=0.0,
         )  # fmt: skip
         total += dy.to(tl.float32)
-    store_share(dfill_ptr, shares_ptr, share * cols, tl.sum(total, axis=0), col, inside_cols)
+    store_share(dfill_ptr, shares_ptr, share * shares_row, tl.sum(total, axis=0), col, inside_cols)
 
 
 def pack_rows(
@@ -229,10 +227,10 @@ def fill_gradient(
         dfill = dy.new_empty(cols, dtype=dtype)
         if runs_triton(dy):
             rows_per_share, count = split_rows(rows, least=64)
-            shares, _ = new_shares(count, dfill)
+            shares, row = new_shares(count, dfill)
             fill_gradient_kernel(
                 lambda blocks: (count * -(-cols // blocks["BLOCK_COLS"]),),
-                matrix, matrix.stride(0), index, index.stride(0), slots, dfill, shares,
+                matrix, matrix.stride(0), index, index.stride(0), slots, dfill, shares, row,
                 limit, rows, rows_per_share, cols,
             )  # fmt: skip
             sum_shares(shares, dfill)

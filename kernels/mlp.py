@@ -27,8 +27,7 @@ def mlp_activation_backward_kernel(
     dh_ptr,  # (rows, cols)
     dz_ptr,  # (rows, cols), may be dh
     h_ptr,  # (rows, cols) or None
-    dbias_ptr,  # (cols,) or None
-    shares_ptr,  # (cdiv(rows, ROWS), cols) fp32, or None for up to ROWS rows
+    dbias_ptr, shares_ptr, shares_row,  # (cols,) or None; (cdiv(rows, ROWS), cols) fp32 or None
     rows, cols, tokens, period,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
@@ -53,7 +52,7 @@ def mlp_activation_backward_kernel(
             dbias += tl.where(inside, dz, 0.0)
     if dbias_ptr is not None:
         share = tl.sum(dbias, axis=0)
-        store_share(dbias_ptr, shares_ptr, chunk * cols, share, col, inside_cols)
+        store_share(dbias_ptr, shares_ptr, chunk * shares_row, share, col, inside_cols)
 
 
 FEW_ROWS = 512  # 16 images of 32 queries; up to here a saved launch outweighs cuBLAS's better tiles
@@ -141,25 +140,20 @@ def mlp_activation_backward(
         return _aten(z, dh, tokens, period, activation, want_h, want_dbias)
     rows, cols = dh.shape
     h = torch.empty_like(dh) if want_h else None
-    chunks = max(-(-rows // ROWS_PER_PROGRAM), 1)
     dbias = dh.new_empty(cols) if want_dbias else None
-    shares, _ = new_shares(chunks, dbias)
+    chunks = max(-(-rows // ROWS_PER_PROGRAM), 1)
+    shares, shares_row = new_shares(chunks, dbias)
     mlp_activation_backward_kernel(
         lambda blocks: (chunks, triton.cdiv(cols, blocks["BLOCK_COLS"])),
-        z, dh, dh, h, dbias, shares, rows, cols, tokens, period, activation, ROWS_PER_PROGRAM,
+        z, dh, dh, h, dbias, shares, shares_row,
+        rows, cols, tokens, period, activation, ROWS_PER_PROGRAM,
     )  # fmt: skip
     sum_shares(shares, dbias)
     return dh, h, dbias
 
 
 def _aten(
-    z: Tensor,
-    dh: Tensor,
-    tokens: int,
-    period: int,
-    activation: str,
-    want_h: bool,
-    want_dbias: bool,
+    z: Tensor, dh: Tensor, tokens: int, period: int, activation: str, want_h: bool, want_dbias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`mlp_activation_backward` from ATen's kernels, for CPUs."""
     if tokens == period:

@@ -131,11 +131,8 @@ def backward(
     return (
         dx,
         (dx if shared else dresidual.view(dy.shape)) if needs_grad.residual else None,
-        dweight,
-        dbias,
-        dx_bias,
-        None,
-    )
+        dweight, dbias, dx_bias, None,
+    )  # fmt: skip
 
 
 @add_layer_norm.cost

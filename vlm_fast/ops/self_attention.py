@@ -136,10 +136,8 @@ def backward(
         dx = dx.view(batch, tokens, dx.shape[1])
     if needs_grad.parameters:
         x = x.reshape(batch * tokens, x.shape[2])
-        dparameters = parameter_gradients(
-            rows, x, [features] * 3, needs_grad.parameters,
-            zero_bias=1,  # the bias of keys adds one number to all scores of a query
-        )  # fmt: skip
+        # The bias of keys adds one number to all scores of a query.
+        dparameters = parameter_gradients(rows, x, [features] * 3, needs_grad.parameters, zero=1)
     return dx, dparameters, dbias, None, None
 
 
