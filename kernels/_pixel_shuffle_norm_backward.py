@@ -64,6 +64,10 @@ def pixel_shuffle_norm_backward_kernel(
         if NORM == "layer":
             x -= tl.load(mean_ptr + group, mask=group_inside, other=0.0)
         unit = tl.where(inside, x * rstd, 0.0)
+        if dweight_ptr is not None:
+            dweight += dy * unit
+        if dbias_ptr is not None:
+            dbias += dy
         if dx_ptr is not None:
             dunit = dy * weight
             dx = dunit - unit * (group_sum(dunit * unit, AFTER) / size)
@@ -75,10 +79,6 @@ def pixel_shuffle_norm_backward_kernel(
             )  # fmt: skip
             at = dx_ptr + to[:, :, None] + c[None, None, :]
             tl.store(at, (dx * rstd).to(dx_ptr.dtype.element_ty), patch_inside[:, :, None] & inside)
-        if dweight_ptr is not None:
-            dweight += dy * unit
-        if dbias_ptr is not None:
-            dbias += dy
     at = program * shares_row
     if dweight_ptr is not None:
         _store(dweight_ptr, shares_ptr, at, dweight, channel, c, channel_inside, cols, AFTER)
