@@ -75,7 +75,8 @@ def sum_shares_kernel(
     count, cols, ZERO: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    col = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    first = (tl.program_id(0).to(tl.int64) * BLOCK_COLS).to(tl.int32)
+    col = first + tl.arange(0, BLOCK_COLS)
     inside_cols = col < cols
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
     for start in range(0, count, BLOCK_ROWS):
