@@ -82,7 +82,8 @@ def pixel_shuffle_norm_backward_kernel(
     at = program * shares_row
     if dweight_ptr is not None:
         _store(dweight_ptr, shares_ptr, at, dweight, channel, c, channel_inside, cols, AFTER)
-        at += size
+        for _ in tl.static_range(FACTOR * FACTOR if AFTER else 1):
+            at += cols  # not a product, which may overflow 32 bits
     if dbias_ptr is not None:
         _store(dbias_ptr, shares_ptr, at, dbias, channel, c, channel_inside, cols, AFTER)
 
