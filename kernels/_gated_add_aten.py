@@ -1,4 +1,4 @@
-"""`gated_add` on a CPU, from ATen's kernels, and the gradient of the gate on any device."""
+"""`gated_add` on a CPU, from ATen's kernels."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from torch import Tensor
 Statistics = tuple[Tensor | None, Tensor | None]  # mean and 1 / standard deviation, (rows,)
 
 
-def gate_gradient(dtanh: Tensor, gate: Tensor) -> Tensor:
-    """The gate's gradient ``(gate.numel(),)``, from partial sums ``(rows, cols)`` of its tanh's.
+def _gate_gradient(dtanh: Tensor, gate: Tensor) -> Tensor:
+    """The gate's gradient, from the gradient ``(rows, cols)`` of its tanh in each row.
 
     The sum is taken in float64, because the gradient of a single gate sums over all rows and
     features, and these may nearly cancel.
     """
     axes = (0, 1) if gate.numel() == 1 else (0,)
-    dtanh = dtanh.sum(axes, dtype=torch.float64).view(-1)
-    return (
-        dtanh / gate.double().view(-1).cosh().square()
-    )  # 1 / cosh^2 = 1 - tanh^2 without cancellation
+    dtanh = dtanh.sum(axes, dtype=torch.float64).view(gate.shape)
+    dgate = dtanh / gate.double().cosh().square()  # 1 / cosh^2 = 1 - tanh^2 without cancellation
+    return dgate.to(gate.dtype)
 
 
 def forward(
@@ -61,10 +60,12 @@ def backward(
         product = wide * y
         if kept is not None:
             product.masked_fill_(kept, 0)
-        dgate = gate_gradient(product.reshape(-1, product.shape[-1]), gate)
+        dgate = _gate_gradient(product.reshape(-1, product.shape[-1]), gate)
     if want_y:
         dy = wide * gate.float().tanh().view(-1)
         dy = (dy if kept is None else dy.masked_fill_(kept, 0)).to(dh.dtype)
+    if weight is not None:
+        dweight, dbias = (g if g is None else g.to(weight.dtype) for g in (dweight, dbias))
     return total.to(dh.dtype) if want_x else None, dy, dgate, dweight, dbias
 
 

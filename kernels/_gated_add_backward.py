@@ -1,13 +1,13 @@
 """The kernel of `gated_add`'s backward; a program takes consecutive rows, whole.
 
-A program writes its partial sums of the gate's and the norm's gradients to its own row of a buffer:
-no atomics, one fixed order of summation.
+It computes its share of the gradients of the gate and of the norm's parameters.
 """
 
 from __future__ import annotations
 
 from ._launcher import Config, kernel
-from ._tanh_gate import load_gate, load_masked_rows
+from ._sum_shares import store_share
+from ._tanh_gate import load_gate, load_gate_slope, load_masked_rows
 from ._triton import tl, triton
 
 
@@ -20,7 +20,8 @@ def gated_add_backward_kernel(
     y_ptr, y_batch, y_token,  # or None if dgate is not wanted
     gate_ptr, kept_ptr,  # (1,) or (cols,); (rows,) bytes or None
     dx_ptr, dy_ptr,  # (rows, cols) or None
-    dgate_ptr, dweight_ptr, dbias_ptr,  # (programs, cols) fp32 or None
+    dweight_ptr, dbias_ptr, dgate_ptr,  # (cols,), the gate also (1,), or None
+    shares_ptr, shares_row,  # (programs, cols of all three) fp32, or None for one program
     rows, rows_per_program, tokens, cols,
     PER_FEATURE: tl.constexpr, NORM: tl.constexpr,
     BLOCK_COLS: tl.constexpr, ELEMENTS: tl.constexpr,
@@ -68,13 +69,22 @@ def gated_add_backward_kernel(
             tl.store(dy_ptr + offset, dy.to(dy_ptr.dtype.element_ty), mask=inside)
         if dgate_ptr is not None:
             y, _ = load_masked_rows(
-                y_ptr, row, inside_rows, col, inside_cols, y_batch, y_token, tokens, kept_ptr
-            )
+                y_ptr, row.to(tl.int32), inside_rows, col, inside_cols,
+                y_batch, y_token, tokens, kept_ptr,
+            )  # fmt: skip
             dgate += tl.where(kept[:, None], tl.where(inside, dh, 0.0) * y, 0.0)
-    share = program * cols + col
-    if dgate_ptr is not None:
-        tl.store(dgate_ptr + share, tl.sum(dgate, axis=0), mask=inside_cols)
+    at = program * shares_row
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + share, tl.sum(dweight, axis=0), mask=inside_cols)
+        store_share(dweight_ptr, shares_ptr, at, tl.sum(dweight, axis=0), col, inside_cols)
+        at += cols
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + share, tl.sum(dbias, axis=0), mask=inside_cols)
+        store_share(dbias_ptr, shares_ptr, at, tl.sum(dbias, axis=0), col, inside_cols)
+        at += cols
+    if dgate_ptr is not None:
+        total = tl.sum(dgate, axis=0)
+        if not PER_FEATURE:  # in float64, because a sum over all features may nearly cancel
+            total = tl.sum(total.to(tl.float64), axis=0, keep_dims=True)
+            col = tl.arange(0, 1)
+            inside_cols = col < 1
+        total *= load_gate_slope(gate_ptr, col, inside_cols, PER_FEATURE)
+        store_share(dgate_ptr, shares_ptr, at, total, col, inside_cols)

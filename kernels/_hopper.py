@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._launcher import is_traced, on_device_of
+from ._sum_shares import sum_shares
 
 native: Any
 why_absent: str | None
@@ -94,8 +95,9 @@ def gelu_backward(
     (rows, hidden), out = z.shape, weight.shape[0]
     dz = torch.empty_like(z)
     h = torch.empty_like(z) if want_h else None
-    sums = None
+    sums = dbias = None
     if want_dbias:
+        dbias = z.new_empty(hidden)
         tiles, padded = -(-rows // TILE), -(-hidden // TILE) * TILE
         sums = z.new_empty(tiles, padded, dtype=torch.float32)
     z, dy, weight = _aligned(z), _in_tma_rows(dy), _aligned(weight.contiguous())
@@ -105,7 +107,8 @@ def gelu_backward(
                 dy.data_ptr(), dy.stride(0), weight.data_ptr(), z.data_ptr(), dz.data_ptr(),
                 _address(h), _address(sums), rows, hidden, out, _stream(dz),
             )  # fmt: skip
-    return dz, h, None if sums is None else sums[:, :hidden].sum(0).to(z.dtype)
+    sum_shares(sums, dbias)
+    return dz, h, dbias
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -26,6 +26,7 @@ from ._attention_tiles import (
 )
 from ._launcher import Config, cdiv, kernel, next_power_of_2, precision
 from ._media_mask import first_of_tile, is_visible, load_index, tiles_of, visible_range
+from ._sum_shares import sum_shares
 from ._triton import tl, triton
 
 
@@ -266,20 +267,19 @@ def launch_backward(
     block = 16 if q.dtype == torch.float32 else 32  # with 64, registers spill on some GPU
     divisor, widths = tile_divisor(q), (d, *head_parts(d))
     stats = None if dk is None else q.new_empty(4, count, dtype=torch.float32)
-    shared = (
-        q, *strides(q), do, *strides(do), k, *strides(k), v, *strides(v), index
-    )  # fmt: skip
+    shared = (q, *strides(q), do, *strides(do), k, *strides(k), v, *strides(v), index)
     programs_of_rows = batch * kv_heads * cdiv(rows, block)
+    dq_norm = None if q_norm is None or dq is None else torch.empty_like(q_norm)
     shares = None
-    if q_norm is not None and dq is not None:
-        shares = q.new_empty(programs_of_rows, d, dtype=torch.float32)
+    if dq_norm is not None:
+        shares = dq_norm.new_empty(programs_of_rows, d, dtype=torch.float32)
     media_query_gradient_kernel(
         lambda blocks: (programs_of_rows,),
         *shared, q_norm, stats, dq, *strides(dq), shares,
         kv_heads, group, queries, rows, media, tokens_per_media, count, scale, eps,
         attend, unattended, *widths, block, divisor, precision(),
     )  # fmt: skip
-    dq_norm = None if shares is None else shares.sum(0)
+    sum_shares(shares, dq_norm)
     if dk is None or dv is None:
         return dq_norm
     reach = torch.empty(batch, media, 2, dtype=torch.int32, device=q.device)

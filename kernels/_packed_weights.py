@@ -12,7 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._launcher import is_traced
+from ._launcher import dense, is_traced, runs_triton
+from ._sum_shares import MOST_GRADIENTS, sum_shares
+
+MOST_ROWS = 4096  # of a sum over rows by one program; ATen splits more rows among several
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
@@ -39,9 +42,16 @@ def input_gradient(dy: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def parameter_gradients(
-    dy: Tensor, x: Tensor, sizes: Sequence[int], wanted: Sequence[bool]
+    dy: Tensor,
+    x: Tensor,
+    sizes: Sequence[int],
+    wanted: Sequence[bool],
+    zero: int | None = None,
 ) -> list[Tensor | None]:
-    """The gradients of all weights, then of all biases; None for those that are not wanted."""
+    """The gradients of all weights, then of all biases; None for those that are not wanted.
+
+    ``zero`` is the index of a bias whose gradient is zero but for rounding errors.
+    """
     of_weights, of_biases = wanted[: len(sizes)], wanted[len(sizes) :]
     weights: list[Tensor | None] = [None] * len(sizes)
     if _as_one_gemm(x) and all(of_weights):
@@ -49,8 +59,20 @@ def parameter_gradients(
     elif any(of_weights):
         parts = zip(dy.split(list(sizes), 1), of_weights, strict=True)
         weights = [torch.mm(part.t(), x) if want else None for part, want in parts]
-    biases = split_copy(dy.sum(0), sizes) if any(of_biases) else [None] * len(sizes)
-    return [*weights, *biases]
+    if not any(of_biases):
+        return [*weights, *[None] * len(sizes)]
+    return [*weights, *_bias_gradients(dy, sizes, zero)]
+
+
+def _bias_gradients(dy: Tensor, sizes: Sequence[int], zero: int | None) -> list[Tensor]:
+    if runs_triton(dy) and len(sizes) <= MOST_GRADIENTS and dy.shape[0] <= MOST_ROWS:
+        biases = [dy.new_empty(size) for size in sizes]
+        sum_shares(dense(dy), *biases, zero=zero)
+        return biases
+    biases = split_copy(dy.sum(0), sizes)
+    if zero is not None:
+        biases[zero].mul_(0)  # NaN stays NaN
+    return biases
 
 
 def split_copy(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """The kernel of `pixel_shuffle_norm`'s backward; a program takes consecutive merged tokens.
 
-It reads x again and needs no shuffled copy. A program writes its partial sums of the parameters'
-gradients to its own row of a buffer: no atomics, one fixed order of summation.
+It reads x again and needs no shuffled copy. A program computes its share of the parameters'
+gradients.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ._pixel_shuffle_tiles import (
     merged_channels,
     patch_offsets,
 )
+from ._sum_shares import store_share
 from ._triton import tl, triton
 
 
@@ -26,7 +27,8 @@ def pixel_shuffle_norm_backward_kernel(
     weight_ptr,  # (cols,) or, if AFTER, (FACTOR ** 2 * cols,)
     mean_ptr, rstd_ptr,  # written by the forward
     dx_ptr, dx_batch,  # (batch, tokens, cols), dense, or None
-    dweight_ptr, dbias_ptr,  # (programs, size of the weight) fp32 or None
+    dweight_ptr, dbias_ptr,  # like the weight, or None
+    shares_ptr, shares_row,  # (programs, size of both) fp32, or None for one program
     tokens, rows, merged, per_program, blocks, blocks_across, width, cols,
     FACTOR: tl.constexpr, BY_CHANNEL: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr,
     POSITIONS: tl.constexpr, COLS: tl.constexpr, ELEMENTS: tl.constexpr,
@@ -62,6 +64,10 @@ def pixel_shuffle_norm_backward_kernel(
         if NORM == "layer":
             x -= tl.load(mean_ptr + group, mask=group_inside, other=0.0)
         unit = tl.where(inside, x * rstd, 0.0)
+        if dweight_ptr is not None:
+            dweight += dy * unit
+        if dbias_ptr is not None:
+            dbias += dy
         if dx_ptr is not None:
             dunit = dy * weight
             dx = dunit - unit * (group_sum(dunit * unit, AFTER) / size)
@@ -73,23 +79,22 @@ def pixel_shuffle_norm_backward_kernel(
             )  # fmt: skip
             at = dx_ptr + to[:, :, None] + c[None, None, :]
             tl.store(at, (dx * rstd).to(dx_ptr.dtype.element_ty), patch_inside[:, :, None] & inside)
-        if dweight_ptr is not None:
-            dweight += dy * unit
-        if dbias_ptr is not None:
-            dbias += dy
+    at = program * shares_row
     if dweight_ptr is not None:
-        _store_share(dweight_ptr, dweight, program, channel, c, channel_inside, cols, FACTOR, AFTER)
+        _store(dweight_ptr, shares_ptr, at, dweight, channel, c, channel_inside, cols, AFTER)
+        for _ in tl.static_range(FACTOR * FACTOR if AFTER else 1):
+            at += cols  # not a product, which may overflow 32 bits
     if dbias_ptr is not None:
-        _store_share(dbias_ptr, dbias, program, channel, c, channel_inside, cols, FACTOR, AFTER)
+        _store(dbias_ptr, shares_ptr, at, dbias, channel, c, channel_inside, cols, AFTER)
 
 
 @triton.jit
-def _store_share(
-    ptr, share, program, channel, c, inside, cols, FACTOR: tl.constexpr, AFTER: tl.constexpr
+def _store(
+    gradient_ptr, shares_ptr, at, by_token, channel, c, channel_inside, cols, AFTER: tl.constexpr
 ):
-    """Store a program's partial sum of a parameter's gradient."""
-    share = tl.sum(share, axis=0)
+    """Store a program's share of a parameter's gradient."""
+    share = tl.sum(by_token, axis=0)
     if AFTER:
-        tl.store(ptr + program * cols * (FACTOR * FACTOR) + channel, share, mask=inside)
+        store_share(gradient_ptr, shares_ptr, at, share, channel, channel_inside)
     else:
-        tl.store(ptr + program * cols + c, tl.sum(share, axis=0), mask=c < cols)
+        store_share(gradient_ptr, shares_ptr, at, tl.sum(share, axis=0), c, c < cols)

@@ -44,8 +44,15 @@ def norm_backward(
     blocks: Blocks, norm: Norm, wants: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x ``(batch, tokens, cols)``, weight and bias, or None if not wanted."""
-    if _compiled(x):
-        return _native_backward(dy, x, weight, mean, rstd, blocks, norm, wants)
+    backward = _native_backward if _compiled(x) else _aten_backward
+    dx, *others = backward(dy, x, weight, mean, rstd, blocks, norm, wants)
+    return dx, *(g if g is None else g.to(weight.dtype) for g in others)
+
+
+def _aten_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor,
+    blocks: Blocks, norm: Norm, wants: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     patches = _gathered(x, blocks)
     if norm.after:
         merged = _laid_out(patches, blocks)

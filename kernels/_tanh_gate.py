@@ -17,13 +17,25 @@ def _tanh(x):
 
 
 @triton.jit
-def load_gate(gate_ptr, col, inside_cols, PER_FEATURE: tl.constexpr):
-    """tanh of the gate, ``[cols]``; one number is broadcast."""
+def _load_gate(gate_ptr, col, inside_cols, PER_FEATURE: tl.constexpr):
     if PER_FEATURE:
-        gate = tl.load(gate_ptr + col, mask=inside_cols, other=0.0).to(tl.float32)
+        return tl.load(gate_ptr + col, mask=inside_cols, other=0.0).to(tl.float32)
     else:
-        gate = tl.load(gate_ptr).to(tl.float32) + tl.zeros(col.shape, tl.float32)
+        return tl.load(gate_ptr + tl.arange(0, 1)).to(tl.float32)
+
+
+@triton.jit
+def load_gate(gate_ptr, col, inside_cols, PER_FEATURE: tl.constexpr):
+    """tanh of the gate, ``[cols]``, or ``[1]`` for one number."""
+    gate = _load_gate(gate_ptr, col, inside_cols, PER_FEATURE)
     return _tanh(gate)
+
+
+@triton.jit
+def load_gate_slope(gate_ptr, col, inside_cols, PER_FEATURE: tl.constexpr):
+    """The derivative of tanh at the gate, 1 - tanh^2, without its cancellation; same shape."""
+    e = tl.exp(-2.0 * tl.abs(_load_gate(gate_ptr, col, inside_cols, PER_FEATURE)))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
 @triton.jit

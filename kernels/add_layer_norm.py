@@ -1,8 +1,7 @@
 """``LayerNorm(dropout(x + x_bias) + residual)``, one pass over memory in each direction.
 
 A program holds whole rows. The forward saves z, the sum before the norm, and its statistics. A
-program of the backward takes consecutive rows and writes its partial sums of the parameters'
-gradients to its own row of a buffer: no atomics, one fixed order of summation.
+program of the backward takes consecutive rows and its share of the parameters' gradients.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from torch import Tensor
 
 from ._dropout import keep_tile, threshold
 from ._launcher import Config, cdiv, kernel, next_power_of_2
+from ._sum_shares import new_shares, split_rows, store_share, sum_shares
 from ._triton import tl, triton
-
-MAX_PROGRAMS = 512  # of the backward: about four per multiprocessor of an H200
 
 
 # Measured on an H200: for 32 rows the second config takes 4.9 us and the first 5.3; for 2,048 rows
@@ -83,7 +81,8 @@ def add_layer_norm_backward_kernel(
     weight_ptr,  # (cols,)
     seed_ptr, drop_below, survivor_scale,
     dz_ptr, dx_ptr,  # (rows, cols) or None
-    dweight_ptr, dbias_ptr, dx_bias_ptr,  # (programs, cols) fp32 or None
+    dweight_ptr, dbias_ptr, dx_bias_ptr,  # (cols,) or None
+    shares_ptr, shares_row,  # (programs, cols of all three) fp32, or None for one program
     rows, rows_per_program, cols,
     BLOCK_COLS: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -125,13 +124,15 @@ def add_layer_norm_backward_kernel(
             dbias += dy
         if dx_bias_ptr is not None:
             dx_bias += tl.where(inside, dz, 0.0)
-    share = program * cols + col
+    at = program * shares_row
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + share, tl.sum(dweight, axis=0), mask=inside_cols)
+        store_share(dweight_ptr, shares_ptr, at, tl.sum(dweight, axis=0), col, inside_cols)
+        at += cols
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + share, tl.sum(dbias, axis=0), mask=inside_cols)
+        store_share(dbias_ptr, shares_ptr, at, tl.sum(dbias, axis=0), col, inside_cols)
+        at += cols
     if dx_bias_ptr is not None:
-        tl.store(dx_bias_ptr + share, tl.sum(dx_bias, axis=0), mask=inside_cols)
+        store_share(dx_bias_ptr, shares_ptr, at, tl.sum(dx_bias, axis=0), col, inside_cols)
 
 
 Statistics = tuple[Tensor, ...]  # z (rows, cols), mean (rows,), rstd (rows,); or ()
@@ -175,20 +176,20 @@ def add_layer_norm_backward(
     dy: Tensor,
     statistics: Statistics,
     weight: Tensor,
-    bias: Tensor | None,
     seed: Tensor | None,
     *,
     dropout: float,
     x_dtype: torch.dtype,
+    x_bias_dtype: torch.dtype | None,
     want_x: bool,
     want_residual: bool,
     want_weight: bool,
     want_bias: bool,
-    want_x_bias: bool,
 ) -> tuple[Any, ...]:
-    """Gradients ``(rows, cols)`` of x and residual, and ``(cols,)`` fp32 of weight, bias, x_bias.
+    """Gradients ``(rows, cols)`` of x and residual, and ``(cols,)`` of weight, bias and x_bias.
 
-    dy: ``(rows, cols)``, contiguous. Without dropout x and the residual have the same gradient; it
+    dy: ``(rows, cols)``, contiguous. The bias has the dtype of the weight; no dtype of x_bias means
+    that its gradient is not wanted. Without dropout x and the residual have the same gradient; it
     is returned as one tensor if their dtypes are equal.
     """
     z, mean, rstd = statistics
@@ -196,16 +197,18 @@ def add_layer_norm_backward(
     shared = seed is None and x_dtype == z.dtype
     dz = torch.empty_like(z) if want_residual or (shared and want_x) else None
     dx = torch.empty_like(z, dtype=x_dtype) if want_x and not shared else None
-    rows_per_program = max(16, cdiv(rows, MAX_PROGRAMS))
-    programs = cdiv(rows, rows_per_program)
-    shares = [
-        dy.new_empty(programs, cols, dtype=torch.float32) if want else None
-        for want in (want_weight, want_bias, want_x_bias)
-    ]
+    rows_per_program, programs = split_rows(rows, least=16)
+    parameters = (
+        weight.new_empty(cols) if want_weight else None,
+        weight.new_empty(cols) if want_bias else None,
+        None if x_bias_dtype is None else weight.new_empty(cols, dtype=x_bias_dtype),
+    )
+    shares, shares_row = new_shares(programs, *parameters)
     add_layer_norm_backward_kernel(
         lambda blocks: (programs,),
-        dy, z, mean, rstd, weight, seed, threshold(dropout), 1 / (1 - dropout), dz, dx, *shares,
-        rows, rows_per_program, cols, next_power_of_2(cols),
+        dy, z, mean, rstd, weight, seed, threshold(dropout), 1 / (1 - dropout), dz, dx,
+        *parameters, shares, shares_row, rows, rows_per_program, cols, next_power_of_2(cols),
     )  # fmt: skip
+    sum_shares(shares, *parameters)
     dx = dz if shared and want_x else dx
-    return dx, dz if want_residual else None, *(None if s is None else s.sum(0) for s in shares)
+    return dx, dz if want_residual else None, *parameters

@@ -2,8 +2,7 @@
 
 An index has the source's row for every row of the result. An entry that is no row of the source,
 such as -1, selects the fill row (the newline) or zeros, so no entry is used as a wild address. The
-backward is the same kernel with the inverse index. Only the fill row's gradient is a sum, which is
-taken in a fixed order.
+backward is the same kernel with the inverse index. Only the fill row's gradient is a sum.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._launcher import Config, cdiv, is_traced, kernel, runs_triton
+from ._launcher import Config, is_traced, kernel, runs_triton
 from ._native import native
+from ._sum_shares import new_shares, split_rows, store_share, sum_shares
 from ._triton import tl, triton
 from .image_tokens import copy_text, row_matrix
 
-MAX_PROGRAMS = 512  # along the rows, for the gradient of the fill row
 UNIT = tl.constexpr(2.0**-30)  # the unit of integer weights
 
 
@@ -84,7 +83,7 @@ def fill_gradient_kernel(
     dy_ptr, dy_stride,  # (rows or more, cols)
     index_ptr, index_stride,  # (rows,) int32
     slots_ptr,  # (rows,) int32 or None: dy's row for each index
-    share_ptr,  # (shares, cols) fp32
+    dfill_ptr, shares_ptr, shares_row,  # (cols,); (shares, cols) fp32, or None for one
     limit, rows, rows_per_share, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     # Few rows are fill rows; the masked loads of the others cause no traffic.
@@ -108,7 +107,7 @@ def fill_gradient_kernel(
             mask=is_fill[:, None] & inside_cols[None, :], other=0.0,
         )  # fmt: skip
         total += dy.to(tl.float32)
-    tl.store(share_ptr + share * cols + col, tl.sum(total, axis=0), mask=inside_cols)
+    store_share(dfill_ptr, shares_ptr, share * shares_row, tl.sum(total, axis=0), col, inside_cols)
 
 
 def pack_rows(
@@ -225,16 +224,17 @@ def fill_gradient(
     matrix = row_matrix(dy)
     rows, cols = index.shape[0], matrix.shape[1]
     if runs_triton(dy) or is_traced(dy):
-        rows_per_share = max(64, -(-rows // MAX_PROGRAMS))
-        shares = -(-rows // rows_per_share)
-        share = dy.new_empty(shares, cols, dtype=torch.float32)
+        dfill = dy.new_empty(cols, dtype=dtype)
         if runs_triton(dy):
+            rows_per_share, count = split_rows(rows, least=64)
+            shares, row = new_shares(count, dfill)
             fill_gradient_kernel(
-                lambda blocks: (shares * cdiv(cols, blocks["BLOCK_COLS"]),),
-                matrix, matrix.stride(0), index, index.stride(0), slots, share,
+                lambda blocks: (count * -(-cols // blocks["BLOCK_COLS"]),),
+                matrix, matrix.stride(0), index, index.stride(0), slots, dfill, shares, row,
                 limit, rows, rows_per_share, cols,
             )  # fmt: skip
-        return share.sum(0).to(dtype)
+            sum_shares(shares, dfill)
+        return dfill
     at = ((index < 0) | (index >= limit)).nonzero().flatten()
     at = at if slots is None else slots[at]
     return matrix.index_select(0, at).sum(0, dtype=torch.float32).to(dtype)

@@ -14,10 +14,9 @@ from . import _gated_add_aten as aten
 from ._gated_add_aten import Statistics
 from ._gated_add_backward import gated_add_backward_kernel
 from ._launcher import Config, cdiv, in_rows, kernel, next_power_of_2, runs_triton
+from ._sum_shares import new_shares, split_rows, sum_shares
 from ._tanh_gate import load_gate, load_masked_rows
 from ._triton import tl, triton
-
-MAX_PROGRAMS = 512  # of the backward: about four per multiprocessor of an H200
 
 
 @kernel(Config({"ELEMENTS": 2048}, num_warps=8))
@@ -128,7 +127,7 @@ def gated_add_backward(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Any, ...]:
-    """Gradients of x and y like dh, and of gate, weight and bias in fp32; None if not wanted.
+    """Gradients of x and y like dh, and of gate, weight and bias like these; None if not wanted.
 
     dh, dnormed, h: ``(..., cols)``; y as in the forward, needed for the gradient of the gate.
     """
@@ -145,22 +144,19 @@ def gated_add_backward(
     rows = batch * tokens
     dx = torch.empty_like(dh) if want_x and not plain else None
     dy = torch.empty_like(dh) if want_y else None
-    rows_per_program = max(16, cdiv(rows, MAX_PROGRAMS))
-    programs = cdiv(rows, rows_per_program)
-    shares = [
-        dh.new_empty(programs, cols, dtype=torch.float32) if want else None
-        for want in (want_gate, want_weight, want_bias)
-    ]
+    dgate = torch.empty_like(gate) if want_gate else None
+    dweight = torch.empty_like(weight) if want_weight and weight is not None else None
+    dbias = torch.empty_like(weight) if want_bias and weight is not None else None
+    rows_per_program, programs = split_rows(rows, least=16)
+    shares, shares_row = new_shares(programs, dweight, dbias, dgate)
     gated_add_backward_kernel(
         lambda blocks: (programs,),
         dh, dnormed, h, *statistics, weight,
         y if want_gate else None, *(y.stride()[:2] if want_gate and y is not None else (0, 0)),
-        gate, _bytes(row_mask), dx, dy, *shares, rows, rows_per_program, tokens, cols,
-        gate.numel() > 1, norm, next_power_of_2(cols),
+        gate, _bytes(row_mask), dx, dy, dweight, dbias, dgate, shares, shares_row,
+        rows, rows_per_program, tokens, cols, gate.numel() > 1, norm, next_power_of_2(cols),
     )  # fmt: skip
-    dtanh, dweight, dbias = shares
-    dgate = None if dtanh is None else aten.gate_gradient(dtanh, gate)
-    dweight, dbias = (None if s is None else s.sum(0) for s in (dweight, dbias))
+    sum_shares(shares, dweight, dbias, dgate)
     return dh if plain and want_x else dx, dy, dgate, dweight, dbias
 
 

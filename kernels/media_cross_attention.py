@@ -190,7 +190,7 @@ def media_attention_backward(
     """Return the gradients of q, k, v and q_norm, or None for those that are not wanted.
 
     The first three are laid out in memory as ``(batch, tokens, heads, d)``. The gradient of q_norm
-    is fp32 and is computed whenever q's is.
+    is computed whenever q's is.
     """
     if q_norm is not None and not _norms_inside(q):
         normed, inverse = _normed(q, q_norm, eps)
@@ -212,7 +212,7 @@ def media_attention_backward(
             if gradient is not None:
                 gradient.zero_()
         if q_norm is not None and want_q:
-            dq_norm = torch.zeros_like(q_norm, dtype=torch.float32)
+            dq_norm = torch.zeros_like(q_norm)
     elif runs_triton(q):
         q_norm = q_norm if q_norm is None else q_norm.contiguous()
         dq_norm = launch_backward(
@@ -241,12 +241,12 @@ def _normed(q: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _norm_backward(
     dnormed: Tensor, q: Tensor, weight: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Backward of `_normed`: gradients of the queries and, in fp32, of the weight.
+    """Backward of `_normed`: gradients of the queries and of the weight.
 
     The first is laid out in memory as ``(batch, queries, heads, d)``.
     """
     unit = q.float() * inverse
-    dweight = (dnormed * unit.to(q.dtype)).sum((0, 1, 2), dtype=torch.float32)
+    dweight = (dnormed * unit.to(q.dtype)).sum((0, 1, 2), dtype=torch.float32).to(weight.dtype)
     dunit = dnormed * weight.float()
     dq = (dunit - unit * (dunit * unit).mean(-1, keepdim=True)) * inverse
     return dq.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), dweight

@@ -1,8 +1,7 @@
 """Linear plus activation of an MLP for few rows, and the pass between the GEMMs of its backward.
 
 A program of the backward takes BLOCK_COLS columns and ROWS_PER_PROGRAM rows in tiles of BLOCK_ROWS,
-and writes its partial sum of the bias gradient to its own row of a buffer: no atomics, one fixed
-order of summation.
+and its share of the bias gradient.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ._activation import value_and_slope
 from ._launcher import Config, cdiv, kernel, precision, runs_triton
+from ._sum_shares import new_shares, store_share, sum_shares
 from ._triton import tl, triton
 
 ROWS_PER_PROGRAM = 128
@@ -27,7 +27,7 @@ def mlp_activation_backward_kernel(
     dh_ptr,  # (rows, cols)
     dz_ptr,  # (rows, cols), may be dh
     h_ptr,  # (rows, cols) or None
-    dbias_ptr,  # (cdiv(rows, ROWS), cols) fp32 or None
+    dbias_ptr, shares_ptr, shares_row,  # (cols,) or None; (cdiv(rows, ROWS), cols) fp32 or None
     rows, cols, tokens, period,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
@@ -51,7 +51,8 @@ def mlp_activation_backward_kernel(
         if dbias_ptr is not None:
             dbias += tl.where(inside, dz, 0.0)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + chunk * cols + col, tl.sum(dbias, axis=0), mask=inside_cols)
+        share = tl.sum(dbias, axis=0)
+        store_share(dbias_ptr, shares_ptr, chunk * shares_row, share, col, inside_cols)
 
 
 FEW_ROWS = 512  # 16 images of 32 queries; up to here a saved launch outweighs cuBLAS's better tiles
@@ -139,23 +140,20 @@ def mlp_activation_backward(
         return _aten(z, dh, tokens, period, activation, want_h, want_dbias)
     rows, cols = dh.shape
     h = torch.empty_like(dh) if want_h else None
-    chunks = cdiv(rows, ROWS_PER_PROGRAM)
-    dbias = dh.new_empty(chunks, cols, dtype=torch.float32) if want_dbias else None
+    dbias = dh.new_empty(cols) if want_dbias else None
+    chunks = max(-(-rows // ROWS_PER_PROGRAM), 1)
+    shares, shares_row = new_shares(chunks, dbias)
     mlp_activation_backward_kernel(
         lambda blocks: (chunks, cdiv(cols, blocks["BLOCK_COLS"])),
-        z, dh, dh, h, dbias, rows, cols, tokens, period, activation, ROWS_PER_PROGRAM,
+        z, dh, dh, h, dbias, shares, shares_row,
+        rows, cols, tokens, period, activation, ROWS_PER_PROGRAM,
     )  # fmt: skip
-    return dh, h, dbias.sum(0).to(dh.dtype) if dbias is not None else None
+    sum_shares(shares, dbias)
+    return dh, h, dbias
 
 
 def _aten(
-    z: Tensor,
-    dh: Tensor,
-    tokens: int,
-    period: int,
-    activation: str,
-    want_h: bool,
-    want_dbias: bool,
+    z: Tensor, dh: Tensor, tokens: int, period: int, activation: str, want_h: bool, want_dbias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`mlp_activation_backward` from ATen's kernels, for CPUs."""
     if tokens == period:

@@ -24,9 +24,8 @@ from ._pixel_shuffle_tiles import (
     merged_channels,
     patch_offsets,
 )
+from ._sum_shares import new_shares, split_rows, sum_shares
 from ._triton import tl, triton
-
-MAX_PROGRAMS = 512  # of the backward: about four per multiprocessor of an H200
 
 
 @kernel(Config({"ELEMENTS": 4096}, num_warps=8))
@@ -174,7 +173,7 @@ def pixel_shuffle_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor,
     blocks: Blocks, norm: Norm, *, want_x: bool, want_weight: bool, want_bias: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Gradients of x (dense, in x's shape) and of weight and bias (fp32); None if not wanted.
+    """Gradients of x (dense, in x's shape), weight and bias (like the weight); None if not wanted.
 
     dy: ``(merged, factor ** 2 * cols)``, contiguous.
     """
@@ -186,21 +185,18 @@ def pixel_shuffle_norm_backward(
         return dx if dx is None else dx.view(shape), dweight, dbias
     dx = _empty_gradient(dy, blocks, shape) if want_x else None
     merged, cols = dy.shape[0], x.shape[2]
-    per_program = max(4, cdiv(merged, MAX_PROGRAMS))
-    programs = cdiv(merged, per_program)
-    shares = [
-        dy.new_empty(programs, weight.shape[0], dtype=torch.float32) if want else None
-        for want in (want_weight, want_bias)
-    ]
+    dweight, dbias = (torch.empty_like(weight) if w else None for w in (want_weight, want_bias))
+    per_program, programs = split_rows(merged, least=4)
+    shares, shares_row = new_shares(programs, dweight, dbias)
     tokens, rows, _, *across = _sizes(x.shape, blocks)
     pixel_shuffle_norm_backward_kernel(
         lambda sizes: (programs,),
-        dy, x, *x.stride()[:2], blocks.index, weight, mean, rstd, dx, x.shape[1] * cols, *shares,
-        tokens, rows, merged, per_program, *across, cols,
+        dy, x, *x.stride()[:2], blocks.index, weight, mean, rstd, dx, x.shape[1] * cols,
+        dweight, dbias, shares, shares_row, tokens, rows, merged, per_program, *across, cols,
         blocks.factor, blocks.by_channel, norm.kind, norm.after,
         next_power_of_2(blocks.positions), next_power_of_2(cols),
     )  # fmt: skip
-    dweight, dbias = (None if s is None else s.sum(0) for s in shares)
+    sum_shares(shares, dweight, dbias)
     return dx, dweight, dbias
 
 

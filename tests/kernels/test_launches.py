@@ -1,10 +1,11 @@
-"""The number of kernels that a forward launches: ATen kernels and our recorded launches."""
+"""The kernels that ops and models launch: ATen kernels and our recorded launches."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlm_fast
+from tests.support.cases import DIFFERENTIABLE
 from tests.support.tiny_qformers import blip2
 from vlm_fast.kernels import _launcher
 from vlm_fast.kernels._launcher import recording
@@ -61,3 +62,100 @@ def test_qformer_launches_at_most_two_thirds_of_transformers_kernels(monkeypatch
     # Twelve self-attentions of 5, six cross-attentions of 4, twelve MLPs of 3, and 3 before the
     # layers. Thirteen of them put weights together.
     assert after == 123
+
+
+ATTENTION = "cross_attention_backward_kernel key_gradient_kernel"
+MEDIA = "media_query_gradient_kernel {} media_reach_kernel media_key_gradient_kernel"
+MLP, SUM = "mlp_activation_backward_kernel", "sum_shares_kernel"
+# For each op shapes, and all launches of a backward at this shape: our kernels, then ATen's. One
+# row more is where the rows of some kernels become too many for one program.
+BACKWARDS = {
+    "act_linear": [(dict(shape=(257, 24), out=16), f"{MLP} mm mm sum")],
+    "add_layer_norm": [
+        (dict(shape=(32, 24), x_biased=True), "add_layer_norm_backward_kernel"),
+        (dict(shape=(33, 24), x_biased=True), f"add_layer_norm_backward_kernel {SUM}"),
+    ],
+    "anyres_merge": [
+        (None, "merge_image_tokens_kernel pack_rows_kernel fill_gradient_kernel"),
+    ],
+    "anyres_pack": [
+        (None, "pack_rows_kernel fill_gradient_kernel"),
+        (
+            dict(batch=2, side=8, hidden=5, sizes=((8, 8), (8, 8))),
+            f"pack_rows_kernel fill_gradient_kernel {SUM}",
+        ),
+    ],
+    "anyres_pack_resized": [(None, "blend_rows_kernel fill_gradient_kernel")],
+    "cross_attention": [(dict(batch=1, heads=2, shape=(32, 257), d=64), ATTENTION)],
+    "gated_add": [
+        (dict(shape=(32, 24)), "gated_add_backward_kernel"),
+        (dict(shape=(33, 24)), f"gated_add_backward_kernel {SUM}"),
+        (dict(shape=(33, 24), per_feature=True), f"gated_add_backward_kernel {SUM}"),
+    ],
+    "gated_add_norm": [
+        (dict(shape=(32, 24), biased=True), "gated_add_backward_kernel"),
+        (dict(shape=(33, 24), biased=True), f"gated_add_backward_kernel {SUM}"),
+    ],
+    "gated_mlp": [
+        (None, "gated_activation_backward_kernel mm mm mm mm addmm_ mm"),
+    ],
+    "gather_image_tokens": [(None, "merge_image_tokens_kernel new_zeros")],
+    "max_similarity": [(None, "new_zeros _to_copy scatter_ mm mm")],
+    "media_cross_attention": [
+        (dict(batch=1, heads=2, queries=9, media=1, keys=5, tokens_per_media=5, d=16),
+         MEDIA.format("")),
+        (dict(batch=1, heads=2, queries=9, media=1, keys=5, tokens_per_media=5, d=16, normed=True),
+         MEDIA.format(SUM)),
+    ],
+    "merge_image_tokens": [(None, "merge_image_tokens_kernel gather_image_tokens_kernel")],
+    "merge_tokens": [(dict(batch=3, tokens=7, features=17, r=3), "spread_tokens_kernel")],
+    "mlp": [
+        (dict(shape=(128, 24), hidden=40, out=16), f"{MLP} mm mm mm mm sum"),
+        (dict(shape=(129, 24), hidden=40, out=16), f"{MLP} {SUM} mm mm mm mm sum"),
+    ],
+    "pixel_shuffle_norm": [
+        (
+            dict(batch=2, height=4, width=4, features=17, norm="layer"),
+            "pixel_shuffle_norm_backward_kernel",
+        ),
+        (
+            dict(batch=2, height=4, width=6, features=17, norm="layer"),
+            f"pixel_shuffle_norm_backward_kernel {SUM}",
+        ),
+    ],
+    "self_attention": [(None, f"{ATTENTION} {SUM} cat mm mm split_with_sizes_copy")],
+    "spatial_pool": [(None, "spatial_pool_backward_kernel")],
+    "stacked_linear": [(None, f"{SUM} cat mm mm split_with_sizes_copy")],
+    "unmerge_tokens": [(None, "sum_tokens_kernel")],
+}  # fmt: skip
+
+
+def test_every_backward_is_counted():
+    assert BACKWARDS.keys() == DIFFERENTIABLE.keys()
+
+
+@pytest.mark.parametrize(
+    "name, shape, expected",
+    [pytest.param(n, *c, id=f"{n}-{i}") for n, cases in BACKWARDS.items()
+     for i, c in enumerate(cases)],
+)  # fmt: skip
+def test_a_backward_launches_no_more_than_its_kernels(name, shape, expected, monkeypatch):
+    """No sum and no conversion that a kernel's store could do."""
+    op = OPS[name]
+    path = op._path
+    args, options = op.sample(shape or op.usual_shape, torch.bfloat16)
+    settings = {**op.defaults, **options}
+    values = op.accepted(args, settings)
+    flat = [v is not None and v.is_floating_point() for v in path.flatten(values)]
+    needs = path.needs_of(tuple(flat), path.count(values))
+    with torch.no_grad():
+        result, saved = path.forward(needs, *values, **settings)
+        results = result if isinstance(result, tuple) else (result,)
+        upstream = [torch.randn_like(r) for r in results]
+        # Launches are recorded but not run, so that the interpreter's own work is not counted.
+        monkeypatch.setattr(_launcher, "is_traced", lambda tensor: True)
+        with recording() as recorded, Launches() as seen:
+            path.backward(needs, iter(saved), *upstream, **settings)
+    assert " ".join([launch.kernel.name for launch in recorded] + seen.names) == (
+        " ".join(expected.split())
+    )

@@ -59,6 +59,11 @@ class PythonGemms:
                 sums[i, :hidden] = through[i * _hopper.TILE : (i + 1) * _hopper.TILE].sum(0)
 
 
+def sum_shares(shares, gradient):
+    if shares is not None:
+        gradient.copy_(shares[:, : gradient.numel()].sum(0))
+
+
 @contextlib.contextmanager
 def python_gemms(*names):
     """Use the Python GEMMs (by default both) at every size, as on a Hopper GPU."""
@@ -66,6 +71,7 @@ def python_gemms(*names):
     chosen = {ROWS[name]: 1 if name in (names or ROWS) else 2**62 for name in ROWS}
     with (
         mock.patch.multiple(_hopper, native=gemms, runs_here=lambda like: True, **chosen),
+        mock.patch.object(_hopper, "sum_shares", sum_shares),
         mock.patch.object(_hopper, "why_absent", None),
     ):
         yield gemms

@@ -76,6 +76,11 @@ MUTANTS = (
         interpreted("test_add_layer_norm.py", "mean_far_above"),
     ),
     Mutant(
+        "the last share of a gradient is left out", "kernels/_sum_shares.py",
+        "inside = (row < count)[:, None]", "inside = (row < count - 1)[:, None]",
+        interpreted("test_sum_shares.py", "31 and rule"),
+    ),
+    Mutant(
         "slots beyond the capacity are written", "kernels/image_tokens.py",
         "mask=inside & (here != 0) & (slot < capacity)", "mask=inside & (here != 0)",
         SLOTS,

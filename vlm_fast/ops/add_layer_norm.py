@@ -101,7 +101,7 @@ def forward(needs_grad, x, residual, weight, bias, x_bias, seed, *, eps, dropout
     if not any_needed:
         return y, ()
     return y, (
-        *statistics, weight, bias if needs_grad.bias else None, seed,
+        *statistics, weight, seed,
         x.new_empty(0) if needs_grad.x else None,  # only for their dtypes
         x_bias.new_empty(0) if needs_grad.x_bias else None,
     )  # fmt: skip
@@ -111,7 +111,7 @@ def forward(needs_grad, x, residual, weight, bias, x_bias, seed, *, eps, dropout
 def backward(
     needs_grad: Any, saved_tensors: Any, dy: Tensor, *, eps: float, dropout: float
 ) -> tuple[Tensor | None, ...]:
-    z, mean, rstd, weight, bias, seed, x_like, x_bias_like = saved_tensors
+    z, mean, rstd, weight, seed, x_like, x_bias_like = saved_tensors
     features = dy.shape[-1]
     if dy.numel() == 0:
         zeros = weight.new_zeros(features)
@@ -120,21 +120,19 @@ def backward(
         gradients = (dx, dy, zeros, zeros.clone(), dx_bias, None)
         return tuple(g if need else None for g, need in zip(gradients, needs_grad, strict=True))
     dx, dresidual, dweight, dbias, dx_bias = kernels.add_layer_norm_backward(
-        dy.contiguous().view(-1, features), (z, mean, rstd), weight.contiguous(), bias, seed,
+        dy.contiguous().view(-1, features), (z, mean, rstd), weight.contiguous(), seed,
         dropout=dropout, x_dtype=dy.dtype if x_like is None else x_like.dtype,
+        x_bias_dtype=None if x_bias_like is None else x_bias_like.dtype,
         want_x=needs_grad.x, want_residual=needs_grad.residual, want_weight=needs_grad.weight,
-        want_bias=needs_grad.bias, want_x_bias=needs_grad.x_bias,
+        want_bias=needs_grad.bias,
     )  # fmt: skip
     shared = dx is dresidual
     dx = dx.view(dy.shape) if needs_grad.x else None
     return (
         dx,
         (dx if shared else dresidual.view(dy.shape)) if needs_grad.residual else None,
-        dweight.to(weight.dtype) if needs_grad.weight else None,
-        dbias.to(bias.dtype) if needs_grad.bias else None,
-        dx_bias.to(x_bias_like.dtype) if needs_grad.x_bias else None,
-        None,
-    )
+        dweight, dbias, dx_bias, None,
+    )  # fmt: skip
 
 
 @add_layer_norm.cost

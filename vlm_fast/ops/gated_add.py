@@ -100,20 +100,15 @@ def wanted_gradients(
     """Gradients of x, y, gate, weight and bias; those that are not needed may be None."""
     features = dh.shape[-1]
     if dh.numel() == 0:
-        zeros = dh.new_zeros(features)
+        zeros = (dh if weight is None else weight).new_zeros(features)
         dgate = torch.zeros_like(gate) if needs_grad.gate else None
         return dh, dh, dgate, zeros, zeros.clone()
-    dx, dy, dgate, dweight, dbias = kernels.gated_add_backward(
+    return kernels.gated_add_backward(
         dh, dnormed, h, statistics, y, gate.contiguous(), row_mask,
         None if weight is None else weight.contiguous(), norm=norm,
         want_x=needs_grad.x and norm != "none", want_y=needs_grad.y, want_gate=needs_grad.gate,
         want_weight=getattr(needs_grad, "weight", False),
         want_bias=getattr(needs_grad, "bias", False),
-    )  # fmt: skip
-    return (
-        dx, dy,
-        None if dgate is None else dgate.view(gate.shape).to(gate.dtype),
-        dweight, dbias,
     )  # fmt: skip
 
 

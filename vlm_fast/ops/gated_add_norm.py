@@ -11,6 +11,7 @@ from torch import Tensor
 from vlm_fast.kernels import gated_add as kernels
 from vlm_fast.ops.declaration import Cost, nbytes, op
 from vlm_fast.ops.gated_add import gated_add, sample_inputs, wanted_gradients, why_no_kernel
+from vlm_fast.ops.rows import as_matrix
 
 NORMS = ("layer", "rms")
 
@@ -96,7 +97,6 @@ def forward(
     return (h, normed), (
         y if needs_grad.gate else None, gate, row_mask, weight, h if past_bias else None,
         *(statistics if past_bias else (None, None)),
-        bias.new_empty(0) if bias is not None and needs_grad.bias else None,
     )  # fmt: skip
 
 
@@ -104,19 +104,14 @@ def forward(
 def backward(
     needs_grad: Any, saved_tensors: Any, dh: Tensor, dnormed: Tensor, *, eps: float, norm: str
 ) -> tuple[Tensor | None, ...]:
-    y, gate, row_mask, weight, h, mean, rstd, bias_like = saved_tensors
+    y, gate, row_mask, weight, h, mean, rstd = saved_tensors
     if h is None:  # only the bias needs a gradient
-        dbias = dnormed.sum_to_size(dnormed.shape[-1:]).to(bias_like.dtype)
+        dbias = as_matrix(dnormed).sum(0, dtype=weight.dtype)
         return None, None, None, None, dbias, None
     dx, dy, dgate, dweight, dbias = wanted_gradients(
         needs_grad, dh, dnormed, h, (mean, rstd), y, gate, row_mask, weight, norm
     )
-    return (
-        dx, dy, dgate,
-        dweight.to(weight.dtype) if needs_grad.weight else None,
-        dbias.to(bias_like.dtype) if needs_grad.bias else None,
-        None,
-    )  # fmt: skip
+    return dx, dy, dgate, dweight, dbias, None
 
 
 @gated_add_norm.non_differentiable

@@ -147,8 +147,6 @@ def backward(needs_grad, saved_tensors, do, *, tokens_per_media, attend, unatten
         unattended=unattended, scale=score_scale(scale, q.shape[3]), eps=eps,
         want_q=needs_grad.q or needs_grad.q_norm, want_kv=needs_grad.k or needs_grad.v,
     )  # fmt: skip
-    if dq_norm is not None:
-        dq_norm = dq_norm.to(q_norm.dtype)
     gradients = (dq, dk, dv, None, dq_norm)
     return tuple(g if need else None for g, need in zip(gradients, needs_grad, strict=True))
 

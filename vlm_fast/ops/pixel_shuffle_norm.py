@@ -186,12 +186,7 @@ def backward(
         dy, x, weight.contiguous(), mean, rstd, blocks, Norm(norm, norm_after, eps),
         want_x=needs_grad.x, want_weight=needs_grad.weight, want_bias=needs_grad.bias,
     )  # fmt: skip
-    return (
-        dx,
-        dweight.to(weight.dtype) if needs_grad.weight else None,
-        dbias.to(weight.dtype) if needs_grad.bias else None,
-        None,
-    )
+    return dx, dweight, dbias, None
 
 
 def _merged_shape(x: Tensor, index: Tensor | None, factor: int) -> tuple[int, ...]:

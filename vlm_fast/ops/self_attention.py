@@ -136,9 +136,8 @@ def backward(
         dx = dx.view(batch, tokens, dx.shape[1])
     if needs_grad.parameters:
         x = x.reshape(batch * tokens, x.shape[2])
-        dparameters = parameter_gradients(rows, x, [features] * 3, needs_grad.parameters)
-        if dparameters[4] is not None:  # the bias of keys adds one number to all scores of a query
-            dparameters[4].mul_(0)
+        # The bias of keys adds one number to all scores of a query.
+        dparameters = parameter_gradients(rows, x, [features] * 3, needs_grad.parameters, zero=1)
     return dx, dparameters, dbias, None, None
 
 
