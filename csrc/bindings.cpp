@@ -37,6 +37,19 @@ std::vector<RowBlock> row_blocks(const std::vector<uintptr_t>& addresses,
   return blocks;
 }
 
+std::vector<OutputBlock> output_blocks(const std::vector<uintptr_t>& addresses,
+                                       const std::vector<int64_t>& first,
+                                       const std::vector<int64_t>& counts) {
+  if (first.size() != addresses.size() || counts.size() != addresses.size()) {
+    throw std::invalid_argument("feature pointers, first rows and rows differ in length");
+  }
+  std::vector<OutputBlock> blocks;
+  for (size_t i = 0; i < addresses.size(); ++i) {
+    blocks.push_back({pointer<char>(addresses[i]), first[i], counts[i]});
+  }
+  return blocks;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -52,39 +65,30 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "merge_image_tokens",
-      [](uintptr_t embeds, int64_t embeds_stride, uintptr_t slots,
+      [](uintptr_t embeds, int64_t embeds_stride, uintptr_t mask,
          const std::vector<uintptr_t>& features, const std::vector<int64_t>& feature_rows,
          const std::vector<int64_t>& feature_strides, uintptr_t out, int64_t rows,
          int64_t row_bytes, int threads) {
-        merge_image_tokens(rows_at(embeds, embeds_stride), pointer<const int32_t>(slots),
-                           row_blocks(features, feature_rows, feature_strides), pointer<char>(out),
-                           rows, row_bytes, threads);
+        return merge_image_tokens(rows_at(embeds, embeds_stride), pointer<const uint8_t>(mask),
+                                  row_blocks(features, feature_rows, feature_strides),
+                                  pointer<char>(out), rows, row_bytes, threads);
       },
-      py::arg("embeds_ptr"), py::arg("embeds_row_stride_bytes"), py::arg("slots_ptr"),
+      py::arg("embeds_ptr"), py::arg("embeds_row_stride_bytes"), py::arg("mask_ptr"),
       py::arg("feature_ptrs"), py::arg("feature_rows"), py::arg("feature_row_stride_bytes"),
       py::arg("out_ptr"), py::arg("rows"), py::arg("row_bytes"), py::arg("threads"), without_gil);
 
   m.def(
-      "gather_image_tokens",
-      [](uintptr_t source, int64_t source_stride, uintptr_t slots, int64_t start, int64_t rows,
-         uintptr_t out, int64_t row_bytes, int threads) {
-        gather_image_tokens(rows_at(source, source_stride), pointer<const int32_t>(slots) + start,
-                            pointer<char>(out), rows, row_bytes, threads);
+      "split_image_tokens",
+      [](uintptr_t source, int64_t source_stride, uintptr_t mask, uintptr_t text,
+         const std::vector<int64_t>& first, const std::vector<uintptr_t>& features,
+         const std::vector<int64_t>& feature_rows, int64_t rows, int64_t row_bytes, int threads) {
+        return split_image_tokens(rows_at(source, source_stride), pointer<const uint8_t>(mask),
+                                  pointer<char>(text), output_blocks(features, first, feature_rows),
+                                  rows, row_bytes, threads);
       },
-      py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("slots_ptr"),
-      py::arg("start"), py::arg("rows"), py::arg("out_ptr"), py::arg("row_bytes"),
-      py::arg("threads"), without_gil);
-
-  m.def(
-      "clear_image_tokens",
-      [](uintptr_t source, int64_t source_stride, uintptr_t slots, int64_t count, uintptr_t out,
-         int64_t rows, int64_t row_bytes, int threads) {
-        clear_image_tokens(rows_at(source, source_stride), pointer<const int32_t>(slots), count,
-                           pointer<char>(out), rows, row_bytes, threads);
-      },
-      py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("slots_ptr"),
-      py::arg("count"), py::arg("out_ptr"), py::arg("rows"), py::arg("row_bytes"),
-      py::arg("threads"), without_gil);
+      py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("mask_ptr"),
+      py::arg("text_ptr"), py::arg("first"), py::arg("feature_ptrs"), py::arg("feature_rows"),
+      py::arg("rows"), py::arg("row_bytes"), py::arg("threads"), without_gil);
 
   m.def(
       "nearest",

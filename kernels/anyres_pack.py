@@ -162,7 +162,7 @@ def merge_packed_rows(
             lambda blocks: (count,),
             matrix, matrix.stride(0), index, None, slots, fill, out, limit, cols,
         )  # fmt: skip
-        copy_text(text, mask, out)
+        copy_text(embeds, mask, out, count)
     elif is_traced(embeds):
         pass
     elif native is not None and embeds.is_cpu:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vlm_fast.kernels import anyres_pack as kernels
-from vlm_fast.kernels.image_tokens import clear_image_tokens, image_token_slots
+from vlm_fast.kernels._image_token_slots import image_token_slots
+from vlm_fast.kernels.image_tokens import split_image_tokens
 from vlm_fast.ops.anyres_pack import anyres_pack
 from vlm_fast.ops.anyres_samples import Sizes, sample_plan, why_not_packed
 from vlm_fast.ops.declaration import Cost, nbytes, op
@@ -98,7 +99,8 @@ def backward(needs_grad: Any, saved_tensors: Any, dy: Tensor) -> tuple[Tensor | 
     mask, slots, target, source, rows, newline = saved_tensors
     dembeds = dfeatures = dnewline = None
     if needs_grad.inputs_embeds:
-        dembeds = clear_image_tokens(dy, mask, slots)
+        dembeds = dy.new_empty(*dy.shape)
+        split_image_tokens(dy, mask, dembeds, [])
     if needs_grad.features:
         dfeatures = kernels.pack_rows(
             dy, target, None, slots=slots, limit=slots.shape[0], dtype=rows.dtype
