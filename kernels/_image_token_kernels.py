@@ -11,8 +11,8 @@ from __future__ import annotations
 from ._launcher import Config, kernel
 from ._triton import tl, triton
 
-BLOCK_ROWS = 4
-COPY = Config({"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLS": 2048, "BLOCK_MASK": 4096}, num_warps=8,
+BLOCK_ROWS = 2
+COPY = Config({"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLS": 4096, "BLOCK_MASK": 4096}, num_warps=8,
               asserts=True)  # fmt: skip
 
 
