@@ -56,14 +56,6 @@ PYBIND11_MODULE(_C, m) {
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
 
   m.def(
-      "image_token_slots",
-      [](uintptr_t mask, int64_t rows, uintptr_t slots, int64_t capacity) {
-        return image_token_slots(pointer<const uint8_t>(mask), rows, pointer<int32_t>(slots),
-                                 capacity);
-      },
-      py::arg("mask_ptr"), py::arg("rows"), py::arg("slots_ptr"), py::arg("capacity"), without_gil);
-
-  m.def(
       "merge_image_tokens",
       [](uintptr_t embeds, int64_t embeds_stride, uintptr_t mask,
          const std::vector<uintptr_t>& features, const std::vector<int64_t>& feature_rows,
@@ -160,18 +152,19 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "merge_packed_rows",
-      [](uintptr_t embeds, int64_t embeds_stride, uintptr_t slots, uintptr_t source,
+      [](uintptr_t embeds, int64_t embeds_stride, uintptr_t mask, uintptr_t source,
          int64_t source_stride, uintptr_t index, int64_t count, int64_t limit, uintptr_t fill,
-         uintptr_t out, int64_t rows, int64_t row_bytes, int threads) {
-        merge_packed_rows(rows_at(embeds, embeds_stride), pointer<const int32_t>(slots),
-                          rows_at(source, source_stride), pointer<const int32_t>(index), count,
-                          limit, pointer<const char>(fill), pointer<char>(out), rows, row_bytes,
-                          threads);
+         uintptr_t out, uintptr_t positions, int64_t rows, int64_t row_bytes, int threads) {
+        return merge_packed_rows(rows_at(embeds, embeds_stride), pointer<const uint8_t>(mask),
+                                 rows_at(source, source_stride), pointer<const int32_t>(index),
+                                 count, limit, pointer<const char>(fill), pointer<char>(out),
+                                 pointer<int32_t>(positions), rows, row_bytes, threads);
       },
-      py::arg("embeds_ptr"), py::arg("embeds_row_stride_bytes"), py::arg("slots_ptr"),
+      py::arg("embeds_ptr"), py::arg("embeds_row_stride_bytes"), py::arg("mask_ptr"),
       py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("index_ptr"),
-      py::arg("count"), py::arg("limit"), py::arg("fill_ptr"), py::arg("out_ptr"), py::arg("rows"),
-      py::arg("row_bytes"), py::arg("threads"), without_gil);
+      py::arg("count"), py::arg("limit"), py::arg("fill_ptr"), py::arg("out_ptr"),
+      py::arg("positions_ptr"), py::arg("rows"), py::arg("row_bytes"), py::arg("threads"),
+      without_gil);
 
   m.def(
       "blend_rows",

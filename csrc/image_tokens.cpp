@@ -5,20 +5,6 @@
 namespace vlm_fast {
 namespace {
 
-int64_t count_true(const uint8_t* mask, int64_t rows) {
-  int64_t found = 0;
-  for (int64_t row = 0; row < rows; ++row) found += mask[row] != 0;
-  return found;
-}
-
-// The end of the run of equal entries that starts at mask[row], within mask[row:end].
-int64_t run_end(const uint8_t* mask, int64_t row, int64_t end) {
-  const bool first = mask[row];
-  while (++row < end && (mask[row] != 0) == first) {
-  }
-  return row;
-}
-
 // The row of the true entry with this number, or `rows` if there are fewer.
 int64_t nth_true(const uint8_t* mask, int64_t rows, int64_t number) {
   for (int64_t row = 0; row < rows; ++row) {
@@ -29,16 +15,6 @@ int64_t nth_true(const uint8_t* mask, int64_t rows, int64_t number) {
 
 }  // namespace
 
-int64_t image_token_slots(const uint8_t* mask, int64_t rows, int32_t* slots, int64_t capacity) {
-  int64_t found = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    if (!mask[row]) continue;
-    if (found < capacity) slots[found] = static_cast<int32_t>(row);
-    ++found;
-  }
-  return found;
-}
-
 int64_t merge_image_tokens(Rows embeds, const uint8_t* mask, const std::vector<RowBlock>& features,
                            char* out, int64_t rows, int64_t row_bytes, int threads) {
   std::vector<int64_t> ends;
@@ -46,6 +22,10 @@ int64_t merge_image_tokens(Rows embeds, const uint8_t* mask, const std::vector<R
   for (const RowBlock& block : features) ends.push_back(count += block.count);
 
   const auto write = [&](const RowWriter& writer, int64_t begin, int64_t end) {
+    const auto text = [&](int64_t row, int64_t length) {
+      if (embeds.data != nullptr) return writer.copy(row, embeds, row, length);
+      writer.zero(row, length);
+    };
     const auto image = [&](int64_t row, int64_t j, int64_t length) {
       int64_t block = std::upper_bound(ends.begin(), ends.end(), j) - ends.begin();
       for (const int64_t last = std::min(j + length, count); j < last; ++block) {
@@ -56,19 +36,7 @@ int64_t merge_image_tokens(Rows embeds, const uint8_t* mask, const std::vector<R
         j += piece;
       }
     };
-    int64_t j = count_true(mask, begin);
-    for (int64_t row = begin; row < end;) {
-      const int64_t length = run_end(mask, row, end) - row;
-      if (mask[row]) {
-        image(row, j, length);
-        j += length;
-      } else if (embeds.data != nullptr) {
-        writer.copy(row, embeds, row, length);
-      } else {
-        writer.zero(row, length);
-      }
-      row += length;
-    }
+    for_runs(mask, begin, end, text, image);
   };
   for_row_shares(out, rows, row_bytes, threads, write);
   return count_true(mask, rows);
@@ -92,15 +60,9 @@ int64_t split_image_tokens(Rows source, const uint8_t* mask, char* text,
   }
   if (text != nullptr) {
     const auto write = [&](const RowWriter& writer, int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end;) {
-        const int64_t length = run_end(mask, row, end) - row;
-        if (mask[row]) {
-          writer.zero(row, length);
-        } else {
-          writer.copy(row, source, row, length);
-        }
-        row += length;
-      }
+      const auto copy = [&](int64_t row, int64_t length) { writer.copy(row, source, row, length); };
+      const auto zero = [&](int64_t row, int64_t, int64_t length) { writer.zero(row, length); };
+      for_runs(mask, begin, end, copy, zero);
     };
     for_row_shares(text, rows, row_bytes, threads, write);
   }

@@ -22,9 +22,6 @@ struct OutputBlock {
   int64_t count;
 };
 
-// Writes the row number of each true entry to slots[:capacity]; returns how many are true.
-int64_t image_token_slots(const uint8_t* mask, int64_t rows, int32_t* slots, int64_t capacity);
-
 // out = embeds (or zeros, if it is null), except that the j-th row whose mask is true is row j of
 // all features, concatenated. True entries beyond the features' rows leave their rows unwritten.
 // Returns how many entries are true.

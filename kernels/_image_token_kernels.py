@@ -45,18 +45,23 @@ def number_image_tokens(mask_ptr, start, end, found, BLOCK_ROWS: tl.constexpr):
 
 @kernel(COPY)
 @triton.jit(
-    do_not_specialize=["rows", "sequence", "rows_per_program", "first", "feature_rows", "count"]
-)
+    do_not_specialize=[
+        "rows", "sequence", "rows_per_program", "first", "feature_rows", "count", "limit",
+    ]
+)  # fmt: skip
 def merge_image_tokens_kernel(
     text_ptr, text_batch_stride, text_stride,  # (batch, sequence, cols) or None: zeros
-    features_ptr, features_stride,  # (feature_rows, cols) or None
+    features_ptr, features_stride,  # (limit, cols) or None
+    index_ptr,  # (feature_rows,) int32 or None: the features' row for each image token
+    fill_ptr,  # (cols,) or None: for image tokens whose index is no row, else zeros
     mask_ptr,  # (rows,)
     out_ptr,  # (rows, cols)
-    rows, sequence, cols, rows_per_program, first, feature_rows, count,
+    positions_ptr,  # (feature_rows,) int32 or None: takes the row of each image token
+    rows, sequence, cols, rows_per_program, first, feature_rows, count, limit,
     WRITE_TEXT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_MASK: tl.constexpr,
 ):  # fmt: skip
-    # The features are rows [first, first + feature_rows) of all `count` rows to merge.
+    # Takes the image tokens [first, first + feature_rows) of the `count` that there should be.
     begin = tl.program_id(0).to(tl.int64) * rows_per_program
     end = tl.minimum(begin + rows_per_program, rows)
     if not WRITE_TEXT:
@@ -68,23 +73,39 @@ def merge_image_tokens_kernel(
         number, found = number_image_tokens(mask_ptr, start, end, found, BLOCK_ROWS)
         row = start + tl.arange(0, BLOCK_ROWS)
         feature = number.to(tl.int64) - first
-        is_mine = (number >= 0) & (feature >= 0) & (feature < feature_rows)
-        # A true entry beyond the last feature row keeps the text; the assertion below fails.
+        is_image = (number >= 0) & (feature >= 0) & (feature < feature_rows)
+        # An image token beyond the last feature row keeps the text; the assertion below fails.
         is_text = (row < end) & ((number < 0) | (number >= count))
+        is_row = is_image
+        if positions_ptr is not None:
+            tl.store(positions_ptr + feature, row.to(tl.int32), mask=is_image)
+        if index_ptr is not None:
+            feature = tl.load(index_ptr + feature, mask=is_image, other=-1).to(tl.int64)
+            is_row = is_image & (feature >= 0) & (feature < limit)
         at = out_ptr + row[:, None] * cols
         text = row // sequence * text_batch_stride + row % sequence * text_stride
         for left in range(0, cols, BLOCK_COLS):
             col = (left + tl.arange(0, BLOCK_COLS))[None, :]
+            inside = col < cols
             if WRITE_TEXT:
                 x = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=out_ptr.dtype.element_ty)
-                copied = is_text[:, None] & (col < cols)
+                copied = is_text[:, None] & inside
                 if text_ptr is not None:
                     x = tl.load(text_ptr + text[:, None] + col, mask=copied)
                 tl.store(at + col, x, mask=copied)
             if features_ptr is not None:
-                copied = is_mine[:, None] & (col < cols)
-                y = tl.load(features_ptr + feature[:, None] * features_stride + col, mask=copied)
+                copied = is_row[:, None] & inside
+                y = tl.load(
+                    features_ptr + feature[:, None] * features_stride + col, mask=copied, other=0.0
+                )
+                if fill_ptr is None:
+                    copied = is_image[:, None] & inside
                 tl.store(at + col, y.to(out_ptr.dtype.element_ty), mask=copied)
+            if fill_ptr is not None:
+                copied = (is_image & (is_row == 0))[:, None] & inside
+                y = tl.load(fill_ptr + col + tl.zeros_like(row)[:, None], mask=copied)
+                y = y.to(features_ptr.dtype.element_ty).to(out_ptr.dtype.element_ty)
+                tl.store(at + col, y, mask=copied)
     if text_ptr is not None:  # without text this is the gradient of a gather, which has asserted it
         assert (end < rows) | (found == count), "image_mask has another count than rows of features"
 

@@ -40,18 +40,14 @@ def merge_image_tokens(
         text = None if embeds is None else dense(embeds)
         first = 0
         for number, image in enumerate(images or [None]):
-            share, grid = _shares(rows, with_text=number == 0)
-            feature_rows, stride = (0, 0) if image is None else (image.shape[0], image.stride(0))
-            merge_image_tokens_kernel(
-                grid, text, *_strides(text), image, stride, mask, out,
-                rows, sequence, cols, share, first, feature_rows, count, number == 0,
-            )  # fmt: skip
+            feature_rows = 0 if image is None else image.shape[0]
+            launch_merge(text, image, mask, out, first, feature_rows, count, write_text=number == 0)
             first, text = first + feature_rows, None
         return None
     if is_traced(out):
         return None
     if native is not None and out.is_cpu:
-        text = None if embeds is None else _equal_pitch(embeds)
+        text = None if embeds is None else equal_pitch(embeds)
         images = [image.to(out.dtype) for image in images]
         found: int = native.merge_image_tokens(
             *_address(text), mask.data_ptr(),
@@ -101,7 +97,7 @@ def split_image_tokens(
     if is_traced(source):
         return None
     if native is not None and source.is_cpu:
-        source = _equal_pitch(source)
+        source = equal_pitch(source)
         same = [
             image if image.dtype == source.dtype else source.new_empty(*image.shape)
             for _, image in features
@@ -125,17 +121,19 @@ def split_image_tokens(
     return at.shape[0]
 
 
-def copy_text(text: Tensor, mask: Tensor, out: Tensor, count: int) -> None:
-    """Copy rows of ``text (batch, sequence, cols)`` to ``out`` where ``mask`` is false.
-
-    The other rows of out, of which there are ``count``, keep what they hold.
-    """
+def launch_merge(
+    text: Tensor | None, image: Tensor | None, mask: Tensor, out: Tensor,
+    first: int, feature_rows: int, count: int, *, write_text: bool = True,
+    index: Tensor | None = None, fill: Tensor | None = None, positions: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launch the merge of one matrix of features."""
     batch, sequence, cols = out.shape
-    share, grid = _shares(batch * sequence, with_text=True)
-    text = dense(text)
+    share, grid = _shares(batch * sequence, write_text)
+    limit, stride = (0, 0) if image is None else (image.shape[0], image.stride(0))
     merge_image_tokens_kernel(
-        grid, text, *_strides(text), None, 0, mask.contiguous(), out,
-        batch * sequence, sequence, cols, share, 0, 0, count, True,
+        grid, text, 0 if text is None else text.stride(0), 0 if text is None else text.stride(1),
+        image, stride, index, fill, mask, out, positions,
+        batch * sequence, sequence, cols, share, first, feature_rows, count, limit, write_text,
     )  # fmt: skip
 
 
@@ -152,11 +150,7 @@ def _shares(rows: int, with_text: bool) -> tuple[int, Grid]:
     return share, lambda blocks: (-(-rows // share),)
 
 
-def _strides(text: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if text is None else (text.stride(0), text.stride(1))
-
-
-def _equal_pitch(x: Tensor) -> Tensor:
+def equal_pitch(x: Tensor) -> Tensor:
     """x ``(batch, sequence, cols)`` with dense rows, each at the same distance from the one before.
 
     Copied only if necessary, and made a matrix only then or if its strides do not tell.

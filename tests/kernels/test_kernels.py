@@ -22,7 +22,6 @@ from tests.support.cases import (
 from tests.support.guard_bands import LAYOUTS, GuardBands
 from tests.support.op_accuracy import assert_accurate, evaluate, verdict_on
 from vlm_fast.kernels import _launcher
-from vlm_fast.kernels._image_token_slots import image_token_slots
 from vlm_fast.ops.declaration import OPS
 from vlm_fast.verification import tolerance
 
@@ -203,20 +202,6 @@ def test_each_kernel_is_launched_where_triton_runs(device):
                 if runs and not missing:
                     return
     assert not missing and (runs or not launches)
-
-
-@pytest.mark.aten
-@pytest.mark.parametrize("beyond", [-15, -1, 0, 1, 5000])
-def test_wrong_count_gives_in_range_slots(device, beyond):
-    op = OPS["merge_image_tokens"]
-    (_, _, mask), _ = op.sample(op.usual_shape, device=device)
-    true = mask.flatten().nonzero().flatten()
-    with GuardBands() as bands:
-        mask = bands.lay_out(mask, "dense")
-        slots, found = image_token_slots(mask, len(true) + beyond)
-    bands.check()
-    assert int(found) == len(true)
-    assert slots.tolist() == (true.tolist() + max(beyond, 0) * [0])[: len(slots)]
 
 
 @pytest.mark.aten
