@@ -14,7 +14,7 @@ from torch import Tensor
 from ._launcher import Config, dense, is_traced, kernel, runs_triton
 from ._native import native
 from ._triton import tl, triton
-from .image_tokens import equal_pitch, launch_merge, row_matrix
+from .image_tokens import equal_pitch, launch_merge, pitch, row_matrix
 
 MAX_PROGRAMS = 512  # along the rows, for the gradient of the fill row
 UNIT = tl.constexpr(2.0**-30)  # the unit of integer weights
@@ -131,7 +131,7 @@ def pack_rows(
     elif native is not None and source.is_cpu and out.dtype == matrix.dtype:
         fill = None if fill is None else fill.to(out.dtype)
         native.pack_rows(
-            matrix.data_ptr(), _pitch(matrix), _address(slots), index.data_ptr(), limit,
+            matrix.data_ptr(), pitch(matrix), _address(slots), index.data_ptr(), limit,
             _address(fill), out.data_ptr(), rows, cols * out.element_size(),
             torch.get_num_threads(),
         )  # fmt: skip
@@ -155,14 +155,8 @@ def merge_packed_rows(
     ``(packed,)`` int32, takes the row of ``out`` of each packed row. Returns the number of true
     entries or None, as `merge_image_tokens` does.
     """
-    batch, sequence, cols = out.shape
-    rows, count = batch * sequence, index.shape[0]
-    mask, index, fill, matrix = (
-        mask.contiguous(),
-        index.contiguous(),
-        _dense(fill),
-        row_matrix(source),
-    )
+    count, cols, mask = index.shape[0], out.shape[2], mask.contiguous()
+    matrix, index, fill = row_matrix(source), index.contiguous(), _dense(fill)
     if runs_triton(out):
         launch_merge(
             dense(embeds), matrix, mask, out, 0, count, count,
@@ -176,15 +170,15 @@ def merge_packed_rows(
         fill = None if fill is None else fill.to(matrix.dtype).to(out.dtype)
         matrix, text = matrix.to(out.dtype), equal_pitch(embeds)
         found: int = native.merge_packed_rows(
-            text.data_ptr(), _pitch(text), mask.data_ptr(), matrix.data_ptr(), _pitch(matrix),
+            text.data_ptr(), pitch(text), mask.data_ptr(), matrix.data_ptr(), pitch(matrix),
             index.data_ptr(), count, matrix.shape[0], _address(fill), out.data_ptr(),
-            _address(positions), rows, cols * out.element_size(), torch.get_num_threads(),
+            _address(positions), mask.numel(), cols * out.element_size(), torch.get_num_threads(),
         )  # fmt: skip
         return found
     at = mask.flatten().nonzero().flatten()
     if at.shape[0] == count:
         packed = pack_rows(source, index, fill).to(out.dtype)
-        out.copy_(embeds).view(rows, cols).index_copy_(0, at, packed)
+        out.copy_(embeds).view(-1, cols).index_copy_(0, at, packed)
         if positions is not None:
             positions.copy_(at)
     return at.shape[0]
@@ -211,7 +205,7 @@ def blend_rows(source: Tensor, taps: Tensor, weights: Tensor, fill: Tensor | Non
     elif native is not None and source.is_cpu and out.dtype in (torch.bfloat16, torch.float32):
         fill = None if fill is None else fill.to(out.dtype)
         native.blend_rows(
-            matrix.data_ptr(), _pitch(matrix), taps.data_ptr(), weights.data_ptr(), limit,
+            matrix.data_ptr(), pitch(matrix), taps.data_ptr(), weights.data_ptr(), limit,
             _address(fill), out.data_ptr(), rows, cols, out.dtype == torch.bfloat16,
             torch.get_num_threads(),
         )  # fmt: skip
@@ -240,7 +234,7 @@ def fill_gradient(
         share = dy.new_empty(shares, cols, dtype=torch.float32)
         if runs_triton(dy):
             fill_gradient_kernel(
-                lambda blocks: (shares * triton.cdiv(cols, blocks["BLOCK_COLS"]),),
+                lambda blocks: (shares * -(-cols // blocks["BLOCK_COLS"]),),
                 matrix, matrix.stride(0), index, index.stride(0), slots, share,
                 limit, rows, rows_per_share, cols,
             )  # fmt: skip
@@ -252,10 +246,6 @@ def fill_gradient(
 
 def _dense(fill: Tensor | None) -> Tensor | None:
     return None if fill is None else fill.contiguous()
-
-
-def _pitch(matrix: Tensor) -> int:
-    return matrix.stride(-2) * matrix.element_size()
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -52,7 +52,7 @@ def merge_image_tokens(
         found: int = native.merge_image_tokens(
             *_address(text), mask.data_ptr(),
             [image.data_ptr() for image in images], [image.shape[0] for image in images],
-            [_pitch(image) for image in images],
+            [pitch(image) for image in images],
             out.data_ptr(), rows, cols * out.element_size(), torch.get_num_threads(),
         )  # fmt: skip
         return found
@@ -85,12 +85,13 @@ def split_image_tokens(
     rows, mask = batch * sequence, mask.contiguous()
     if runs_triton(source):
         source = dense(source)
-        for first, image in features or [(0, None)]:
+        parts: list[tuple[int, Tensor | None]] = [*features] or [(0, None)]
+        for first, image in parts:
             share, grid = _shares(rows, with_text=text is not None)
+            feature_rows = 0 if image is None else math.prod(image.shape[:-1])
             split_image_tokens_kernel(
                 grid, source, source.stride(0), source.stride(1), mask, text, image,
-                rows, sequence, cols, share,
-                first, 0 if image is None else math.prod(image.shape[:-1]), count,
+                rows, sequence, cols, share, first, feature_rows, count,
             )  # fmt: skip
             text = None
         return None
@@ -126,7 +127,10 @@ def launch_merge(
     first: int, feature_rows: int, count: int, *, write_text: bool = True,
     index: Tensor | None = None, fill: Tensor | None = None, positions: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launch the merge of one matrix of features."""
+    """Launch the merge of a matrix of features, of rows of it by an index, or of none.
+
+    It takes image tokens ``[first, first + feature_rows)`` of ``count``, and the text.
+    """
     batch, sequence, cols = out.shape
     share, grid = _shares(batch * sequence, write_text)
     limit, stride = (0, 0) if image is None else (image.shape[0], image.stride(0))
@@ -160,8 +164,9 @@ def equal_pitch(x: Tensor) -> Tensor:
 
 
 def _address(text: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if text is None else (text.data_ptr(), _pitch(text))
+    return (0, 0) if text is None else (text.data_ptr(), pitch(text))
 
 
-def _pitch(rows: Tensor) -> int:
+def pitch(rows: Tensor) -> int:
+    """Bytes between rows."""
     return rows.stride(-2) * rows.element_size()

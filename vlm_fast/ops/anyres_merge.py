@@ -12,7 +12,7 @@ from vlm_fast.kernels.image_tokens import split_image_tokens
 from vlm_fast.ops.anyres_pack import anyres_pack
 from vlm_fast.ops.anyres_samples import Sizes, sample_plan, why_not_packed
 from vlm_fast.ops.declaration import Cost, nbytes, op
-from vlm_fast.ops.image_token_rows import check_count, counts_before_launch, why_no_slots
+from vlm_fast.ops.image_token_rows import check_count, counts_before_launch, why_not_merged
 from vlm_fast.ops.rows import empty_like_rows, row_count
 
 
@@ -69,7 +69,7 @@ def fallback_reason(
     inputs_embeds: Tensor, features: Tensor, image_newline: Tensor | None,
     source: Tensor, target: Tensor, image_mask: Tensor,
 ) -> str | None:  # fmt: skip
-    return why_no_slots(inputs_embeds) or why_not_packed(features, source)
+    return why_not_merged(inputs_embeds) or why_not_packed(features, source)
 
 
 @anyres_merge.forward
@@ -77,16 +77,15 @@ def forward(
     needs_grad: Any, inputs_embeds: Tensor, features: Tensor, image_newline: Any,
     source: Tensor, target: Tensor, image_mask: Tensor,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
-    packed = source.shape[0]
     if counts_before_launch(image_mask):
-        check_count("anyres_merge", "source", packed, image_mask.sum())
+        check_count("anyres_merge", "source", source.shape[0], image_mask.sum())
     images_needed = needs_grad.features or needs_grad.image_newline
-    positions = source.new_empty(packed) if images_needed else None
+    positions = source.new_empty(source.shape[0]) if images_needed else None
     out = inputs_embeds.new_empty(*inputs_embeds.shape)
     found = kernels.merge_packed_rows(
         inputs_embeds, image_mask, features, source, image_newline, out, positions
     )
-    check_count("anyres_merge", "source", packed, found)
+    check_count("anyres_merge", "source", source.shape[0], found)
     return out, (
         image_mask if needs_grad.inputs_embeds else None,
         positions,

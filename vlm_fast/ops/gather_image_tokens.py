@@ -13,7 +13,7 @@ from vlm_fast.ops.image_token_rows import (
     check_count,
     counts_before_launch,
     placeholders,
-    why_no_slots,
+    why_not_merged,
 )
 
 
@@ -46,7 +46,7 @@ def gather_image_tokens(hidden_states: Tensor, image_mask: Tensor, *, count: int
 
 @gather_image_tokens.fallback_reason
 def fallback_reason(hidden_states: Tensor, image_mask: Tensor, *, count: int) -> str | None:
-    return why_no_slots(hidden_states)
+    return why_not_merged(hidden_states)
 
 
 @gather_image_tokens.forward

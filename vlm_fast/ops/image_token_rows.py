@@ -8,7 +8,7 @@ from torch import Tensor
 from vlm_fast.fallback import switches
 from vlm_fast.kernels._launcher import is_traced, runs_triton
 
-MAX_ROWS = 2**31 - 1  # slots are int32
+MAX_ROWS = 2**31 - 1  # row numbers are int32
 
 
 def check_count(name: str, argument: str, count: int, found: Tensor | int | None) -> None:
@@ -44,7 +44,7 @@ def counts_before_launch(mask: Tensor) -> bool:
     return runs_triton(mask) and (switches.strict or not mask.is_cuda) and not is_traced(mask)
 
 
-def why_no_slots(x: Tensor) -> str | None:
+def why_not_merged(x: Tensor) -> str | None:
     """Why no kernel takes ``(batch, sequence, hidden)`` of this size, or None."""
     if x.shape[0] * x.shape[1] > MAX_ROWS:
         return f"more than {MAX_ROWS} rows"

@@ -14,7 +14,7 @@ from vlm_fast.ops.image_token_rows import (
     check_count,
     counts_before_launch,
     placeholders,
-    why_no_slots,
+    why_not_merged,
 )
 from vlm_fast.ops.rows import empty_like_rows, row_count
 
@@ -78,7 +78,7 @@ def _rows(images: Sequence[Tensor]) -> int:
 def fallback_reason(
     inputs_embeds: Tensor, image_features: list[Tensor], image_mask: Tensor
 ) -> str | None:
-    return why_no_slots(inputs_embeds)
+    return why_not_merged(inputs_embeds)
 
 
 @merge_image_tokens.forward
