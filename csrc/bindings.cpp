@@ -5,7 +5,6 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <stdexcept>
 
 #include "anyres_pack.h"
 #include "image_tokens.h"
@@ -24,28 +23,20 @@ T* pointer(uintptr_t address) {
 
 Rows rows_at(uintptr_t address, int64_t stride) { return {pointer<const char>(address), stride}; }
 
-std::vector<RowBlock> row_blocks(const std::vector<uintptr_t>& addresses,
-                                 const std::vector<int64_t>& counts,
-                                 const std::vector<int64_t>& strides) {
-  if (counts.size() != addresses.size() || strides.size() != addresses.size()) {
-    throw std::invalid_argument("feature pointers, rows and strides differ in length");
-  }
+// (address, stride in bytes, rows)
+std::vector<RowBlock> row_blocks(const std::vector<std::array<int64_t, 3>>& parts) {
   std::vector<RowBlock> blocks;
-  for (size_t i = 0; i < addresses.size(); ++i) {
-    blocks.push_back({rows_at(addresses[i], strides[i]), counts[i]});
+  for (const auto& [address, stride, count] : parts) {
+    blocks.push_back({rows_at(address, stride), count});
   }
   return blocks;
 }
 
-std::vector<OutputBlock> output_blocks(const std::vector<uintptr_t>& addresses,
-                                       const std::vector<int64_t>& first,
-                                       const std::vector<int64_t>& counts) {
-  if (first.size() != addresses.size() || counts.size() != addresses.size()) {
-    throw std::invalid_argument("feature pointers, first rows and rows differ in length");
-  }
+// (address, number of its first image token, rows)
+std::vector<OutputBlock> output_blocks(const std::vector<std::array<int64_t, 3>>& parts) {
   std::vector<OutputBlock> blocks;
-  for (size_t i = 0; i < addresses.size(); ++i) {
-    blocks.push_back({pointer<char>(addresses[i]), first[i], counts[i]});
+  for (const auto& [address, first, count] : parts) {
+    blocks.push_back({pointer<char>(address), first, count});
   }
   return blocks;
 }
@@ -58,29 +49,28 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "merge_image_tokens",
       [](uintptr_t embeds, int64_t embeds_stride, uintptr_t mask,
-         const std::vector<uintptr_t>& features, const std::vector<int64_t>& feature_rows,
-         const std::vector<int64_t>& feature_strides, uintptr_t out, int64_t rows,
+         const std::vector<std::array<int64_t, 3>>& features, uintptr_t out, int64_t rows,
          int64_t row_bytes, int threads) {
         return merge_image_tokens(rows_at(embeds, embeds_stride), pointer<const uint8_t>(mask),
-                                  row_blocks(features, feature_rows, feature_strides),
-                                  pointer<char>(out), rows, row_bytes, threads);
+                                  row_blocks(features), pointer<char>(out), rows, row_bytes,
+                                  threads);
       },
       py::arg("embeds_ptr"), py::arg("embeds_row_stride_bytes"), py::arg("mask_ptr"),
-      py::arg("feature_ptrs"), py::arg("feature_rows"), py::arg("feature_row_stride_bytes"),
-      py::arg("out_ptr"), py::arg("rows"), py::arg("row_bytes"), py::arg("threads"), without_gil);
+      py::arg("features"), py::arg("out_ptr"), py::arg("rows"), py::arg("row_bytes"),
+      py::arg("threads"), without_gil);
 
   m.def(
       "split_image_tokens",
       [](uintptr_t source, int64_t source_stride, uintptr_t mask, uintptr_t text,
-         const std::vector<int64_t>& first, const std::vector<uintptr_t>& features,
-         const std::vector<int64_t>& feature_rows, int64_t rows, int64_t row_bytes, int threads) {
+         const std::vector<std::array<int64_t, 3>>& features, int64_t rows, int64_t row_bytes,
+         int threads) {
         return split_image_tokens(rows_at(source, source_stride), pointer<const uint8_t>(mask),
-                                  pointer<char>(text), output_blocks(features, first, feature_rows),
-                                  rows, row_bytes, threads);
+                                  pointer<char>(text), output_blocks(features), rows, row_bytes,
+                                  threads);
       },
       py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("mask_ptr"),
-      py::arg("text_ptr"), py::arg("first"), py::arg("feature_ptrs"), py::arg("feature_rows"),
-      py::arg("rows"), py::arg("row_bytes"), py::arg("threads"), without_gil);
+      py::arg("text_ptr"), py::arg("features"), py::arg("rows"), py::arg("row_bytes"),
+      py::arg("threads"), without_gil);
 
   m.def(
       "nearest",

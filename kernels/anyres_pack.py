@@ -152,8 +152,7 @@ def merge_packed_rows(
     """Write ``embeds``, with `pack_rows` of the source where the mask is true, to ``out``.
 
     embeds, out: ``(batch, sequence, cols)``; mask: bool ``(batch, sequence)``; positions:
-    ``(packed,)`` int32, takes the row of ``out`` of each packed row. Returns the number of true
-    entries or None, as `merge_image_tokens` does.
+    ``(packed,)`` int32, takes the row of each packed row. Returns what `merge_image_tokens` does.
     """
     count, cols, mask = index.shape[0], out.shape[2], mask.contiguous()
     matrix, index, fill = row_matrix(source), index.contiguous(), _dense(fill)
@@ -169,18 +168,19 @@ def merge_packed_rows(
         # Rounded to the features' dtype first, as if it were one of their rows.
         fill = None if fill is None else fill.to(matrix.dtype).to(out.dtype)
         matrix, text = matrix.to(out.dtype), equal_pitch(embeds)
-        found: int = native.merge_packed_rows(
+        found = native.merge_packed_rows(
             text.data_ptr(), pitch(text), mask.data_ptr(), matrix.data_ptr(), pitch(matrix),
             index.data_ptr(), count, matrix.shape[0], _address(fill), out.data_ptr(),
             _address(positions), mask.numel(), cols * out.element_size(), torch.get_num_threads(),
         )  # fmt: skip
-        return found
+        return None if found == count else found
     at = mask.flatten().nonzero().flatten()
     if at.shape[0] == count:
         packed = pack_rows(source, index, fill).to(out.dtype)
         out.copy_(embeds).view(-1, cols).index_copy_(0, at, packed)
         if positions is not None:
             positions.copy_(at)
+        return None
     return at.shape[0]
 
 

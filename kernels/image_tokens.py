@@ -29,14 +29,13 @@ def merge_image_tokens(
     embeds: ``(batch, sequence, cols)``, or None for zeros; features: ``(..., cols)`` each, of any
     floating dtype; mask: bool ``(batch, sequence)``; out: ``(batch, sequence, cols)``, contiguous.
 
-    Returns the number of true entries if the host knows it, as on a CPU. On a GPU the kernel
-    asserts that there are as many as rows of features. Where they are not, no address is wild.
+    Returns None, or the number of true entries if the host found that there are not as many rows of
+    features. On a GPU the kernel asserts that there are. If not, no address is wild.
     """
     batch, sequence, cols = out.shape
-    rows, mask = batch * sequence, mask.contiguous()
-    images = [row_matrix(image) for image in features]
+    images, mask = [row_matrix(image) for image in features], mask.contiguous()
+    count = sum([image.shape[0] for image in images])
     if runs_triton(out):
-        count = sum([image.shape[0] for image in images])
         text = None if embeds is None else dense(embeds)
         first = 0
         for number, image in enumerate(images or [None]):
@@ -48,22 +47,22 @@ def merge_image_tokens(
         return None
     if native is not None and out.is_cpu:
         text = None if embeds is None else equal_pitch(embeds)
-        images = [image.to(out.dtype) for image in images]
-        found: int = native.merge_image_tokens(
+        images = [image if image.dtype == out.dtype else image.to(out.dtype) for image in images]
+        found = native.merge_image_tokens(
             *_address(text), mask.data_ptr(),
-            [image.data_ptr() for image in images], [image.shape[0] for image in images],
-            [pitch(image) for image in images],
-            out.data_ptr(), rows, cols * out.element_size(), torch.get_num_threads(),
+            [(image.data_ptr(), pitch(image), image.shape[0]) for image in images],
+            out.data_ptr(), batch * sequence, cols * out.element_size(), torch.get_num_threads(),
         )  # fmt: skip
-        return found
+        return None if found == count else found
     at = mask.flatten().nonzero().flatten()
+    found = at.shape[0]
     out.zero_() if embeds is None else out.copy_(embeds)
     first = 0
     for image in images:
         here = at[first : first + image.shape[0]]
-        out.view(rows, cols).index_copy_(0, here, image[: here.shape[0]].to(out.dtype))
+        out.view(-1, cols).index_copy_(0, here, image[: here.shape[0]].to(out.dtype))
         first += image.shape[0]
-    return at.shape[0]
+    return None if found == count else found
 
 
 def split_image_tokens(
@@ -77,16 +76,17 @@ def split_image_tokens(
 
     features: pairs of the number of the first image token, counted from the start of the batch,
     and a contiguous ``(..., cols)`` that takes its row and the following ones; text: takes the
-    source with zeros at image tokens, contiguous; count: how many image tokens the kernel asserts.
+    source with zeros at image tokens, contiguous; count: the number of image tokens, None if it
+    need not be checked.
 
-    Returns the number of true entries, as `merge_image_tokens` does.
+    Returns None, or the number of image tokens if it is another, as `merge_image_tokens` does.
     """
     batch, sequence, cols = source.shape
     rows, mask = batch * sequence, mask.contiguous()
     if runs_triton(source):
         source = dense(source)
-        parts: list[tuple[int, Tensor | None]] = [*features] or [(0, None)]
-        for first, image in parts:
+        launches: list[tuple[int, Tensor | None]] = [*features] or [(0, None)]
+        for first, image in launches:
             share, grid = _shares(rows, with_text=text is not None)
             feature_rows = 0 if image is None else math.prod(image.shape[:-1])
             split_image_tokens_kernel(
@@ -99,27 +99,24 @@ def split_image_tokens(
         return None
     if native is not None and source.is_cpu:
         source = equal_pitch(source)
-        same = [
-            image if image.dtype == source.dtype else source.new_empty(*image.shape)
-            for _, image in features
-        ]
-        found: int = native.split_image_tokens(
+        parts = [(first, _like(image, source.dtype)) for first, image in features]
+        found = native.split_image_tokens(
             *_address(source), mask.data_ptr(), 0 if text is None else text.data_ptr(),
-            [first for first, _ in features], [image.data_ptr() for image in same],
-            [math.prod(image.shape[:-1]) for image in same],
+            [(image.data_ptr(), first, math.prod(image.shape[:-1])) for first, image in parts],
             rows, cols * source.element_size(), torch.get_num_threads(),
         )  # fmt: skip
-        for (_, image), one in zip(features, same, strict=True):
-            if image is not one:
-                image.copy_(one)
-        return found
-    at = mask.flatten().nonzero().flatten()
-    for first, image in features:
-        here = at[first : first + math.prod(image.shape[:-1])]
-        image.view(-1, cols)[: here.shape[0]] = row_matrix(source).index_select(0, here)
-    if text is not None:
-        text.copy_(source).view(rows, cols).index_fill_(0, at, 0)
-    return at.shape[0]
+        for (_, image), (_, part) in zip(features, parts, strict=True):
+            if image is not part:
+                image.copy_(part)
+    else:
+        at = mask.flatten().nonzero().flatten()
+        found = at.shape[0]
+        for first, image in features:
+            here = at[first : first + math.prod(image.shape[:-1])]
+            image.view(-1, cols)[: here.shape[0]] = row_matrix(source).index_select(0, here)
+        if text is not None:
+            text.copy_(source).view(rows, cols).index_fill_(0, at, 0)
+    return None if count is None or found == count else found
 
 
 def launch_merge(
@@ -159,8 +156,14 @@ def equal_pitch(x: Tensor) -> Tensor:
 
     Copied only if necessary, and made a matrix only then or if its strides do not tell.
     """
-    x = dense(x)
-    return x if x.stride(0) == x.shape[1] * x.stride(1) else x.flatten(0, 1)
+    batch_stride, row_stride, col_stride = x.stride()
+    is_equal = col_stride == 1 and batch_stride == x.shape[1] * row_stride
+    return x if is_equal else dense(x).flatten(0, 1)
+
+
+def _like(image: Tensor, dtype: torch.dtype) -> Tensor:
+    """The image, or an uninitialised one of its shape if it has another dtype."""
+    return image if image.dtype == dtype else image.new_empty(*image.shape, dtype=dtype)
 
 
 def _address(text: Tensor | None) -> tuple[int, int]:
