@@ -3,7 +3,8 @@
 A program takes a block of consecutive positions. It finds the feature row of its first image token
 by counting the true entries of the mask before it. So one launch is enough, no table is computed or
 allocated, and the result does not depend on the number of programs. A program reads half of the
-mask on average, a few kilobytes from the cache.
+mask on average, from the cache: at 8 x 2944 x 4096 in bf16 all of them together read 6 MB of it,
+and move 386 MB.
 """
 
 from __future__ import annotations
