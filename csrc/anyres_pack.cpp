@@ -119,18 +119,22 @@ void pack_rows(Rows source, const int32_t* slots, const int32_t* index, int64_t 
   for_row_shares(out, rows, row_bytes, threads, write);
 }
 
-void merge_packed_rows(Rows embeds, const int32_t* slots, Rows source, const int32_t* index,
-                       int64_t count, int64_t limit, const char* fill, char* out, int64_t rows,
-                       int64_t row_bytes, int threads) {
+int64_t merge_packed_rows(Rows embeds, const uint8_t* mask, Rows source, const int32_t* index,
+                          int64_t count, int64_t limit, const char* fill, char* out,
+                          int32_t* positions, int64_t rows, int64_t row_bytes, int threads) {
   const Table table{source, nullptr, index, limit, fill};
   const auto write = [&](const RowWriter& writer, int64_t begin, int64_t end) {
     const auto text = [&](int64_t row, int64_t length) { writer.copy(row, embeds, row, length); };
     const auto image = [&](int64_t row, int64_t j, int64_t length) {
+      length = std::min(length, count - j);
       table.write(writer, row, j, length);
+      if (positions == nullptr) return;
+      for (int64_t i = 0; i < length; ++i) positions[j + i] = static_cast<int32_t>(row + i);
     };
-    for_runs(slots, count, begin, end, text, image);
+    for_runs(mask, begin, end, text, image);
   };
   for_row_shares(out, rows, row_bytes, threads, write);
+  return count_true(mask, rows);
 }
 
 }  // namespace vlm_fast

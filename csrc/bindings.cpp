@@ -5,7 +5,6 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <stdexcept>
 
 #include "anyres_pack.h"
 #include "image_tokens.h"
@@ -24,15 +23,20 @@ T* pointer(uintptr_t address) {
 
 Rows rows_at(uintptr_t address, int64_t stride) { return {pointer<const char>(address), stride}; }
 
-std::vector<RowBlock> row_blocks(const std::vector<uintptr_t>& addresses,
-                                 const std::vector<int64_t>& counts,
-                                 const std::vector<int64_t>& strides) {
-  if (counts.size() != addresses.size() || strides.size() != addresses.size()) {
-    throw std::invalid_argument("feature pointers, rows and strides differ in length");
-  }
+// (address, stride in bytes, rows)
+std::vector<RowBlock> row_blocks(const std::vector<std::array<int64_t, 3>>& parts) {
   std::vector<RowBlock> blocks;
-  for (size_t i = 0; i < addresses.size(); ++i) {
-    blocks.push_back({rows_at(addresses[i], strides[i]), counts[i]});
+  for (const auto& [address, stride, count] : parts) {
+    blocks.push_back({rows_at(address, stride), count});
+  }
+  return blocks;
+}
+
+// (address, number of its first image token, rows)
+std::vector<OutputBlock> output_blocks(const std::vector<std::array<int64_t, 3>>& parts) {
+  std::vector<OutputBlock> blocks;
+  for (const auto& [address, first, count] : parts) {
+    blocks.push_back({pointer<char>(address), first, count});
   }
   return blocks;
 }
@@ -43,47 +47,29 @@ PYBIND11_MODULE(_C, m) {
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
 
   m.def(
-      "image_token_slots",
-      [](uintptr_t mask, int64_t rows, uintptr_t slots, int64_t capacity) {
-        return image_token_slots(pointer<const uint8_t>(mask), rows, pointer<int32_t>(slots),
-                                 capacity);
-      },
-      py::arg("mask_ptr"), py::arg("rows"), py::arg("slots_ptr"), py::arg("capacity"), without_gil);
-
-  m.def(
       "merge_image_tokens",
-      [](uintptr_t embeds, int64_t embeds_stride, uintptr_t slots,
-         const std::vector<uintptr_t>& features, const std::vector<int64_t>& feature_rows,
-         const std::vector<int64_t>& feature_strides, uintptr_t out, int64_t rows,
+      [](uintptr_t embeds, int64_t embeds_stride, uintptr_t mask,
+         const std::vector<std::array<int64_t, 3>>& features, uintptr_t out, int64_t rows,
          int64_t row_bytes, int threads) {
-        merge_image_tokens(rows_at(embeds, embeds_stride), pointer<const int32_t>(slots),
-                           row_blocks(features, feature_rows, feature_strides), pointer<char>(out),
-                           rows, row_bytes, threads);
+        return merge_image_tokens(rows_at(embeds, embeds_stride), pointer<const uint8_t>(mask),
+                                  row_blocks(features), pointer<char>(out), rows, row_bytes,
+                                  threads);
       },
-      py::arg("embeds_ptr"), py::arg("embeds_row_stride_bytes"), py::arg("slots_ptr"),
-      py::arg("feature_ptrs"), py::arg("feature_rows"), py::arg("feature_row_stride_bytes"),
-      py::arg("out_ptr"), py::arg("rows"), py::arg("row_bytes"), py::arg("threads"), without_gil);
-
-  m.def(
-      "gather_image_tokens",
-      [](uintptr_t source, int64_t source_stride, uintptr_t slots, int64_t start, int64_t rows,
-         uintptr_t out, int64_t row_bytes, int threads) {
-        gather_image_tokens(rows_at(source, source_stride), pointer<const int32_t>(slots) + start,
-                            pointer<char>(out), rows, row_bytes, threads);
-      },
-      py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("slots_ptr"),
-      py::arg("start"), py::arg("rows"), py::arg("out_ptr"), py::arg("row_bytes"),
+      py::arg("embeds_ptr"), py::arg("embeds_row_stride_bytes"), py::arg("mask_ptr"),
+      py::arg("features"), py::arg("out_ptr"), py::arg("rows"), py::arg("row_bytes"),
       py::arg("threads"), without_gil);
 
   m.def(
-      "clear_image_tokens",
-      [](uintptr_t source, int64_t source_stride, uintptr_t slots, int64_t count, uintptr_t out,
-         int64_t rows, int64_t row_bytes, int threads) {
-        clear_image_tokens(rows_at(source, source_stride), pointer<const int32_t>(slots), count,
-                           pointer<char>(out), rows, row_bytes, threads);
+      "split_image_tokens",
+      [](uintptr_t source, int64_t source_stride, uintptr_t mask, uintptr_t text,
+         const std::vector<std::array<int64_t, 3>>& features, int64_t rows, int64_t row_bytes,
+         int threads) {
+        return split_image_tokens(rows_at(source, source_stride), pointer<const uint8_t>(mask),
+                                  pointer<char>(text), output_blocks(features), rows, row_bytes,
+                                  threads);
       },
-      py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("slots_ptr"),
-      py::arg("count"), py::arg("out_ptr"), py::arg("rows"), py::arg("row_bytes"),
+      py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("mask_ptr"),
+      py::arg("text_ptr"), py::arg("features"), py::arg("rows"), py::arg("row_bytes"),
       py::arg("threads"), without_gil);
 
   m.def(
@@ -156,18 +142,19 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "merge_packed_rows",
-      [](uintptr_t embeds, int64_t embeds_stride, uintptr_t slots, uintptr_t source,
+      [](uintptr_t embeds, int64_t embeds_stride, uintptr_t mask, uintptr_t source,
          int64_t source_stride, uintptr_t index, int64_t count, int64_t limit, uintptr_t fill,
-         uintptr_t out, int64_t rows, int64_t row_bytes, int threads) {
-        merge_packed_rows(rows_at(embeds, embeds_stride), pointer<const int32_t>(slots),
-                          rows_at(source, source_stride), pointer<const int32_t>(index), count,
-                          limit, pointer<const char>(fill), pointer<char>(out), rows, row_bytes,
-                          threads);
+         uintptr_t out, uintptr_t positions, int64_t rows, int64_t row_bytes, int threads) {
+        return merge_packed_rows(rows_at(embeds, embeds_stride), pointer<const uint8_t>(mask),
+                                 rows_at(source, source_stride), pointer<const int32_t>(index),
+                                 count, limit, pointer<const char>(fill), pointer<char>(out),
+                                 pointer<int32_t>(positions), rows, row_bytes, threads);
       },
-      py::arg("embeds_ptr"), py::arg("embeds_row_stride_bytes"), py::arg("slots_ptr"),
+      py::arg("embeds_ptr"), py::arg("embeds_row_stride_bytes"), py::arg("mask_ptr"),
       py::arg("source_ptr"), py::arg("source_row_stride_bytes"), py::arg("index_ptr"),
-      py::arg("count"), py::arg("limit"), py::arg("fill_ptr"), py::arg("out_ptr"), py::arg("rows"),
-      py::arg("row_bytes"), py::arg("threads"), without_gil);
+      py::arg("count"), py::arg("limit"), py::arg("fill_ptr"), py::arg("out_ptr"),
+      py::arg("positions_ptr"), py::arg("rows"), py::arg("row_bytes"), py::arg("threads"),
+      without_gil);
 
   m.def(
       "blend_rows",

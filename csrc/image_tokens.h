@@ -1,7 +1,7 @@
 // Copies of rows between image features and sequences of embeddings, on a CPU.
 //
-// `slots` has the row numbers of the image tokens in ascending order. Strides and row lengths are
-// in bytes, outputs are contiguous, and the caller has checked shapes, dtypes and slots.
+// A mask has one byte per row, which is not 0 at image tokens. Strides and row lengths are in bytes,
+// outputs are contiguous, and the caller has checked shapes and dtypes.
 #pragma once
 
 #include <cstdint>
@@ -16,19 +16,23 @@ struct RowBlock {
   int64_t count;
 };
 
-// Writes the row number of each true entry to slots[:capacity]; returns how many are true.
-int64_t image_token_slots(const uint8_t* mask, int64_t rows, int32_t* slots, int64_t capacity);
+struct OutputBlock {
+  char* out;
+  int64_t first;
+  int64_t count;
+};
 
-// out = embeds, except that row slots[j] is row j of all features, concatenated.
-void merge_image_tokens(Rows embeds, const int32_t* slots, const std::vector<RowBlock>& features,
-                        char* out, int64_t rows, int64_t row_bytes, int threads);
+// out = embeds (or zeros, if it is null), except that the j-th row whose mask is true is row j of
+// all features, concatenated. True entries beyond the features' rows leave their rows unwritten.
+// Returns how many entries are true.
+int64_t merge_image_tokens(Rows embeds, const uint8_t* mask, const std::vector<RowBlock>& features,
+                           char* out, int64_t rows, int64_t row_bytes, int threads);
 
-// out[j] = source[slots[j]]
-void gather_image_tokens(Rows source, const int32_t* slots, char* out, int64_t rows,
-                         int64_t row_bytes, int threads);
-
-// out = source, except that the rows slots[:count] are zero.
-void clear_image_tokens(Rows source, const int32_t* slots, int64_t count, char* out, int64_t rows,
-                        int64_t row_bytes, int threads);
+// Row j of a block is the source's row whose true entry has the number first + j; rows without one
+// are not written. text = source, except that rows whose mask is true are zero; it may be null.
+// Returns how many entries are true.
+int64_t split_image_tokens(Rows source, const uint8_t* mask, char* text,
+                           const std::vector<OutputBlock>& features, int64_t rows,
+                           int64_t row_bytes, int threads);
 
 }  // namespace vlm_fast

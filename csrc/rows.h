@@ -93,30 +93,35 @@ void for_row_shares(char* out, int64_t rows, int64_t row_bytes, int threads, con
   }
 }
 
-// The end of the run of consecutive row numbers that starts at slots[j], within slots[j:count].
-inline int64_t run_end(const int32_t* slots, int64_t j, int64_t count) {
-  int64_t end = j + 1;
-  while (end < count && slots[end] == slots[end - 1] + 1) ++end;
-  return end;
+inline int64_t count_true(const uint8_t* mask, int64_t rows) {
+  int64_t found = 0;
+  for (int64_t row = 0; row < rows; ++row) found += mask[row] != 0;
+  return found;
 }
 
-// Covers rows [begin, end) in order. Calls text(row, count) for rows that are no image tokens, and
-// image(row, j, count) for `count` consecutive rows that take the features from row j on.
+// The end of the run of equal entries that starts at mask[row], within mask[row:end].
+inline int64_t run_end(const uint8_t* mask, int64_t row, int64_t end) {
+  const bool first = mask[row];
+  while (++row < end && (mask[row] != 0) == first) {
+  }
+  return row;
+}
+
+// Covers rows [begin, end) in order. Calls text(row, length) for a run of rows that are no image
+// tokens, and image(row, j, length) for a run of image tokens, of which the first is the j-th.
 template <typename Text, typename Image>
-void for_runs(const int32_t* slots, int64_t count, int64_t begin, int64_t end, const Text& text,
+void for_runs(const uint8_t* mask, int64_t begin, int64_t end, const Text& text,
               const Image& image) {
-  int64_t j = std::lower_bound(slots, slots + count, begin) - slots;
-  const int64_t j_end = std::lower_bound(slots + j, slots + count, end) - slots;
-  int64_t row = begin;
-  while (row < end) {
-    const int64_t next = j < j_end ? slots[j] : end;
-    if (next > row) text(row, next - row);
-    row = next;
-    if (j == j_end) continue;
-    const int64_t last = run_end(slots, j, j_end);
-    image(row, j, last - j);
-    row += last - j;
-    j = last;
+  int64_t j = count_true(mask, begin);
+  for (int64_t row = begin; row < end;) {
+    const int64_t length = run_end(mask, row, end) - row;
+    if (mask[row]) {
+      image(row, j, length);
+      j += length;
+    } else {
+      text(row, length);
+    }
+    row += length;
   }
 }
 

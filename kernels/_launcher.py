@@ -21,21 +21,28 @@ Grid = Callable[[dict[str, int]], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Config:
-    """Block sizes of a kernel (powers of two), its warps and its pipeline stages."""
+    """Block sizes of a kernel (powers of two), its warps and its pipeline stages.
+
+    With ``asserts``, the kernel's ``assert`` statements are compiled; otherwise they are omitted.
+    """
 
     blocks: dict[str, int]
     num_warps: int = 4
     num_stages: int = 3
+    asserts: bool = False
 
     @functools.cached_property
     def options(self) -> dict[str, int]:
         """Keyword arguments of the launch."""
-        return {
+        options = {
             **self.blocks,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,  # explicit, because Triton 3.10 changes the default
         }
+        if self.asserts:  # those of the kernel, without one for every sum of integers
+            options |= {"debug": True, "sanitize_overflow": False}
+        return options
 
 
 @dataclass(frozen=True)

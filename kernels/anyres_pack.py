@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._launcher import Config, is_traced, kernel, runs_triton
+from ._launcher import Config, dense, is_traced, kernel, runs_triton
 from ._native import native
 from ._sum_shares import new_shares, split_rows, store_share, sum_shares
 from ._triton import tl, triton
-from .image_tokens import copy_text, row_matrix
+from .image_tokens import equal_pitch, launch_merge, pitch, row_matrix
 
 UNIT = tl.constexpr(2.0**-30)  # the unit of integer weights
 
@@ -25,7 +25,6 @@ def pack_rows_kernel(
     source_ptr, source_stride,  # (limit or more, cols)
     index_ptr,  # (rows,) int32
     source_slots_ptr,  # (limit,) int32 or None: the source's row for each index
-    out_slots_ptr,  # (rows,) int32 or None: the result's row for each index
     fill_ptr,  # (cols,) or None
     out_ptr,  # (rows or more, cols)
     limit, cols, BLOCK_COLS: tl.constexpr,
@@ -33,11 +32,9 @@ def pack_rows_kernel(
     program = tl.program_id(0).to(tl.int64)
     index = tl.load(index_ptr + program).to(tl.int64)
     is_row = (index >= 0) & (index < limit)
-    row, to = index, program
+    row = index
     if source_slots_ptr is not None:
         row = tl.load(source_slots_ptr + index, mask=is_row, other=0).to(tl.int64)
-    if out_slots_ptr is not None:
-        to = tl.load(out_slots_ptr + program).to(tl.int64)
     for start in range(0, cols, BLOCK_COLS):
         col = start + tl.arange(0, BLOCK_COLS)
         inside = col < cols
@@ -45,7 +42,7 @@ def pack_rows_kernel(
         if fill_ptr is not None:
             fill = tl.load(fill_ptr + col, mask=inside & (is_row == 0), other=0.0)
             x = tl.where(is_row, x, fill.to(x.dtype))
-        tl.store(out_ptr + to * cols + col, x.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + program * cols + col, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @kernel(Config({"BLOCK_COLS": 512}, num_warps=2))
@@ -126,14 +123,14 @@ def pack_rows(
     if runs_triton(source):
         pack_rows_kernel(
             lambda blocks: (rows,),
-            matrix, matrix.stride(0), index, slots, None, fill, out, limit, cols,
+            matrix, matrix.stride(0), index, slots, fill, out, limit, cols,
         )  # fmt: skip
     elif is_traced(source):
         pass
     elif native is not None and source.is_cpu and out.dtype == matrix.dtype:
         fill = None if fill is None else fill.to(out.dtype)
         native.pack_rows(
-            matrix.data_ptr(), _pitch(matrix), _address(slots), index.data_ptr(), limit,
+            matrix.data_ptr(), pitch(matrix), _address(slots), index.data_ptr(), limit,
             _address(fill), out.data_ptr(), rows, cols * out.element_size(),
             torch.get_num_threads(),
         )  # fmt: skip
@@ -148,35 +145,42 @@ def pack_rows(
 
 
 def merge_packed_rows(
-    embeds: Tensor, mask: Tensor, slots: Tensor, source: Tensor, index: Tensor, fill: Tensor | None
-) -> Tensor:
-    """Return ``embeds (batch, sequence, cols)`` with `pack_rows` of the source in its slots."""
-    matrix, text = row_matrix(source), row_matrix(embeds)
-    index, fill = index.contiguous(), _dense(fill)
-    limit, cols = matrix.shape
-    out = embeds.new_empty(embeds.shape)
-    if runs_triton(embeds):
-        count = index.shape[0]
-        pack_rows_kernel(
-            lambda blocks: (count,),
-            matrix, matrix.stride(0), index, None, slots, fill, out, limit, cols,
+    embeds: Tensor, mask: Tensor, source: Tensor, index: Tensor, fill: Tensor | None, out: Tensor,
+    positions: Tensor | None,
+) -> int | None:  # fmt: skip
+    """Write ``embeds``, with `pack_rows` of the source where the mask is true, to ``out``.
+
+    embeds, out: ``(batch, sequence, cols)``; mask: bool ``(batch, sequence)``; positions:
+    ``(packed,)`` int32, takes the row of each packed row. Returns what `merge_image_tokens` does.
+    """
+    count, cols, mask = index.shape[0], out.shape[2], mask.contiguous()
+    matrix, index, fill = row_matrix(source), index.contiguous(), _dense(fill)
+    if runs_triton(out):
+        launch_merge(
+            dense(embeds), matrix, mask, out, 0, count, count,
+            index=index, fill=fill, positions=positions,
         )  # fmt: skip
-        copy_text(text, mask, out)
-    elif is_traced(embeds):
-        pass
-    elif native is not None and embeds.is_cpu:
+        return None
+    if is_traced(out):
+        return None
+    if native is not None and out.is_cpu:
         # Rounded to the features' dtype first, as if it were one of their rows.
         fill = None if fill is None else fill.to(matrix.dtype).to(out.dtype)
-        matrix = matrix.to(out.dtype)
-        native.merge_packed_rows(
-            text.data_ptr(), _pitch(text), slots.data_ptr(), matrix.data_ptr(), _pitch(matrix),
-            index.data_ptr(), index.shape[0], limit, _address(fill), out.data_ptr(),
-            text.shape[0], cols * out.element_size(), torch.get_num_threads(),
+        matrix, text = matrix.to(out.dtype), equal_pitch(embeds)
+        found = native.merge_packed_rows(
+            text.data_ptr(), pitch(text), mask.data_ptr(), matrix.data_ptr(), pitch(matrix),
+            index.data_ptr(), count, matrix.shape[0], _address(fill), out.data_ptr(),
+            _address(positions), mask.numel(), cols * out.element_size(), torch.get_num_threads(),
         )  # fmt: skip
-    else:
+        return None if found == count else found
+    at = mask.flatten().nonzero().flatten()
+    if at.shape[0] == count:
         packed = pack_rows(source, index, fill).to(out.dtype)
-        out.copy_(embeds).view(-1, cols).index_copy_(0, slots.long(), packed)
-    return out
+        out.copy_(embeds).view(-1, cols).index_copy_(0, at, packed)
+        if positions is not None:
+            positions.copy_(at)
+        return None
+    return at.shape[0]
 
 
 def blend_rows(source: Tensor, taps: Tensor, weights: Tensor, fill: Tensor | None) -> Tensor:
@@ -200,7 +204,7 @@ def blend_rows(source: Tensor, taps: Tensor, weights: Tensor, fill: Tensor | Non
     elif native is not None and source.is_cpu and out.dtype in (torch.bfloat16, torch.float32):
         fill = None if fill is None else fill.to(out.dtype)
         native.blend_rows(
-            matrix.data_ptr(), _pitch(matrix), taps.data_ptr(), weights.data_ptr(), limit,
+            matrix.data_ptr(), pitch(matrix), taps.data_ptr(), weights.data_ptr(), limit,
             _address(fill), out.data_ptr(), rows, cols, out.dtype == torch.bfloat16,
             torch.get_num_threads(),
         )  # fmt: skip
@@ -242,10 +246,6 @@ def fill_gradient(
 
 def _dense(fill: Tensor | None) -> Tensor | None:
     return None if fill is None else fill.contiguous()
-
-
-def _pitch(matrix: Tensor) -> int:
-    return matrix.stride(0) * matrix.element_size()
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -177,7 +177,7 @@ def test_launch_uses_precompiled_kernel(monkeypatch, tmp_path):
         assert late == []
         for launch in ahead_of_time.launches_at(OPS[name], OPS[name].test_shapes[0], torch.float16):
             ahead_of_time.build_of(launch, "sm_80").compile()
-        assert "gather_image_tokens_kernel" in late
+        assert "split_image_tokens_kernel" in late
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")

@@ -162,4 +162,4 @@ def test_compile_lists_one_row_per_build(monkeypatch):
     builds = call("compile", "--arch", "sm_90", "--op", "gather_image_tokens", "--json")
     assert builds.exit_code == 0, builds.output
     kernels = {row["kernel"] for row in json.loads(builds.stdout)["kernels"]}
-    assert "gather_image_tokens_kernel" in kernels
+    assert "split_image_tokens_kernel" in kernels

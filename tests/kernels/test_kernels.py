@@ -17,13 +17,11 @@ from tests.support.cases import (
     every_case,
     every_case_with,
     every_op,
-    shape_id,
     two_shapes,
 )
 from tests.support.guard_bands import LAYOUTS, GuardBands
 from tests.support.op_accuracy import assert_accurate, evaluate, verdict_on
 from vlm_fast.kernels import _launcher
-from vlm_fast.kernels.image_tokens import image_token_slots
 from vlm_fast.ops.declaration import OPS
 from vlm_fast.verification import tolerance
 
@@ -204,32 +202,6 @@ def test_each_kernel_is_launched_where_triton_runs(device):
                 if runs and not missing:
                     return
     assert not missing and (runs or not launches)
-
-
-@pytest.mark.aten
-@pytest.mark.parametrize("beyond", [-15, -1, 0, 1, 5000])
-def test_wrong_count_gives_in_range_slots(device, beyond):
-    op = OPS["merge_image_tokens"]
-    (_, _, mask), _ = op.sample(op.usual_shape, device=device)
-    true = mask.flatten().nonzero().flatten()
-    with GuardBands() as bands:
-        mask = bands.lay_out(mask, "dense")
-        slots, found = image_token_slots(mask, len(true) + beyond)
-    bands.check()
-    assert int(found) == len(true)
-    assert slots.tolist() == (true.tolist() + max(beyond, 0) * [0])[: len(slots)]
-
-
-@pytest.mark.aten
-@pytest.mark.parametrize("features_dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", OPS["merge_image_tokens"].test_shapes, ids=shape_id)
-def test_features_in_another_dtype(device, shape, features_dtype):
-    """Features in fp32 merge into bf16 embeddings, and their gradient is fp32."""
-    op = OPS["merge_image_tokens"]
-    (embeds, features, mask), options = op.sample(shape, torch.bfloat16, device)
-    change = lambda t: t.to(features_dtype) * 1.001  # noqa: E731
-    features = [change(f) for f in features] if isinstance(features, list) else change(features)
-    assert_accurate(op, (embeds, features, mask), options, layout="padded rows")
 
 
 @pytest.mark.aten

@@ -48,7 +48,7 @@ def interpreted(file: str, words: str) -> str:
 
 NORM = interpreted("test_kernels.py", "add_layer_norm")
 TOKENS = interpreted("test_token_merging.py", "numbers_out_of_range or weighted_by_size")
-SLOTS = interpreted("test_kernels.py", "merge_image_tokens or slots")
+IMAGE_TOKENS = interpreted("test_image_tokens.py", "copied_exactly or programs or outside")
 GATED = interpreted("test_kernels.py", "gated_add")
 ATTENTION = interpreted("test_kernels.py", "cross_attention and not self")
 
@@ -81,20 +81,25 @@ MUTANTS = (
         interpreted("test_sum_shares.py", "31 and rule"),
     ),
     Mutant(
-        "slots beyond the capacity are written", "kernels/image_tokens.py",
-        "mask=inside & (here != 0) & (slot < capacity)", "mask=inside & (here != 0)",
-        SLOTS,
+        "true entries before a program are not counted", "kernels/_image_token_kernels.py",
+        "    found = count_true(mask_ptr, 0, begin, BLOCK_MASK)", "    found = 0",
+        IMAGE_TOKENS,
     ),
     Mutant(
-        "features are written one slot too far", "kernels/image_tokens.py",
-        "slot = found + tl.cumsum(here, axis=0) - 1", "slot = found + tl.cumsum(here, axis=0)",
-        SLOTS,
+        "features beyond the last row are read", "kernels/_image_token_kernels.py",
+        "(feature >= 0) & (feature < feature_rows)", "(feature >= 0)",
+        IMAGE_TOKENS,
     ),
     Mutant(
-        "a feature row is read past its end", "kernels/image_tokens.py",
-        "x = tl.load(features_ptr + program * features_stride + col, mask=inside)",
-        "x = tl.load(features_ptr + program * features_stride + col)",
-        SLOTS,
+        "a feature row is read past its end", "kernels/_image_token_kernels.py",
+        "copied = is_row[:, None] & inside", "copied = is_row[:, None] & (col >= 0)",
+        IMAGE_TOKENS,
+    ),
+    Mutant(
+        "a wrong count of a merge is not asserted", "kernels/_image_token_kernels.py",
+        'assert (end < rows) | (found == count), "image_mask has another count than rows of',
+        'assert (end <= rows) | (found == count), "image_mask has another count than rows of',
+        IMAGE_TOKENS,
     ),
     Mutant(
         "the gate has no tanh", "kernels/_tanh_gate.py",

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from vlm_fast.kernels import anyres_pack as kernels
-from vlm_fast.kernels.image_tokens import clear_image_tokens, image_token_slots
+from vlm_fast.kernels.image_tokens import split_image_tokens
 from vlm_fast.ops.anyres_pack import anyres_pack
 from vlm_fast.ops.anyres_samples import Sizes, sample_plan, why_not_packed
 from vlm_fast.ops.declaration import Cost, nbytes, op
-from vlm_fast.ops.image_token_rows import check_count, why_no_slots
+from vlm_fast.ops.image_token_rows import check_count, counts_before_launch, why_not_merged
 from vlm_fast.ops.rows import empty_like_rows, row_count
 
 
@@ -69,7 +69,7 @@ def fallback_reason(
     inputs_embeds: Tensor, features: Tensor, image_newline: Tensor | None,
     source: Tensor, target: Tensor, image_mask: Tensor,
 ) -> str | None:  # fmt: skip
-    return why_no_slots(inputs_embeds) or why_not_packed(features, source)
+    return why_not_merged(inputs_embeds) or why_not_packed(features, source)
 
 
 @anyres_merge.forward
@@ -77,15 +77,18 @@ def forward(
     needs_grad: Any, inputs_embeds: Tensor, features: Tensor, image_newline: Any,
     source: Tensor, target: Tensor, image_mask: Tensor,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
-    slots, found = image_token_slots(image_mask, source.shape[0])
-    check_count("anyres_merge", "source", source.shape[0], found)
-    out = kernels.merge_packed_rows(
-        inputs_embeds, image_mask, slots, features, source, image_newline
-    )
+    if counts_before_launch(image_mask):
+        check_count("anyres_merge", "source", source.shape[0], image_mask.sum())
     images_needed = needs_grad.features or needs_grad.image_newline
+    positions = source.new_empty(source.shape[0]) if images_needed else None
+    out = inputs_embeds.new_empty(*inputs_embeds.shape)
+    found = kernels.merge_packed_rows(
+        inputs_embeds, image_mask, features, source, image_newline, out, positions
+    )
+    check_count("anyres_merge", "source", source.shape[0], found)
     return out, (
         image_mask if needs_grad.inputs_embeds else None,
-        slots if needs_grad.inputs_embeds or images_needed else None,
+        positions,
         target if needs_grad.features else None,
         source if needs_grad.image_newline else None,
         empty_like_rows(features) if images_needed else None,
@@ -95,16 +98,19 @@ def forward(
 
 @anyres_merge.backward
 def backward(needs_grad: Any, saved_tensors: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    mask, slots, target, source, rows, newline = saved_tensors
+    mask, positions, target, source, rows, newline = saved_tensors
     dembeds = dfeatures = dnewline = None
     if needs_grad.inputs_embeds:
-        dembeds = clear_image_tokens(dy, mask, slots)
+        dembeds = dy.new_empty(*dy.shape)
+        split_image_tokens(dy, mask, dembeds, [])
     if needs_grad.features:
         dfeatures = kernels.pack_rows(
-            dy, target, None, slots=slots, limit=slots.shape[0], dtype=rows.dtype
+            dy, target, None, slots=positions, limit=positions.shape[0], dtype=rows.dtype
         ).view(*rows.shape[:-1], dy.shape[-1])
     if needs_grad.image_newline:
-        dnewline = kernels.fill_gradient(dy, source, row_count(rows), newline.dtype, slots=slots)
+        dnewline = kernels.fill_gradient(
+            dy, source, row_count(rows), newline.dtype, slots=positions
+        )
     return dembeds, dfeatures, dnewline, None, None, None
 
 

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from vlm_fast.kernels import image_tokens as kernels
 from vlm_fast.ops.declaration import Cost, nbytes, op
-from vlm_fast.ops.image_token_rows import check_count, placeholders, why_no_slots
+from vlm_fast.ops.image_token_rows import (
+    check_count,
+    counts_before_launch,
+    placeholders,
+    why_not_merged,
+)
 
 
 @op(
@@ -41,24 +46,27 @@ def gather_image_tokens(hidden_states: Tensor, image_mask: Tensor, *, count: int
 
 @gather_image_tokens.fallback_reason
 def fallback_reason(hidden_states: Tensor, image_mask: Tensor, *, count: int) -> str | None:
-    return why_no_slots(hidden_states)
+    return why_not_merged(hidden_states)
 
 
 @gather_image_tokens.forward
 def forward(
     needs_grad: Any, hidden_states: Tensor, image_mask: Tensor, *, count: int
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    slots, found = kernels.image_token_slots(image_mask, count)
-    check_count("gather_image_tokens", "count", count, found)
+    if counts_before_launch(image_mask):
+        check_count("gather_image_tokens", "count", count, image_mask.sum())
     out = hidden_states.new_empty(count, hidden_states.shape[-1])
-    kernels.gather_image_tokens(hidden_states, slots, 0, out)
-    return out, (image_mask, slots) if needs_grad.hidden_states else (None, None)
+    found = kernels.split_image_tokens(hidden_states, image_mask, None, [(0, out)], count)
+    check_count("gather_image_tokens", "count", count, found)
+    return out, (image_mask if needs_grad.hidden_states else None,)
 
 
 @gather_image_tokens.backward
 def backward(needs_grad: Any, saved_tensors: Any, dy: Tensor, *, count: int) -> tuple[Tensor, None]:
-    mask, slots = saved_tensors
-    return kernels.place_image_tokens(dy, mask, slots), None
+    (mask,) = saved_tensors
+    dhidden = dy.new_empty(*mask.shape, dy.shape[-1])
+    kernels.merge_image_tokens(None, [dy], mask, dhidden)
+    return dhidden, None
 
 
 @gather_image_tokens.cost

@@ -6,20 +6,22 @@ import torch
 from torch import Tensor
 
 from vlm_fast.fallback import switches
-from vlm_fast.kernels._launcher import is_traced
+from vlm_fast.kernels._launcher import is_traced, runs_triton
 
-MAX_ROWS = 2**31 - 1  # slots are int32
+MAX_ROWS = 2**31 - 1  # row numbers are int32
 
 
-def check_count(name: str, argument: str, count: int, found: Tensor | int) -> None:
+def check_count(name: str, argument: str, count: int, found: Tensor | int | None) -> None:
     """Check that ``count`` rows meet as many true entries of image_mask.
 
     On the host if that costs no synchronisation or under `vlm_fast.strict`; otherwise with an
-    assertion on the device. Nothing is checked while tracing.
+    assertion on the device. Nothing is checked while tracing, or of None.
 
     Raises:
         ValueError: The counts differ.
     """
+    if found is None:
+        return
     if isinstance(found, Tensor):
         if is_traced(found):
             return
@@ -34,7 +36,15 @@ def check_count(name: str, argument: str, count: int, found: Tensor | int) -> No
         )
 
 
-def why_no_slots(x: Tensor) -> str | None:
+def counts_before_launch(mask: Tensor) -> bool:
+    """Whether the host counts the mask although a kernel will assert the count.
+
+    It does so under `vlm_fast.strict`, for the error that it raises, and in Triton's interpreter.
+    """
+    return runs_triton(mask) and (switches.strict or not mask.is_cuda) and not is_traced(mask)
+
+
+def why_not_merged(x: Tensor) -> str | None:
     """Why no kernel takes ``(batch, sequence, hidden)`` of this size, or None."""
     if x.shape[0] * x.shape[1] > MAX_ROWS:
         return f"more than {MAX_ROWS} rows"

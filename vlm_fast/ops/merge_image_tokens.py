@@ -10,8 +10,15 @@ from torch import Tensor
 
 from vlm_fast.kernels import image_tokens as kernels
 from vlm_fast.ops.declaration import Cost, nbytes, op
-from vlm_fast.ops.image_token_rows import check_count, placeholders, why_no_slots
+from vlm_fast.ops.image_token_rows import (
+    check_count,
+    counts_before_launch,
+    placeholders,
+    why_not_merged,
+)
 from vlm_fast.ops.rows import empty_like_rows, row_count
+
+NAME = "merge_image_tokens"
 
 
 @op(
@@ -38,8 +45,10 @@ def merge_image_tokens(
 
     Raises:
         ValueError: Also if the mask has not as many True entries as there are feature rows. On CUDA
-            that count is checked on the device without a synchronisation (a device-side assertion),
-            and on the host only under `vlm_fast.strict`.
+            the kernel asserts that without a synchronisation: it prints "image_mask has another
+            count than ..." with file and line to stderr, and the next call that synchronises raises
+            "CUDA error: device-side assert triggered". Under `vlm_fast.strict` the host counts
+            first and raises the ValueError.
     """
     hidden = inputs_embeds.shape[-1]
     images = [image_features] if isinstance(image_features, Tensor) else image_features
@@ -52,9 +61,7 @@ def merge_image_tokens(
 def check(
     inputs_embeds: Tensor, image_features: list[Tensor], image_mask: Tensor
 ) -> ValueError | None:
-    rows = 0
-    for image in image_features:
-        rows += row_count(image)
+    rows = _rows(image_features)
     if rows > image_mask.numel():
         return ValueError(
             f"vlm_fast.merge_image_tokens: image_features has {rows} rows, expected at most "
@@ -63,49 +70,48 @@ def check(
     return None
 
 
+def _rows(images: Sequence[Tensor]) -> int:
+    return sum([row_count(image) for image in images])
+
+
 @merge_image_tokens.fallback_reason
 def fallback_reason(
     inputs_embeds: Tensor, image_features: list[Tensor], image_mask: Tensor
 ) -> str | None:
-    return why_no_slots(inputs_embeds)
+    return why_not_merged(inputs_embeds)
 
 
 @merge_image_tokens.forward
 def forward(
     needs_grad: Any, inputs_embeds: Tensor, image_features: list[Tensor], image_mask: Tensor
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    count = sum(row_count(image) for image in image_features)
-    slots, found = kernels.image_token_slots(image_mask, count)
-    check_count("merge_image_tokens", "image_features", count, found)
-    out = kernels.merge_image_tokens(inputs_embeds, image_features, image_mask, slots)
-    any_needed = needs_grad.inputs_embeds or needs_grad.image_features
-    return out, (
-        image_mask if needs_grad.inputs_embeds else None,
-        slots if any_needed else None,
-        *(
-            empty_like_rows(image) if needs_grad.image_features else None
-            for image in image_features
-        ),
-    )
+    if counts_before_launch(image_mask):
+        check_count(NAME, "image_features", _rows(image_features), image_mask.sum())
+    out = inputs_embeds.new_empty(*inputs_embeds.shape)
+    found = kernels.merge_image_tokens(inputs_embeds, image_features, image_mask, out)
+    if found is not None:
+        check_count(NAME, "image_features", _rows(image_features), found)
+    if not needs_grad.image_features:
+        return out, (image_mask if needs_grad.inputs_embeds else None,)
+    return out, (image_mask, *[empty_like_rows(image) for image in image_features])
 
 
 @merge_image_tokens.backward
 def backward(
     needs_grad: Any, saved_tensors: Any, dy: Tensor
-) -> tuple[Tensor | None, list[Tensor | None], None]:
-    mask, slots, *images = saved_tensors
-    dembeds = kernels.clear_image_tokens(dy, mask, slots) if needs_grad.inputs_embeds else None
-    first = 0
+) -> tuple[Tensor | None, list[Tensor | None] | None, None]:
+    mask, *images = saved_tensors
+    dembeds = dy.new_empty(*dy.shape) if needs_grad.inputs_embeds else None
     dfeatures: list[Tensor | None] = []
-    for image in images:
-        if image is None:
-            dfeatures.append(None)
-            continue
-        dimage = image.new_empty(*image.shape[:-1], dy.shape[-1])
-        kernels.gather_image_tokens(dy, slots, first, dimage)
+    wanted, first = [], 0
+    for image, needed in zip(images, needs_grad.image_features, strict=True):
+        dimage = image.new_empty(*image.shape[:-1], dy.shape[-1]) if needed else None
+        if dimage is not None:
+            wanted.append((first, dimage))
         dfeatures.append(dimage)
-        first += row_count(dimage)
-    return dembeds, dfeatures, None
+        first += row_count(image)
+    kernels.split_image_tokens(dy, mask, dembeds, wanted)
+    return dembeds, dfeatures or None, None
 
 
 @merge_image_tokens.cost
@@ -113,7 +119,7 @@ def cost(
     inputs_embeds: Tensor, image_features: Tensor | Sequence[Tensor], image_mask: Tensor
 ) -> Cost:
     images = [image_features] if isinstance(image_features, Tensor) else image_features
-    rows = sum(row_count(image) for image in images)
+    rows = _rows(images)
     hidden = inputs_embeds.shape[-1]
     text = nbytes(inputs_embeds) - rows * hidden * inputs_embeds.element_size()
     moved = nbytes(*images) + text + nbytes(inputs_embeds)
