@@ -17,7 +17,7 @@ def _gate_gradient(dtanh: Tensor, gate: Tensor) -> Tensor:
     features, and these may nearly cancel.
     """
     axes = (0, 1) if gate.numel() == 1 else (0,)
-    dtanh = dtanh.sum(axes, dtype=torch.float64).view(gate.shape)
+    dtanh = dtanh.sum(axes, dtype=torch.float64).view(*gate.shape)
     dgate = dtanh / gate.double().cosh().square()  # 1 / cosh^2 = 1 - tanh^2 without cancellation
     return dgate.to(gate.dtype)
 

@@ -64,7 +64,7 @@ def backward(
         dp = torch.bmm(do_here, v[sample, :, keys].float().transpose(1, 2))
         ds = softmax_gradient(dp, p).mul_(scale)
         if dq is not None:
-            dq[sample, :, tokens] = torch.bmm(ds, k_here).view(q_here.shape).to(dq.dtype)
+            dq[sample, :, tokens] = torch.bmm(ds, k_here).view(*q_here.shape).to(dq.dtype)
         if sums[0] is not None:
             _add(sums[0][sample], keys, torch.bmm(ds.transpose(1, 2), rows))
     for gradient, found in zip((dk, dv), sums, strict=True):

@@ -135,9 +135,9 @@ def _native_backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     dx = None
     if wants[0]:  # an index may omit rows, whose gradient is 0; a grid has every row
-        dx = x.new_empty(x.shape) if blocks.index is None else x.new_zeros(x.shape)
+        dx = x.new_empty(*x.shape) if blocks.index is None else x.new_zeros(*x.shape)
     dweight, dbias = (
-        weight.new_zeros(weight.shape, dtype=torch.float32) if want else None for want in wants[1:]
+        weight.new_zeros(*weight.shape, dtype=torch.float32) if want else None for want in wants[1:]
     )
     if not is_traced(x):
         weight = weight.float()

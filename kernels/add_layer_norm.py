@@ -157,7 +157,7 @@ def add_layer_norm(
     """
     batch, tokens, cols = residual.shape
     rows = batch * tokens
-    y = residual.new_empty(residual.shape)
+    y = residual.new_empty(*residual.shape)
     statistics: Statistics = ()
     if want_statistics:
         z, mean = residual.new_empty(rows, cols), residual.new_empty(rows, dtype=torch.float32)

@@ -94,7 +94,7 @@ def gated_add(
     """
     if not runs_triton(x):
         return aten.forward(x, y, gate, row_mask, weight, bias, eps, norm)
-    h = x.new_empty(x.shape)  # not a view: users may write to it
+    h = x.new_empty(*x.shape)  # not a view: users may write to it
     x, y = in_rows(x), in_rows(y)
     batch, tokens, cols = x.shape
     rows = batch * tokens

@@ -157,12 +157,12 @@ def _aten(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`mlp_activation_backward` from ATen's kernels, for CPUs."""
     if tokens == period:
-        z = z if z.ndim == 2 else z.view(dh.shape)
+        z = z if z.ndim == 2 else z.view(*dh.shape)
         dz = activation_backward(dh, z, activation)
     else:
         cols = dh.shape[1]
         z = z.as_strided((dh.shape[0] // tokens, tokens, cols), (period * cols, cols, 1))
-        dz = activation_backward(dh.view(z.shape), z, activation).view(dh.shape)
+        dz = activation_backward(dh.view(*z.shape), z, activation).view(*dh.shape)
     h = activate(z, activation) if want_h else None
     return dz, h, dz.sum(0) if want_dbias else None
 

@@ -10,7 +10,7 @@ FILES = sorted(p for folder in ("kernels", "vlm_fast/ops") for p in (ROOT / fold
 # A place that is reached by symbolic sizes or wrong calls only.
 EXEMPT = {
     ("_launcher.py", "triton.next_power_of_2"): "of a symbolic integer",
-    ("op_call.py", "self.__signature__.bind"): "words the error of a wrong call",
+    ("op_arguments.py", "self.__signature__.bind"): "words the error of a wrong call",
 }
 SLOW = {  # the calls' name, and what serves in their place
     "triton.cdiv": "_launcher.cdiv: 2 us less",

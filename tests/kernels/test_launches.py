@@ -76,7 +76,7 @@ BACKWARDS = {
         (dict(shape=(33, 24), x_biased=True), f"add_layer_norm_backward_kernel {SUM}"),
     ],
     "anyres_merge": [
-        (None, "merge_image_tokens_kernel pack_rows_kernel fill_gradient_kernel"),
+        (None, "split_image_tokens_kernel pack_rows_kernel fill_gradient_kernel"),
     ],
     "anyres_pack": [
         (None, "pack_rows_kernel fill_gradient_kernel"),
@@ -99,7 +99,7 @@ BACKWARDS = {
     "gated_mlp": [
         (None, "gated_activation_backward_kernel mm mm mm mm addmm_ mm"),
     ],
-    "gather_image_tokens": [(None, "merge_image_tokens_kernel new_zeros")],
+    "gather_image_tokens": [(None, "merge_image_tokens_kernel")],
     "max_similarity": [(None, "new_zeros _to_copy scatter_ mm mm")],
     "media_cross_attention": [
         (dict(batch=1, heads=2, queries=9, media=1, keys=5, tokens_per_media=5, d=16),
@@ -107,7 +107,7 @@ BACKWARDS = {
         (dict(batch=1, heads=2, queries=9, media=1, keys=5, tokens_per_media=5, d=16, normed=True),
          MEDIA.format(SUM)),
     ],
-    "merge_image_tokens": [(None, "merge_image_tokens_kernel gather_image_tokens_kernel")],
+    "merge_image_tokens": [(None, "split_image_tokens_kernel")],
     "merge_tokens": [(dict(batch=3, tokens=7, features=17, r=3), "spread_tokens_kernel")],
     "mlp": [
         (dict(shape=(128, 24), hidden=40, out=16), f"{MLP} mm mm mm mm sum"),

@@ -66,7 +66,7 @@ def add_layer_norm(
         rows, features = math.prod(x.shape[:-1]), x.shape[-1]
         row, col = (torch.arange(n, device=x.device) for n in (rows, features))
         keep = keep_mask(seed, dropout, col, row[:, None], row.new_zeros(()))
-        x = x * keep.view(x.shape) / (1 - dropout)
+        x = x * keep.view(*x.shape) / (1 - dropout)
     z = (x + residual).to(residual.dtype)
     parameters = (weight.to(z.dtype), bias.to(z.dtype))
     return F.layer_norm(z, (z.shape[-1],), *parameters, eps)
@@ -97,7 +97,7 @@ def forward(needs_grad, x, residual, weight, bias, x_bias, seed, *, eps, dropout
             None if x_bias is None else x_bias.contiguous(), seed,
             eps=eps, dropout=dropout, want_statistics=any_needed,
         )  # fmt: skip
-        y = y.view(residual.shape)
+        y = y.view(*residual.shape)
     if not any_needed:
         return y, ()
     return y, (
@@ -127,10 +127,10 @@ def backward(
         want_bias=needs_grad.bias,
     )  # fmt: skip
     shared = dx is dresidual
-    dx = dx.view(dy.shape) if needs_grad.x else None
+    dx = dx.view(*dy.shape) if needs_grad.x else None
     return (
         dx,
-        (dx if shared else dresidual.view(dy.shape)) if needs_grad.residual else None,
+        (dx if shared else dresidual.view(*dy.shape)) if needs_grad.residual else None,
         dweight, dbias, dx_bias, None,
     )  # fmt: skip
 

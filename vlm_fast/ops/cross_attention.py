@@ -82,9 +82,9 @@ def cross_attention(
     if dropout > 0 and seed is not None:
         index = [torch.arange(n, device=q.device) for n in (p.shape[3], queries, batch * heads)]
         survives = keep_mask(seed, dropout, index[0], index[1][:, None], index[2][:, None, None])
-        p = p * survives.view(p.shape) / (1 - dropout)
+        p = p * survives.view(*p.shape) / (1 - dropout)
     o = torch.matmul(p.to(q.dtype).view(*rows.shape[:3], k.shape[2]), v)
-    return o.view(q.shape).transpose(1, 2).contiguous().transpose(1, 2)
+    return o.view(*q.shape).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @cross_attention.fallback_reason

@@ -114,7 +114,7 @@ def media_cross_attention(
     p = safe_softmax(scores.masked_fill(hidden, -torch.inf))
     p = p.masked_fill(hidden, 0).to(q.dtype)
     o = torch.matmul(p.view(*group, keys), v)
-    return o.view(q.shape).transpose(1, 2).contiguous().transpose(1, 2)
+    return o.view(*q.shape).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @media_cross_attention.fallback_reason
