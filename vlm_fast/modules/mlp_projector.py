@@ -92,7 +92,7 @@ class MLPProjector(nn.Module):
         Raises:
             TypeError, ValueError: as `vlm_fast.ops.mlp`.
         """
-        return fused_mlp("MLPProjector", x, self.linear_1, self.act, self.linear_2, self.saved)
+        return fused_mlp(self, x, _children_of, self.saved)  # type: ignore[no-any-return]
 
     def merge(self, inputs_embeds: Tensor, x: Tensor, image_mask: Tensor) -> Tensor:
         """Project ``x`` and put its rows into ``inputs_embeds``, in order, where the mask is true.
@@ -112,6 +112,10 @@ class MLPProjector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"saved={self.saved!r}"
+
+
+def _children_of(projector: Any) -> tuple[Any, ...]:
+    return projector.linear_1, projector.act, projector.linear_2
 
 
 def _known_saved(saved: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast.fallback import record_fallback
-from vlm_fast.modules.parameter_access.module_tree import why_not_direct_tree
+from vlm_fast.modules.parameter_access.module_tree import derived, why_not_direct_tree
 from vlm_fast.modules.perceiver_layer import OP, Layer, attend, fused_sequence, resample
 from vlm_fast.ops.argument_errors import check_tensor, not_a_tensor, wrong_value
 
@@ -129,8 +129,7 @@ def resample_media(module: Any, x: Any) -> Tensor:
     context = x.flatten(0, 1)
     reason = why_not_direct_tree(module, biases=False)
     if reason is None:
-        layers = [layer_of_openflamingo(attention, ff) for attention, ff in module.layers]
-        latents = resample(context, module.latents, layers)
+        latents = resample(context, module.latents, derived(module, _layers_of))
     else:
         record_fallback(type(module).__name__, reason)
         latents = module.latents.expand(context.shape[0], -1, -1).unsqueeze(1)
@@ -139,6 +138,10 @@ def resample_media(module: Any, x: Any) -> Tensor:
             latents = ff(latents) + latents
     # The norm comes last: a unit of FSDP2 must not return a view.
     return module.norm(latents.reshape(batch, media, *module.latents.shape))
+
+
+def _layers_of(module: Any) -> list[Layer]:
+    return [layer_of_openflamingo(attention, ff) for attention, ff in module.layers]
 
 
 def layer_of_openflamingo(attention: Any, ff: Any) -> Layer:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.fused_sequence import fused_mlp
-from vlm_fast.modules.parameter_access.activation import activation_module
+from vlm_fast.modules.normed_mlp import normed_mlp
+from vlm_fast.modules.parameter_access.activation import FunctionalActivation, activation_module
 from vlm_fast.modules.parameter_access.norm import RMSNorm, shuffle_and_norm
 from vlm_fast.modules.token_grid import grid_of
 from vlm_fast.ops.argument_errors import check_tensor, wrong_value
@@ -115,8 +116,7 @@ class PixelShuffleMLP(nn.Module):
         if self.training and self.dropout.p > 0:
             h = fc2(self.dropout(nn.functional.gelu(fc1(x))))  # type: ignore[operator]
         else:
-            gelu = activation_module("gelu")
-            h = fused_mlp(type(self).__name__, x, fc1, gelu, fc2, "preactivation")  # type: ignore[arg-type]
+            h = fused_mlp(self, x, _children_of_mlp, "preactivation")
         return nn.functional.gelu(h)
 
 
@@ -175,13 +175,21 @@ class RaggedMergerProjector(nn.Module):
         if x.ndim != 2 or x.shape[0] != cells:
             raise wrong_value(name, "x", x, f"({cells}, features), the cells of the grids")
         index = rows_of_blocks(grids, self.factor, x.device)
+        parts = normed_mlp(self, _children_of_merger)
         x = shuffle_and_norm(
-            name, x, self.norm, factor=self.factor, norm_after=False, layout="channel", index=index
-        )
-        merging: Any = self.patch_merger.merging_layer
-        return fused_mlp(
-            name, merging(x), self.linear_1, self.act, self.linear_2, "preactivation"
+            name, x, parts.norm, parts.parameters, factor=self.factor, norm_after=False,
+            layout="channel", index=index,
         )  # fmt: skip
+        merging: Any = self.patch_merger.merging_layer
+        return parts.mlp(name, merging(x))  # type: ignore[no-any-return]
+
+
+def _children_of_mlp(owner: Any) -> tuple[Any, ...]:
+    return owner.mlp.fc1, FunctionalActivation("gelu"), owner.mlp.fc2
+
+
+def _children_of_merger(owner: Any) -> tuple[nn.Module, ...]:
+    return owner.norm, owner.linear_1, owner.act, owner.linear_2
 
 
 def _shuffled(x: Tensor, factor: int, height: int | None, width: int | None) -> Tensor:

@@ -45,6 +45,14 @@ def why_dtypes_differ(x: Any, **modules: Any) -> str | None:
     return None
 
 
+def is_common_dtype(x: Any, dtype: torch.dtype | None) -> bool:
+    """Whether `why_dtypes_differ` surely gives None for ``x`` and weights that all have ``dtype``.
+
+    ``dtype`` is None if the weights have several. This is only a quick test for the usual case.
+    """
+    return not _last_input and getattr(x, "dtype", None) is dtype and dtype is not None
+
+
 def _autocasts(x: Tensor) -> bool:
     # Autocast does not cast float64.
     return x.dtype in FLOATS and torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")

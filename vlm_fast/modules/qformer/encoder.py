@@ -15,7 +15,7 @@ from vlm_fast.modules.parameter_access.module_calls import (
     unwrap_checkpoint,
     why_call_does_more,
 )
-from vlm_fast.modules.parameter_access.module_tree import TreeSnapshot, why_not_direct_tree
+from vlm_fast.modules.parameter_access.module_tree import ModuleTree, why_not_direct_tree
 from vlm_fast.modules.qformer.layer import CALLED_CHILDREN, KeysValues, LayerInputs, qformer_layer
 from vlm_fast.modules.qformer.shared_inputs import (
     OP,
@@ -116,7 +116,7 @@ def run_layer(layer: nn.Module, *tensors: Any, inputs: LayerInputs) -> Any:
     if not inputs.plain:  # FSDP2 has gathered parameters since the encoder checked
         reason = why_not_direct_tree(layer)
         if reason is not None:
-            around = TreeSnapshot(layer).why_not_containers(CALLED_CHILDREN)
+            around = ModuleTree(layer).why_not_containers(CALLED_CHILDREN)
             if around is not None:
                 raise ValueError(f"vlm_fast.{OP}: {_would_lose(around)}")
             record_fallback(OP, f"a layer calls its children: {reason}")

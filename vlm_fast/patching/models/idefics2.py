@@ -17,6 +17,7 @@ from vlm_fast.modules.parameter_access.module_calls import (
     collects_attentions,
 )
 from vlm_fast.modules.parameter_access.module_tree import (
+    derived,
     why_not_direct_tree,
     why_tree_dtypes_differ,
 )
@@ -100,7 +101,7 @@ class FusedIdefics2Perceiver(PatchedModule):
         seen: Tensor | None = attention_mask != 0
         if seen is not None and seen.is_cpu and not torch.compiler.is_compiling() and seen.all():
             seen = None  # nothing is masked; on a GPU the host would wait for this answer
-        layers = [_layer(layer) for layer in self.layers]
+        layers = derived(self, _layers_of)
         return self.norm(resample(context, self.latents, layers, seen))
 
     def why_not(self) -> str | None:
@@ -108,6 +109,10 @@ class FusedIdefics2Perceiver(PatchedModule):
         if self.training and any(getattr(a, "attention_dropout", 0) > 0 for a in attentions):
             return "attention has dropout"
         return why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
+
+
+def _layers_of(resampler: Any) -> list[Layer]:
+    return [_layer(layer) for layer in resampler.layers]
 
 
 def _layer(layer: Any) -> Layer:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from vlm_fast import ops
-from vlm_fast.modules.fused_sequence import fused_mlp
+from vlm_fast.modules.normed_mlp import normed_mlp
 from vlm_fast.modules.parameter_access.chain import Chain, find_chain
 from vlm_fast.modules.parameter_access.norm import shuffle_and_norm, why_not_direct_norm
 from vlm_fast.modules.token_grid import side_of_square
@@ -101,14 +101,19 @@ class FusedNormedMLP(FusedMLP):
         if type(x) is not DeferredPixelShuffle or len(args) + len(kwargs) != 1:
             return super().forward(*args, **kwargs)
         patches, side = _patches(x)
-        name = type(self).__name__
+        name, parts = type(self).__name__, normed_mlp(self, _children_of, chain.saved)
         x = shuffle_and_norm(
-            name, patches, self.layer_norm, height=side, width=side, factor=FACTOR, norm_after=True
-        )
-        return fused_mlp(name, x, self.linear_1, self.act, self.linear_2, chain.saved)
+            name, patches, parts.norm, parts.parameters, height=side, width=side, factor=FACTOR,
+            norm_after=True,
+        )  # fmt: skip
+        return parts.mlp(name, x)
 
     def why_not(self) -> str | None:
         return why_not_direct_norm(self.layer_norm, self.linear_1) or super().why_not()
+
+
+def _children_of(projector: Any) -> tuple[nn.Module, ...]:
+    return projector.layer_norm, projector.linear_1, projector.act, projector.linear_2
 
 
 def recognise_model(module: nn.Module, **options: Any) -> MaskSpec | str | None:

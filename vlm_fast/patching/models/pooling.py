@@ -51,7 +51,7 @@ class FusedPooledNorm(PatchedModule):
         if reason is not None:
             record_fallback(name, reason)
             return super().forward(x)  # type: ignore[misc]
-        x = pooled_norm(name, x, self.mm_soft_emb_norm, side, side, self.kernel_size)
+        x = pooled_norm(self, x, side, side, self.kernel_size)
         return times_matrix(x, self.mm_input_projection_weight).type_as(vision_outputs)
 
     def _why_not_pooled(self) -> str | None:

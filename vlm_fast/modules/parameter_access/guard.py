@@ -1,0 +1,241 @@
+"""Remember an answer about modules for as long as nothing changes that the answer depends on.
+
+Whether parameters may be read directly depends on many facts: classes and their code, hooks,
+children, parameters and settings. A `Guard` records these facts and compiles them into one function
+that says in a few microseconds whether all of them still hold. `remember` stores an answer with its
+guard on the module that it belongs to; `recall` returns the answer while the guard holds.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+from collections.abc import Callable, Iterable
+from types import BuiltinFunctionType, CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _nn_module
+
+from vlm_fast.modules.parameter_access.module_calls import HOOKS
+from vlm_fast.modules.parameter_access.original_code import class_before_patch, own_methods
+from vlm_fast.modules.parameter_access.sharded_parameters import is_zero3_parameter
+
+_GLOBAL_HOOKS = tuple(f"_global{kind}" for kind in HOOKS)
+_GLOBALS = {"__builtins__": builtins}  # of the compiled tests
+# Kinds of attributes that an answer may depend on: a norm's eps, a linear's out_features, ...
+PLAIN_KINDS = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
+
+
+class Remembered:
+    """An answer, the ``__dict__`` of the module that it belongs to, and the test of its guard.
+
+    Copies and pickles of a module get None instead, because they have other children.
+    """
+
+    __slots__ = ("answer", "holds", "own")
+
+    def __init__(self, own: dict[str, Any], holds: Callable[[], bool], answer: Any) -> None:
+        self.own, self.holds, self.answer = own, holds, answer
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def recall(owner: Any, key: str) -> Any:
+    """The answer that `remember` stored on ``owner``, if its guard holds; otherwise None.
+
+    While compiling the result is None: Dynamo makes guards of its own from the direct questions.
+    A shallow copy of the owner, such as a replica of nn.DataParallel, has the same attributes in
+    another ``__dict__``; the answer is not its own.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    own = owner.__dict__
+    found: Remembered | None = own.get(key)
+    if found is None or found.own is not own:
+        return None
+    if found.holds():
+        return found.answer
+    own.pop(key, None)  # it may be the last reference to replaced parameters
+    return None
+
+
+def stored(owner: Any, key: str) -> Any:
+    """The answer that `remember` stored on ``owner``, without asking its guard again; or None."""
+    own = owner.__dict__
+    found: Remembered | None = own.get(key)
+    return None if found is None or found.own is not own else found.answer
+
+
+def remember(owner: Any, key: str, answer: Any, guard: Guard) -> None:
+    """Store ``answer`` on ``owner`` under ``key``, unless its facts cannot be recorded."""
+    if guard.is_complete and not torch.compiler.is_compiling():
+        own = owner.__dict__  # a plain attribute: both are garbage-collected together
+        own[key] = Remembered(own, guard.compiled(), answer)
+
+
+def forget(owner: nn.Module) -> None:
+    """Remove every answer that `remember` has stored on ``owner``."""
+    own = owner.__dict__
+    for key in [key for key, value in own.items() if type(value) is Remembered]:
+        del own[key]
+
+
+class Guard:
+    """Facts about modules, to be compiled into one test of whether all of them still hold.
+
+    Attributes:
+        is_complete: False if something cannot be recorded: a class with its own attribute lookup,
+            or a parameter that is not a plain nn.Parameter, is on the meta device or is managed by
+            ZeRO-3. The answer must then be asked for at every call.
+    """
+
+    def __init__(self, owner: Any, modules: Iterable[nn.Module], *, methods: bool = False) -> None:
+        """Record the facts about a module that is being called, and about modules inside it.
+
+        Args:
+            owner: its children, parameters and settings are recorded, but not its hooks.
+            modules: modules whose parameters and settings are read instead of calling them. The
+                containers between the owner and them are recorded too.
+            methods: record all methods of their classes, not only ``forward`` and ``__call__``.
+        """
+        self._tests: list[str] = []
+        self._values: dict[int, tuple[str, Any]] = {}
+        modules = _with_containers(owner, modules)
+        self.is_complete = all(map(_is_recordable, (owner, *modules)))
+        if not self.is_complete:
+            return
+        for name in _GLOBAL_HOOKS:
+            self.test("not {0}[{1}]", vars(_nn_module), name)
+        self._record(owner)
+        for module in modules:
+            self._record_call(module)
+            self._record(module)
+        for kind in {class_before_patch(module): None for module in (owner, *modules)}:
+            self._record_code(kind, methods)
+
+    def test(self, condition: str, *values: Any) -> None:
+        """Add a condition, in which ``{0}``, ``{1}``, ... stand for the values."""
+        self._tests.append(condition.format(*map(self._name, values)))
+
+    def record_modes(self, *modules: nn.Module) -> None:
+        """Record whether these modules are in training mode."""
+        for module in modules:
+            self.test("{0}['training'] is {1}", module.__dict__, module.training)
+
+    def compiled(self) -> Callable[[], bool]:
+        """A function without arguments: whether all facts still hold."""
+        names = tuple(name for name, _ in self._values.values())
+        values = tuple(value for _, value in self._values.values())
+        return FunctionType(_code(names, tuple(self._tests)), _GLOBALS, None, values)
+
+    def _name(self, value: Any) -> str:
+        name = f"v{len(self._values)}"
+        return self._values.setdefault(id(value), (name, value))[0]
+
+    def _record_call(self, module: nn.Module) -> None:
+        """Record what a call of the module would do besides the forward of its class."""
+        own = module.__dict__
+        for kind in HOOKS:
+            if own[kind]:
+                self.test("[*{0}[{1}].values()] == {2}", own, kind, list(own[kind].values()))
+            else:
+                self.test("not {0}[{1}]", own, kind)
+        self.test("{0}.get('forward') is {1}", own, own.get("forward"))
+        self.test("{0}.get('_compiled_call_impl') is None", own)
+
+    def _record(self, module: nn.Module) -> None:
+        """Record the class, the children, the parameters and the settings of a module."""
+        own = module.__dict__
+        children, parameters = own["_modules"], own["_parameters"]
+        self.test("type({0}) is {1}", module, type(module))
+        self.test("{0}['_modules'] is {1}", own, children)
+        if children:  # compares identities: modules have no other equality
+            self.test("[*{0}] == {1}", children, list(children))
+            self.test("[*{0}.values()] == {1}", children, list(children.values()))
+        self.test("{0}['_parameters'] is {1}", own, parameters)
+        self.test("len({0}) == {1}", parameters, len(parameters))
+        for name in (*children, *parameters):  # an attribute would hide it
+            self.test("{0} not in {1}", name, own)
+        for name, parameter in parameters.items():
+            self.test("{0}[{1}] is {2}", parameters, name, parameter)
+            if parameter is not None:
+                self._record_parameter(parameter)
+        for name, value in plain_attributes(module):
+            self.test("{0}[{1}] is {2}", own, name, value)
+
+    def _record_parameter(self, parameter: Tensor) -> None:
+        self.test("type({0}) is {1}", parameter, type(parameter))
+        self.test("{0}.dtype is {1}", parameter, parameter.dtype)
+        self.test("{0}.device == {1}", parameter, parameter.device)
+        self.test("{0}.shape == {1}", parameter, parameter.shape)
+        self.test("{0}.layout is {1}", parameter, parameter.layout)
+        attributes = parameter.__dict__  # ZeRO-3 adds its own
+        self.test("len({0}) == {1}", attributes, len(attributes))
+
+    def _record_code(self, kind: type[nn.Module], methods: bool) -> None:
+        names = [name for name, _ in own_methods(kind)] if methods else []
+        for name in dict.fromkeys(("forward", "__call__", *names)):
+            self.test(f"{{0}}.{name} is {{1}}", kind, getattr(kind, name))
+
+
+def plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    """Names and values of the public attributes of a module that can be compared."""
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "training" and isinstance(value, PLAIN_KINDS)
+    ]
+
+
+def _with_containers(owner: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules, and all modules between them and ``owner``."""
+    found = dict.fromkeys(modules)
+    seen = {owner}
+
+    def leads_to_them(module: nn.Module) -> bool:
+        leads = False
+        for child in module._modules.values():
+            if child is not None and (child in found or child not in seen):
+                seen.add(child)
+                if leads_to_them(child) or child in found:
+                    found[child] = None
+                    leads = True
+        return leads
+
+    leads_to_them(owner)
+    return list(found)
+
+
+def _is_recordable(module: nn.Module) -> bool:
+    kind = type(module)
+    return (
+        all(map(_is_recordable_parameter, module._parameters.values()))
+        and kind.__getattr__ is nn.Module.__getattr__
+        and kind.__getattribute__ is object.__getattribute__
+        and not any(hasattr(kind, name) for name in (*module._parameters, *module._modules))
+    )
+
+
+def _is_recordable_parameter(parameter: Any) -> bool:
+    if parameter is None:
+        return True
+    if type(parameter) is not nn.Parameter or parameter.is_meta:
+        return False
+    return not is_zero3_parameter(parameter) and not hasattr(parameter, "ds_status")
+
+
+@functools.lru_cache(maxsize=64)  # equal modules, such as the layers of a stack, share the code
+def _code(names: tuple[str, ...], tests: tuple[str, ...]) -> CodeType:
+    """The code of a function that takes these names, by default the recorded values."""
+    condition = "\n            and ".join(tests)
+    source = (
+        f"def holds({', '.join(names)}):\n    try:\n        return (\n            {condition}\n"
+        "        )\n    except (AttributeError, KeyError):\n        return False\n"
+    )
+    made: dict[str, Any] = {}
+    exec(compile(source, "<facts about modules>", "exec"), made)
+    code: CodeType = made["holds"].__code__
+    return code
