@@ -192,9 +192,9 @@ def _why_not_cast_first(name: str, x: Tensor | None) -> str | None:
     return None
 
 
-def mlp_part(linear_1: Any, act: Any, linear_2: Any, saved: str) -> Part:
-    """Linear, activation, linear as one `Part`. ``saved``: see `vlm_fast.ops.mlp`."""
-    run = _mlp_steps(linear_1, act, linear_2)
+def mlp_part(modules: Sequence[Any], saved: str) -> Part:
+    """Linear, activation and linear as one `Part`. ``saved``: see `vlm_fast.ops.mlp`."""
+    run = _mlp_steps(*modules)
     reason = _why_not_active(run)
     return Part(run, _direct(run, saved) if reason is None else None, reason)
 
@@ -214,7 +214,7 @@ def fused_mlp(owner: Any, x: Tensor, children: Callable[[Any], Sequence[Any]], s
     """
     parts = recall(owner, _PARTS)
     if parts is None:
-        parts = (mlp_part(*children(owner), saved),)
+        parts = (mlp_part(children(owner), saved),)
         remember_parts(owner, _PARTS, parts, parts)
     return run_parts(type(owner).__name__, x, parts)
 

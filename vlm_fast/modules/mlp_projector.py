@@ -92,7 +92,7 @@ class MLPProjector(nn.Module):
         Raises:
             TypeError, ValueError: as `vlm_fast.ops.mlp`.
         """
-        return fused_mlp(self, x, _children_of, self.saved)  # type: ignore[no-any-return]
+        return fused_mlp(self, x, _children_of, self.saved)
 
     def merge(self, inputs_embeds: Tensor, x: Tensor, image_mask: Tensor) -> Tensor:
         """Project ``x`` and put its rows into ``inputs_embeds``, in order, where the mask is true.

@@ -56,7 +56,7 @@ def normed_mlp(
     if found is not None:
         return found
     norm, *mlp = children(owner)
-    parts = (mlp_part(*mlp, saved),) if mlp else ()
+    parts = (mlp_part(mlp, saved),) if mlp else ()
     found = NormedMLP(norm, norm_parameters(norm), parts)
     if isinstance(found.parameters, NormParameters):
         remember_parts(owner, _STORED, found, parts, norm, *others)

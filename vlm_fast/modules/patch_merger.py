@@ -147,7 +147,7 @@ class PixelShuffleProjector(nn.Module):
             name, x, parts.norm, parts.parameters, height=height, width=width, factor=self.factor,
             norm_after=True,
         )  # fmt: skip
-        return parts.mlp(name, x)  # type: ignore[no-any-return]
+        return parts.mlp(name, x)
 
 
 def merge_patches(
@@ -167,7 +167,7 @@ def merge_patches(
         owner, x.reshape(-1, factor**2, x.shape[-1]), parts.norm, parts.parameters,
         height=factor, width=factor, factor=factor, norm_after=norm_after, index=index,
     )  # fmt: skip
-    return parts.mlp(owner, x.flatten(0, -2))  # type: ignore[no-any-return]
+    return parts.mlp(owner, x.flatten(0, -2))
 
 
 def _children_of_projector(projector: Any) -> tuple[nn.Module, ...]:

@@ -47,7 +47,7 @@ class Layer(NamedTuple):
 
 def fused_sequence(norm: Any, linear_1: Any, act: Any, linear_2: Any) -> Callable[[Tensor], Tensor]:
     """``linear_2(act(linear_1(norm(x))))`` as a function."""
-    parts = (mlp_part(linear_1, act, linear_2, "preactivation"),)
+    parts = (mlp_part((linear_1, act, linear_2), "preactivation"),)
     return lambda x: run_parts(OP, norm(x), parts)
 
 

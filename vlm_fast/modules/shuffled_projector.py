@@ -181,7 +181,7 @@ class RaggedMergerProjector(nn.Module):
             layout="channel", index=index,
         )  # fmt: skip
         merging: Any = self.patch_merger.merging_layer
-        return parts.mlp(name, merging(x))  # type: ignore[no-any-return]
+        return parts.mlp(name, merging(x))
 
 
 def _children_of_mlp(owner: Any) -> tuple[Any, ...]:

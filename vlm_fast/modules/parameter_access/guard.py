@@ -120,6 +120,10 @@ class Guard:
         """Add a condition, in which ``{0}``, ``{1}``, ... stand for the values."""
         self._tests.append(condition.format(*map(self._name, values)))
 
+    def include(self, other: Any, key: str) -> None:
+        """Record that the guard of the answer that is stored on ``other`` holds."""
+        self.test("{0}()", other.__dict__[key].holds)
+
     def record_modes(self, *modules: nn.Module) -> None:
         """Record whether these modules are in training mode."""
         for module in modules:

@@ -39,7 +39,7 @@ _KNOWN_TORCH_CLASSES = {
 }  # fmt: skip
 
 
-_STORED = "_direct_tree"  # where the answer is stored on the root
+DIRECT_TREE = "_direct_tree"  # where the answer is stored on the root
 
 
 class DirectTree:
@@ -149,12 +149,12 @@ def why_not_direct_tree(
         biases: whether each linear must have a bias.
         unread: name of a child that the forward of its parent never calls.
     """
-    if recall(root, _STORED) is not None:
+    if recall(root, DIRECT_TREE) is not None:
         return None
     tree = ModuleTree(root)
     reason = tree.why_not(biases, unread)
     if reason is None and not torch.compiler.is_compiling():
-        remember(root, _STORED, DirectTree(root), tree.guard(root))
+        remember(root, DIRECT_TREE, DirectTree(root), tree.guard(root))
     return reason
 
 
@@ -163,17 +163,18 @@ def derived(root: Any, make: Callable[[Any], Any]) -> Any:
 
     To be called after `why_not_direct_tree` has given None for this root.
     """
-    tree = _stored_tree(root)
+    tree = stored_tree(root)
     return make(root) if tree is None else tree.derived(make, root)
 
 
-def _stored_tree(root: Any) -> DirectTree | None:
-    return None if torch.compiler.is_compiling() else stored(root, _STORED)
+def stored_tree(root: Any) -> DirectTree | None:
+    """What `why_not_direct_tree` has stored on a root, or None; None too while compiling."""
+    return None if torch.compiler.is_compiling() else stored(root, DIRECT_TREE)
 
 
 def tree_parameters(root: nn.Module) -> Iterable[nn.Parameter]:
     """The parameters of ``root`` and its submodules, from the stored answer if there is one."""
-    tree = _stored_tree(root)
+    tree = stored_tree(root)
     return root.parameters() if tree is None else tree.parameters
 
 
@@ -185,7 +186,7 @@ def why_tree_dtypes_differ(root: nn.Module, *inputs: Tensor | None) -> str | Non
     """
     given = [x for x in inputs if x is not None]
     dtype, device = given[0].dtype, given[0].device.type
-    tree = _stored_tree(root)
+    tree = stored_tree(root)
     if tree is not None and tree.dtypes == [dtype] == list({x.dtype: None for x in given}):
         return None
     autocasts = torch.is_autocast_enabled(device)

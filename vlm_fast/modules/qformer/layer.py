@@ -25,6 +25,7 @@ from vlm_fast.modules.parameter_access.attention_settings import (
     active_attention_dropout,
     attention_scale,
 )
+from vlm_fast.modules.parameter_access.module_view import view_of
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -56,6 +57,13 @@ class LayerInputs:
     keep: bool = False
     seeds: Tensor | None = None
     plain: bool = True
+
+    def for_layer(self, projected: bool, seeds: Tensor | None, plain: bool) -> LayerInputs:
+        """The inputs of one layer: a new object, because checkpointing reads it again."""
+        return LayerInputs(
+            self.query_length, projected, self.image_mask, self.image_bias, self.bias,
+            self.key_mask, self.keep, seeds, plain,
+        )  # fmt: skip
 
     def seed(self, i: int) -> Tensor | None:
         return None if self.seeds is None else self.seeds[i]
@@ -91,6 +99,8 @@ def qformer_layer(
     Returns:
         The tokens; with ``inputs.keep`` also the keys and values of the self-attention.
     """
+    if inputs.plain:
+        layer = view_of(layer)
     hidden, *kept = self_attention_block(layer.attention, hidden, past_k, past_v, inputs)
     hidden = _after_self_attention(layer, hidden, image, inputs)
     return (hidden, *kept) if inputs.keep else hidden
@@ -226,19 +236,22 @@ def _normed(
 
 def weights_and_biases(linears: Any) -> list[Tensor]:
     """The weights of linears, then their biases."""
-    return [*(linear.weight for linear in linears), *(linear.bias for linear in linears)]
+    return [linear.weight for linear in linears] + [linear.bias for linear in linears]
 
 
 def largest_active_dropout(layer: Any) -> float:
     """The largest probability of a dropout in a layer that is active now; 0 if none is."""
-    names = ("attention", "crossattention", "output_query", "output")
-    parts = [part for part in (getattr(layer, name, None) for name in names) if part is not None]
-    outputs = [getattr(part, "output", part) for part in parts]
-    return max(
-        *(active_attention_dropout(part.attention) for part in parts if hasattr(part, "attention")),
-        *(float(getattr(o.dropout, "p", 0)) for o in outputs if o.dropout.training),
-        0.0,
-    )
+    largest = 0.0
+    for name in ("attention", "crossattention", "output_query", "output"):
+        part = getattr(layer, name, None)
+        if part is None:
+            continue
+        if name.endswith("attention"):
+            largest = max(largest, active_attention_dropout(part.attention))
+            part = part.output
+        if part.dropout.training:
+            largest = max(largest, float(getattr(part.dropout, "p", 0)))
+    return largest
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

@@ -231,7 +231,7 @@ class QFormer(nn.Module):
                 "give forward the encoder_hidden_states instead"
             )
         with self._autocast(x):
-            return ImageKeyValues(project_image(self.encoder, x, plain))
+            return ImageKeyValues(project_image(self.encoder.layer, x, plain))
 
     def capture_graph(
         self,

@@ -90,7 +90,7 @@ class FusedAriaProjector(PatchedModule):
 
 def _mlp_of(projector: Any) -> tuple[Part]:
     ff = projector.feed_forward
-    return (mlp_part(ff.linear_in, ff.act, ff.linear_out, "preactivation"),)
+    return (mlp_part((ff.linear_in, ff.act, ff.linear_out), "preactivation"),)
 
 
 def _projected(normed: Tensor, linear: Any, weight: Tensor, bias: Tensor) -> Tensor:
