@@ -114,11 +114,14 @@ class PerceiverResampler(nn.Module):
             ValueError: x has another number of dimensions or width, or more media or frames than
                 there are embeddings.
         """
-        return resample_media(self, x)
+        return resample_media(self, x, why_not_direct_tree(self, biases=False))
 
 
-def resample_media(module: Any, x: Any) -> Tensor:
-    """The forward of any module with the children of a `PerceiverResampler`; see there."""
+def resample_media(module: Any, x: Any, reason: str | None) -> Tensor:
+    """The forward of any module with the children of a `PerceiverResampler`; see there.
+
+    ``reason``: what `why_not_direct_tree` gives for the module; then its layers are called.
+    """
     _check(module, x)
     batch, media, frames = x.shape[:3]
     if module.frame_embs is not None:
@@ -127,7 +130,6 @@ def resample_media(module: Any, x: Any) -> Tensor:
     if module.media_time_embs is not None:
         x = x + module.media_time_embs[:media]
     context = x.flatten(0, 1)
-    reason = why_not_direct_tree(module, biases=False)
     if reason is None:
         latents = resample(context, module.latents, derived(module, _layers_of))
     else:

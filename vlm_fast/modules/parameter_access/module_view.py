@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,10 @@ class ModuleView:
         for name, child in module._modules.items():
             inner = child is not None and (child._modules or child._parameters)
             self.__dict__[name] = ModuleView(child) if inner else child  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        """The children, as those of an nn.Sequential."""
+        return iter([self.__dict__[name] for name in self._module._modules])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

@@ -29,7 +29,7 @@ class FusedPerceiver(PatchedModule):
         if reason is not None:
             record_fallback(type(self).__name__, reason)
             return super().forward(x)  # type: ignore[misc]
-        return resample_media(self, x)
+        return resample_media(self, x, None)
 
     def why_not(self) -> str | None:
         return why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
