@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.mlp_projector import MLPProjector
-from vlm_fast.modules.normed_mlp import normed_mlp
+from vlm_fast.modules.normed_mlp import NormedMLP, normed_mlp
 from vlm_fast.modules.parameter_access.norm import RMSNorm, shuffle_and_norm
 from vlm_fast.modules.token_grid import grid_of
 from vlm_fast.ops.argument_errors import wrong_value
@@ -115,7 +115,7 @@ class PooledNormProjector(nn.Module):
             TypeError, ValueError: as `vlm_fast.ops.spatial_pool`; or x comes from a `TokenMerger`.
         """
         height, width = grid_of(type(self).__name__, x, height, width)
-        normed = pooled_norm(self, x, height, width, self.stride)
+        normed = pooled_norm(self, x, height, width, self.stride, normed_mlp(self, norm_of))
         return times_matrix(normed, self.mm_input_projection_weight)
 
 
@@ -137,12 +137,13 @@ def times_matrix(x: Tensor, matrix: Tensor) -> Tensor:
     return x @ matrix
 
 
-def pooled_norm(owner: Any, x: Tensor, height: int, width: int, stride: int) -> Tensor:
+def pooled_norm(
+    owner: Any, x: Tensor, height: int, width: int, stride: int, parts: NormedMLP
+) -> Tensor:
     """The means of windows ``(batch, pooled, features)``, then the norm of ``owner``.
 
-    ``owner``: a module with a norm of the name ``mm_soft_emb_norm``; see `SpatialPool`.
+    See `SpatialPool`. ``parts``: the norm.
     """
-    parts = normed_mlp(owner, _norm_of)
     x = ops.spatial_pool(x, height=height, width=width, stride=stride)
     return shuffle_and_norm(
         type(owner).__name__, x, parts.norm, parts.parameters,
@@ -150,5 +151,6 @@ def pooled_norm(owner: Any, x: Tensor, height: int, width: int, stride: int) -> 
     )  # fmt: skip
 
 
-def _norm_of(projector: Any) -> tuple[nn.Module]:
+def norm_of(projector: Any) -> tuple[nn.Module]:
+    """The norm of a `PooledNormProjector`, for `normed_mlp`."""
     return (projector.mm_soft_emb_norm,)
