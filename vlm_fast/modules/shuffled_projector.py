@@ -111,10 +111,10 @@ class PixelShuffleMLP(nn.Module):
             ValueError: the tokens do not form the grid, or the factor does not divide it.
         """
         check_tensor(type(self).__name__, "x", x)
-        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         x = _shuffled(x, self.factor, height, width)
         if self.training and self.dropout.p > 0:
-            h = fc2(self.dropout(nn.functional.gelu(fc1(x))))  # type: ignore[operator]
+            fc1, _, fc2 = _children_of_mlp(self)
+            h = fc2(self.dropout(nn.functional.gelu(fc1(x))))
         else:
             h = fused_mlp(self, x, _children_of_mlp, "preactivation")
         return nn.functional.gelu(h)

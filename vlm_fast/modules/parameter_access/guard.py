@@ -24,6 +24,7 @@ from vlm_fast.modules.parameter_access.sharded_parameters import is_zero3_parame
 
 _GLOBAL_HOOKS = tuple(f"_global{kind}" for kind in HOOKS)
 _GLOBALS = {"__builtins__": builtins}  # of the compiled tests
+_ASKED = "_asked_once"  # where `ask_once` stores that there is no reason
 # Kinds of attributes that an answer may depend on: a norm's eps, a linear's out_features, ...
 PLAIN_KINDS = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
 
@@ -74,6 +75,24 @@ def remember(owner: Any, key: str, answer: Any, guard: Guard) -> None:
     if guard.is_complete and not torch.compiler.is_compiling():
         own = owner.__dict__  # a plain attribute: both are garbage-collected together
         own[key] = Remembered(own, guard.compiled(), answer)
+
+
+def ask_once(
+    owner: Any, why_not: Callable[[], str | None], modules: Callable[[], Iterable[nn.Module]]
+) -> str | None:
+    """``why_not()``, asked anew only when something has changed since it gave None.
+
+    Args:
+        owner: the module that is called.
+        why_not: gives a reason or None. It may depend on what a `Guard` records.
+        modules: gives the modules inside the owner that it asks about.
+    """
+    if recall(owner, _ASKED) is not None:
+        return None
+    reason = why_not()
+    if reason is None and not torch.compiler.is_compiling():
+        remember(owner, _ASKED, True, Guard(owner, modules()))
+    return reason
 
 
 def forget(owner: nn.Module) -> None:

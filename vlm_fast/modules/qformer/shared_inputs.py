@@ -65,7 +65,7 @@ def cross_attention_of(layer: Any) -> Any:
 
 def has_active_dropout(layers: Sequence[Any]) -> bool:
     """Whether any dropout in these layers is active."""
-    return max(map(largest_active_dropout, layers), default=0.0) > 0
+    return max(0.0, *map(largest_active_dropout, layers)) > 0
 
 
 def dropout_seeds(layers: Sequence[Any], hidden: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.parameter_access.activation import activation_name, why_not_activation
 from vlm_fast.modules.parameter_access.attention_settings import attention_scale
+from vlm_fast.modules.parameter_access.guard import ask_once
 from vlm_fast.modules.parameter_access.linear import why_not_direct
 from vlm_fast.modules.parameter_access.module_calls import (
     MAPS_REQUESTED,
@@ -51,6 +52,12 @@ class FusedGatedMLP(PatchedModule):
         )  # fmt: skip
 
     def why_not(self) -> str | None:
+        return ask_once(
+            self, self._why_not,
+            lambda: (self.gate_proj, self.up_proj, self.down_proj, self.act_fn),
+        )  # fmt: skip
+
+    def _why_not(self) -> str | None:
         for name in ("gate_proj", "up_proj", "down_proj"):
             reason = why_not_direct(getattr(self, name))
             if reason is None and getattr(self, name).bias is not None:

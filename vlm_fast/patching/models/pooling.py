@@ -12,6 +12,7 @@ from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.normed_mlp import normed_mlp, recalled_normed_mlp
 from vlm_fast.modules.parameter_access.chain import Chain, find_chain
+from vlm_fast.modules.parameter_access.guard import ask_once
 from vlm_fast.modules.parameter_access.linear import why_not_direct
 from vlm_fast.modules.parameter_access.module_calls import (
     why_call_does_more,
@@ -94,6 +95,9 @@ class FusedPooledMLP(PatchedModule):
         )  # fmt: skip
 
     def why_not(self) -> str | None:
+        return ask_once(self, self._why_not, lambda: (self.pooling, self.linear_2))
+
+    def _why_not(self) -> str | None:
         # linear_2 gets pooled rows, which is right for a linear map only; pooling is not called.
         known = is_class(self.pooling, "perception_lm", "PerceptionLMAdaptiveAvgPooling")
         if not known and type(self.pooling) is not nn.Identity:
@@ -126,7 +130,9 @@ class FusedPooler(PatchedModule):
         )  # fmt: skip
 
     def why_not(self) -> str | None:
-        return _why_not_window(self.pool, self.pool.kernel_size)
+        return ask_once(
+            self, lambda: _why_not_window(self.pool, self.pool.kernel_size), lambda: (self.pool,)
+        )
 
 
 class FusedFrameProjector(FusedMLP):
