@@ -22,7 +22,8 @@ from tests.support.connectors_of_every_kind import (
     called,
     fallbacks,
 )
-from vlm_fast.modules.parameter_access.guard import Remembered
+from tests.support.selection import slow_except
+from vlm_fast.modules.parameter_access.remembered import Remembered
 
 pytestmark = pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
 every_connector = pytest.mark.parametrize("name", CONNECTORS)
@@ -229,9 +230,10 @@ def test_two_threads(name):
     assert not wrong
 
 
-@pytest.mark.parametrize(
-    "name", ["patched LLaVA", "patched Qwen2.5-VL", "QFormer", "PerceiverResampler"]
-)
+COMPILED = ["patched LLaVA", "patched Qwen2.5-VL", "QFormer", "PerceiverResampler"]
+
+
+@pytest.mark.parametrize("name", slow_except(COMPILED[:2], COMPILED))
 def test_compiled_after_an_eager_call(name):
     fast, plain, given = called(name)
     torch._dynamo.reset()

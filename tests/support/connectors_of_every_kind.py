@@ -16,7 +16,7 @@ from tests.support import reference_flamingo, tiny_flamingos, tiny_llava, tiny_q
 from tests.support.chain_structures import mlp
 from tests.support.randomised_modules import randomised
 from vlm_fast import modules
-from vlm_fast.modules.parameter_access.guard import Remembered
+from vlm_fast.modules.parameter_access.remembered import Remembered
 
 QFORMER = {name: size for name, size in tiny_qformers.SMALL.items() if name != "vocab_size"}
 GATED = dict(dim=24, dim_visual=12, dim_head=8, heads=2)

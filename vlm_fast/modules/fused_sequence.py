@@ -25,9 +25,10 @@ from vlm_fast.modules.fusable_runs import (
 )
 from vlm_fast.modules.parameter_access.activation import activation_name, why_not_activation
 from vlm_fast.modules.parameter_access.dtypes import is_common_dtype, why_dtypes_differ
-from vlm_fast.modules.parameter_access.guard import Guard, recall, remember
+from vlm_fast.modules.parameter_access.guard import Guard
 from vlm_fast.modules.parameter_access.linear import why_not_direct
 from vlm_fast.modules.parameter_access.module_calls import why_call_does_more
+from vlm_fast.modules.parameter_access.remembered import recall, remember
 
 _PARTS = "_parts_of_sequence"  # where the parts are stored on the module that is called
 MLP_NAMES = ("linear_1", "act", "linear_2")
@@ -107,14 +108,16 @@ def remember_parts(
     owner: Any, key: str, answer: Any, parts: Sequence[Part], *others: nn.Module
 ) -> None:
     """Store ``answer``, which depends on these parts and on other modules that are read."""
-    if torch.compiler.is_compiling() or any(part.reason is not None for part in parts):
-        return
+    if all(part.reason is None for part in parts):
+        remember(owner, key, answer, lambda: _guard_of_parts(owner, parts, others))
+
+
+def _guard_of_parts(owner: Any, parts: Sequence[Part], others: Sequence[nn.Module]) -> Guard:
     read = [step.call for part in parts if part.direct is not None for step in part.steps]
     modules = [call for call in read if isinstance(call, nn.Module)]
     guard = Guard(owner, (*others, *modules))
-    if guard.is_complete:
-        guard.record_modes(owner, *modules)  # dropouts, and functions that a forward calls
-        remember(owner, key, answer, guard)
+    guard.record_modes(owner, *modules)  # for dropouts, and functions that a forward calls
+    return guard
 
 
 def _parts(steps: Sequence[Step], saved: str) -> list[Part]:

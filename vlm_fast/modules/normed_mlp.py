@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from vlm_fast.modules.fused_sequence import Part, mlp_part, remember_parts, run_parts
-from vlm_fast.modules.parameter_access.guard import recall
 from vlm_fast.modules.parameter_access.norm import NormParameters, norm_parameters
+from vlm_fast.modules.parameter_access.remembered import recall
 
 _STORED = "_normed_mlp"  # where it is stored on the projector
 

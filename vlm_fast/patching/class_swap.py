@@ -11,8 +11,8 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
-from vlm_fast.modules.parameter_access.guard import forget
 from vlm_fast.modules.parameter_access.module_calls import has_replaced_forward
+from vlm_fast.modules.parameter_access.remembered import forget
 
 
 class PatchSpec(NamedTuple):

@@ -1,9 +1,7 @@
-"""Remember an answer about modules for as long as nothing changes that the answer depends on.
+"""Record facts about modules, and tell in a few microseconds whether all of them still hold.
 
-Whether parameters may be read directly depends on many facts: classes and their code, hooks,
-children, parameters and settings. A `Guard` records these facts and compiles them into one function
-that says in a few microseconds whether all of them still hold. `remember` stores an answer with its
-guard on the module that it belongs to; `recall` returns the answer while the guard holds.
+Whether parameters may be read directly depends on classes and their code, hooks, children,
+parameters and settings. A `Guard` records them and compiles one function that compares them all.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from collections.abc import Callable, Iterable
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 
@@ -24,82 +21,8 @@ from vlm_fast.modules.parameter_access.sharded_parameters import is_zero3_parame
 
 _GLOBAL_HOOKS = tuple(f"_global{kind}" for kind in HOOKS)
 _GLOBALS = {"__builtins__": builtins}  # of the compiled tests
-_ASKED = "_asked_once"  # where `ask_once` stores that there is no reason
 # Kinds of attributes that an answer may depend on: a norm's eps, a linear's out_features, ...
 PLAIN_KINDS = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
-
-
-class Remembered:
-    """An answer, the ``__dict__`` of the module that it belongs to, and the test of its guard.
-
-    Copies and pickles of a module get None instead, because they have other children.
-    """
-
-    __slots__ = ("answer", "holds", "own")
-
-    def __init__(self, own: dict[str, Any], holds: Callable[[], bool], answer: Any) -> None:
-        self.own, self.holds, self.answer = own, holds, answer
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-
-def recall(owner: Any, key: str) -> Any:
-    """The answer that `remember` stored on ``owner``, if its guard holds; otherwise None.
-
-    While compiling the result is None: Dynamo makes guards of its own from the direct questions.
-    A shallow copy of the owner, such as a replica of nn.DataParallel, has the same attributes in
-    another ``__dict__``; the answer is not its own.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    own = owner.__dict__
-    found: Remembered | None = own.get(key)
-    if found is None or found.own is not own:
-        return None
-    if found.holds():
-        return found.answer
-    own.pop(key, None)  # it may be the last reference to replaced parameters
-    return None
-
-
-def stored(owner: Any, key: str) -> Any:
-    """The answer that `remember` stored on ``owner``, without asking its guard again; or None."""
-    own = owner.__dict__
-    found: Remembered | None = own.get(key)
-    return None if found is None or found.own is not own else found.answer
-
-
-def remember(owner: Any, key: str, answer: Any, guard: Guard) -> None:
-    """Store ``answer`` on ``owner`` under ``key``, unless its facts cannot be recorded."""
-    if guard.is_complete and not torch.compiler.is_compiling():
-        own = owner.__dict__  # a plain attribute: both are garbage-collected together
-        own[key] = Remembered(own, guard.compiled(), answer)
-
-
-def ask_once(
-    owner: Any, why_not: Callable[[], str | None], modules: Callable[[], Iterable[nn.Module]]
-) -> str | None:
-    """``why_not()``, asked anew only when something has changed since it gave None.
-
-    Args:
-        owner: the module that is called.
-        why_not: gives a reason or None. It may depend on what a `Guard` records.
-        modules: gives the modules inside the owner that it asks about.
-    """
-    if recall(owner, _ASKED) is not None:
-        return None
-    reason = why_not()
-    if reason is None and not torch.compiler.is_compiling():
-        remember(owner, _ASKED, True, Guard(owner, modules()))
-    return reason
-
-
-def forget(owner: nn.Module) -> None:
-    """Remove every answer that `remember` has stored on ``owner``."""
-    own = owner.__dict__
-    for key in [key for key, value in own.items() if type(value) is Remembered]:
-        del own[key]
 
 
 class Guard:
@@ -140,8 +63,12 @@ class Guard:
         self._tests.append(condition.format(*map(self._name, values)))
 
     def include(self, other: Any, key: str) -> None:
-        """Record that the guard of the answer that is stored on ``other`` holds."""
-        self.test("{0}()", other.__dict__[key].holds)
+        """Record that the answer that is stored under ``key`` on another module is unchanged."""
+        found = other.__dict__.get(key)
+        if found is None or found.answer is None:
+            self.is_complete = False
+        else:
+            self.test("{0}()", found.holds)
 
     def record_modes(self, *modules: nn.Module) -> None:
         """Record whether these modules are in training mode."""

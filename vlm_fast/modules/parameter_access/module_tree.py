@@ -19,7 +19,7 @@ from vlm_fast.modules.parameter_access.attention_settings import (
     has_attention_choice,
     why_unknown_attention,
 )
-from vlm_fast.modules.parameter_access.guard import Guard, recall, remember, stored
+from vlm_fast.modules.parameter_access.guard import Guard
 from vlm_fast.modules.parameter_access.linear import why_not_direct
 from vlm_fast.modules.parameter_access.module_calls import (
     GLOBAL_HOOKS,
@@ -31,6 +31,7 @@ from vlm_fast.modules.parameter_access.original_code import (
     defining_package,
     why_not_original_class,
 )
+from vlm_fast.modules.parameter_access.remembered import recall, remember, stored
 
 # Classes of torch whose forward the ops of this package replace.
 _KNOWN_TORCH_CLASSES = {
@@ -76,12 +77,11 @@ class ModuleTree:
     def guard(self, root: nn.Module) -> Guard:
         """The facts that the answer of `why_not` depends on."""
         guard = Guard(root, self.modules, methods=True)
-        if guard.is_complete:
-            for module in self.attentions:
-                name, eager_module = chosen_attention(module)
-                guard.test("{0}._attn_implementation == {1}", module.config, name)
-                function = attention_function(name, eager_module)
-                guard.test("{0}({1}, {2}) is {3}", attention_function, name, eager_module, function)
+        for module in self.attentions:
+            name, eager_module = chosen_attention(module)
+            guard.test("{0}._attn_implementation == {1}", module.config, name)
+            function = attention_function(name, eager_module)
+            guard.test("{0}({1}, {2}) is {3}", attention_function, name, eager_module, function)
         return guard
 
     def why_not(self, biases: bool = True, unread: str | None = None) -> str | None:
@@ -154,7 +154,7 @@ def why_not_direct_tree(
     tree = ModuleTree(root)
     reason = tree.why_not(biases, unread)
     if reason is None and not torch.compiler.is_compiling():
-        remember(root, DIRECT_TREE, DirectTree(root), tree.guard(root))
+        remember(root, DIRECT_TREE, DirectTree(root), lambda: tree.guard(root))
     return reason
 
 
@@ -169,7 +169,8 @@ def derived(root: Any, make: Callable[[Any], Any]) -> Any:
 
 def stored_tree(root: Any) -> DirectTree | None:
     """What `why_not_direct_tree` has stored on a root, or None; None too while compiling."""
-    return None if torch.compiler.is_compiling() else stored(root, DIRECT_TREE)
+    found: DirectTree | None = stored(root, DIRECT_TREE)
+    return found
 
 
 def tree_parameters(root: nn.Module) -> Iterable[nn.Parameter]:

@@ -11,7 +11,6 @@ from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.parameter_access.activation import activation_name, why_not_activation
 from vlm_fast.modules.parameter_access.attention_settings import attention_scale
-from vlm_fast.modules.parameter_access.guard import ask_once
 from vlm_fast.modules.parameter_access.linear import why_not_direct
 from vlm_fast.modules.parameter_access.module_calls import (
     MAPS_REQUESTED,
@@ -22,6 +21,7 @@ from vlm_fast.modules.parameter_access.module_tree import (
     why_not_direct_tree,
     why_tree_dtypes_differ,
 )
+from vlm_fast.modules.parameter_access.remembered import ask_once
 from vlm_fast.modules.perceiver_layer import Layer, resample
 from vlm_fast.ops.argument_errors import wrong_value
 from vlm_fast.patching.class_swap import is_class

@@ -12,13 +12,13 @@ from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.normed_mlp import normed_mlp, recalled_normed_mlp
 from vlm_fast.modules.parameter_access.chain import Chain, find_chain
-from vlm_fast.modules.parameter_access.guard import ask_once
 from vlm_fast.modules.parameter_access.linear import why_not_direct
 from vlm_fast.modules.parameter_access.module_calls import (
     why_call_does_more,
     why_no_extra_arguments,
 )
 from vlm_fast.modules.parameter_access.norm import why_not_direct_norm
+from vlm_fast.modules.parameter_access.remembered import ask_once
 from vlm_fast.modules.pooled_projector import norm_of, pooled_mlp, pooled_norm, times_matrix
 from vlm_fast.modules.token_grid import side_of_square
 from vlm_fast.patching.class_swap import is_class

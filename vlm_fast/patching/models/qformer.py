@@ -69,8 +69,9 @@ class FusedQFormerEncoder(PatchedModule):
         ].known:
             reason = "its keys and values, or its hidden states, were asked for"
         reason = reason or why_not_masks(*masks)
-        plan = plan_of(self)
-        reason = reason or plan.why_not_dtypes(hidden_states, encoder_hidden_states)
+        if reason is None:
+            plan = plan_of(self)
+            reason = plan.why_not_dtypes(hidden_states, encoder_hidden_states)
         if reason is not None:
             record_fallback(type(self).__name__, reason)
             if getattr(self.config, "_attn_implementation", None) == "eager":

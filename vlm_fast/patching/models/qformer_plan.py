@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlm_fast.modules.parameter_access.guard import Guard, recall, remember, stored
+from vlm_fast.modules.parameter_access.guard import Guard
 from vlm_fast.modules.parameter_access.module_calls import unwrap_checkpoint
 from vlm_fast.modules.parameter_access.module_tree import (
     DIRECT_TREE,
-    stored_tree,
     tree_parameters,
     why_tree_dtypes_differ,
 )
 from vlm_fast.modules.parameter_access.module_view import view_of
+from vlm_fast.modules.parameter_access.remembered import recall, remember, stored
 
 _STORED = "_encoder_plan"  # where the plan is stored on the encoder
 
@@ -49,7 +49,7 @@ class EncoderPlan(NamedTuple):
 
 def plan_of(encoder: Any) -> EncoderPlan:
     """The plan of an encoder; a new one while compiling, and if it cannot be stored."""
-    found = None if torch.compiler.is_compiling() else stored(encoder, _STORED)
+    found: EncoderPlan | None = stored(encoder, _STORED)
     return _new_plan(encoder) if found is None else found
 
 
@@ -61,21 +61,21 @@ def recalled_plan(encoder: Any) -> EncoderPlan | None:
 
 def remember_plan(encoder: Any) -> None:
     """Store the plan of an encoder whose ``why_not`` has given None."""
-    if torch.compiler.is_compiling():
-        return
-    layers = list(encoder.layer)
+    if not torch.compiler.is_compiling():
+        remember(encoder, _STORED, _new_plan(encoder), lambda: _guard_of(encoder))
+
+
+def _guard_of(encoder: Any) -> Guard:
+    layers, config = list(encoder.layer), encoder.config
     guard = Guard(encoder, layers)
-    config = encoder.config
     for layer in map(unwrap_checkpoint, layers):
-        if stored_tree(layer) is None or not guard.is_complete:
-            return
         guard.include(layer, DIRECT_TREE)
         for name in ("attention", "crossattention"):
             if hasattr(layer, name):  # heads are pruned in place
                 guard.test("not {0}.get('pruned_heads')", vars(getattr(layer, name)))
     guard.test("{0}.num_hidden_layers == {1}", config, config.num_hidden_layers)
     guard.test("not getattr({0}, 'gradient_checkpointing', False)", config)
-    remember(encoder, _STORED, _new_plan(encoder), guard)
+    return guard
 
 
 def _new_plan(encoder: Any) -> EncoderPlan:
