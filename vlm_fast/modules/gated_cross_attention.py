@@ -160,16 +160,12 @@ def why_not_fused(block: Any) -> str | None:
 
 
 def gated_block(
-    block: Any,
-    x: Tensor,
-    media: Any,
-    media_locations: Tensor | None,
-    use_cached_media: bool,
+    block: Any, x: Tensor, media: Any, media_locations: Tensor | None, use_cached_media: bool,
     reason: str | None,
-) -> Tensor:
-    """The forward of any module with the children of a `GatedCrossAttentionBlock`; see there.
+) -> Tensor:  # fmt: skip
+    """The forward of a module with the children of a `GatedCrossAttentionBlock`; see there.
 
-    ``reason``: what `why_not_fused` gives for the block.
+    ``reason``: that of `why_not_fused`.
     """
     if reason is not None:
         record_fallback(type(block).__name__, reason)
@@ -189,11 +185,7 @@ def gated_block(
 
 
 def attend(
-    attn: Any,
-    x: Tensor,
-    media: Any,
-    media_locations: Tensor | None,
-    use_cached_media: bool,
+    attn: Any, x: Tensor, media: Any, media_locations: Tensor | None, use_cached_media: bool
 ) -> Tensor:
     """The forward of any module with the children of a `MaskedCrossAttention`, which are called."""
     if not isinstance(x, Tensor):

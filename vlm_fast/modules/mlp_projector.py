@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -114,8 +115,7 @@ class MLPProjector(nn.Module):
         return f"saved={self.saved!r}"
 
 
-def _children_of(projector: Any) -> tuple[Any, ...]:
-    return projector.linear_1, projector.act, projector.linear_2
+_children_of = attrgetter("linear_1", "act", "linear_2")
 
 
 def _known_saved(saved: str) -> str:

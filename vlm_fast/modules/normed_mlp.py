@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from vlm_fast.modules.fused_sequence import Part, mlp_part, remember_parts, run_parts
+from vlm_fast.modules.direct_runs import Part, mlp_part
+from vlm_fast.modules.fused_sequence import remember_parts, run_parts
 from vlm_fast.modules.parameter_access.norm import NormParameters, norm_parameters
 from vlm_fast.modules.parameter_access.remembered import recall
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -158,10 +159,9 @@ def merge_patches(
     norm_after: bool,
     index: Tensor | None = None,
 ) -> Tensor:
-    """The forward of any module with the children of a `PatchMerger`; see there.
+    """The forward of any module with the children of a `PatchMerger`, which are ``parts``.
 
-    ``owner``: name for fallbacks; ``parts``: the children; ``index``: int
-    ``(blocks, factor ** 2)``, the rows of ``x`` that each block consists of.
+    ``owner``: name for fallbacks; ``index``: int ``(blocks, factor ** 2)``, the rows of each block.
     """
     x = shuffle_and_norm(
         owner, x.reshape(-1, factor**2, x.shape[-1]), parts.norm, parts.parameters,
@@ -170,8 +170,7 @@ def merge_patches(
     return parts.mlp(owner, x.flatten(0, -2))
 
 
-def _children_of_projector(projector: Any) -> tuple[nn.Module, ...]:
-    return projector.layer_norm, projector.linear_1, projector.act, projector.linear_2
+_children_of_projector = attrgetter("layer_norm", "linear_1", "act", "linear_2")
 
 
 def children_of(merger: Any) -> tuple[nn.Module, ...]:

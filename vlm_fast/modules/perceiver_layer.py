@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_fast import ops
-from vlm_fast.modules.fused_sequence import mlp_part, run_parts
+from vlm_fast.modules.direct_runs import mlp_part
+from vlm_fast.modules.fused_sequence import run_parts
 
 OP = "PerceiverResampler"
 KeysValues = tuple[Tensor, Tensor]

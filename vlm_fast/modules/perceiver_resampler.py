@@ -118,10 +118,7 @@ class PerceiverResampler(nn.Module):
 
 
 def resample_media(module: Any, x: Any, reason: str | None) -> Tensor:
-    """The forward of any module with the children of a `PerceiverResampler`; see there.
-
-    ``reason``: what `why_not_direct_tree` gives for the module; then its layers are called.
-    """
+    """As `PerceiverResampler.forward`. ``reason``: why the layers of the module are called."""
     _check(module, x)
     batch, media, frames = x.shape[:3]
     if module.frame_embs is not None:

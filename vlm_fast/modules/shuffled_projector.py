@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -175,21 +176,19 @@ class RaggedMergerProjector(nn.Module):
         if x.ndim != 2 or x.shape[0] != cells:
             raise wrong_value(name, "x", x, f"({cells}, features), the cells of the grids")
         index = rows_of_blocks(grids, self.factor, x.device)
-        parts = normed_mlp(self, _children_of_merger)
+        parts, merging = normed_mlp(self, _children_of_merger), self.patch_merger.merging_layer
         x = shuffle_and_norm(
             name, x, parts.norm, parts.parameters, factor=self.factor, norm_after=False,
             layout="channel", index=index,
         )  # fmt: skip
-        merging: Any = self.patch_merger.merging_layer
-        return parts.mlp(name, merging(x))
+        return parts.mlp(name, merging(x))  # type: ignore[operator]
 
 
 def _children_of_mlp(owner: Any) -> tuple[Any, ...]:
     return owner.mlp.fc1, FunctionalActivation("gelu"), owner.mlp.fc2
 
 
-def _children_of_merger(owner: Any) -> tuple[nn.Module, ...]:
-    return owner.norm, owner.linear_1, owner.act, owner.linear_2
+_children_of_merger = attrgetter("norm", "linear_1", "act", "linear_2")
 
 
 def _shuffled(x: Tensor, factor: int, height: int | None, width: int | None) -> Tensor:

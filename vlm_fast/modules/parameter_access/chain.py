@@ -16,9 +16,9 @@ from vlm_fast.modules.parameter_access.chain_tracing import (
     Call,
     trace_calls,
 )
-from vlm_fast.modules.parameter_access.guard import plain_attributes
 from vlm_fast.modules.parameter_access.module_calls import FORWARD_REPLACED, has_replaced_forward
 from vlm_fast.modules.parameter_access.original_code import why_not_original_code
+from vlm_fast.modules.parameter_access.recordable import plain_attributes
 
 
 class Chain(NamedTuple):

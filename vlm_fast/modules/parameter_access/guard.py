@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import functools
 from collections.abc import Callable, Iterable
-from types import BuiltinFunctionType, CodeType, FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,12 +17,14 @@ from torch.nn.modules import module as _nn_module
 
 from vlm_fast.modules.parameter_access.module_calls import HOOKS
 from vlm_fast.modules.parameter_access.original_code import class_before_patch, own_methods
-from vlm_fast.modules.parameter_access.sharded_parameters import is_zero3_parameter
+from vlm_fast.modules.parameter_access.recordable import (
+    is_recordable,
+    plain_attributes,
+    with_containers,
+)
 
 _GLOBAL_HOOKS = tuple(f"_global{kind}" for kind in HOOKS)
 _GLOBALS = {"__builtins__": builtins}  # of the compiled tests
-# Kinds of attributes that an answer may depend on: a norm's eps, a linear's out_features, ...
-PLAIN_KINDS = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
 
 
 class Guard:
@@ -45,8 +47,8 @@ class Guard:
         """
         self._tests: list[str] = []
         self._values: dict[int, tuple[str, Any]] = {}
-        modules = _with_containers(owner, modules)
-        self.is_complete = all(map(_is_recordable, (owner, *modules)))
+        modules = with_containers(owner, modules)
+        self.is_complete = all(map(is_recordable, (owner, *modules)))
         if not self.is_complete:
             return
         for name in _GLOBAL_HOOKS:
@@ -129,52 +131,6 @@ class Guard:
         names = [name for name, _ in own_methods(kind)] if methods else []
         for name in dict.fromkeys(("forward", "__call__", *names)):
             self.test(f"{{0}}.{name} is {{1}}", kind, getattr(kind, name))
-
-
-def plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
-    """Names and values of the public attributes of a module that can be compared."""
-    return [
-        (name, value)
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training" and isinstance(value, PLAIN_KINDS)
-    ]
-
-
-def _with_containers(owner: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """The modules, and all modules between them and ``owner``."""
-    found = dict.fromkeys(modules)
-    seen = {owner}
-
-    def leads_to_them(module: nn.Module) -> bool:
-        leads = False
-        for child in module._modules.values():
-            if child is not None and (child in found or child not in seen):
-                seen.add(child)
-                if leads_to_them(child) or child in found:
-                    found[child] = None
-                    leads = True
-        return leads
-
-    leads_to_them(owner)
-    return list(found)
-
-
-def _is_recordable(module: nn.Module) -> bool:
-    kind = type(module)
-    return (
-        all(map(_is_recordable_parameter, module._parameters.values()))
-        and kind.__getattr__ is nn.Module.__getattr__
-        and kind.__getattribute__ is object.__getattribute__
-        and not any(hasattr(kind, name) for name in (*module._parameters, *module._modules))
-    )
-
-
-def _is_recordable_parameter(parameter: Any) -> bool:
-    if parameter is None:
-        return True
-    if type(parameter) is not nn.Parameter or parameter.is_meta:
-        return False
-    return not is_zero3_parameter(parameter) and not hasattr(parameter, "ds_status")
 
 
 @functools.lru_cache(maxsize=64)  # equal modules, such as the layers of a stack, share the code

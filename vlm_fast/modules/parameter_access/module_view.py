@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from vlm_fast.modules.parameter_access.guard import plain_attributes
 from vlm_fast.modules.parameter_access.module_tree import stored_tree
+from vlm_fast.modules.parameter_access.recordable import plain_attributes
 
 
 class ModuleView:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
-from vlm_fast.modules.fused_sequence import Part, mlp_part, run_parts
+from vlm_fast.modules.direct_runs import Part, mlp_part
+from vlm_fast.modules.fused_sequence import run_parts
 from vlm_fast.modules.parameter_access.activation import activation_name
 from vlm_fast.modules.parameter_access.module_tree import (
     derived,

@@ -7,6 +7,7 @@ in shuffled order. Any other function gets a shuffled tensor.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -112,8 +113,7 @@ class FusedNormedMLP(FusedMLP):
         return why_not_direct_norm(self.layer_norm, self.linear_1) or super().why_not()
 
 
-def _children_of(projector: Any) -> tuple[nn.Module, ...]:
-    return projector.layer_norm, projector.linear_1, projector.act, projector.linear_2
+_children_of = attrgetter("layer_norm", "linear_1", "act", "linear_2")
 
 
 def recognise_model(module: nn.Module, **options: Any) -> MaskSpec | str | None:

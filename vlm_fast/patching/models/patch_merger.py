@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -137,8 +138,7 @@ class FusedUnfoldingMerger(PatchedModule):
         return self._why_parts_called() or normed or fused
 
 
-def _children_of_unfolding(projector: Any) -> tuple[nn.Module, ...]:
-    return projector.norm, projector.linear_1, projector.act, projector.linear_2
+_children_of_unfolding = attrgetter("norm", "linear_1", "act", "linear_2")
 
 
 def recognise(module: nn.Module, *, saved: str, **options: Any) -> tuple[str] | str | None:

@@ -21,7 +21,8 @@ from vlm_fast.modules.parameter_access.module_calls import (
 )
 from vlm_fast.modules.parameter_access.module_tree import why_not_direct_tree
 from vlm_fast.modules.qformer.arguments import check_image
-from vlm_fast.modules.qformer.layer import LayerInputs, qformer_layer
+from vlm_fast.modules.qformer.layer import qformer_layer
+from vlm_fast.modules.qformer.layer_inputs import LayerInputs
 from vlm_fast.modules.qformer.shared_inputs import (
     dropout_seeds,
     image_inputs,
