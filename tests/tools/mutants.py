@@ -207,7 +207,7 @@ MUTANTS = (
     Mutant(
         "a guard ignores the dtype of parameters", "vlm_fast/modules/parameter_access/guard.py",
         "        self.test(\"{0}.dtype is {1}\", parameter, parameter.dtype)\n", "",
-        "tests/modules/test_remembered_answers.py -k float64",
+        "tests/modules/test_changed_linears.py -k another_dtype",
     ),
     Mutant(
         "a shallow copy uses the answer of its original",
