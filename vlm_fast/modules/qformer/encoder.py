@@ -16,8 +16,8 @@ from vlm_fast.modules.parameter_access.module_calls import (
 )
 from vlm_fast.modules.parameter_access.module_tree import ModuleTree, why_not_direct_tree
 from vlm_fast.modules.parameter_access.module_view import view_of
-from vlm_fast.modules.qformer.layer import CALLED_CHILDREN, KeysValues, qformer_layer
-from vlm_fast.modules.qformer.layer_inputs import LayerInputs
+from vlm_fast.modules.qformer.layer import CALLED_CHILDREN, qformer_layer
+from vlm_fast.modules.qformer.layer_inputs import KeysValues, LayerInputs
 from vlm_fast.modules.qformer.shared_inputs import (
     OP,
     ImageKeyValues,

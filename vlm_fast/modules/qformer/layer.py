@@ -27,9 +27,6 @@ from vlm_fast.modules.parameter_access.attention_settings import (
 from vlm_fast.modules.parameter_access.module_view import view_of
 from vlm_fast.modules.qformer.layer_inputs import LayerInputs
 
-KeysValues = tuple[Tensor, Tensor]
-
-
 # Indices of the seeds of a layer.
 SELF, SELF_OUTPUT, CROSS, CROSS_OUTPUT, QUERY_OUTPUT, TEXT_OUTPUT = range(6)
 SEEDS = 6

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+KeysValues = tuple[Tensor, Tensor]
+
 
 @dataclass
 class LayerInputs:

@@ -20,8 +20,7 @@ from vlm_fast.modules.qformer.encoder import (
     raise_if_call_does_more,
     run_layers,
 )
-from vlm_fast.modules.qformer.layer import KeysValues
-from vlm_fast.modules.qformer.layer_inputs import LayerInputs
+from vlm_fast.modules.qformer.layer_inputs import KeysValues, LayerInputs
 from vlm_fast.modules.qformer.shared_inputs import (
     ImageKeyValues,
     as_bool_mask,

@@ -17,10 +17,7 @@ from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.gated_residual import gated_residuals, rms_norm, why_not_gated_mlp
 from vlm_fast.modules.parameter_access.activation import activation_name
 from vlm_fast.modules.parameter_access.attention_settings import attention_scale
-from vlm_fast.modules.parameter_access.module_calls import (
-    MAPS_REQUESTED,
-    collects_attentions,
-)
+from vlm_fast.modules.parameter_access.module_calls import MAPS_REQUESTED, collects_attentions
 from vlm_fast.modules.parameter_access.module_tree import (
     why_not_direct_tree,
     why_tree_dtypes_differ,

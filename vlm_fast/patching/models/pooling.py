@@ -130,9 +130,6 @@ class FusedPooler(PatchedModule):
         )  # fmt: skip
 
     def why_not(self) -> str | None:
-        return ask_once(self, self._why_not, lambda: (self.pool,))
-
-    def _why_not(self) -> str | None:
         return _why_not_window(self.pool, self.pool.kernel_size)
 
 
