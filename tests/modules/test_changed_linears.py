@@ -21,6 +21,7 @@ from tests.support.connectors_of_every_kind import (
 )
 from tests.support.linear_wrappers import LINEAR_WRAPPERS, on_child
 from tests.support.selection import slow_except
+from vlm_fast.modules import MLPProjector
 
 pytestmark = pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
 LINEARS = {name: connector.linear for name, connector in CONNECTORS.items() if connector.linear}
@@ -162,3 +163,13 @@ def test_data_of_another_dtype(name):
             parameter.data = parameter.data.double()
         with pytest.raises(RuntimeError, match="dtype"):
             call(module, given)
+
+
+def test_data_of_another_dtype_of_the_same_size():
+    projector, x = MLPProjector(4, 8).bfloat16(), torch.randn(3, 4).bfloat16()
+    for _ in range(2):
+        projector(x)
+    for parameter in projector.linear_2.parameters():
+        parameter.data = parameter.data.half()
+    with pytest.raises(RuntimeError, match="dtype"):
+        projector(x)

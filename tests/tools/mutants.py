@@ -207,7 +207,7 @@ MUTANTS = (
     Mutant(
         "a guard ignores the dtype of parameters", "vlm_fast/modules/parameter_access/guard.py",
         "        self.test(\"{0}.dtype is {1}\", parameter, parameter.dtype)\n", "",
-        "tests/modules/test_changed_linears.py -k another_dtype",
+        "tests/modules/test_changed_linears.py -k same_size",
     ),
     Mutant(
         "a shallow copy uses the answer of its original",
