@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vlm_fast import ops
-from vlm_fast.benchmarks.before_and_after import Part, measure, without_gradients
+from vlm_fast.benchmarks.before_and_after import Part, measure, with_gradients, without_gradients
 from vlm_fast.modules.anyres_packer import concatenated, pack_tiles
 from vlm_fast.ops.anyres_plan import Plan, plan
 from vlm_fast.ops.anyres_tiling import Tiling, tile_count
@@ -87,15 +87,9 @@ def _pack_and_merge(
         called["at once"] = at_once
     yield Part(f"{name}, forward", without_gradients(called))
     upstream, wanted = torch.randn_like(embeds), (embeds, features, newline)
-    steps = {s: partial(_gradients, f, wanted, upstream) for s, f in called.items()}
     known = [*wanted, mask, *made.tables]
+    steps = with_gradients(called, wanted, upstream)
     yield Part(f"{name}, forward and backward", steps, known)
-
-
-def _gradients(
-    function: Callable[[], Tensor], wanted: tuple[Tensor, ...], upstream: Tensor
-) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(function(), wanted, upstream)
 
 
 PARTS = (llava_next, llava_onevision)

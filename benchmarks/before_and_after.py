@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,15 @@ Parts = Callable[[str, torch.dtype, bool], Iterator[Part]]  # of device, dtype, 
 
 def without_gradients(calls: Calls) -> Calls:
     return {state: torch.no_grad()(f) for state, f in calls.items()}
+
+
+def with_gradients(calls: Calls, wanted: Sequence[Tensor], upstream: Tensor) -> Calls:
+    """Forward and backward: the gradients of ``wanted``."""
+
+    def step(call: Callable[[], Any]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(call(), wanted, upstream)
+
+    return {state: partial(step, call) for state, call in calls.items()}
 
 
 def measure(

@@ -10,14 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from vlm_fast.benchmarks.providers import OURS
-from vlm_fast.benchmarks.result_rows import (
-    Row,
-    best_peer,
-    by_provider,
-    megabytes,
-    pieces,
-    seconds,
-)
+from vlm_fast.benchmarks.result_rows import Row, best_peer, by_provider, megabytes, pieces, seconds
 from vlm_fast.ops.declaration import OPS
 
 Result = dict[str, Any]

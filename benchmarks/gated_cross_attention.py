@@ -16,7 +16,7 @@ from torch import Tensor
 
 import vlm_fast
 from vlm_fast import ops
-from vlm_fast.benchmarks.before_and_after import Part, measure, without_gradients
+from vlm_fast.benchmarks.before_and_after import Part, measure, with_gradients, without_gradients
 from vlm_fast.patching.media_masks import MediaMask
 
 
@@ -53,12 +53,7 @@ def media_core(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
             called["compiled"] = partial(torch.compile(dense_attention), q, k, v, index, 64)
         name = f"media attention, {batch} x {text} tokens, {media} x 64 latents"
         yield Part(f"{name}, forward", without_gradients(called))
-        upstream = torch.randn_like(q)
-
-        def step(f: Callable[[], Tensor], qkv: Any = (q, k, v), g: Tensor = upstream) -> Any:
-            return lambda: torch.autograd.grad(f(), qkv, g)
-
-        steps = {state: step(f) for state, f in called.items()}
+        steps = with_gradients(called, (q, k, v), torch.randn_like(q))
         yield Part(f"{name}, forward and backward", steps, [q, k, v, index])
 
 

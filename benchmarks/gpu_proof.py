@@ -110,17 +110,23 @@ def _memcheck(tool: str, name: str, deadline: float) -> list[str]:
     watched = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", MEMCHECK]
     # Without the caching allocator each tensor has its own block, so an access beyond it is found.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+    return process(f"{name}: memcheck", [*watched, name], deadline, environment)[0]
+
+
+def process(
+    words: str, command: list[str], deadline: float, environment: Mapping[str, str] = os.environ
+) -> tuple[list[str], str]:
+    """Run a command in the clone; return a failure with its last lines, and its last line."""
     try:
         done = subprocess.run(
-            [*watched, name], cwd=results_files.PACKAGE.parent, env=environment,
+            command, cwd=results_files.PACKAGE.parent, env=environment,
             capture_output=True, text=True, timeout=max(deadline - time.monotonic(), 1),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return [f"{name}: memcheck: out of time"]
-    if done.returncode == 0:
-        return []
+        return [f"{words}: out of time"], "out of time"
     lines = (done.stdout + done.stderr).strip().splitlines()
-    return [f"{name}: memcheck: exit {done.returncode}", *lines[-15:]]
+    failures = [] if done.returncode == 0 else [f"{words}: exit {done.returncode}", *lines[-15:]]
+    return failures, lines[-1] if lines else ""
 
 
 def each(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +27,6 @@ from vlm_fast.benchmarks import (
     qformer,
     token_merging,
 )
-from vlm_fast.verification import results_files
 
 Results = dict[str, Any]
 
@@ -93,7 +91,10 @@ def suites(results: Results, device: str, deadline: float) -> list[str]:
     if importlib.util.find_spec("pytest") is None:
         results["suites"] = "left out: pytest is not installed"
         return []
-    return _process(["-m", "pytest", "-q", "-x", "--device", "cuda"], deadline, results, "suites")
+    torch.cuda.empty_cache()
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--device", "cuda"]
+    failures, results["suites"] = gpu_proof.process("suites", command, deadline)
+    return failures
 
 
 def memcheck(results: Results, device: str, deadline: float) -> list[str]:
@@ -104,23 +105,6 @@ def memcheck(results: Results, device: str, deadline: float) -> list[str]:
         return []
     results["memcheck"] = "FAILED" if failures else "no error"
     return failures
-
-
-def _process(arguments: list[str], deadline: float, results: Results, name: str) -> list[str]:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    command = [sys.executable, *arguments]
-    try:
-        done = subprocess.run(
-            command, cwd=results_files.PACKAGE.parent, capture_output=True, text=True,
-            timeout=max(deadline - time.monotonic(), 1),
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        results[name] = "out of time"
-        return [f"{name}: out of time"]
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    results[name] = lines[-1] if lines else ""
-    return [] if done.returncode == 0 else [f"{name}: exit {done.returncode}", *lines[-15:]]
 
 
 def benchmark_ops(results: Results, device: str, deadline: float) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlm_fast import ops
-from vlm_fast.benchmarks.before_and_after import Part, measure, without_gradients
+from vlm_fast.benchmarks.before_and_after import Part, measure, with_gradients, without_gradients
 
 IMAGE_TOKENS = 576
 # (batch, sequence, hidden); each row has an image.
@@ -35,13 +35,7 @@ def merges(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
         }
         shape = f"{batch} x {sequence} x {hidden}"
         yield Part(f"{shape}, forward", without_gradients(called))
-
-        def step(
-            merge: Callable[[], Tensor], wanted: list[Tensor] = known[:2], dy: Tensor = upstream
-        ) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(merge(), wanted, dy)
-
-        steps = {state: partial(step, merge) for state, merge in called.items()}
+        steps = with_gradients(called, (embeds, features), upstream)
         yield Part(f"{shape}, forward+backward", steps, known)
 
 

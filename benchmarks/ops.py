@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -201,7 +202,7 @@ class Case:
             graphs = _graphs()
             try:
                 call = CALLS[mode](function, options)
-                cold[name] = _first_call(call, inputs, self.device)
+                cold[name] = timing.once(partial(call, *inputs[0]), self.device)
                 if name in COMPILED and _graphs() == graphs:
                     raise Unavailable("no graph was made: this would be eager again")
             except Exception as error:  # the row of this provider gives the reason
@@ -278,14 +279,6 @@ def _graphs() -> int:
     return int(torch._dynamo.utils.counters["frames"]["ok"])
 
 
-def _first_call(call: Callable[..., Any], inputs: list[tuple[Any, ...]], device: str) -> float:
-    timing.wait(device)
-    start = time.perf_counter()
-    call(*inputs[0])
-    timing.wait(device)
-    return time.perf_counter() - start
-
-
 def _costs(
     function: Any,
     call: Callable[..., Any],
@@ -312,10 +305,7 @@ def _compared(ours: Times | None, theirs: Times, name: str) -> Row:
     """How many times as long it takes as ours, and whether the quartiles are apart."""
     if ours is None or name == OURS:
         return {"ours_is": "", "times_faster": None}
-    return {
-        "ours_is": timing.verdict(ours, theirs),
-        "times_faster": theirs.median / ours.median,
-    }
+    return {"ours_is": timing.verdict(ours, theirs), "times_faster": theirs.median / ours.median}
 
 
 # ---- the table ----

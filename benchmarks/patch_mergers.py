@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import vlm_fast
 from vlm_fast import ops
-from vlm_fast.benchmarks.before_and_after import Part, measure, without_gradients
+from vlm_fast.benchmarks.before_and_after import Part, measure, with_gradients, without_gradients
 
 
 def internvl_core(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]:
@@ -45,12 +45,8 @@ def internvl_core(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part
         yield Part(f"{name}, forward", without_gradients(called))
         wanted = hidden.clone().requires_grad_()
         upstream = torch.randn(tiles, 256, 4 * features, device=device, dtype=dtype)
-
-        def step(f: Callable[..., Tensor], x: Tensor = wanted, g: Tensor = upstream) -> Any:
-            return lambda: torch.autograd.grad(f(x), [x, norm.weight, norm.bias], g)
-
-        steps = {state: step(f) for state, f in called.items()}
         known = [wanted, norm.weight, norm.bias]
+        steps = with_gradients({s: partial(f, wanted) for s, f in called.items()}, known, upstream)
         yield Part(f"{name}, forward and backward", steps, known)
 
 

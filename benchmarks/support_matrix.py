@@ -94,7 +94,7 @@ CONNECTORS = (
     ),
     Connector(
         "pixel shuffle", "pixel shuffle", ("pixel_shuffle_norm",),
-        (ONE_GRAPH, "modules/test_mergers.py::test_internvl_compiles_to_one_graph"), "",
+        (ONE_GRAPH, "patching/test_compiled_first.py::test_one_graph_before_first_call"), "",
     ),
     Connector(
         "pooling", "pooling", ("spatial_pool",),

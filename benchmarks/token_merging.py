@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlm_fast import ops
-from vlm_fast.benchmarks.before_and_after import Part, measure, without_gradients
+from vlm_fast.benchmarks.before_and_after import Part, measure, with_gradients, without_gradients
 from vlm_fast.modules import MLPProjector, TokenMerger
 
 
@@ -54,11 +54,7 @@ def half_of_clip(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Part]
             called["compiled"] = partial(torch.compile(plain_merging), x, metric, 288)
         name = f"{images} x 576 x 1024 to 288, by {words}"
         yield Part(f"{name}, forward", without_gradients(called))
-
-        def step(f: Callable[[], Tensor]) -> Callable[[], Any]:
-            return lambda: torch.autograd.grad(f(), x, upstream)
-
-        steps = {state: step(f) for state, f in called.items()}
+        steps = with_gradients(called, [x], upstream)
         yield Part(f"{name}, forward and backward", steps, [x, keys])
 
 

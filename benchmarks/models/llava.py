@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_fast.benchmarks.before_and_after import Part, without_gradients
+from vlm_fast.benchmarks.before_and_after import Part, with_gradients, without_gradients
 from vlm_fast.benchmarks.models import photograph
 from vlm_fast.benchmarks.models.architecture import (
     VOCABULARY,
@@ -80,7 +80,6 @@ def merges(states: States, given: Inputs) -> Iterator[Part]:
     some: Any = states["before"]
     embeds = some.get_input_embeddings()(given["input_ids"]).detach().requires_grad_()
     features = torch.randn_like(embeds[given["input_ids"] == IMAGE_TOKEN]).requires_grad_()
-    upstream = torch.randn_like(embeds)
 
     def merge(model: Any) -> Tensor:
         mask = model.model.get_placeholder_mask(
@@ -88,13 +87,11 @@ def merges(states: States, given: Inputs) -> Iterator[Part]:
         )
         return embeds.masked_scatter(mask, features)
 
-    def step(model: nn.Module) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(merge(model), (embeds, features), upstream)
-
     called: dict[str, Callable[[], Any]] = {s: partial(merge, m) for s, m in states.items()}
     known = [embeds, features, *given.values()]
     yield Part("merge, forward", without_gradients(called), known)
-    yield Part("merge, forward+backward", {s: partial(step, m) for s, m in states.items()}, known)
+    steps = with_gradients(called, (embeds, features), torch.randn_like(embeds))
+    yield Part("merge, forward+backward", steps, known)
 
 
 LLAVA = Architecture(

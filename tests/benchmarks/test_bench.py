@@ -255,13 +255,6 @@ def test_failed_write_keeps_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
 
 
-def test_formula_cells_are_written_as_text(tmp_path):
-    path = tmp_path / "out.csv"
-    main.terminal.write_csv(path, [{"a": "=1+1", "b": ["x", "y"]}, {"a": None, "c": -1.5}])
-    with path.open() as file:
-        assert list(csv.reader(file)) == [["a", "b", "c"], ["'=1+1", "x; y", ""], ["", "", "-1.5"]]
-
-
 # ---- comparing ----
 
 

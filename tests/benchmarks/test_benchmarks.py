@@ -10,13 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlm_fast.benchmarks import (
-    gpu,
-    gpu_checks,
-    gpu_compile,
-    models,
-    suite,
-)
+from vlm_fast.benchmarks import gpu, gpu_checks, gpu_compile, models, suite
 from vlm_fast.benchmarks.gpu_stages import STAGES, Stage
 from vlm_fast.benchmarks.models import photograph
 from vlm_fast.benchmarks.result_rows import FAMILIES

@@ -25,7 +25,6 @@ PRELOAD = [
     *(f"transformers.models.{f}.modeling_{f}" for f in ("blip_2", "clip", "llama", "llava", "opt")),
 ]  # fmt: skip
 SCRIPTS = ("finetune_llava_lora", "serve_qformer", "train_blip2_stage1")
-ONE_LINE = 60
 
 
 def module(name):

@@ -117,15 +117,6 @@ def test_merged_tokens_are_means_weighted_by_size(device, sized):
                 assert torch.equal(merged[image, j].cpu(), x[image, group[0]])
 
 
-def test_total_size_is_conserved_over_rounds(device):
-    x, size = torch.randn(2, 41, 8, device=device), None
-    for r in (20, 9, 3):
-        match = ops.bipartite_match.fast(x, r=r, protected=1)
-        x, size = ops.merge_tokens.fast(x, match, size)
-        assert size.sum(1).tolist() == [41, 41] and size[:, 0].tolist() == [1, 1]
-    assert x.shape == (2, 9, 8)
-
-
 def test_equal_tokens_survive_merge_and_unmerge(device):
     # Neighbours are equal in pairs, so merging half of the tokens loses nothing.
     x = torch.randn(2, 6, 5).repeat_interleave(2, 1).to(device)

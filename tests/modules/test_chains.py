@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
 import vlm_fast
-from tests.support.cases import assert_right, every_dtype
+from tests.support.cases import every_dtype
 from tests.support.chain_structures import (
     HIDDEN,
     STRUCTURES,
@@ -21,33 +20,22 @@ from tests.support.chain_structures import (
     TimmMlp,
     mlp,
 )
-from tests.support.randomised_modules import gradients, randomised
+from tests.support.randomised_modules import (
+    assert_as_accurate,
+    gradients,
+    in_double,
+    randomised,
+    results,
+)
+from vlm_fast.devtools import memory
 from vlm_fast.modules import SequentialProjector
 
 every_structure = pytest.mark.parametrize("name", STRUCTURES)
 
 
-def results(module, x):
-    """The output and every gradient by name."""
-    names = ["output", "input", *(name for name, _ in module.named_parameters())]
-    return dict(zip(names, gradients(module, x), strict=True))
-
-
 def saved_bytes(module, x):
-    """Bytes that autograd saves for one call, without parameters."""
-    own = {p.untyped_storage()._cdata for p in module.parameters()}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            storages[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = module(x.clone().requires_grad_())
-    assert y.requires_grad
-    return sum(storages.values())
+    """Bytes that autograd saves for one call, without parameters and the result."""
+    return memory.saved_bytes(lambda: module(x.clone().requires_grad_()), module.parameters())
 
 
 @every_dtype
@@ -55,14 +43,13 @@ def saved_bytes(module, x):
 def test_patched_matches_unpatched(name, dtype):
     make, shape, patched, _ = STRUCTURES[name]
     plain = randomised(make()).to(dtype)
-    fast, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    fast = copy.deepcopy(plain)
     report = vlm_fast.patch(fast, strict=True)
     assert report.patched.keys() == set(patched) and not report.skipped
     assert list(fast.state_dict()) == list(plain.state_dict())
     x = torch.randn(shape).to(dtype)
     with vlm_fast.strict():
-        ours = results(fast, x)
-    assert_right(ours, lambda: results(plain, x), results(exact, x.double()), "output")
+        assert_as_accurate(fast, plain, x)
     report.revert()
     assert [type(m) for m in fast.modules()] == [type(m) for m in plain.modules()]
 
@@ -101,7 +88,7 @@ def test_autocast_matches_unpatched(name, dtype):
     plain = randomised(make())
     fast, x = copy.deepcopy(plain), torch.randn(shape)
     vlm_fast.patch(fast)
-    exact = results(copy.deepcopy(plain).double(), x.double())
+    exact = results(*in_double(plain, x))
 
     def run(module):
         with torch.autocast("cpu", dtype):

@@ -1,7 +1,6 @@
 """Perceiver resamplers of Flamingo and IDEFICS: parity, folded weights, errors."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 import vlm_fast
 from tests.support import reference_flamingo
 from tests.support.cases import assert_right
+from tests.support.randomised_modules import in_double, results
 from vlm_fast.modules import PerceiverResampler
-from vlm_fast.verification import tolerance
 
 SIZES = dict(dim=40, depth=3, dim_head=24, heads=2, num_latents=5)
 EMBEDDED = SIZES | dict(max_num_media=3, max_num_frames=2)
@@ -65,26 +64,16 @@ def features(*shape, dtype=torch.float32):
     return torch.randn(*shape, 40).to(dtype)
 
 
-def result_and_gradients(module, x):
-    x, parameters = x.detach().requires_grad_(), dict(module.named_parameters())
-    y = module(x)
-    found = torch.autograd.grad(y, [x, *parameters.values()], tolerance.random_upstream(y))
-    return dict(zip(["y", "x", *parameters], [y.detach(), *found], strict=True))
-
-
 def assert_same(module, plain, x):
-    exact = result_and_gradients(copy.deepcopy(plain).double(), x.double())
-    found = result_and_gradients(module, x)
+    exact, found = results(*in_double(plain, x)), results(module, x)
     for name in [name for name in found if "k_layer_norm.bias" in name]:
-        assert not found.pop(
-            name
-        ).any()  # it shifts all scores equally, so its exact gradient is zero
-        assert exact[name].abs().max() < 1e-12
-    assert_right(found, lambda: result_and_gradients(plain, x), exact, "y")
+        # It shifts all scores equally, so its exact gradient is zero.
+        assert not found.pop(name).any() and exact[name].abs().max() < 1e-12
+    assert_right(found, lambda: results(plain, x), exact, "output")
     module.eval()
     with torch.no_grad():
-        wide = copy.deepcopy(plain).double()(x.double())
-        assert_right({"y": module(x)}, lambda: {"y": plain(x)}, {"y": wide}, "y")
+        true, wide = in_double(plain, x)
+        assert_right({"y": module(x)}, lambda: {"y": plain(x)}, {"y": true(wide)}, "y")
 
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -136,25 +125,6 @@ def test_unrelated_class_of_the_same_name_is_not_patched(layer):
     assert not report.patched and report.skipped[""].startswith("its ")
 
 
-def with_lora(module, targets):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(1)
-    config = peft.LoraConfig(target_modules=targets, init_lora_weights=False)
-    return peft.get_peft_model(module, config).eval()
-
-
-@pytest.mark.parametrize("make, targets", [(flamingo, ["to_kv"]), (idefics, ["k_proj"])])
-def test_lora_layers_run(make, targets):
-    plain = make()
-    fast, plain = (with_lora(m, targets) for m in (patched(plain), plain))
-    x = features(3, 17) if make is idefics else features(2, 2, 1, 17)
-    with pytest.warns(vlm_fast.VlmFastFallbackWarning, match="plain nn.Linear"):
-        torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-5)
-    merged = [m.merge_and_unload() for m in (fast, plain)]
-    with vlm_fast.strict():
-        torch.testing.assert_close(merged[0](x), merged[1](x), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("make", [flamingo, idefics])
 def test_autocast(make):
     plain = make().eval()
@@ -175,30 +145,6 @@ def test_zero_images(make):
     assert y.shape == ((0, 5, 40) if make is idefics else (0, 2, 5, 40))
     y.sum().backward()
     assert all(p.grad is not None for p in module.parameters())
-
-
-@pytest.mark.parametrize("make", [flamingo, idefics])
-def test_hook_on_a_linear_fires(make):
-    plain = make()
-    module = patched(plain)
-    x = features(3, 17) if make is idefics else features(2, 2, 1, 17)
-    for m in (plain, module):
-        linear = next(c for n, c in m.named_modules() if n.endswith(("q_proj", "to_q")))
-        linear.register_forward_hook(lambda module, x, y: y + 1)
-    with pytest.warns(vlm_fast.VlmFastFallbackWarning, match="hooks"):
-        torch.testing.assert_close(module(x), plain(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("make", [flamingo, idefics])
-def test_copies_stay_patched_until_reverted(make):
-    plain = make()
-    module = patched(plain)
-    x = features(3, 17) if make is idefics else features(2, 2, 1, 17)
-    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert type(copied) is type(module)
-        assert torch.equal(copied(x), module(x))
-    vlm_fast.unpatch(module)
-    assert type(module) is type(plain)
 
 
 @pytest.mark.parametrize(

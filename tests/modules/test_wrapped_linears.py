@@ -19,6 +19,7 @@ from tests.support import reference_flamingo, tiny_flamingos, tiny_qformers
 from tests.support.chain_structures import mlp
 from tests.support.linear_wrappers import HOOKS, LINEAR_WRAPPERS
 from tests.support.selection import slow_except
+from tests.support.small_connectors import SMALL, open_gates
 from tests.support.tiny_llava import llava
 from vlm_fast.modules import (
     GatedCrossAttentionBlock,
@@ -31,7 +32,6 @@ from vlm_fast.modules import (
 # The first call of a (module, reason) warns; every one is counted.
 pytestmark = pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
 
-SMALL = {name: size for name, size in tiny_qformers.SMALL.items() if name != "vocab_size"}
 RESAMPLER = dict(dim=24, depth=2, dim_head=16, heads=2, num_latents=4)
 GATED = dict(dim=24, dim_visual=12, dim_head=8, heads=2)
 
@@ -41,10 +41,7 @@ def projector():
 
 
 def gated():
-    block = reference_flamingo.GatedCrossAttentionBlock(**GATED)
-    for gate in (block.attn_gate, block.ff_gate):
-        gate.data.fill_(0.5)
-    return block
+    return open_gates(reference_flamingo.GatedCrossAttentionBlock(**GATED))
 
 
 def idefics_resampler():

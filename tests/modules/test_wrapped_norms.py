@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import vlm_fast
-from tests.patching.test_supported_models import labels
 from tests.support.tiny_models import build
+from tests.support.ways_to_run import labels
 from tests.support.whole_models import assert_close, step
 
 # A model for each kind of norm, and the norm's name in it.
@@ -45,7 +45,7 @@ def test_modules_to_save_of_a_single_norm(name, patched_first):
             assert saved and all(NORMS[name] in n for n, _ in saved)
             for n, parameter in saved:
                 parameter.add_(0.1 if n.endswith("bias") else 0.2)  # it differs from the original
-    given = given | {"labels": labels(given)}
+    given = given | labels(model, given)
     found = step(fast, given)
     assert_close(found, step(plain, given))
     assert any("modules_to_save" in n and g.any() for n, g in found.items() if g is not None)

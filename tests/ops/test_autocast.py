@@ -5,7 +5,6 @@ import torch
 
 import vlm_fast
 from tests.support.cases import OPS, any_op, assert_right, each, every_case
-from vlm_fast.modules import TokenMerger
 from vlm_fast.verification import tolerance
 
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -129,15 +128,6 @@ def test_cosine_similarity_is_fp32_under_autocast(how, dtype):
         found = HOW[how](op, x)
     assert_equal(found, expected)
     assert all(verdict.ok for verdict in op.verify(found, x, r=144, protected=0))
-
-
-@pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning")
-@every_low_dtype
-def test_token_merger_under_autocast_merges_the_same_tokens(dtype):
-    merger, x = TokenMerger(keep=72), torch.randn(2, 288, 64)
-    expected = merger.merge(x).size
-    with torch.autocast("cpu", dtype), vlm_fast.disabled():
-        assert torch.equal(merger.merge(x).size, expected)
 
 
 @every_low_dtype

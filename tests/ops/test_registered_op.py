@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from tests.support.cases import (
@@ -21,7 +20,6 @@ from tests.support.cases import (
     two_shapes,
 )
 from tests.support.dispatch_modes import RecordingMode
-from vlm_fast.ops import registration, transforms
 from vlm_fast.ops.declaration import with_batch
 from vlm_fast.verification import tolerance
 
@@ -233,18 +231,6 @@ def test_dtensors_are_refused(op, mesh, all_arguments):
         with pytest.raises((RuntimeError, NotImplementedError, TypeError, ValueError)) as error:
             call(*args, **options)
         assert op.name in str(error.value)
-
-
-def test_private_torch_apis_behave_as_expected():
-    level, modes = transforms._functorch_level, registration._dispatch_modes
-    assert level() is None and modes() == 0 and forward_ad._current_level < 0
-    inside = []
-    torch.func.vmap(lambda x: (inside.append(level()), x)[1])(torch.ones(2))
-    assert inside[0] is not None
-    with RecordingMode():
-        assert modes() == 1
-    with forward_ad.dual_level():
-        assert forward_ad._current_level >= 0
 
 
 def test_all_ops_are_registered():

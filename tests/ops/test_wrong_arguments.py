@@ -234,12 +234,6 @@ def test_other_invalid_calls_raise(mistake):
     assert_refused(op, args, options, exception, *words.split())
 
 
-@pytest.mark.parametrize("option, value", [("activation", "swish"), ("saved", "everything")])
-def test_unknown_option_value_raises(option, value, no_work):
-    args, options = MLP.sample(MLP.usual_shape)
-    assert_refused(MLP, args, {**options, option: value}, ValueError, option, repr(value), "one of")
-
-
 @pytest.mark.parametrize("count", [-1, 14, 16, 112])
 def test_counts_that_do_not_match_the_mask_raise(count):
     args, options = GATHER.sample(GATHER.usual_shape)

@@ -1,6 +1,5 @@
 """Whole AnyRes models, patched against unpatched, and return formats of other releases."""
 
-import inspect
 from contextlib import nullcontext
 
 import pytest
@@ -8,9 +7,8 @@ import torch
 
 import vlm_fast
 from tests.ops.test_anyres_packing import model_of
-from tests.patching.test_supported_models import step
 from tests.support.tiny_anyres import ragged
-from tests.support.ways_to_run import tensors
+from tests.support.ways_to_run import full_step, tensors
 from vlm_fast.patching.models import anyres as patching
 from vlm_fast.patching.models import anyres_result, image_token_merge
 
@@ -25,11 +23,11 @@ MIXINS = {
 def test_patched_models_with_ragged_images_match_unpatched(name):
     model, inputs = ragged(name)
     generate = dict(inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    before, text = step(model, inputs), model.generate(**generate)
+    before, text = full_step(model, inputs), model.generate(**generate)
     report = vlm_fast.patch(model)
     assert report.patched["model"].endswith(f"by {MIXINS[name]}")
     with vlm_fast.strict():
-        after = step(model, inputs)
+        after = full_step(model, inputs)
         assert torch.equal(model.generate(**generate), text)
     assert vlm_fast.stats()["anyres_pack"]["fast"]
     verification = vlm_fast.verify(model, **inputs)
@@ -80,29 +78,6 @@ def test_internal_tensor_subclass_does_not_leave_the_model():
     with pytest.raises(ValueError, match="positive"):
         model(**inputs | {"image_sizes": inputs["image_sizes"] * 0})
     assert patching._packed_images.get() is None
-
-
-@pytest.mark.parametrize("name", MIXINS)
-def test_signatures_match_base_class(name):
-    """Generation passes only arguments that are in the signature."""
-    model, _ = ragged(name)
-    names = ("forward", "get_image_features", "get_video_features", "pack_image_features")
-    names = [name for name in names if hasattr(model.model, name)]
-    before = [inspect.signature(getattr(model.model, name)) for name in names]
-    vlm_fast.patch(model)
-    assert [inspect.signature(getattr(model.model, name)) for name in names] == before
-
-
-def test_vision_tower_options_are_passed_in_generation():
-    model, inputs = ragged("llava_onevision")
-    inputs |= dict(max_new_tokens=2, do_sample=False, output_logits=True)
-    inputs |= dict(return_dict_in_generate=True, vision_feature_layer=-2)
-    before = model.generate(**inputs).logits
-    usual = model.generate(**inputs | {"vision_feature_layer": -1}).logits
-    assert not torch.allclose(before[0], usual[0], rtol=1e-3, atol=1e-5)
-    vlm_fast.patch(model)
-    for ours, theirs in zip(model.generate(**inputs).logits, before, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import vlm_fast
-from tests.patching.test_supported_models import labels
 from tests.support.distributed_helpers import on_ranks
 from tests.support.mixed_dtypes import BF16, FP32, cast, norms
 from tests.support.tiny_models import build
+from tests.support.ways_to_run import labels
 
 
 def fsdp1_model_matches_unpatched(rank, world, name, original, in_fp32):
@@ -22,7 +22,7 @@ def fsdp1_model_matches_unpatched(rank, world, name, original, in_fp32):
         norm.to(FP32)
     fast = copy.deepcopy(model)
     vlm_fast.patch(fast)
-    given = cast(given | {"labels": labels(given)}, BF16)
+    given = cast(given | labels(model, given), BF16)
     found = []
     for one in (model, fast):
         policy = ModuleWrapPolicy({type(norm) for norm in norms(one)})

@@ -13,10 +13,9 @@ from torch.nn.utils import parametrizations, parametrize
 import vlm_fast
 from tests.support import tiny_flamingos, tiny_llava, tiny_models, tiny_qformers
 from tests.support.selection import slow_except
+from tests.support.small_connectors import SMALL
 from vlm_fast.modules import GatedCrossAttentionBlock, PerceiverResampler, QFormer
 from vlm_fast.patching import class_swap, patched_modules
-
-SMALL = {k: v for k, v in tiny_qformers.SMALL.items() if k != "vocab_size"}
 
 
 def patched(model, given):
@@ -146,13 +145,9 @@ def test_revert_with_parametrization_raises(name):
             vlm_fast.verify(model, **inputs)
         assert kinds == [type(m) for m in model.modules()]
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
-    parametrize.remove_parametrizations(module, module_parameter_of(module))
+    parametrize.remove_parametrizations(module, next(iter(module.parametrizations)))
     report.revert()
     assert not list(patched_modules(model))
-
-
-def module_parameter_of(module):
-    return next(iter(module.parametrizations))
 
 
 def test_parametrized_child_is_called():

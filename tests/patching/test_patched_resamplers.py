@@ -4,37 +4,16 @@ import copy
 
 import pytest
 import torch
-import transformers
-from transformers.models.aria.modeling_aria import AriaProjector
-from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
-from transformers.models.kosmos2 import modeling_kosmos2 as kosmos2
-from transformers.models.kosmos2_5 import modeling_kosmos2_5 as kosmos2_5
 
 import vlm_fast
+from tests.support import tiny_resamplers
 from tests.support.cases import assert_right
-from vlm_fast.verification import tolerance
+from tests.support.randomised_modules import assert_as_accurate, in_double, results
+from tests.support.tiny_models import build
 
 
-def randomised_parameters(module):
-    with torch.no_grad():
-        for parameter in module.parameters():
-            spread = 0.1 if parameter.ndim == 1 else 0.05
-            parameter.add_(torch.randn_like(parameter) * spread)
-    return module.eval()
-
-
-def idefics2(attention="eager"):
-    torch.manual_seed(0)
-    config = transformers.Idefics2Config(
-        vision_config=dict(hidden_size=24, image_size=16, patch_size=4, num_attention_heads=2),
-        perceiver_config=dict(
-            resampler_n_latents=5, resampler_depth=2, resampler_n_heads=4, resampler_head_dim=12,
-            num_key_value_heads=2,
-        ),
-        text_config=dict(model_type="mistral", hidden_size=32, intermediate_size=48),
-        attn_implementation=attention,
-    )  # fmt: skip
-    return randomised_parameters(Idefics2Connector(config))
+def idefics2():
+    return tiny_resamplers.idefics2()[0].model.connector
 
 
 def idefics2_inputs(dtype, hidden):
@@ -47,19 +26,9 @@ def idefics2_inputs(dtype, hidden):
 
 
 def aria():
-    torch.manual_seed(0)
-    config = transformers.AriaConfig(
-        vision_config=dict(model_type="idefics3_vision", hidden_size=24, num_attention_heads=2),
-        text_config=dict(
-            model_type="aria_text",
-            hidden_size=40,
-            num_attention_heads=4,
-            moe_num_experts=2,
-            vocab_size=99,
-        ),
-        projector_patch_to_query_dict={17: 5, 9: 3},
-    )
-    return randomised_parameters(AriaProjector(config))
+    projector = build("aria")[0].model.multi_modal_projector
+    projector.patch_to_query_dict = {17: 5, 9: 3}
+    return projector
 
 
 def aria_inputs(dtype, hidden):
@@ -80,27 +49,11 @@ def pair(family, dtype=torch.float32):
     return plain, fast
 
 
-def result_and_gradients(module, x, mask):
-    x, parameters = x.detach().requires_grad_(), dict(module.named_parameters())
-    y = module(x, mask)
-    found = torch.autograd.grad(
-        y, [x, *parameters.values()], tolerance.random_upstream(y), allow_unused=True
-    )
-    return dict(zip(["y", "x", *parameters], [y.detach(), *found], strict=True))
-
-
 def assert_same(fast, plain, x, mask):
-    true = copy.deepcopy(plain).double()
-    exact = result_and_gradients(true, x.double(), mask)
-    assert_right(
-        result_and_gradients(fast, x, mask),
-        lambda: result_and_gradients(plain, x, mask),
-        exact,
-        "y",
-    )
+    assert_as_accurate(fast, plain, x, mask)
     with torch.no_grad():
-        exact = {"y": true(x.double(), mask)}
-        assert_right({"y": fast(x, mask)}, lambda: {"y": plain(x, mask)}, exact, "y")
+        true, *wide = in_double(plain, x, mask)
+        assert_right({"y": fast(x, mask)}, lambda: {"y": plain(x, mask)}, {"y": true(*wide)}, "y")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -166,32 +119,12 @@ def test_aria_projections_with_bias_are_not_folded():
         torch.testing.assert_close(fast(x, mask), plain(x, mask), rtol=1e-5, atol=1e-5)
 
 
-@every_family
-def test_hook_on_a_linear_fires(family):
-    plain, fast = pair(family)
-    for m in (plain, fast):
-        linear = next(c for n, c in m.named_modules() if n.endswith("k_proj"))
-        linear.register_forward_hook(lambda module, x, y: y + 1)
-    x, mask = FAMILIES[family][1](torch.float32, True)
-    with pytest.warns(vlm_fast.VlmFastFallbackWarning, match="hooks"):
-        torch.testing.assert_close(fast(x, mask), plain(x, mask), rtol=1e-4, atol=1e-5)
-
-
 def kosmos(version):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"Kosmos2{version}Config")(
-        vision_config=dict(hidden_size=24),
-        text_config=dict(embed_dim=32, attention_heads=2, attention_dropout=0.0),
-        latent_query_num=5,
-    )
-    for part in (config, config.text_config):
-        part._attn_implementation = "eager"
-    module = {"": kosmos2, "_5": kosmos2_5}[version]
-    return randomised_parameters(getattr(module, f"Kosmos2{version}ImageToTextProjection")(config))
+    return getattr(tiny_resamplers, version)()[0].image_to_text_projection
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("version", ["", "_5"])
+@pytest.mark.parametrize("version", ["kosmos2", "kosmos2_5"])
 def test_kosmos_matches_eager_attention(version, dtype):
     plain = kosmos(version).to(dtype)
     fast = copy.deepcopy(plain)
@@ -203,22 +136,14 @@ def test_kosmos_matches_eager_attention(version, dtype):
     x = torch.randn(3, 17, 24).to(dtype)
     with vlm_fast.strict():
         assert fast(x)[1] is None
-    found, exact = first(fast, x), first(copy.deepcopy(plain).double(), x.double())
+    found, exact = results(fast, x), results(*in_double(plain, x))
     # It shifts all scores equally, so its exact gradient is zero.
     assert not found.pop("x_attn.k_proj.bias").any()
-    assert_right(found, lambda: first(plain, x), exact, "y")
-
-
-def first(module, x):
-    """The features without the maps, and all gradients."""
-    x, parameters = x.detach().requires_grad_(), dict(module.named_parameters())
-    y = module(x)[0]
-    found = torch.autograd.grad(y, [x, *parameters.values()], tolerance.random_upstream(y))
-    return dict(zip(["y", "x", *parameters], [y.detach(), *found], strict=True))
+    assert_right(found, lambda: results(plain, x), exact, "output")
 
 
 def test_kosmos_with_eager_attention_returns_attention_maps():
-    plain = kosmos("")
+    plain = kosmos("kosmos2")
     fast = copy.deepcopy(plain)
     vlm_fast.patch(fast, strict=True)
     x = torch.randn(2, 17, 24)

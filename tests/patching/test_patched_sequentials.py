@@ -4,8 +4,6 @@ Each test does the same to a plain and a patched one and compares them.
 """
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 import vlm_fast
 from tests.support.chain_structures import HIDDEN, WIDTH, FunctionalMlp, SimpleResBlock, mlp
+from tests.support.copies import COPIES
 from tests.support.randomised_modules import randomised
 from tests.support.sequential_pairs import X, assert_alike, every_pair, pair
 from vlm_fast.modules import SequentialProjector
@@ -52,18 +51,6 @@ def test_training_steps_and_state_dict_loading(make):
     for module in (plain, fast):
         module.load_state_dict({"0.weight": weight}, strict=False)
     assert_alike(fast, plain, fused=True)
-
-
-def test_mm_projector_bin_loads():
-    """The keys of LLaVA's projector file, without their prefix."""
-    prefix = "model.mm_projector."
-    file = {prefix + name: value for name, value in mlp(3, WIDTH, HIDDEN).state_dict().items()}
-    stripped = {name.removeprefix(prefix): value for name, value in file.items()}
-    projector = SequentialProjector(WIDTH, HIDDEN, depth=3)
-    projector.load_state_dict(stripped, strict=True)
-    assert torch.equal(projector[4].weight, stripped["4.weight"])
-    assert [c.out_features for c in SequentialProjector(3, 5, 7, depth=3)[::2]] == [5, 5, 7]
-    assert list(SequentialProjector(3, 5, 7, depth=1).state_dict()) == ["0.weight", "0.bias"]
 
 
 @pytest.mark.parametrize(
@@ -169,19 +156,8 @@ def test_in_place_edits_match_plain(make, edit):
 # ---- copies ----
 
 
-def _pickled(m):
-    return pickle.loads(pickle.dumps(m))
-
-
-def _saved(m):
-    file = io.BytesIO()
-    torch.save(m, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @every_pair
-@pytest.mark.parametrize("clone", [copy.deepcopy, _pickled, _saved])
+@pytest.mark.parametrize("clone", COPIES)
 def test_copies_match_plain(make, clone):
     plain, fast = make(3)
     fast(X)
@@ -204,11 +180,12 @@ def test_copies_of_an_mlp_class():
     """Its patch recipe refers to functions."""
     module = FunctionalMlp()
     vlm_fast.patch(module, strict=True)
-    for clone in (copy.deepcopy, _pickled, _saved):
+    for clone in (copy.copy, *COPIES):
         twin = clone(module)
         assert type(twin) is type(module)
         with vlm_fast.strict():
             torch.testing.assert_close(twin(X), module(X))
+        assert vlm_fast.unpatch(twin) == 1 and type(twin) is FunctionalMlp
 
 
 # ---- wrapped children ----

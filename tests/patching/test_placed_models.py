@@ -1,8 +1,6 @@
 """Patched models with accelerate's device maps, in copies and in files."""
 
 import copy
-import io
-import pickle
 
 import accelerate
 import pytest
@@ -10,6 +8,7 @@ import torch
 import transformers
 
 import vlm_fast
+from tests.support.copies import COPIES
 from tests.support.whole_models import (
     FAMILIES,
     assert_close,
@@ -85,18 +84,7 @@ def test_load_checkpoint_and_dispatch_into_patched_model(family, tmp_path):
 # ---- copies and files ----
 
 
-def torch_saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def pickled(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, torch_saved])
+@pytest.mark.parametrize("copied", COPIES)
 @every_family
 def test_copies_are_independent_patched_models(family, copied):
     plain, fast, given = pair(family)

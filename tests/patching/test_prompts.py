@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import vlm_fast
 from tests.support import tiny_flamingos, tiny_qformers
@@ -38,16 +40,17 @@ def labelled(given):
 
 def left_padded(given, by=3):
     """The rows with pad tokens on the left, one more in the second row."""
-    ids, mask = given["input_ids"], given["attention_mask"]
-    rows = [torch.nn.functional.pad(row, (by + i, 1 - i)) for i, row in enumerate(ids)]
-    hidden = [torch.nn.functional.pad(row, (by + i, 1 - i)) for i, row in enumerate(mask)]
-    padded = dict(given, input_ids=torch.stack(rows), attention_mask=torch.stack(hidden))
-    for name in {"mm_token_type_ids", "token_type_ids"} & given.keys():
-        kinds = given[name]
-        padded[name] = torch.stack(
-            [torch.nn.functional.pad(row, (by + i, 1 - i)) for i, row in enumerate(kinds)]
-        )
-    return padded
+    names = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"} & given.keys()
+    return given | {
+        name: torch.stack([F.pad(row, (by + i, 1 - i)) for i, row in enumerate(given[name])])
+        for name in names
+    }
+
+
+def padded(rows):
+    """Ids of rows of different lengths with pad tokens on the right, and their mask."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
 LEFT = ["llava", "llava_next", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl", "gemma3",
@@ -163,10 +166,8 @@ def test_rows_with_two_zero_and_one_images(name):
     count = int((given["input_ids"][0] == IMAGE).sum())
     picture = [START, *[IMAGE] * count, END]
     rows = [[5, *picture, 6, *picture, 7], [8, 9, 10], [11, *picture, 12]]
-    longest = max(map(len, rows))
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    batch = {"input_ids": ids, "attention_mask": mask}
+    batch = padded(rows)
+    ids = batch["input_ids"]
     if "image_grid_thw" in given:
         batch["image_grid_thw"] = given["image_grid_thw"][[0, 1, 0]]
         batch["pixel_values"] = torch.randn(48, given["pixel_values"].shape[1])
@@ -209,17 +210,11 @@ def test_videos_with_odd_grids(name, grids):
         else:
             shown = [START, *[VIDEO] * (frames * tokens), END]
         rows.append([5, *shown, 6])
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     patches = sum(f * h * w for f, h, w in grids)
-    batch = {
-        "input_ids": ids,
-        "attention_mask": torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows]),
-        "pixel_values_videos": torch.randn(patches, width),
-        "video_grid_thw": torch.tensor(grids),
-    }
+    videos = {"pixel_values_videos": torch.randn(patches, width)}
+    batch = padded(rows) | videos | {"video_grid_thw": torch.tensor(grids)}
     for types in {"mm_token_type_ids", "token_type_ids"} & given.keys():
-        batch[types] = 2 * (ids == VIDEO).long()
+        batch[types] = 2 * (batch["input_ids"] == VIDEO).long()
     trained_alike(plain, fast, labelled(batch))
 
 
@@ -244,13 +239,8 @@ def test_onevision_batch_with_one_and_two_images_per_row():
     tiled = anyres_tiling.tile_count(tuple(sizes[0].tolist()), tiling)
     one = anyres_tiling.token_count(sizes[1], tiling, tiles=1)
     rows = [[5, *[IMAGE] * grid_count, 6], [7, *[IMAGE] * one, 8, *[IMAGE] * one, 9]]
-    longest = max(map(len, rows))
-    batch = {
-        "input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows]),
-        "attention_mask": torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows]),
-        "pixel_values": torch.randn(3, tiled, 3, 16, 16), "image_sizes": sizes,
-        "batch_num_images": torch.tensor([1, 2]),
-    }  # fmt: skip
+    pictures = {"pixel_values": torch.randn(3, tiled, 3, 16, 16), "image_sizes": sizes}
+    batch = padded(rows) | pictures | {"batch_num_images": torch.tensor([1, 2])}
     trained_alike(plain, fast, labelled(batch))
     assert torch.equal(text_of(fast, batch), text_of(plain, batch))
 

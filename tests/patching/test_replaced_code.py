@@ -18,8 +18,12 @@ from tests.support import reference_flamingo, tiny_flamingos, tiny_models, tiny_
 from tests.support.chain_structures import TimmMlp, mlp
 from tests.support.randomised_modules import randomised
 from tests.support.selection import REPRESENTATIVES, slow_except
+from tests.support.small_connectors import SMALL, open_gates
 from vlm_fast import modules
 from vlm_fast.patching import patched_modules
+
+GATED = dict(dim=24, dim_visual=12, dim_head=8, heads=2)
+RESAMPLER = dict(dim=24, depth=2, dim_head=8, heads=2, num_latents=4)
 
 
 def tiny(name):
@@ -44,9 +48,7 @@ def qformer_with_text():
 
 def flamingo():
     torch.manual_seed(0)
-    block = reference_flamingo.GatedCrossAttentionBlock(dim=24, dim_visual=12, dim_head=8, heads=2)
-    for gate in (block.attn_gate, block.ff_gate):
-        gate.data.fill_(0.5)
+    block = open_gates(reference_flamingo.GatedCrossAttentionBlock(**GATED))
     locations = torch.tensor([[1, 0, 0, 1, 0]]).bool()
     given = dict(x=torch.randn(1, 5, 24), media=torch.randn(1, 2, 3, 12), media_locations=locations)
     return block.eval(), given
@@ -54,10 +56,9 @@ def flamingo():
 
 def resampler():
     torch.manual_seed(0)
-    module = reference_flamingo.PerceiverResampler(
-        dim=24, depth=2, dim_head=8, heads=2, num_latents=4
+    return reference_flamingo.PerceiverResampler(**RESAMPLER).eval(), dict(
+        x=torch.randn(1, 2, 1, 7, 24)
     )
-    return module.eval(), dict(x=torch.randn(1, 2, 1, 7, 24))
 
 
 MODELS = {
@@ -256,21 +257,15 @@ def test_call_replaced_in_a_torch_class_runs(name, monkeypatch):
 
 
 def own_qformer():
-    model, inputs = qformer()
-    sizes = {k: v for k, v in tiny_qformers.SMALL.items() if k != "vocab_size"}
-    return modules.QFormer(**sizes), model, inputs
+    return modules.QFormer(**SMALL), *qformer()
 
 
 def own_block():
-    plain, inputs = flamingo()
-    sizes = dict(dim=24, dim_visual=12, dim_head=8, heads=2)
-    return modules.GatedCrossAttentionBlock(**sizes), plain, inputs
+    return modules.GatedCrossAttentionBlock(**GATED), *flamingo()
 
 
 def own_resampler():
-    plain, inputs = resampler()
-    sizes = dict(dim=24, depth=2, dim_head=8, heads=2, num_latents=4)
-    return modules.PerceiverResampler(**sizes), plain, inputs
+    return modules.PerceiverResampler(**RESAMPLER), *resampler()
 
 
 OWN = {"QFormer": own_qformer, "block": own_block, "resampler": own_resampler}

@@ -1,8 +1,5 @@
 """Patched nn.Sequential with replaced code, compiled, exported, traced and sharded."""
 
-import copy
-from enum import Enum
-
 import pytest
 import torch
 from torch import nn
@@ -22,23 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::vlm_fast.VlmFastFallbackWarning
 # ---- replaced code ----
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("kind", [nn.Sequential, nn.Linear, nn.GELU])
-def test_forward_replaced_in_its_class_runs(kind, when, monkeypatch):
-    plain = randomised(mlp(3, WIDTH, HIDDEN))
-    fast, forward = copy.deepcopy(plain), kind.forward
-    if when == "after":
-        vlm_fast.patch(fast)
-    monkeypatch.setattr(kind, "forward", lambda self, x: 1.5 * forward(self, x))
-    if when == "before":
-        report = vlm_fast.patch(nn.ModuleList([fast]))
-        if kind is nn.Sequential:
-            assert report.skipped == {"0": "Sequential.forward has been replaced"}
-    torch.testing.assert_close(fast(X), plain(X))
-    why = vlm_fast.explain(fast)
-    assert not why or f"{kind.__name__}.forward has been replaced" in why[""]
-
-
 def test_custom_forward_or_iter_is_not_patched():
     class Twice(nn.Sequential):
         def __iter__(self):
@@ -51,16 +31,6 @@ def test_custom_forward_or_iter_is_not_patched():
     module.forward = lambda x: x
     with pytest.warns(UserWarning, match="its forward has been replaced"):
         vlm_fast.patch(module)
-
-
-def test_revert_restores_all_classes():
-    model = nn.Sequential(*mlp(2, WIDTH, HIDDEN), SimpleResBlock(HIDDEN))
-    report = vlm_fast.patch(model)
-    assert report.patched.keys() == {"", "3.proj"}
-    report.revert()
-    assert type(model) is type(model[3].proj) is nn.Sequential
-    vlm_fast.patch(model)
-    assert vlm_fast.unpatch(model) == 2 and vlm_fast.unpatch(model) == 0
 
 
 # ---- compiled, exported, traced ----
@@ -128,22 +98,6 @@ def test_traced_as_plain_pytorch():
 
 
 # ---- sharded ----
-
-Status = Enum("Status", ["NOT_AVAILABLE", "AVAILABLE"])
-
-
-@every_pair
-def test_only_gathered_zero3_parameters_are_read(make):
-    _, fast = make(3)
-    for status in (Status.AVAILABLE, Status.NOT_AVAILABLE):
-        for i, parameter in enumerate(fast.parameters()):
-            parameter.ds_id, parameter.ds_status = i, status
-        with vlm_fast.strict():
-            if status is Status.AVAILABLE:
-                fast(X)
-                continue
-            with pytest.raises(vlm_fast.VlmFastFallbackError, match="ZeRO-3"):
-                fast(X)
 
 
 def test_patched_sequential_is_listed_by_connectors():

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import vlm_fast
-from tests.support import tiny_llava, tiny_qformers
+from tests.support import tiny_llava
 from tests.support.distributed_helpers import on_ranks
 from tests.support.sharding_strategies import (
     STRATEGIES,
@@ -22,6 +22,7 @@ from tests.support.sharding_strategies import (
     full_tensor_of,
     with_lora,
 )
+from tests.support.small_connectors import SMALL
 from tests.support.whole_models import FAMILIES, distance, pair
 from vlm_fast.modules import QFormer
 
@@ -181,9 +182,8 @@ def revert_after_sharding_raises(rank, world):
 
 def qformer_sharded_by_layer_matches_one_process(rank, world, unit):
     """Units are layers, layers and encoder, or the whole Q-Former."""
-    sizes = {k: v for k, v in tiny_qformers.SMALL.items() if k != "vocab_size"}
     torch.manual_seed(0)
-    whole_one = QFormer(**sizes)
+    whole_one = QFormer(**SMALL)
     sharded = copy.deepcopy(whole_one)
     units = {
         "layers": [*sharded.encoder.layer],

@@ -7,149 +7,75 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlm_fast
-from tests.support.distributed_helpers import start
-from tests.support.selection import slow_except
 from tests.support.tiny_models import AUDIO, IMAGE, MODELS, build
-from tests.support.ways_to_run import tensors
+from tests.support.ways_to_run import full_step, labels, tensors
+from tests.tools.releases import RELEASES, served
+from vlm_fast.devtools.memory import host_syncs
 from vlm_fast.patching.models import image_token_merge
 from vlm_fast.patching.placeholder_masks import MaskSpec
 
-PROJECTOR = {
-    "llava", "llava of two layers", "llava of pixtral", "llava_next", "llava_next_video",
-    "llava_onevision", "vipllava", "video_llava", "fast_vlm", "internvl", "qianfan_ocr",
-    "voxtral", "audioflamingo3", "musicflamingo", "glmasr", "qwen3_asr", "deepseek_vl",
-    "ernie4_5_vl_moe", "muse_glimmer", "video_llama_3", "lfm2_vl",
-}  # fmt: skip
 IDLE = {"janus": "model.generation_head"}  # patched, but not called in a training step
-# In addition to, or instead of FusedMLP and FusedMerge.
-BY_THEIR_CLASS = {
-    "FusedAriaProjector": {"aria"},
-    "FusedShuffleMerge": {"internvl", "qianfan_ocr"},
-    "FusedNormedMLP": {"internvl", "qianfan_ocr"},
-    "FusedPatchMerger": {
-        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl of images", "qwen3_vl_moe", "qwen3_5",
-        "qwen3_5_moe", "qwen2_5_omni", "qwen3_omni_moe", "exaone4_5", "cosmos3_edge",
-        "cosmos3_omni",
-    },
-    "FusedUnfoldingMerger": {"mistral3", "lighton_ocr"},
-    "FusedGatedProjector": {"aya_vision", "cohere2_vision"},
-    "FusedShuffleMLP": {"llama4"},
-    "FusedConnector": {"idefics3", "smolvlm"},
-    "FusedPooledNorm": {"gemma3"},
-    "FusedPooler": {"llava_next_video"},
-    "FusedPooledFrames": {"llava_onevision"},
-    "FusedFrameProjector": {"llava_onevision"},
-    "FusedAnyResMerge": {"llava_next", "llava_next_video"},
-}  # fmt: skip
-WITH_AN_MLP = {"FusedAriaProjector", "FusedPatchMerger", "FusedUnfoldingMerger"}
-POOLING = {"FusedPooler", "FusedPooledFrames", "FusedFrameProjector"}
-SHUFFLING = BY_THEIR_CLASS.keys() - POOLING - {"FusedAriaProjector", "FusedAnyResMerge"}
-MERGING = {"FusedShuffleMerge", "FusedPooledFrames", "FusedAnyResMerge"}  # in place of FusedMerge
-PROJECTING = {"FusedNormedMLP", "FusedFrameProjector"}  # in place of FusedMLP
-NO_MERGE = {"idefics3"}  # merged in another method, without get_placeholder_mask
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
-    NO_MERGE |= {"deepseek_vl_hybrid", "smolvlm"}
-UNCOUNTED_SOUNDS = {"qwen2_5_omni", "qwen3_omni_moe"}  # merged by masked_scatter
-PACK = {"llava_next", "llava_next_video", "llava_onevision"}
-MERGE = [name for name in MODELS if name not in NO_MERGE]
+# What docs/releases.md lists for the installed release; `make versions` writes it.
+SERVED = {name: served()[name].get(transformers.__version__, {}) for name in MODELS}
+MERGE = [name for name, found in SERVED.items() if "merge_image_tokens" in found.get("ops", {})]
+pytestmark = pytest.mark.skipif(
+    transformers.__version__ not in RELEASES, reason="no table holds this release of transformers"
+)
 
 
 def patch(name, model):
     """Patch and check that exactly the expected modules are patched."""
-    own = {kind for kind, names in BY_THEIR_CLASS.items() if name in names}
-    served = own or name in PROJECTOR or name not in NO_MERGE
-    with nullcontext() if served else pytest.warns(UserWarning, match="no connector of"):
+    expected = SERVED[name]["served"]
+    with nullcontext() if expected else pytest.warns(UserWarning, match="no connector of"):
         report = vlm_fast.patch(model)
-    kinds = {what.split(" by ")[1] for what in report.patched.values()}
-    expected = {
-        "FusedMLP": name in PROJECTOR | IDLE.keys() and not own & PROJECTING,
-        "FusedMerge": name not in NO_MERGE and not own & MERGING,
-    }
-    assert kinds == own | {kind for kind, is_expected in expected.items() if is_expected}
-
-
-def step(model, inputs):
-    """Loss, logits, hidden states and gradients of a training step."""
-    model.zero_grad(set_to_none=True)
-    output = model(**inputs, labels=labels(inputs), output_hidden_states=True)
-    output.loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return dict(tensors(output)) | gradients
-
-
-def labels(inputs):
-    ids = inputs["input_ids"]
-    return ids.masked_fill(ids > 90, -100)  # the placeholders and the tokens around them
+    assert sorted({what.split(" by ")[1] for what in report.patched.values()}) == expected
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_patched_matches_unpatched(name):
     model, inputs = build(name)
     generate = dict(inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    before, text = step(model, inputs), model.generate(**generate)
+    before, text = full_step(model, inputs), model.generate(**generate)
     patch(name, model)
     with vlm_fast.strict():
-        after = step(model, inputs)
+        after = full_step(model, inputs)
         calls = {op: counts["fast"] for op, counts in vlm_fast.stats().items()}
         assert torch.equal(model.generate(**generate), text)
-    counted = [p.token != AUDIO or name not in UNCOUNTED_SOUNDS for p in MODELS[name].placeholders]
-    merges = sum(counted) * (name in MERGE)
-    assert calls.get("merge_image_tokens", 0) == merges
-    assert (calls.get("anyres_pack", 0) > 0) == (name in PACK)
-    own = {kind for kind, names in BY_THEIR_CLASS.items() if name in names}
-    computes = name in PROJECTOR or bool(own)
-    assert (calls.get("mlp", 0) > 0) == (name in PROJECTOR or bool(own & WITH_AN_MLP))
-    assert (calls.get("pixel_shuffle_norm", 0) > 0) == bool(own & SHUFFLING)
+    expected = SERVED[name].get("ops", {})
+    assert {op: count for op, count in calls.items() if count} == expected
     assert after.keys() == before.keys()
     for where, value in after.items():
         assert type(value) is type(before[where]), where
-        if computes:
+        if expected.keys() - {"merge_image_tokens"}:  # not only rows are copied
             torch.testing.assert_close(value, before[where], rtol=1e-4, atol=2e-6)
         else:
             assert torch.equal(value, before[where]), where
     if vlm_fast.explain(model):
-        verification = vlm_fast.verify(model, **inputs, labels=labels(inputs))
+        verification = vlm_fast.verify(model, **inputs, **labels(model, inputs))
         idle = [IDLE[name]] if name in IDLE else []
         assert verification.ok and list(verification.unreached) == idle, verification
 
 
-class HostSyncs(TorchDispatchMode):
-    """Collect the operations that read a value from the device (host syncs)."""
+def logits_and_syncs(model, inputs, asking):
+    """Logits, and the host syncs of the models in ``asking`` before their features are merged."""
+    counts = []
 
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        if name == "aten.index.Tensor":
-            if any(i is not None and i.dtype == torch.bool for i in args[1]):
-                self.seen.append(name)
-        elif name.split(".")[1] in ("_local_scalar_dense", "nonzero", "masked_select"):
-            self.seen.append(name)
-        return function(*args, **(kwargs or {}))
-
-    def during(self, function):
+    def counted(function):
         def watched(*args, **kwargs):
-            with self:
-                return function(*args, **kwargs)
+            found = []
+            counts.append(host_syncs(lambda: found.append(function(*args, **kwargs)), "cpu"))
+            return found[0]
 
         return watched
 
-
-def logits_and_syncs(model, inputs, asking):
-    """Logits, and the host syncs of the models in ``asking`` before their features are merged."""
-    syncs = HostSyncs()
     watched = [(module, "get_placeholder_mask") for module in asking]
     watched.append((image_token_merge, "_masked_scatter"))
     with torch.no_grad(), ExitStack() as stack:
         for owner, name in watched:
-            stack.enter_context(mock.patch.object(owner, name, syncs.during(getattr(owner, name))))
-        return model(**inputs, labels=labels(inputs)).logits, syncs.seen
+            stack.enter_context(mock.patch.object(owner, name, counted(getattr(owner, name))))
+        return model(**inputs, **labels(model, inputs)).logits, sum(counts)
 
 
 @pytest.mark.parametrize("name", MERGE)
@@ -175,7 +101,7 @@ def test_merge_does_not_sync_and_returns_plain_tensors(name, monkeypatch):
         if any(module.children()):  # hooks on linears would make the projector fall back
             module.register_forward_hook(look, with_kwargs=True)
     patched, syncs = logits_and_syncs(model, inputs, asking)
-    assert syncs == leaks == []
+    assert syncs == 0 and leaks == []
     torch.testing.assert_close(patched, logits, rtol=1e-4, atol=2e-6)
 
 
@@ -197,39 +123,3 @@ def test_wrong_placeholder_counts_raise(name):
         ValueError, match=r"Image features and image tokens do not match[,:] tokens: "
     ):
         model(**inputs)
-
-
-def graphs_of(name):
-    """The number of graphs that the inner model compiles to, plain and patched."""
-    torch.manual_seed(0)
-    model, inputs = build(name)
-    base, graphs = model.model, {}
-    with torch.no_grad():
-        expected = base(**inputs)[0]
-        for what in ("plain", "patched"):
-            if what == "patched":
-                patch(name, model)
-            torch._dynamo.reset()
-            counter = CompileCounterWithBackend("aot_eager" if what == "patched" else "eager")
-            actual = torch.compile(base, backend=counter)(**inputs)[0]
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-6)
-            graphs[what] = counter.frame_count
-    return graphs
-
-
-@pytest.mark.parametrize("name", slow_except(["vipllava"], ["vipllava", "deepseek_vl"]))
-def test_model_compiles_to_one_graph(name):
-    graphs = graphs_of(name)
-    assert graphs["patched"] == 1 < graphs["plain"]
-
-
-def merger_compiles_into_one_graph(number):
-    graphs = graphs_of("aya_vision")
-    assert graphs["patched"] == 1 < graphs["plain"]
-
-
-@pytest.mark.multiprocess
-@pytest.mark.slow
-def test_merger_compiles_to_one_graph():
-    """Runs in a new process: Dynamo breaks the graph after many other tests, even when reset."""
-    start(merger_compiles_into_one_graph, (), 1)

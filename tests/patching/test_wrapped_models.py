@@ -236,7 +236,7 @@ def test_main_gradients_in_fp32(family):
     assert 0 < apart[0] <= 1.25 * apart[1]
 
 
-COMPILED = ("blip2", "idefics", "mllama")  # LLaVA is in `test_llava` and `test_supported_models`
+COMPILED = ("blip2", "idefics", "mllama")  # LLaVA is in `test_llava`
 
 
 def compiles_into_one_graph(number):

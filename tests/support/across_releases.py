@@ -1,7 +1,5 @@
 """Compares a patched family with its unpatched model in every way that users run it.
-`examine_family(name)` says what a patch serves in the installed release of transformers, and raises
 
-`examined(name)` says what a patch serves in the installed release of transformers, and raises
 `examine_family(name)` returns what is patched in the installed transformers release, and raises
 `Wrong` with all differences from unpatched. ``python -m tests.support.across_releases
 [cases]`` does so for all cases, prints what is wrong, and writes one JSON object with ``--out``.

@@ -1,6 +1,12 @@
 """Random parameters, gradients and comparison of small modules."""
 
+import copy
+
 import torch
+from torch.utils._pytree import tree_map_only
+
+from tests.support.cases import assert_right
+from vlm_fast.verification import tolerance
 
 
 def randomised(module):
@@ -23,3 +29,31 @@ def gradients(module, *args):
 def assert_close(ours, theirs):
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def results(module, *inputs):
+    """The output, the first of a tuple, and gradients of floating inputs and of parameters."""
+    leaves = {}
+
+    def leaf(tensor):
+        if not tensor.is_floating_point():
+            return tensor
+        return leaves.setdefault(f"input {len(leaves)}", tensor.detach().requires_grad_())
+
+    y = module(*tree_map_only(torch.Tensor, leaf, inputs))
+    y = y[0] if isinstance(y, tuple) else y
+    leaves |= dict(module.named_parameters())
+    found = torch.autograd.grad(y, list(leaves.values()), tolerance.random_upstream(y))
+    return {"output": y.detach()} | dict(zip(leaves, found, strict=True))
+
+
+def in_double(module, *inputs):
+    """Copies of a module and of its inputs in float64."""
+    wide = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    return copy.deepcopy(module).double(), *wide
+
+
+def assert_as_accurate(fast, plain, *inputs):
+    """Check output and gradients by the tolerance rule, against the plain module in float64."""
+    exact = results(*in_double(plain, *inputs))
+    assert_right(results(fast, *inputs), lambda: results(plain, *inputs), exact, "output")

@@ -9,6 +9,12 @@ import torch
 from torch import nn
 
 
+def feed_forward(dim, mult):
+    wide = dim * mult
+    layers = nn.Linear(dim, wide, bias=False), nn.GELU(), nn.Linear(wide, dim, bias=False)
+    return nn.Sequential(nn.LayerNorm(dim), *layers)
+
+
 class MaskedCrossAttention(nn.Module):
     def __init__(self, dim, dim_visual, dim_head=64, heads=8, only_attend_immediate_media=True):
         super().__init__()
@@ -47,12 +53,7 @@ class GatedCrossAttentionBlock(nn.Module):
         super().__init__()
         self.attn = MaskedCrossAttention(dim, dim_visual, dim_head, heads, **options)
         self.attn_gate = nn.Parameter(torch.zeros(1))
-        self.ff = nn.Sequential(
-            nn.LayerNorm(dim),
-            nn.Linear(dim, dim * ff_mult, bias=False),
-            nn.GELU(),
-            nn.Linear(dim * ff_mult, dim, bias=False),
-        )
+        self.ff = feed_forward(dim, ff_mult)
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, media, media_locations=None, use_cached_media=False):
@@ -96,17 +97,7 @@ class PerceiverResampler(nn.Module):
         if max_num_media:
             self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim))
         self.layers = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    PerceiverAttention(dim, dim_head, heads),
-                    nn.Sequential(
-                        nn.LayerNorm(dim),
-                        nn.Linear(dim, dim * ff_mult, bias=False),
-                        nn.GELU(),
-                        nn.Linear(dim * ff_mult, dim, bias=False),
-                    ),
-                ]
-            )
+            nn.ModuleList([PerceiverAttention(dim, dim_head, heads), feed_forward(dim, ff_mult)])
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)

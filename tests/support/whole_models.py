@@ -19,19 +19,13 @@ LANGUAGE = r".*(language_model|model|decoder)\.layers\.\d+\.self_attn\.(q|v)_pro
 
 class Family(NamedTuple):
     """How to build a model of a family.
-        make: the model, unpatched, in eval mode.
-        given: its inputs.
-        lora_targets: a regex of linears inside connectors, as users give it to LoRA.
 
     Attributes:
-        make: the model, unpatched, in eval mode.
-        given: its inputs.
-        adapted: a regex of linears inside connectors, as users give it to LoRA.
         make: builds the unpatched model in eval mode.
         given: builds its inputs.
         lora_targets: a regex of linears inside connectors, as users pass it to LoRA.
         connectors: names of the modules that FSDP2 shards as units.
-        layer: the name of a list of layers of the language model.
+        layers: the name of a list of layers of the language model.
         images: the inputs that a batch of text does not have.
     """
 

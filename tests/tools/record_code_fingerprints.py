@@ -22,12 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.tools import releases
-from vlm_fast.modules.parameter_access import (
-    activation,
-    code_fingerprints,
-    norm,
-    original_code,
-)
+from vlm_fast.modules.parameter_access import activation, code_fingerprints, norm, original_code
 from vlm_fast.patching.models import patch_merger, pixel_shuffle
 
 # Classes that are recognised by name, wherever they are defined.

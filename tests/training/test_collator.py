@@ -125,37 +125,6 @@ def test_labels_are_exact_where_tokens_cross_answer_ends(vocabulary, template):
     assert across, "no token reaches over an end: the test shows nothing"
 
 
-def test_mixed_and_text_only_batches():
-    for processor in (tiny_processors.llava(), tiny_processors.llava_next()):
-        collator = Collator(processor)
-        mixed = collator([TEXT_ONLY, PICTURED, TEXT_ONLY, PICTURED])
-        assert mixed["pixel_values"].shape[0] == 2
-        single = [collator([one]) for one in (TEXT_ONLY, PICTURED)]
-        assert "pixel_values" not in single[0]
-        for row in range(4):
-            length = single[row % 2]["input_ids"].shape[1]
-            for name in ("input_ids", "labels"):
-                assert torch.equal(mixed[name][row, :length], single[row % 2][name][0])
-            assert not mixed["attention_mask"][row, length:].any()
-
-
-@pytest.mark.parametrize("family", ["blip2", "idefics", "mllama"])
-def test_processors_of_other_families(family):
-    processor = getattr(tiny_processors, family)()
-    batch = Collator(processor, format="v1")([PICTURED, PICTURED])
-    assert "pixel_values" in batch
-    assert learned_text(processor, batch, row=1).replace(" ", "") == "acat</s>red</s>"
-    cut = Collator(processor, format="v1", max_length=batch["input_ids"].shape[1] - 3)([PICTURED])
-    by_token = [v for k, v in cut.items() if k.endswith(("ids", "mask", "labels")) and v.ndim > 1
-                and "aspect" not in k]  # fmt: skip
-    assert {v.shape[1] for v in by_token} == {cut["labels"].shape[1]}
-
-
-def test_blip2_batch_with_a_text_only_row_is_refused():
-    with pytest.raises(TypeError, match="makes other tokens of the text"):
-        Collator(tiny_processors.blip2(), format="v1")([PICTURED, TEXT_ONLY])
-
-
 def test_truncation_cuts_text_but_not_image_tokens():
     processor = tiny_processors.llava(chat_template=tiny_processors.CHAT)
     whole = Collator(processor)([PICTURED])

@@ -79,11 +79,7 @@ BAD = {
 BAD_PICTURES = {
     "missing": ("nowhere.png", "missing image", "a file in .*got 'nowhere.png', no such file"),
     "a folder": ("folder", "missing image", "got 'folder', a folder"),
-    "truncated": (
-        "truncated.jpg",
-        "unreadable image",
-        "got 'truncated.jpg': OSError: .*truncated",
-    ),
+    "truncated": ("truncated.jpg", "unreadable image", "got 'truncated.jpg': OSError: .*truncated"),
     "text": ("text.png", "unreadable image", "UnidentifiedImageError"),
     "broken within": ("broken.png", "unreadable image", "got 'broken.png': "),
 }

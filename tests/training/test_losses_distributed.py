@@ -334,12 +334,7 @@ def stage1_matches_one_process(rank, world):
     original, blip2_stage1.hard_negatives = blip2_stage1.hard_negatives, fixed
     try:
         found = losses.stage1_loss(
-            model,
-            image_embeds[own],
-            ids[own],
-            mask[own],
-            lm_head=head,
-            bos_token_id=60,
+            model, image_embeds[own], ids[own], mask[own], lm_head=head, bos_token_id=60
         )
     finally:
         blip2_stage1.hard_negatives = original

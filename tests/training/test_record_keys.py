@@ -4,9 +4,7 @@ import json
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from vlm_fast.cli import main
 from vlm_fast.training.data import BadRecord, Captions, Conversations, UnusedKeyWarning, check
 
 QUESTION, ANSWER = {"from": "human", "value": "Who?"}, {"from": "gpt", "value": "me"}
@@ -121,16 +119,3 @@ def test_unknown_key_warns_once_and_the_record_is_used(tmp_path, images):
     ]  # fmt: skip
     with pytest.warns(UnusedKeyWarning, match="caption: unknown key"):
         Captions(written(tmp_path, {**PICTURED, "caption": "a dog"}), images)
-
-
-def test_command_counts_unknown_keys(tmp_path, images):
-    bad = [{**TEXT, "id": key, key: CONTENT[key]} for key in ("video", "system", "audio")]
-    path = written(tmp_path, TEXT, *bad, {**TEXT, "id": "x", "rationale": "since"})
-    arguments = ["data", "check", "--data", str(path), "--images", str(images), "--json"]
-    found = CliRunner().invoke(main.app, arguments)
-    content = json.loads(found.stdout)
-    assert found.exit_code == main.Exit.FAILURE
-    assert content["counts"] == {"other content": 3, "unknown key": 1} and content["good"] == 2
-    assert [issue["field"] for issue in content["faults"]] == [
-        "video", "system", "audio", "rationale",
-    ]  # fmt: skip

@@ -9,7 +9,6 @@ from torch import nn
 
 import vlm_fast
 from tests.support.tiny_llava import llava, prompt
-from tests.support.tiny_models import build
 from tests.support.tiny_qformers import SMALL, blip2, images
 from vlm_fast.patching.models.mlp import FusedMLP
 from vlm_fast.verification import model_runs
@@ -134,6 +133,7 @@ def test_different_dropout_masks_do_not_fail(monkeypatch):
     assert found.ok and not found.outputs and "dropout" in found.incomparable, found
     assert "not judged" in str(found)
     assert [c.what for c in found.connectors] == ["FusedQFormerModel without dropout"]
+    assert not found.unreached
     assert all(module.training for module in model.modules())
     # The connector is judged nevertheless.
     right = vlm_fast.ops.mlp._path.forward
@@ -212,17 +212,6 @@ def test_buffers_are_unchanged(fails):
         assert after[name][0] is buffer and after[name][1] == address, name
         assert torch.equal(after[name][2], value), name
     assert model.unset is None and "unset" in model._buffers
-
-
-def test_running_statistics_are_unchanged():
-    model, inputs = build("fast_vlm")
-    model.train()
-    vlm_fast.patch(model)
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    assert any("running_mean" in name for name in before)
-    assert vlm_fast.verify(model, **inputs).ok
-    for name, buffer in model.named_buffers():
-        assert torch.equal(buffer, before[name]), name
 
 
 def test_past_key_values_are_unchanged():

@@ -243,11 +243,7 @@ def fake_arguments(
     return op._bind(tree_map_only(Tensor, _on_cuda, values), settings)
 
 
-def run_with_gradients(
-    op: Op[..., Any],
-    values: tuple[Any, ...],
-    settings: dict[str, Any],
-) -> None:
+def run_with_gradients(op: Op[..., Any], values: tuple[Any, ...], settings: dict[str, Any]) -> None:
     """Run the op's forward and backward functions for the gradients of all arguments.
 
     This bypasses autograd: the autograd engine of a CPU build of torch has no CUDA device, not even

@@ -97,11 +97,7 @@ def stage2_loss(
 
 
 def _check(
-    model: Any,
-    images: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    labels: Tensor | None,
+    model: Any, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None
 ) -> Tensor:
     name = "stage2_loss"
     named = {"images": images, "input_ids": input_ids, "attention_mask": attention_mask}

@@ -67,10 +67,7 @@ class Stage1Objective(Objective):
         self.bos_token_id = len(embeddings.weight) - 1
 
     def forward(
-        self,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> dict[str, Tensor]:
         """Compute the loss.
 

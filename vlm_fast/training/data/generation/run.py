@@ -84,13 +84,7 @@ class GenerationRun:
     """
 
     def __init__(
-        self,
-        out: Path,
-        todo: list[Task],
-        endpoint: ChatEndpoint,
-        log: ResumeLog,
-        *,
-        again: int = 2,
+        self, out: Path, todo: list[Task], endpoint: ChatEndpoint, log: ResumeLog, *, again: int = 2
     ) -> None:
         self.out, self.todo, self.endpoint, self.again = out, todo, endpoint, again
         self.log = log
