@@ -74,18 +74,18 @@ def test_cached_module_state_is_not_copied_or_saved(name):
     with torch.no_grad():
         expected = vlm_fast.explain(model)
         model(**given)
-    assert any("_tree_snapshot" in vars(module) for module in model.modules())
+    assert any("_direct_tree" in vars(module) for module in model.modules())
     copied = copy.deepcopy(model)
     assert list(copied.state_dict()) == keys
-    assert not any(vars(module).get("_tree_snapshot") for module in copied.modules())
+    assert not any(vars(module).get("_direct_tree") for module in copied.modules())
     assert vlm_fast.explain(copied) == expected
     file = io.BytesIO()
-    torch.save(next(module for module in model.modules() if "_tree_snapshot" in vars(module)), file)
+    torch.save(next(module for module in model.modules() if "_direct_tree" in vars(module)), file)
     file.seek(0)
-    assert not vars(torch.load(file, weights_only=False))["_tree_snapshot"]
+    assert not vars(torch.load(file, weights_only=False))["_direct_tree"]
     vlm_fast.unpatch(model)
     if name.startswith("patched"):
-        assert not any("_tree_snapshot" in vars(module) for module in model.modules())
+        assert not any("_direct_tree" in vars(module) for module in model.modules())
 
 
 def test_unused_classes_are_collected():

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from vlm_fast.modules.fused_sequence import is_linear
+from vlm_fast.modules.fusable_runs import is_linear
 from vlm_fast.modules.parameter_access.chain import Chain, find_chain
 from vlm_fast.patching.models import anyres, image_token_merge
 from vlm_fast.patching.placeholder_masks import MaskSpec

@@ -204,6 +204,28 @@ MUTANTS = (
         "if parameter.dtype != weight.dtype or parameter.device != weight.device:", "if False:",
         "tests/modules",
     ),
+    Mutant(
+        "a guard ignores hooks", "vlm_fast/modules/parameter_access/guard.py",
+        "                self.test(\"not {0}[{1}]\", own, kind)\n", "                pass\n",
+        "tests/modules/test_changed_linears.py -k 'hook and MLPProjector'",
+    ),
+    Mutant(
+        "a guard ignores replaced parameters", "vlm_fast/modules/parameter_access/guard.py",
+        "self.test(\"{0}[{1}] is {2}\", parameters, name, parameter)", "pass",
+        "tests/modules/test_changed_linears.py -k 'no_fallback and weight'",
+    ),
+    Mutant(
+        "a guard ignores the dtype of parameters", "vlm_fast/modules/parameter_access/guard.py",
+        "        self.test(\"{0}.dtype is {1}\", parameter, parameter.dtype)\n", "",
+        "tests/modules/test_changed_linears.py -k same_size",
+    ),
+    Mutant(
+        "a shallow copy uses the answer of its original",
+        "vlm_fast/modules/parameter_access/remembered.py",
+        "if found is None or found.own is not own:\n        return None\n    if found.holds()",
+        "if found is None:\n        return None\n    if found.holds()",
+        "tests/modules/test_remembered_answers.py -k shallow_copy",
+    ),
 )  # fmt: skip
 
 

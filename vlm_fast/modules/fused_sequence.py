@@ -1,225 +1,126 @@
 """Call modules one after the other, and fuse each linear, activation, linear into one op.
 
-A fusable run is linear, activation, linear (`vlm_fast.ops.mlp`), or activation, linear if the
-linear before it belongs to another run (`vlm_fast.ops.act_linear`). The runs are found anew at each
-call, because children may have been replaced. All other modules are called.
+How the modules of a sequence run is a list of `Part`s. It is made at the first call, and again when
+a child, a parameter, a hook or anything else that it depends on has changed (see `guard`). Modules
+outside fusable runs are called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
-from vlm_fast.modules.parameter_access.activation import activation_name, why_not_activation
-from vlm_fast.modules.parameter_access.dtypes import why_dtypes_differ
-from vlm_fast.modules.parameter_access.linear import why_not_direct
-from vlm_fast.modules.parameter_access.module_calls import why_call_does_more
+from vlm_fast.modules.direct_runs import (
+    Part,
+    mlp_part,
+    mlp_steps,
+    run_part,
+    why_not_active,
+    why_not_input,
+    why_not_read,
+)
+from vlm_fast.modules.fusable_runs import Step, fusable_runs, why_no_fusable_run
+from vlm_fast.modules.parameter_access.dtypes import is_common_dtype
+from vlm_fast.modules.parameter_access.guard import Guard
+from vlm_fast.modules.parameter_access.remembered import recall, remember
 
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-
-
-class FunctionalDropout(NamedTuple):
-    """A call of ``F.dropout`` in a forward; ``always``: in eval mode too."""
-
-    p: float
-    always: bool = False
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.p, training=True)
-
-
-class Step(NamedTuple):
-    """A module or function to call, and its name for reasons."""
-
-    name: str
-    call: Any
+_PARTS = "_parts_of_sequence"  # where the parts are stored on the module that is called
 
 
-def is_linear(module: Any) -> bool:
-    """Whether a module is a linear or replaces one, such as an adapter or a quantized linear."""
-    if type(module) is nn.Linear:
-        return True
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
-
-
-def _may_be_identity(call: Any) -> bool:
-    """Whether a step is an nn.Identity or a dropout, which may return its input."""
-    return type(call) is nn.Identity or type(call) in (*_DROPOUTS, FunctionalDropout)
-
-
-def _why_not_identity(call: Any) -> str | None:
-    """Why an identity or dropout does not return its input now, or None."""
-    functional = type(call) is FunctionalDropout
-    if (functional or (type(call) is not nn.Identity and call.training)) and call.p > 0:
-        return f"it drops values (p={call.p})"
-    return None if functional else why_call_does_more(call)
-
-
-def fusable_runs(steps: Sequence[Step], saved: str) -> list[Sequence[Step]]:
-    """The steps in order, in groups: one for each fusable run, and one for each other step."""
-    parts: list[Sequence[Step]] = []
-    i = 0
-    while i < len(steps):
-        end = _end_of_run(steps, i, saved)
-        parts.append(steps[i:end])
-        i = end
-    return parts
-
-
-def _end_of_run(steps: Sequence[Step], i: int, saved: str) -> int:
-    """The end index of the fusable run that starts at step ``i``; ``i + 1`` if there is none."""
-    first = steps[i].call
-    act = _next_active(steps, i) if is_linear(first) else i
-    if act == len(steps) or activation_name(steps[act].call) is None:
-        return i + 1
-    if act == i and (saved == "all" or getattr(first, "inplace", False)):
-        return i + 1  # its output is kept for backward, or it would overwrite its input
-    last = _next_active(steps, act)
-    return last + 1 if last < len(steps) and is_linear(steps[last].call) else i + 1
-
-
-def _next_active(steps: Sequence[Step], i: int) -> int:
-    """The index of the next step after ``i`` that cannot be an identity."""
-    i += 1
-    while i < len(steps) and _may_be_identity(steps[i].call):
-        i += 1
-    return i
-
-
-def run_steps(owner: str, x: Tensor, steps: Sequence[Step], saved: str) -> Any:
-    """Apply all steps to ``x (..., features)``; fusable runs by one op each.
+def run_steps(owner: Any, x: Tensor, steps: Callable[[], Sequence[Step]], saved: str) -> Any:
+    """Apply steps to ``x (..., features)``; fusable runs by one op each.
 
     Args:
-        owner: name under which fallbacks are recorded.
+        owner: the module that is called, which contains the modules of all steps.
         x: the input of the first step.
-        steps: in calling order.
+        steps: gives the steps in calling order. They may depend on what `Guard` records.
         saved: see `vlm_fast.ops.mlp`.
     """
-    parts = fusable_runs(steps, saved)
-    if len(parts) == len(steps):
-        reason = why_no_fusable_run(steps, saved)
+    parts = recall(owner, _PARTS)
+    if parts is None:
+        parts = _parts(steps(), saved)
+        remember_parts(owner, _PARTS, parts, parts)
+    return run_parts(type(owner).__name__, x, parts)
+
+
+def recalled_parts(owner: Any) -> Sequence[Part] | None:
+    """The parts that `run_steps` would use for this module without asking anew, or None."""
+    found: Sequence[Part] | None = recall(owner, _PARTS)
+    return found
+
+
+def run_parts(owner: str, x: Tensor, parts: Sequence[Part]) -> Any:
+    """Apply all parts to ``x``. ``owner``: the name under which fallbacks are recorded."""
+    for steps, direct, reason in parts:
+        if direct is not None:
+            if is_common_dtype(x, direct.dtype) and len(direct.parameters) == 4:
+                reason = None
+            else:
+                reason = why_not_input(steps, x)
+            if reason is None:
+                x = direct.op(x, *direct.parameters, **direct.options)
+                continue
         if reason is not None:
             record_fallback(owner, reason)
-    for part in parts:
-        reason = "" if len(part) == 1 else _why_not_run(part, x)
-        if reason is None:
-            x = _fused(part, x, saved)
-            continue
-        if reason:
-            record_fallback(owner, reason)
-        for step in part:
+        for step in steps:
             x = step.call(x)
     return x
 
 
+def remember_parts(
+    owner: Any, key: str, answer: Any, parts: Sequence[Part], *others: nn.Module
+) -> None:
+    """Store ``answer``, which depends on these parts and on other modules that are read."""
+    if all(part.reason is None for part in parts):
+        remember(owner, key, answer, lambda: _guard_of_parts(owner, parts, others))
+
+
+def _guard_of_parts(owner: Any, parts: Sequence[Part], others: Sequence[nn.Module]) -> Guard:
+    read = [step.call for part in parts if part.direct is not None for step in part.steps]
+    modules = [call for call in read if isinstance(call, nn.Module)]
+    guard = Guard(owner, (*others, *modules))
+    guard.record_modes(owner, *modules)  # for dropouts, and functions that a forward calls
+    return guard
+
+
+def _parts(steps: Sequence[Step], saved: str) -> list[Part]:
+    parts = [
+        run_part(run, saved) if len(run) > 1 else Part(run) for run in fusable_runs(steps, saved)
+    ]
+    reason = why_no_fusable_run(steps, saved)
+    return parts if reason is None else [Part((), None, reason), *parts]
+
+
 def why_not_steps(steps: Sequence[Step], saved: str) -> str | None:
     """Why a fusable run would be called module by module next time, or None."""
-    reasons = (_why_not_run(part) for part in fusable_runs(steps, saved) if len(part) > 1)
+    runs = [run for run in fusable_runs(steps, saved) if len(run) > 1]
+    reasons = (why_not_read(run) or why_not_input(run, None) for run in runs)
     return why_no_fusable_run(steps, saved) or next((r for r in reasons if r is not None), None)
 
 
-def why_no_fusable_run(steps: Sequence[Step], saved: str) -> str | None:
-    """Why steps with two or more linears contain no fusable run; else None."""
-    linears = [i for i, step in enumerate(steps) if is_linear(step.call)]
-    if len(linears) < 2 or len(fusable_runs(steps, saved)) < len(steps):
-        return None
-    inside = steps[linears[0] + 1 : linears[1]]
-    between = [type(step.call).__name__ for step in inside if not _may_be_identity(step.call)]
-    if not between:
-        return "no activation stands between its linears"
-    if len(between) == 1:
-        return f"its activation {between[0]} is not one the kernels know"
-    return f"{' -> '.join(between)} stands between its linears, not one activation"
-
-
-def _why_not_run(run: Sequence[Step], x: Tensor | None = None) -> str | None:
-    """Why a step of a fusable run must be called as a module, or None.
-
-    ``x``: the input of the run; None stands for that of the last call.
-    """
-    for step in run:
-        if _may_be_identity(step.call):
-            reason = _why_not_identity(step.call)
-            if reason is not None:
-                return f"{step.name}: {reason}"
-    names, calls = zip(*_active(run), strict=True)
-    if len(calls) == 3:
-        return why_not_fused(*calls, x, names)
-    act, linear = calls
-    reason = why_not_activation(act)
-    if reason is not None:
-        return f"{names[0]}: {reason}"
-    reason = why_not_direct(linear)
-    if reason is not None:
-        return f"{names[1]}: {reason}"
-    return why_dtypes_differ(x, **{names[1]: linear}) or _why_not_cast_first(names[0], x)
-
-
-def _why_not_cast_first(name: str, x: Tensor | None) -> str | None:
-    """Why autocast casts only after the activation ``name``, or None; the op would cast before."""
-    if isinstance(x, Tensor):
-        device = "cuda" if x.is_cuda else "cpu"
-        if torch.is_autocast_enabled(device) and x.dtype is not torch.get_autocast_dtype(device):
-            return f"{name}: it is computed in {x.dtype}, and autocast then"
-    return None
-
-
-def _active(run: Sequence[Step]) -> list[Step]:
-    return [step for step in run if not _may_be_identity(step.call)]
-
-
-def _fused(run: Sequence[Step], x: Tensor, saved: str) -> Tensor:
-    *linears, act, last = (cast(Any, step.call) for step in _active(run))
-    activation = cast(str, activation_name(act))
-    if not linears:
-        return ops.act_linear(x, last.weight, last.bias, activation=activation)
-    (first,) = linears
-    return ops.mlp(
-        x, first.weight, first.bias, last.weight, last.bias, activation=activation, saved=saved
-    )
-
-
-def fused_mlp(
-    owner: str, x: Tensor, linear_1: nn.Module, act: nn.Module, linear_2: nn.Module, saved: str
-) -> Tensor:
+def fused_mlp(owner: Any, x: Tensor, children: Callable[[Any], Sequence[Any]], saved: str) -> Any:
     """``linear_2(act(linear_1(x)))`` of ``x (..., features)``; fused if `why_not_fused` is None.
 
-    ``owner``: name under which a fallback is recorded; ``saved``: see `vlm_fast.ops.mlp`.
+    Args:
+        owner: the module that is called, under whose name a fallback is recorded.
+        x: the input.
+        children: gives linear_1, act and linear_2 of the owner.
+        saved: see `vlm_fast.ops.mlp`.
     """
-    reason = why_not_fused(linear_1, act, linear_2, x)
-    if reason is not None:
-        record_fallback(owner, reason)
-        return linear_2(act(linear_1(x)))
-    first, second = cast(nn.Linear, linear_1), cast(nn.Linear, linear_2)
-    return ops.mlp(
-        x, first.weight, first.bias, second.weight, second.bias,
-        activation=cast(str, activation_name(act)), saved=saved,
-    )  # fmt: skip
+    parts = recall(owner, _PARTS)
+    if parts is None:
+        parts = (mlp_part(children(owner), saved),)
+        remember_parts(owner, _PARTS, parts, parts)
+    return run_parts(type(owner).__name__, x, parts)
 
 
-def why_not_fused(
-    linear_1: nn.Module,
-    act: Any,
-    linear_2: nn.Module,
-    x: Tensor | None = None,
-    names: Sequence[str] = ("linear_1", "act", "linear_2"),
-) -> str | None:
+def why_not_fused(linear_1: nn.Module, act: Any, linear_2: nn.Module) -> str | None:
     """Why linear, activation and linear cannot run as one op, or None.
 
-    Args:
-        linear_1, act, linear_2: the modules.
-        x: the input; None stands for that of the last call.
-        names: of the three modules, for the reason.
+    The input is taken to have the dtype of the last one.
     """
-    checks = (why_not_direct, why_not_activation, why_not_direct)
-    for name, why_not, child in zip(names, checks, (linear_1, act, linear_2), strict=True):
-        reason = why_not(child)
-        if reason is not None:
-            return f"{name}: {reason}"
-    return why_dtypes_differ(x, **{names[0]: linear_1, names[2]: linear_2})
+    run = mlp_steps(linear_1, act, linear_2)
+    return why_not_active(run) or why_not_input(run, None)

@@ -12,6 +12,7 @@ from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.parameter_access.activation import activation_name
 from vlm_fast.modules.parameter_access.module_tree import why_not_direct_tree
+from vlm_fast.modules.parameter_access.module_view import view_of
 from vlm_fast.ops.argument_errors import not_a_tensor, wrong_type, wrong_value
 
 OP = "GatedCrossAttentionBlock"
@@ -149,7 +150,8 @@ class GatedCrossAttentionBlock(nn.Module):
             ValueError: shapes do not fit, or the text has more media tokens than there are media
                 (on CUDA checked on the device, see `vlm_fast.ops.media_cross_attention`).
         """
-        return gated_block(self, x, media, media_locations, use_cached_media)
+        reason = why_not_fused(self)
+        return gated_block(self, x, media, media_locations, use_cached_media, reason)
 
 
 def why_not_fused(block: Any) -> str | None:
@@ -158,16 +160,19 @@ def why_not_fused(block: Any) -> str | None:
 
 
 def gated_block(
-    block: Any, x: Tensor, media: Any, media_locations: Tensor | None, use_cached_media: bool
-) -> Tensor:
-    """The forward of any module with the children of a `GatedCrossAttentionBlock`; see there."""
-    reason = why_not_fused(block)
+    block: Any, x: Tensor, media: Any, media_locations: Tensor | None, use_cached_media: bool,
+    reason: str | None,
+) -> Tensor:  # fmt: skip
+    """The forward of a module with the children of a `GatedCrossAttentionBlock`; see there.
+
+    ``reason``: that of `why_not_fused`.
+    """
     if reason is not None:
         record_fallback(type(block).__name__, reason)
         attended = block.attn(x, media, media_locations, use_cached_media)
         x = ops.gated_add(x, attended.to(x.dtype), block.attn_gate)
         return ops.gated_add(x, block.ff(x).to(x.dtype), block.ff_gate)
-    norm, linear_1, act, linear_2 = block.ff
+    norm, linear_1, act, linear_2 = view_of(block).ff
     attended = attend(block.attn, x, media, media_locations, use_cached_media)
     x, normed = ops.gated_add_norm(
         x, attended.to(x.dtype), block.attn_gate, norm.weight, norm.bias, eps=norm.eps
@@ -180,11 +185,7 @@ def gated_block(
 
 
 def attend(
-    attn: Any,
-    x: Tensor,
-    media: Any,
-    media_locations: Tensor | None,
-    use_cached_media: bool,
+    attn: Any, x: Tensor, media: Any, media_locations: Tensor | None, use_cached_media: bool
 ) -> Tensor:
     """The forward of any module with the children of a `MaskedCrossAttention`, which are called."""
     if not isinstance(x, Tensor):

@@ -16,10 +16,10 @@ def rms_norm(x: Tensor, norm: Any) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
-def why_not_gated_mlp(layer: Any) -> str | None:
-    """Why `vlm_fast.ops.gated_mlp`, which has no biases, cannot compute a layer's MLP, or None."""
+def why_not_gated_mlp(mlp: Any) -> str | None:
+    """Why `vlm_fast.ops.gated_mlp`, which has no biases, cannot compute an MLP, or None."""
     for name in ("gate_proj", "up_proj", "down_proj"):
-        if getattr(layer.mlp, name).bias is not None:
+        if getattr(mlp, name).bias is not None:
             return f"mlp.{name}: it has a bias"
     return None
 

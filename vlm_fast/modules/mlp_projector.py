@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ class MLPProjector(nn.Module):
         Raises:
             TypeError, ValueError: as `vlm_fast.ops.mlp`.
         """
-        return fused_mlp("MLPProjector", x, self.linear_1, self.act, self.linear_2, self.saved)
+        return fused_mlp(self, x, _children_of, self.saved)
 
     def merge(self, inputs_embeds: Tensor, x: Tensor, image_mask: Tensor) -> Tensor:
         """Project ``x`` and put its rows into ``inputs_embeds``, in order, where the mask is true.
@@ -112,6 +113,9 @@ class MLPProjector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"saved={self.saved!r}"
+
+
+_children_of = attrgetter("linear_1", "act", "linear_2")
 
 
 def _known_saved(saved: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlm_fast.modules.fused_sequence import fused_mlp
+from vlm_fast.modules.normed_mlp import NormedMLP, normed_mlp
 from vlm_fast.modules.parameter_access.activation import activation_module
 from vlm_fast.modules.parameter_access.norm import RMSNorm, shuffle_and_norm
 from vlm_fast.modules.token_grid import grid_of
@@ -86,7 +87,8 @@ class PatchMerger(nn.Module):
         index = None
         if window_index is not None:
             index = blocks_in_place(window_index, self.factor)
-        return merge_patches(type(self).__name__, x, self, self.factor, self.norm_after, index)
+        parts = normed_mlp(self, children_of)
+        return merge_patches(type(self).__name__, x, parts, self.factor, self.norm_after, index)
 
 
 class PixelShuffleProjector(nn.Module):
@@ -141,34 +143,34 @@ class PixelShuffleProjector(nn.Module):
             ValueError: the tokens do not form the grid, or the factor does not divide it.
         """
         height, width = grid_of(type(self).__name__, x, height, width)
-        name = type(self).__name__
+        name, parts = type(self).__name__, normed_mlp(self, _children_of_projector)
         x = shuffle_and_norm(
-            name, x, self.layer_norm, height=height, width=width, factor=self.factor,
+            name, x, parts.norm, parts.parameters, height=height, width=width, factor=self.factor,
             norm_after=True,
         )  # fmt: skip
-        return fused_mlp(name, x, self.linear_1, self.act, self.linear_2, "preactivation")
+        return parts.mlp(name, x)
 
 
 def merge_patches(
     owner: str,
     x: Tensor,
-    merger: Any,
+    parts: NormedMLP,
     factor: int,
     norm_after: bool,
     index: Tensor | None = None,
-    saved: str = "preactivation",
 ) -> Tensor:
-    """The forward of any module with the children of a `PatchMerger`; see there.
+    """The forward of any module with the children of a `PatchMerger`, which are ``parts``.
 
-    ``index``: int ``(blocks, factor ** 2)``, the rows of ``x`` that each block consists of.
+    ``owner``: name for fallbacks; ``index``: int ``(blocks, factor ** 2)``, the rows of each block.
     """
-    norm, linear_1, act, linear_2 = children_of(merger)
     x = shuffle_and_norm(
-        owner, x.reshape(-1, factor**2, x.shape[-1]), norm, height=factor, width=factor,
-        factor=factor, norm_after=norm_after, index=index,
+        owner, x.reshape(-1, factor**2, x.shape[-1]), parts.norm, parts.parameters,
+        height=factor, width=factor, factor=factor, norm_after=norm_after, index=index,
     )  # fmt: skip
-    x = x.flatten(0, -2)
-    return fused_mlp(owner, x, linear_1, act, linear_2, saved)
+    return parts.mlp(owner, x.flatten(0, -2))
+
+
+_children_of_projector = attrgetter("layer_norm", "linear_1", "act", "linear_2")
 
 
 def children_of(merger: Any) -> tuple[nn.Module, ...]:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_fast import ops
-from vlm_fast.modules.fused_sequence import fused_mlp
+from vlm_fast.modules.direct_runs import mlp_part
+from vlm_fast.modules.fused_sequence import run_parts
 
 OP = "PerceiverResampler"
 KeysValues = tuple[Tensor, Tensor]
@@ -47,7 +48,8 @@ class Layer(NamedTuple):
 
 def fused_sequence(norm: Any, linear_1: Any, act: Any, linear_2: Any) -> Callable[[Tensor], Tensor]:
     """``linear_2(act(linear_1(norm(x))))`` as a function."""
-    return lambda x: fused_mlp(OP, norm(x), linear_1, act, linear_2, "preactivation")
+    parts = (mlp_part((linear_1, act, linear_2), "preactivation"),)
+    return lambda x: run_parts(OP, norm(x), parts)
 
 
 def resample(

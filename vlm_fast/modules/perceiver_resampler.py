@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast.fallback import record_fallback
-from vlm_fast.modules.parameter_access.module_tree import why_not_direct_tree
+from vlm_fast.modules.parameter_access.module_tree import derived, why_not_direct_tree
 from vlm_fast.modules.perceiver_layer import OP, Layer, attend, fused_sequence, resample
 from vlm_fast.ops.argument_errors import check_tensor, not_a_tensor, wrong_value
 
@@ -114,11 +114,11 @@ class PerceiverResampler(nn.Module):
             ValueError: x has another number of dimensions or width, or more media or frames than
                 there are embeddings.
         """
-        return resample_media(self, x)
+        return resample_media(self, x, why_not_direct_tree(self, biases=False))
 
 
-def resample_media(module: Any, x: Any) -> Tensor:
-    """The forward of any module with the children of a `PerceiverResampler`; see there."""
+def resample_media(module: Any, x: Any, reason: str | None) -> Tensor:
+    """As `PerceiverResampler.forward`. ``reason``: why the layers of the module are called."""
     _check(module, x)
     batch, media, frames = x.shape[:3]
     if module.frame_embs is not None:
@@ -127,10 +127,8 @@ def resample_media(module: Any, x: Any) -> Tensor:
     if module.media_time_embs is not None:
         x = x + module.media_time_embs[:media]
     context = x.flatten(0, 1)
-    reason = why_not_direct_tree(module, biases=False)
     if reason is None:
-        layers = [layer_of_openflamingo(attention, ff) for attention, ff in module.layers]
-        latents = resample(context, module.latents, layers)
+        latents = resample(context, module.latents, derived(module, _layers_of))
     else:
         record_fallback(type(module).__name__, reason)
         latents = module.latents.expand(context.shape[0], -1, -1).unsqueeze(1)
@@ -139,6 +137,10 @@ def resample_media(module: Any, x: Any) -> Tensor:
             latents = ff(latents) + latents
     # The norm comes last: a unit of FSDP2 must not return a view.
     return module.norm(latents.reshape(batch, media, *module.latents.shape))
+
+
+def _layers_of(module: Any) -> list[Layer]:
+    return [layer_of_openflamingo(attention, ff) for attention, ff in module.layers]
 
 
 def layer_of_openflamingo(attention: Any, ff: Any) -> Layer:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.mlp_projector import MLPProjector
+from vlm_fast.modules.normed_mlp import NormedMLP, normed_mlp
 from vlm_fast.modules.parameter_access.norm import RMSNorm, shuffle_and_norm
 from vlm_fast.modules.token_grid import grid_of
 from vlm_fast.ops.argument_errors import wrong_value
@@ -112,9 +115,7 @@ class PooledNormProjector(nn.Module):
             TypeError, ValueError: as `vlm_fast.ops.spatial_pool`; or x comes from a `TokenMerger`.
         """
         height, width = grid_of(type(self).__name__, x, height, width)
-        normed = pooled_norm(
-            type(self).__name__, x, self.mm_soft_emb_norm, height, width, self.stride
-        )
+        normed = pooled_norm(self, x, height, width, self.stride, normed_mlp(self, norm_of))
         return times_matrix(normed, self.mm_input_projection_weight)
 
 
@@ -137,8 +138,19 @@ def times_matrix(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def pooled_norm(
-    owner: str, x: Tensor, norm: nn.Module, height: int, width: int, stride: int
+    owner: Any, x: Tensor, height: int, width: int, stride: int, parts: NormedMLP
 ) -> Tensor:
-    """The means of windows ``(batch, pooled, features)``, then ``norm``; see `SpatialPool`."""
+    """The means of windows ``(batch, pooled, features)``, then the norm of ``owner``.
+
+    See `SpatialPool`. ``parts``: the norm.
+    """
     x = ops.spatial_pool(x, height=height, width=width, stride=stride)
-    return shuffle_and_norm(owner, x, norm, height=x.shape[-2], width=1, factor=1, norm_after=False)
+    return shuffle_and_norm(
+        type(owner).__name__, x, parts.norm, parts.parameters,
+        height=x.shape[-2], width=1, factor=1, norm_after=False,
+    )  # fmt: skip
+
+
+def norm_of(projector: Any) -> tuple[nn.Module]:
+    """The norm of a `PooledNormProjector`, for `normed_mlp`."""
+    return (projector.mm_soft_emb_norm,)

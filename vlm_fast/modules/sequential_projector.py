@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_fast.modules.fused_sequence import Step, run_steps
+from vlm_fast.modules.fusable_runs import Step
+from vlm_fast.modules.fused_sequence import run_steps
 from vlm_fast.modules.parameter_access.activation import activation_module
 from vlm_fast.ops.argument_errors import wrong_value
 from vlm_fast.ops.mlp import SAVED
@@ -73,9 +74,11 @@ class SequentialProjector(nn.Sequential):
         Raises:
             TypeError, ValueError: as `vlm_fast.ops.mlp`.
         """
-        steps = [Step(name, child) for name, child in self._modules.items()]
-        result: Tensor = run_steps("SequentialProjector", input, steps, self.saved)
+        result: Tensor = run_steps(self, input, self._steps, self.saved)
         return result
+
+    def _steps(self) -> list[Step]:
+        return [Step(name, child) for name, child in self._modules.items()]
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

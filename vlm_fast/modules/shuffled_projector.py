@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.fused_sequence import fused_mlp
-from vlm_fast.modules.parameter_access.activation import activation_module
+from vlm_fast.modules.normed_mlp import normed_mlp
+from vlm_fast.modules.parameter_access.activation import FunctionalActivation, activation_module
 from vlm_fast.modules.parameter_access.norm import RMSNorm, shuffle_and_norm
 from vlm_fast.modules.token_grid import grid_of
 from vlm_fast.ops.argument_errors import check_tensor, wrong_value
@@ -110,13 +112,12 @@ class PixelShuffleMLP(nn.Module):
             ValueError: the tokens do not form the grid, or the factor does not divide it.
         """
         check_tensor(type(self).__name__, "x", x)
-        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         x = _shuffled(x, self.factor, height, width)
         if self.training and self.dropout.p > 0:
-            h = fc2(self.dropout(nn.functional.gelu(fc1(x))))  # type: ignore[operator]
+            fc1, _, fc2 = _children_of_mlp(self)
+            h = fc2(self.dropout(nn.functional.gelu(fc1(x))))
         else:
-            gelu = activation_module("gelu")
-            h = fused_mlp(type(self).__name__, x, fc1, gelu, fc2, "preactivation")  # type: ignore[arg-type]
+            h = fused_mlp(self, x, _children_of_mlp, "preactivation")
         return nn.functional.gelu(h)
 
 
@@ -175,13 +176,19 @@ class RaggedMergerProjector(nn.Module):
         if x.ndim != 2 or x.shape[0] != cells:
             raise wrong_value(name, "x", x, f"({cells}, features), the cells of the grids")
         index = rows_of_blocks(grids, self.factor, x.device)
+        parts, merging = normed_mlp(self, _children_of_merger), self.patch_merger.merging_layer
         x = shuffle_and_norm(
-            name, x, self.norm, factor=self.factor, norm_after=False, layout="channel", index=index
-        )
-        merging: Any = self.patch_merger.merging_layer
-        return fused_mlp(
-            name, merging(x), self.linear_1, self.act, self.linear_2, "preactivation"
+            name, x, parts.norm, parts.parameters, factor=self.factor, norm_after=False,
+            layout="channel", index=index,
         )  # fmt: skip
+        return parts.mlp(name, merging(x))  # type: ignore[operator]
+
+
+def _children_of_mlp(owner: Any) -> tuple[Any, ...]:
+    return owner.mlp.fc1, FunctionalActivation("gelu"), owner.mlp.fc2
+
+
+_children_of_merger = attrgetter("norm", "linear_1", "act", "linear_2")
 
 
 def _shuffled(x: Tensor, factor: int, height: int | None, width: int | None) -> Tensor:

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 from torch import nn
 
 from vlm_fast.modules.parameter_access.module_calls import has_replaced_forward
-from vlm_fast.modules.parameter_access.module_tree import forget_snapshot
+from vlm_fast.modules.parameter_access.remembered import forget
 
 
 class PatchSpec(NamedTuple):
@@ -100,7 +100,7 @@ def swap_back(module: Any) -> None:
         raise ValueError(f"vlm_fast: {name} stays patched: {reason}")
     drop_redundant_forward(module)
     module.__class__ = type(module).patch_spec.base
-    forget_snapshot(module)
+    forget(module)
 
 
 def drop_redundant_forward(module: nn.Module) -> None:

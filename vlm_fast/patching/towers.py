@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from vlm_fast.modules.fused_sequence import is_linear
+from vlm_fast.modules.fusable_runs import is_linear
 from vlm_fast.modules.parameter_access.original_code import class_before_patch
 
 MIN_EQUAL_BLOCKS = 3

@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from vlm_fast.modules.fused_sequence import Step, is_linear, why_no_fusable_run
+from vlm_fast.modules.fusable_runs import Step, is_linear, why_no_fusable_run
 from vlm_fast.modules.parameter_access.activation import FunctionalActivation, activation_name
 from vlm_fast.modules.parameter_access.chain_tracing import (
     NO_CHAIN,
     Call,
-    plain_attributes,
     trace_calls,
 )
 from vlm_fast.modules.parameter_access.module_calls import FORWARD_REPLACED, has_replaced_forward
 from vlm_fast.modules.parameter_access.original_code import why_not_original_code
+from vlm_fast.modules.parameter_access.recordable import plain_attributes
 
 
 class Chain(NamedTuple):
@@ -96,7 +96,9 @@ def _traced_chain(module: nn.Module) -> Chain | str:
     for name, child in module._modules.items():
         if child is not None and name not in calls:  # another call might run it
             return f"its forward leaves out {name}"
-    return Chain(calls, argument, "", tuple(module._modules), plain_attributes(module))
+    missing = [(name, None) for name, child in module._modules.items() if child is None]
+    attributes = (*plain_attributes(module), *missing)
+    return Chain(calls, argument, "", tuple(module._modules), attributes)
 
 
 def _has_two_linears(module: nn.Module) -> bool:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from vlm_fast.modules.fused_sequence import FunctionalDropout
+from vlm_fast.modules.fusable_runs import FunctionalDropout
 from vlm_fast.modules.parameter_access.activation import GELUS, FunctionalActivation
 from vlm_fast.modules.parameter_access.original_code import why_method_replaced
 
@@ -47,17 +46,6 @@ def trace_calls(module: nn.Module) -> tuple[str, tuple[Call, ...]] | str:
     if len(in_training) != len(in_eval) or None in calls:
         return "its forward is another one in training"
     return argument, tuple(call for call in calls if call is not None)
-
-
-def plain_attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """Names and values of the attributes that a forward may branch on and that can be compared."""
-    own = {**vars(module), **{n: c for n, c in module._modules.items() if c is None}}
-    kinds = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
-    return tuple(
-        (name, value)
-        for name, value in own.items()
-        if not name.startswith("_") and name != "training" and isinstance(value, kinds)
-    )
 
 
 def _merge_modes(in_training: Call, in_eval: Call) -> Call | None:

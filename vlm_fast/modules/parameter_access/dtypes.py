@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fast.ops.declaration import FLOATS
+from vlm_fast.ops.transforms import constant_while_compiling
 
 # For each module whose last input had another dtype than its weight, the dtype of that input.
-_last_input: WeakKeyDictionary[nn.Module, torch.dtype] = WeakKeyDictionary()
+# It is made when an input first differs, so that the usual case is cheap to tell.
+_last_input: WeakKeyDictionary[nn.Module, torch.dtype] | None = None
 
 
 def why_dtypes_differ(x: Any, **modules: Any) -> str | None:
@@ -34,7 +36,7 @@ def why_dtypes_differ(x: Any, **modules: Any) -> str | None:
     if _autocasts(first.weight if x is None else x):
         return None
     if x is None:
-        given = _last_input.get(first, dtype)
+        given = dtype if _last_input is None else _last_input.get(first, dtype)
     else:
         given = x.dtype
         if not torch.compiler.is_compiling():
@@ -45,13 +47,30 @@ def why_dtypes_differ(x: Any, **modules: Any) -> str | None:
     return None
 
 
+def is_common_dtype(x: Any, dtype: torch.dtype | None) -> bool:
+    """Whether `why_dtypes_differ` surely gives None for ``x`` and weights that all have ``dtype``.
+
+    ``dtype`` is None if the weights have several. This is only a quick test for the usual case.
+    """
+    return dtype is not None and getattr(x, "dtype", None) is dtype and not _has_other_input()
+
+
+@constant_while_compiling
+def _has_other_input() -> bool:
+    """Whether the last input of any module had another dtype than its weight."""
+    return bool(_last_input)
+
+
 def _autocasts(x: Tensor) -> bool:
     # Autocast does not cast float64.
     return x.dtype in FLOATS and torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
 
 
 def _record_input(module: nn.Module, given: torch.dtype, dtype: torch.dtype) -> None:
+    global _last_input
     if given is not dtype:
+        if _last_input is None:
+            _last_input = WeakKeyDictionary()
         _last_input[module] = given
-    elif _last_input:
+    elif _last_input is not None:
         _last_input.pop(module, None)

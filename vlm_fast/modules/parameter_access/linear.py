@@ -2,7 +2,8 @@
 
 Only if ``F.linear(x, linear.weight, linear.bias)`` is exactly what ``linear(x)`` would compute.
 LoRA, hooks, quantization, sharding and offloading all break that, most of them silently. So this is
-checked at every call, which takes a few microseconds, and the answer is a readable reason.
+asked before the first call and after every change, see `remembered`; the answer is a readable
+reason.
 """
 
 from __future__ import annotations

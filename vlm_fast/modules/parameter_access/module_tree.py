@@ -1,19 +1,16 @@
 """May an op read the parameters of all submodules of a module directly, instead of calling them?
 
 `linear.why_not_direct` answers this for one linear in a few microseconds. A Q-Former reads a
-hundred linears in every forward. So the answer for a tree is stored on its root, together with the
-facts that it depends on. Each call then only compares: the same children, classes, code and
-parameters, and no hooks or wrappers.
+hundred linears in every forward. So the answer for a tree is stored on its root, with a `Guard`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _nn_module
 
 from vlm_fast.modules.parameter_access.activation import activation_name, why_not_activation
 from vlm_fast.modules.parameter_access.attention_settings import (
@@ -22,26 +19,20 @@ from vlm_fast.modules.parameter_access.attention_settings import (
     has_attention_choice,
     why_unknown_attention,
 )
+from vlm_fast.modules.parameter_access.guard import Guard
 from vlm_fast.modules.parameter_access.linear import why_not_direct
 from vlm_fast.modules.parameter_access.module_calls import (
     GLOBAL_HOOKS,
-    HOOKS,
-    has_replaced_forward,
     only_output_hooks,
     why_call_does_more,
 )
 from vlm_fast.modules.parameter_access.original_code import (
     class_before_patch,
     defining_package,
-    own_methods,
     why_not_original_class,
 )
-from vlm_fast.modules.parameter_access.sharded_parameters import is_zero3_partitioned
+from vlm_fast.modules.parameter_access.remembered import recall, remember, stored
 
-_ALL_GLOBAL_HOOKS = [
-    getattr(_nn_module, f"_global_{kind}_hooks")
-    for kind in ("forward", "forward_pre", "backward")
-] + [_nn_module._global_backward_pre_hooks]  # fmt: skip
 # Classes of torch whose forward the ops of this package replace.
 _KNOWN_TORCH_CLASSES = {
     nn.LayerNorm, nn.Dropout, nn.ModuleList, nn.Sequential, nn.Identity, nn.Tanh,
@@ -49,73 +40,49 @@ _KNOWN_TORCH_CLASSES = {
 }  # fmt: skip
 
 
-class TreeSnapshot:
-    """The submodules of a root and, after `record`, all facts that the answer depends on."""
+DIRECT_TREE = "_direct_tree"  # where the answer is stored on the root
+
+
+class DirectTree:
+    """What is known of a tree whose parameters can all be read directly.
+
+    Attributes:
+        parameters: those of the root and of its submodules, without None.
+        dtypes: the dtypes of these parameters, each once.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.parameters = list(root.parameters())
+        self.dtypes = list({p.dtype: None for p in self.parameters})
+        self._derived: dict[Any, Any] = {}
+
+    def derived(self, make: Callable[[Any], Any], root: Any) -> Any:
+        """``make(root)``, made once. It may depend on what a `Guard` of the tree records."""
+        if make not in self._derived:
+            self._derived[make] = make(root)
+        return self._derived[make]
+
+
+class ModuleTree:
+    """The submodules of a root, and the questions whether they can be read directly."""
 
     def __init__(self, root: nn.Module) -> None:
         self.package = defining_package(class_before_patch(root))
         found = {name: m for name, m in root.named_modules() if m is not root}
         self.names, self.modules = list(found), list(found.values())
-        self.owns = [m.__dict__ for m in self.modules]
-        self.types = list(map(type, self.modules))
         self.root_class = class_before_patch(root)
         choosing: list[Any] = [m for m in (root, *self.modules) if has_attention_choice(m)]
         self.attentions = list({id(m.config): m for m in choosing}.values())
 
-    def record(self, root: nn.Module) -> None:
-        """Store what `unchanged` compares at later calls."""
-        kinds = {self.root_class, *(class_before_patch(m) for m in self.modules)}
-        self.code = [
-            (kind, name, function)
-            for kind in kinds
-            for name, function in (
-                *own_methods(kind),
-                ("forward", kind.forward),
-                ("__call__", kind.__call__),
-            )
-        ]
-        self.implementations = [
-            (module.config, *chosen, attention_function(*chosen))
-            for module in self.attentions
-            for chosen in [chosen_attention(module)]
-        ]
-        self.hooks = [own[kind] for own in self.owns for kind in HOOKS] + _ALL_GLOBAL_HOOKS
-        parents = [root.__dict__, *self.owns]
-        self.slots = [(own["_modules"], name) for own in parents for name in own["_modules"]]
-        self.children = [children[name] for children, name in self.slots]
-        self.parameter_slots = [
-            (own, own["_parameters"], name) for own in self.owns for name in own["_parameters"]
-        ]
-        self.parameters = [parameters[name] for _, parameters, name in self.parameter_slots]
-
-    def unchanged(self) -> bool:
-        """Whether all recorded facts still hold."""
-        for kind, method, function in self.code:
-            if getattr(kind, method) is not function:
-                return False
-        for config, name, eager_module, function in self.implementations:
-            if config._attn_implementation != name:
-                return False
-            if attention_function(name, eager_module) is not function:
-                return False
-        if any(self.hooks) and not all(map(only_output_hooks, filter(None, self.hooks))):
-            return False
-        if list(map(type, self.modules)) != self.types:
-            return False
-        for children, (slots, name) in zip(self.children, self.slots, strict=True):
-            if slots.get(name) is not children:
-                return False
-        for parameter, (own, slots, name) in zip(
-            self.parameters, self.parameter_slots, strict=True
-        ):
-            if slots.get(name) is not parameter or name in own:  # an attribute hides it
-                return False
-        for own, module in zip(self.owns, self.modules, strict=True):
-            if "forward" in own and has_replaced_forward(module):
-                return False
-            if own.get("_compiled_call_impl") is not None:
-                return False
-        return not any(map(_is_absent, self.parameters))
+    def guard(self, root: nn.Module) -> Guard:
+        """The facts that the answer of `why_not` depends on."""
+        guard = Guard(root, self.modules, methods=True)
+        for module in self.attentions:
+            name, eager_module = chosen_attention(module)
+            guard.test("{0}._attn_implementation == {1}", module.config, name)
+            function = attention_function(name, eager_module)
+            guard.test("{0}({1}, {2}) is {3}", attention_function, name, eager_module, function)
+        return guard
 
     def why_not(self, biases: bool = True, unread: str | None = None) -> str | None:
         """See `why_not_direct_tree`; computed anew."""
@@ -171,10 +138,6 @@ class TreeSnapshot:
             return "it has no weight or no bias"
         return why_call_does_more(module, ignore_forward_hooks=True)
 
-    def __reduce__(self) -> Any:
-        # A copy of the root must look at its own children: a copied snapshot becomes None.
-        return type(None), ()
-
 
 def why_not_direct_tree(
     root: nn.Module, *, biases: bool = True, unread: str | None = None
@@ -186,31 +149,34 @@ def why_not_direct_tree(
         biases: whether each linear must have a bias.
         unread: name of a child that the forward of its parent never calls.
     """
-    snapshot = root.__dict__.get("_tree_snapshot")
-    if torch.compiler.is_compiling():
-        return TreeSnapshot(root).why_not(biases, unread)
-    if snapshot is not None and snapshot.unchanged():
+    if recall(root, DIRECT_TREE) is not None:
         return None
-    tree = TreeSnapshot(root)
+    tree = ModuleTree(root)
     reason = tree.why_not(biases, unread)
-    if reason is None:
-        tree.record(root)
-        # A plain attribute of the root: both are garbage-collected together.
-        object.__setattr__(root, "_tree_snapshot", tree)
+    if reason is None and not torch.compiler.is_compiling():
+        remember(root, DIRECT_TREE, DirectTree(root), lambda: tree.guard(root))
     return reason
 
 
-def forget_snapshot(root: nn.Module) -> None:
-    """Remove what `why_not_direct_tree` has stored on ``root``."""
-    root.__dict__.pop("_tree_snapshot", None)
+def derived(root: Any, make: Callable[[Any], Any]) -> Any:
+    """``make(root)``; stored together with the answer of `why_not_direct_tree`, if that is stored.
+
+    To be called after `why_not_direct_tree` has given None for this root.
+    """
+    tree = stored_tree(root)
+    return make(root) if tree is None else tree.derived(make, root)
 
 
-def tree_parameters(root: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of ``root`` and its submodules, from the stored snapshot if there is one."""
-    snapshot = root.__dict__.get("_tree_snapshot")
-    if snapshot is None or torch.compiler.is_compiling():
-        return root.parameters()
-    return (p for p in (*root._parameters.values(), *snapshot.parameters) if p is not None)
+def stored_tree(root: Any) -> DirectTree | None:
+    """What `why_not_direct_tree` has stored on a root, or None; None too while compiling."""
+    found: DirectTree | None = stored(root, DIRECT_TREE)
+    return found
+
+
+def tree_parameters(root: nn.Module) -> Iterable[nn.Parameter]:
+    """The parameters of ``root`` and its submodules, from the stored answer if there is one."""
+    tree = stored_tree(root)
+    return root.parameters() if tree is None else tree.parameters
 
 
 def why_tree_dtypes_differ(root: nn.Module, *inputs: Tensor | None) -> str | None:
@@ -219,11 +185,14 @@ def why_tree_dtypes_differ(root: nn.Module, *inputs: Tensor | None) -> str | Non
     Under autocast linears compute in its dtype; norms and gates may then have the dtype of the
     first input, or float32.
     """
-    dtype = next(x.dtype for x in inputs if x is not None)
-    device = next(x.device.type for x in inputs if x is not None)
+    given = [x for x in inputs if x is not None]
+    dtype, device = given[0].dtype, given[0].device.type
+    tree = stored_tree(root)
+    if tree is not None and tree.dtypes == [dtype] == list({x.dtype: None for x in given}):
+        return None
     autocasts = torch.is_autocast_enabled(device)
-    for x in inputs:
-        if x is not None and x.dtype is not dtype and not autocasts:
+    for x in given:
+        if x.dtype is not dtype and not autocasts:
             return f"its inputs are {dtype} and {x.dtype}"
     for parameter in tree_parameters(root):
         found = parameter.dtype
@@ -232,7 +201,3 @@ def why_tree_dtypes_differ(root: nn.Module, *inputs: Tensor | None) -> str | Non
         if not autocasts or (parameter.ndim == 1 and found is not torch.float32):
             return f"it has parameters in {found}, its input is {dtype}"
     return None
-
-
-def _is_absent(parameter: Tensor | None) -> bool:
-    return parameter is not None and (parameter.is_meta or is_zero3_partitioned(parameter))

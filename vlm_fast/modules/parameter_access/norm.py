@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
-from vlm_fast.modules.parameter_access.dtypes import why_dtypes_differ
+from vlm_fast.modules.parameter_access.dtypes import is_common_dtype, why_dtypes_differ
 from vlm_fast.modules.parameter_access.linear import why_not_readable
 from vlm_fast.modules.parameter_access.module_calls import why_call_does_more
 
@@ -85,6 +85,7 @@ def shuffle_and_norm(
     owner: str,
     x: Tensor,
     norm: nn.Module,
+    found: NormParameters | str,
     *,
     height: int = 0,
     width: int = 0,
@@ -96,10 +97,10 @@ def shuffle_and_norm(
     """`vlm_fast.ops.pixel_shuffle_norm` with the parameters of ``norm``.
 
     The norm is called as a module instead if its parameters cannot be read directly. ``owner`` is
-    the name under which that fallback is recorded; the other arguments are those of the op.
+    the name under which that fallback is recorded, ``found`` what `norm_parameters` gives for the
+    norm; the other arguments are those of the op.
     """
     grid: dict[str, Any] = dict(height=height, width=width, factor=factor, layout=layout)
-    found = norm_parameters(norm)
     reason = f"norm: {found}" if isinstance(found, str) else _why_not_dtype(found, norm, x)
     if isinstance(found, str) or reason is not None:
         record_fallback(owner, str(reason))
@@ -149,7 +150,7 @@ def why_not_direct_norm(norm: nn.Module, linear: nn.Module | None = None) -> str
 
 def _why_not_dtype(found: NormParameters, norm: nn.Module, x: Tensor | None) -> str | None:
     dtype = found.weight.dtype
-    if found.keeps_dtype and dtype is torch.float32:
+    if (found.keeps_dtype and dtype is torch.float32) or is_common_dtype(x, dtype):
         return None
     reason = why_dtypes_differ(x, norm=norm)
     if reason is None and x is not None and dtype not in (x.dtype, torch.float32):

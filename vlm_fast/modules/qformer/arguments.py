@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +29,7 @@ def check_arguments(
     n = tokens if query_length is None else query_length
     if not 0 <= n <= tokens:
         raise wrong_value(OP, "query_length", n, f"0 to {tokens}, the tokens of query_embeds")
-    images = check_image(qformer.encoder, n, batch, image, image_mask, projected)
+    images = check_image(qformer.encoder.layer, n, batch, image, image_mask, projected)
     if mask is not None and mask.shape[-1] != tokens:
         raise wrong_value(OP, "attention_mask", mask, f"({batch}, {tokens})")
     if past is not None and len(past) != len(qformer.encoder.layer):
@@ -40,15 +41,15 @@ def check_arguments(
 
 
 def check_image(
-    encoder: Any, queries: int, batch: int, image: Tensor | None, image_mask: Tensor | None,
-    projected: ImageKeyValues | None,
+    layers: Sequence[Any], queries: int, batch: int, image: Tensor | None,
+    image_mask: Tensor | None, projected: ImageKeyValues | None,
 ) -> int:  # fmt: skip
     """The number of images; 0 if no layer has a cross-attention.
 
     Raises:
         TypeError, ValueError: the image does not fit the cross-attention layers or the batch.
     """
-    crossing = [m for m in map(cross_attention_of, encoder.layer) if m is not None]
+    crossing = [m for m in map(cross_attention_of, layers) if m is not None]
     if not crossing or queries == 0:
         return 0
     if image is None and projected is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +14,10 @@ from vlm_fast.modules.parameter_access.module_calls import (
     unwrap_checkpoint,
     why_call_does_more,
 )
-from vlm_fast.modules.parameter_access.module_tree import TreeSnapshot, why_not_direct_tree
-from vlm_fast.modules.qformer.layer import CALLED_CHILDREN, KeysValues, LayerInputs, qformer_layer
+from vlm_fast.modules.parameter_access.module_tree import ModuleTree, why_not_direct_tree
+from vlm_fast.modules.parameter_access.module_view import view_of
+from vlm_fast.modules.qformer.layer import CALLED_CHILDREN, qformer_layer
+from vlm_fast.modules.qformer.layer_inputs import KeysValues, LayerInputs
 from vlm_fast.modules.qformer.shared_inputs import (
     OP,
     ImageKeyValues,
@@ -85,18 +86,16 @@ def run_layers(
         The tokens; with ``inputs.keep`` the keys and values of each layer's self-attention, else an
         empty list.
     """
-    plain = [why_not_direct_tree(unwrap_checkpoint(layer)) is None for layer in encoder.layer]
-    read = image_inputs(encoder, hidden, image, projected, inputs.query_length, plain=all(plain))
-    seeds = dropout_seeds(encoder.layer, hidden)
+    layers = list(encoder.layer)
+    inner = [unwrap_checkpoint(layer) for layer in layers]
+    plain = [why_not_direct_tree(layer) is None for layer in inner]
+    views = [view_of(layer) if p else layer for layer, p in zip(inner, plain, strict=True)]
+    read = image_inputs(views, image, projected, plain=all(plain))
+    seeds = dropout_seeds(views, hidden)
     kept: list[KeysValues] = []
-    for i, layer in enumerate(encoder.layer):
+    for i, layer in enumerate(layers):
         image_input, is_projected = read[i]
-        layer_inputs = dataclasses.replace(  # a new object: checkpointing reads it again
-            inputs,
-            projected=is_projected,
-            seeds=None if seeds is None else seeds[i],
-            plain=plain[i],
-        )
+        layer_inputs = inputs.for_layer(is_projected, None if seeds is None else seeds[i], plain[i])
         layer_past = () if past is None else past[i]
         found = called(layer)(hidden, image_input, *layer_past, inputs=layer_inputs)
         if inputs.keep:
@@ -116,11 +115,11 @@ def run_layer(layer: nn.Module, *tensors: Any, inputs: LayerInputs) -> Any:
     if not inputs.plain:  # FSDP2 has gathered parameters since the encoder checked
         reason = why_not_direct_tree(layer)
         if reason is not None:
-            around = TreeSnapshot(layer).why_not_containers(CALLED_CHILDREN)
+            around = ModuleTree(layer).why_not_containers(CALLED_CHILDREN)
             if around is not None:
                 raise ValueError(f"vlm_fast.{OP}: {_would_lose(around)}")
             record_fallback(OP, f"a layer calls its children: {reason}")
-        inputs = dataclasses.replace(inputs, plain=reason is None)
+        inputs = inputs.for_layer(inputs.projected, inputs.seeds, reason is None)
     return qformer_layer(layer, *tensors, inputs=inputs)
 
 

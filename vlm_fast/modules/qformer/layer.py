@@ -12,7 +12,6 @@ between them stay fused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,41 +24,8 @@ from vlm_fast.modules.parameter_access.attention_settings import (
     active_attention_dropout,
     attention_scale,
 )
-
-KeysValues = tuple[Tensor, Tensor]
-
-
-@dataclass
-class LayerInputs:
-    """The inputs of a layer besides the hidden states; most are the same for all layers.
-
-    Attributes:
-        query_length: the number of queries; they are the first tokens.
-        projected: whether the image input consists of keys and values, not of features.
-        image_mask: bool ``(batch, keys)``, true where a feature is seen, or None.
-        image_bias: an additive mask of the image instead, broadcast to
-            ``(batch, 1, queries, keys)``, or None.
-        bias: additive mask of the self-attention, broadcast to
-            ``(batch, 1, tokens, tokens + past)``, or None.
-        key_mask: bool ``(batch, tokens + past)``, true where a token is seen, or None.
-        keep: whether a layer returns the keys and values of its self-attention too.
-        seeds: int64, one for each dropout of a layer; None if no dropout is active.
-        plain: whether ops may read the parameters directly; otherwise the children are called.
-    """
-
-    query_length: int
-    projected: bool = False
-    image_mask: Tensor | None = None
-    image_bias: Tensor | None = None
-    bias: Tensor | None = None
-    key_mask: Tensor | None = None
-    keep: bool = False
-    seeds: Tensor | None = None
-    plain: bool = True
-
-    def seed(self, i: int) -> Tensor | None:
-        return None if self.seeds is None else self.seeds[i]
-
+from vlm_fast.modules.parameter_access.module_view import view_of
+from vlm_fast.modules.qformer.layer_inputs import LayerInputs
 
 # Indices of the seeds of a layer.
 SELF, SELF_OUTPUT, CROSS, CROSS_OUTPUT, QUERY_OUTPUT, TEXT_OUTPUT = range(6)
@@ -91,6 +57,8 @@ def qformer_layer(
     Returns:
         The tokens; with ``inputs.keep`` also the keys and values of the self-attention.
     """
+    if inputs.plain:
+        layer = view_of(layer)
     hidden, *kept = self_attention_block(layer.attention, hidden, past_k, past_v, inputs)
     hidden = _after_self_attention(layer, hidden, image, inputs)
     return (hidden, *kept) if inputs.keep else hidden
@@ -226,19 +194,22 @@ def _normed(
 
 def weights_and_biases(linears: Any) -> list[Tensor]:
     """The weights of linears, then their biases."""
-    return [*(linear.weight for linear in linears), *(linear.bias for linear in linears)]
+    return [linear.weight for linear in linears] + [linear.bias for linear in linears]
 
 
 def largest_active_dropout(layer: Any) -> float:
     """The largest probability of a dropout in a layer that is active now; 0 if none is."""
-    names = ("attention", "crossattention", "output_query", "output")
-    parts = [part for part in (getattr(layer, name, None) for name in names) if part is not None]
-    outputs = [getattr(part, "output", part) for part in parts]
-    return max(
-        *(active_attention_dropout(part.attention) for part in parts if hasattr(part, "attention")),
-        *(float(getattr(o.dropout, "p", 0)) for o in outputs if o.dropout.training),
-        0.0,
-    )
+    largest = 0.0
+    for name in ("attention", "crossattention", "output_query", "output"):
+        part = getattr(layer, name, None)
+        if part is None:
+            continue
+        if name.endswith("attention"):
+            largest = max(largest, active_attention_dropout(part.attention))
+            part = part.output
+        if part.dropout.training:
+            largest = max(largest, float(getattr(part.dropout, "p", 0)))
+    return largest
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

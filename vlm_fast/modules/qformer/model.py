@@ -20,7 +20,7 @@ from vlm_fast.modules.qformer.encoder import (
     raise_if_call_does_more,
     run_layers,
 )
-from vlm_fast.modules.qformer.layer import KeysValues, LayerInputs
+from vlm_fast.modules.qformer.layer_inputs import KeysValues, LayerInputs
 from vlm_fast.modules.qformer.shared_inputs import (
     ImageKeyValues,
     as_bool_mask,
@@ -231,7 +231,7 @@ class QFormer(nn.Module):
                 "give forward the encoder_hidden_states instead"
             )
         with self._autocast(x):
-            return ImageKeyValues(project_image(self.encoder, x, plain))
+            return ImageKeyValues(project_image(self.encoder.layer, x, plain))
 
     def capture_graph(
         self,

@@ -32,27 +32,25 @@ class ImageKeyValues:
 
 
 def image_inputs(
-    encoder: Any, hidden: Tensor, image: Tensor | None, projected: ImageKeyValues | None,
-    queries: int, *, plain: bool,
+    layers: Sequence[Any], image: Tensor | None, projected: ImageKeyValues | None, *, plain: bool,
 ) -> list[tuple[Tensor | None, bool]]:  # fmt: skip
     """For each layer its image input, and whether that consists of keys and values already.
 
     ``plain``: whether the parameters of all layers can be read directly.
     """
     if image is None and projected is None:
-        return [(None, False)] * len(encoder.layer)
-    if projected is None and not (plain and any(map(_reads_image, encoder.layer))):
-        return [(image, False)] * len(encoder.layer)
-    found = projected.layers if projected is not None else project_image(encoder, image, plain)
-    layers = iter(found)
-    return [
-        (next(layers), True) if _reads_image(layer) else (None, False) for layer in encoder.layer
-    ]
+        return [(None, False)] * len(layers)
+    reading = [cross_attention_of(layer) is not None for layer in layers]
+    if projected is None and not (plain and any(reading)):
+        return [(image, False)] * len(layers)
+    given = projected.layers if projected is not None else project_image(layers, image, plain)
+    found = iter(given)
+    return [(next(found), True) if reads else (None, False) for reads in reading]
 
 
-def project_image(encoder: Any, image: Any, plain: bool) -> Sequence[Tensor]:
+def project_image(layers: Sequence[Any], image: Any, plain: bool) -> Sequence[Tensor]:
     """Keys and values of all cross-attention layers; one GEMM if ``plain``."""
-    crossing = [m for m in map(cross_attention_of, encoder.layer) if m is not None]
+    crossing = [m for m in map(cross_attention_of, layers) if m is not None]
     linears = [child for m in crossing for child in (m.attention.key, m.attention.value)]
     if not plain:
         return [torch.cat((k(image), v(image)), dim=-1)
@@ -65,13 +63,9 @@ def cross_attention_of(layer: Any) -> Any:
     return getattr(layer, "crossattention", None)
 
 
-def _reads_image(layer: Any) -> bool:
-    return cross_attention_of(layer) is not None
-
-
 def has_active_dropout(layers: Sequence[Any]) -> bool:
     """Whether any dropout in these layers is active."""
-    return any(largest_active_dropout(layer) > 0 for layer in layers)
+    return max(0.0, *map(largest_active_dropout, layers)) > 0
 
 
 def dropout_seeds(layers: Sequence[Any], hidden: Tensor) -> Tensor | None:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
-from vlm_fast.modules.fused_sequence import fused_mlp
+from vlm_fast.modules.direct_runs import Part, mlp_part
+from vlm_fast.modules.fused_sequence import run_parts
 from vlm_fast.modules.parameter_access.activation import activation_name
 from vlm_fast.modules.parameter_access.module_tree import (
+    derived,
     why_not_direct_tree,
     why_tree_dtypes_differ,
 )
@@ -76,11 +78,7 @@ class FusedAriaProjector(PatchedModule):
             key_mask=None if attn_mask is None else ~attn_mask,
         )  # fmt: skip
         found = attn.linear(multihead.out_proj(attended.transpose(1, 2).flatten(2)))
-        ff = self.feed_forward
-        return fused_mlp(
-            type(self).__name__, self.layer_norm(found), ff.linear_in, ff.act, ff.linear_out,
-            "preactivation",
-        )  # fmt: skip
+        return run_parts(type(self).__name__, self.layer_norm(found), derived(self, _mlp_of))
 
     def why_not(self) -> str | None:
         attn, multihead = self.cross_attn, self.cross_attn.multihead_attn
@@ -89,6 +87,11 @@ class FusedAriaProjector(PatchedModule):
         if multihead.in_proj_weight is None or multihead.bias_k is not None:
             return "its attention has other parameters than transformers gives it"
         return why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
+
+
+def _mlp_of(projector: Any) -> tuple[Part]:
+    ff = projector.feed_forward
+    return (mlp_part((ff.linear_in, ff.act, ff.linear_out), "preactivation"),)
 
 
 def _projected(normed: Tensor, linear: Any, weight: Tensor, bias: Tensor) -> Tensor:

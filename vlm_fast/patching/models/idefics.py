@@ -22,6 +22,7 @@ from vlm_fast.modules.parameter_access.module_tree import (
     why_not_direct_tree,
     why_tree_dtypes_differ,
 )
+from vlm_fast.modules.parameter_access.module_view import view_of
 from vlm_fast.ops.argument_errors import wrong_value
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.image_kv_cache import ImageKeyValueCache
@@ -133,16 +134,16 @@ class FusedIdeficsLayer(ReadsMediaMask):
                 output_attentions=output_attentions, use_cache=use_cache, **kwargs,
             )  # fmt: skip
         assert images is not None and cross_attention_gate is not None
-        attn = self.cross_attn
-        q = attn.q_proj(rms_norm(x, self.input_layernorm)).unflatten(2, (attn.num_heads, -1))
+        attn, view = self.cross_attn, view_of(self)
+        q = attn.q_proj(rms_norm(x, view.input_layernorm)).unflatten(2, (attn.num_heads, -1))
         attended, row_mask = self._attend(
             q.transpose(1, 2), images, image_attention_mask, cross_attention_gate, sets,
             image_kv_cache,
         )  # fmt: skip
         attended = attn.o_proj(attended.transpose(1, 2).flatten(2))
         x = gated_residuals(
-            x, attended, self.alpha_cross_attn, self.post_attention_layernorm, self.mlp,
-            self.alpha_dense, attention_rows=row_mask,
+            x, attended, view.alpha_cross_attn, view.post_attention_layernorm, view.mlp,
+            view.alpha_dense, attention_rows=row_mask,
         )  # fmt: skip
         if "output_attentions" not in self.argument_names["forward"].known:
             return x
@@ -184,7 +185,7 @@ class FusedIdeficsLayer(ReadsMediaMask):
             return "it has dropout"
         # Cross-attention has no rotary embedding.
         reason = why_not_direct_tree(self, biases=False, unread="rotary_emb")  # type: ignore[arg-type]
-        return reason or why_not_gated_mlp(self)
+        return reason or why_not_gated_mlp(view_of(self).mlp)
 
 
 def _check(sets: MediaMask, x: Tensor, images: Tensor, mask: Tensor | None) -> None:

@@ -17,9 +17,11 @@ from vlm_fast.modules.parameter_access.module_calls import (
     collects_attentions,
 )
 from vlm_fast.modules.parameter_access.module_tree import (
+    derived,
     why_not_direct_tree,
     why_tree_dtypes_differ,
 )
+from vlm_fast.modules.parameter_access.remembered import ask_once
 from vlm_fast.modules.perceiver_layer import Layer, resample
 from vlm_fast.ops.argument_errors import wrong_value
 from vlm_fast.patching.class_swap import is_class
@@ -50,6 +52,12 @@ class FusedGatedMLP(PatchedModule):
         )  # fmt: skip
 
     def why_not(self) -> str | None:
+        return ask_once(
+            self, self._why_not,
+            lambda: (self.gate_proj, self.up_proj, self.down_proj, self.act_fn),
+        )  # fmt: skip
+
+    def _why_not(self) -> str | None:
         for name in ("gate_proj", "up_proj", "down_proj"):
             reason = why_not_direct(getattr(self, name))
             if reason is None and getattr(self, name).bias is not None:
@@ -100,7 +108,7 @@ class FusedIdefics2Perceiver(PatchedModule):
         seen: Tensor | None = attention_mask != 0
         if seen is not None and seen.is_cpu and not torch.compiler.is_compiling() and seen.all():
             seen = None  # nothing is masked; on a GPU the host would wait for this answer
-        layers = [_layer(layer) for layer in self.layers]
+        layers = derived(self, _layers_of)
         return self.norm(resample(context, self.latents, layers, seen))
 
     def why_not(self) -> str | None:
@@ -108,6 +116,10 @@ class FusedIdefics2Perceiver(PatchedModule):
         if self.training and any(getattr(a, "attention_dropout", 0) > 0 for a in attentions):
             return "attention has dropout"
         return why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
+
+
+def _layers_of(resampler: Any) -> list[Layer]:
+    return [_layer(layer) for layer in resampler.layers]
 
 
 def _layer(layer: Any) -> Layer:

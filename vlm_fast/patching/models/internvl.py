@@ -7,6 +7,7 @@ in shuffled order. Any other function gets a shuffled tensor.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from vlm_fast import ops
-from vlm_fast.modules.fused_sequence import fused_mlp
+from vlm_fast.modules.normed_mlp import normed_mlp
 from vlm_fast.modules.parameter_access.chain import Chain, find_chain
 from vlm_fast.modules.parameter_access.norm import shuffle_and_norm, why_not_direct_norm
 from vlm_fast.modules.token_grid import side_of_square
@@ -101,14 +102,18 @@ class FusedNormedMLP(FusedMLP):
         if type(x) is not DeferredPixelShuffle or len(args) + len(kwargs) != 1:
             return super().forward(*args, **kwargs)
         patches, side = _patches(x)
-        name = type(self).__name__
+        name, parts = type(self).__name__, normed_mlp(self, _children_of, chain.saved)
         x = shuffle_and_norm(
-            name, patches, self.layer_norm, height=side, width=side, factor=FACTOR, norm_after=True
-        )
-        return fused_mlp(name, x, self.linear_1, self.act, self.linear_2, chain.saved)
+            name, patches, parts.norm, parts.parameters, height=side, width=side, factor=FACTOR,
+            norm_after=True,
+        )  # fmt: skip
+        return parts.mlp(name, x)
 
     def why_not(self) -> str | None:
         return why_not_direct_norm(self.layer_norm, self.linear_1) or super().why_not()
+
+
+_children_of = attrgetter("layer_norm", "linear_1", "act", "linear_2")
 
 
 def recognise_model(module: nn.Module, **options: Any) -> MaskSpec | str | None:

@@ -17,14 +17,12 @@ from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.gated_residual import gated_residuals, rms_norm, why_not_gated_mlp
 from vlm_fast.modules.parameter_access.activation import activation_name
 from vlm_fast.modules.parameter_access.attention_settings import attention_scale
-from vlm_fast.modules.parameter_access.module_calls import (
-    MAPS_REQUESTED,
-    collects_attentions,
-)
+from vlm_fast.modules.parameter_access.module_calls import MAPS_REQUESTED, collects_attentions
 from vlm_fast.modules.parameter_access.module_tree import (
     why_not_direct_tree,
     why_tree_dtypes_differ,
 )
+from vlm_fast.modules.parameter_access.module_view import view_of
 from vlm_fast.modules.parameter_access.original_code import names_used_by
 from vlm_fast.ops.argument_errors import wrong_value
 from vlm_fast.patching.class_swap import is_class
@@ -136,15 +134,15 @@ class FusedMllamaLayer(ReadsMediaMask):
                 position_embeddings=position_embeddings, output_attentions=output_attentions,
                 **kwargs,
             )  # fmt: skip
-        attn = self.cross_attn
-        q = attn.q_proj(rms_norm(x, self.input_layernorm)).unflatten(2, (attn.num_heads, -1))
+        attn, view = self.cross_attn, view_of(self)
+        q = attn.q_proj(rms_norm(x, view.input_layernorm)).unflatten(2, (attn.num_heads, -1))
         # After q, as in the original: its backward needs most memory and must run first.
         k, v = self._key_values(x, states, cache, cache_position)
         attended, row_mask = self._attend(q.transpose(1, 2), k, v, sets, mask, rows)
         attended = attn.o_proj(attended.transpose(1, 2).flatten(2))
         x = gated_residuals(
-            x, attended, self.cross_attn_attn_gate, self.post_attention_layernorm,
-            self.mlp, self.cross_attn_mlp_gate, mlp_rows=row_mask,
+            x, attended, view.cross_attn_attn_gate, view.post_attention_layernorm,
+            view.mlp, view.cross_attn_mlp_gate, mlp_rows=row_mask,
         )  # fmt: skip
         if "output_attentions" not in self.argument_names["forward"].known:
             return x
@@ -217,7 +215,7 @@ class FusedMllamaLayer(ReadsMediaMask):
         if self.cross_attn.training and self.cross_attn.dropout > 0:
             return "attention has dropout"
         reason = why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
-        return reason or why_not_gated_mlp(self)
+        return reason or why_not_gated_mlp(view_of(self).mlp)
 
 
 def recognise_model(module: nn.Module, **options: Any) -> tuple[()] | str | None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vlm_fast.fallback import record_fallback
-from vlm_fast.modules.fused_sequence import run_steps, why_not_steps
+from vlm_fast.modules.fused_sequence import recalled_parts, run_parts, run_steps, why_not_steps
 from vlm_fast.modules.parameter_access.chain import Chain, find_chain
 from vlm_fast.patching.patched_module import PatchedModule
 
@@ -16,7 +16,7 @@ class FusedMLP(PatchedModule):
     """Replaces the forward of a module that is a `Chain` with linear, activation, linear in a row.
 
     Examples are LLaVA's projector and an nn.Sequential. Runs `vlm_fast.ops.mlp` and
-    `vlm_fast.ops.act_linear`. Children are looked up at each call.
+    `vlm_fast.ops.act_linear`.
     """
 
     same_call_signature = True
@@ -25,7 +25,8 @@ class FusedMLP(PatchedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         chain: Chain = self.patch_spec.settings
-        reason = chain.why_changed(self)  # type: ignore[arg-type]
+        parts = recalled_parts(self)
+        reason = chain.why_changed(self) if parts is None else None  # type: ignore[arg-type]
         if len(args) == 1 and not kwargs:
             x: Any = args[0]
         elif not args and kwargs.keys() == {chain.argument}:
@@ -37,7 +38,9 @@ class FusedMLP(PatchedModule):
         if reason is not None:
             record_fallback(type(self).__name__, reason)
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        return run_steps(type(self).__name__, x, chain.steps(self), chain.saved)  # type: ignore[arg-type]
+        if parts is not None:
+            return run_parts(type(self).__name__, x, parts)
+        return run_steps(self, x, lambda: chain.steps(self), chain.saved)  # type: ignore[arg-type]
 
     def why_not(self) -> str | None:
         chain: Chain = self.patch_spec.settings

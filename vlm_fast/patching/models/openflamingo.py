@@ -31,7 +31,7 @@ class FusedGatedBlock(PatchedModule):
     ) -> Tensor:
         reason = self.why_not()
         if reason is None:
-            return gated_block(self, x, media, media_locations, use_cached_media)
+            return gated_block(self, x, media, media_locations, use_cached_media, None)
         if isinstance(media, MediaKeyValues):
             wanted = f"the media themselves, while the block runs as plain PyTorch ({reason})"
             raise wrong_value(OP, "media", "MediaKeyValues", wanted)

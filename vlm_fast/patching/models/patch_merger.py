@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from vlm_fast.fallback import record_fallback
-from vlm_fast.modules.fused_sequence import fused_mlp, why_not_fused
+from vlm_fast.modules.fused_sequence import why_not_fused
+from vlm_fast.modules.normed_mlp import normed_mlp, recalled_normed_mlp
 from vlm_fast.modules.parameter_access.module_calls import why_call_does_more
 from vlm_fast.modules.parameter_access.norm import shuffle_and_norm, why_not_direct_norm
 from vlm_fast.modules.patch_merger import children_of, merge_patches
@@ -45,18 +47,20 @@ class FusedPatchMerger(PatchedModule):
     same_call_signature = True
 
     hidden_size: int
+    use_postshuffle_norm: ClassVar[bool] = False  # of the classes that have no such attribute
 
     def forward(self, x: Tensor) -> Tensor:
-        reason = self._why_parts_called()
+        parts = recalled_normed_mlp(self)
+        reason = self._why_parts_called() if parts is None else None
         factor = _factor(self.hidden_size, x.shape[-1])
         if reason is None and x.numel() % self.hidden_size:
             reason = "its patches make no whole blocks"
         if reason is not None or factor is None:
             record_fallback(type(self).__name__, reason or "its blocks are not square")
             return super().forward(x)  # type: ignore[misc]
-        after = getattr(self, "use_postshuffle_norm", False)
-        (saved,) = self.patch_spec.settings
-        return merge_patches(type(self).__name__, x, self, factor, after, saved=saved)
+        if parts is None:
+            parts = normed_mlp(self, children_of, *self.patch_spec.settings)
+        return merge_patches(type(self).__name__, x, parts, factor, self.use_postshuffle_norm)
 
     def _why_parts_called(self) -> str | None:
         """Why the MLP must be called as a module, or None."""
@@ -100,7 +104,8 @@ class FusedUnfoldingMerger(PatchedModule):
     )
 
     def forward(self, image_features: Tensor, image_sizes: Any) -> Tensor:
-        reason = self._why_parts_called()
+        parts = recalled_normed_mlp(self)
+        reason = self._why_parts_called() if parts is None else None
         merger, x = self.patch_merger, image_features
         sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
         grids = [(int(h) // merger.patch_size, int(w) // merger.patch_size) for h, w in sizes]
@@ -109,13 +114,15 @@ class FusedUnfoldingMerger(PatchedModule):
         if reason is not None:
             record_fallback(type(self).__name__, reason)
             return super().forward(image_features, image_sizes)  # type: ignore[misc]
+        if parts is None:
+            (saved,) = self.patch_spec.settings
+            parts = normed_mlp(self, _children_of_unfolding, saved, merger)
         factor, name = merger.spatial_merge_size, type(self).__name__
         x = shuffle_and_norm(
-            name, x, self.norm, factor=factor, norm_after=False, layout="channel",
-            index=rows_of_blocks(grids, factor, x.device),
+            name, x, parts.norm, parts.parameters, factor=factor, norm_after=False,
+            layout="channel", index=rows_of_blocks(grids, factor, x.device),
         )  # fmt: skip
-        x = merger.merging_layer(x)
-        return fused_mlp(name, x, self.linear_1, self.act, self.linear_2, *self.patch_spec.settings)
+        return parts.mlp(name, merger.merging_layer(x))
 
     def _why_parts_called(self) -> str | None:
         """Why the patch merger must be called as a module, or None."""
@@ -129,6 +136,9 @@ class FusedUnfoldingMerger(PatchedModule):
         normed = why_not_direct_norm(self.norm, self.patch_merger.merging_layer)
         fused = why_not_fused(self.linear_1, self.act, self.linear_2)
         return self._why_parts_called() or normed or fused
+
+
+_children_of_unfolding = attrgetter("norm", "linear_1", "act", "linear_2")
 
 
 def recognise(module: nn.Module, *, saved: str, **options: Any) -> tuple[str] | str | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.parameter_access.activation import activation_name
 from vlm_fast.modules.parameter_access.module_tree import (
+    derived,
     why_not_direct_tree,
     why_tree_dtypes_differ,
 )
@@ -28,7 +29,7 @@ class FusedPerceiver(PatchedModule):
         if reason is not None:
             record_fallback(type(self).__name__, reason)
             return super().forward(x)  # type: ignore[misc]
-        return resample_media(self, x)
+        return resample_media(self, x, None)
 
     def why_not(self) -> str | None:
         return why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
@@ -55,12 +56,15 @@ class FusedIdeficsPerceiver(PatchedModule):
         if reason is not None:
             record_fallback(type(self).__name__, reason)
             return super().forward(context)  # type: ignore[misc]
-        layers = [_layer_of_idefics(attention, ff) for attention, ff in self.blocks]
-        found = resample(context, self.latents, layers)
+        found = resample(context, self.latents, derived(self, _layers_of_idefics))
         return self.layer_norm(found)
 
     def why_not(self) -> str | None:
         return why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
+
+
+def _layers_of_idefics(resampler: Any) -> list[Layer]:
+    return [_layer_of_idefics(attention, ff) for attention, ff in resampler.blocks]
 
 
 def _layer_of_idefics(attention: Any, ff: Any) -> Layer:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.normed_mlp import normed_mlp
 from vlm_fast.modules.parameter_access.norm import shuffle_and_norm, why_not_direct_norm
 from vlm_fast.modules.token_grid import side_of_square
 from vlm_fast.patching.class_swap import is_class
@@ -74,7 +75,8 @@ class FusedGatedProjector(PatchedModule):
         if norm is None:
             x = ops.pixel_shuffle_norm(x, **grid)
         else:
-            x = shuffle_and_norm(name, x, norm, norm_after=True, **grid)
+            parts = normed_mlp(self, _norm_of)
+            x = shuffle_and_norm(name, x, norm, parts.parameters, norm_after=True, **grid)
         x, gate = self.linear_1(x).chunk(2, dim=-1)
         y: Tensor = self.linear_2(self.act(gate) * x)
         return y.unflatten(1, (side // factor, side // factor))
@@ -82,6 +84,10 @@ class FusedGatedProjector(PatchedModule):
     def why_not(self) -> str | None:
         norm = getattr(self, "layernorm", None)
         return None if norm is None else why_not_direct_norm(norm, self.linear_1)
+
+
+def _norm_of(projector: Any) -> tuple[nn.Module]:
+    return (projector.layernorm,)
 
 
 class FusedShuffleMLP(PatchedModule):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.normed_mlp import normed_mlp, recalled_normed_mlp
 from vlm_fast.modules.parameter_access.chain import Chain, find_chain
 from vlm_fast.modules.parameter_access.linear import why_not_direct
 from vlm_fast.modules.parameter_access.module_calls import (
@@ -17,7 +18,8 @@ from vlm_fast.modules.parameter_access.module_calls import (
     why_no_extra_arguments,
 )
 from vlm_fast.modules.parameter_access.norm import why_not_direct_norm
-from vlm_fast.modules.pooled_projector import pooled_mlp, pooled_norm, times_matrix
+from vlm_fast.modules.parameter_access.remembered import ask_once
+from vlm_fast.modules.pooled_projector import norm_of, pooled_mlp, pooled_norm, times_matrix
 from vlm_fast.modules.token_grid import side_of_square
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.models import anyres
@@ -45,13 +47,16 @@ class FusedPooledNorm(PatchedModule):
 
     def forward(self, vision_outputs: Tensor) -> Tensor:
         x, side, name = vision_outputs, self.patches_per_image, type(self).__name__
-        reason = self._why_not_pooled()
+        parts = recalled_normed_mlp(self)
+        reason = self._why_not_pooled() if parts is None else None
         if x.ndim != 3 or x.shape[1] != side**2:
             reason = "its tokens are no grid of the size that its config says"
         if reason is not None:
             record_fallback(name, reason)
             return super().forward(x)  # type: ignore[misc]
-        x = pooled_norm(name, x, self.mm_soft_emb_norm, side, side, self.kernel_size)
+        if parts is None:
+            parts = normed_mlp(self, norm_of, "preactivation", self.avg_pool)
+        x = pooled_norm(self, x, side, side, self.kernel_size, parts)
         return times_matrix(x, self.mm_input_projection_weight).type_as(vision_outputs)
 
     def _why_not_pooled(self) -> str | None:
@@ -90,6 +95,9 @@ class FusedPooledMLP(PatchedModule):
         )  # fmt: skip
 
     def why_not(self) -> str | None:
+        return ask_once(self, self._why_not, lambda: (self.pooling, self.linear_2))
+
+    def _why_not(self) -> str | None:
         # linear_2 gets pooled rows, which is right for a linear map only; pooling is not called.
         known = is_class(self.pooling, "perception_lm", "PerceptionLMAdaptiveAvgPooling")
         if not known and type(self.pooling) is not nn.Identity:

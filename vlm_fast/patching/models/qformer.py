@@ -7,7 +7,6 @@ forward.
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,19 +19,22 @@ from vlm_fast.modules.parameter_access.module_calls import (
     collects_attentions,
     unwrap_checkpoint,
 )
-from vlm_fast.modules.parameter_access.module_tree import (
-    tree_parameters,
-    why_not_direct_tree,
-    why_tree_dtypes_differ,
-)
+from vlm_fast.modules.parameter_access.module_tree import why_not_direct_tree
 from vlm_fast.modules.qformer.arguments import check_image
-from vlm_fast.modules.qformer.layer import LayerInputs, qformer_layer
+from vlm_fast.modules.qformer.layer import qformer_layer
+from vlm_fast.modules.qformer.layer_inputs import LayerInputs
 from vlm_fast.modules.qformer.shared_inputs import (
     dropout_seeds,
     image_inputs,
 )
 from vlm_fast.patching.models.qformer_classes import QFormerSettings
 from vlm_fast.patching.models.qformer_masks import additive_mask, layer_inputs, why_not_masks
+from vlm_fast.patching.models.qformer_plan import (
+    plan_of,
+    recalled_plan,
+    remember_plan,
+    why_not_dtypes,
+)
 from vlm_fast.patching.patched_module import PatchedModule, why_no_extra_arguments_for
 
 
@@ -68,8 +70,9 @@ class FusedQFormerEncoder(PatchedModule):
         ].known:
             reason = "its keys and values, or its hidden states, were asked for"
         reason = reason or why_not_masks(*masks)
-        for layer in self.layer if reason is None else ():
-            reason = reason or _why_not_dtypes(layer, hidden_states, encoder_hidden_states)
+        if reason is None:
+            plan = plan_of(self)
+            reason = plan.why_not_dtypes(hidden_states, encoder_hidden_states)
         if reason is not None:
             record_fallback(type(self).__name__, reason)
             if getattr(self.config, "_attn_implementation", None) == "eager":
@@ -85,26 +88,22 @@ class FusedQFormerEncoder(PatchedModule):
                 return_dict=return_dict, **kwargs,
             )  # fmt: skip
         image = encoder_hidden_states
-        check_image(self, query_length, hidden_states.shape[0], image, None, None)
+        check_image(plan.views, query_length, hidden_states.shape[0], image, None, None)
         inputs = layer_inputs(hidden_states, *masks, query_length)
         dtype = hidden_states.dtype
         with _autocast(self.patch_spec.settings, hidden_states):
             images = image_inputs(
-                self, hidden_states, None if inputs.image_bias is not None else image, None,
-                query_length, plain=True,
-            )  # fmt: skip
-            seeds = dropout_seeds(self.layer, hidden_states)
-            for i, layer in enumerate(self.layer):
-                layer_input = dataclasses.replace(  # a new object: checkpointing reads it again
-                    inputs, projected=images[i][1], seeds=None if seeds is None else seeds[i]
-                )
-                read = image if images[i][0] is None else images[i][0]
+                plan.views, None if inputs.image_bias is not None else image, None, plain=True
+            )
+            seeds = dropout_seeds(plan.views, hidden_states)
+            for i, layer in enumerate(plan.layers):
+                read, projected = images[i]
+                layer_input = inputs.for_layer(projected, None if seeds is None else seeds[i], True)
                 # By position: reentrant checkpointing differentiates positional arguments only.
-                between = unwrap_checkpoint(layer).argument_names["forward"].positional
-                between = between[1 : between.index("encoder_hidden_states")]
                 hidden_states = layer(
-                    hidden_states, *[None] * len(between), read, inputs=layer_input
-                )
+                    hidden_states, *plan.absent[i], image if read is None else read,
+                    inputs=layer_input,
+                )  # fmt: skip
         if hidden_states.dtype != dtype:
             hidden_states = hidden_states.to(dtype)
         if not return_dict:
@@ -115,6 +114,8 @@ class FusedQFormerEncoder(PatchedModule):
         return output(last_hidden_state=hidden_states)
 
     def why_not(self) -> str | None:
+        if recalled_plan(self) is not None:
+            return None
         if len(self.layer) != self.config.num_hidden_layers:
             return f"it has {len(self.layer)} layers, its config {self.config.num_hidden_layers}"
         if getattr(self.config, "gradient_checkpointing", False):
@@ -126,6 +127,7 @@ class FusedQFormerEncoder(PatchedModule):
             )
             if reason is not None:
                 return f"layer {i}: {reason}"
+        remember_plan(self)
         return None
 
 
@@ -151,7 +153,7 @@ class FusedQFormerLayer(PatchedModule):
         reason = MAPS_REQUESTED if collects_attentions() or output_attentions else self.why_not()
         reason = reason or _why_old_arguments(head_mask, cache)
         reason = reason or why_not_masks(attention_mask, encoder_attention_mask)
-        reason = reason or _why_not_dtypes(self, hidden_states, encoder_hidden_states)
+        reason = reason or why_not_dtypes(self, hidden_states, encoder_hidden_states)
         if reason is not None:
             record_fallback(type(self).__name__, reason)
             return self.call_base(
@@ -189,19 +191,6 @@ def _why_old_arguments(head_mask: Any, cache: Any) -> str | None:
     if any(mask is not None for mask in heads):
         return "a mask of heads was given"
     return None if cache is None else "keys and values from before were given"
-
-
-def _why_not_dtypes(layer: Any, hidden: Tensor, image: Tensor | None) -> str | None:
-    """Why a layer cannot compute in one dtype, or None.
-
-    Under autocast parameters may be float32 or of autocast's dtype.
-    """
-    layer, device = unwrap_checkpoint(layer), hidden.device.type
-    if not torch.is_autocast_enabled(device):
-        return why_tree_dtypes_differ(layer, hidden, image)
-    taken = (torch.float32, torch.get_autocast_dtype(device))
-    found = next((p.dtype for p in tree_parameters(layer) if p.dtype not in taken), None)
-    return None if found is None else f"it has parameters in {found} under autocast to {taken[1]}"
 
 
 def _autocast(settings: QFormerSettings, x: Tensor) -> Any:

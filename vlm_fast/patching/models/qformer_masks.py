@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_fast.modules.qformer.layer import LayerInputs
+from vlm_fast.modules.qformer.layer_inputs import LayerInputs
 from vlm_fast.modules.qformer.shared_inputs import self_attention_masks
 
 

@@ -48,7 +48,12 @@ class FusedQFormerModel(PatchedModule):
             "encoder_hidden_states": encoder_hidden_states,
             **forwarded,
         }
-        if not self._is_requested("output_attentions", forwarded) and self.why_not() is None:
+        is_masked = attention_mask is not None or encoder_attention_mask is not None
+        if (
+            (is_masked or _is_expanded(query_embeds))  # otherwise nothing is to be changed
+            and not self._is_requested("output_attentions", forwarded)
+            and self.why_not() is None
+        ):
             if not self.patch_spec.settings.additive:
                 masks = {name: self._mask(mask) for name, mask in masks.items()}
             if masks["attention_mask"] is None and self._shares_queries(given):
@@ -62,10 +67,7 @@ class FusedQFormerModel(PatchedModule):
         dropout: Any = getattr(self, "dropout", None)
         return (
             dropout is not None
-            and isinstance(query, Tensor)
-            and query.ndim == 3
-            and query.shape[0] > 1
-            and query.stride(0) == 0
+            and _is_expanded(query)
             and given.get("input_ids") is None
             and given.get("cache") is None
             and isinstance(image, Tensor)
@@ -105,3 +107,9 @@ class FusedQFormerModel(PatchedModule):
     def why_not(self) -> str | None:
         reason = why_no_extra_arguments_for(self.encoder, FusedQFormerEncoder)
         return self.encoder.why_not() if reason is None else f"encoder: {reason}"
+
+
+def _is_expanded(query: Any) -> bool:
+    """Whether queries ``(batch, tokens, features)`` are the same for a batch of several."""
+    is_batch = isinstance(query, Tensor) and query.ndim == 3 and query.shape[0] > 1
+    return is_batch and query.stride(0) == 0
