@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._dropout import keep_tile
-from ._launcher import next_power_of_2
+from ._sizes import next_power_of_2
 from ._triton import tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -36,7 +36,8 @@ from ._attention_tiles import (
     tile_divisor,
 )
 from ._dropout import threshold
-from ._launcher import Config, cdiv, kernel, precision
+from ._launcher import Config, kernel, precision
+from ._sizes import cdiv
 from ._triton import tl, triton
 
 # Key heads of all images. With fewer, one program per key head would leave much of a GPU idle.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ._fast_launch import Recipe, make_launcher, recipe
-from ._triton import AVAILABLE, INTERPRETED, triton
+from ._triton import AVAILABLE, INTERPRETED
 
 KERNELS: dict[str, Kernel] = {}
 Grid = Callable[[dict[str, int]], tuple[int, ...]]
@@ -147,19 +147,6 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
-
-
-def cdiv(dividend: int, divisor: int) -> int:
-    """The quotient, rounded up. Triton's own is a function of kernels and costs the host 2 us."""
-    return -(-dividend // divisor)
-
-
-def next_power_of_2(number: int) -> int:
-    """The smallest power of two that is not less than a positive integer."""
-    if type(number) is int:
-        return 1 << (number - 1).bit_length()
-    power: int = triton.next_power_of_2(number)  # of a symbolic integer
-    return power
 
 
 def precision() -> str:

@@ -24,8 +24,9 @@ from ._attention_tiles import (
     strides,
     tile_divisor,
 )
-from ._launcher import Config, cdiv, kernel, next_power_of_2, precision
+from ._launcher import Config, kernel, precision
 from ._media_mask import first_of_tile, is_visible, load_index, tiles_of, visible_range
+from ._sizes import cdiv, next_power_of_2
 from ._sum_shares import sum_shares
 from ._triton import tl, triton
 

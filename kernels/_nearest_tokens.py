@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._launcher import Config, cdiv, kernel, precision, runs_triton
+from ._launcher import Config, kernel, precision, runs_triton
 from ._native import native
+from ._sizes import cdiv
 from ._triton import tl, triton
 
 TILE = 2**17  # similarities in a tile on a CPU; they fit in the second-level cache

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ._dropout import keep_tile, threshold
-from ._launcher import Config, cdiv, kernel, next_power_of_2
+from ._launcher import Config, kernel
+from ._sizes import cdiv, next_power_of_2
 from ._sum_shares import new_shares, split_rows, store_share, sum_shares
 from ._triton import tl, triton
 

@@ -18,9 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._launcher import Config, cdiv, dense, is_traced, kernel, runs_triton
+from ._launcher import Config, dense, is_traced, kernel, runs_triton
 from ._native import native
 from ._nearest_tokens import find_nearest, halves
+from ._sizes import cdiv
 from ._triton import tl, triton
 
 

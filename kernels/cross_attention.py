@@ -28,16 +28,8 @@ from ._attention_tiles import (
 )
 from ._cross_attention_backward import launch_backward
 from ._dropout import threshold
-from ._launcher import (
-    Config,
-    cdiv,
-    dense,
-    is_traced,
-    kernel,
-    next_power_of_2,
-    precision,
-    runs_triton,
-)
+from ._launcher import Config, dense, is_traced, kernel, precision, runs_triton
+from ._sizes import cdiv, next_power_of_2
 from ._triton import tl, triton
 
 FULL_GPU = 132  # programs, as many as an H200 has multiprocessors; with fewer, keys are split

@@ -13,7 +13,8 @@ from torch import Tensor
 from . import _gated_add_aten as aten
 from ._gated_add_aten import Statistics
 from ._gated_add_backward import gated_add_backward_kernel
-from ._launcher import Config, cdiv, in_rows, kernel, next_power_of_2, runs_triton
+from ._launcher import Config, in_rows, kernel, runs_triton
+from ._sizes import cdiv, next_power_of_2
 from ._sum_shares import new_shares, split_rows, sum_shares
 from ._tanh_gate import load_gate, load_masked_rows
 from ._triton import tl, triton

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ._activation import value_and_slope
-from ._launcher import Config, cdiv, kernel, runs_triton
+from ._launcher import Config, kernel, runs_triton
+from ._sizes import cdiv
 from ._triton import tl, triton
 from .mlp import activate, activation_backward
 

@@ -22,18 +22,10 @@ from ._attention_tiles import (
     tile_divisor,
 )
 from ._cross_attention_aten import by_tokens
-from ._launcher import (
-    Config,
-    cdiv,
-    dense,
-    is_traced,
-    kernel,
-    next_power_of_2,
-    precision,
-    runs_triton,
-)
+from ._launcher import Config, dense, is_traced, kernel, precision, runs_triton
 from ._media_cross_attention_backward import launch_backward
 from ._media_mask import first_of_tile, is_visible, tiles_of, visible_range
+from ._sizes import cdiv, next_power_of_2
 from ._triton import tl, triton
 from .cross_attention import combine_splits_kernel, key_splits
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._activation import value_and_slope
-from ._launcher import Config, cdiv, kernel, precision, runs_triton
+from ._launcher import Config, kernel, precision, runs_triton
+from ._sizes import cdiv
 from ._sum_shares import new_shares, store_share, sum_shares
 from ._triton import tl, triton
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._launcher import Config, cdiv, dense, is_traced, kernel, next_power_of_2, runs_triton
+from ._launcher import Config, dense, is_traced, kernel, runs_triton
 from ._patch_blocks import Blocks, Norm
 from ._pixel_shuffle_norm_backward import pixel_shuffle_norm_backward_kernel
 from ._pixel_shuffle_norm_cpu import norm_backward, norm_forward, shuffled, unshuffled
@@ -24,6 +24,7 @@ from ._pixel_shuffle_tiles import (
     merged_channels,
     patch_offsets,
 )
+from ._sizes import cdiv, next_power_of_2
 from ._sum_shares import new_shares, split_rows, sum_shares
 from ._triton import tl, triton
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from . import _spatial_pool_aten as aten
-from ._launcher import Config, cdiv, kernel, runs_triton
+from ._launcher import Config, kernel, runs_triton
 from ._pooling import Pooling
+from ._sizes import cdiv
 from ._triton import tl, triton
 
 

@@ -9,12 +9,12 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(p for folder in ("kernels", "vlm_fast/ops") for p in (ROOT / folder).rglob("*.py"))
 # A place that is reached by symbolic sizes or wrong calls only.
 EXEMPT = {
-    ("_launcher.py", "triton.next_power_of_2"): "of a symbolic integer",
+    ("_sizes.py", "triton.next_power_of_2"): "of a symbolic integer",
     ("op_arguments.py", "self.__signature__.bind"): "words the error of a wrong call",
 }
 SLOW = {  # the calls' name, and what serves in their place
-    "triton.cdiv": "_launcher.cdiv: 2 us less",
-    "triton.next_power_of_2": "_launcher.next_power_of_2: 2 us less",
+    "triton.cdiv": "_sizes.cdiv: 2 us less",
+    "triton.next_power_of_2": "_sizes.next_power_of_2: 2 us less",
     "torch.cuda.current_stream": "torch._C._cuda_getCurrentRawStream: 4 us less",
     "bind": "positions that are known: 11 us less",
     "dataclasses.replace": "a dict or a new object: 4 us less",
