@@ -230,7 +230,7 @@ def cost(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
 
 @mlp.inputs(
     smallest=dict(shape=(1, 1), hidden=1, out=1),
-    usual=dict(shape=(3, 17), hidden=5, out=9, activation="silu"),
+    usual=dict(shape=(3, 17, 7), hidden=5, out=9, activation="silu"),
     others=[
         dict(shape=(257, 24), hidden=100, out=40),
         dict(shape=(2, 65, 72), hidden=80, out=33, activation="gelu_tanh", saved="input"),
