@@ -113,6 +113,7 @@ def cost(x: Tensor, *, height: int, width: int, mode: str, stride: int) -> Cost:
         dict(batch=2, height=4, width=9, features=24, mode="max"),
         dict(batch=2, height=5, width=9, features=40, drop_first=1, mode="bilinear"),
         dict(batch=2, height=5, width=7, features=40, mode="bilinear", stride=3),
+        dict(batch=1, height=1, width=3, features=7, mode="bilinear"),  # a tap outside the grid
     ],
     large=dict(batch=5, height=460, width=460, features=2048),
     bitwise=True,
