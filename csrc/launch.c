@@ -35,8 +35,10 @@ static int launcher_init(PyObject *object, PyObject *arguments, PyObject *names)
   }
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(idle); i++) {
     PyObject *item = PyTuple_GET_ITEM(idle, i);
-    if (!PyDict_CheckExact(item) && !PyList_CheckExact(item)) {
-      PyErr_SetString(PyExc_TypeError, "idle holds dicts and lists");
+    int setting = PyTuple_CheckExact(item) && PyTuple_GET_SIZE(item) == 3 &&
+                  PyDict_CheckExact(PyTuple_GET_ITEM(item, 0));
+    if (!setting && !PyDict_CheckExact(item) && !PyList_CheckExact(item)) {
+      PyErr_SetString(PyExc_TypeError, "idle holds dicts, lists and settings (dict, key, value)");
       return -1;
     }
   }

@@ -4,11 +4,24 @@
 
 #include "launch_table.h"
 
+// Whether an item of `idle` asks for the slow call: a dict or list that is not empty, or a setting
+// (dict, key, value) that is there, true and not this value. -1: error.
+static int is_busy(PyObject *item) {
+  if (PyDict_CheckExact(item)) return PyDict_GET_SIZE(item) > 0;
+  if (PyList_CheckExact(item)) return PyList_GET_SIZE(item) > 0;
+  PyObject *settings = PyTuple_GET_ITEM(item, 0);
+  if (PyDict_GET_SIZE(settings) == 0) return 0;
+  PyObject *value = PyDict_GetItemWithError(settings, PyTuple_GET_ITEM(item, 1));
+  if (value == NULL) return PyErr_Occurred() ? -1 : 0;
+  return value == PyTuple_GET_ITEM(item, 2) ? 0 : PyObject_IsTrue(value);
+}
+
 // Whether nothing asks for the slow call: recordings, hooks, settings of Triton that were changed.
 static int is_idle(Launcher *self) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(self->idle); i++) {
-    PyObject *object = PyTuple_GET_ITEM(self->idle, i);
-    if (PyDict_CheckExact(object) ? PyDict_GET_SIZE(object) : PyList_GET_SIZE(object)) return 0;
+    int busy = is_busy(PyTuple_GET_ITEM(self->idle, i));
+    if (busy < 0) PyErr_Clear();
+    if (busy) return 0;
   }
   const char *mode = getenv("TRITON_INSTRUMENTATION_MODE");
   return mode == NULL || *mode == '\0';

@@ -123,12 +123,14 @@ def argument_flags(jit: Any, block_names: set[str]) -> bytes | None:
 
 
 def _settings(jit: Any) -> tuple[Any, ...]:
-    """Dicts and lists that are empty while no hook and no setting of Triton changes a launch."""
-    knobs = triton.knobs
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    """What changes a launch: lists of hooks, and settings ``(dict, key, the usual value)``."""
+    runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
+    hooks = {name: getattr(runtime, name) for name in ("launch_enter_hook", "launch_exit_hook")}
     return (
-        vars(knobs.runtime),
-        vars(knobs.compilation),
         jit.pre_run_hooks,
-        *[hook.calls for hook in hooks if hook is not None],
+        *[hook.calls for hook in hooks.values() if hook is not None],
+        *[(vars(runtime), name, hook) for name, hook in hooks.items()],
+        (vars(runtime), "debug", False),
+        (vars(runtime), "add_stages_inspection_hook", None),
+        (vars(compilation), "instrumentation_mode", ""),
     )

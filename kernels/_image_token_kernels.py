@@ -30,6 +30,13 @@ def count_true(mask_ptr, begin, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def unless_idle(mask_ptr, begin, end, rows, BLOCK_MASK: tl.constexpr):
+    """The range, or an empty one if none of its entries is true; the last range stays as it is."""
+    is_idle = (end < rows) & (count_true(mask_ptr, begin, end, BLOCK_MASK) == 0)
+    return tl.where(is_idle, 0, begin), tl.where(is_idle, 0, end)
+
+
+@triton.jit
 def number_image_tokens(mask_ptr, start, end, found, BLOCK_ROWS: tl.constexpr):
     """Number the true entries of a few rows from ``found`` on; -1 for others. Also the next number.
 
@@ -66,9 +73,7 @@ def merge_image_tokens_kernel(
     begin = tl.program_id(0).to(tl.int64) * rows_per_program
     end = tl.minimum(begin + rows_per_program, rows)
     if not WRITE_TEXT:
-        is_idle = (end < rows) & (count_true(mask_ptr, begin, end, BLOCK_MASK) == 0)
-        if is_idle:
-            return
+        begin, end = unless_idle(mask_ptr, begin, end, rows, BLOCK_MASK)
     found = count_true(mask_ptr, 0, begin, BLOCK_MASK)
     for start in range(begin, end, BLOCK_ROWS):
         number, found = number_image_tokens(mask_ptr, start, end, found, BLOCK_ROWS)
@@ -126,9 +131,7 @@ def split_image_tokens_kernel(
     begin = tl.program_id(0).to(tl.int64) * rows_per_program
     end = tl.minimum(begin + rows_per_program, rows)
     if text_ptr is None:
-        is_idle = (end < rows) & (count_true(mask_ptr, begin, end, BLOCK_MASK) == 0)
-        if is_idle:
-            return
+        begin, end = unless_idle(mask_ptr, begin, end, rows, BLOCK_MASK)
     found = count_true(mask_ptr, 0, begin, BLOCK_MASK)
     for start in range(begin, end, BLOCK_ROWS):
         number, found = number_image_tokens(mask_ptr, start, end, found, BLOCK_ROWS)

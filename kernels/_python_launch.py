@@ -21,7 +21,8 @@ class PythonLauncher:
         slow: as in `_fast_launch.make_launcher`.
         flags: `_fast_launch.argument_flags`.
         blocks: the block sizes of each config.
-        idle: dicts and lists that are empty while a call may be launched.
+        idle: dicts and lists that are empty while a call may be launched, and settings (dict, key,
+            value) that are absent, false or this value then.
     """
 
     def __init__(
@@ -31,12 +32,20 @@ class PythonLauncher:
         blocks: tuple[dict[str, int], ...],
         idle: tuple[Any, ...],
     ) -> None:
-        self.slow, self.flags, self.blocks, self.idle = slow, flags, blocks, idle
+        self.slow, self.flags, self.blocks = slow, flags, blocks
+        self.settings = [item for item in idle if isinstance(item, tuple)]
+        self.knobs = [settings for settings, _, _ in self.settings]
+        self.idle = [item for item in idle if not isinstance(item, tuple)]
         # By the types of the arguments: what makes a key, and the known kernels by key.
         self.known: dict[tuple[type, ...], tuple[Callable[..., Any], dict[Any, Any]]] = {}
         active = triton.runtime.driver.active
         self.current_device = active.get_current_device
         self.current_stream = active.get_current_stream
+
+    def _is_set(self) -> bool:
+        """Whether a setting of Triton has another value than usual."""
+        found = [(s.get(name, usual), usual) for s, name, usual in self.settings]
+        return any(value and value is not usual for value, usual in found)
 
     def _of_types(self, types: tuple[type, ...]) -> tuple[Callable[..., Any], dict[Any, Any]]:
         found = self.known.get(types)
@@ -54,7 +63,7 @@ class PythonLauncher:
 
     def __call__(self, config: int, grid: Callable[..., tuple[int, ...]], *arguments: Any) -> None:
         key = None
-        if not any(self.idle):
+        if not any(self.idle) and (not any(self.knobs) or not self._is_set()):
             make_key, kernels = self._of_types(tuple(map(type, arguments)))
             device = self.current_device()
             key = make_key(config, device, *arguments)

@@ -95,6 +95,33 @@ def test_hooks_and_settings_of_triton_are_obeyed(stub, add, monkeypatch, setting
     assert len(calls) == 1
 
 
+def test_settings_that_were_restored_are_no_obstacle(stub, add, monkeypatch):
+    runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
+    hook, calls = runtime.launch_enter_hook, triton_launches(add, monkeypatch)
+    for knobs, name, value in (
+        (runtime, "debug", False),
+        (runtime, "launch_enter_hook", hook),
+        (compilation, "listener", compilation.listener),
+    ):
+        monkeypatch.setitem(vars(knobs), name, value)
+    add(one_program, torch.zeros(64), 64)
+    assert not calls
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "add_stages_inspection_hook"])
+def test_hooks_that_were_assigned_are_obeyed(stub, add, monkeypatch, name):
+    calls, seen = triton_launches(add, monkeypatch), []
+
+    class Hook(type(triton.knobs.runtime.launch_enter_hook)):
+        def __call__(self, *given, **named):
+            seen.append(given)
+            return "", ""
+
+    monkeypatch.setitem(vars(triton.knobs.runtime), name, Hook())
+    add(one_program, torch.zeros(64), 64)
+    assert len(calls) == 1
+
+
 def test_another_current_device_is_left_to_triton(stub, add, monkeypatch):
     calls = triton_launches(add, monkeypatch)
     if stub.name == "c":

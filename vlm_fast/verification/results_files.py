@@ -28,8 +28,9 @@ IN_CLONE = PACKAGE not in RESULTS.parents
 
 # These decide how an op is declared, checked and launched, not what it computes.
 PLUMBING = {
-    "_launcher.py", "_native.py", "_triton.py",
-    "argument_errors.py", "declaration.py", "docstrings.py", "registration.py", "signature.py",
+    "_fast_launch.py", "_host.py", "_launcher.py", "_native.py", "_python_launch.py", "_sizes.py",
+    "_triton.py", "argument_errors.py", "declaration.py", "docstrings.py", "fallback_reasons.py",
+    "known_calls.py", "op_arguments.py", "op_call.py", "registration.py", "signature.py",
     "verdict.py",
 }  # fmt: skip
 

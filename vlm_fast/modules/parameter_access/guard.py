@@ -131,7 +131,9 @@ class Guard:
         Sizes are compared by their product, which is quicker to read. Code that swaps two tensors
         swaps their attributes too.
         """
-        self.test("{0}.__dict__ is {1}", parameter, parameter.__dict__)
+        own = parameter.__dict__  # to which ZeRO-3 adds its state
+        self.test("{0}.__dict__ is {1}", parameter, own)
+        self.test("len({0}) == {1}", own, len(own))
         self.test("{0}.dtype is {1}", parameter, parameter.dtype)
         self.test("{0}.nbytes == {1}", parameter, parameter.nbytes)
 
