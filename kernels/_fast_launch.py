@@ -22,7 +22,7 @@ MAX_ARGUMENTS = 128
 CUDA = 2  # DLPack's number
 PARAMETER_TYPES = {"i1", "i8", "i16", "i32", "i64", "u1", "u8", "u16", "u32", "u64", "fp32"}
 
-Launcher = Callable[..., None]
+Launcher = Callable[..., Any]
 
 
 class Recipe(NamedTuple):

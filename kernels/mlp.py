@@ -187,7 +187,7 @@ _ATEN: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 # An overload of torch.ops takes the host twice as long.
-_gelu_in_place: Callable[..., Tensor] = torch._C._nn.gelu_
+_gelu_in_place: Callable[..., Tensor] = torch._C._nn.gelu_  # type: ignore[attr-defined]
 _ATEN_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     **_ATEN,
     "gelu": _gelu_in_place,

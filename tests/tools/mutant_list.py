@@ -178,7 +178,7 @@ MUTANTS = (
     Mutant(
         "a subclass of nn.Linear is fused", "vlm_fast/modules/parameter_access/linear.py",
         "    if type(linear) not in _LINEARS:\n", "    if not isinstance(linear, _LINEARS):\n",
-        "tests/patching/test_replaced_code.py -k changed_child",
+        "tests/modules/test_wrapped_linears.py",
     ),
     Mutant(
         "parameters of another dtype are fused", "vlm_fast/modules/parameter_access/linear.py",
