@@ -52,10 +52,9 @@ class CallPath:
         self.results = 1 if self.single else len(get_args(op.__signature__.return_annotation))
         self.function = autograd_function(self)
         # Before torch 2.14 `Function.apply` is Python that unwraps tensors of functorch.
-        plain = "apply" in vars(torch.autograd.Function)
-        self.apply = (
-            super(torch.autograd.Function, self.function).apply if plain else self.function.apply
-        )
+        self.apply = self.function.apply
+        if "apply" in vars(torch.autograd.Function):
+            self.apply = super(torch.autograd.Function, self.function).apply  # type: ignore[misc]
         self.saved_sources: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
         self.backward_sources: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
         self.registered = self._register(op, annotations)
