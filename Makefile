@@ -43,9 +43,11 @@ test-slow: $(INSTALLED) $(OVERLAY)/installed
 compile-all: $(INSTALLED) $(OVERLAY)/installed
 	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest tests/devtools/test_ahead_of_time.py
 
-# Rewrites vlm_fast/devtools/budgets.json, like a lock file, by the compiler that it is for.
+# Rewrites vlm_fast/devtools/budgets.json and tests/ops/host_budgets.json, like lock files, with the
+# compiler that they are for.
 budgets: $(INSTALLED) $(OVERLAY)/installed
 	PYTHONPATH=$(CURDIR)/$(OVERLAY):$(CURDIR) $(BIN)/python -m vlm_fast.devtools.budgets
+	PYTHONPATH=$(CURDIR)/$(OVERLAY):$(CURDIR) $(BIN)/python -m tests.tools.host_budgets
 
 released: $(INSTALLED) $(TRANSFORMERS:%=.venv-transformers-%/installed)
 	@$(MAKE) --jobs=$(WORKERS) --output-sync=target $(TRANSFORMERS:%=released-%)

@@ -72,8 +72,8 @@ def recipe(compiled: Any, arguments: tuple[Any, ...], jit: Any) -> Recipe | None
         if i >= len(arguments):
             return None
         sources.append(i)
-    warps, _, shared = compiled.packed_metadata
-    return Recipe(compiled.function, 32 * warps, shared, bytes(sources), compiled)
+    threads = 32 * metadata.num_warps
+    return Recipe(compiled.function, threads, metadata.shared, bytes(sources), compiled)
 
 
 def make_launcher(
