@@ -172,7 +172,7 @@ def test_compiled_predicate_accepts_test_shapes(op):
 
 MISTAKES = {
     "mixed dtypes": (MLP, {"weight_2": lambda t: t.bfloat16()}, TypeError, "weight_2 bfloat16"),
-    "wrong inner size": (MLP, {"weight_1": lambda t: t[:, 1:]}, ValueError, "weight_1 (5, 16) 17"),
+    "wrong inner size": (MLP, {"weight_1": lambda t: t[:, 1:]}, ValueError, "weight_1 (5, 6) 7"),
     "hidden sizes": (MLP, {"weight_2": lambda t: t[:, 1:]}, ValueError, "weight_2 (9, 4) weight_1"),
     "bias that broadcasts": (MLP, {"bias_1": lambda t: t[:1]}, ValueError, "bias_1 (1,) (5,)"),
     "bias of two dimensions": (MLP, {"bias_2": lambda t: t[None]}, ValueError, "bias_2 (1, 9)"),
