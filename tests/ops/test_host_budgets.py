@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.support import stub_gpu
+from tests.support.selection import slow_except
 from tests.tools import host_budgets
 from vlm_fast.ops.declaration import OPS
 
@@ -17,7 +18,7 @@ def test_every_op_has_a_budget():
     assert BUDGETS["ops"].keys() == OPS.keys()
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", slow_except(["add_layer_norm", "merge_image_tokens", "mlp"], OPS))
 def test_host_work_is_within_the_budget(name, monkeypatch):
     with stub_gpu.active("c"):
         stub_gpu.serve_cpu_tensors(monkeypatch)
