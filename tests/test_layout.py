@@ -213,7 +213,9 @@ print(len(OPS), _triton.AVAILABLE, _native.native is not None)
 
 
 @pytest.mark.parametrize(
-    "blocked", [["triton"], ["vlm_fast._C"], ["triton", "vlm_fast._C"]], ids="+".join
+    "blocked",
+    [["triton"], ["vlm_fast._C"], ["vlm_fast._launch"], ["triton", "vlm_fast._C"]],
+    ids="+".join,
 )
 def test_cpu_path_without_module(blocked):
     found = run(BLOCKED.format(blocked=blocked) + WORKS + EVERYTHING)
