@@ -164,7 +164,7 @@ EVERYTHING = """
 import importlib, pkgutil, sys
 import vlm_fast.training
 for module in pkgutil.walk_packages(vlm_fast.__path__, "vlm_fast."):
-    if not module.name.endswith(("._C", "._hopper")):  # libraries
+    if not module.name.endswith(("._C", "._hopper", "._launch")):  # libraries
         importlib.import_module(module.name)
 """
 
