@@ -86,7 +86,10 @@ def ninja_file(files: list[Path], library: Path, linker: str, *, openmp: str = "
         "  depfile = $out.d",
         "  deps = gcc",
         "rule c",
-        f"  command = {COMPILER} -x c -O2 -fPIC -fvisibility=hidden {includes} -c $in -o $out",
+        f"  command = {COMPILER} -x c -O2 -fPIC -fvisibility=hidden {includes} -MMD -MF $out.d "
+        "-c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
         "rule cu",
         f"  command = {NVCC} {device} -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",

@@ -27,6 +27,7 @@ static int add_object(Description *out, PyObject *object) {
     out->length++;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); i++)
       if (!add_object(out, PySequence_Fast_GET_ITEM(object, i))) return 0;
+    if (out->length > MAX_DESCRIPTION - 2) return 0;  // deeply nested lists end all at once
     out->bytes[out->length++] = ']';
     return 1;
   }

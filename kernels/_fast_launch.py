@@ -11,6 +11,7 @@ builder, and `PythonLauncher` where there is no C compiler.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from ._python_launch import ALIGN, CONSTANT, SPECIALIZE, PythonLauncher
 from ._triton import tl, triton
 
 MAX_ARGUMENTS = 128
+LAUNCHERS = ("c", "python", "triton")  # values of VLM_FAST_LAUNCHER
 CUDA = 2  # DLPack's number
 PARAMETER_TYPES = {"i1", "i8", "i16", "i32", "i64", "u1", "u8", "u16", "u32", "u64", "fp32"}
 
@@ -91,15 +93,19 @@ def make_launcher(
         recordings: while it is not empty, every call goes to ``slow``.
     """
     flags = argument_flags(jit, set(blocks[0]))
-    idle = (recordings, *_settings(jit))
-    backend = triton.runtime.driver.active.get_current_target().backend
-    wanted = os.environ.get("VLM_FAST_LAUNCHER", "c")
+    wanted = os.environ.get("VLM_FAST_LAUNCHER") or "c"
+    if wanted not in LAUNCHERS:
+        warnings.warn(
+            f"VLM_FAST_LAUNCHER={wanted!r} is not one of {LAUNCHERS}; ignored", stacklevel=2
+        )
+        wanted = "c"
     knobs = triton.knobs
     if flags is None or wanted == "triton" or knobs.runtime.debug:
         return slow
     if getattr(knobs.compilation, "instrumentation_mode", ""):
         return slow
-    if wanted == "c" and backend == "cuda":
+    idle = (recordings, *_settings(jit))
+    if wanted == "c" and triton.runtime.driver.active.get_current_target().backend == "cuda":
         module = host.launching_on(CUDA)
         if module is not None:
             launcher: Launcher = module.Launcher(slow, flags, blocks, idle)

@@ -187,22 +187,19 @@ def test_first_launches_of_threads_race(stub):
 
 
 def test_other_threads_run_during_a_launch(stub, add):
-    ticks, stop = [], threading.Event()
+    launches = stub.stub_launches()
 
-    def tick():
-        while not stop.is_set():
-            ticks.append(time.monotonic())
+    def let_go():
+        while stub.stub_launches() == launches:
             time.sleep(0.001)
+        stub.stub_hold(0)
 
-    thread = threading.Thread(target=tick)
+    stub.stub_hold(1)
+    thread = threading.Thread(target=let_go, daemon=True)
     thread.start()
-    stub.stub_set_busy(300_000_000)
-    begin = time.monotonic()
-    add(one_program, torch.zeros(64), 64)
-    end = time.monotonic()
-    stop.set()
+    add(one_program, torch.zeros(64), 64)  # with the lock of Python it would wait in vain
+    assert not stub.stub_is_held()
     thread.join()
-    assert any(begin + 0.05 < at < end - 0.05 for at in ticks)
 
 
 def jit_with(count, **attributes):
@@ -255,3 +252,12 @@ def test_python_launches_without_an_extension(nothing_installed, monkeypatch):
         kernel = kernel_of(add_one, 16)
         kernel(one_program, torch.zeros(64), 64)
         assert isinstance(kernel.launch, _fast_launch.PythonLauncher)
+
+
+def test_unknown_launcher_is_named_and_ignored(monkeypatch):
+    with stub_gpu.active("c"):
+        monkeypatch.setenv("VLM_FAST_LAUNCHER", "fast")
+        kernel = kernel_of(add_one, 16)
+        with pytest.warns(UserWarning, match="VLM_FAST_LAUNCHER='fast' is not one of"):
+            kernel(one_program, torch.zeros(64), 64)
+        assert type(kernel.launch).__name__ == "Launcher"

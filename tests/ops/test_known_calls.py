@@ -166,5 +166,9 @@ def test_description_holds_what_checks_read():
 
 
 def test_too_many_tensors_are_not_described():
+    nested = torch.zeros(2)
+    for _ in range(3900):
+        nested = [nested]
+    assert host.describe((nested,)) is None
     assert host.describe(tuple([torch.zeros(2, 3)] * 1000)) is None
     assert host.describe((torch.zeros(*[1] * 7),)) is None

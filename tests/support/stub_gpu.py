@@ -50,7 +50,6 @@ def driver():
     for name in ("stub_function", "stub_parameter"):
         getattr(loaded, name).restype = ctypes.c_ulonglong
     loaded.stub_config.restype = ctypes.c_uint
-    loaded.stub_set_busy.argtypes = [ctypes.c_long]
     return loaded
 
 
@@ -91,7 +90,7 @@ def active(launcher="c"):
     finally:
         triton_driver._active = before
         forget_launchers()
-        for reset in (stub.stub_set_error, stub.stub_set_busy, stub.stub_watch):
+        for reset in (stub.stub_set_error, stub.stub_hold, stub.stub_watch):
             reset(0)
 
 
