@@ -17,6 +17,7 @@ from torch import nn
 import vlm_fast
 from tests.support import reference_flamingo, tiny_flamingos, tiny_qformers
 from tests.support.chain_structures import mlp
+from tests.support.connectors_of_every_kind import assert_close
 from tests.support.linear_wrappers import HOOKS, LINEAR_WRAPPERS
 from tests.support.selection import slow_except
 from tests.support.small_connectors import SMALL, open_gates
@@ -184,16 +185,7 @@ def assert_same(fast, plain, form):
         assert ours is theirs
         return
     assert isinstance(ours, dict), ours
-    assert ours.keys() == theirs.keys()
-    for name, expected in theirs.items():
-        found = ours[name]
-        if found is None or expected is None:
-            assert not any(t.any() for t in (found, expected) if t is not None), name
-            continue
-        atol = 1e-5 * max(1.0, expected.abs().max().item())
-        torch.testing.assert_close(
-            found, expected, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    assert_close(ours, theirs)
 
 
 def assert_falls_back(fast, form, reason):
