@@ -1,0 +1,96 @@
+"""The GPU that host time is measured on: a real one, or stub libraries that compute nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+COUNTERS = {
+    "libcuda.so.1": ("stub_launches",),
+    "libcudart.so.13": ("stub_runtime_launches",),
+    "libcublas.so.13": ("stub_products",),
+    "libcublasLt.so.13": ("stub_products_lt",),
+}
+
+
+@functools.cache
+def counters() -> tuple[Callable[[], int], ...] | None:
+    """Functions of the stub libraries that count launches; None on a real GPU."""
+    found = []
+    for library, names in COUNTERS.items():
+        try:
+            loaded = ctypes.CDLL(library)
+        except OSError:
+            return None
+        for name in names:
+            if not hasattr(loaded, name):
+                return None
+            getattr(loaded, name).restype = ctypes.c_ulonglong
+            found.append(getattr(loaded, name))
+    return tuple(found)
+
+
+def is_stub() -> bool:
+    return counters() is not None
+
+
+def set_cost(nanoseconds: int) -> None:
+    """Let every launch on the stub take this long; ATen's, Triton's and our own."""
+    for library in ("libcuda.so.1", "libcudart.so.13"):
+        ctypes.CDLL(library).stub_set_cost(ctypes.c_long(nanoseconds))
+
+
+def launches(call: Callable[[], Any]) -> int:
+    """How many kernels a call launches, matrix products among them."""
+    counted = counters()
+    if counted is None:
+        return _profiled(call) if torch.cuda.is_available() else 0
+    before = sum(count() for count in counted)
+    call()
+    return sum(count() for count in counted) - before
+
+
+def wait() -> None:
+    """Wait until a GPU has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _profiled(call: Callable[[], Any]) -> int:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        call()
+        wait()
+    device = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == device for event in found.events())
+
+
+def best_times(calls: Sequence[Callable[[], Any]], number: int, runs: int) -> list[float]:
+    """Microseconds of each call, the best of some runs in turns.
+
+    On the stub it is the CPU time of the process, so other work on the machine does not count. On
+    a GPU it is the time until its work is done.
+    """
+    clock = time.process_time if is_stub() else time.perf_counter
+    best = [float("inf")] * len(calls)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(runs):
+            for i, call in enumerate(calls):
+                wait()
+                start = clock()
+                for _ in range(number):
+                    call()
+                wait()
+                best[i] = min(best[i], (clock() - start) / number * 1e6)
+    finally:
+        gc.enable()
+    return best
