@@ -27,12 +27,15 @@ class Connector:
         given: builds the arguments for a number of images.
         call: calls the module with them. The tensors in its result that need gradients are
             differentiated in training.
+        counted: for a number of images, what the host reads when it reads a count of elements; a
+            stub cannot count.
     """
 
     name: str
     make: Callable[[], nn.Module]
     given: Callable[[int], tuple[Any, ...]]
     call: Callable[..., Any] = run
+    counted: Callable[[int], int] = lambda batch: 0
 
 
 def features(*shape: int) -> Callable[[int], tuple[Any, ...]]:

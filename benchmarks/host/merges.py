@@ -123,8 +123,9 @@ def pack_onevision(
 NEXT_GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 ONEVISION_GRIDS = [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)]
 MERGES = (
-    Connector("LLaVA-1.5-7B merge", llava, prompts(576), merge),
-    Connector("Qwen2.5-VL merge", qwen2_5_vl, prompts(1024), merge_of_two_kinds),
+    Connector("LLaVA-1.5-7B merge", llava, prompts(576), merge, lambda n: n * 576 * 4096),
+    Connector("Qwen2.5-VL merge", qwen2_5_vl, prompts(1024), merge_of_two_kinds,
+              lambda n: n * 1024 * 4096),
     Connector(
         "LLaVA-NeXT-7B tiles, 2 x 2", llava_next,
         tiles(Tiling(NEXT_GRIDS, tile=336, side=24), (672, 672), 4096), pack_next,

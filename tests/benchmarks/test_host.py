@@ -41,7 +41,9 @@ def test_connector_that_is_not_patched_is_an_error():
 
 def test_row_has_times_of_both_in_inference_and_training():
     projector = Connector(
-        "tiny", lambda: tiny_llava.llava().model.multi_modal_projector, features(1, 5, 48)
+        "tiny",
+        lambda: tiny_llava.llava().model.multi_modal_projector.bfloat16(),
+        features(1, 5, 48),
     )
     rows = list(measure.rows_of(projector, [1, 2], runs=2, device="cpu"))
     assert [(row["batch"], row["mode"]) for row in rows] == [
