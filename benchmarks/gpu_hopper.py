@@ -142,9 +142,10 @@ def _gelu_backward(p: Problem) -> Failures:
     if not torch.equal(alone, dz):
         failures.append("dz is another where it is all that is wanted")
     rows = p.dy.shape[0]
-    native_dz, _, native_dbias = mlp_activation_backward(
-        p.z, torch.mm(p.dy, p.weight_2), rows, rows, "gelu", want_h=False, want_dbias=True
-    )
+    native_dz, _, native_dbias, _ = mlp_activation_backward(
+        p.z, torch.mm(p.dy, p.weight_2), p.dy, rows, rows, "gelu",
+        want_h=False, want_dbias=True, want_dbias_2=False,
+    )  # fmt: skip
     exact_dbias = torch.zeros(p.z.shape[1], dtype=torch.float64, device=p.z.device)
     for z, dy in zip(p.z.split(4096), p.dy.split(4096), strict=True):
         exact_dbias += _exact_dz(z, dy, p.weight_2).sum(0)

@@ -1,5 +1,5 @@
-// The host's work for a call: launches of compiled Triton kernels without Triton's binder, and
-// descriptions of tensors.
+// The host's work for a call: launches of compiled Triton kernels without Triton's binder,
+// descriptions of tensors, and comparisons of facts.
 //
 // A Launcher holds one kernel's compiled variants. A call makes a key from the arguments: the
 // specialisation that Triton would choose. If the key is known, the kernel is launched with the
@@ -14,6 +14,7 @@
 
 #include "launch_call.h"
 #include "launch_describe.h"
+#include "launch_facts.h"
 
 // ---- the type ----
 
@@ -179,9 +180,12 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__launch(void) {
   requires_grad_name = PyUnicode_InternFromString("requires_grad");
-  if (requires_grad_name == NULL || PyType_Ready(&LauncherType) < 0) return NULL;
+  if (requires_grad_name == NULL || PyType_Ready(&LauncherType) < 0 ||
+      PyType_Ready(&FactsType) < 0)
+    return NULL;
   PyObject *module = PyModule_Create(&definition);
-  if (module != NULL && PyModule_AddObjectRef(module, "Launcher", (PyObject *)&LauncherType) < 0)
+  if (module != NULL && (PyModule_AddObjectRef(module, "Launcher", (PyObject *)&LauncherType) < 0 ||
+                         PyModule_AddObjectRef(module, "Facts", (PyObject *)&FactsType) < 0))
     Py_CLEAR(module);
   return module;
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Blocks:
     """The rows of x ``(batch, tokens, cols)`` that form each block of ``factor ** 2`` patches.
 
@@ -34,7 +34,7 @@ class Blocks:
         return batch * (self.height // self.factor) * (self.width // self.factor)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Norm:
     """The norm of whole merged tokens (``after``) or of single patches.
 

@@ -1,4 +1,4 @@
-"""Linear plus activation of an MLP for few rows, and the pass between the GEMMs of its backward.
+"""Activations of an MLP, and the pass between the GEMMs of its backward.
 
 A program of the backward takes BLOCK_COLS columns and ROWS_PER_PROGRAM rows in tiles of BLOCK_ROWS,
 and its share of the bias gradient.
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._activation import value_and_slope
-from ._launcher import Config, kernel, precision, runs_triton
+from ._launcher import Config, kernel, runs_triton
 from ._sizes import cdiv
 from ._sum_shares import new_shares, store_share, sum_shares
 from ._triton import tl, triton
@@ -22,23 +22,52 @@ ROWS_PER_PROGRAM = 128
 
 
 @kernel(Config({"BLOCK_ROWS": 16, "BLOCK_COLS": 128}, num_warps=4))
-@triton.jit(do_not_specialize=["rows", "tokens", "period"])
+@triton.jit(do_not_specialize=["rows", "tokens", "period", "out", "out_at"])
 def mlp_activation_backward_kernel(
     z_ptr,  # (images * period - gap, cols): `tokens` rows per image, then a gap
     dh_ptr,  # (rows, cols)
     dz_ptr,  # (rows, cols), may be dh
     h_ptr,  # (rows, cols) or None
-    dbias_ptr, shares_ptr, shares_row,  # (cols,) or None; (cdiv(rows, ROWS), cols) fp32 or None
+    dbias_ptr,  # (cols,) or None
+    dy_ptr, dy_row, dy_col, dbias_2_ptr,  # (rows, out) at these strides, (out,); or None
+    shares_ptr, shares_row,  # (cdiv(rows, ROWS), ...) fp32: of dbias, at out_at of dbias_2; or None
+    rows, cols, tokens, period, out, out_at,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    shares_at = tl.program_id(0).to(tl.int64) * shares_row
+    block, blocks = tl.program_id(1), tl.cdiv(cols, BLOCK_COLS)
+    if dbias_2_ptr is None or block < blocks:
+        _activation_backward(
+            z_ptr, dh_ptr, dz_ptr, h_ptr, dbias_ptr, shares_ptr, shares_at, first, block,
+            rows, cols, tokens, period, ACTIVATION, ROWS, BLOCK_ROWS, BLOCK_COLS,
+        )  # fmt: skip
+    else:
+        col = (block - blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+        total = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
+        for start in range(0, ROWS, BLOCK_ROWS):
+            row = first + start + tl.arange(0, BLOCK_ROWS)
+            inside = (row < rows)[:, None] & (col < out)[None, :]
+            dy = tl.load(dy_ptr + row[:, None] * dy_row + col[None, :] * dy_col, mask=inside)
+            total += tl.where(inside, dy.to(tl.float32), 0.0)
+        share = tl.sum(total, axis=0)
+        store_share(dbias_2_ptr, shares_ptr, shares_at + out_at, share, col, col < out)
+
+
+@triton.jit
+def _activation_backward(
+    z_ptr, dh_ptr, dz_ptr, h_ptr, dbias_ptr, shares_ptr, shares_at, first, block,
     rows, cols, tokens, period,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    """A program's rows and columns of dz and h, and its share of the bias gradient."""
+    col = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     inside_cols = col < cols
     dbias = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
     for start in range(0, ROWS, BLOCK_ROWS):
-        row = chunk * ROWS + start + tl.arange(0, BLOCK_ROWS)
+        row = first + start + tl.arange(0, BLOCK_ROWS)
         inside = (row < rows)[:, None] & inside_cols[None, :]
         z_row = row + row // tokens * (period - tokens)
         offset = row[:, None] * cols + col[None, :]
@@ -52,111 +81,54 @@ def mlp_activation_backward_kernel(
         if dbias_ptr is not None:
             dbias += tl.where(inside, dz, 0.0)
     if dbias_ptr is not None:
-        share = tl.sum(dbias, axis=0)
-        store_share(dbias_ptr, shares_ptr, chunk * shares_row, share, col, inside_cols)
-
-
-FEW_ROWS = 512  # 16 images of 32 queries; up to here a saved launch outweighs cuBLAS's better tiles
-
-
-@kernel(Config({"BLOCK_ROWS": 32, "BLOCK_COLS": 64, "BLOCK_INNER": 64}, num_warps=4, num_stages=3))
-@triton.jit(do_not_specialize=["rows"])
-def linear_activation_kernel(
-    x_ptr, x_row,  # (rows, inner) with this row stride
-    weight_ptr,  # (cols, inner)
-    bias_ptr,  # (cols,) or None
-    out_ptr,  # (rows, cols)
-    rows, inner, cols,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
-):  # fmt: skip
-    # Consecutive programs share columns, so they read their weights from L2.
-    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
-    program = tl.program_id(0)
-    row = (program % row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    col = (program // row_blocks).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    inside_rows, inside_cols = row < rows, col < cols
-    z = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
-    for start in range(0, inner, BLOCK_INNER):
-        i = start + tl.arange(0, BLOCK_INNER)
-        inside = i < inner
-        x = tl.load(
-            x_ptr + row[:, None] * x_row + i[None, :],
-            mask=inside_rows[:, None] & inside[None, :],
-            other=0.0,
-        )
-        weight = tl.load(
-            weight_ptr + col[None, :] * inner + i[:, None],
-            mask=inside[:, None] & inside_cols[None, :],
-            other=0.0,
-        )
-        z = tl.dot(x, weight, z, input_precision=PRECISION)
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + col, mask=inside_cols, other=0.0).to(tl.float32)[None, :]
-    # Rounded, as a separate linear stores it.
-    z = z.to(out_ptr.dtype.element_ty).to(tl.float32)
-    h, _ = value_and_slope(z, ACTIVATION)
-    inside = inside_rows[:, None] & inside_cols[None, :]
-    tl.store(
-        out_ptr + row[:, None] * cols + col[None, :], h.to(out_ptr.dtype.element_ty), mask=inside
-    )
-
-
-def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Return ``activate(F.linear(x, weight, bias))``, ``(rows, cols)``, from one Triton launch.
-
-    x: ``(rows, inner)``, inner stride 1. For few rows and calls without gradients, because the
-    pre-activation is not stored.
-    """
-    rows, inner = x.shape
-    cols = weight.shape[0]
-    out = x.new_empty(rows, cols)
-
-    def grid(blocks: dict[str, int]) -> tuple[int, ...]:
-        return (cdiv(rows, blocks["BLOCK_ROWS"]) * cdiv(cols, blocks["BLOCK_COLS"]),)
-
-    linear_activation_kernel(
-        grid, x, x.stride(0), weight.contiguous(),
-        bias if bias is None else bias.contiguous(), out,
-        rows, inner, cols, activation, precision(),
-    )  # fmt: skip
-    return out
+        store_share(dbias_ptr, shares_ptr, shares_at, tl.sum(dbias, axis=0), col, inside_cols)
 
 
 def mlp_activation_backward(
     z: Tensor,
     dh: Tensor,
+    dy: Tensor,
     tokens: int,
     period: int,
     activation: str,
     *,
     want_h: bool,
     want_dbias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return dz (written over dh) and, if wanted, h and the bias gradient ``(cols,)``.
+    want_dbias_2: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return dz (written over dh) and, if wanted, h and the gradients of both biases.
 
     z: ``(images * period - gap, cols)`` in any shape; dh: ``(images * tokens, cols)``; contiguous.
+    dy: ``(images * tokens, out)``.
     """
     if not runs_triton(dh):
-        return _aten(z, dh, tokens, period, activation, want_h, want_dbias)
+        dz, h, dbias = _aten(z, dh, tokens, period, activation, want_h, want_dbias)
+        return dz, h, dbias, dy.sum(0) if want_dbias_2 else None
     rows, cols = dh.shape
+    out = dy.shape[1]
     h = torch.empty_like(dh) if want_h else None
     dbias = dh.new_empty(cols) if want_dbias else None
+    dbias_2 = dh.new_empty(out) if want_dbias_2 else None
     chunks = max(-(-rows // ROWS_PER_PROGRAM), 1)
-    shares, shares_row = new_shares(chunks, dbias)
+    shares, shares_row = new_shares(chunks, dbias, dbias_2)
+
+    def grid(blocks: dict[str, int]) -> tuple[int, ...]:
+        width = blocks["BLOCK_COLS"]
+        return chunks, cdiv(cols, width) + (cdiv(out, width) if want_dbias_2 else 0)
+
     mlp_activation_backward_kernel(
-        lambda blocks: (chunks, cdiv(cols, blocks["BLOCK_COLS"])),
-        z, dh, dh, h, dbias, shares, shares_row,
-        rows, cols, tokens, period, activation, ROWS_PER_PROGRAM,
+        grid, z, dh, dh, h, dbias, dy if want_dbias_2 else None, *dy.stride(), dbias_2,
+        shares, shares_row, rows, cols, tokens, period, out, cols if want_dbias else 0,
+        activation, ROWS_PER_PROGRAM,
     )  # fmt: skip
-    sum_shares(shares, dbias)
-    return dh, h, dbias
+    sum_shares(shares, dbias, dbias_2)
+    return dh, h, dbias, dbias_2
 
 
 def _aten(
     z: Tensor, dh: Tensor, tokens: int, period: int, activation: str, want_h: bool, want_dbias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`mlp_activation_backward` from ATen's kernels, for CPUs."""
+    """`mlp_activation_backward` of z and the first bias from ATen's kernels, for CPUs."""
     if tokens == period:
         z = z if z.ndim == 2 else z.view(*dh.shape)
         dz = activation_backward(dh, z, activation)

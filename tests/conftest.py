@@ -110,7 +110,7 @@ def fresh_state(monkeypatch):
     torch.manual_seed(0)
     for switch in ("strict_switch", "disabled_switch"):
         monkeypatch.setattr(fallback.switches, switch, fallback.Switch())
-    for record in ("_fast", "_fallbacks", "_warned"):
+    for record in ("fast_calls", "_fallbacks", "_warned"):
         empty = copy.copy(getattr(fallback, record))
         empty.clear()
         monkeypatch.setattr(fallback, record, empty)

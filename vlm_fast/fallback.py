@@ -82,7 +82,7 @@ class _Switches:
 
 
 switches = _Switches()
-_fast: Counter[str] = Counter()
+fast_calls: Counter[str] = Counter()  # of each op on its fused path
 _fallbacks: defaultdict[str, Counter[str]] = defaultdict(Counter)
 _warned: set[tuple[str, str]] = set()
 
@@ -115,19 +115,19 @@ def stats(*, reset: bool = False) -> dict[str, dict[str, object]]:
     Calls inside a compiled graph are not counted, because they do not run Python. ``reset`` sets
     all counts to zero afterwards.
     """
-    names = sorted({*_fast, *_fallbacks})
+    names = sorted({*fast_calls, *_fallbacks})
     counts: dict[str, dict[str, object]] = {
-        name: {"fast": _fast[name], "fallback": dict(_fallbacks[name])} for name in names
+        name: {"fast": fast_calls[name], "fallback": dict(_fallbacks[name])} for name in names
     }
     if reset:
-        _fast.clear()
+        fast_calls.clear()
         _fallbacks.clear()
     return counts
 
 
 def record_fast_call(name: str) -> None:
     """Count a call of an op that ran on its fused path."""
-    _fast[name] += 1
+    fast_calls[name] += 1
 
 
 def record_fallback(name: str, reason: str, *, stacklevel: int = 3) -> None:

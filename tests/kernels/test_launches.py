@@ -70,7 +70,7 @@ MLP, SUM = "mlp_activation_backward_kernel", "sum_shares_kernel"
 # For each op shapes, and all launches of a backward at this shape: our kernels, then ATen's. One
 # row more is where the rows of some kernels become too many for one program.
 BACKWARDS = {
-    "act_linear": [(dict(shape=(257, 24), out=16), f"{MLP} mm mm sum")],
+    "act_linear": [(dict(shape=(257, 24), out=16), f"{MLP} {SUM} mm mm")],
     "add_layer_norm": [
         (dict(shape=(32, 24), x_biased=True), "add_layer_norm_backward_kernel"),
         (dict(shape=(33, 24), x_biased=True), f"add_layer_norm_backward_kernel {SUM}"),
@@ -110,8 +110,18 @@ BACKWARDS = {
     "merge_image_tokens": [(None, "split_image_tokens_kernel")],
     "merge_tokens": [(dict(batch=3, tokens=7, features=17, r=3), "spread_tokens_kernel")],
     "mlp": [
-        (dict(shape=(128, 24), hidden=40, out=16), f"{MLP} mm mm mm mm sum"),
-        (dict(shape=(129, 24), hidden=40, out=16), f"{MLP} {SUM} mm mm mm mm sum"),
+        (dict(shape=(128, 24), hidden=40, out=16), f"{MLP} mm mm mm mm"),
+        (dict(shape=(129, 24), hidden=40, out=16), f"{MLP} {SUM} mm mm mm mm"),
+    ],
+    "norm_mlp": [
+        (
+            dict(shape=(8, 24), hidden=40, out=16),
+            f"{MLP} pixel_shuffle_norm_backward_kernel mm mm mm mm",
+        ),
+        (
+            dict(shape=(129, 24), hidden=40, out=16),
+            f"{MLP} {SUM} pixel_shuffle_norm_backward_kernel {SUM} mm mm mm mm",
+        ),
     ],
     "pixel_shuffle_norm": [
         (

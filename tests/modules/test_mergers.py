@@ -304,4 +304,4 @@ def test_internvl_fuses_shuffle_and_norm(name):
     vlm_fast.patch(model)
     with vlm_fast.strict(), torch.no_grad():
         model(**inputs)
-    assert vlm_fast.stats()["pixel_shuffle_norm"]["fast"] == 1
+    assert vlm_fast.stats()["norm_mlp"]["fast"] == 1

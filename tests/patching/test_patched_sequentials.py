@@ -129,8 +129,8 @@ def residual(m):
 
 
 EDITS = {
-    append: {"mlp": 1, "act_linear": 1}, insert: {"mlp": 1}, relu: {"mlp": 1}, double: {"mlp": 1},
-    delete: {}, delete_activation: {}, tanh: {}, residual: {"mlp": 1},
+    append: {"mlp": 1, "act_linear": 1}, insert: {"norm_mlp": 1}, relu: {"mlp": 1},
+    double: {"mlp": 1}, delete: {}, delete_activation: {}, tanh: {}, residual: {"mlp": 1},
 }  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from vlm_fast.modules.parameter_access.activation import activation_name, why_no
 from vlm_fast.modules.parameter_access.dtypes import why_dtypes_differ
 from vlm_fast.modules.parameter_access.linear import why_not_direct
 from vlm_fast.modules.parameter_access.module_calls import why_call_does_more
+from vlm_fast.modules.parameter_access.norm import norm_parameters
+from vlm_fast.ops.pixel_shuffle_norm import why_block_too_wide
 
 MLP_NAMES = ("linear_1", "act", "linear_2")
 
@@ -22,15 +24,15 @@ class DirectRun(NamedTuple):
     """A fusable run as a call of its op, with parameters that can be read directly.
 
     Attributes:
-        op: `vlm_fast.ops.mlp` or `vlm_fast.ops.act_linear`.
+        call: `vlm_fast.ops.mlp`, `norm_mlp` or `act_linear` with its options.
         parameters: its arguments after the input.
         options: its options.
         dtype: the dtype of all weights; None if they differ.
     """
 
-    op: Callable[..., Tensor]
+    call: Callable[..., Tensor]
     parameters: tuple[Tensor | None, ...]
-    options: dict[str, str]
+    options: dict[str, Any]
     dtype: torch.dtype | None
 
 
@@ -41,11 +43,13 @@ class Part(NamedTuple):
         steps: in calling order.
         direct: the run as one op; None if the steps are called.
         reason: why the steps of a fusable run are called; None for a single step.
+        smaller: the same steps in smaller parts, for inputs that ``direct`` does not take.
     """
 
     steps: Sequence[Step]
     direct: DirectRun | None = None
     reason: str | None = None
+    smaller: Sequence[Part] = ()
 
 
 def run_part(run: Sequence[Step], saved: str) -> Part:
@@ -54,17 +58,34 @@ def run_part(run: Sequence[Step], saved: str) -> Part:
     return Part(run, _direct(active_steps(run), saved) if reason is None else None, reason)
 
 
+def normed_parts(run: Sequence[Step], saved: str) -> Sequence[Part]:
+    """A norm and the fusable run behind it as one `Part`, or as two if the op cannot take both."""
+    norm, *rest = run
+    smaller = Part([norm]), run_part(rest, saved)
+    direct, found = smaller[1].direct, norm_parameters(norm.call)
+    if direct is None or isinstance(found, str) or found.weight.dtype is not direct.dtype:
+        return smaller
+    weight_1 = cast(Tensor, direct.parameters[0])
+    if found.weight.shape[0] != weight_1.shape[1] or why_block_too_wide(weight_1, 1) is not None:
+        return smaller
+    options = {**direct.options, "norm": found.kind, "eps": found.eps}
+    parameters = (found.weight, found.bias, *direct.parameters)
+    call = ops.norm_mlp.prepared(**options)
+    return (Part(run, DirectRun(call, parameters, options, direct.dtype), None, smaller),)
+
+
 def _direct(active: Sequence[Step], saved: str) -> DirectRun:
     *first, act, last = (cast(Any, step.call) for step in active)
     owns = [linear._parameters for linear in (*first, last)]
     parameters = tuple([own[name] for own in owns for name in ("weight", "bias")])
-    options = {"activation": cast(str, activation_name(act))}
+    options: dict[str, Any] = {"activation": cast(str, activation_name(act))}
     if first:
         options["saved"] = saved
     dtype = owns[0]["weight"].dtype
     if owns[-1]["weight"].dtype is not dtype:
         dtype = None
-    return DirectRun(ops.mlp if first else ops.act_linear, parameters, options, dtype)
+    op: Any = ops.mlp if first else ops.act_linear
+    return DirectRun(op.prepared(**options), parameters, options, dtype)
 
 
 def why_not_read(run: Sequence[Step]) -> str | None:

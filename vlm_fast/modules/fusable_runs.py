@@ -1,8 +1,8 @@
 """Find the runs of modules that one op computes, in a sequence of modules called in a row.
 
-A fusable run is linear, activation, linear (`vlm_fast.ops.mlp`), or activation, linear if the
-linear before it belongs to another run (`vlm_fast.ops.act_linear`). Identities and dropouts may
-stand between them.
+A fusable run is linear, activation, linear (`vlm_fast.ops.mlp`), with or without a norm before it
+(`vlm_fast.ops.norm_mlp`); or activation, linear if the linear before it belongs to another run
+(`vlm_fast.ops.act_linear`). Identities and dropouts may stand between linears and activation.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast.modules.parameter_access.activation import activation_name
+from vlm_fast.modules.parameter_access.norm import norm_kind
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
@@ -52,6 +53,11 @@ def active_steps(run: Sequence[Step]) -> list[Step]:
     return [step for step in run if not may_be_identity(step.call)]
 
 
+def without_norm(run: Sequence[Step]) -> Sequence[Step]:
+    """A fusable run without the norm that may stand before it."""
+    return run if norm_kind(run[0].call)[0] is None else run[1:]
+
+
 def fusable_runs(steps: Sequence[Step], saved: str) -> list[Sequence[Step]]:
     """The steps in order, in groups: one for each fusable run, and one for each other step."""
     parts: list[Sequence[Step]] = []
@@ -66,6 +72,9 @@ def fusable_runs(steps: Sequence[Step], saved: str) -> list[Sequence[Step]]:
 def _end_of_run(steps: Sequence[Step], i: int, saved: str) -> int:
     """The end index of the fusable run that starts at step ``i``; ``i + 1`` if there is none."""
     first = steps[i].call
+    if norm_kind(first)[0] is not None and i + 1 < len(steps) and is_linear(steps[i + 1].call):
+        end = _end_of_run(steps, i + 1, saved)
+        return end if end > i + 2 else i + 1
     act = _next_active(steps, i) if is_linear(first) else i
     if act == len(steps) or activation_name(steps[act].call) is None:
         return i + 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlm_fast.fallback import record_fallback
@@ -17,16 +18,19 @@ from vlm_fast.modules.direct_runs import (
     Part,
     mlp_part,
     mlp_steps,
+    normed_parts,
     run_part,
     why_not_active,
     why_not_input,
     why_not_read,
 )
-from vlm_fast.modules.fusable_runs import Step, fusable_runs, why_no_fusable_run
+from vlm_fast.modules.fusable_runs import Step, fusable_runs, why_no_fusable_run, without_norm
 from vlm_fast.modules.parameter_access.dtypes import is_common_dtype
 from vlm_fast.modules.parameter_access.guard import Guard
 from vlm_fast.modules.parameter_access.remembered import recall, remember
+from vlm_fast.ops.autocast import autocast_device
 
+MLP_PARAMETERS = 4  # weights and biases of two linears
 _PARTS = "_parts_of_sequence"  # where the parts are stored on the module that is called
 
 
@@ -54,14 +58,21 @@ def recalled_parts(owner: Any) -> Sequence[Part] | None:
 
 def run_parts(owner: str, x: Tensor, parts: Sequence[Part]) -> Any:
     """Apply all parts to ``x``. ``owner``: the name under which fallbacks are recorded."""
-    for steps, direct, reason in parts:
+    for steps, direct, reason, smaller in parts:
         if direct is not None:
-            if is_common_dtype(x, direct.dtype) and len(direct.parameters) == 4:
+            usual = is_common_dtype(x, direct.dtype)
+            if smaller:  # with a norm, which autocast computes in another dtype
+                if usual and x.ndim > 1 and not torch.is_autocast_enabled(autocast_device(x)):
+                    x = direct.call(x, *direct.parameters)
+                else:
+                    x = run_parts(owner, x, smaller)
+                continue
+            if usual and len(direct.parameters) == MLP_PARAMETERS:
                 reason = None
             else:
                 reason = why_not_input(steps, x)
             if reason is None:
-                x = direct.op(x, *direct.parameters, **direct.options)
+                x = direct.call(x, *direct.parameters)
                 continue
         if reason is not None:
             record_fallback(owner, reason)
@@ -87,16 +98,19 @@ def _guard_of_parts(owner: Any, parts: Sequence[Part], others: Sequence[nn.Modul
 
 
 def _parts(steps: Sequence[Step], saved: str) -> list[Part]:
-    parts = [
-        run_part(run, saved) if len(run) > 1 else Part(run) for run in fusable_runs(steps, saved)
-    ]
+    parts: list[Part] = []
+    for run in fusable_runs(steps, saved):
+        if without_norm(run) is not run and len(run) > 1:
+            parts += normed_parts(run, saved)
+        else:
+            parts.append(run_part(run, saved) if len(run) > 1 else Part(run))
     reason = why_no_fusable_run(steps, saved)
     return parts if reason is None else [Part((), None, reason), *parts]
 
 
 def why_not_steps(steps: Sequence[Step], saved: str) -> str | None:
     """Why a fusable run would be called module by module next time, or None."""
-    runs = [run for run in fusable_runs(steps, saved) if len(run) > 1]
+    runs = [without_norm(run) for run in fusable_runs(steps, saved) if len(run) > 1]
     reasons = (why_not_read(run) or why_not_input(run, None) for run in runs)
     return why_no_fusable_run(steps, saved) or next((r for r in reasons if r is not None), None)
 

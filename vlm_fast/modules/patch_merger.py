@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_fast.modules.normed_mlp import NormedMLP, normed_mlp
+from vlm_fast.modules.normed_mlp import normed_mlp
 from vlm_fast.modules.parameter_access.activation import activation_module
-from vlm_fast.modules.parameter_access.norm import RMSNorm, shuffle_and_norm
+from vlm_fast.modules.parameter_access.norm import RMSNorm
 from vlm_fast.modules.token_grid import grid_of
 from vlm_fast.ops.argument_errors import check_tensor, wrong_value
 
@@ -88,7 +88,9 @@ class PatchMerger(nn.Module):
         if window_index is not None:
             index = blocks_in_place(window_index, self.factor)
         parts = normed_mlp(self, children_of)
-        return merge_patches(type(self).__name__, x, parts, self.factor, self.norm_after, index)
+        return parts.merged(
+            type(self).__name__, x, self.factor, norm_after=self.norm_after, index=index
+        )
 
 
 class PixelShuffleProjector(nn.Module):
@@ -144,30 +146,9 @@ class PixelShuffleProjector(nn.Module):
         """
         height, width = grid_of(type(self).__name__, x, height, width)
         name, parts = type(self).__name__, normed_mlp(self, _children_of_projector)
-        x = shuffle_and_norm(
-            name, x, parts.norm, parts.parameters, height=height, width=width, factor=self.factor,
-            norm_after=True,
+        return parts.merged(
+            name, x, self.factor, norm_after=True, height=height, width=width
         )  # fmt: skip
-        return parts.mlp(name, x)
-
-
-def merge_patches(
-    owner: str,
-    x: Tensor,
-    parts: NormedMLP,
-    factor: int,
-    norm_after: bool,
-    index: Tensor | None = None,
-) -> Tensor:
-    """The forward of any module with the children of a `PatchMerger`, which are ``parts``.
-
-    ``owner``: name for fallbacks; ``index``: int ``(blocks, factor ** 2)``, the rows of each block.
-    """
-    x = shuffle_and_norm(
-        owner, x.reshape(-1, factor**2, x.shape[-1]), parts.norm, parts.parameters,
-        height=factor, width=factor, factor=factor, norm_after=norm_after, index=index,
-    )  # fmt: skip
-    return parts.mlp(owner, x.flatten(0, -2))
 
 
 _children_of_projector = attrgetter("layer_norm", "linear_1", "act", "linear_2")

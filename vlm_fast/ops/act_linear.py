@@ -48,19 +48,20 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     z, weight = saved_tensors
     leading, dy = dy.shape[:-1], as_matrix(dy)
-    dz = h = dweight = None
+    dz = h = dweight = dbias = None
     if needs_grad.z:
         rows = dy.shape[0]
-        dz, h, _ = mlp_activation_backward(
-            as_matrix(z).contiguous(), torch.mm(dy, weight), rows, rows, activation,
-            want_h=needs_grad.weight, want_dbias=False,
+        dz, h, _, dbias = mlp_activation_backward(
+            as_matrix(z).contiguous(), torch.mm(dy, weight), dy, rows, rows, activation,
+            want_h=needs_grad.weight, want_dbias=False, want_dbias_2=needs_grad.bias,
         )  # fmt: skip
         dz = dz.view(*leading, dz.shape[1])
-    elif needs_grad.weight:
-        h = as_matrix(activate(z, activation))
+    else:
+        h = as_matrix(activate(z, activation)) if needs_grad.weight else None
+        dbias = dy.sum(0) if needs_grad.bias else None
     if h is not None:
         dweight = torch.mm(dy.t(), h)
-    return dz, dweight, dy.sum(0) if needs_grad.bias else None
+    return dz, dweight, dbias
 
 
 @act_linear.cost

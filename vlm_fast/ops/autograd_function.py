@@ -21,10 +21,11 @@ def autograd_function(path: CallPath) -> type[torch.autograd.Function]:
         def forward(ctx: Any, call: tuple[int, dict[str, Any]], *flat: Any) -> Any:
             count, settings = ctx.call = call
             needs_grad = path.needs_of(ctx.needs_input_grad[1:], count)
-            result, saved = path.forward(needs_grad, *path.unflatten(flat, count), **settings)
+            values = path.unflatten(flat, count) if count else flat
+            result, saved = path.forward(needs_grad, *values, **settings)
             ctx.save_for_backward(*saved)
             if path.single:
-                return _fresh(result)
+                return result.data if result._is_view() else result
             results = tuple(map(_fresh, result))
             ctx.mark_non_differentiable(
                 *[results[i] for i in path.op.results_without_gradient(needs_grad)]

@@ -12,7 +12,8 @@ from torch import Tensor
 from vlm_fast.kernels import _hopper
 from vlm_fast.kernels._activation import ACTIVATIONS
 from vlm_fast.kernels._launcher import runs_triton
-from vlm_fast.kernels.mlp import FEW_ROWS, activate, linear_activation, mlp_activation_backward
+from vlm_fast.kernels._linear_activation import FEW_ROWS, linear_activation
+from vlm_fast.kernels.mlp import activate, mlp_activation_backward
 from vlm_fast.ops.declaration import Cost, linear_op, nbytes
 from vlm_fast.ops.rows import as_matrix
 
@@ -58,44 +59,34 @@ def mlp(
 
 @mlp.forward
 def forward(needs_grad, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
-    # A helper computes h, so that z, if it is not saved, is freed before the second GEMM.
-    h, saved_tensors = _hidden_and_saved(
-        needs_grad, x, weight_1, bias_1, weight_2, activation, saved
-    )
-    return F.linear(h, weight_2, bias_2), saved_tensors
-
-
-def _hidden_and_saved(
-    needs_grad: Any,
-    x: Tensor,
-    weight_1: Tensor,
-    bias_1: Tensor | None,
-    weight_2: Tensor,
-    activation: str,
-    saved: str,
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The input of the second linear, and the tensors that are saved for backward."""
-    if not any(needs_grad) and x.dtype is not torch.float32 and runs_triton(x):
-        rows = math.prod(x.shape[:-1])
-        if 0 < rows <= FEW_ROWS and x.shape[-1] > 0:
-            few = x.reshape(rows, x.shape[-1])
-            few = few if few.stride(1) == 1 else few.contiguous()
-            h = linear_activation(few, weight_1, bias_1, activation)
-            return h.view(*x.shape[:-1], h.shape[1]), ()
-    before_z = needs_grad.x or needs_grad.weight_1 or needs_grad.bias_1
+    if True not in needs_grad:
+        return F.linear(_hidden(x, weight_1, bias_1, activation), weight_2, bias_2), ()
+    need_x, need_weight_1, need_bias_1, need_weight_2, _ = needs_grad
+    before_z = need_x or need_weight_1 or need_bias_1
     rebuild = saved == "input"
-    keep_z = not rebuild and (before_z or needs_grad.weight_2)
-    z, h = _first_linear(x, weight_1, bias_1, weight_2, activation, keep_z, before_z)
-    if not any(needs_grad):
-        return h, ()
-    return h, (
-        x if needs_grad.weight_1 or rebuild else None,
-        weight_1 if needs_grad.x or rebuild else None,
+    keep_z = not rebuild and (before_z or need_weight_2)
+    whole = before_z and _takes_whole_rows(x, weight_2, activation)
+    z, h = _first_linear(x, weight_1, bias_1, activation, keep_z, whole)
+    return F.linear(h, weight_2, bias_2), (
+        x if need_weight_1 or rebuild else None,
+        weight_1 if need_x or rebuild else None,
         bias_1 if rebuild else None,
         weight_2 if before_z else None,
         z,
-        h if saved == "all" and needs_grad.weight_2 else None,
+        h if saved == "all" and need_weight_2 else None,
     )
+
+
+def _hidden(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """The input of the second linear, if nothing is kept for backward."""
+    inner = x.shape[-1]
+    rows = x.numel() // inner if inner else 0
+    if 0 < rows <= FEW_ROWS and x.dtype is not torch.float32 and runs_triton(x):
+        few = x.reshape(rows, inner)
+        few = few if few.stride(1) == 1 else few.contiguous()
+        h = linear_activation(few, weight, bias, activation)
+        return h.view(*x.shape[:-1], h.shape[1])
+    return _first_linear(x, weight, bias, activation, keep_z=False)[1]
 
 
 @mlp.backward
@@ -108,15 +99,18 @@ def backward(
         whole = _takes_whole_rows(x, weight_2, activation)
         z = F.linear(x.contiguous() if whole else _gemm_input(x), weight_1, bias_1)
     want_h = needs_grad.weight_2 and h is None
-    dx = dweight_1 = dbias_1 = dweight_2 = None
+    dx = dweight_1 = dbias_1 = dweight_2 = dbias_2 = None
     if needs_grad.x or needs_grad.weight_1 or needs_grad.bias_1:
-        dz, fresh_h, dbias_1 = _second_linear_backward(
-            z, dy, weight_2, leading, activation, want_h, needs_grad.bias_1
+        dz, fresh_h, dbias_1, dbias_2 = _second_linear_backward(
+            z, dy, weight_2, leading, activation, want_h, needs_grad.bias_1, needs_grad.bias_2
         )
         z = None
         h = fresh_h if want_h else h
-    elif want_h:
-        h = activate(_without_gaps(z, leading), activation)
+    else:
+        if want_h:
+            h = activate(_without_gaps(z, leading), activation)
+        if needs_grad.bias_2:
+            dbias_2 = dy.sum(0)
     # The largest temporaries are freed first: h before dz is used.
     if needs_grad.weight_2:
         dweight_2 = torch.mm(dy.t(), as_matrix(h))
@@ -126,26 +120,29 @@ def backward(
     if needs_grad.x:
         dx = torch.mm(dz, weight_1)
         dx = dx if len(leading) == 1 else dx.view(*leading, dx.shape[1])
-    return dx, dweight_1, dbias_1, dweight_2, dy.sum(0) if needs_grad.bias_2 else None
+    return dx, dweight_1, dbias_1, dweight_2, dbias_2
 
 
 def _first_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    weight_2: Tensor,
     activation: str,
     keep_z: bool,
-    backward: bool,
+    whole: bool = False,
 ) -> tuple[Tensor | None, Tensor]:
-    """The pre-activation ``z``, or None if it is not kept, and its activation."""
-    leading, (hidden, inner) = x.shape[:-1], weight.shape
-    if activation == "gelu" and _hopper.takes_linear_gelu(x, math.prod(leading), inner, hidden):
-        z, h = _hopper.linear_gelu(as_matrix(x), weight, bias, keep_z=keep_z)
-        return None if z is None else z.view(*leading, hidden), h.view(*leading, hidden)
-    whole = backward and _takes_whole_rows(x, weight_2, activation)
-    z = F.linear(x.contiguous() if whole else _gemm_input(x), weight, bias)
-    rows = z if z.ndim == x.ndim else _without_gaps(z, leading)
+    """The pre-activation ``z``, or None if it is not kept, and its activation.
+
+    ``whole``: backward needs z without gaps between images.
+    """
+    if _hopper.native is not None and activation == "gelu":
+        leading, (hidden, inner) = x.shape[:-1], weight.shape
+        if _hopper.takes_linear_gelu(x, math.prod(leading), inner, hidden):
+            z, h = _hopper.linear_gelu(as_matrix(x), weight, bias, keep_z=keep_z)
+            return None if z is None else z.view(*leading, hidden), h.view(*leading, hidden)
+    given = x if x.is_contiguous() else x.contiguous() if whole else _gemm_input(x)
+    z = F.linear(given, weight, bias)
+    rows = z if z.ndim == x.ndim else _without_gaps(z, x.shape[:-1])
     return z if keep_z else None, activate(rows, activation, overwrite=not keep_z)
 
 
@@ -156,25 +153,29 @@ def _second_linear_backward(
     leading: torch.Size,
     activation: str,
     want_h: bool,
-    want_dbias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``dz``, the activation if wanted, and the gradient of the first bias; dy is a matrix."""
+    want_dbias_1: bool,
+    want_dbias_2: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """``dz``, the activation if wanted, and the gradients of the biases; dy is a matrix."""
     tokens, period = _tokens_and_period(z, leading)
-    rows, hidden = dy.shape[0], weight.shape[1]
     if tokens == period and _takes_whole_rows(dy, weight, activation):
-        return _hopper.gelu_backward(
-            z.view(rows, hidden), dy, weight, want_h=want_h, want_dbias=want_dbias
+        z = z.view(dy.shape[0], weight.shape[1])
+        dz, h, dbias_1 = _hopper.gelu_backward(
+            z, dy, weight, want_h=want_h, want_dbias=want_dbias_1
         )
+        return dz, h, dbias_1, dy.sum(0) if want_dbias_2 else None
     return mlp_activation_backward(
-        z, torch.mm(dy, weight), tokens, period, activation, want_h=want_h, want_dbias=want_dbias
-    )
+        z, torch.mm(dy, weight), dy, tokens, period, activation,
+        want_h=want_h, want_dbias=want_dbias_1, want_dbias_2=want_dbias_2,
+    )  # fmt: skip
 
 
 def _takes_whole_rows(rows: Tensor, weight_2: Tensor, activation: str) -> bool:
     """Whether the GEMM for Hopper serves backward, which needs z without gaps between images."""
+    if _hopper.native is None or activation != "gelu":
+        return False
     out, hidden = weight_2.shape
-    count = math.prod(rows.shape[:-1])
-    return activation == "gelu" and _hopper.takes_gelu_backward(rows, count, hidden, out)
+    return _hopper.takes_gelu_backward(rows, math.prod(rows.shape[:-1]), hidden, out)
 
 
 def _gemm_input(x: Tensor) -> Tensor:
@@ -215,8 +216,7 @@ def _without_gaps(z: Tensor, leading: torch.Size) -> Tensor:
 
 @mlp.cost
 def cost(x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
-    rows = x.shape[:-1].numel()
-    hidden, out = weight_1.shape[0], weight_2.shape[0]
+    rows, hidden, out = x.shape[:-1].numel(), weight_1.shape[0], weight_2.shape[0]
     element, flops = x.element_size(), 2 * rows * (weight_1.numel() + weight_2.numel())
     weights = nbytes(weight_1, bias_1, weight_2, bias_2)
     z, y = rows * hidden * element, rows * out * element

@@ -10,17 +10,14 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.utils import _pytree
 
-from vlm_fast.fallback import DISABLED, record_fallback, record_fast_call, switches
-from vlm_fast.kernels._host import host
+from vlm_fast.fallback import DISABLED, record_fallback, record_fast_call
 from vlm_fast.kernels._launcher import runs_triton
 from vlm_fast.ops.autocast import autocast_device, autocast_values
 from vlm_fast.ops.fallback_reasons import no_kernel_for, why_not_now
-from vlm_fast.ops.known_calls import KnownCalls
 from vlm_fast.ops.op_arguments import OpArguments
+from vlm_fast.ops.prepared_call import MOST, PreparedCall
 from vlm_fast.ops.registration import CallPath
-from vlm_fast.ops.transforms import (
-    in_plain_eager,
-)
+from vlm_fast.ops.transforms import in_plain_eager
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,37 +34,44 @@ class CallableOp(OpArguments[P, R]):
         super().__init__(reference, declared, where)
         self.autocasts = False
         self.not_autocast: tuple[str, ...] = ()
+        self.disables_autocast = False  # in forward, which calls products of torch
         self.returns_indices = False
         self.plain_on_cpu = False  # no CPU variant gains: the reference is the CPU form
         self._fallback_reason: Callable[..., str | None] | None = None
-        self._known = KnownCalls(self.served_by)
+        self._prepared: dict[Any, PreparedCall] = {}
 
     def __call__(self, *args: P.args, **options: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not in_plain_eager():
             return self._checked(args, options)
         if len(args) != self._count or not self.defaults.keys() >= options.keys():
             args, options = self._in_position(args, options)  # type: ignore[assignment]
             if len(args) != self._count:
                 return self._checked(args, options)
-        describe = host.describe
-        metadata = None if describe is None or not in_plain_eager() else describe(args)
-        if metadata is None or switches.disabled or self._is_cast(args[0]):
+        key: Any = ()
+        if options:  # 1, 1.0 and True are equal, but not all of them need be accepted
+            key = (*options.items(), *map(type, options.values()))
+        try:
+            prepared = self._prepared[key]
+        except KeyError:
+            prepared = self._prepare(key, options)
+        except TypeError:  # an option that cannot be hashed
             return self._checked(args, options)
-        known = self._known.find(metadata, args, options)
-        if known is None:
-            return self._checked(args, options)
-        record_fast_call(self.name)
-        settings, on_cpu = known
-        values = args if self._canonical is None else self._canonical(args)
-        if on_cpu:
-            return self.reference(*values, **settings)
-        requires_grad = metadata[-1] and not self.returns_indices
-        return self._path.in_plain_eager(values, settings, requires_grad)
+        return prepared.in_plain_eager(args)
 
-    def served_by(
+    def prepared(self, **options: Any) -> PreparedCall:
+        """The op with these options, for calls with all tensor arguments by position."""
+        return PreparedCall(self, options)
+
+    def _prepare(self, key: Any, options: dict[str, Any]) -> PreparedCall:
+        if len(self._prepared) >= MOST:
+            self._prepared.clear()
+        found = self._prepared[key] = PreparedCall(self, options)
+        return found
+
+    def served_settings(
         self, args: tuple[Any, ...], options: dict[str, Any]
-    ) -> tuple[dict[str, Any], bool] | None:
-        """All options of a call, and whether its CPU form is the reference; None if it is not fast.
+    ) -> dict[str, Any] | None:
+        """All options of a call that the op serves without its reference; otherwise None.
 
         It reads no elements, only options and what `describe` tells of tensors.
         """
@@ -76,13 +80,12 @@ class CallableOp(OpArguments[P, R]):
             self.accepted(values, settings)
         except (TypeError, ValueError):
             return None
-        if self._why_not(values, settings) is not None:
-            return None
-        return settings, self.plain_on_cpu and not runs_triton(values[0])
+        return settings if self._why_not(values, settings) is None else None
 
     def _is_cast(self, first: Any) -> bool:
-        """Whether autocast casts the arguments of a call with this first one."""
-        return self.autocasts and torch.is_autocast_enabled(autocast_device(first))
+        """Whether autocast is enabled and matters for a call with this first argument."""
+        matters = self.autocasts or self.disables_autocast
+        return matters and torch.is_autocast_enabled(autocast_device(first))
 
     def _checked(self, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """A call that is checked argument by argument, and falls back with a reason."""
@@ -96,7 +99,7 @@ class CallableOp(OpArguments[P, R]):
             return self._of_proxies(args, options, error)
         reason = self._why_not(values, settings)
         if reason is not None:
-            record_fallback(self.name, reason, stacklevel=4)
+            record_fallback(self.name, reason, stacklevel=5)
             return self.reference(*values, **settings)
         if self.plain_on_cpu and not runs_triton(values[0]):
             return self._on_cpu(values, settings)
@@ -150,7 +153,7 @@ class CallableOp(OpArguments[P, R]):
         self, call: Callable[..., Any], values: tuple[Any, ...], settings: dict[str, Any]
     ) -> Any:
         device = autocast_device(values[0])
-        exempt = [name in self.not_autocast for name in self.tensors]
+        exempt = [not self.autocasts or name in self.not_autocast for name in self.tensors]
         cast = autocast_values(values, exempt, torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             return call(*cast, **settings)

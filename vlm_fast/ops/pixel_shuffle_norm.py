@@ -127,13 +127,15 @@ def _normed(x: Tensor, weight: Any, bias: Tensor | None, norm: str, eps: float) 
 def fallback_reason(
     x: Tensor, *tensors: Tensor | None, factor: int, norm: str, **options: Any
 ) -> str | None:
-    if norm != "none":
-        padded = _power_of_two(factor**2) * _power_of_two(x.shape[-1])
-        if padded > MAX_FEATURES:
-            return (
-                f"{padded} features of a block are more than {MAX_FEATURES}, the most per program"
-            )
-    return no_kernel_for(x)
+    reason = None if norm == "none" else why_block_too_wide(x, factor)
+    return reason or no_kernel_for(x)
+
+
+def why_block_too_wide(x: Tensor, factor: int) -> str | None:
+    """Why no program can hold a block of patches of ``x (..., tokens, features)``, or None."""
+    padded = _power_of_two(factor**2) * _power_of_two(x.shape[-1])
+    many = f"{padded} features of a block are more than {MAX_FEATURES}, the most per program"
+    return many if padded > MAX_FEATURES else None
 
 
 def _power_of_two(n: int) -> int:
@@ -150,15 +152,10 @@ def forward(
         _check_rows(index, math.prod(x.shape[:-1]))
     blocks = Blocks(factor, height, width, index, layout == "channel")
     shape = _merged_shape(x, index, factor)
-    any_needed = any(needs_grad)
+    any_needed = True in needs_grad
     if x.numel() == 0 or math.prod(shape) == 0:
-        return x.new_zeros(shape), (
-            empty_like_rows(x),
-            index,
-            weight,
-            None,
-            None,
-        ) if any_needed else ()
+        saved = empty_like_rows(x), index, weight, None, None
+        return x.new_zeros(shape), saved if any_needed else ()
     if norm == "none":
         y = kernels.pixel_shuffle(x, blocks).view(shape)
         return y, (empty_like_rows(x), index, None, None, None) if any_needed else ()
@@ -166,7 +163,8 @@ def forward(
         x, weight.contiguous(), None if bias is None else bias.contiguous(),
         blocks, Norm(norm, norm_after, eps), any_needed,
     )  # fmt: skip
-    return y.view(shape), (x, index, weight, mean, rstd) if any_needed else ()
+    y = y if len(shape) == 2 else y.view(shape)
+    return y, (x, index, weight, mean, rstd) if any_needed else ()
 
 
 @pixel_shuffle_norm.backward

@@ -79,8 +79,8 @@ class CallPath:
     def in_plain_eager(
         self, values: tuple[Any, ...], settings: dict[str, Any], requires_grad: int
     ) -> Any:
-        """The call where `transforms.in_plain_eager` holds and all tensors are plain ones."""
-        if requires_grad and torch.is_grad_enabled():
+        """The call of plain tensors where `in_plain_eager` holds; all gradients are enabled."""
+        if requires_grad:
             flat = values if self.list_at is None else self.flatten(values)
             return self.apply((self.count(values), settings), *flat)
         return self.forward(self.none_needed, *values, **settings)[0]

@@ -49,7 +49,7 @@ def is_batched(grads: Sequence[Tensor]) -> bool:
 
     Both use a legacy vmap, which `in_functorch` does not see.
     """
-    return any(map(_is_batched, grads))
+    return _is_batched(grads[0]) if len(grads) == 1 else any(map(_is_batched, grads))
 
 
 def in_each(

@@ -30,7 +30,7 @@ IN_CLONE = PACKAGE not in RESULTS.parents
 PLUMBING = {
     "_fast_launch.py", "_host.py", "_launcher.py", "_native.py", "_python_launch.py", "_sizes.py",
     "_triton.py", "argument_errors.py", "declaration.py", "docstrings.py", "fallback_reasons.py",
-    "known_calls.py", "op_arguments.py", "op_call.py", "registration.py", "signature.py",
+    "prepared_call.py", "op_arguments.py", "op_call.py", "registration.py", "signature.py",
     "verdict.py",
 }  # fmt: skip
 

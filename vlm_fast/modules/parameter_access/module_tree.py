@@ -79,9 +79,9 @@ class ModuleTree:
         guard = Guard(root, self.modules, methods=True)
         for module in self.attentions:
             name, eager_module = chosen_attention(module)
-            guard.test("{0}._attn_implementation == {1}", module.config, name)
+            guard.record("equal attribute", module.config, "_attn_implementation", name)
             function = attention_function(name, eager_module)
-            guard.test("{0}({1}, {2}) is {3}", attention_function, name, eager_module, function)
+            guard.record("call", attention_function, (name, eager_module), function)
         return guard
 
     def why_not(self, biases: bool = True, unread: str | None = None) -> str | None:

@@ -115,7 +115,7 @@ def shuffle_and_norm(
 
 def norm_parameters(norm: nn.Module) -> NormParameters | str:
     """The kind and parameters of a norm, or the reason why it must be called as a module."""
-    kind, eps = _kind(norm)
+    kind, eps = norm_kind(norm)
     if kind is None:
         return f"{type(norm).__name__} is not a norm the kernels know"
     reason = why_call_does_more(norm)
@@ -158,7 +158,7 @@ def _why_not_dtype(found: NormParameters, norm: nn.Module, x: Tensor | None) -> 
     return reason
 
 
-def _kind(norm: nn.Module) -> tuple[str | None, float]:
+def norm_kind(norm: Any) -> tuple[str | None, float]:
     """The kind of a norm, see `NormParameters`, and its eps; None for an unknown class."""
     if type(norm) is nn.LayerNorm:
         return "layer", norm.eps
@@ -167,7 +167,7 @@ def _kind(norm: nn.Module) -> tuple[str | None, float]:
     kind = type(norm)
     if kind.__module__.startswith("transformers.models."):
         if kind.__name__ in LLAMA_RMS_NORMS:
-            return "rms", norm.variance_epsilon  # type: ignore[return-value]
+            return "rms", norm.variance_epsilon
         if kind.__name__ in GEMMA_RMS_NORMS:
-            return "gemma", norm.eps  # type: ignore[return-value]
+            return "gemma", norm.eps
     return None, 0.0

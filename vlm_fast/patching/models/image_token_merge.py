@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from vlm_fast.fallback import switches
 from vlm_fast.modules.parameter_access.original_code import names_used_by
-from vlm_fast.ops import merge_image_tokens
 from vlm_fast.ops.image_token_rows import check_count
+from vlm_fast.ops.merge_image_tokens import merge_image_tokens
 from vlm_fast.ops.transforms import constant_while_compiling
 from vlm_fast.patching.deferred_tensor import DeferredTensor
 from vlm_fast.patching.patched_module import PatchedModule

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from vlm_fast import ops
 from vlm_fast.modules.normed_mlp import normed_mlp
 from vlm_fast.modules.parameter_access.chain import Chain, find_chain
-from vlm_fast.modules.parameter_access.norm import shuffle_and_norm, why_not_direct_norm
+from vlm_fast.modules.parameter_access.norm import why_not_direct_norm
 from vlm_fast.modules.token_grid import side_of_square
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.deferred_tensor import DeferredTensor
@@ -103,11 +103,7 @@ class FusedNormedMLP(FusedMLP):
             return super().forward(*args, **kwargs)
         patches, side = _patches(x)
         name, parts = type(self).__name__, normed_mlp(self, _children_of, chain.saved)
-        x = shuffle_and_norm(
-            name, patches, parts.norm, parts.parameters, height=side, width=side, factor=FACTOR,
-            norm_after=True,
-        )  # fmt: skip
-        return parts.mlp(name, x)
+        return parts.merged(name, patches, FACTOR, norm_after=True, height=side, width=side)
 
     def why_not(self) -> str | None:
         return why_not_direct_norm(self.layer_norm, self.linear_1) or super().why_not()

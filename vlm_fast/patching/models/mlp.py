@@ -25,21 +25,23 @@ class FusedMLP(PatchedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         chain: Chain = self.patch_spec.settings
-        parts = recalled_parts(self)
-        reason = chain.why_changed(self) if parts is None else None  # type: ignore[arg-type]
+        x, reason = None, None
         if len(args) == 1 and not kwargs:
-            x: Any = args[0]
+            x = args[0]
         elif not args and kwargs.keys() == {chain.argument}:
             x = kwargs[chain.argument]
         else:
             reason = "called with arguments the patch does not know"
-        if reason is None and not isinstance(x, Tensor):
+        if isinstance(x, Tensor):
+            parts = recalled_parts(self)
+            if parts is not None:
+                return run_parts(type(self).__name__, x, parts)
+            reason = chain.why_changed(self)  # type: ignore[arg-type]
+        elif reason is None:
             reason = f"its input is a {type(x).__name__}"
         if reason is not None:
             record_fallback(type(self).__name__, reason)
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        if parts is not None:
-            return run_parts(type(self).__name__, x, parts)
         return run_steps(self, x, lambda: chain.steps(self), chain.saved)  # type: ignore[arg-type]
 
     def why_not(self) -> str | None:

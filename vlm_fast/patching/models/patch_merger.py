@@ -12,7 +12,7 @@ from vlm_fast.modules.fused_sequence import why_not_fused
 from vlm_fast.modules.normed_mlp import normed_mlp, recalled_normed_mlp
 from vlm_fast.modules.parameter_access.module_calls import why_call_does_more
 from vlm_fast.modules.parameter_access.norm import shuffle_and_norm, why_not_direct_norm
-from vlm_fast.modules.patch_merger import children_of, merge_patches
+from vlm_fast.modules.patch_merger import children_of
 from vlm_fast.ops.patch_blocks import rows_of_blocks
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.patched_module import PatchedModule
@@ -60,7 +60,7 @@ class FusedPatchMerger(PatchedModule):
             return super().forward(x)  # type: ignore[misc]
         if parts is None:
             parts = normed_mlp(self, children_of, *self.patch_spec.settings)
-        return merge_patches(type(self).__name__, x, parts, factor, self.use_postshuffle_norm)
+        return parts.merged(type(self).__name__, x, factor, norm_after=self.use_postshuffle_norm)
 
     def _why_parts_called(self) -> str | None:
         """Why the MLP must be called as a module, or None."""

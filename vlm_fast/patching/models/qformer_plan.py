@@ -72,9 +72,9 @@ def _guard_of(encoder: Any) -> Guard:
         guard.include(layer, DIRECT_TREE)
         for name in ("attention", "crossattention"):
             if hasattr(layer, name):  # heads are pruned in place
-                guard.test("not {0}.get('pruned_heads')", vars(getattr(layer, name)))
-    guard.test("{0}.num_hidden_layers == {1}", config, config.num_hidden_layers)
-    guard.test("not getattr({0}, 'gradient_checkpointing', False)", config)
+                guard.record("false item", vars(getattr(layer, name)), "pruned_heads")
+    guard.record("equal attribute", config, "num_hidden_layers", config.num_hidden_layers)
+    guard.record("false attribute", config, "gradient_checkpointing")
     return guard
 
 

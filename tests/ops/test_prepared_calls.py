@@ -11,7 +11,7 @@ from tests.support.cases import OWN, any_op
 from vlm_fast import ops
 from vlm_fast.fallback import VlmFastFallbackError
 from vlm_fast.kernels._host import host
-from vlm_fast.ops import known_calls
+from vlm_fast.ops import op_call, prepared_call
 
 pytestmark = pytest.mark.skipif(host.describe is None, reason="the extension is not built")
 
@@ -27,7 +27,7 @@ def checks(monkeypatch):
     """A list that grows with every call whose arguments are checked."""
     calls = []
     for op in OWN.values():
-        monkeypatch.setattr(op, "_known", known_calls.KnownCalls(op.served_by))
+        monkeypatch.setattr(op, "_prepared", {})
         accepts = op._accepts
         monkeypatch.setattr(
             op, "_accepts", lambda *a, f=accepts, **o: (calls.append(a), f(*a, **o))[1]
@@ -147,12 +147,31 @@ def test_transforms_are_seen_by_known_calls(transform):
 
 
 def test_number_of_known_calls_is_bounded(monkeypatch):
-    monkeypatch.setattr(known_calls, "MOST", 4)
-    known = known_calls.KnownCalls(ops.mlp.served_by)
+    monkeypatch.setattr(prepared_call, "MOST", 4)
+    known = ops.mlp.prepared()
     for rows in range(1, 20):
         args = tuple(projector(rows))
-        assert known.find(host.describe(args), args, {}) is not None
+        known(*args)
+        assert known._answers[host.describe(args)] is not None
         assert len(known._answers) <= 4
+
+
+def test_number_of_prepared_calls_is_bounded(monkeypatch):
+    monkeypatch.setattr(op_call, "MOST", 4)
+    monkeypatch.setattr(ops.add_layer_norm, "_prepared", {})
+    args, options = ops.add_layer_norm.sample(ops.add_layer_norm.usual_shape)
+    for i in range(20):
+        ops.add_layer_norm(*args, **{**options, "eps": 1e-5 + i * 1e-6})
+        assert len(ops.add_layer_norm._prepared) <= 4
+
+
+@any_op
+def test_prepared_call_is_the_call(op):
+    args, options = op.sample(op.usual_shape)
+    prepared = op.prepared(**options)
+    wanted = op(*args, **options)
+    for _ in range(2):
+        torch.testing.assert_close(prepared(*args), wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_description_holds_what_checks_read():

@@ -1,0 +1,82 @@
+"""Calls of an op with the same options: one that equals a checked one needs no checks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlm_fast import fallback
+from vlm_fast.kernels._host import host
+from vlm_fast.kernels._launcher import runs_triton
+from vlm_fast.ops.autocast import autocast_device
+from vlm_fast.ops.transforms import in_plain_eager
+
+if TYPE_CHECKING:
+    from vlm_fast.ops.op_call import CallableOp
+
+MOST = 1024  # calls that are remembered for an op and its options
+
+
+class PreparedCall:
+    """An op with given options, to be called with all tensor arguments by position.
+
+    The result, and every error and warning, is that of ``op(*arguments, **options)``. What was
+    answered for a call is remembered by what `describe` tells of its tensors: dtypes, devices,
+    shapes and strides.
+    """
+
+    def __init__(self, op: CallableOp[..., Any], options: dict[str, Any]) -> None:
+        self.op, self.options = op, options
+        self._name, self._canonical = op.name, op._canonical
+        self._differentiable = not op.returns_indices
+        self._answers: dict[bytes, tuple[dict[str, Any], str | None, bool] | None] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or not in_plain_eager():
+            return self.op._checked(args, self.options)
+        return self.in_plain_eager(args)
+
+    def in_plain_eager(self, args: tuple[Any, ...]) -> Any:
+        """The call where `transforms.in_plain_eager` holds and nothing is compiled."""
+        describe = host.describe
+        metadata = None if describe is None else describe(args)
+        if metadata is None or fallback.switches.disabled_switch.on:
+            return self.op._checked(args, self.options)
+        try:
+            known = self._answers[metadata]
+        except KeyError:
+            known = self._check(metadata, args)
+        if known is None:
+            return self.op._checked(args, self.options)
+        settings, casts_on, on_cpu = known
+        if casts_on is not None and torch.is_autocast_enabled(casts_on):
+            return self.op._checked(args, self.options)
+        fallback.fast_calls[self._name] += 1
+        if self._canonical is not None:
+            args = self._canonical(args)
+        if on_cpu:
+            return self.op.reference(*args, **settings)
+        requires_grad = metadata[-1] and self._differentiable and torch.is_grad_enabled()
+        return self.op._path.in_plain_eager(args, settings, requires_grad)
+
+    def _check(
+        self, metadata: bytes, args: tuple[Any, ...]
+    ) -> tuple[dict[str, Any], str | None, bool] | None:
+        """What is remembered for a call, or None for one that must be checked each time.
+
+        Returns:
+            All options, the device whose autocast matters (None if none does), and
+            whether the op's CPU form is its reference.
+        """
+        if len(self._answers) >= MOST:
+            self._answers.clear()
+        op = self.op
+        found = None
+        settings = op.served_settings(args, self.options)
+        if settings is not None:
+            matters = op.autocasts or op.disables_autocast
+            casts_on = autocast_device(args[0]) if matters else None
+            found = settings, casts_on, op.plain_on_cpu and not runs_triton(args[0])
+        self._answers[metadata] = found
+        return found
