@@ -92,21 +92,21 @@ gpu:
 	PYTHONPATH=. $(PYTHON) -m vlm_fast.benchmarks.gpu
 
 # Host time of patched connectors against unpatched ones, without a GPU: torch's CUDA build (several
-# GB) over libraries that compute nothing. make host HOST="--only Q-Former --ns 17000"
+# GB) over libraries that compute nothing, pinned to one core. A part of it, at 17 us a launch:
+# make host HOST="--only Q-Former --ns 17000"
 HOST ?=
-HOST_PACKAGES := torch==2.14.1 transformers==5.17.0 pillow typer rich jinja2 filelock setuptools
-HOST_ALONE := open_flamingo==2.0.1 einops einops_exts  # without what they depend on
 HOST_PIP := .venv-host/bin/pip install --quiet --disable-pip-version-check
+STUBS := .venv-host/bin/python -m tests.tools.stub_libraries .venv-host/stub
 
 host: .venv-host/installed
-	taskset --cpu-list 1 .venv-host/bin/python -m tests.tools.stub_libraries .venv-host/stub \
-	  .venv-host/bin/python -m vlm_fast.benchmarks.host $(HOST)
+	taskset --cpu-list 1 $(STUBS) .venv-host/bin/python -m vlm_fast.benchmarks.host $(HOST)
 
-.venv-host/installed: $(INSTALLED) tests/tools/stub_libraries.py $(wildcard tests/support/stub_cuda/*)
+# OpenFlamingo without what it depends on: one of its files is used.
+.venv-host/installed: pyproject.toml tests/tools/stub_libraries.py $(wildcard csrc/launch* tests/support/stub_cuda/*)
 	test -x .venv-host/bin/python || $(PYTHON) -m venv .venv-host
-	$(HOST_PIP) $(HOST_PACKAGES)
-	$(HOST_PIP) --no-deps $(HOST_ALONE)
-	.venv-host/bin/python -m tests.tools.stub_libraries .venv-host/stub
+	$(HOST_PIP) -e '.[hf]' torch==2.14.1 transformers==5.17.0
+	$(HOST_PIP) --no-deps open_flamingo==2.0.1 einops einops_exts
+	$(STUBS)
 	@touch $@
 
 # The optional Hopper GEMMs: built (a minute and 4 GB a kernel, two at once; MAX_JOBS), and held to

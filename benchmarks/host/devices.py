@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 
+from vlm_fast.devtools import launches as profiled
+
 COUNTERS = {
     "libcuda.so.1": ("stub_launches",),
     "libcudart.so.13": ("stub_runtime_launches",),
     "libcublas.so.13": ("stub_products",),
     "libcublasLt.so.13": ("stub_products_lt",),
 }
+
+
+_cost = 0  # nanoseconds of a launch on the stub
 
 
 @functools.cache
@@ -40,8 +45,18 @@ def is_stub() -> bool:
     return counters() is not None
 
 
+def description() -> str:
+    """The device in words, for the title of a table."""
+    if is_stub():
+        return f"a stub GPU, {_cost / 1000:g} us a launch, torch {torch.__version__}"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{name}, torch {torch.__version__}"
+
+
 def set_cost(nanoseconds: int) -> None:
     """Let every launch on the stub take this long; ATen's, Triton's and our own."""
+    global _cost
+    _cost = nanoseconds
     for library in ("libcuda.so.1", "libcudart.so.13"):
         ctypes.CDLL(library).stub_set_cost(ctypes.c_long(nanoseconds))
 
@@ -55,7 +70,7 @@ def launches(call: Callable[[], Any]) -> int:
     """How many kernels a call launches, matrix products among them."""
     counted = counters()
     if counted is None:
-        return _profiled(call) if torch.cuda.is_available() else 0
+        return profiled.launches(call, "cuda" if torch.cuda.is_available() else "cpu") or 0
     before = sum(count() for count in counted)
     call()
     return sum(count() for count in counted) - before
@@ -65,16 +80,6 @@ def wait() -> None:
     """Wait until a GPU has done its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _profiled(call: Callable[[], Any]) -> int:
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        call()
-        wait()
-    device = torch.autograd.DeviceType.CUDA
-    return sum(event.device_type == device for event in found.events())
 
 
 def best_times(calls: Sequence[Callable[[], Any]], number: int, runs: int) -> list[float]:

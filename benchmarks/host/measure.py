@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import vlm_fast
+from vlm_fast import terminal
 from vlm_fast.benchmarks.host import devices
 from vlm_fast.benchmarks.host.connector import Connector
 from vlm_fast.benchmarks.host.gated_layers import GATED_LAYERS
@@ -25,6 +28,12 @@ from vlm_fast.benchmarks.host.resamplers import RESAMPLERS
 
 Row = dict[str, Any]
 CONNECTORS = (*PROJECTORS, *MERGERS, *RESAMPLERS, *GATED_LAYERS, *MERGES)
+# One connector of each kind, for a short run.
+FEW = (
+    "LLaVA-1.5-7B merge", "LLaVA-1.5-7B projector", "BLIP-2 Q-Former, 2 layers",
+    "IDEFICS-9B gated layer",
+)  # fmt: skip
+COLUMNS = ("connector", "batch", "", "unpatched us", "patched us", "ratio", "launches")
 MODES = ("inference", "training")
 SECONDS = 0.02  # of a run of calls
 RUNS = 8
@@ -129,6 +138,48 @@ def rows_of(
                 "before_us": times[0], "after_us": times[1], "ratio": times[1] / times[0],
                 "launches_before": counts[0], "launches_after": counts[1],
             }  # fmt: skip
+
+
+def main(
+    names: Sequence[str],
+    *,
+    batches: Sequence[int],
+    device: str = "cuda",
+    deadline: float = math.inf,
+) -> dict[str, Any]:
+    """Measure these connectors and print a table; "finished" tells if the time was enough.
+
+    No batch of a connector is begun after ``deadline`` (of ``time.monotonic``).
+    """
+    chosen = [connector for connector in CONNECTORS if connector.name in names]
+    rows: list[Row] = []
+    finished = True
+    for connector, batch in itertools.product(chosen, batches):
+        if time.monotonic() > deadline:
+            finished = False
+            break
+        rows += rows_of(connector, [batch], device=device)
+    if rows:
+        show(rows)
+    return {"rows": rows, "finished": finished}
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print rows, the highest ratio first, and their mean."""
+    rows = sorted(rows, key=lambda row: -row["ratio"])
+    cells = [
+        (row["connector"], row["batch"], row["mode"], f"{row['before_us']:.1f}",
+         f"{row['after_us']:.1f}", f"{row['ratio']:.2f}",
+         f"{row['launches_before']} -> {row['launches_after']}")
+        for row in rows
+    ]  # fmt: skip
+    worst = rows[0]
+    terminal.show(f"host time, {devices.description()}", COLUMNS, cells)
+    print(
+        f"patched / unpatched: mean {mean_ratio(rows):.3f}, worst {worst['ratio']:.2f} "
+        f"({worst['connector']}, batch {worst['batch']}, {worst['mode']}); "
+        f"{sum(row['ratio'] > 1 for row in rows)} of {len(rows)} rows above 1"
+    )
 
 
 def mean_ratio(rows: Sequence[Row]) -> float:
