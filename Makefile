@@ -13,7 +13,7 @@ CPU_TORCH = torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
 TRANSFORMERS := 4.57.6 5.8.1 5.24.0
 
 .PHONY: test test-slow compile-all budgets released versions $(TRANSFORMERS:%=released-%) machines \
-  bench bench-full docs check gpu hopper lint clean torch-cpu
+  bench bench-full docs check gpu hopper host lint clean torch-cpu
 
 # The budgets of kernels are of one compiler, the oldest that is served; it lies beside .venv.
 BUDGETS_TRITON := $(shell sed -n 's/^BUDGETS_TRITON = "\([^"]*\)".*/\1/p' vlm_fast/devtools/budgets.py)
@@ -91,6 +91,24 @@ check: $(INSTALLED)
 gpu:
 	PYTHONPATH=. $(PYTHON) -m vlm_fast.benchmarks.gpu
 
+# Host time of patched connectors against unpatched ones, without a GPU: torch's CUDA build (several
+# GB) over libraries that compute nothing, pinned to one core. A part of it, at 17 us a launch:
+# make host HOST="--only Q-Former --ns 17000"
+HOST ?=
+HOST_PIP := .venv-host/bin/pip install --quiet --disable-pip-version-check
+STUBS := .venv-host/bin/python -m tests.tools.stub_libraries .venv-host/stub
+
+host: .venv-host/installed
+	taskset --cpu-list 1 $(STUBS) .venv-host/bin/python -m vlm_fast.benchmarks.host $(HOST)
+
+# OpenFlamingo without what it depends on: one of its files is used.
+.venv-host/installed: pyproject.toml tests/tools/stub_libraries.py $(wildcard csrc/launch* tests/support/stub_cuda/*)
+	test -x .venv-host/bin/python || $(PYTHON) -m venv .venv-host
+	$(HOST_PIP) -e '.[hf]' torch==2.14.1 transformers==5.17.0
+	$(HOST_PIP) --no-deps open_flamingo==2.0.1 einops einops_exts
+	$(STUBS)
+	@touch $@
+
 # The optional Hopper GEMMs: built (a minute and 4 GB a kernel, two at once; MAX_JOBS), and held to
 # their registers. Of the wheel only the headers are wanted, none of its dependencies.
 hopper: $(INSTALLED)
@@ -104,7 +122,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-triton-* .venv-transformers-* build dist site *.egg-info vlm_fast/_C*.so vlm_fast/_hopper*.so
+	rm -rf .venv .venv-host .venv-triton-* .venv-transformers-* build dist site *.egg-info vlm_fast/_C*.so vlm_fast/_hopper*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from vlm_fast.devtools.passes import step, with_upstream
+from vlm_fast.kernels._launcher import KERNELS, Kernel
 from vlm_fast.ops.declaration import FLOATS, OPS, Op
 from vlm_fast.verification import self_test
 from vlm_fast.verification.tolerance import convert, differentiable
@@ -103,6 +107,49 @@ def cuda_graphs(device: str, names: Iterable[str] | None = None) -> Failures:
             if not equal(found, expected):
                 failures.append(f"{label}: {name}: the replay differs")
     return failures
+
+
+@contextlib.contextmanager
+def launched_by(launcher: str) -> Iterator[None]:
+    """Launch every kernel that has run by this launcher: "c", "python" or "triton".
+
+    A kernel's first call after this goes through Triton, which gives it its launcher.
+    """
+    with mock.patch.dict(os.environ, VLM_FAST_LAUNCHER=launcher):
+        _forget_launchers()
+        try:
+            yield
+        finally:
+            _forget_launchers()
+
+
+def _forget_launchers() -> None:
+    for kernel in KERNELS.values():
+        kernel.launch = kernel.launch_by_triton
+
+
+def launchers(device: str, names: Iterable[str] | None = None) -> Failures:
+    """The launcher in C, the one in Python and Triton itself give the same bits."""
+    failures = []
+    for label, op, args, options in cases(device, names):
+        inputs = with_upstream(op, args, options)
+        expected = None
+        for launcher in ("triton", "python", "c"):
+            with launched_by(launcher):
+                for _ in range(3):  # the first compiles, the second fills the launcher's table
+                    found = step(op.fast, inputs, options)
+                kinds = {type(k.launch).__name__ for k in KERNELS.values() if _has_run(k)}
+            expected = found if expected is None else expected
+            if not equal(found, expected):
+                failures.append(f"{label}: the launcher {launcher} gives other results")
+            wanted = {"triton": set(), "python": {"PythonLauncher"}, "c": {"Launcher"}}[launcher]
+            if not kinds <= wanted:
+                failures.append(f"{label}: launched by {kinds}, not by {launcher}")
+    return failures
+
+
+def _has_run(kernel: Kernel) -> bool:
+    return kernel.launch != kernel.launch_by_triton
 
 
 def captured(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:

@@ -30,6 +30,7 @@ from vlm_fast.verification import results_files, self_test
 T = TypeVar("T")
 CHECKS = {
     "repeats": gpu_checks.repeats,
+    "launchers": gpu_checks.launchers,
     "no synchronisation": gpu_checks.no_synchronisation,
     "CUDA graphs": gpu_checks.cuda_graphs,
     "side stream": gpu_checks.side_stream,

@@ -27,6 +27,7 @@ from vlm_fast.benchmarks import (
     qformer,
     token_merging,
 )
+from vlm_fast.benchmarks.host import measure as host
 
 Results = dict[str, Any]
 
@@ -149,6 +150,13 @@ def family(module: ModuleType, seconds: float) -> Callable[[Results, str, float]
     return run
 
 
+def host_time(results: Results, device: str, deadline: float) -> list[str]:
+    """Host time of connectors of every kind in plain eager mode, against the unpatched ones."""
+    found = host.main(host.FEW, batches=(1, 2, 8), device=device, deadline=deadline)
+    results["host"] = found
+    return [] if found["finished"] else ["out of time"]
+
+
 def benchmark_overhead(results: Results, device: str, deadline: float) -> list[str]:
     results["op_overhead"] = op_overhead.main(device=device, quick=True)
     return []
@@ -167,6 +175,7 @@ STAGES = (
     Stage("merge", 4, family(image_token_merge, 0.5), needs_cuda=False, timed=True),
     Stage("AnyRes", 10, family(anyres_packing, 1.0), needs_cuda=False, timed=True),
     Stage("mergers", 14, family(patch_mergers, 1.0), needs_cuda=False, timed=True),
+    Stage("host", 30, host_time, timed=True),
     Stage("tokens", 14, family(token_merging, 1.0), needs_cuda=False, timed=True),
     Stage("BLIP-2", 18, model("blip2"), needs_cuda=False, timed=True),
     Stage("IDEFICS", 18, model("idefics"), needs_cuda=False, timed=True),

@@ -21,7 +21,7 @@ import torch
 from vlm_fast.kernels import _fast_launch, _launcher
 from vlm_fast.kernels._triton import triton
 
-SOURCE = Path(__file__).with_name("stub_driver.c")
+SOURCE = Path(__file__).with_name("stub_cuda") / "driver.c"
 CPU = 1  # DLPack's number of the device
 
 

@@ -1,0 +1,1 @@
+"""Host time of connectors, patched and unpatched: ``python -m vlm_fast.benchmarks.host``."""
