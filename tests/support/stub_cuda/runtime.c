@@ -16,7 +16,8 @@ static unsigned long long launches;
 static int read_value;
 
 unsigned long long stub_runtime_launches(void) { return launches; }
-// What the host gets if it reads an int that a kernel has counted.
+// What the host gets if it reads an int that a kernel has counted. A condition that it reads, of a
+// byte, is true.
 void stub_set_read(int value) { read_value = value; }
 
 static Error launch(void) {
@@ -109,6 +110,7 @@ Error cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyK
   if (kind == cudaMemcpyDeviceToDevice) return launch();
   memcpy(to, from, bytes);
   if (kind == cudaMemcpyDeviceToHost && bytes == sizeof read_value) memcpy(to, &read_value, bytes);
+  if (kind == cudaMemcpyDeviceToHost && bytes == 1) *(char *)to = 1;
   spend_cost();
   return cudaSuccess;
 }
