@@ -145,11 +145,11 @@ def activate(z: Tensor, activation: str, *, overwrite: bool = False) -> Tensor:
 
     ``overwrite`` allows the result to be written over z.
     """
-    return (_ATEN_IN_PLACE if overwrite else _ATEN)[activation](z)
+    return (ATEN_IN_PLACE if overwrite else ATEN)[activation](z)
 
 
 _aten_ops = torch.ops.aten
-_ATEN: dict[str, Callable[[Tensor], Tensor]] = {
+ATEN: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
@@ -160,8 +160,8 @@ _ATEN: dict[str, Callable[[Tensor], Tensor]] = {
 
 # An overload of torch.ops takes the host twice as long.
 _gelu_in_place: Callable[..., Tensor] = torch._C._nn.gelu_  # type: ignore[attr-defined]
-_ATEN_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    **_ATEN,
+ATEN_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    **ATEN,
     "gelu": _gelu_in_place,
     "gelu_tanh": lambda z: _gelu_in_place(z, approximate="tanh"),
     "silu": lambda z: F.silu(z, inplace=True),

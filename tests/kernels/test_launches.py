@@ -116,11 +116,11 @@ BACKWARDS = {
     "norm_mlp": [
         (
             dict(shape=(8, 24), hidden=40, out=16),
-            f"{MLP} pixel_shuffle_norm_backward_kernel mm mm mm mm",
+            f"{MLP} mm mm mm mm native_layer_norm_backward",
         ),
         (
-            dict(shape=(129, 24), hidden=40, out=16),
-            f"{MLP} {SUM} pixel_shuffle_norm_backward_kernel {SUM} mm mm mm mm",
+            dict(shape=(32, 24), hidden=40, out=16, factor=2, norm="rms", norm_after=False),
+            f"{MLP} pixel_shuffle_norm_backward_kernel mm mm mm mm",
         ),
     ],
     "pixel_shuffle_norm": [

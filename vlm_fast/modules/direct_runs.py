@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,6 +16,7 @@ from vlm_fast.modules.parameter_access.linear import why_not_direct
 from vlm_fast.modules.parameter_access.module_calls import why_call_does_more
 from vlm_fast.modules.parameter_access.norm import norm_parameters
 from vlm_fast.ops.pixel_shuffle_norm import why_block_too_wide
+from vlm_fast.ops.prepared_call import PreparedCall
 
 MLP_NAMES = ("linear_1", "act", "linear_2")
 
@@ -30,7 +31,7 @@ class DirectRun(NamedTuple):
         dtype: the dtype of all weights; None if they differ.
     """
 
-    call: Callable[..., Tensor]
+    call: PreparedCall
     parameters: tuple[Tensor | None, ...]
     options: dict[str, Any]
     dtype: torch.dtype | None

@@ -25,12 +25,10 @@ from vlm_fast.modules.direct_runs import (
     why_not_read,
 )
 from vlm_fast.modules.fusable_runs import Step, fusable_runs, why_no_fusable_run, without_norm
-from vlm_fast.modules.parameter_access.dtypes import is_common_dtype
+from vlm_fast.modules.parameter_access.dtypes import has_other_input
 from vlm_fast.modules.parameter_access.guard import Guard
 from vlm_fast.modules.parameter_access.remembered import recall, remember
-from vlm_fast.ops.autocast import autocast_device
 
-MLP_PARAMETERS = 4  # weights and biases of two linears
 _PARTS = "_parts_of_sequence"  # where the parts are stored on the module that is called
 
 
@@ -60,17 +58,16 @@ def run_parts(owner: str, x: Tensor, parts: Sequence[Part]) -> Any:
     """Apply all parts to ``x``. ``owner``: the name under which fallbacks are recorded."""
     for steps, direct, reason, smaller in parts:
         if direct is not None:
-            usual = is_common_dtype(x, direct.dtype)
-            if smaller:  # with a norm, which autocast computes in another dtype
-                if usual and x.ndim > 1 and not torch.is_autocast_enabled(autocast_device(x)):
-                    x = direct.call(x, *direct.parameters)
-                else:
-                    x = run_parts(owner, x, smaller)
+            found: Any = NotImplemented
+            if not torch.compiler.is_compiling() and not has_other_input():
+                found = direct.call.if_known(x, *direct.parameters)
+            if found is not NotImplemented:
+                x = found
                 continue
-            if usual and len(direct.parameters) == MLP_PARAMETERS:
-                reason = None
-            else:
-                reason = why_not_input(steps, x)
+            if smaller:  # with a norm, which autocast computes in another dtype
+                x = run_parts(owner, x, smaller)
+                continue
+            reason = why_not_input(steps, x)
             if reason is None:
                 x = direct.call(x, *direct.parameters)
                 continue

@@ -11,16 +11,15 @@ from torch import Tensor, nn
 from vlm_fast import ops
 from vlm_fast.modules.direct_runs import Part, mlp_part
 from vlm_fast.modules.fused_sequence import remember_parts, run_parts
-from vlm_fast.modules.parameter_access.dtypes import is_common_dtype
+from vlm_fast.modules.parameter_access.dtypes import has_other_input
 from vlm_fast.modules.parameter_access.norm import (
     NormParameters,
     norm_parameters,
     shuffle_and_norm,
 )
 from vlm_fast.modules.parameter_access.remembered import recall
-from vlm_fast.ops.autocast import autocast_device
 from vlm_fast.ops.pixel_shuffle_norm import why_block_too_wide
-from vlm_fast.ops.prepared_call import MOST
+from vlm_fast.ops.prepared_call import MOST, PreparedCall
 
 _STORED = "_normed_mlp"  # where it is stored on the projector
 
@@ -38,7 +37,7 @@ class NormedMLP(NamedTuple):
     norm: nn.Module
     parameters: NormParameters | str
     parts: tuple[Part, ...]
-    calls: dict[tuple[Any, ...], Callable[..., Tensor] | None]
+    calls: dict[tuple[Any, ...], PreparedCall | None]
 
     def merged(
         self, owner: str, x: Tensor, factor: int, *, norm_after: bool, height: int = 0,
@@ -71,21 +70,18 @@ class NormedMLP(NamedTuple):
         self, x: Tensor, factor: int, norm_after: bool, height: int, width: int
     ) -> Tensor | None:
         """`vlm_fast.ops.norm_mlp`; None if it cannot serve this input."""
-        if (
-            self.parts
-            and isinstance(self.parameters, NormParameters)
-            and is_common_dtype(x, self.parameters.weight.dtype)
-            and not torch.is_autocast_enabled(autocast_device(x))
-        ):
-            direct = self.parts[0].direct
-            key = (x.shape[-1], factor, norm_after, height, width)
-            call = self.calls[key] if key in self.calls else self._prepare(key, x)
-            if call is not None and direct is not None:
-                norm = self.parameters
-                return call(x, norm.weight, norm.bias, *direct.parameters)
-        return None
+        if torch.compiler.is_compiling() or has_other_input() or isinstance(self.parameters, str):
+            return None
+        direct = self.parts[0].direct
+        key = (x.shape[-1], factor, norm_after, height, width)
+        call = self.calls[key] if key in self.calls else self._prepare(key, x)
+        if call is None or direct is None:
+            return None
+        norm = self.parameters
+        found = call.if_known(x, norm.weight, norm.bias, *direct.parameters)
+        return None if found is NotImplemented else found
 
-    def _prepare(self, key: tuple[Any, ...], x: Tensor) -> Callable[..., Tensor] | None:
+    def _prepare(self, key: tuple[Any, ...], x: Tensor) -> PreparedCall | None:
         _, factor, norm_after, height, width = key
         direct, norm = self.parts[0].direct, self.parameters
         call = None

@@ -13,7 +13,7 @@ from vlm_fast.kernels import _hopper
 from vlm_fast.kernels._activation import ACTIVATIONS
 from vlm_fast.kernels._launcher import runs_triton
 from vlm_fast.kernels._linear_activation import FEW_ROWS, linear_activation
-from vlm_fast.kernels.mlp import activate, mlp_activation_backward
+from vlm_fast.kernels.mlp import ATEN, ATEN_IN_PLACE, activate, mlp_activation_backward
 from vlm_fast.ops.declaration import Cost, linear_op, nbytes
 from vlm_fast.ops.rows import as_matrix
 
@@ -143,7 +143,7 @@ def _first_linear(
     given = x if x.is_contiguous() else x.contiguous() if whole else _gemm_input(x)
     z = F.linear(given, weight, bias)
     rows = z if z.ndim == x.ndim else _without_gaps(z, x.shape[:-1])
-    return z if keep_z else None, activate(rows, activation, overwrite=not keep_z)
+    return (z, ATEN[activation](rows)) if keep_z else (None, ATEN_IN_PLACE[activation](rows))
 
 
 def _second_linear_backward(

@@ -56,7 +56,8 @@ class CallableOp(OpArguments[P, R]):
             prepared = self._prepare(key, options)
         except TypeError:  # an option that cannot be hashed
             return self._checked(args, options)
-        return prepared.in_plain_eager(args)
+        found = prepared.in_plain_eager(args)
+        return self._checked(args, options) if found is NotImplemented else found
 
     def prepared(self, **options: Any) -> PreparedCall:
         """The op with these options, for calls with all tensor arguments by position."""
@@ -99,7 +100,7 @@ class CallableOp(OpArguments[P, R]):
             return self._of_proxies(args, options, error)
         reason = self._why_not(values, settings)
         if reason is not None:
-            record_fallback(self.name, reason, stacklevel=5)
+            record_fallback(self.name, reason, stacklevel=4)
             return self.reference(*values, **settings)
         if self.plain_on_cpu and not runs_triton(values[0]):
             return self._on_cpu(values, settings)

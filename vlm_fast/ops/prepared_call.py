@@ -33,32 +33,42 @@ class PreparedCall:
         self._answers: dict[bytes, tuple[dict[str, Any], str | None, bool] | None] = {}
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not in_plain_eager():
-            return self.op._checked(args, self.options)
-        return self.in_plain_eager(args)
+        found = NotImplemented if torch.compiler.is_compiling() else self.if_known(*args)
+        return self.op._checked(args, self.options) if found is NotImplemented else found
+
+    def if_known(self, *args: Any) -> Any:
+        """The result, if the op serves a call like this one and nothing needs more checks.
+
+        Otherwise NotImplemented: in a transform, under autocast that matters, where the op would
+        fall back, and for wrong arguments. Not to be called while compiling.
+        """
+        return self.in_plain_eager(args) if in_plain_eager() else NotImplemented
 
     def in_plain_eager(self, args: tuple[Any, ...]) -> Any:
-        """The call where `transforms.in_plain_eager` holds and nothing is compiled."""
+        """`if_known` where `transforms.in_plain_eager` holds."""
         describe = host.describe
         metadata = None if describe is None else describe(args)
         if metadata is None or fallback.switches.disabled_switch.on:
-            return self.op._checked(args, self.options)
+            return NotImplemented
         try:
             known = self._answers[metadata]
         except KeyError:
             known = self._check(metadata, args)
         if known is None:
-            return self.op._checked(args, self.options)
+            return NotImplemented
         settings, casts_on, on_cpu = known
         if casts_on is not None and torch.is_autocast_enabled(casts_on):
-            return self.op._checked(args, self.options)
+            return NotImplemented
         fallback.fast_calls[self._name] += 1
         if self._canonical is not None:
             args = self._canonical(args)
         if on_cpu:
             return self.op.reference(*args, **settings)
-        requires_grad = metadata[-1] and self._differentiable and torch.is_grad_enabled()
-        return self.op._path.in_plain_eager(args, settings, requires_grad)
+        path = self.op._path
+        if metadata[-1] and self._differentiable and torch.is_grad_enabled():
+            flat = args if path.list_at is None else path.flatten(args)
+            return path.apply((path.count(args), settings), *flat)
+        return path.forward(path.none_needed, *args, **settings)[0]
 
     def _check(
         self, metadata: bytes, args: tuple[Any, ...]

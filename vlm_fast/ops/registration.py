@@ -76,15 +76,6 @@ class CallPath:
                     return self.function.apply((self.count(values), settings), *flat)
         return self.forward(self.none_needed, *values, **settings)[0]
 
-    def in_plain_eager(
-        self, values: tuple[Any, ...], settings: dict[str, Any], requires_grad: int
-    ) -> Any:
-        """The call of plain tensors where `in_plain_eager` holds; all gradients are enabled."""
-        if requires_grad:
-            flat = values if self.list_at is None else self.flatten(values)
-            return self.apply((self.count(values), settings), *flat)
-        return self.forward(self.none_needed, *values, **settings)[0]
-
     # ---- one list of tensors among the arguments is flattened for autograd ----
 
     def count(self, values: tuple[Any, ...]) -> int:

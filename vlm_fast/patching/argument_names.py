@@ -30,6 +30,8 @@ class ArgumentNames(NamedTuple):
         known: the base's parameters, by the override's names.
         required: those of them without a default.
         absent_defaults: for each of the override's parameters that the base lacks, its default.
+        in_order: whether the override takes them by position too, in the same order, and those
+            without a default come first.
     """
 
     positional: tuple[str, ...]
@@ -38,6 +40,11 @@ class ArgumentNames(NamedTuple):
     known: frozenset[str]
     required: tuple[str, ...]
     absent_defaults: Mapping[str, Any]
+    in_order: bool
+
+    def by_position(self, count: int) -> bool:
+        """Whether ``count`` arguments, none of them by name, need no translation."""
+        return self.in_order and len(self.required) <= count <= len(self.positional)
 
     def to_override(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """The arguments of a call by the override's names; None if the base would reject them."""
@@ -98,8 +105,10 @@ def match_arguments(
         if name not in known:
             return f"{base.__qualname__} does not take {name}"
     absent = {name: p.default for name, p in declared.items() if name not in known}
+    ordered = [name for name, p in declared.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    in_order = positional == ordered[: len(positional)] and required == ordered[: len(required)]
     return ArgumentNames(
-        tuple(positional), aliases, base_names, frozenset(known), tuple(required), absent
+        tuple(positional), aliases, base_names, frozenset(known), tuple(required), absent, in_order
     )
 
 

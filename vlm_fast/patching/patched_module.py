@@ -152,7 +152,7 @@ def _guarded_method(
         for value in (*args, *kwargs.values()):
             if isinstance(value, Proxy):  # torch.fx.symbolic_trace
                 return current(self, *args, **kwargs)
-        if names is None:
+        if names is None or (not kwargs and names.by_position(len(args))):
             return getattr(mixin, name)(self, *args, **kwargs)
         arguments = names.to_override(args, kwargs)
         if arguments is None:  # wrong arguments: the base raises the error

@@ -52,11 +52,11 @@ def is_common_dtype(x: Any, dtype: torch.dtype | None) -> bool:
 
     ``dtype`` is None if the weights have several. This is only a quick test for the usual case.
     """
-    return dtype is not None and getattr(x, "dtype", None) is dtype and not _has_other_input()
+    return dtype is not None and getattr(x, "dtype", None) is dtype and not has_other_input()
 
 
 @constant_while_compiling
-def _has_other_input() -> bool:
+def has_other_input() -> bool:
     """Whether the last input of any module had another dtype than its weight."""
     return bool(_last_input)
 
