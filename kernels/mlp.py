@@ -46,7 +46,7 @@ def mlp_activation_backward_kernel(
     else:
         col = (block - blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
         total = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
-        for start in range(0, ROWS, BLOCK_ROWS):
+        for start in range(0, tl.minimum(rows - first, ROWS), BLOCK_ROWS):  # not unrolled
             row = first + start + tl.arange(0, BLOCK_ROWS)
             inside = (row < rows)[:, None] & (col < out)[None, :]
             dy = tl.load(dy_ptr + row[:, None] * dy_row + col[None, :] * dy_col, mask=inside)

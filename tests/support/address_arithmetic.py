@@ -53,6 +53,8 @@ class Value:
                 return a.bound << min(b.bound, 64)
             case "arith.addi", [a, b]:
                 return a.bound + b.bound
+            case "arith.subi", [a, _]:  # a difference of sizes or indices is one too
+                return a.bound
             case "arith.divsi" | "arith.divui", [a, b] if b.operation == "arith.constant":
                 return a.bound // max(b.bound, 1)
             case "arith.remsi" | "arith.remui", [a, b]:
