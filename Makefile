@@ -43,8 +43,8 @@ test-slow: $(INSTALLED) $(OVERLAY)/installed
 compile-all: $(INSTALLED) $(OVERLAY)/installed
 	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -m pytest tests/devtools/test_ahead_of_time.py
 
-# Rewrites vlm_fast/devtools/budgets.json and tests/ops/host_budgets.json, like lock files, with the
-# compiler that they are for.
+# Rewrites vlm_fast/devtools/budgets.json and host_budgets.json of tests/ops and tests/patching, like
+# lock files, with the compiler that they are for.
 budgets: $(INSTALLED) $(OVERLAY)/installed
 	PYTHONPATH=$(CURDIR)/$(OVERLAY):$(CURDIR) $(BIN)/python -m vlm_fast.devtools.budgets
 	PYTHONPATH=$(CURDIR)/$(OVERLAY):$(CURDIR) $(BIN)/python -m tests.tools.host_budgets

@@ -153,9 +153,8 @@ def _native_backward(
 
 def _merge(x: Tensor, blocks: Blocks, index: Tensor | None, norm: Norm) -> Any:
     s = blocks.factor
-    down, across = blocks.height // s, blocks.width // s
     batch, tokens, cols = x.shape
-    sizes = [blocks.count(batch), s, cols, down * across, across, blocks.width, tokens]
+    sizes = [blocks.count(batch), s, cols, blocks.per_image, blocks.across, blocks.width, tokens]
     sizes += x.stride()[:2]
     return native.Merge(  # type: ignore[union-attr]
         sizes, _address(index), blocks.by_channel, norm.after

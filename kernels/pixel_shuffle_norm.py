@@ -114,14 +114,13 @@ def pixel_shuffle_norm_kernel(
     tl.store(merged_row + channel[None, :, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def pixel_shuffle(x: Tensor, blocks: Blocks) -> Tensor:
-    """Shuffle ``(..., tokens, cols)`` into ``(merged, factor ** 2 * cols)``."""
+def pixel_shuffle(x: Tensor, blocks: Blocks, shape: tuple[int, ...]) -> Tensor:
+    """Shuffle ``(..., tokens, cols)`` into this shape: merged tokens of ``factor ** 2 * cols``."""
     x = _images(x)
     if not runs_triton(x):
-        return shuffled(x, blocks)
-    batch, _, cols = x.shape
-    y = x.new_empty(blocks.count(batch), blocks.positions * cols)
-    _shuffle(x, blocks, y, undo=False)
+        return shuffled(x, blocks).view(shape)
+    y = x.new_empty(shape)
+    _shuffle(x, blocks, y, blocks.count(x.shape[0]), undo=False)
     return y
 
 
@@ -133,7 +132,7 @@ def pixel_unshuffle(dy: Tensor, blocks: Blocks, shape: tuple[int, ...]) -> Tenso
     if not runs_triton(dy):
         return unshuffled(dy, blocks, shape)
     dx = _empty_gradient(dy, blocks, shape)
-    _shuffle(_images(dx), blocks, dy, undo=True)
+    _shuffle(_images(dx), blocks, dy, dy.shape[0], undo=True)
     return dx
 
 
@@ -144,18 +143,20 @@ def pixel_shuffle_norm(
     blocks: Blocks,
     norm: Norm,
     want_statistics: bool,
+    shape: tuple[int, ...],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return ``(merged, factor ** 2 * cols)`` and, if wanted, means and 1 / standard deviations.
+    """Return the merged tokens and, if wanted, their means and 1 / standard deviations.
 
     x: ``(..., tokens, cols)``; weight, bias: contiguous, ``(cols,)`` or, for a norm of merged
-    tokens, ``(factor ** 2 * cols,)``.
+    tokens, ``(factor ** 2 * cols,)``. shape: of the result, ``(..., factor ** 2 * cols)``.
     """
     x = _images(x)
     if not runs_triton(x):
-        return norm_forward(x, weight, bias, blocks, norm, want_statistics)
+        y, mean, rstd = norm_forward(x, weight, bias, blocks, norm, want_statistics)
+        return y.view(shape), mean, rstd
     batch, _, cols = x.shape
     merged = blocks.count(batch)
-    y = x.new_empty(merged, blocks.positions * cols)
+    y = x.new_empty(shape)
     groups = merged if norm.after else merged * blocks.positions
     rstd = x.new_empty(groups, dtype=torch.float32) if want_statistics else None
     mean = torch.empty_like(rstd) if rstd is not None and norm.kind == "layer" else None
@@ -164,7 +165,7 @@ def pixel_shuffle_norm(
     pixel_shuffle_norm_kernel(
         lambda sizes: (cdiv(merged, max(sizes["ELEMENTS"] // held, 1)),),
         x, *x.stride()[:2], blocks.index, weight, bias, y, mean, rstd,
-        *_sizes(x.shape, blocks), cols, norm.eps,
+        *_sizes(x.shape, blocks, merged), cols, norm.eps,
         blocks.factor, blocks.by_channel, norm.kind, norm.after, positions, block,
     )  # fmt: skip
     return y, mean, rstd
@@ -189,7 +190,7 @@ def pixel_shuffle_norm_backward(
     dweight, dbias = (torch.empty_like(weight) if w else None for w in (want_weight, want_bias))
     per_program, programs = split_rows(merged, least=4)
     shares, shares_row = new_shares(programs, dweight, dbias)
-    tokens, rows, _, *across = _sizes(x.shape, blocks)
+    tokens, rows, _, *across = _sizes(x.shape, blocks, merged)
     pixel_shuffle_norm_backward_kernel(
         lambda sizes: (programs,),
         dy, x, *x.stride()[:2], blocks.index, weight, mean, rstd, dx, x.shape[1] * cols,
@@ -209,23 +210,20 @@ def _images(x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.ndim == 2 else x.flatten(0, -3)
 
 
-def _shuffle(x: Tensor, blocks: Blocks, y: Tensor, undo: bool) -> None:
-    merged = y.shape[0]
+def _shuffle(x: Tensor, blocks: Blocks, y: Tensor, merged: int, undo: bool) -> None:
     pixel_shuffle_kernel(
         lambda sizes: (merged,), x, *x.stride()[:2], blocks.index, y,
-        *_sizes(x.shape, blocks), x.shape[2], blocks.factor, blocks.by_channel, undo,
+        *_sizes(x.shape, blocks, merged), x.shape[2], blocks.factor, blocks.by_channel, undo,
         next_power_of_2(blocks.positions),
     )  # fmt: skip
 
 
-def _sizes(shape: tuple[int, ...], blocks: Blocks) -> tuple[int, ...]:
+def _sizes(shape: tuple[int, ...], blocks: Blocks, merged: int) -> tuple[int, ...]:
     """Tokens per image, tokens of all images, merged tokens of all images, then merged tokens per
     image, merged tokens per row of blocks, and the width of the grid.
     """
     batch, tokens, _ = shape
-    across = blocks.width // blocks.factor
-    down = blocks.height // blocks.factor
-    return tokens, batch * tokens, blocks.count(batch), down * across, across, blocks.width
+    return tokens, batch * tokens, merged, blocks.per_image, blocks.across, blocks.width
 
 
 def _empty_gradient(dy: Tensor, blocks: Blocks, shape: tuple[int, ...]) -> Tensor:

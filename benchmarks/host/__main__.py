@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from vlm_fast.benchmarks.host import devices
+from vlm_fast.benchmarks.host import devices, frames
 from vlm_fast.benchmarks.host.measure import CONNECTORS, RUNS, rows_of, show
 
 
@@ -24,6 +24,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="NAME", help="connectors whose name has this")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--runs", type=int, default=RUNS, help="of which the best counts")
+    parser.add_argument("--frames", action="store_true", help="list Python functions instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     return parser.parse_args()
 
@@ -38,10 +39,13 @@ def main() -> int:
     if devices.is_stub():
         devices.set_cost(given.ns)
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN has no stub
+    chosen = [c for c in CONNECTORS if given.only.lower() in c.name.lower()]
+    if given.frames:
+        for connector in chosen:
+            frames.show(connector, given.batch[0])
+        return 0
     rows, failures = [], 0
-    for connector in CONNECTORS:
-        if given.only.lower() not in connector.name.lower():
-            continue
+    for connector in chosen:
         try:
             rows += rows_of(connector, given.batch, given.runs)
         except Exception as error:  # the others still run

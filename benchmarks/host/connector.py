@@ -27,8 +27,8 @@ class Connector:
         given: builds the arguments for a number of images.
         call: calls the module with them. The tensors in its result that need gradients are
             differentiated in training.
-        counted: for a number of images, what the host reads when it reads a count of elements; a
-            stub cannot count.
+        counted: for a number of images, the count of elements that the host reads; a stub cannot
+            count. Conditions that the host reads are true on a stub, as those of these inputs are.
     """
 
     name: str

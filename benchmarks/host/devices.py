@@ -62,7 +62,7 @@ def set_cost(nanoseconds: int) -> None:
 
 
 def set_read(value: int) -> None:
-    """Let the host read this on the stub where it reads a count."""
+    """Let the host read this count on the stub, and true conditions; -1 ends it."""
     ctypes.CDLL("libcudart.so.13").stub_set_read(value)
 
 

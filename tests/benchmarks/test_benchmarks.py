@@ -192,11 +192,8 @@ def test_repeated_calls_are_bitwise_equal():
 
 def test_large_shapes_exceed_32_bit_offsets():
     for op in OPS.values():
-        torch.set_default_device("meta")
-        try:
+        with torch.device("meta"):
             args, options = op.sample(op.large_shape, torch.bfloat16, "meta")
-        finally:
-            torch.set_default_device("cpu")
         cost = op.cost_of(*args, **options)
         assert max(cost.forward_bytes, cost.backward_bytes) > 2**32, op.name
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.support import reference_flamingo, stub_gpu, stub_kernels, tiny_llava
 from vlm_fast.benchmarks import gpu_checks, gpu_stages
-from vlm_fast.benchmarks.host import gated_layers
+from vlm_fast.benchmarks.host import frames, gated_layers
 from vlm_fast.benchmarks.host import measure as host
 from vlm_fast.benchmarks.host.connector import Connector, features
 from vlm_fast.patching.families import FAMILIES
@@ -65,6 +65,16 @@ def test_training_differentiates_what_needs_a_gradient():
     connector = Connector("linear", lambda: linear, features(4, 3))
     gradients = host.training(connector, linear, (x,))()
     assert [g.shape for g in gradients] == [(2, 3), (4, 3)]
+
+
+def test_functions_of_a_call_are_listed_by_depth():
+    def outer():
+        return inner()
+
+    def inner():
+        return len("")
+
+    assert frames.functions(outer) == ["test_host.py:outer", "  test_host.py:inner"]
 
 
 def test_mean_ratio_is_geometric():

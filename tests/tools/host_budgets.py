@@ -103,7 +103,8 @@ def assert_within(found, budgets, same_versions):
         assert work["by_triton"] == 0, kind
         assert work["launches"] <= budget["launches"], kind
         if same_versions:  # torch's own frames and ATen calls vary with its version
-            assert work["aten"] <= budget["aten"] and work["frames"] <= budget["frames"], kind
+            within = work["aten"] <= budget["aten"] and work["frames"] <= budget["frames"]
+            assert within, f"{kind}: {work}, not {budget}"
 
 
 def write(file, title, work):

@@ -20,6 +20,7 @@ from vlm_fast.modules.parameter_access.norm import (
 from vlm_fast.modules.parameter_access.remembered import recall
 from vlm_fast.ops.pixel_shuffle_norm import why_block_too_wide
 from vlm_fast.ops.prepared_call import MOST, PreparedCall
+from vlm_fast.ops.transforms import in_plain_eager
 
 _STORED = "_normed_mlp"  # where it is stored on the projector
 
@@ -70,7 +71,9 @@ class NormedMLP(NamedTuple):
         self, x: Tensor, factor: int, norm_after: bool, height: int, width: int
     ) -> Tensor | None:
         """`vlm_fast.ops.norm_mlp`; None if it cannot serve this input."""
-        if torch.compiler.is_compiling() or has_other_input() or isinstance(self.parameters, str):
+        if torch.compiler.is_compiling() or not in_plain_eager() or has_other_input():
+            return None
+        if isinstance(self.parameters, str):
             return None
         direct = self.parts[0].direct
         key = (x.shape[-1], factor, norm_after, height, width)
@@ -78,7 +81,7 @@ class NormedMLP(NamedTuple):
         if call is None or direct is None:
             return None
         norm = self.parameters
-        found = call.if_known(x, norm.weight, norm.bias, *direct.parameters)
+        found = call.in_plain_eager((x, norm.weight, norm.bias, *direct.parameters))
         return None if found is NotImplemented else found
 
     def _prepare(self, key: tuple[Any, ...], x: Tensor) -> PreparedCall | None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from vlm_fast import ops
+from vlm_fast.modules.parameter_access.module_calls import why_call_does_more
 from vlm_fast.modules.token_grid import grid_of
+
+# Modes of the pooling layers that pool in windows.
+WINDOWS: dict[type[nn.Module], str] = {nn.AvgPool2d: "avg", nn.MaxPool2d: "max"}
 
 
 class SpatialPool(nn.Module):
@@ -35,3 +41,14 @@ class SpatialPool(nn.Module):
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}, mode={self.mode!r}"
+
+
+def why_not_window(pool: Any, stride: Any) -> str | None:
+    """Why a pooling layer does not pool adjacent square windows of this stride, or None."""
+    if type(pool) not in WINDOWS:
+        return f"{type(pool).__name__} is not one of {', '.join(w.__name__ for w in WINDOWS)}"
+    if not isinstance(stride, int) or not (pool.kernel_size == pool.stride == stride):
+        return "its windows overlap, or are not square"
+    if pool.padding or pool.ceil_mode or getattr(pool, "dilation", 1) != 1 or stride > 8:
+        return "its windows are not those of a plain stride"
+    return why_call_does_more(pool)

@@ -157,13 +157,12 @@ def forward(
         saved = empty_like_rows(x), index, weight, None, None
         return x.new_zeros(shape), saved if any_needed else ()
     if norm == "none":
-        y = kernels.pixel_shuffle(x, blocks).view(shape)
+        y = kernels.pixel_shuffle(x, blocks, shape)
         return y, (empty_like_rows(x), index, None, None, None) if any_needed else ()
     y, mean, rstd = kernels.pixel_shuffle_norm(
         x, weight.contiguous(), None if bias is None else bias.contiguous(),
-        blocks, Norm(norm, norm_after, eps), any_needed,
+        blocks, Norm(norm, norm_after, eps), any_needed, shape,
     )  # fmt: skip
-    y = y if len(shape) == 2 else y.view(shape)
     return y, (x, index, weight, mean, rstd) if any_needed else ()
 
 

@@ -13,10 +13,11 @@
 typedef cudaError_t Error;
 
 static unsigned long long launches;
-static int read_value;
+static int read_value = -1;
 
 unsigned long long stub_runtime_launches(void) { return launches; }
-// What the host gets if it reads an int that a kernel has counted.
+// What the host gets if it reads an int that a kernel has counted; a condition that it reads, of a
+// byte, is true then. With -1 it reads what is in memory.
 void stub_set_read(int value) { read_value = value; }
 
 static Error launch(void) {
@@ -108,7 +109,10 @@ Error cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyK
                       cudaStream_t stream) {
   if (kind == cudaMemcpyDeviceToDevice) return launch();
   memcpy(to, from, bytes);
-  if (kind == cudaMemcpyDeviceToHost && bytes == sizeof read_value) memcpy(to, &read_value, bytes);
+  if (kind == cudaMemcpyDeviceToHost && read_value >= 0) {
+    if (bytes == sizeof read_value) memcpy(to, &read_value, bytes);
+    if (bytes == 1) *(char *)to = 1;
+  }
   spend_cost();
   return cudaSuccess;
 }

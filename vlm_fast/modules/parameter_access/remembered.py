@@ -104,7 +104,10 @@ def remember(owner: Any, key: str, answer: Any, guard: Callable[[], Guard]) -> N
 
 
 def ask_once(
-    owner: Any, why_not: Callable[[], str | None], modules: Callable[[], Iterable[nn.Module]]
+    owner: Any,
+    why_not: Callable[[], str | None],
+    modules: Callable[[], Iterable[nn.Module]],
+    key: str = _ASKED,
 ) -> str | None:
     """``why_not()``, asked anew only when something has changed since it gave None.
 
@@ -112,12 +115,13 @@ def ask_once(
         owner: the module that is called.
         why_not: gives a reason or None. It may depend on what a `Guard` records.
         modules: gives the modules inside the owner that it asks about.
+        key: the name of an attribute of the owner; one for each question.
     """
-    if recall(owner, _ASKED) is not None:
+    if recall(owner, key) is not None:
         return None
     reason = why_not()
     if reason is None:
-        remember(owner, _ASKED, True, lambda: Guard(owner, modules()))
+        remember(owner, key, True, lambda: Guard(owner, modules()))
     return reason
 
 

@@ -25,6 +25,7 @@ from vlm_fast.patching.models import image_token_merge
 from vlm_fast.patching.models.anyres_result import (
     PackedImage,
     PackResult,
+    pack_options,
     probe_pack_method,
     split_images,
     why_not_packed,
@@ -82,10 +83,9 @@ class FusedAnyRes(PatchedModule):
         self, image_features: Sequence[Tensor], image_sizes: Any, *args: Any, **kwargs: Any
     ) -> Any:
         original = super().pack_image_features  # type: ignore[misc]
-        named = self.pack_signature.bind(self, image_features, image_sizes, *args, **kwargs)
-        named.apply_defaults()
-        newline = named.arguments["image_newline"]
-        tiling = _tiling(self, newline is not None, named.arguments)
+        options = pack_options(self.pack_signature, args, kwargs)
+        newline = options["image_newline"]
+        tiling = _tiling(self, newline is not None, options)
         reason = tiling if isinstance(tiling, str) else _mismatch(image_features, tiling)
         if self.pack_result.flat and any(len(tiles) == 1 for tiles in image_features):
             reason = "an image of a single tile has one dimension in this release"

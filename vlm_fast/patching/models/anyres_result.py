@@ -92,3 +92,21 @@ def probe_pack_method(method: Any) -> PackResult:
         if listed and counted and torch.equal(images[0], image):
             return PackResult(bool(counts), flat)
     raise ValueError("it returns neither a list of images nor that and their rows")
+
+
+def pack_options(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of ``pack_image_features`` behind the sizes, by name.
+
+    Raises:
+        TypeError: the method does not take them.
+    """
+    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    others = [p for p in list(signature.parameters.values())[3:] if p.kind not in variadic]
+    given = {p.name: value for p, value in zip(others, args, strict=False)}
+    options = {**{p.name: p.default for p in others}, **given, **kwargs}
+    absent = any(value is inspect.Parameter.empty for value in options.values())
+    if max(len(args), len(options)) > len(others) or given.keys() & kwargs or absent:
+        signature.bind(None, None, None, *args, **kwargs)
+    return options

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from vlm_fast import ops
@@ -24,7 +24,7 @@ from vlm_fast.patching.patched_module import PatchedModule
 class FusedKosmosProjection(PatchedModule):
     """Replaces the forward of Kosmos2ImageToTextProjection and Kosmos2_5ImageToTextProjection.
 
-    Keys of the image and of the latents are not concatenated. No attention maps are returned.
+    No attention maps are returned.
     """
 
     same_call_signature = True
@@ -35,7 +35,7 @@ class FusedKosmosProjection(PatchedModule):
     training: bool
     required_attributes: ClassVar[tuple[str, ...]] = (
         *(f"x_attn.{name}" for name in (
-            "num_heads", "scaling", "dropout", "q_proj", "k_proj", "v_proj", "out_proj",
+            "num_heads", "head_dim", "scaling", "dropout", "q_proj", "k_proj", "v_proj", "out_proj",
         )),
     )  # fmt: skip
 
@@ -44,21 +44,19 @@ class FusedKosmosProjection(PatchedModule):
         if reason is not None:
             record_fallback(type(self).__name__, reason)
             return super().forward(features)  # type: ignore[misc]
-        attn, image = self.x_attn, self.dense(features)
-        latents = self.latent_query.unsqueeze(0)
+        attn, image, latents = self.x_attn, self.dense(features), self.latent_query.unsqueeze(0)
+        images = image.shape[0]
+        seen = torch.cat((image, latents.expand(images, -1, -1)), dim=1)
+        # The bias of keys adds the same to all scores of a query: no effect, gradient 0.
+        k = torch.addmm(attn.k_proj.bias, seen.flatten(0, 1), attn.k_proj.weight.t(), beta=0)
 
-        def heads(x: Tensor) -> Tensor:
-            x = x.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
-            return x.expand(image.shape[0], -1, -1, -1)
+        def heads(x: Tensor, tokens: int) -> Tensor:
+            return x.view(-1, tokens, attn.num_heads, attn.head_dim).transpose(1, 2)
 
-        def keys(x: Tensor) -> Tensor:
-            # The bias of keys adds the same to all scores of a query: no effect, gradient 0.
-            return heads(F.linear(x, attn.k_proj.weight, attn.k_proj.bias * 0))
-
+        q = heads(attn.q_proj(latents), latents.shape[1]).expand(images, -1, -1, -1)
         attended = ops.cross_attention(
-            heads(attn.q_proj(latents)), keys(image), heads(attn.v_proj(image)),
-            keys(latents), heads(attn.v_proj(latents)), scale=attn.scaling,
-        )  # fmt: skip
+            q, heads(k, seen.shape[1]), heads(attn.v_proj(seen), seen.shape[1]), scale=attn.scaling
+        )
         return attn.out_proj(attended.transpose(1, 2).flatten(2)), None
 
     def unpatched_copy(self) -> nn.Module:

@@ -20,6 +20,7 @@ from vlm_fast.modules.parameter_access.module_calls import (
 from vlm_fast.modules.parameter_access.norm import why_not_direct_norm
 from vlm_fast.modules.parameter_access.remembered import ask_once
 from vlm_fast.modules.pooled_projector import norm_of, pooled_mlp, pooled_norm, times_matrix
+from vlm_fast.modules.spatial_pool import WINDOWS, why_not_window
 from vlm_fast.modules.token_grid import side_of_square
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.models import anyres
@@ -27,8 +28,6 @@ from vlm_fast.patching.models.anyres import FusedAnyResMerge
 from vlm_fast.patching.models.mlp import FusedMLP
 from vlm_fast.patching.patched_module import PatchedModule
 from vlm_fast.patching.placeholder_masks import MaskSpec
-
-WINDOWS: dict[type[nn.Module], str] = {nn.AvgPool2d: "avg", nn.MaxPool2d: "max"}
 
 
 class FusedPooledNorm(PatchedModule):
@@ -60,7 +59,7 @@ class FusedPooledNorm(PatchedModule):
         return times_matrix(x, self.mm_input_projection_weight).type_as(vision_outputs)
 
     def _why_not_pooled(self) -> str | None:
-        return _why_not_window(self.avg_pool, self.kernel_size)
+        return why_not_window(self.avg_pool, self.kernel_size)
 
     def why_not(self) -> str | None:
         return self._why_not_pooled() or why_not_direct_norm(self.mm_soft_emb_norm)
@@ -130,7 +129,9 @@ class FusedPooler(PatchedModule):
         )  # fmt: skip
 
     def why_not(self) -> str | None:
-        return _why_not_window(self.pool, self.pool.kernel_size)
+        return ask_once(
+            self, lambda: why_not_window(self.pool, self.pool.kernel_size), lambda: (self.pool,)
+        )
 
 
 class FusedFrameProjector(FusedMLP):
@@ -180,11 +181,15 @@ class FusedPooledFrames(FusedAnyResMerge):
     def _why_not_pooled_first(self) -> str | None:
         """Why ``linear_2`` and the projector must be called with all rows, or None."""
         projector = self.multi_modal_projector
-        return (
-            why_not_direct(projector.linear_2)
-            or projector.why_not()
-            or why_no_extra_arguments(projector)
-        )
+
+        def why_not() -> str | None:
+            return (
+                why_not_direct(projector.linear_2)
+                or projector.why_not()
+                or why_no_extra_arguments(projector)
+            )
+
+        return ask_once(self, why_not, projector.modules, "_asked_of_projector")
 
     def apply_pooling(self, image_features: Tensor) -> Any:
         x, vision = image_features, self.config.vision_config
@@ -204,17 +209,6 @@ _pooled_first: ContextVar[bool] = ContextVar("pooled_first", default=False)
 
 def _is_pooled_first() -> bool:
     return not torch.compiler.is_compiling() and _pooled_first.get()
-
-
-def _why_not_window(pool: Any, stride: Any) -> str | None:
-    """Why a pooling layer does not pool adjacent square windows of this stride, or None."""
-    if type(pool) not in WINDOWS:
-        return f"{type(pool).__name__} is not one of {', '.join(w.__name__ for w in WINDOWS)}"
-    if not isinstance(stride, int) or not (pool.kernel_size == pool.stride == stride):
-        return "its windows overlap, or are not square"
-    if pool.padding or pool.ceil_mode or getattr(pool, "dilation", 1) != 1 or stride > 8:
-        return "its windows are not those of a plain stride"
-    return why_call_does_more(pool)
 
 
 def recognise_gemma3(module: nn.Module, **options: Any) -> tuple[()] | None:
