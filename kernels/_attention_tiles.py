@@ -9,6 +9,8 @@ into two parts, each with a matrix product of its own: 80 = 64 + 16 is not padde
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -251,20 +253,22 @@ def dropout_factor(seed_ptr, drop_below, survivor_scale, key, query, batch_head)
     return keep * survivor_scale
 
 
+@functools.cache
 def head_parts(d: int) -> tuple[int, int]:
     """The widths D1 and D2 of the two parts of a head of size d; D2 is 0 for one part."""
     first = max(16, 1 << (d.bit_length() - 1))
     return first, 0 if d <= first else max(16, next_power_of_2(d - first))
 
 
-def tile_divisor(q: Tensor) -> int:
+@functools.cache
+def tile_divisor(dtype: torch.dtype, d: int) -> int:
     """The divisor of BLOCK_N, which is the number of keys in a tile for 64 columns of 16 bits.
 
     fp32 products run on scalar units and need more registers, so their tiles have
     a quarter of the keys.
     """
-    columns = next_power_of_2(sum(head_parts(q.shape[3])))
-    return max(1, columns // 64) * (4 if q.dtype == torch.float32 else 1)
+    columns = next_power_of_2(sum(head_parts(d)))
+    return max(1, columns // 64) * (4 if dtype == torch.float32 else 1)
 
 
 def row_block(q: Tensor, rows: int) -> int:
@@ -275,18 +279,3 @@ def row_block(q: Tensor, rows: int) -> int:
 def strides(x: Tensor | None, count: int = 3) -> tuple[int, ...]:
     """The first strides of a tensor, zeros for None."""
     return x.stride()[:count] if x is not None else (0,) * count
-
-
-def as_bytes(mask: Tensor | None) -> Tensor | None:
-    """A bool mask as bytes, which Triton loads."""
-    return mask if mask is None else mask.view(torch.uint8)
-
-
-def score_strides(bias: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of the bias, 0 along dimensions in which it is broadcast to ``shape``."""
-    if bias is None:
-        return (0,) * 4
-    return tuple(
-        0 if n == 1 and size != 1 else s
-        for n, size, s in zip(bias.shape, shape, bias.stride(), strict=True)
-    )

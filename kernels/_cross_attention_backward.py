@@ -14,14 +14,14 @@ exact as the differences of dp. The usual ``sum(do * o)`` has the rounding error
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ._attention_arguments import ABSENT, Masks, Strided, mask_arguments
 from ._attention_tiles import (
     SIZES,
-    as_bytes,
     dot_parts,
     dropout_factor,
     head_parts,
@@ -29,13 +29,10 @@ from ._attention_tiles import (
     mean_step,
     probabilities_and_score_gradients,
     row_block,
-    score_strides,
     score_tile,
     store_parts,
-    strides,
     tile_divisor,
 )
-from ._dropout import threshold
 from ._launcher import Config, kernel, precision
 from ._sizes import cdiv
 from ._triton import tl, triton
@@ -319,52 +316,50 @@ def key_gradient_kernel(
 
 
 def launch_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
-    bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
-    scale: float, dropout: float,
-    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
-    dk2: Tensor | None, dv2: Tensor | None,
-) -> None:  # fmt: skip
-    """Fill those of dq, dk, dv, dk2 and dv2 that are not None; see `attention_backward`."""
-    batch, heads, queries, d = q.shape
-    kv_heads, keys = k.shape[1:3]
-    keys2 = 0 if k2 is None else k2.shape[2]
+    sizes: Sequence[int],
+    do: Strided,
+    sources: Sequence[Strided],
+    masks: Masks,
+    scale: float,
+    dropout: float,
+    targets: Sequence[Strided],
+) -> None:
+    """Fill those of the targets dq, dk, dv, dk2 and dv2 that are there.
+
+    sizes: see `call_sizes`. sources: q, k, v, k2, v2. See `attention_backward`.
+    """
+    q, k, v, k2, v2 = sources
+    dq, dk, dv, dk2, dv2 = targets
+    batch, heads, kv_heads, queries, keys, keys2, d = sizes
+    like: Tensor = q[0]  # type: ignore[assignment]
     rows, count = heads // kv_heads * queries, batch * heads * queries
-    block = row_block(q, rows)
+    block = row_block(like, rows)
     row_tiles = cdiv(rows, block)
     one_pass = row_tiles == 1 and batch * kv_heads >= ENOUGH_HEADS
-    written = (dk, dv, dk2, dv2) if one_pass else (None,) * 4
-    stats = None if one_pass else q.new_empty(4, count, dtype=torch.float32)
-    shared = (q, *strides(q), do, *strides(do), stats)
-    masks = (
-        bias, *score_strides(bias, (batch, heads, queries, keys + keys2)),
-        as_bytes(key_mask), *strides(key_mask, 2),
-        seed if dropout > 0 else None, threshold(dropout), 1 / (1 - dropout),
-    )  # fmt: skip
-    divisor, widths = tile_divisor(q), (d, *head_parts(d))
+    written = (*dk, *dv, *dk2, *dv2) if one_pass else ABSENT * 4
+    stats = None if one_pass else like.new_empty(4, count, dtype=torch.float32)
+    scored = mask_arguments(masks, dropout, (batch, heads, queries, keys + keys2))
+    divisor, widths = tile_divisor(like.dtype, d), (d, *head_parts(d))
     cross_attention_backward_kernel(
         lambda blocks: (batch * kv_heads * row_tiles,),
-        *shared, k, *strides(k), v, *strides(v), k2, *strides(k2), v2, *strides(v2), *masks,
-        dq, *strides(dq), *(a for g in written for a in (g, *strides(g))),
+        *q, *do, stats, *k, *v, *k2, *v2, *scored, *dq, *written,
         kv_heads, heads // kv_heads, queries, rows, keys, keys2, count, scale,
         # With the undivided tile, d > 96 spills on sm_100.
         *widths, block, divisor * (2 if d > 96 else 1), precision(),
     )  # fmt: skip
     if one_pass:
         return
-    for first, x, y, dx, dy in ((0, k, v, dk, dv), (keys, k2, v2, dk2, dv2)):
-        if x is not None and dx is not None:
+    for first, tokens, x, y, dx, dy in ((0, keys, k, v, dk, dv), (keys, keys2, k2, v2, dk2, dv2)):
+        if x[0] is not None and dx[0] is not None:
             key_gradient_kernel(
-                _by_keys(x, divisor),
-                *shared, x, *strides(x), y, *strides(y), *masks,
-                dx, *strides(dx), dy, *strides(dy),
-                kv_heads, heads // kv_heads, queries, rows, x.shape[2], first, count, scale,
-                *widths, row_block(q, rows) if d <= 64 else 16, divisor, precision(),
+                _by_keys(batch * kv_heads, tokens, divisor),
+                *q, *do, stats, *x, *y, *scored, *dx, *dy,
+                kv_heads, heads // kv_heads, queries, rows, tokens, first, count, scale,
+                *widths, block if d <= 64 else 16, divisor, precision(),
                 size=d,
             )  # fmt: skip
 
 
-def _by_keys(k: Tensor, divisor: int) -> Callable[[dict[str, int]], tuple[int, ...]]:
-    """The grid of `key_gradient_kernel`: one program per tile of keys."""
-    batch, kv_heads, keys = k.shape[:3]
-    return lambda blocks: (batch * kv_heads * cdiv(keys, max(16, blocks["BLOCK_N"] // divisor)),)
+def _by_keys(heads: int, keys: int, divisor: int) -> Callable[[dict[str, int]], tuple[int, ...]]:
+    """The grid of `key_gradient_kernel`: one program per tile of keys of each head and image."""
+    return lambda blocks: (heads * cdiv(keys, max(16, blocks["BLOCK_N"] // divisor)),)

@@ -266,7 +266,7 @@ def launch_backward(
     media, group = keys // tokens_per_media, heads // kv_heads
     rows, count = group * queries, batch * heads * queries
     block = 16 if q.dtype == torch.float32 else 32  # with 64, registers spill on some GPU
-    divisor, widths = tile_divisor(q), (d, *head_parts(d))
+    divisor, widths = tile_divisor(q.dtype, d), (d, *head_parts(d))
     stats = None if dk is None else q.new_empty(4, count, dtype=torch.float32)
     shared = (q, *strides(q), do, *strides(do), k, *strides(k), v, *strides(v), index)
     programs_of_rows = batch * kv_heads * cdiv(rows, block)

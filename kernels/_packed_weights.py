@@ -30,13 +30,18 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> T
     return y
 
 
-def input_gradient(dy: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """The gradient of x ``(rows, in)``, from the gradient of the result ``(rows, sum of out)``."""
-    if _as_one_gemm(dy):
-        return torch.mm(dy, torch.cat(list(weights)))
-    parts = dy.split([weight.shape[0] for weight in weights], 1)
-    dx = torch.mm(parts[0], weights[0])
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
+def input_gradient(dy: Tensor, weights: Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
+    """The gradient of x ``(rows, in)``, from the gradient of the result ``(rows, sum of out)``.
+
+    ``residual`` is added to it: the gradient of x by another path.
+    """
+    whole = len(weights) == 1
+    if whole or _as_one_gemm(dy):
+        weight = weights[0] if whole else torch.cat(list(weights))
+        return torch.mm(dy, weight) if residual is None else torch.addmm(residual, dy, weight)
+    first, *parts = dy.split([weight.shape[0] for weight in weights], 1)
+    dx = input_gradient(first, weights[:1], residual)
+    for part, weight in zip(parts, weights[1:], strict=True):
         dx.addmm_(part, weight)
     return dx
 
@@ -47,15 +52,20 @@ def parameter_gradients(
     sizes: Sequence[int],
     wanted: Sequence[bool],
     zero: int | None = None,
+    *,
+    apart: bool = False,
 ) -> list[Tensor | None]:
     """The gradients of all weights, then of all biases; None for those that are not wanted.
 
-    ``zero`` is the index of a bias whose gradient is zero but for rounding errors.
+    ``x`` is read for weights only. ``zero`` is the index of a bias whose gradient is zero but for
+    rounding errors. ``apart`` asks for one product per weight: for few rows it takes the host less
+    time than to split the gradient of all weights.
     """
     of_weights, of_biases = wanted[: len(sizes)], wanted[len(sizes) :]
     weights: list[Tensor | None] = [None] * len(sizes)
-    if _as_one_gemm(x) and all(of_weights):
-        weights = [*split_copy(torch.mm(dy.t(), x), sizes)]
+    if all(of_weights) and (len(sizes) == 1 or (_as_one_gemm(dy) and not apart)):
+        whole = torch.mm(dy.t(), x)
+        weights = [whole] if len(sizes) == 1 else [*split_copy(whole, sizes)]
     elif any(of_weights):
         parts = zip(dy.split(list(sizes), 1), of_weights, strict=True)
         weights = [torch.mm(part.t(), x) if want else None for part, want in parts]
@@ -69,7 +79,8 @@ def _bias_gradients(dy: Tensor, sizes: Sequence[int], zero: int | None) -> list[
         biases = [dy.new_empty(size) for size in sizes]
         sum_shares(dense(dy), *biases, zero=zero)
         return biases
-    biases = split_copy(dy.sum(0), sizes)
+    total = dy.sum(0)
+    biases = [total] if len(sizes) == 1 else split_copy(total, sizes)
     if zero is not None:
         biases[zero].mul_(0)  # NaN stays NaN
     return biases
@@ -86,7 +97,7 @@ def split_copy(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
 def _concatenated(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Concatenate the weights, and the biases, by one launch."""
-    whole = torch.cat([t.reshape(-1) for t in (*weights, *biases)])
+    whole = torch.cat([*[weight.reshape(-1) for weight in weights], *biases])
     rows, width = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     weight, bias = whole.split([rows * width, rows])
     return weight.view(rows, width), bias

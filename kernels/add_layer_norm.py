@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _add_layer_norm_aten as aten
 from ._dropout import keep_tile, threshold
-from ._launcher import Config, kernel
-from ._sizes import cdiv, next_power_of_2
+from ._launcher import Config, kernel, runs_triton
+from ._sizes import next_power_of_2
 from ._sum_shares import new_shares, split_rows, store_share, sum_shares
 from ._triton import tl, triton
 
@@ -140,33 +141,31 @@ Statistics = tuple[Tensor, ...]  # z (rows, cols), mean (rows,), rstd (rows,); o
 
 
 def add_layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    seed: Tensor | None,
-    *,
-    eps: float,
-    dropout: float,
-    want_statistics: bool,
-) -> tuple[Tensor, Statistics]:
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None,
+    seed: Tensor | None, *, eps: float, dropout: float, want_statistics: bool,
+) -> tuple[Tensor, Statistics]:  # fmt: skip
     """Return y, contiguous and like the residual, and the statistics for backward.
 
-    x, residual: ``(batch, tokens, cols)``, inner stride 1; parameters: ``(cols,)``, contiguous.
-    ``seed`` is None without dropout.
+    x, residual: ``(batch, tokens, cols)``, or both ``(tokens, cols)``, inner stride 1; parameters:
+    ``(cols,)``, contiguous. ``seed`` is None without dropout.
     """
-    batch, tokens, cols = residual.shape
-    rows = batch * tokens
+    if not runs_triton(residual):
+        y, statistics = aten.forward(x, residual, weight, bias, x_bias, seed, eps, dropout)
+        return y, statistics if want_statistics else ()
+    *images, tokens, cols = residual.shape
+    rows = tokens * images[0] if images else tokens
+    strides = x.stride()[:2] + residual.stride()[:2]
+    if not images:
+        strides = (0, x.stride(0), 0, residual.stride(0))
     y = residual.new_empty(*residual.shape)
-    statistics: Statistics = ()
+    statistics = ()
     if want_statistics:
         z, mean = residual.new_empty(rows, cols), residual.new_empty(rows, dtype=torch.float32)
         statistics = z, mean, torch.empty_like(mean)
     block = next_power_of_2(cols)
     add_layer_norm_kernel(
-        lambda blocks: (cdiv(rows, max(blocks["ELEMENTS"] // block, 1)),),
-        x, *x.stride()[:2], residual, *residual.stride()[:2], x_bias, weight, bias,
+        lambda blocks: (-(-rows // max(blocks["ELEMENTS"] // block, 1)),),
+        x, *strides[:2], residual, *strides[2:], x_bias, weight, bias,
         seed, threshold(dropout), 1 / (1 - dropout), y, *(statistics or (None, None, None)),
         rows, tokens, cols, eps, block, size=rows,
     )  # fmt: skip
@@ -174,25 +173,22 @@ def add_layer_norm(
 
 
 def add_layer_norm_backward(
-    dy: Tensor,
-    statistics: Statistics,
-    weight: Tensor,
-    seed: Tensor | None,
-    *,
-    dropout: float,
-    x_dtype: torch.dtype,
-    x_bias_dtype: torch.dtype | None,
-    want_x: bool,
-    want_residual: bool,
-    want_weight: bool,
-    want_bias: bool,
-) -> tuple[Any, ...]:
+    dy: Tensor, statistics: Statistics, weight: Tensor, seed: Tensor | None,
+    *, dropout: float, x_dtype: torch.dtype, x_bias_dtype: torch.dtype | None,
+    want_x: bool, want_residual: bool, want_weight: bool, want_bias: bool,
+) -> tuple[Any, ...]:  # fmt: skip
     """Gradients ``(rows, cols)`` of x and residual, and ``(cols,)`` of weight, bias and x_bias.
 
     dy: ``(rows, cols)``, contiguous. The bias has the dtype of the weight; no dtype of x_bias means
     that its gradient is not wanted. Without dropout x and the residual have the same gradient; it
     is returned as one tensor if their dtypes are equal.
     """
+    if not runs_triton(dy):
+        of_x, of_residual, *of_norm = aten.backward(
+            dy, statistics, weight, seed, dropout, want_weight, want_bias
+        )
+        of_x_bias = None if x_bias_dtype is None else of_x.sum(0)
+        return of_x if want_x else None, of_residual if want_residual else None, *of_norm, of_x_bias
     z, mean, rstd = statistics
     rows, cols = dy.shape
     shared = seed is None and x_dtype == z.dtype

@@ -6,28 +6,27 @@ share of the keys. If the keys are split, a second kernel combines the partial r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import _cross_attention_aten as aten
+from ._attention_arguments import Masks, Strided, by_strides, call_sizes, mask_arguments
 from ._attention_tiles import (
     LOG2_E,
     SIZES,
-    as_bytes,
     dot_parts,
     dropout_factor,
     head_parts,
     load_parts,
     row_block,
-    score_strides,
     score_tile,
     softmax_step,
     store_parts,
-    strides,
     tile_divisor,
 )
 from ._cross_attention_backward import launch_backward
-from ._dropout import threshold
 from ._launcher import Config, dense, is_traced, kernel, precision, runs_triton
 from ._sizes import cdiv, next_power_of_2
 from ._triton import tl, triton
@@ -174,18 +173,10 @@ def combine_splits_kernel(
 
 
 def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k2: Tensor | None,
-    v2: Tensor | None,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    *,
-    scale: float,
-    dropout: float,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
+    bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
+    *, scale: float, dropout: float,
+) -> Tensor:  # fmt: skip
     """Return ``(batch, heads, queries, d)``, laid out in memory as ``(batch, queries, heads, d)``.
 
     The arguments are those of the op `cross_attention`.
@@ -199,7 +190,8 @@ def attention_forward(
     if empty:
         o.zero_()
     elif runs_triton(q):
-        _launch_forward(q, k, v, k2, v2, bias, key_mask, seed, scale, dropout, o)
+        sources, masks = [by_strides(x) for x in (q, k, v, k2, v2)], (bias, key_mask, seed)
+        launch_forward(call_sizes(q, k, k2), sources, masks, scale, dropout, o)
     return o
 
 
@@ -234,9 +226,14 @@ def attention_backward(
         for target in targets:
             if target is not None:
                 target.zero_()
-    elif runs_triton(q) or not is_traced(q):
-        fill = launch_backward if runs_triton(q) else aten.backward
-        fill(do, q, k, v, k2, v2, bias, key_mask, seed, scale, dropout, *targets)
+    elif runs_triton(q):
+        outer, *sources = [by_strides(x) for x in (do, q, k, v, k2, v2)]
+        launch_backward(
+            call_sizes(q, k, k2), outer, sources, (bias, key_mask, seed), scale, dropout,
+            [by_strides(x) for x in targets],
+        )  # fmt: skip
+    elif not is_traced(q):
+        aten.backward(do, q, k, v, k2, v2, bias, key_mask, seed, scale, dropout, *targets)
     return targets
 
 
@@ -261,30 +258,33 @@ def _targets(
     return dq if want_q else None, dk if want_kv else None, dv if want_kv else None, dk2, dv2
 
 
-def _launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
-    bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
-    scale: float, dropout: float, o: Tensor,
-) -> None:  # fmt: skip
-    batch, heads, queries, d = q.shape
-    kv_heads, keys = k.shape[1:3]
-    keys2 = 0 if k2 is None else k2.shape[2]
+def launch_forward(
+    sizes: Sequence[int],
+    sources: Sequence[Strided],
+    masks: Masks,
+    scale: float,
+    dropout: float,
+    o: Tensor,
+) -> None:
+    """Fill ``o``, in memory ``(batch, queries, heads, d)``; see `attention_forward`.
+
+    sizes: see `call_sizes`. sources: q, k, v, k2, v2.
+    """
+    q, k, v, k2, v2 = sources
+    batch, heads, kv_heads, queries, keys, keys2, d = sizes
     rows, count = heads // kv_heads * queries, batch * heads * queries
-    block = row_block(q, rows)
+    block = row_block(o, rows)
     programs = batch * kv_heads * cdiv(rows, block)
     splits = key_splits(programs, keys + keys2)
     out, stats = o, None
     if splits > 1:
-        out = q.new_empty(splits, count, d, dtype=torch.float32)
-        stats = q.new_empty(splits, 2, count, dtype=torch.float32)
+        out = o.new_empty(splits, count, d, dtype=torch.float32)
+        stats = o.new_empty(splits, 2, count, dtype=torch.float32)
     cross_attention_kernel(
-        lambda blocks: (programs * splits,),
-        q, *strides(q), k, *strides(k), v, *strides(v), k2, *strides(k2), v2, *strides(v2),
-        bias, *score_strides(bias, (batch, heads, queries, keys + keys2)),
-        as_bytes(key_mask), *strides(key_mask, 2),
-        seed if dropout > 0 else None, threshold(dropout), 1 / (1 - dropout),
+        lambda blocks: (programs * splits,), *q, *k, *v, *k2, *v2,
+        *mask_arguments(masks, dropout, (batch, heads, queries, keys + keys2)),
         out, stats, kv_heads, heads // kv_heads, queries, rows, keys, keys2, count, splits, scale,
-        d, *head_parts(d), block, tile_divisor(q), splits > 1, precision(),
+        d, *head_parts(d), block, tile_divisor(o.dtype, d), splits > 1, precision(),
     )  # fmt: skip
     if splits > 1:
         combine_splits_kernel(

@@ -20,9 +20,14 @@ every_dropping_op = pytest.mark.parametrize("op", DROPPING.values(), ids=DROPPIN
 
 def sample(op, seed, device, p=0.25):
     args, options = op.sample(op.usual_shape, device=device)
-    at = op.tensors.index("seed")
-    seed = torch.tensor([seed], device=device)
+    at = seeds_of(op)
+    seed = torch.full_like(args[at], seed)
     return (*args[:at], seed, *args[at + 1 :]), {**options, "dropout": p}
+
+
+def seeds_of(op):
+    """The position of the argument with the seed, or with a seed for each dropout of the op."""
+    return next(i for i, name in enumerate(op.tensors) if name.startswith("seed"))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**40 + 5])
@@ -48,7 +53,7 @@ def test_results_depend_on_the_seed(device, op):
 def test_seed_is_not_read_without_dropout(device, op):
     args, options = sample(op, 7, device, p=0.0)
     other, _ = sample(op, 8, device, p=0.0)
-    at = op.tensors.index("seed")
+    at = seeds_of(op)
     results = [
         op.fast(*args[:at], seed, *args[at + 1 :], **options) for seed in (args[at], other[at])
     ]

@@ -41,7 +41,7 @@ def launches(model, **given):
     return len(seen.names) + len(recorded)
 
 
-def test_qformer_launches_at_most_two_thirds_of_transformers_kernels(monkeypatch):
+def test_qformer_launches_at_most_three_quarters_of_transformers_kernels(monkeypatch):
     # The same number of layers as BLIP-2. The count does not depend on the widths.
     sizes = dict(
         hidden_size=16, num_attention_heads=1, intermediate_size=16, num_hidden_layers=12,
@@ -59,9 +59,9 @@ def test_qformer_launches_at_most_two_thirds_of_transformers_kernels(monkeypatch
     with vlm_fast.strict():
         after = launches(model, **given)
     assert before == 187  # 96 products, 18 of attention, 31 norms, 30 sums, 12 of GELU
-    # Twelve self-attentions of 5, six cross-attentions of 4, twelve MLPs of 3, and 3 before the
-    # layers. Thirteen of them put weights together.
-    assert after == 123
+    # Twelve self-attentions of 6, six cross-attentions of 4, twelve MLPs of 3, and 3 before the
+    # layers, of which one puts weights together.
+    assert after == 135
 
 
 ATTENTION = "cross_attention_backward_kernel key_gradient_kernel"
@@ -133,6 +133,12 @@ BACKWARDS = {
             f"pixel_shuffle_norm_backward_kernel {SUM}",
         ),
     ],
+    "qformer_layer": [(
+        None,
+        f"add_layer_norm_backward_kernel {MLP} add_layer_norm_backward_kernel {ATTENTION} {SUM} "
+        f"add_layer_norm_backward_kernel {ATTENTION} {SUM} "
+        "mm mm mm addmm mm mm mm addmm mm mm mm mm mm cat addmm",
+    )],
     "self_attention": [(None, f"{ATTENTION} {SUM} cat mm mm split_with_sizes_copy")],
     "spatial_pool": [(None, "spatial_pool_backward_kernel")],
     "stacked_linear": [(None, f"{SUM} cat mm mm split_with_sizes_copy")],

@@ -18,6 +18,7 @@ from vlm_fast.ops.merge_tokens import merge_tokens as merge_tokens
 from vlm_fast.ops.mlp import mlp as mlp
 from vlm_fast.ops.norm_mlp import norm_mlp as norm_mlp
 from vlm_fast.ops.pixel_shuffle_norm import pixel_shuffle_norm as pixel_shuffle_norm
+from vlm_fast.ops.qformer_layer import qformer_layer as qformer_layer
 from vlm_fast.ops.self_attention import self_attention as self_attention
 from vlm_fast.ops.spatial_pool import spatial_pool as spatial_pool
 from vlm_fast.ops.stacked_linear import stacked_linear as stacked_linear

@@ -13,6 +13,7 @@ from vlm_fast.kernels import _hopper
 from vlm_fast.kernels._activation import ACTIVATIONS
 from vlm_fast.kernels._launcher import runs_triton
 from vlm_fast.kernels._linear_activation import FEW_ROWS, linear_activation
+from vlm_fast.kernels._packed_weights import input_gradient
 from vlm_fast.kernels.mlp import ATEN, ATEN_IN_PLACE, activate, mlp_activation_backward
 from vlm_fast.ops.declaration import Cost, linear_op, nbytes
 from vlm_fast.ops.rows import as_matrix
@@ -30,15 +31,9 @@ SAVED = ("all", "preactivation", "input")
     saved=SAVED,
 )
 def mlp(
-    x: Tensor,
-    weight_1: Tensor,
-    bias_1: Tensor | None,
-    weight_2: Tensor,
-    bias_2: Tensor | None,
-    *,
-    activation: str = "gelu",
-    saved: str = "preactivation",
-) -> Tensor:
+    x: Tensor, weight_1: Tensor, bias_1: Tensor | None, weight_2: Tensor, bias_2: Tensor | None,
+    *, activation: str = "gelu", saved: str = "preactivation",
+) -> Tensor:  # fmt: skip
     """Apply two linears with an activation between: ``linear(act(linear(x, w1, b1)), w2, b2)``.
 
     Mirrors transformers' ``LlavaMultiModalProjector``. GELU (arXiv 1606.08415) is the exact erf
@@ -59,15 +54,21 @@ def mlp(
 
 @mlp.forward
 def forward(needs_grad, x, weight_1, bias_1, weight_2, bias_2, *, activation, saved):
+    h, kept = hidden_and_saved(needs_grad, x, weight_1, bias_1, weight_2, activation, saved)
+    return F.linear(h, weight_2, bias_2), kept
+
+
+def hidden_and_saved(needs_grad, x, weight_1, bias_1, weight_2, activation, saved):
+    """The input of the second linear, and the tensors that are saved for backward."""
     if True not in needs_grad:
-        return F.linear(_hidden(x, weight_1, bias_1, activation), weight_2, bias_2), ()
+        return _hidden(x, weight_1, bias_1, activation), ()
     need_x, need_weight_1, need_bias_1, need_weight_2, _ = needs_grad
     before_z = need_x or need_weight_1 or need_bias_1
     rebuild = saved == "input"
     keep_z = not rebuild and (before_z or need_weight_2)
     whole = before_z and _takes_whole_rows(x, weight_2, activation)
     z, h = _first_linear(x, weight_1, bias_1, activation, keep_z, whole)
-    return F.linear(h, weight_2, bias_2), (
+    return h, (
         x if need_weight_1 or rebuild else None,
         weight_1 if need_x or rebuild else None,
         bias_1 if rebuild else None,
@@ -93,6 +94,14 @@ def _hidden(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> 
 def backward(
     needs_grad: Any, saved_tensors: Any, dy: Tensor, *, activation: str, saved: str
 ) -> tuple[Tensor | None, ...]:
+    return gradients(needs_grad, saved_tensors, dy, activation, saved)
+
+
+def gradients(
+    needs_grad: Any, saved_tensors: Any, dy: Tensor, activation: str, saved: str,
+    residual: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """All gradients; ``residual``, of the rows of x, is added to that of x."""
     x, weight_1, bias_1, weight_2, z, h = saved_tensors
     leading, dy = dy.shape[:-1], as_matrix(dy)
     if saved == "input":
@@ -118,19 +127,15 @@ def backward(
     if needs_grad.weight_1:
         dweight_1 = torch.mm(dz.t(), as_matrix(x))
     if needs_grad.x:
-        dx = torch.mm(dz, weight_1)
+        dx = input_gradient(dz, [weight_1], residual)
         dx = dx if len(leading) == 1 else dx.view(*leading, dx.shape[1])
     return dx, dweight_1, dbias_1, dweight_2, dbias_2
 
 
 def _first_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    keep_z: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep_z: bool,
     whole: bool = False,
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """The pre-activation ``z``, or None if it is not kept, and its activation.
 
     ``whole``: backward needs z without gaps between images.
@@ -147,15 +152,9 @@ def _first_linear(
 
 
 def _second_linear_backward(
-    z: Tensor,
-    dy: Tensor,
-    weight: Tensor,
-    leading: torch.Size,
-    activation: str,
-    want_h: bool,
-    want_dbias_1: bool,
-    want_dbias_2: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    z: Tensor, dy: Tensor, weight: Tensor, leading: torch.Size, activation: str,
+    want_h: bool, want_dbias_1: bool, want_dbias_2: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """``dz``, the activation if wanted, and the gradients of the biases; dy is a matrix."""
     tokens, period = _tokens_and_period(z, leading)
     if tokens == period and _takes_whole_rows(dy, weight, activation):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from vlm_fast.modules.parameter_access.guard import Guard
 from vlm_fast.modules.parameter_access.original_code import class_before_patch
 from vlm_fast.ops.transforms import constant_while_compiling
 
@@ -16,16 +17,24 @@ _IMPLEMENTATIONS = {
     "flex_attention", "vlm_fast",
 }  # fmt: skip
 
+_STORED = "_attn_implementation_internal"  # where a config keeps its _attn_implementation
+
 
 def active_attention_dropout(attention: Any) -> float:
-    """The probability with which attention weights are dropped now; 0 in eval mode.
+    """The probability with which attention weights are dropped now; 0 in eval mode."""
+    switch, p = attention_dropout_switch(attention)
+    return p if switch.training else 0.0
 
-    Some releases keep it in a child ``dropout``, others in ``attention_dropout``.
+
+def attention_dropout_switch(attention: Any) -> tuple[nn.Module, float]:
+    """The module that drops attention weights in training mode, and the probability.
+
+    Some releases have a child ``dropout``, others an attribute ``attention_dropout``.
     """
     dropout = getattr(attention, "dropout", None)
     if isinstance(dropout, nn.Module):
-        return float(dropout.p) if dropout.training else 0.0  # type: ignore[arg-type]
-    return float(attention.attention_dropout) if attention.training else 0.0
+        return dropout, float(dropout.p)  # type: ignore[arg-type]
+    return attention, float(attention.attention_dropout)
 
 
 def attention_scale(attention: Any) -> float:
@@ -65,3 +74,15 @@ def why_unknown_attention(name: str | None, eager_module: str) -> str | None:
     if not origin.startswith(("transformers.", "vlm_fast.")):
         return f"the attention {name or 'eager'!r} has been replaced by one of {origin}"
     return None
+
+
+def record_attention(guard: Guard, module: Any) -> None:
+    """Record which attention a module with a config uses."""
+    name, eager_module = chosen_attention(module)
+    own = vars(module.config)  # an attribute of a config takes microseconds to read
+    if _STORED in own:
+        guard.record("item", own, _STORED, own[_STORED])
+    else:
+        guard.record("equal attribute", module.config, "_attn_implementation", name)
+    function = attention_function(name, eager_module)
+    guard.record("call", attention_function, (name, eager_module), function)

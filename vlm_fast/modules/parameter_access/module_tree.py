@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from vlm_fast.modules.parameter_access.activation import activation_name, why_not_activation
 from vlm_fast.modules.parameter_access.attention_settings import (
-    attention_function,
     chosen_attention,
     has_attention_choice,
+    record_attention,
     why_unknown_attention,
 )
 from vlm_fast.modules.parameter_access.guard import Guard
@@ -78,10 +78,7 @@ class ModuleTree:
         """The facts that the answer of `why_not` depends on."""
         guard = Guard(root, self.modules, methods=True)
         for module in self.attentions:
-            name, eager_module = chosen_attention(module)
-            guard.record("equal attribute", module.config, "_attn_implementation", name)
-            function = attention_function(name, eager_module)
-            guard.record("call", attention_function, (name, eager_module), function)
+            record_attention(guard, module)
         return guard
 
     def why_not(self, biases: bool = True, unread: str | None = None) -> str | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from vlm_fast.modules.qformer.shared_inputs import OP, ImageKeyValues, cross_attention_of
+from vlm_fast.modules.qformer.shared_inputs import (
+    OP,
+    ImageKeyValues,
+    ImageReaders,
+    image_readers,
+)
 from vlm_fast.ops.argument_errors import not_a_tensor, wrong_value
 
 
@@ -29,7 +33,8 @@ def check_arguments(
     n = tokens if query_length is None else query_length
     if not 0 <= n <= tokens:
         raise wrong_value(OP, "query_length", n, f"0 to {tokens}, the tokens of query_embeds")
-    images = check_image(qformer.encoder.layer, n, batch, image, image_mask, projected)
+    readers = image_readers(qformer.encoder.layer)
+    images = check_image(readers, n, batch, image, image_mask, projected)
     if mask is not None and mask.shape[-1] != tokens:
         raise wrong_value(OP, "attention_mask", mask, f"({batch}, {tokens})")
     if past is not None and len(past) != len(qformer.encoder.layer):
@@ -41,7 +46,7 @@ def check_arguments(
 
 
 def check_image(
-    layers: Sequence[Any], queries: int, batch: int, image: Tensor | None,
+    readers: ImageReaders, queries: int, batch: int, image: Tensor | None,
     image_mask: Tensor | None, projected: ImageKeyValues | None,
 ) -> int:  # fmt: skip
     """The number of images; 0 if no layer has a cross-attention.
@@ -49,23 +54,23 @@ def check_image(
     Raises:
         TypeError, ValueError: the image does not fit the cross-attention layers or the batch.
     """
-    crossing = [m for m in map(cross_attention_of, layers) if m is not None]
-    if not crossing or queries == 0:
+    count = readers.crossing
+    if count == 0 or queries == 0:
         return 0
     if image is None and projected is None:
         raise ValueError(
             f"vlm_fast.{OP}: encoder_hidden_states is None, expected image features for "
-            f"{len(crossing)} cross-attention layers"
+            f"{count} cross-attention layers"
         )
     if projected is not None:
-        if len(projected.layers) != len(crossing):
-            got, wanted = len(projected.layers), f"{len(crossing)}, one per cross-attention layer"
+        if len(projected.layers) != count:
+            got, wanted = len(projected.layers), f"{count}, one per cross-attention layer"
             raise wrong_value(OP, "image_key_values.layers", got, wanted)
         image = projected.layers[0]
     else:
         if not isinstance(image, Tensor):
             raise not_a_tensor(OP, "encoder_hidden_states", image)
-        width = getattr(crossing[0].attention.key, "in_features", image.shape[-1])
+        width = image.shape[-1] if readers.width is None else readers.width
         if image.ndim != 3 or image.shape[2] != width:
             raise wrong_value(OP, "encoder_hidden_states", image, f"(images, keys, {width})")
     images, keys = image.shape[:2]

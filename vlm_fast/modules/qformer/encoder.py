@@ -22,8 +22,9 @@ from vlm_fast.modules.qformer.shared_inputs import (
     OP,
     ImageKeyValues,
     dropout_seeds,
-    image_inputs,
+    image_readers,
 )
+from vlm_fast.modules.qformer.whole_layer import dropout_switches
 
 
 class QFormerLayer(nn.Module):
@@ -90,14 +91,18 @@ def run_layers(
     inner = [unwrap_checkpoint(layer) for layer in layers]
     plain = [why_not_direct_tree(layer) is None for layer in inner]
     views = [view_of(layer) if p else layer for layer, p in zip(inner, plain, strict=True)]
-    read = image_inputs(views, image, projected, plain=all(plain))
-    seeds = dropout_seeds(views, hidden)
+    read, is_projected = image_readers(views).inputs(image, projected, plain=all(plain))
+    switches = [module for view in views for module in dropout_switches(view)]
+    seeds = dropout_seeds(switches, len(layers), hidden)
     kept: list[KeysValues] = []
+    shared = inputs.for_layer(is_projected, None, True)
     for i, layer in enumerate(layers):
-        image_input, is_projected = read[i]
-        layer_inputs = inputs.for_layer(is_projected, None if seeds is None else seeds[i], plain[i])
+        layer_inputs = shared
+        if seeds is not None or not plain[i]:
+            of_layer = None if seeds is None else seeds[i]
+            layer_inputs = inputs.for_layer(is_projected, of_layer, plain[i])
         layer_past = () if past is None else past[i]
-        found = called(layer)(hidden, image_input, *layer_past, inputs=layer_inputs)
+        found = called(layer)(hidden, read[i], *layer_past, inputs=layer_inputs)
         if inputs.keep:
             hidden, k, v = found
             kept.append((k, v))

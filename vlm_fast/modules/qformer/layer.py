@@ -26,6 +26,7 @@ from vlm_fast.modules.parameter_access.attention_settings import (
 )
 from vlm_fast.modules.parameter_access.module_view import view_of
 from vlm_fast.modules.qformer.layer_inputs import LayerInputs
+from vlm_fast.modules.qformer.whole_layer import run_as_one_op
 
 # Indices of the seeds of a layer.
 SELF, SELF_OUTPUT, CROSS, CROSS_OUTPUT, QUERY_OUTPUT, TEXT_OUTPUT = range(6)
@@ -58,6 +59,10 @@ def qformer_layer(
         The tokens; with ``inputs.keep`` also the keys and values of the self-attention.
     """
     if inputs.plain:
+        if past_k is None and not inputs.keep:
+            found = run_as_one_op(layer, hidden, image, inputs)
+            if found is not None:
+                return found
         layer = view_of(layer)
     hidden, *kept = self_attention_block(layer.attention, hidden, past_k, past_v, inputs)
     hidden = _after_self_attention(layer, hidden, image, inputs)
@@ -195,21 +200,6 @@ def _normed(
 def weights_and_biases(linears: Any) -> list[Tensor]:
     """The weights of linears, then their biases."""
     return [linear.weight for linear in linears] + [linear.bias for linear in linears]
-
-
-def largest_active_dropout(layer: Any) -> float:
-    """The largest probability of a dropout in a layer that is active now; 0 if none is."""
-    largest = 0.0
-    for name in ("attention", "crossattention", "output_query", "output"):
-        part = getattr(layer, name, None)
-        if part is None:
-            continue
-        if name.endswith("attention"):
-            largest = max(largest, active_attention_dropout(part.attention))
-            part = part.output
-        if part.dropout.training:
-            largest = max(largest, float(getattr(part.dropout, "p", 0)))
-    return largest
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

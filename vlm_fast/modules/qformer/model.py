@@ -26,7 +26,7 @@ from vlm_fast.modules.qformer.shared_inputs import (
     as_bool_mask,
     causal_bias,
     has_active_dropout,
-    project_image,
+    image_readers,
     self_attention_masks,
 )
 
@@ -231,7 +231,7 @@ class QFormer(nn.Module):
                 "give forward the encoder_hidden_states instead"
             )
         with self._autocast(x):
-            return ImageKeyValues(project_image(self.encoder.layer, x, plain))
+            return ImageKeyValues(image_readers(self.encoder.layer).project(x, plain))
 
     def capture_graph(
         self,

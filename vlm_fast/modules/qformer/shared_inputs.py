@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_fast import ops
-from vlm_fast.modules.qformer.layer import SEEDS, largest_active_dropout, weights_and_biases
+from vlm_fast.modules.qformer.layer import SEEDS, weights_and_biases
+from vlm_fast.modules.qformer.whole_layer import dropout_switches
 from vlm_fast.ops.argument_errors import wrong_value
 
 OP = "QFormer"
@@ -31,31 +32,51 @@ class ImageKeyValues:
         return ImageKeyValues([layer.index_select(0, rows) for layer in self.layers])
 
 
-def image_inputs(
-    layers: Sequence[Any], image: Tensor | None, projected: ImageKeyValues | None, *, plain: bool,
-) -> list[tuple[Tensor | None, bool]]:  # fmt: skip
-    """For each layer its image input, and whether that consists of keys and values already.
+class ImageReaders(NamedTuple):
+    """What the layers of an encoder read of an image.
 
-    ``plain``: whether the parameters of all layers can be read directly.
+    Attributes:
+        reads: for each layer whether it has a cross-attention.
+        crossing: the number of layers that have one.
+        width: the features of the image that they take; None if they do not say.
+        linears: the projections of each of these layers, keys before values.
     """
-    if image is None and projected is None:
-        return [(None, False)] * len(layers)
-    reading = [cross_attention_of(layer) is not None for layer in layers]
-    if projected is None and not (plain and any(reading)):
-        return [(image, False)] * len(layers)
-    given = projected.layers if projected is not None else project_image(layers, image, plain)
-    found = iter(given)
-    return [(next(found), True) if reads else (None, False) for reads in reading]
+
+    reads: list[bool]
+    crossing: int
+    width: int | None
+    linears: list[Any]
+
+    def inputs(
+        self, image: Tensor | None, projected: ImageKeyValues | None, *, plain: bool
+    ) -> tuple[list[Tensor | None], bool]:
+        """For each layer its image input, and whether that consists of keys and values already.
+
+        ``plain``: whether the parameters of all layers can be read directly.
+        """
+        if image is None and projected is None:
+            return [None] * len(self.reads), False
+        if projected is None and not (plain and self.crossing):
+            return [image] * len(self.reads), False
+        found = iter(projected.layers if projected is not None else self.project(image, plain))
+        return [next(found) if reads else None for reads in self.reads], True
+
+    def project(self, image: Any, plain: bool) -> Sequence[Tensor]:
+        """Keys and values of all cross-attention layers; one GEMM if ``plain``."""
+        if not plain:
+            pairs = zip(self.linears[::2], self.linears[1::2], strict=True)
+            return [torch.cat((k(image), v(image)), dim=-1) for k, v in pairs]
+        of_all = ops.stacked_linear(image, weights_and_biases(self.linears))
+        return of_all.chunk(self.crossing, dim=-1) if self.crossing > 1 else [of_all]
 
 
-def project_image(layers: Sequence[Any], image: Any, plain: bool) -> Sequence[Tensor]:
-    """Keys and values of all cross-attention layers; one GEMM if ``plain``."""
-    crossing = [m for m in map(cross_attention_of, layers) if m is not None]
-    linears = [child for m in crossing for child in (m.attention.key, m.attention.value)]
-    if not plain:
-        return [torch.cat((k(image), v(image)), dim=-1)
-                for k, v in zip(linears[::2], linears[1::2], strict=True)]  # fmt: skip
-    return ops.stacked_linear(image, weights_and_biases(linears)).chunk(len(crossing), dim=-1)
+def image_readers(layers: Sequence[Any]) -> ImageReaders:
+    """The `ImageReaders` of these layers, or of views of them."""
+    blocks = [cross_attention_of(layer) for layer in layers]
+    crossing = [block.attention for block in blocks if block is not None]
+    width = getattr(crossing[0].key, "in_features", None) if crossing else None
+    linears = [linear for attention in crossing for linear in (attention.key, attention.value)]
+    return ImageReaders([block is not None for block in blocks], len(crossing), width, linears)
 
 
 def cross_attention_of(layer: Any) -> Any:
@@ -65,15 +86,19 @@ def cross_attention_of(layer: Any) -> Any:
 
 def has_active_dropout(layers: Sequence[Any]) -> bool:
     """Whether any dropout in these layers is active."""
-    return max(0.0, *map(largest_active_dropout, layers)) > 0
+    return any(module.training for layer in layers for module in dropout_switches(layer))
 
 
-def dropout_seeds(layers: Sequence[Any], hidden: Tensor) -> Tensor | None:
-    """Random int64 ``(layers, SEEDS)``, drawn on the device; None if no dropout is active."""
-    if not has_active_dropout(layers):
-        return None
-    shape = (len(layers), SEEDS)
-    return torch.randint(2**62, shape, dtype=torch.int64, device=hidden.device)
+def dropout_seeds(switches: Iterable[nn.Module], count: int, hidden: Tensor) -> Tensor | None:
+    """Random int64 ``(count, SEEDS)``, drawn on the device; None if no dropout is active.
+
+    ``switches``: what `dropout_switches` gives for all ``count`` layers.
+    """
+    for module in switches:
+        if module.training:
+            shape = (count, SEEDS)
+            return torch.randint(2**62, shape, dtype=torch.int64, device=hidden.device)
+    return None
 
 
 def self_attention_masks(

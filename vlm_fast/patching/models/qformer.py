@@ -25,8 +25,8 @@ from vlm_fast.modules.qformer.layer import qformer_layer
 from vlm_fast.modules.qformer.layer_inputs import LayerInputs
 from vlm_fast.modules.qformer.shared_inputs import (
     dropout_seeds,
-    image_inputs,
 )
+from vlm_fast.modules.qformer.whole_layer import dropout_switches
 from vlm_fast.patching.models.qformer_classes import QFormerSettings
 from vlm_fast.patching.models.qformer_masks import additive_mask, layer_inputs, why_not_masks
 from vlm_fast.patching.models.qformer_plan import (
@@ -88,22 +88,21 @@ class FusedQFormerEncoder(PatchedModule):
                 return_dict=return_dict, **kwargs,
             )  # fmt: skip
         image = encoder_hidden_states
-        check_image(plan.views, query_length, hidden_states.shape[0], image, None, None)
+        check_image(plan.image, query_length, hidden_states.shape[0], image, None, None)
         inputs = layer_inputs(hidden_states, *masks, query_length)
         dtype = hidden_states.dtype
         with _autocast(self.patch_spec.settings, hidden_states):
-            images = image_inputs(
-                plan.views, None if inputs.image_bias is not None else image, None, plain=True
-            )
-            seeds = dropout_seeds(plan.views, hidden_states)
+            read = None if inputs.image_bias is not None else image
+            images, inputs.projected = plan.image.inputs(read, None, plain=True)
+            seeds = dropout_seeds(plan.dropouts, len(plan.layers), hidden_states)
             for i, layer in enumerate(plan.layers):
-                read, projected = images[i]
-                layer_input = inputs.for_layer(projected, None if seeds is None else seeds[i], True)
+                if seeds is not None:
+                    inputs = inputs.for_layer(inputs.projected, seeds[i], True)
+                read = images[i]
                 # By position: reentrant checkpointing differentiates positional arguments only.
                 hidden_states = layer(
-                    hidden_states, *plan.absent[i], image if read is None else read,
-                    inputs=layer_input,
-                )  # fmt: skip
+                    hidden_states, *plan.absent[i], image if read is None else read, inputs=inputs
+                )
         if hidden_states.dtype != dtype:
             hidden_states = hidden_states.to(dtype)
         if not return_dict:
@@ -165,7 +164,7 @@ class FusedQFormerLayer(PatchedModule):
         inputs = layer_inputs(hidden_states, attention_mask, encoder_attention_mask, query_length)
         # In these releases a layer returns its keys and values too.
         inputs.keep = "output_attentions" in self.argument_names["forward"].known
-        seeds = dropout_seeds([self], hidden_states)
+        seeds = dropout_seeds(dropout_switches(self), 1, hidden_states)
         inputs.seeds = None if seeds is None else seeds[0]
         dtype = hidden_states.dtype
         with _autocast(self.patch_spec.settings, hidden_states):

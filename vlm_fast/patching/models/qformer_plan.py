@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_fast.modules.parameter_access.guard import Guard
 from vlm_fast.modules.parameter_access.module_calls import unwrap_checkpoint
@@ -16,6 +16,8 @@ from vlm_fast.modules.parameter_access.module_tree import (
 )
 from vlm_fast.modules.parameter_access.module_view import view_of
 from vlm_fast.modules.parameter_access.remembered import recall, remember, stored
+from vlm_fast.modules.qformer.shared_inputs import ImageReaders, image_readers
+from vlm_fast.modules.qformer.whole_layer import dropout_switches
 
 _STORED = "_encoder_plan"  # where the plan is stored on the encoder
 
@@ -28,12 +30,16 @@ class EncoderPlan(NamedTuple):
         views: the same layers for reading, without a wrapper around them, see `ModuleView`.
         absent: for each layer the arguments, all None, between hidden states and image features.
         dtypes: the dtypes of all parameters, each once.
+        image: what the layers read of an image.
+        dropouts: the modules whose training mode turns a dropout on.
     """
 
     layers: list[Any]
     views: list[Any]
     absent: list[list[None]]
     dtypes: list[torch.dtype]
+    image: ImageReaders
+    dropouts: list[nn.Module]
 
     def why_not_dtypes(self, hidden: Tensor, image: Tensor | None) -> str | None:
         """Why a layer cannot compute in one dtype, or None."""
@@ -73,8 +79,12 @@ def _guard_of(encoder: Any) -> Guard:
         for name in ("attention", "crossattention"):
             if hasattr(layer, name):  # heads are pruned in place
                 guard.record("false item", vars(getattr(layer, name)), "pruned_heads")
-    guard.record("equal attribute", config, "num_hidden_layers", config.num_hidden_layers)
-    guard.record("false attribute", config, "gradient_checkpointing")
+    own = vars(config)  # an attribute of a config takes microseconds to read
+    if "num_hidden_layers" in own:
+        guard.record("item", own, "num_hidden_layers", own["num_hidden_layers"])
+    else:
+        guard.record("equal attribute", config, "num_hidden_layers", config.num_hidden_layers)
+    guard.record("false item", own, "gradient_checkpointing")
     return guard
 
 
@@ -85,7 +95,8 @@ def _new_plan(encoder: Any) -> EncoderPlan:
     absent = [[None] * (names.index("encoder_hidden_states") - 1) for names in positional]
     views = [view_of(layer) for layer in inner]
     dtypes = {p.dtype: None for layer in inner for p in tree_parameters(layer)}
-    return EncoderPlan(layers, views, absent, list(dtypes))
+    dropouts = [module for view in views for module in dropout_switches(view)]
+    return EncoderPlan(layers, views, absent, list(dtypes), image_readers(views), dropouts)
 
 
 def why_not_dtypes(layer: Any, hidden: Tensor, image: Tensor | None) -> str | None:
