@@ -54,6 +54,17 @@ def recalled_parts(owner: Any) -> Sequence[Part] | None:
     return found
 
 
+def remembered_run(owner: Any, x: Tensor) -> Any:
+    """The result of `run_parts` by one op that is known to serve; otherwise NotImplemented."""
+    parts: Sequence[Part] | None = recall(owner, _PARTS)
+    if parts is None or len(parts) != 1:
+        return NotImplemented
+    direct = parts[0].direct
+    if direct is None or has_other_input():
+        return NotImplemented
+    return direct.call.if_known(x, *direct.parameters)
+
+
 def run_parts(owner: str, x: Tensor, parts: Sequence[Part]) -> Any:
     """Apply all parts to ``x``. ``owner``: the name under which fallbacks are recorded."""
     for steps, direct, reason, smaller in parts:

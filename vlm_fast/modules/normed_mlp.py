@@ -32,7 +32,7 @@ class NormedMLP(NamedTuple):
         norm: the norm.
         parameters: what `norm_parameters` gives for it.
         parts: the MLP as one `Part`; empty for a projector without one.
-        calls: `vlm_fast.ops.norm_mlp` by the arguments of `_fused`; None where it cannot serve.
+        calls: `vlm_fast.ops.norm_mlp` by the arguments of `fused`; None where it cannot serve.
     """
 
     norm: nn.Module
@@ -55,8 +55,8 @@ class NormedMLP(NamedTuple):
         if height == 0 and x.ndim != 2:
             x = x.reshape(-1, x.shape[-1])
         if index is None:
-            found = self._fused(x, factor, norm_after, height, width)
-            if found is not None:
+            found = self.fused(x, factor, norm_after, height, width)
+            if found is not NotImplemented:
                 return found
         blocks, down, across = x, height, width
         if height == 0:
@@ -67,22 +67,20 @@ class NormedMLP(NamedTuple):
         )  # fmt: skip
         return self.mlp(owner, y if height else y.flatten(0, -2))
 
-    def _fused(
-        self, x: Tensor, factor: int, norm_after: bool, height: int, width: int
-    ) -> Tensor | None:
-        """`vlm_fast.ops.norm_mlp`; None if it cannot serve this input."""
+    def fused(
+        self, x: Tensor, factor: int, norm_after: bool, height: int = 0, width: int = 0
+    ) -> Any:
+        """`vlm_fast.ops.norm_mlp` if it is known to serve this input; else NotImplemented."""
         if torch.compiler.is_compiling() or not in_plain_eager() or has_other_input():
-            return None
-        if isinstance(self.parameters, str):
-            return None
-        direct = self.parts[0].direct
+            return NotImplemented
+        norm, direct = self.parameters, self.parts[0].direct
+        if isinstance(norm, str) or direct is None:
+            return NotImplemented
         key = (x.shape[-1], factor, norm_after, height, width)
         call = self.calls[key] if key in self.calls else self._prepare(key, x)
-        if call is None or direct is None:
-            return None
-        norm = self.parameters
-        found = call.in_plain_eager((x, norm.weight, norm.bias, *direct.parameters))
-        return None if found is NotImplemented else found
+        if call is None:
+            return NotImplemented
+        return call.in_plain_eager((x, norm.weight, norm.bias, *direct.parameters))
 
     def _prepare(self, key: tuple[Any, ...], x: Tensor) -> PreparedCall | None:
         _, factor, norm_after, height, width = key

@@ -61,7 +61,14 @@ def forward(needs_grad, x, weight_1, bias_1, weight_2, bias_2, *, activation, sa
 def hidden_and_saved(needs_grad, x, weight_1, bias_1, weight_2, activation, saved):
     """The input of the second linear, and the tensors that are saved for backward."""
     if True not in needs_grad:
-        return _hidden(x, weight_1, bias_1, activation), ()
+        inner = x.shape[-1]
+        rows = x.numel() // inner if inner else 0
+        if 0 < rows <= FEW_ROWS and x.dtype is not torch.float32 and runs_triton(x):
+            few = x if x.ndim == 2 else x.reshape(rows, inner)
+            few = few if few.stride(1) == 1 else few.contiguous()
+            h = linear_activation(few, weight_1, bias_1, activation)
+            return h if x.ndim == 2 else h.view(*x.shape[:-1], h.shape[1]), ()
+        return _first_linear(x, weight_1, bias_1, activation, keep_z=False)[1], ()
     need_x, need_weight_1, need_bias_1, need_weight_2, _ = needs_grad
     before_z = need_x or need_weight_1 or need_bias_1
     rebuild = saved == "input"
@@ -76,18 +83,6 @@ def hidden_and_saved(needs_grad, x, weight_1, bias_1, weight_2, activation, save
         z,
         h if saved == "all" and need_weight_2 else None,
     )
-
-
-def _hidden(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """The input of the second linear, if nothing is kept for backward."""
-    inner = x.shape[-1]
-    rows = x.numel() // inner if inner else 0
-    if 0 < rows <= FEW_ROWS and x.dtype is not torch.float32 and runs_triton(x):
-        few = x.reshape(rows, inner)
-        few = few if few.stride(1) == 1 else few.contiguous()
-        h = linear_activation(few, weight, bias, activation)
-        return h.view(*x.shape[:-1], h.shape[1])
-    return _first_linear(x, weight, bias, activation, keep_z=False)[1]
 
 
 @mlp.backward

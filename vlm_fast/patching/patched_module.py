@@ -7,20 +7,23 @@ class was made. If somebody replaces that method later, the new method is called
 from __future__ import annotations
 
 import copy
-import functools
 from types import FunctionType
 from typing import Any, ClassVar
 
 from torch import nn
-from torch.fx import Proxy
 
-from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.parameter_access.module_calls import (
     unwrap_checkpoint,
     why_no_extra_arguments,
 )
 from vlm_fast.patching.argument_names import ArgumentNames, match_arguments
 from vlm_fast.patching.class_swap import SwappedClass, swap_back
+from vlm_fast.patching.guarded_methods import (
+    guarded_method,
+    guarded_why_not,
+    make_why_base_replaced,
+    remembered_forward_of,
+)
 
 
 class PatchedModule(SwappedClass):
@@ -41,6 +44,9 @@ class PatchedModule(SwappedClass):
     mirrored_methods: ClassVar[tuple[str, ...]] = ("forward",)
     # Dotted paths of attributes of submodules that the overrides read.
     required_attributes: ClassVar[tuple[str, ...]] = ()
+    # ``(self, x)``: the forward of one argument, if nothing has changed that is remembered; else
+    # NotImplemented. Only of the class that defines the forward, and before any other check.
+    remembered_forward: ClassVar[Any] = None
     # For each override with named parameters, the names that the base class has for them.
     argument_names: ClassVar[dict[str, ArgumentNames]] = {}
 
@@ -86,15 +92,23 @@ class PatchedModule(SwappedClass):
             for name, original in originals.items()
         }
         names = {name: m for name, m in matched.items() if isinstance(m, ArgumentNames)}
+        remembered = remembered_forward_of(cls)
         methods = {
-            name: _guarded_method(base, cls, name, original, names.get(name))
+            name: guarded_method(
+                base,
+                cls,
+                name,
+                original,
+                names.get(name),
+                remembered if name == "forward" else None,
+            )
             for name, original in originals.items()
         }
         return {
             "argument_names": names,
             **methods,
-            "why_base_replaced": _make_why_base_replaced(base, originals),
-            "why_not": _guarded_why_not(cls),
+            "why_base_replaced": make_why_base_replaced(base, originals),
+            "why_not": guarded_why_not(cls),
         }
 
 
@@ -136,52 +150,6 @@ def _annotated_attributes(mixin: type[PatchedModule]) -> list[str]:
         for name, annotation in vars(kind).get("__annotations__", {}).items()
         if not str(annotation).startswith("ClassVar")
     ]
-
-
-def _guarded_method(
-    base: Any, mixin: Any, name: str, original: Any, names: ArgumentNames | None
-) -> Any:
-    """The mixin's method, guarded: calls the base's instead if that is no longer ``original``."""
-
-    @functools.wraps(original)  # transformers inspects its signature
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        current = getattr(base, name)
-        if current is not original:
-            record_fallback(base.__name__, _replaced(base, name))
-            return current(self, *args, **kwargs)
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Proxy):  # torch.fx.symbolic_trace
-                return current(self, *args, **kwargs)
-        if names is None or (not kwargs and names.by_position(len(args))):
-            return getattr(mixin, name)(self, *args, **kwargs)
-        arguments = names.to_override(args, kwargs)
-        if arguments is None:  # wrong arguments: the base raises the error
-            return current(self, *args, **kwargs)
-        return getattr(mixin, name)(self, **arguments)
-
-    return method
-
-
-def _make_why_base_replaced(base: Any, originals: dict[str, Any]) -> Any:
-    def why_base_replaced(self: Any) -> str | None:
-        for name, original in originals.items():
-            if getattr(base, name) is not original:
-                return _replaced(base, name)
-        return None
-
-    return why_base_replaced
-
-
-def _guarded_why_not(mixin: Any) -> Any:
-    @functools.wraps(mixin.why_not)
-    def why_not(self: Any) -> str | None:
-        return self.why_base_replaced() or mixin.why_not(self)
-
-    return why_not
-
-
-def _replaced(base: type, name: str) -> str:
-    return f"{base.__name__}.{name} has been replaced since it was patched"
 
 
 def why_no_extra_arguments_for(layer: Any, mixin: type[PatchedModule]) -> str | None:

@@ -96,6 +96,8 @@ class FusedNormedMLP(FusedMLP):
     act: nn.Module
     linear_2: nn.Module
 
+    remembered_forward: ClassVar[Any] = FusedMLP.remembered_forward
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         chain: Chain = self.patch_spec.settings
         x = args[0] if len(args) == 1 and not kwargs else kwargs.get(chain.argument)

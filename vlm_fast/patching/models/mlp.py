@@ -7,7 +7,13 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vlm_fast.fallback import record_fallback
-from vlm_fast.modules.fused_sequence import recalled_parts, run_parts, run_steps, why_not_steps
+from vlm_fast.modules.fused_sequence import (
+    recalled_parts,
+    remembered_run,
+    run_parts,
+    run_steps,
+    why_not_steps,
+)
 from vlm_fast.modules.parameter_access.chain import Chain, find_chain
 from vlm_fast.patching.patched_module import PatchedModule
 
@@ -22,6 +28,8 @@ class FusedMLP(PatchedModule):
     same_call_signature = True
     handles_children = False  # a child may be a chain itself
     mirrored_methods: ClassVar[tuple[str, ...]] = ()  # its forward was traced
+
+    remembered_forward: ClassVar[Any] = staticmethod(remembered_run)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         chain: Chain = self.patch_spec.settings

@@ -39,15 +39,21 @@ UNFOLDING_MERGERS = {"mistral3": "Mistral3PatchMerger", "lighton_ocr": "LightOnO
 
 
 class FusedPatchMerger(PatchedModule):
-    """Replaces the forward of the classes in ``MERGERS``: norm and merge in one pass, then an MLP.
-
-    The patches of each block are consecutive rows. The settings are the ``saved`` of the MLP.
-    """
+    """Replaces the forward of the classes in ``MERGERS``; the settings are ``saved`` of the MLP."""
 
     same_call_signature = True
 
     hidden_size: int
     use_postshuffle_norm: ClassVar[bool] = False  # of the classes that have no such attribute
+
+    def remembered_forward(self, x: Any) -> Any:
+        parts = recalled_normed_mlp(self)
+        if parts is None or type(x) is not Tensor or x.ndim != 2:
+            return NotImplemented
+        factor = _factor(self.hidden_size, x.shape[-1])
+        if factor is None:
+            return NotImplemented
+        return parts.fused(x, factor, self.use_postshuffle_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = recalled_normed_mlp(self)
@@ -58,8 +64,7 @@ class FusedPatchMerger(PatchedModule):
         if reason is not None or factor is None:
             record_fallback(type(self).__name__, reason or "its blocks are not square")
             return super().forward(x)  # type: ignore[misc]
-        if parts is None:
-            parts = normed_mlp(self, children_of, *self.patch_spec.settings)
+        parts = parts or normed_mlp(self, children_of, *self.patch_spec.settings)
         return parts.merged(type(self).__name__, x, factor, norm_after=self.use_postshuffle_norm)
 
     def _why_parts_called(self) -> str | None:
@@ -88,8 +93,7 @@ def _factor(merged_features: int, features: int) -> int | None:
 class FusedUnfoldingMerger(PatchedModule):
     """Replaces the forward of Mistral3MultiModalProjector and LightOnOcrMultiModalProjector.
 
-    Norm and merge of all images, whatever their sizes, are one pass. A merged token holds its
-    patches with the channel as the slowest index, as torch's unfold does.
+    Norm and merge of all images are one pass. The channel is a merged token's slowest index.
     """
 
     same_call_signature = True
