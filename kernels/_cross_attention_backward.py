@@ -345,7 +345,7 @@ def launch_backward(
         *q, *do, stats, *k, *v, *k2, *v2, *scored, *dq, *written,
         kv_heads, heads // kv_heads, queries, rows, keys, keys2, count, scale,
         # With the undivided tile, d > 96 spills on sm_100.
-        *widths, block, divisor * (2 if d > 96 else 1), precision(),
+        *widths, block, divisor * (2 if d > 96 else 1), precision(like.dtype),
     )  # fmt: skip
     if one_pass:
         return
@@ -355,7 +355,7 @@ def launch_backward(
                 _by_keys(batch * kv_heads, tokens, divisor),
                 *q, *do, stats, *x, *y, *scored, *dx, *dy,
                 kv_heads, heads // kv_heads, queries, rows, tokens, first, count, scale,
-                *widths, block if d <= 64 else 16, divisor, precision(),
+                *widths, block if d <= 64 else 16, divisor, precision(like.dtype),
                 size=d,
             )  # fmt: skip
 

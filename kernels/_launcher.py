@@ -149,9 +149,10 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def precision() -> str:
-    """Triton's ``input_precision`` of fp32 products, as the user has set it for cuBLAS."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def precision(dtype: torch.dtype) -> str:
+    """Triton's ``input_precision`` of products, which matters in fp32: the user's for cuBLAS."""
+    is_tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if is_tf32 else "ieee"
 
 
 def in_rows(x: Tensor) -> Tensor:

@@ -71,6 +71,6 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation
     linear_activation_kernel(
         grid, x, x.stride(0), weight.contiguous(),
         bias if bias is None else bias.contiguous(), out,
-        rows, inner, cols, activation, precision(),
+        rows, inner, cols, activation, precision(x.dtype),
     )  # fmt: skip
     return out

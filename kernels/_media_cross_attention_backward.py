@@ -278,7 +278,7 @@ def launch_backward(
         lambda blocks: (programs_of_rows,),
         *shared, q_norm, stats, dq, *strides(dq), shares,
         kv_heads, group, queries, rows, media, tokens_per_media, count, scale, eps,
-        attend, unattended, *widths, block, divisor, precision(),
+        attend, unattended, *widths, block, divisor, precision(q.dtype),
     )  # fmt: skip
     sum_shares(shares, dq_norm)
     if dk is None or dv is None:
@@ -298,6 +298,6 @@ def launch_backward(
         programs,
         *shared, reach, q_norm, stats, dk, *strides(dk), dv, *strides(dv),
         kv_heads, group, queries, media, tokens_per_media, count, scale, eps, attend, unattended,
-        *widths, block, divisor, precision(),
+        *widths, block, divisor, precision(q.dtype),
     )  # fmt: skip
     return dq_norm

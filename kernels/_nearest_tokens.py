@@ -108,7 +108,7 @@ def find_nearest(metric: Tensor, half: Halves, best: Tensor, nearest: Tensor) ->
         nearest_kernel(
             lambda blocks: (batch * cdiv(count_a, blocks["BLOCK_A"]),),
             metric, *metric.stride()[:2], best, nearest, count_a, count_b,
-            2 * half.protected_a, 2 * half.protected_b + 1, features, precision(),
+            2 * half.protected_a, 2 * half.protected_b + 1, features, precision(metric.dtype),
         )  # fmt: skip
         return
     rows = max(TILE // count_b, 1)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
 class Pooling:
-    """The size of a grid and how it is pooled; ``mode`` is "avg", "max" or "bilinear"."""
+    """The size of a grid and how it is pooled; ``mode`` is "avg", "max" or "bilinear".
 
-    height: int
-    width: int
-    mode: str
-    stride: int
+    Attributes:
+        pooled: height and width of the pooled grid.
+    """
 
-    @property
-    def pooled(self) -> tuple[int, int]:
-        """Height and width of the pooled grid."""
-        if self.mode == "bilinear":
-            return -(-self.height // self.stride), -(-self.width // self.stride)
-        return self.height // self.stride, self.width // self.stride
+    __slots__ = ("height", "mode", "pooled", "stride", "width")
+
+    def __init__(self, height: int, width: int, mode: str, stride: int) -> None:
+        self.height, self.width, self.mode, self.stride = height, width, mode, stride
+        if mode == "bilinear":
+            self.pooled = -(-height // stride), -(-width // stride)
+        else:
+            self.pooled = height // stride, width // stride

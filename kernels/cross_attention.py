@@ -284,7 +284,7 @@ def launch_forward(
         lambda blocks: (programs * splits,), *q, *k, *v, *k2, *v2,
         *mask_arguments(masks, dropout, (batch, heads, queries, keys + keys2)),
         out, stats, kv_heads, heads // kv_heads, queries, rows, keys, keys2, count, splits, scale,
-        d, *head_parts(d), block, tile_divisor(o.dtype, d), splits > 1, precision(),
+        d, *head_parts(d), block, tile_divisor(o.dtype, d), splits > 1, precision(o.dtype),
     )  # fmt: skip
     if splits > 1:
         combine_splits_kernel(

@@ -265,7 +265,7 @@ def _launch_forward(
         q, *strides(q), k, *strides(k), v, *strides(v), index, q_norm, out, stats,
         kv_heads, heads // kv_heads, queries, rows, keys // tokens_per_media, tokens_per_media,
         count, splits, scale, eps, attend, unattended,
-        d, *head_parts(d), block, tile_divisor(q.dtype, d), splits > 1, precision(),
+        d, *head_parts(d), block, tile_divisor(q.dtype, d), splits > 1, precision(q.dtype),
     )  # fmt: skip
     if splits > 1:
         combine_splits_kernel(

@@ -69,13 +69,16 @@ def forward(
     needs_grad: Any, x: Tensor, *, height: int, width: int, mode: str, stride: int
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     pooling = Pooling(height, width, mode, stride)
-    shape = (*x.shape[:-2], math.prod(pooling.pooled), x.shape[-1])
+    down, across = pooling.pooled
+    shape = (*x.shape[:-2], down * across, x.shape[-1])
     if x.numel() == 0:
         return x.new_empty(shape), (None,)
     x = dense(x)
     x = x if x.ndim == 3 else x.flatten(0, -3)
     pooled, chosen = kernels.spatial_pool(x, pooling, needs_grad.x and mode == "max")
-    return pooled.view(shape), (chosen if needs_grad.x else None,)
+    return pooled if x.ndim == len(shape) else pooled.view(shape), (
+        chosen if needs_grad.x else None,
+    )
 
 
 @spatial_pool.backward
@@ -88,9 +91,11 @@ def backward(
     if dy.numel() == 0:
         return (dy.new_empty(shape),)
     (chosen,) = saved_tensors
-    dpooled = dy.contiguous().view(math.prod(leading), dy.shape[-2], features)
-    pooling = Pooling(height, width, mode, stride)
-    return (kernels.spatial_pool_backward(dpooled, chosen, pooling).view(shape),)
+    dpooled = dy.contiguous()
+    if dy.ndim != 3:
+        dpooled = dpooled.view(math.prod(leading), dy.shape[-2], features)
+    dx = kernels.spatial_pool_backward(dpooled, chosen, Pooling(height, width, mode, stride))
+    return (dx if dy.ndim == 3 else dx.view(shape),)
 
 
 @spatial_pool.cost
