@@ -142,6 +142,7 @@ def fallback_reason(hidden: Tensor, *others: Any, heads: int, **options: Any) ->
     return no_kernel_for(hidden)
 
 
+qformer_layer.disables_autocast = True
 qformer_layer.forward(forward)
 qformer_layer.backward(backward)
 qformer_layer.cost(cost)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vlm_fast.kernels._launcher import dense
-from vlm_fast.ops.autocast import autocast_device
 from vlm_fast.ops.cross_attention import score_scale
 from vlm_fast.ops.qformer_layer_attention import (
     cross_attention_block,
@@ -21,19 +19,11 @@ from vlm_fast.ops.qformer_layer_gradients import needs_of
 from vlm_fast.ops.qformer_layer_parameters import CROSS, MLP, SELF
 
 
-def forward(needs_grad, hidden, *others, **options):
-    """See `vlm_fast.ops.declaration`."""
-    device = autocast_device(hidden)
-    if not torch.is_autocast_enabled(device):
-        return _forward(needs_grad, hidden, *others, **options)
-    with torch.autocast(device, enabled=False):
-        return _forward(needs_grad, hidden, *others, **options)
-
-
-def _forward(
+def forward(
     needs_grad, hidden, image_kv, parameters, bias, key_mask, image_mask, seeds,
     *, heads, scale, eps, activation, dropout, attention_dropout,
 ):  # fmt: skip
+    """See `vlm_fast.ops.declaration`."""
     batch, tokens, features = hidden.shape
     scale = score_scale(scale, features // heads)
     options = Options(heads, scale, eps, activation, dropout, attention_dropout)
