@@ -136,13 +136,13 @@ def test_different_dropout_masks_do_not_fail(monkeypatch):
     assert not found.unreached
     assert all(module.training for module in model.modules())
     # The connector is judged nevertheless.
-    right = vlm_fast.ops.mlp._path.forward
+    right = vlm_fast.ops.qformer_layer._path.forward
 
     def wrong(*args, **options):
         y, saved = right(*args, **options)
         return y * 1.01, saved
 
-    monkeypatch.setattr(vlm_fast.ops.mlp._path, "forward", wrong)
+    monkeypatch.setattr(vlm_fast.ops.qformer_layer._path, "forward", wrong)
     assert not vlm_fast.verify(model, **given).ok
 
 

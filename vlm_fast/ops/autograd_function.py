@@ -21,7 +21,7 @@ def autograd_function(path: CallPath) -> type[torch.autograd.Function]:
         def forward(ctx: Any, call: tuple[int, dict[str, Any]], *flat: Any) -> Any:
             count, settings = ctx.call = call
             needs_grad = path.needs_of(ctx.needs_input_grad[1:], count)
-            values = path.unflatten(flat, count) if count else flat
+            values = flat if path.list_at is None else path.unflatten(flat, count)
             result, saved = path.forward(needs_grad, *values, **settings)
             ctx.save_for_backward(*saved)
             if path.single:

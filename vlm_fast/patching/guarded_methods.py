@@ -25,9 +25,11 @@ def guarded_method(
     ``remembered``: the mixin's ``remembered_forward``, or None.
     """
 
+    own = getattr(mixin, name)
+
     @functools.wraps(original)  # transformers inspects its signature
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if remembered is not None and len(args) == 1 and not kwargs:
+        if remembered is not None and len(args) == 1 and not kwargs and mixin.forward is own:
             found = remembered(self, args[0])
             if found is not NotImplemented:
                 return found

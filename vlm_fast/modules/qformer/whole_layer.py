@@ -15,6 +15,7 @@ from vlm_fast.modules.parameter_access.attention_settings import (
 )
 from vlm_fast.modules.parameter_access.module_tree import derived
 from vlm_fast.modules.qformer.layer_inputs import LayerInputs
+from vlm_fast.ops.autocast import autocast_device
 
 
 class LayerReading(NamedTuple):
@@ -46,7 +47,7 @@ def run_as_one_op(
         inputs.query_length != hidden.shape[1]
         or inputs.query_length == 0
         or inputs.image_bias is not None
-        or torch.is_autocast_enabled(hidden.device.type)
+        or torch.is_autocast_enabled(autocast_device(hidden))
     ):
         return None
     reading: LayerReading | None = derived(layer, reading_of)
