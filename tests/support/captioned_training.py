@@ -79,7 +79,9 @@ def _fusing(model):
         yield
     assert vlm_fast.explain(model) == dict.fromkeys(report.patched)
     calls = sum(count["fast"] for count in vlm_fast.stats().values())
-    assert calls >= STEPS * len(report.patched), vlm_fast.stats()
+    # A patched Q-Former model prepares the inputs of its encoder and calls no op itself.
+    calling = [words for words in report.patched.values() if not words.endswith("Model")]
+    assert calls >= STEPS * len(calling), vlm_fast.stats()
 
 
 def _batches(count):
