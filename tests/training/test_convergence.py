@@ -17,6 +17,10 @@ pytestmark = pytest.mark.slow
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
+# 1 % too large on average. Adam does not see one factor for all gradients of a layer.
+TILTED = "from 0 to 2 % too large"
+
+
 @every_family
 def test_fused_training_matches_unfused(family):
     """The runs differ less than fp32 from fp64: most CPU ops are ATen's in another order."""
@@ -31,7 +35,7 @@ def test_fused_training_under_autocast_matches_unfused():
     "family, op, argument, factor",
     [
         ("llava", "mlp", "bias_1", 0),
-        ("blip2", "qformer_layer", "hidden", 0),
+        ("blip2", "qformer_layer", "hidden", TILTED),
         ("idefics", "gated_add_norm", "gate", 0),
         ("mllama", "gated_mlp", "x", 1.01),
     ],
@@ -43,7 +47,9 @@ def test_wrong_gradient_is_detected(family, op, argument, factor, monkeypatch):
 
     def backward(*args, **options):
         gradients = list(right(*args, **options))
-        gradients[wrong] = gradients[wrong] * factor
+        one = gradients[wrong]
+        tilt = torch.linspace(1, 1.02, one.shape[-1], dtype=one.dtype)
+        gradients[wrong] = one * (tilt if factor is TILTED else factor)
         return tuple(gradients)
 
     monkeypatch.setattr(op._path, "backward", backward)

@@ -119,7 +119,8 @@ def _needs(needs_grad: Any) -> tuple[Any, Any]:
 def _is_view(height: int, norm: str) -> bool:
     """Whether the norm is ATen's LayerNorm and the merge of consecutive patches a view.
 
-    On a stub GPU this takes the host 16 us less than our kernels.
+    On a stub GPU this takes the host 6 us less in forward and 15 us or more less in backward than
+    our kernels.
     """
     return height == 0 and norm == "layer"
 
