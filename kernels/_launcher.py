@@ -47,11 +47,12 @@ class Config:
 
 @dataclass(frozen=True)
 class Launch:
-    """A recorded launch: the kernel, its arguments by name, and its grid."""
+    """A recorded launch: the kernel, its arguments by name, its grid and its config's number."""
 
     kernel: Kernel
     arguments: dict[str, Any]
     grid: Grid
+    config: int = 0
 
     def programs(self, config: int = 0) -> tuple[int, ...]:
         """The grid with one of the kernel's configs."""
@@ -62,7 +63,8 @@ class Kernel:
     """A Triton kernel with its config, launched by ``kernel(grid, *arguments)``.
 
     ``grid`` maps the block sizes to the number of programs. A kernel may have several configs:
-    ``choose`` then maps the ``size`` of a call to the index of a config.
+    ``choose`` then maps the ``size`` of a call to the index of a config. If they are ``exclusive``,
+    a call can run with the chosen config only; with others its registers might spill.
 
     Attributes:
         launch: launches with a config; Triton's own launch until it has compiled a kernel, then a
@@ -70,9 +72,13 @@ class Kernel:
     """
 
     def __init__(
-        self, jit: Any, configs: tuple[Config, ...], choose: Callable[[int], int] | None = None
+        self,
+        jit: Any,
+        configs: tuple[Config, ...],
+        choose: Callable[[int], int] | None = None,
+        exclusive: bool = False,
     ) -> None:
-        self.jit, self.configs, self.choose = jit, configs, choose
+        self.jit, self.configs, self.choose, self.exclusive = jit, configs, choose, exclusive
         self.name: str = getattr(jit, "__name__", "absent")
         self.launch: Callable[..., Any] = self.launch_by_triton
         KERNELS[self.name] = self
@@ -92,7 +98,7 @@ class Kernel:
         if _recordings:
             named = dict(zip(self.jit.arg_names, arguments, strict=False))
             for launches in tuple(_recordings.values()):
-                launches.append(Launch(self, named, grid))
+                launches.append(Launch(self, named, grid, config))
         if is_traced(tensor):
             return None
         chosen = self.configs[config]
@@ -110,9 +116,11 @@ class Kernel:
         return recipe(compiled, arguments, self.jit)
 
 
-def kernel(*configs: Config, choose: Callable[[int], int] | None = None) -> Callable[[Any], Kernel]:
+def kernel(
+    *configs: Config, choose: Callable[[int], int] | None = None, exclusive: bool = False
+) -> Callable[[Any], Kernel]:
     """Decorator that makes a ``triton.jit`` function a `Kernel` with these configs."""
-    return lambda jit: Kernel(jit, configs, choose)
+    return lambda jit: Kernel(jit, configs, choose, exclusive)
 
 
 def runs_triton(tensor: Tensor) -> bool:

@@ -115,7 +115,8 @@ def compile_all(
         archs: architectures such as "sm_80", "sm_90", "gfx942".
         ops: names of ops; None means all of them.
         thorough: if True, also compile for fp16, and every config at every shape. If False, compile
-            the default config at every shape, and each other config for one launch in bf16.
+            the default config at every shape, and each other config for one launch in bf16. Of
+            exclusive configs those that are chosen are compiled.
         progress: called with the number of finished builds and the number of all builds.
 
     Returns:
@@ -197,8 +198,9 @@ def builds(
     for arch, backend in backends.items():
         met: set[Kernel] = set()
         for launch in recorded:
-            for index in range(len(launch.kernel.configs)):
-                if index and launch.kernel in met and not thorough:
+            exclusive = launch.kernel.exclusive
+            for index in (launch.config,) if exclusive else range(len(launch.kernel.configs)):
+                if index and launch.kernel in met and not thorough and not exclusive:
                     break
                 build = _build(launch, index, arch, backend)
                 if (key := (arch, index, build.source.hash())) not in seen:
