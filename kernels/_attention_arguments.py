@@ -12,12 +12,21 @@ from ._dropout import threshold
 Strided = tuple[Tensor | None, int, int, int]
 Masks = tuple[Tensor | None, Tensor | None, Tensor | None]  # bias, key_mask, seed of dropout
 ABSENT: Strided = (None, 0, 0, 0)
+# o, lse and low of `attention_forward`; in fp32 and on a CPU nothing is kept.
+Kept = tuple[Tensor | None, Tensor | None, Tensor | None]
+NOTHING_KEPT: Kept = (None, None, None)
+KeptByStrides = tuple[Strided, Tensor | None, Strided]
 _NO_MASKS = (None, 0, 0, 0, 0, None, 0, 0, None, 0, 1.0)
 
 
 def by_strides(x: Tensor | None) -> Strided:
     """The argument for ``(images, heads, tokens, d)``, or for None."""
     return ABSENT if x is None else (x, *x.stride()[:3])  # type: ignore[return-value]
+
+
+def kept_by_strides(o: Tensor | None, lse: Tensor | None, low: Tensor | None) -> KeptByStrides:
+    """The argument for what the forward has kept; o and low are ``(images, heads, tokens, d)``."""
+    return (ABSENT, None, ABSENT) if lse is None else (by_strides(o), lse, by_strides(low))
 
 
 def call_sizes(q: Tensor, k: Tensor, k2: Tensor | None) -> tuple[int, ...]:

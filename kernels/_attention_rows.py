@@ -10,38 +10,46 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._attention_arguments import ABSENT, Masks, Strided
+from ._attention_arguments import ABSENT, Kept, Masks, Strided
 from ._cross_attention_backward import launch_backward
 from ._launcher import runs_triton
-from .cross_attention import attention_backward, attention_forward, launch_forward
+from .cross_attention import attention_backward, attention_forward, launch_forward, new_kept
 
 
 def rows_forward(
     sizes: Sequence[int], q: Strided, k: Strided, v: Strided, masks: Masks,
-    scale: float, dropout: float,
-) -> Tensor:  # fmt: skip
-    """Return ``(images * queries, heads * d)``."""
+    scale: float, dropout: float, keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return o ``(images * queries, heads * d)``, and lse and low of `attention_forward`."""
     batch, heads, _, queries, _, _, d = sizes
     like: Tensor = q[0]  # type: ignore[assignment]
     if runs_triton(like) and 0 not in (batch, queries, sizes[4]):
         o = like.new_empty(batch * queries, heads * d)
-        launch_forward(sizes, (q, k, v, ABSENT, ABSENT), masks, scale, dropout, o)
-        return o
+        lse, low = new_kept(o, (batch, heads, queries)) if keep else (None, None)
+        launch_forward(sizes, (q, k, v, ABSENT, ABSENT), masks, scale, dropout, o, lse, low)
+        return o, lse, low
     q4, k4, v4 = by_head(sizes, q, k, v)
-    o = attention_forward(q4, k4, v4, None, None, *masks, scale=scale, dropout=dropout)
-    return o.transpose(1, 2).reshape(batch * queries, heads * d)
+    o, *_ = attention_forward(q4, k4, v4, None, None, *masks, scale=scale, dropout=dropout)
+    return o.transpose(1, 2).reshape(batch * queries, heads * d), None, None
 
 
 def rows_backward(
-    sizes: Sequence[int], do: Strided, q: Strided, k: Strided, v: Strided, masks: Masks,
+    sizes: Sequence[int], do: Strided, kept: Kept, q: Strided, k: Strided, v: Strided, masks: Masks,
     scale: float, dropout: float, dq: Strided, dk: Strided, dv: Strided,
 ) -> None:  # fmt: skip
-    """Fill the gradients dq, and dk and dv, if they are there."""
+    """Fill the gradients dq, and dk and dv, if they are there.
+
+    kept: what `rows_forward` has returned. dk and dv have the same strides.
+    """
     batch, queries, keys = sizes[0], sizes[3], sizes[4]
     like: Tensor = q[0]  # type: ignore[assignment]
     if runs_triton(like) and 0 not in (batch, queries, keys):
         sources, targets = (q, k, v, ABSENT, ABSENT), (dq, dk, dv, ABSENT, ABSENT)
-        launch_backward(sizes, do, sources, masks, scale, dropout, targets)
+        o, lse, low = kept
+        row = (queries * sizes[1] * sizes[6], sizes[6], sizes[1] * sizes[6])
+        launch_backward(
+            sizes, do, ((o, *row), lse, (low, *row)), sources, masks, scale, dropout, targets
+        )
         return
     into = by_head(sizes, dq, dk, dv)
     do4, q4, k4, v4 = by_head(sizes, do, q, k, v)

@@ -9,13 +9,9 @@ into two parts, each with a matrix product of its own: 80 = 64 + 16 is not padde
 
 from __future__ import annotations
 
-import functools
-
-import torch
 from torch import Tensor
 
 from ._dropout import keep_tile
-from ._sizes import next_power_of_2
 from ._triton import tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -25,24 +21,30 @@ SIZES = ("kv_heads", "queries", "rows", "keys", "count", "drop_below")
 
 
 @triton.jit
+def load_part(ptr, row, inside, first: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
+    """Load D columns from ``first`` on of the rows at offsets ``row``; zeros beyond column d."""
+    col = first + tl.arange(0, D)
+    mask = inside[:, None] & (col < d)[None, :] if d < first + D else inside[:, None]
+    return tl.load(ptr + (row[:, None] + col[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_part(ptr, row, inside, x, first: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
+    """Store what `load_part` loads, in the pointer's dtype."""
+    col = first + tl.arange(0, D)
+    mask = inside[:, None] & (col < d)[None, :] if d < first + D else inside[:, None]
+    tl.store(ptr + (row[:, None] + col[None, :]), x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def load_parts(
     ptr, row, inside, d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
 ):  # fmt: skip
     """Load rows as two parts, ``[rows, D1]`` and ``[rows, D2]``; D2 = 0: the second is unused."""
-    col = tl.arange(0, D1)
-    at = ptr + row[:, None] + col[None, :]
-    if d < D1:
-        x1 = tl.load(at, mask=inside[:, None] & (col < d)[None, :], other=0.0)
-    else:
-        x1 = tl.load(at, mask=inside[:, None], other=0.0)
+    x1 = load_part(ptr, row, inside, 0, d, D1)
     x2 = x1
     if D2 > 0:
-        col = D1 + tl.arange(0, D2)
-        at = ptr + row[:, None] + col[None, :]
-        if d < D1 + D2:
-            x2 = tl.load(at, mask=inside[:, None] & (col < d)[None, :], other=0.0)
-        else:
-            x2 = tl.load(at, mask=inside[:, None], other=0.0)
+        x2 = load_part(ptr, row, inside, D1, d, D2)
     return x1, x2
 
 
@@ -51,13 +53,9 @@ def store_parts(
     ptr, row, inside, x1, x2, d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
 ):  # fmt: skip
     """Store rows from the two parts that `load_parts` returns."""
-    col = tl.arange(0, D1)
-    mask = inside[:, None] & (col < d)[None, :] if d < D1 else inside[:, None]
-    tl.store(ptr + row[:, None] + col[None, :], x1.to(ptr.dtype.element_ty), mask=mask)
+    store_part(ptr, row, inside, x1, 0, d, D1)
     if D2 > 0:
-        col = D1 + tl.arange(0, D2)
-        mask = inside[:, None] & (col < d)[None, :] if d < D1 + D2 else inside[:, None]
-        tl.store(ptr + row[:, None] + col[None, :], x2.to(ptr.dtype.element_ty), mask=mask)
+        store_part(ptr, row, inside, x2, D1, d, D2)
 
 
 @triton.jit
@@ -136,7 +134,7 @@ def dot_parts(a1, a2, b1, b2, D2: tl.constexpr, PRECISION: tl.constexpr):
 def score_tile(
     product, n, inside, first, image, head, query, inside_rows,
     bias_ptr, bias_batch, bias_head, bias_query, bias_key,
-    mask_ptr, mask_batch, mask_key, scale,
+    mask_ptr, mask_batch, mask_key, scale, bias_scale,
 ):  # fmt: skip
     """Scores ``[keys, rows]``: scaled and biased products, -Inf for masked keys; and the mask.
 
@@ -148,7 +146,7 @@ def score_tile(
         row = image * bias_batch + head * bias_head + query * bias_query
         at = bias_ptr + row[None, :] + (key * bias_key)[:, None]
         bias = tl.load(at, mask=inside[:, None] & inside_rows[None, :], other=0.0)
-        s += bias.to(tl.float32)
+        s += bias.to(tl.float32) * bias_scale
     seen = inside
     if mask_ptr is not None:
         at = mask_ptr + image * mask_batch + key * mask_key
@@ -157,17 +155,20 @@ def score_tile(
 
 
 @triton.jit
-def softmax_step(s, largest, total, KEYS: tl.constexpr):
+def softmax_step(s, largest, total, dtype: tl.constexpr, KEYS: tl.constexpr):
     """One step of the online softmax (arXiv 1805.02867); axis KEYS of the tile holds the keys.
 
-    Returns the exponentials of the tile, the factor that rescales earlier sums, the largest score
-    so far and the sum of exponentials so far.
+    The scores are to base 2: a key's probability is ``exp2(s)`` over the sum of all. Returns the
+    exponentials of the tile, the factor that rescales earlier sums, the largest score so far and
+    the sum of exponentials so far. They are summed as rounded to ``dtype``, in which the values are
+    multiplied by them, so that the result is an exact mean of the values.
     """
     new_largest = tl.maximum(largest, tl.max(s, axis=KEYS))
     shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)  # no key seen yet
-    p = tl.exp2((s - tl.expand_dims(shift, KEYS)) * LOG2_E)
-    rescale = tl.exp2((largest - shift) * LOG2_E)
-    return p, rescale, new_largest, total * rescale + tl.sum(p, axis=KEYS)
+    p = tl.exp2(s - tl.expand_dims(shift, KEYS))
+    rescale = tl.exp2(largest - shift)
+    total = total * rescale + tl.sum(p.to(dtype).to(tl.float32), axis=KEYS)
+    return p, rescale, new_largest, total
 
 
 @triton.jit
@@ -241,39 +242,19 @@ def probabilities_and_score_gradients(
 
 
 @triton.jit
-def dropout_factor(seed_ptr, drop_below, survivor_scale, key, query, batch_head):
-    """The factor ``[keys, rows]`` of the probabilities: 0, or 1 / (1 - dropout).
+def dropout_factor(
+    seed_ptr, drop_below, survivor_scale, key, query, batch_head, KEYS: tl.constexpr
+):  # fmt: skip
+    """The factor of the probabilities: 0, or 1 / (1 - dropout); axis KEYS holds the keys.
 
     ``batch_head`` is ``image * heads + head``.
     """
     keep = keep_tile(
-        tl.load(seed_ptr), key[:, None], query.to(tl.int32)[None, :],
-        batch_head.to(tl.int32)[None, :], drop_below,
+        tl.load(seed_ptr), tl.expand_dims(key, 1 - KEYS),
+        tl.expand_dims(query.to(tl.int32), KEYS), tl.expand_dims(batch_head.to(tl.int32), KEYS),
+        drop_below,
     )  # fmt: skip
     return keep * survivor_scale
-
-
-@functools.cache
-def head_parts(d: int) -> tuple[int, int]:
-    """The widths D1 and D2 of the two parts of a head of size d; D2 is 0 for one part."""
-    first = max(16, 1 << (d.bit_length() - 1))
-    return first, 0 if d <= first else max(16, next_power_of_2(d - first))
-
-
-@functools.cache
-def tile_divisor(dtype: torch.dtype, d: int) -> int:
-    """The divisor of BLOCK_N, which is the number of keys in a tile for 64 columns of 16 bits.
-
-    fp32 products run on scalar units and need more registers, so their tiles have
-    a quarter of the keys.
-    """
-    columns = next_power_of_2(sum(head_parts(d)))
-    return max(1, columns // 64) * (4 if dtype == torch.float32 else 1)
-
-
-def row_block(q: Tensor, rows: int) -> int:
-    """The number of rows in a tile. With 64, registers spill on some GPU."""
-    return 16 if rows <= 16 or q.dtype == torch.float32 else 32
 
 
 def strides(x: Tensor | None, count: int = 3) -> tuple[int, ...]:

@@ -19,11 +19,10 @@ _softmax_backward = torch.ops.aten._softmax_backward_data
 def forward(
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
     bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
-    scale: float, dropout: float,
-) -> Tensor:  # fmt: skip
-    """Return ``(batch, heads, queries, d)``."""
+    scale: float, dropout: float, o: Tensor,
+) -> None:  # fmt: skip
+    """Fill o ``(batch, heads, queries, d)``."""
     rows = _packed(q, k.shape[1])
-    o = by_tokens(q)
     for image in range(q.shape[0]):
         p = _probabilities(image, rows, k, k2, bias, key_mask, q.shape[1:3], scale)
         if dropout > 0 and seed is not None:
@@ -32,7 +31,6 @@ def forward(
         if v2 is not None:
             found.baddbmm_(p[..., k.shape[2] :], v2[image].float())
         o[image] = found.view(q.shape[1:])
-    return o
 
 
 def backward(

@@ -1,329 +1,36 @@
 """Backward of `cross_attention`, deterministic: no atomics, each sum has one fixed order.
 
-The forward saves its inputs only. `cross_attention_backward_kernel` has one program per tile of
-rows. Its first pass over the keys computes the largest score, the sum of exponentials and the mean
-of dp, which the gradient of the softmax subtracts; its second pass finds the keys in L2. If all
-rows of a key head fit in one tile and there are enough key heads, this kernel computes every
-gradient. Otherwise it computes dq, and `key_gradient_kernel`, one program per tile of keys,
-computes dk and dv.
-
-In fp32 the mean is kept as ``pivot``, dp at the largest score, plus a difference. ``dp - mean`` is
-then exactly 0 where one key has all the weight or all keys have the same dp, and elsewhere it is as
-exact as the differences of dp. The usual ``sum(do * o)`` has the rounding error of dp itself.
+In 16 bits the forward has kept the log-sum-exp of each row and its result with a 16-bit remainder,
+and backward reads the keys once. If one tile holds all rows of a key head,
+`query_gradient_kernel` yields every gradient. Otherwise it yields dq, and
+`key_value_gradient_kernel` dk and dv. Programs that share the keys of a row write fp32 shares of
+dq, which are added in order. fp32 has kernels of its own, see `_cross_attention_backward_fp32`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ._attention_arguments import ABSENT, Masks, Strided, mask_arguments
-from ._attention_tiles import (
-    SIZES,
-    dot_parts,
-    dropout_factor,
-    head_parts,
-    load_parts,
-    mean_step,
-    probabilities_and_score_gradients,
-    row_block,
-    score_tile,
-    store_parts,
-    tile_divisor,
-)
-from ._launcher import Config, kernel, precision
+from ._attention_arguments import KeptByStrides, Masks, Strided, mask_arguments
+from ._attention_shares import add_shares_kernel, gradient_splits, summing_programs
+from ._attention_tilings import tiling
+from ._cross_attention_backward_fp32 import launch_backward_fp32
+from ._key_value_gradient import key_value_gradient_kernel
+from ._launcher import capability
+from ._query_gradient import query_gradient_kernel
 from ._sizes import cdiv
-from ._triton import tl, triton
 
-# Key heads of all images. With fewer, one program per key head would leave much of a GPU idle.
-ENOUGH_HEADS = 64
-
-
-@triton.jit
-def _load_rows(
-    row, rows, image, kv_head, kv_heads, group, queries,
-    q_ptr, q_batch, q_head, q_query, do_ptr, do_batch, do_head, do_query,
-    d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-):  # fmt: skip
-    """Load q and do of a tile of rows; return their positions too."""
-    inside = row < rows
-    head, query = kv_head * group + row // queries, (row % queries).to(tl.int64)
-    batch_head = image * kv_heads * group + head
-    q1, q2 = load_parts(
-        q_ptr + image * q_batch, head * q_head + query * q_query, inside, d, D1, D2
-    )  # fmt: skip
-    do1, do2 = load_parts(
-        do_ptr + image * do_batch, head * do_head + query * do_query, inside, d, D1, D2
-    )
-    return inside, head, query, batch_head, q1, q2, do1, do2
-
-
-@triton.jit
-def _scores_and_dp(
-    k1, k2, v1, v2, n, inside_keys, first, image,
-    inside, head, query, batch_head, q1, q2, do1, do2,
-    bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
-    seed_ptr, drop_below, survivor_scale, scale,
-    D2: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile ``[keys, rows]`` of scores and of dp, their softmax's gradient; dropout's factor."""
-    s, seen = score_tile(
-        dot_parts(k1, k2, q1, q2, D2, PRECISION),
-        n, inside_keys, first, image, head, query, inside,
-        bias_ptr, bias_batch, bias_head, bias_query, bias_key,
-        mask_ptr, mask_batch, mask_key, scale,
-    )  # fmt: skip
-    dp = dot_parts(v1, v2, do1, do2, D2, PRECISION)
-    factor = 1.0
-    if seed_ptr is not None:
-        factor = dropout_factor(seed_ptr, drop_below, survivor_scale, first + n, query, batch_head)
-        dp *= factor
-    return s, seen, dp, factor
-
-
-@triton.jit
-def _softmax_statistics(
-    largest, total, pivot, excess, total_error, excess_error,
-    k_ptr, k_key, v_ptr, v_key, keys, first, image,
-    inside, head, query, batch_head, q1, q2, do1, do2,
-    bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
-    seed_ptr, drop_below, survivor_scale, scale,
-    d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The first pass over the keys of one source: see `mean_step`."""
-    for at in range(0, keys, TILE):
-        n = at + tl.arange(0, TILE)
-        inside_keys = n < keys
-        k1, k2 = load_parts(k_ptr, n.to(tl.int64) * k_key, inside_keys, d, D1, D2)
-        v1, v2 = load_parts(v_ptr, n.to(tl.int64) * v_key, inside_keys, d, D1, D2)
-        s, _, dp, _ = _scores_and_dp(
-            k1, k2, v1, v2, n, inside_keys, first, image,
-            inside, head, query, batch_head, q1, q2, do1, do2,
-            bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
-            seed_ptr, drop_below, survivor_scale, scale, D2, PRECISION,
-        )  # fmt: skip
-        largest, total, pivot, excess, total_error, excess_error = mean_step(
-            s, dp, largest, total, pivot, excess, total_error, excess_error, q1.dtype, 0
-        )
-    return largest, total, pivot, excess, total_error, excess_error
-
-
-@triton.jit
-def _key_gradients_and_dq(
-    dq1, dq2, k_ptr, k_key, v_ptr, v_key, dk_ptr, dk_key, dv_ptr, dv_key, keys, first, image,
-    inside, head, query, batch_head, q1, q2, do1, do2, largest, inverse, pivot, delta,
-    bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
-    seed_ptr, drop_below, survivor_scale, scale,
-    d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TILE: tl.constexpr,
-    WANT_Q: tl.constexpr, WANT_KV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The second pass over the keys of one source: add to dq, and store dk and dv if wanted."""
-    for at in range(0, keys, TILE):
-        n = at + tl.arange(0, TILE)
-        inside_keys = n < keys
-        key = n.to(tl.int64)
-        k1, k2 = load_parts(k_ptr, key * k_key, inside_keys, d, D1, D2)
-        v1, v2 = load_parts(v_ptr, key * v_key, inside_keys, d, D1, D2)
-        s, seen, dp, factor = _scores_and_dp(
-            k1, k2, v1, v2, n, inside_keys, first, image,
-            inside, head, query, batch_head, q1, q2, do1, do2,
-            bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
-            seed_ptr, drop_below, survivor_scale, scale, D2, PRECISION,
-        )  # fmt: skip
-        p, ds = probabilities_and_score_gradients(
-            s, seen[:, None], inside, dp, factor, largest, inverse, pivot, delta, q1.dtype, 0
-        )
-        if WANT_KV:
-            dv1 = tl.dot(p, do1, input_precision=PRECISION)
-            dv2 = tl.dot(p, do2, input_precision=PRECISION) if D2 > 0 else dv1
-            store_parts(dv_ptr, key * dv_key, inside_keys, dv1, dv2, d, D1, D2)
-            dk1 = tl.dot(ds, q1, input_precision=PRECISION) * scale
-            dk2 = tl.dot(ds, q2, input_precision=PRECISION) * scale if D2 > 0 else dk1
-            store_parts(dk_ptr, key * dk_key, inside_keys, dk1, dk2, d, D1, D2)
-        if WANT_Q:
-            dq1 = tl.dot(tl.trans(k1), ds, dq1, input_precision=PRECISION)
-            if D2 > 0:
-                dq2 = tl.dot(tl.trans(k2), ds, dq2, input_precision=PRECISION)
-    return dq1, dq2
-
-
-# The first spills on sm_100 for heads of more than 96 features; other configs spill on some GPU.
-@kernel(
-    Config({"BLOCK_N": 64}, num_warps=8, num_stages=1),
-    Config({"BLOCK_N": 64}, num_warps=8, num_stages=2),
-    choose=lambda d: int(d > 96),
-    exclusive=True,
-)
-@triton.jit(do_not_specialize=[*SIZES, "keys2"])
-def cross_attention_backward_kernel(
-    q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
-    do_ptr, do_batch, do_head, do_query,
-    stats_ptr,  # (4, count) fp32 or None: largest score, 1 / sum of exponentials, delta, pivot
-    k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
-    k2_ptr, k2_batch, k2_head, k2_key, v2_ptr, v2_batch, v2_head, v2_key,  # or None
-    bias_ptr, bias_batch, bias_head, bias_query, bias_key,
-    mask_ptr, mask_batch, mask_key,  # (batch, keys + keys2) bytes
-    seed_ptr, drop_below, survivor_scale,
-    dq_ptr, dq_batch, dq_head, dq_query,  # or None
-    dk_ptr, dk_batch, dk_head, dk_key, dv_ptr, dv_batch, dv_head, dv_key,  # None if several tiles
-    dk2_ptr, dk2_batch, dk2_head, dk2_key, dv2_ptr, dv2_batch, dv2_head, dv2_key,
-    kv_heads, group, queries, rows, keys, keys2, count, scale,
-    d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILE_DIVISOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    TILE: tl.constexpr = BLOCK_N // TILE_DIVISOR if BLOCK_N // TILE_DIVISOR > 16 else 16
-    program = tl.program_id(0)
-    tiles = tl.cdiv(rows, BLOCK_M)
-    kv_head = (program // tiles % kv_heads).to(tl.int64)
-    image = (program // tiles // kv_heads).to(tl.int64)
-    row = ((program % tiles).to(tl.int64) * BLOCK_M).to(tl.int32) + tl.arange(0, BLOCK_M)
-    inside, head, query, batch_head, q1, q2, do1, do2 = _load_rows(
-        row, rows, image, kv_head, kv_heads, group, queries,
-        q_ptr, q_batch, q_head, q_query, do_ptr, do_batch, do_head, do_query, d, D1, D2,
-    )  # fmt: skip
-    k_ptr += image * k_batch + kv_head * k_head
-    v_ptr += image * v_batch + kv_head * v_head
-    largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    pivot = tl.zeros([BLOCK_M], tl.float32)
-    excess = tl.zeros([BLOCK_M], tl.float32)
-    total_error, excess_error = total, excess
-    largest, total, pivot, excess, total_error, excess_error = _softmax_statistics(
-        largest, total, pivot, excess, total_error, excess_error,
-        k_ptr, k_key, v_ptr, v_key, keys, 0, image,
-        inside, head, query, batch_head, q1, q2, do1, do2,
-        bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
-        seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE, PRECISION,
-    )  # fmt: skip
-    if k2_ptr is not None:
-        k2_ptr += image * k2_batch + kv_head * k2_head
-        v2_ptr += image * v2_batch + kv_head * v2_head
-        largest, total, pivot, excess, total_error, excess_error = _softmax_statistics(
-            largest, total, pivot, excess, total_error, excess_error,
-            k2_ptr, k2_key, v2_ptr, v2_key, keys2, keys, image,
-            inside, head, query, batch_head, q1, q2, do1, do2,
-            bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
-            seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE, PRECISION,
-        )  # fmt: skip
-    largest = tl.where(total == 0.0, 0.0, largest)
-    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    delta = excess * inverse
-    if q1.dtype != tl.float32:  # ds is rounded to 16 bits anyway; one number saves registers
-        delta += pivot
-    if stats_ptr is not None:
-        at = stats_ptr + batch_head * queries + query
-        tl.store(at, largest, mask=inside)
-        tl.store(at + count, inverse, mask=inside)
-        tl.store(at + count + count, delta, mask=inside)
-        if q1.dtype == tl.float32:
-            tl.store(at + count + count + count, pivot, mask=inside)
-    dq1 = tl.zeros([D1, BLOCK_M], tl.float32)
-    dq2 = tl.zeros([D2 if D2 > 0 else 16, BLOCK_M], tl.float32)
-    dq1, dq2 = _key_gradients_and_dq(
-        dq1, dq2,
-        k_ptr, k_key, v_ptr, v_key,
-        None if dk_ptr is None else dk_ptr + image * dk_batch + kv_head * dk_head, dk_key,
-        None if dv_ptr is None else dv_ptr + image * dv_batch + kv_head * dv_head, dv_key,
-        keys, 0, image,
-        inside, head, query, batch_head, q1, q2, do1, do2, largest, inverse, pivot, delta,
-        bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
-        seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE,
-        dq_ptr is not None, dk_ptr is not None, PRECISION,
-    )  # fmt: skip
-    if k2_ptr is not None:
-        dq1, dq2 = _key_gradients_and_dq(
-            dq1, dq2,
-            k2_ptr, k2_key, v2_ptr, v2_key,
-            None if dk2_ptr is None else dk2_ptr + image * dk2_batch + kv_head * dk2_head, dk2_key,
-            None if dv2_ptr is None else dv2_ptr + image * dv2_batch + kv_head * dv2_head, dv2_key,
-            keys2, keys, image,
-            inside, head, query, batch_head, q1, q2, do1, do2, largest, inverse, pivot, delta,
-            bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
-            seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE,
-            dq_ptr is not None, dk2_ptr is not None, PRECISION,
-        )  # fmt: skip
-    if dq_ptr is not None:
-        at = image * dq_batch + head * dq_head + query * dq_query
-        dq1, dq2 = tl.trans(dq1) * scale, tl.trans(dq2) * scale
-        store_parts(dq_ptr, at, inside, dq1, dq2, d, D1, D2)
-
-
-# Measured on an H200: for heads of 128 features the second config takes 195 us and the first 227;
-# for heads of 96 it takes 322 and the first 282, and it is slower for all narrower heads.
-@kernel(
-    Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
-    Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
-    choose=lambda d: int(d > 96),
-)
-@triton.jit(do_not_specialize=[*SIZES, "first"])
-def key_gradient_kernel(
-    q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
-    do_ptr, do_batch, do_head, do_query,
-    stats_ptr,  # (4, count) fp32, written by cross_attention_backward_kernel
-    k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
-    bias_ptr, bias_batch, bias_head, bias_query, bias_key,
-    mask_ptr, mask_batch, mask_key,  # (batch, keys of all sources) bytes
-    seed_ptr, drop_below, survivor_scale,
-    dk_ptr, dk_batch, dk_head, dk_key, dv_ptr, dv_batch, dv_head, dv_key,
-    kv_heads, group, queries, rows, keys, first, count, scale,
-    d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILE_DIVISOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    TILE: tl.constexpr = BLOCK_N // TILE_DIVISOR if BLOCK_N // TILE_DIVISOR > 16 else 16
-    program = tl.program_id(0)
-    tiles = tl.cdiv(keys, TILE)
-    kv_head = (program // tiles % kv_heads).to(tl.int64)
-    image = (program // tiles // kv_heads).to(tl.int64)
-    n = ((program % tiles).to(tl.int64) * TILE).to(tl.int32) + tl.arange(0, TILE)
-    inside_keys = n < keys
-    key = n.to(tl.int64)
-    k_ptr += image * k_batch + kv_head * k_head
-    v_ptr += image * v_batch + kv_head * v_head
-    k1, k2 = load_parts(k_ptr, key * k_key, inside_keys, d, D1, D2)
-    v1, v2 = load_parts(v_ptr, key * v_key, inside_keys, d, D1, D2)
-    dk1 = tl.zeros([TILE, D1], tl.float32)
-    dv1 = tl.zeros([TILE, D1], tl.float32)
-    dk2 = tl.zeros([TILE, D2 if D2 > 0 else 16], tl.float32)
-    dv2 = tl.zeros([TILE, D2 if D2 > 0 else 16], tl.float32)
-    for start in range(0, rows, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        inside, head, query, batch_head, q1, q2, do1, do2 = _load_rows(
-            row, rows, image, kv_head, kv_heads, group, queries,
-            q_ptr, q_batch, q_head, q_query, do_ptr, do_batch, do_head, do_query, d, D1, D2,
-        )  # fmt: skip
-        at = stats_ptr + batch_head * queries + query
-        largest = tl.load(at, mask=inside, other=0.0)
-        inverse = tl.load(at + count, mask=inside, other=0.0)
-        delta = tl.load(at + count + count, mask=inside, other=0.0)
-        pivot = delta
-        if q1.dtype == tl.float32:
-            pivot = tl.load(at + count + count + count, mask=inside, other=0.0)
-        s, seen, dp, factor = _scores_and_dp(
-            k1, k2, v1, v2, n, inside_keys, first, image,
-            inside, head, query, batch_head, q1, q2, do1, do2,
-            bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
-            seed_ptr, drop_below, survivor_scale, scale, D2, PRECISION,
-        )  # fmt: skip
-        p, ds = probabilities_and_score_gradients(
-            s, seen[:, None], inside, dp, factor, largest, inverse, pivot, delta, q1.dtype, 0
-        )
-        dv1 = tl.dot(p, do1, dv1, input_precision=PRECISION)
-        dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
-        if D2 > 0:
-            dv2 = tl.dot(p, do2, dv2, input_precision=PRECISION)
-            dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION)
-    dk_ptr += image * dk_batch + kv_head * dk_head
-    dv_ptr += image * dv_batch + kv_head * dv_head
-    store_parts(dv_ptr, key * dv_key, inside_keys, dv1, dv2, d, D1, D2)
-    store_parts(dk_ptr, key * dk_key, inside_keys, dk1 * scale, dk2 * scale, d, D1, D2)
+NOT_WRITTEN = (None, None, 0, 0, 0) * 2
+WIDE_STRIDE = 2**23 - 16  # between tokens; above it the offsets in a tile need int64
 
 
 def launch_backward(
     sizes: Sequence[int],
     do: Strided,
+    kept: KeptByStrides,
     sources: Sequence[Strided],
     masks: Masks,
     scale: float,
@@ -332,40 +39,67 @@ def launch_backward(
 ) -> None:
     """Fill those of the targets dq, dk, dv, dk2 and dv2 that are there.
 
-    sizes: see `call_sizes`. sources: q, k, v, k2, v2. See `attention_backward`.
+    sizes: see `call_sizes`. kept: see `kept_by_strides`. sources: q, k, v, k2, v2. Of dk and dv,
+    and of dk2 and dv2, the strides are the same. See `attention_backward`.
     """
     q, k, v, k2, v2 = sources
     dq, dk, dv, dk2, dv2 = targets
-    batch, heads, kv_heads, queries, keys, keys2, d = sizes
     like: Tensor = q[0]  # type: ignore[assignment]
-    rows, count = heads // kv_heads * queries, batch * heads * queries
-    block = row_block(like, rows)
-    row_tiles = cdiv(rows, block)
-    one_pass = row_tiles == 1 and batch * kv_heads >= ENOUGH_HEADS
-    written = (*dk, *dv, *dk2, *dv2) if one_pass else ABSENT * 4
-    stats = None if one_pass else like.new_empty(4, count, dtype=torch.float32)
-    scored = mask_arguments(masks, dropout, (batch, heads, queries, keys + keys2))
-    divisor, widths = tile_divisor(like.dtype, d), (d, *head_parts(d))
-    cross_attention_backward_kernel(
-        lambda blocks: (batch * kv_heads * row_tiles,),
-        *q, *do, stats, *k, *v, *k2, *v2, *scored, *dq, *written,
-        kv_heads, heads // kv_heads, queries, rows, keys, keys2, count, scale,
-        *widths, block, divisor, precision(like.dtype),
-        size=d,
-    )  # fmt: skip
-    if one_pass:
+    if dq[0] is None and dk[0] is None and dk2[0] is None:
         return
-    for first, tokens, x, y, dx, dy in ((0, keys, k, v, dk, dv), (keys, keys2, k2, v2, dk2, dv2)):
-        if x[0] is not None and dx[0] is not None:
-            key_gradient_kernel(
-                _by_keys(batch * kv_heads, tokens, divisor),
-                *q, *do, stats, *x, *y, *scored, *dx, *dy,
-                kv_heads, heads // kv_heads, queries, rows, tokens, first, count, scale,
-                *widths, 16 if 64 < d <= 96 else block, divisor, precision(like.dtype),
-                size=d,
-            )  # fmt: skip
+    if like.dtype is torch.float32:
+        launch_backward_fp32(sizes, do, sources, masks, scale, dropout, targets)
+        return
+    o, lse, low = kept
+    batch, heads, kv_heads, queries, keys, keys2, d = sizes
+    group, count = heads // kv_heads, batch * heads * queries
+    rows = group * queries
+    scored = mask_arguments(masks, dropout, (batch, heads, queries, keys + keys2))
+    bias, seed = scored[0], scored[8]
+    tiles = tiling(capability(like), rows, d, (bias is not None) + (seed is not None))
+    wide = max(q[3], do[3], k[3], v[3], k2[3], v2[3], dk[3], dk2[3]) > WIDE_STRIDE
+    written = (dk[0], dv[0], *dk[1:], dk2[0], dv2[0], *dk2[1:])
+    later = dk[0] is not None and not tiles.one_kernel
+    programs = batch * kv_heads * cdiv(rows, tiles.block_m)
+    splits, splits2 = gradient_splits(programs, keys, keys2, tiles.held)
+    by_tokens = (queries * heads * d, d, heads * d)
+    if dq[1:] != by_tokens and keys2 == 0:
+        splits = 1  # shares are added for such a dq only
+    size, shares = 0, None
+    into = (*dq, 0)
+    if dq[0] is not None and splits + splits2 > 1:
+        size = count * d
+        shares = like.new_empty(splits + splits2, size, dtype=torch.float32)
+        into = (shares, *by_tokens, size)
+    delta = like.new_empty(count, dtype=torch.float32) if later else None
+    query_gradient_kernel(
+        lambda blocks: (programs * (splits + splits2),),
+        *q, *do, *o, *low, lse, delta, *k, *v, *k2, *v2, *scored, *into,
+        *(NOT_WRITTEN if later else written),
+        kv_heads, group, queries, rows, keys, keys2, count, splits, splits2, scale,
+        d, *tiles.widths, tiles.block_m,
+        group == 1, rows % tiles.block_m == 0, tiles.keys_axis, wide,
+        size=tiles.config,
+    )  # fmt: skip
+    adding = summing_programs(size)
+    if later:
+        pairs = batch * kv_heads
+
+        def grid(blocks: dict[str, int]) -> tuple[int, ...]:
+            return (pairs * key_tiles(keys, keys2, blocks["BLOCK_N"]) + adding,)
+
+        key_value_gradient_kernel(
+            grid,
+            *q, *do, lse, delta, *k, *v, *k2, *v2, *scored, *written,
+            shares, dq[0] if size else None, size, splits + splits2,
+            kv_heads, group, queries, keys, keys2, pairs, scale,
+            d, *tiles.widths, tiles.key_block_m, queries % tiles.key_block_m == 0, wide,
+            size=tiles.key_config,
+        )  # fmt: skip
+    elif size:
+        add_shares_kernel(lambda blocks: (adding,), shares, dq[0], size, splits + splits2)
 
 
-def _by_keys(heads: int, keys: int, divisor: int) -> Callable[[dict[str, int]], tuple[int, ...]]:
-    """The grid of `key_gradient_kernel`: one program per tile of keys of each head and image."""
-    return lambda blocks: (heads * cdiv(keys, max(16, blocks["BLOCK_N"] // divisor)),)
+def key_tiles(keys: int, keys2: int, block: int) -> int:
+    """The number of tiles of the keys of both sources."""
+    return cdiv(keys, block) + cdiv(keys2, block)

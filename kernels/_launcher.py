@@ -133,6 +133,33 @@ def is_traced(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
+def capability(tensor: Tensor) -> int:
+    """The compute capability of the tensor's GPU as a number, 90 for 9.0."""
+    if tensor.is_cuda and not is_traced(tensor):
+        return _capability(tensor.device.index)
+    return _assumed[0]
+
+
+@functools.cache
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+_assumed = [90]
+
+
+@contextlib.contextmanager
+def assume_capability(number: int) -> Iterator[None]:
+    """Record launches as for this GPU where there is none."""
+    before = _assumed[0]
+    _assumed[0] = number
+    try:
+        yield
+    finally:
+        _assumed[0] = before
+
+
 _recordings: dict[int, list[Launch]] = {}
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from ._attention_tiles import (
     SIZES,
     dot_parts,
-    head_parts,
     load_parts,
     mean_step,
     probabilities_and_score_gradients,
@@ -22,8 +21,8 @@ from ._attention_tiles import (
     rms_norm_backward,
     store_parts,
     strides,
-    tile_divisor,
 )
+from ._attention_tilings import head_parts, tile_divisor
 from ._launcher import Config, kernel, precision
 from ._media_mask import first_of_tile, is_visible, load_index, tiles_of, visible_range
 from ._sizes import cdiv, next_power_of_2

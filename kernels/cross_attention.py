@@ -12,28 +12,32 @@ import torch
 from torch import Tensor
 
 from . import _cross_attention_aten as aten
-from ._attention_arguments import Masks, Strided, by_strides, call_sizes, mask_arguments
+from ._attention_arguments import (
+    NOTHING_KEPT,
+    Kept,
+    Masks,
+    Strided,
+    by_strides,
+    call_sizes,
+    kept_by_strides,
+    mask_arguments,
+)
+from ._attention_shares import combine_splits_kernel, key_splits, log_sum_exp
 from ._attention_tiles import (
     LOG2_E,
     SIZES,
     dot_parts,
     dropout_factor,
-    head_parts,
     load_parts,
-    row_block,
     score_tile,
     softmax_step,
     store_parts,
-    tile_divisor,
 )
+from ._attention_tilings import head_parts, row_block, tile_divisor
 from ._cross_attention_backward import launch_backward
 from ._launcher import Config, dense, is_traced, kernel, precision, runs_triton
 from ._sizes import cdiv, next_power_of_2
 from ._triton import tl, triton
-
-FULL_GPU = 132  # programs, as many as an H200 has multiprocessors; with fewer, keys are split
-MAX_SPLITS = 16
-MIN_SPLIT_KEYS = 128  # with fewer keys in a split, combining costs more than splitting saves
 
 
 @triton.jit
@@ -42,7 +46,7 @@ def _attend(
     k_ptr, k_key, v_ptr, v_key, start, end, keys, first,
     image, head, query, batch_head, inside_rows,
     bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
-    seed_ptr, drop_below, survivor_scale, scale,
+    seed_ptr, drop_below, scale,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -59,11 +63,11 @@ def _attend(
             dot_parts(k1, k2, q1, q2, D2, PRECISION),
             n, inside, first, image, head, query, inside_rows,
             bias_ptr, bias_batch, bias_head, bias_query, bias_key,
-            mask_ptr, mask_batch, mask_key, scale,
+            mask_ptr, mask_batch, mask_key, scale * LOG2_E, LOG2_E,
         )  # fmt: skip
-        p, rescale, largest, total = softmax_step(s, largest, total, 0)
-        if seed_ptr is not None:
-            p *= dropout_factor(seed_ptr, drop_below, survivor_scale, first + n, query, batch_head)
+        p, rescale, largest, total = softmax_step(s, largest, total, v1.dtype, 0)
+        if seed_ptr is not None:  # what is left is scaled at last, in fp32
+            p *= dropout_factor(seed_ptr, drop_below, 1.0, first + n, query, batch_head, 0)
         p = p.to(v1.dtype)
         acc1 = tl.dot(tl.trans(v1), p, acc1 * rescale[None, :], input_precision=PRECISION)
         if D2 > 0:
@@ -82,6 +86,7 @@ def cross_attention_kernel(
     seed_ptr, drop_below, survivor_scale,
     o_ptr,  # (batch, queries, heads, d); with several splits (splits, count, d) fp32, and
     stats_ptr,  # (splits, 2, count) fp32: largest score, sum of exponentials
+    lse_ptr, low_ptr,  # (count,) fp32, as o; or None: see `attention_forward`
     kv_heads, group, queries, rows, keys, keys2, count, splits, scale,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
     TILE_DIVISOR: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -114,7 +119,7 @@ def cross_attention_kernel(
         tl.minimum(start, keys).to(tl.int32), tl.minimum(end, keys).to(tl.int32), keys, 0,
         image, head, query, batch_head, inside_rows,
         bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
-        seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE, PRECISION,
+        seed_ptr, drop_below, scale, d, D1, D2, TILE, PRECISION,
     )  # fmt: skip
     if k2_ptr is not None:
         start, end = start - tiles1.to(tl.int64) * TILE, end - tiles1.to(tl.int64) * TILE
@@ -125,8 +130,10 @@ def cross_attention_kernel(
             tl.maximum(start, 0).to(tl.int32), tl.minimum(end, keys2).to(tl.int32), keys2, keys,
             image, head, query, batch_head, inside_rows,
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
-            seed_ptr, drop_below, survivor_scale, scale, d, D1, D2, TILE, PRECISION,
+            seed_ptr, drop_below, scale, d, D1, D2, TILE, PRECISION,
         )  # fmt: skip
+    if seed_ptr is not None:
+        acc1, acc2 = acc1 * survivor_scale, acc2 * survivor_scale
     if PARTIAL:
         at = batch_head * queries + query
         stats_ptr += split * 2 * count
@@ -138,61 +145,49 @@ def cross_attention_kernel(
         inverse = 1.0 / tl.where(total == 0.0, 1.0, total)[None, :]  # all keys masked: zeros
         acc1, acc2 = acc1 * inverse, acc2 * inverse
         out_row = ((image * queries + query) * kv_heads * group + head) * d
-        store_parts(o_ptr, out_row, inside_rows, tl.trans(acc1), tl.trans(acc2), d, D1, D2)
-
-
-@kernel(Config({}, num_warps=1))
-@triton.jit(do_not_specialize=["queries", "count", "splits"])
-def combine_splits_kernel(
-    partial_ptr,  # (splits, count, d) fp32
-    stats_ptr,  # (splits, 2, count) fp32
-    o_ptr,  # (batch, queries, heads, d)
-    heads, queries, count, splits, d: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    # One program per row (batch, head, query); it reads all splits at once.
-    row = tl.program_id(0).to(tl.int64)
-    split, col = tl.arange(0, SPLITS).to(tl.int64), tl.arange(0, WIDTH)
-    inside = split < splits
-    at = stats_ptr + split * 2 * count + row
-    largest = tl.load(at, mask=inside, other=-float("inf"))
-    totals = tl.load(at + count, mask=inside, other=0.0)
-    overall = tl.max(largest, axis=0)
-    overall = tl.where(overall == -float("inf"), 0.0, overall)
-    weight = tl.exp2((largest - overall) * LOG2_E)
-    total = tl.sum(weight * totals, axis=0)
-    total = tl.where(total == 0.0, 1.0, total)
-    parts = tl.load(
-        partial_ptr + (split * count + row)[:, None] * d + col[None, :],
-        mask=inside[:, None] & (col < d)[None, :],
-        other=0.0,
-    )
-    o = tl.sum(parts * weight[:, None], axis=0) / total
-    image, head, query = row // queries // heads, row // queries % heads, row % queries
-    out = o_ptr + ((image * queries + query) * heads + head) * d + col
-    tl.store(out, o.to(o_ptr.dtype.element_ty), mask=col < d)
+        acc1, acc2 = tl.trans(acc1), tl.trans(acc2)
+        store_parts(o_ptr, out_row, inside_rows, acc1, acc2, d, D1, D2)
+        if lse_ptr is not None:
+            lse = log_sum_exp(largest, total)
+            tl.store(lse_ptr + batch_head * queries + query, lse, mask=inside_rows)
+            acc1 -= acc1.to(q1.dtype).to(tl.float32)
+            acc2 -= acc2.to(q1.dtype).to(tl.float32)
+            store_parts(low_ptr, out_row, inside_rows, acc1, acc2, d, D1, D2)
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None,
     bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
-    *, scale: float, dropout: float,
-) -> Tensor:  # fmt: skip
-    """Return ``(batch, heads, queries, d)``, laid out in memory as ``(batch, queries, heads, d)``.
+    *, scale: float, dropout: float, o: Tensor | None = None, keep: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return o ``(batch, heads, queries, d)``, in memory ``(batch, queries, heads, d)``.
 
-    The arguments are those of the op `cross_attention`.
+    The arguments are those of the op `cross_attention`; ``o`` is a tensor to fill. Where Triton
+    runs in 16 bits, ``keep`` also returns what `attention_backward` needs: ``lse (batch, heads,
+    queries)`` in fp32, see `log_sum_exp`, and ``low``, what the rounding of o took off, as o.
     """
     q, k, v = dense(q), dense(k), dense(v)
     k2, v2 = k2 if k2 is None else dense(k2), v2 if v2 is None else dense(v2)
     empty = q.numel() == 0 or k.shape[2] + (0 if k2 is None else k2.shape[2]) == 0
-    if not (runs_triton(q) or is_traced(q) or empty):
-        return aten.forward(q, k, v, k2, v2, bias, key_mask, seed, scale, dropout)
-    o = aten.by_tokens(q)
+    o = aten.by_tokens(q) if o is None else o
+    lse = low = None
     if empty:
         o.zero_()
     elif runs_triton(q):
+        if keep:
+            lse, low = new_kept(o, q.shape[:3])
         sources, masks = [by_strides(x) for x in (q, k, v, k2, v2)], (bias, key_mask, seed)
-        launch_forward(call_sizes(q, k, k2), sources, masks, scale, dropout, o)
-    return o
+        launch_forward(call_sizes(q, k, k2), sources, masks, scale, dropout, o, lse, low)
+    elif not is_traced(q):
+        aten.forward(q, k, v, k2, v2, bias, key_mask, seed, scale, dropout, o)
+    return o, lse, low
+
+
+def new_kept(o: Tensor, shape: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+    """Memory for lse, of this shape, and low, which the forward keeps; None in fp32."""
+    if o.dtype is torch.float32:
+        return None, None
+    return o.new_empty(shape, dtype=torch.float32), torch.empty_like(o)
 
 
 def attention_backward(
@@ -211,16 +206,20 @@ def attention_backward(
     want_q: bool,
     want_kv: bool,
     want_kv2: bool,
+    kept: Kept = NOTHING_KEPT,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of q, k, v, k2 and v2, or None for those that are not wanted.
 
     Each is laid out in memory as ``(batch, tokens, heads, d)``. If ``into`` is given, the first
-    three are written into its tensors, whose last stride must be 1.
+    three are written into its tensors, whose last stride must be 1, and those of k and v must have
+    the same strides. kept: what `attention_forward` has returned.
     """
     do, q, k, v = dense(do), dense(q), dense(k), dense(v)
     k2, v2 = k2 if k2 is None else dense(k2), v2 if v2 is None else dense(v2)
     empty = q.numel() == 0 or k.shape[2] + (0 if k2 is None else k2.shape[2]) == 0
+    if kept[1] is not None:  # one kernel yields the gradients of both sources
+        want_kv = want_kv2 = want_kv or want_kv2
     targets = _targets(q, k, k2, want_q, want_kv, want_kv2, into)
     if empty:
         for target in targets:
@@ -229,8 +228,8 @@ def attention_backward(
     elif runs_triton(q):
         outer, *sources = [by_strides(x) for x in (do, q, k, v, k2, v2)]
         launch_backward(
-            call_sizes(q, k, k2), outer, sources, (bias, key_mask, seed), scale, dropout,
-            [by_strides(x) for x in targets],
+            call_sizes(q, k, k2), outer, kept_by_strides(*kept), sources, (bias, key_mask, seed),
+            scale, dropout, [by_strides(x) for x in targets],
         )  # fmt: skip
     elif not is_traced(q):
         aten.backward(do, q, k, v, k2, v2, bias, key_mask, seed, scale, dropout, *targets)
@@ -265,8 +264,10 @@ def launch_forward(
     scale: float,
     dropout: float,
     o: Tensor,
+    lse: Tensor | None,
+    low: Tensor | None,
 ) -> None:
-    """Fill ``o``, in memory ``(batch, queries, heads, d)``; see `attention_forward`.
+    """Fill o, lse and low, in memory ``(batch, queries, heads, d)``; see `attention_forward`.
 
     sizes: see `call_sizes`. sources: q, k, v, k2, v2.
     """
@@ -283,16 +284,12 @@ def launch_forward(
     cross_attention_kernel(
         lambda blocks: (programs * splits,), *q, *k, *v, *k2, *v2,
         *mask_arguments(masks, dropout, (batch, heads, queries, keys + keys2)),
-        out, stats, kv_heads, heads // kv_heads, queries, rows, keys, keys2, count, splits, scale,
-        d, *head_parts(d), block, tile_divisor(o.dtype, d), splits > 1, precision(o.dtype),
+        out, stats, lse, low,
+        kv_heads, heads // kv_heads, queries, rows, keys, keys2, count, splits, scale, d,
+        *head_parts(d), block, tile_divisor(o.dtype, d), splits > 1, precision(o.dtype),
     )  # fmt: skip
     if splits > 1:
         combine_splits_kernel(
-            lambda blocks: (count,), out, stats, o, heads, queries, count, splits,
-            d, next_power_of_2(d), next_power_of_2(splits),
+            lambda blocks: (count,), out, stats, o, lse, low, heads, queries, count, splits, d,
+            next_power_of_2(d), next_power_of_2(splits),
         )  # fmt: skip
-
-
-def key_splits(programs: int, keys: int) -> int:
-    """The number of programs that share the keys of a row. It depends on nothing but shapes."""
-    return max(1, min(FULL_GPU // programs, keys // MIN_SPLIT_KEYS, MAX_SPLITS))

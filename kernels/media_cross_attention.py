@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 
 from . import _media_cross_attention_aten as aten
+from ._attention_shares import combine_splits_kernel, key_splits
 from ._attention_tiles import (
+    LOG2_E,
     SIZES,
     dot_parts,
-    head_parts,
     load_parts,
     rms_norm,
     softmax_step,
     store_parts,
     strides,
-    tile_divisor,
 )
+from ._attention_tilings import head_parts, tile_divisor
 from ._cross_attention_aten import by_tokens
 from ._launcher import Config, dense, is_traced, kernel, precision, runs_triton
 from ._media_cross_attention_backward import launch_backward
 from ._media_mask import first_of_tile, is_visible, tiles_of, visible_range
 from ._sizes import cdiv, next_power_of_2
 from ._triton import tl, triton
-from .cross_attention import combine_splits_kernel, key_splits
 
 
 @triton.jit
@@ -43,11 +43,11 @@ def _attend_to_medium(
     key = medium.to(tl.int64) * tokens_per_media + n
     k1, k2 = load_parts(k_ptr, key * k_key, inside, d, D1, D2)
     v1, v2 = load_parts(v_ptr, key * v_key, inside, d, D1, D2)
-    s = dot_parts(q1, q2, k1, k2, D2, PRECISION) * scale
+    s = dot_parts(q1, q2, k1, k2, D2, PRECISION) * (scale * LOG2_E)
     if UNATTENDED == "uniform":
         s = tl.where(unattended_rows[:, None], 0.0, s)
     s = tl.where(seen[:, None] & inside[None, :], s, -float("inf"))
-    p, rescale, largest, total = softmax_step(s, largest, total, 1)
+    p, rescale, largest, total = softmax_step(s, largest, total, v1.dtype, 1)
     p = p.to(v1.dtype)
     acc1 = tl.dot(p, v1, acc1 * rescale[:, None], input_precision=PRECISION)
     if D2 > 0:
@@ -269,6 +269,6 @@ def _launch_forward(
     )  # fmt: skip
     if splits > 1:
         combine_splits_kernel(
-            lambda blocks: (count,), out, stats, o, heads, queries, count, splits,
-            d, next_power_of_2(d), next_power_of_2(splits),
+            lambda blocks: (count,), out, stats, o, None, None, heads, queries, count, splits, d,
+            next_power_of_2(d), next_power_of_2(splits),
         )  # fmt: skip

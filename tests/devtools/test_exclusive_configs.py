@@ -1,18 +1,73 @@
-"""A kernel with exclusive configs is compiled with the config that each launch chooses."""
+"""Kernels with exclusive configs, of attention's backward, as they are compiled ahead of time."""
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from vlm_fast.devtools import ahead_of_time
-from vlm_fast.kernels._launcher import KERNELS
+from vlm_fast.kernels._launcher import KERNELS, assume_capability
+from vlm_fast.ops.declaration import OPS
+
+ATTENTION = OPS["cross_attention"]
+BLIP2 = ATTENTION.bench_shapes["BLIP-2, 64 images"]
+IDEFICS2 = ATTENTION.bench_shapes["Idefics2 perceiver, 8 images"]
+
+
+def backward_launches(shape, capability):
+    with assume_capability(capability):
+        found = ahead_of_time.launches_at(ATTENTION, shape, torch.bfloat16)
+    return {launch.kernel.name: launch for launch in found if launch.kernel.exclusive}
 
 
 def test_each_launch_is_compiled_with_its_own_exclusive_config():
-    built = ahead_of_time.builds(["sm_90"], ops=["cross_attention"])
-    found = {(b.config, "d 128," in b.signature) for b in built if b.kernel.exclusive}
-    assert found == {(0, False), (1, True)}
+    built = {
+        arch: {
+            (b.kernel.name, b.config)
+            for b in ahead_of_time.builds([arch], ops=["cross_attention"], thorough=False)
+            if b.kernel.exclusive and "q bf16" in b.signature
+        }
+        for arch in ("sm_80", "sm_90")
+    }
+    assert built["sm_80"] != built["sm_90"]
+    for arch, capability in (("sm_80", 80), ("sm_90", 90)):
+        chosen = {
+            (launch.kernel.name, launch.config)
+            for shape in ATTENTION.bench_shapes.values()
+            for launch in backward_launches(shape, capability).values()
+        }
+        assert built[arch] == chosen
 
 
-def test_exclusive_configs_are_chosen_by_size():
-    kernels = [k for k in KERNELS.values() if k.exclusive]
-    assert kernels and all(len(k.configs) > 1 for k in kernels)
+def test_every_exclusive_config_is_chosen_for_some_gpu():
+    heavy = dict(batch=1, heads=1, shape=(32, 64), d=64, bias="full", dropout=0.25)
+    many = dict(heavy, shape=(130, 64))
+    more = [heavy, dict(heavy, d=96), many, dict(batch=1, heads=1, shape=(130, 64), d=64)]
+    more.append(dict(batch=1, heads=1, shape=(130, 64), d=128))
+    chosen = {
+        (name, launch.config)
+        for capability in (80, 90)
+        for shape in (*ATTENTION.bench_shapes.values(), *more)
+        for name, launch in backward_launches(shape, capability).items()
+    }
+    assert chosen == {
+        (name, i) for name, k in KERNELS.items() if k.exclusive for i in range(len(k.configs))
+    }
+
+
+def test_products_of_attention_backward():
+    """Five for few rows, seven for many rows in two kernels; one more finds the mean of dp."""
+    found = {
+        shape["shape"]: {
+            name: ahead_of_time.count([ahead_of_time.build_of(launch, "sm_90", launch.config)])[0]
+            for name, launch in backward_launches(shape, 90).items()
+        }
+        for shape in (BLIP2, IDEFICS2)
+    }
+    few, many = found[32, 257], found[64, 729]
+    assert {name: r.dots for name, r in few.items()} == {"query_gradient_kernel": 5 + 1}
+    parts = 2  # of a head of 96 features: 64 and 32
+    assert {name: r.dots for name, r in many.items()} == {
+        "query_gradient_kernel": (3 + 1) * parts, "key_value_gradient_kernel": 4 * parts,
+    }  # fmt: skip
+    for r in (*few.values(), *many.values()):
+        assert r.async_loads and not r.spills and not r.stack_bytes

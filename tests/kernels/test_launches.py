@@ -64,7 +64,7 @@ def test_qformer_launches_at_most_three_quarters_of_transformers_kernels(monkeyp
     assert after == 135
 
 
-ATTENTION = "cross_attention_backward_kernel key_gradient_kernel"
+ATTENTION = "query_gradient_kernel"
 MEDIA = "media_query_gradient_kernel {} media_reach_kernel media_key_gradient_kernel"
 MLP, SUM = "mlp_activation_backward_kernel", "sum_shares_kernel"
 # For each op shapes, and all launches of a backward at this shape: our kernels, then ATen's. One
@@ -86,7 +86,16 @@ BACKWARDS = {
         ),
     ],
     "anyres_pack_resized": [(None, "blend_rows_kernel fill_gradient_kernel")],
-    "cross_attention": [(dict(batch=1, heads=2, shape=(32, 257), d=64), ATTENTION)],
+    "cross_attention": [
+        (dict(batch=1, heads=2, shape=(32, 257), d=64), ATTENTION),
+        (dict(batch=1, heads=2, shape=(32, 677), d=64), f"{ATTENTION} add_shares_kernel"),
+        # Many rows: the second kernel also adds the shares of the queries' gradient.
+        (dict(batch=1, heads=2, shape=(96, 677), d=96), f"{ATTENTION} key_value_gradient_kernel"),
+        (
+            dict(batch=1, heads=4, kv_heads=1, shape=(64, 677), keys2=64, d=96, hidden=True),
+            f"{ATTENTION} key_value_gradient_kernel",
+        ),
+    ],
     "gated_add": [
         (dict(shape=(32, 24)), "gated_add_backward_kernel"),
         (dict(shape=(33, 24)), f"gated_add_backward_kernel {SUM}"),

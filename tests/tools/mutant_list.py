@@ -104,8 +104,8 @@ MUTANTS = (
         ATTENTION,
     ),
     Mutant(
-        "backward omits dropout", "kernels/_cross_attention_backward.py",
-        "        dp *= factor\n    return s, seen, dp, factor", "    return s, seen, dp, factor",
+        "backward omits dropout", "kernels/_attention_gradient_tiles.py",
+        "        dp *= factor\n", "",
         ATTENTION,
     ),
     Mutant(

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 import vlm_fast.ops  # noqa: F401  declares what is compiled
 from vlm_fast.devtools import sass
-from vlm_fast.kernels._launcher import Config, Kernel, Launch, recording
+from vlm_fast.kernels._launcher import Config, Kernel, Launch, assume_capability, recording
 from vlm_fast.kernels._triton import AVAILABLE, INTERPRETED, triton
 from vlm_fast.ops.declaration import FLOATS, OPS, Op
 
@@ -193,15 +193,14 @@ def builds(
         raise ValueError(f"no op is called {unknown[0]!r}; there are {', '.join(OPS)}")
     backends = {arch: _backend(arch) for arch in archs}
     dtypes = FLOATS if thorough else (torch.bfloat16, torch.float32)
-    recorded = [launch for name in names for launch in launches(OPS[name], dtypes)]
     seen: set[Any] = set()
     for arch, backend in backends.items():
         met: set[Kernel] = set()
+        with assume_capability(backend.target.arch if backend.target.backend == "cuda" else 80):
+            recorded = [launch for name in names for launch in launches(OPS[name], dtypes)]
         for launch in recorded:
-            exclusive = launch.kernel.exclusive
-            for index in (launch.config,) if exclusive else range(len(launch.kernel.configs)):
-                if index and launch.kernel in met and not thorough and not exclusive:
-                    break
+            count = len(launch.kernel.configs) if thorough or launch.kernel not in met else 1
+            for index in (launch.config,) if launch.kernel.exclusive else range(count):
                 build = _build(launch, index, arch, backend)
                 if (key := (arch, index, build.source.hash())) not in seen:
                     seen.add(key)

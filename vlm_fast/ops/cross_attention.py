@@ -111,31 +111,28 @@ def score_scale(scale: float | None, d: int) -> float:
 @cross_attention.forward
 def forward(needs_grad, q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
     scale = score_scale(scale, q.shape[3])
-    o = attention_forward(
-        q, k, v, k2, v2, bias, key_mask, seed, scale=scale, dropout=dropout
+    needed = any(needs_grad)
+    o, lse, low = attention_forward(
+        q, k, v, k2, v2, bias, key_mask, seed, scale=scale, dropout=dropout, keep=needed
     )  # fmt: skip
-    if not any(needs_grad):
+    if not needed:
         return o, ()
-    # Only inputs are saved; backward computes the scores again.
-    return o, (q, k, v, k2, v2, bias, key_mask, seed if dropout > 0 else None)
+    seed = seed if dropout > 0 else None
+    return o, (q, k, v, k2, v2, bias, key_mask, seed, None if lse is None else o, lse, low)
 
 
 @cross_attention.backward
-def backward(
-    needs_grad: Any, saved_tensors: Any, do: Tensor, *, scale: float | None, dropout: float
-) -> tuple[Tensor | None, ...]:
-    q, k, v, k2, v2, bias, key_mask, seed = saved_tensors
+def backward(needs_grad, saved_tensors, do, *, scale, dropout):
+    q, k, v, k2, v2, bias, key_mask, seed, *kept = saved_tensors
     scale = score_scale(scale, q.shape[3])
     of_attention = attention_backward(
         do, q, k, v, k2, v2, bias, key_mask, seed, scale=scale, dropout=dropout,
         want_q=needs_grad.q, want_kv=needs_grad.k or needs_grad.v,
-        want_kv2=needs_grad.k2 or needs_grad.v2,
+        want_kv2=needs_grad.k2 or needs_grad.v2, kept=tuple(kept),
     )  # fmt: skip
     dbias = None
     if needs_grad.bias:
-        dbias = bias_gradient(
-            do, q, k, v, k2, v2, bias, key_mask, seed, scale, dropout
-        )  # fmt: skip
+        dbias = bias_gradient(do, q, k, v, k2, v2, bias, key_mask, seed, scale, dropout)
     gradients = (*of_attention, dbias, None, None)
     return tuple(g if need else None for g, need in zip(gradients, needs_grad, strict=True))
 
@@ -145,11 +142,13 @@ def cost(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
     keys = k.shape[2] + (0 if k2 is None else k2.shape[2])
     flops = 4 * q.numel() * keys
     sources, masks = nbytes(k, v, k2, v2), nbytes(bias, key_mask)
+    # In 16 bits backward reads o's low part and the log-sum-exp of each row too.
+    kept = 0 if q.element_size() == 4 else nbytes(q) + 4 * q[..., 0].numel()
     return Cost(
         forward_flops=flops,
         forward_bytes=2 * nbytes(q) + sources + masks,
         backward_flops=5 * flops // 2,
-        backward_bytes=4 * nbytes(q) + 2 * sources + masks,
+        backward_bytes=4 * nbytes(q) + kept + 2 * sources + masks,
     )
 
 

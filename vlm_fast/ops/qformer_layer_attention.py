@@ -50,7 +50,7 @@ def self_attention_block_backward(
     dy: Tensor, tokens: int, saved: Iterator[Any], options: Options, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, list[Any]]:
     """The gradients of x, of the bias of the scores and of the parameters."""
-    do, dresidual, dtail, masks = attention_block_backward(
+    do, dresidual, dtail, masks, kept = attention_block_backward(
         dy, saved, needs.first[6:], options, want_scores=needs.scores, want_residual=needs.x
     )
     q, k, v, hidden, *weights = islice(saved, 7)
@@ -74,9 +74,9 @@ def self_attention_block_backward(
     dq, dk, dv = dqkv.chunk(3, 1)
     into = attention_of_tokens(shape, dq, dk, dv, options)
     rows_backward(
-        at.sizes, outer, *at[1:], masks, options.scale, options.attention_dropout, *into[1:]
+        at.sizes, outer, kept, *at[1:], masks, options.scale, options.attention_dropout, *into[1:]
     )
-    del do, outer, at, q, k, v
+    del do, outer, kept, at, q, k, v
     x: Any = None if hidden is None else hidden.reshape(rows, features)
     # The bias of keys adds one number to all scores of a query.
     sizes, apart = [features] * 3, rows <= FEW_ROWS
@@ -110,7 +110,7 @@ def cross_attention_block_backward(
 ) -> tuple[Tensor | None, Tensor | None, list[Any]]:
     """The gradients of x, of the keys and values and of the parameters."""
     dx: Any
-    do, dx, dtail, masks = attention_block_backward(
+    do, dx, dtail, masks, kept = attention_block_backward(
         dy, saved, needs.cross[2:], options,
         want_scores=needs.cross_scores, want_residual=needs.after_self,
     )  # fmt: skip
@@ -132,7 +132,7 @@ def cross_attention_block_backward(
         into_k, into_v = ((part, keys * width, d, width) for part in dkv.chunk(2, 2))
     outer = (do, image, d, features)
     rows_backward(
-        at.sizes, outer, *at[1:], masks, options.scale, options.attention_dropout,
+        at.sizes, outer, kept, *at[1:], masks, options.scale, options.attention_dropout,
         into_q, into_k, into_v,
     )  # fmt: skip
     if dq is None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_fast.kernels import add_layer_norm as norms
-from vlm_fast.kernels._attention_arguments import Masks, Strided
+from vlm_fast.kernels._attention_arguments import Kept, Masks, Strided
 from vlm_fast.kernels._attention_rows import rows_forward
 from vlm_fast.ops.mlp import gradients, hidden_and_saved
 from vlm_fast.ops.qformer_layer_gradients import Needs
@@ -101,7 +101,9 @@ def attention_block(
     options: Options, *, keep: bool, keep_scores: bool, keep_attended: bool,
 ) -> tuple[Tensor, Saved]:  # fmt: skip
     """``LayerNorm(dropout(dense(attention)) + residual)``; tail: of the dense layer and norm."""
-    attended = rows_forward(*at, masks, options.scale, options.attention_dropout)
+    attended, lse, low = rows_forward(
+        *at, masks, options.scale, options.attention_dropout, keep_scores
+    )
     x = F.linear(attended, tail[0])
     if residual.ndim == 3:
         x = x.view(*residual.shape)
@@ -109,22 +111,23 @@ def attention_block(
     if not keep:
         return y, ()
     inner = (tail[0], *masks) if keep_scores else (None,) * 4
-    return y, (*of_norm, attended if keep_attended else None, *inner)
+    keep_attended = keep_attended or lse is not None
+    return y, (*of_norm, attended if keep_attended else None, *inner, lse, low)
 
 
 def attention_block_backward(
     dy: Tensor, saved: Iterator[Any], tail: Sequence[bool], options: Options,
     *, want_scores: bool, want_residual: bool,
-) -> tuple[Tensor | None, Any, list[Any], Masks]:  # fmt: skip
-    """The gradients of the attention's result, the residual and the tail; the masks."""
+) -> tuple[Tensor | None, Any, list[Any], Masks, Kept]:  # fmt: skip
+    """The gradients of the attention's result, the residual and the tail; masks, what is kept."""
     dx, dresidual, of_norm = normed_backward(
         dy, saved, tail[1:], options,
         want_x=want_scores or tail[0], want_residual=want_residual,
     )  # fmt: skip
-    attended, dense, *masks = islice(saved, 5)
+    attended, dense, *masks, lse, low = islice(saved, 7)
     ddense = torch.mm(dx.t(), attended) if tail[0] else None
     do = torch.mm(dx, dense) if want_scores else None
-    return do, dresidual, [ddense, *of_norm], tuple(masks)
+    return do, dresidual, [ddense, *of_norm], tuple(masks), (attended, lse, low)
 
 
 def mlp_block(

@@ -95,17 +95,18 @@ def forward(needs_grad, x, parameters, bias, key_mask, seed, *, heads, scale, dr
     qkv = qkv.view(batch, tokens, 3 * features)
     q, k, v = _parts(qkv, heads)
     any_needed = needs_grad.x or needs_grad.parameters or needs_grad.bias
-    o = attention_forward(
+    out = x.new_empty(batch, tokens, features)
+    _, lse, low = attention_forward(
         q, k, v, None, None, bias, key_mask, seed,
-        scale=score_scale(scale, features // heads), dropout=dropout,
+        scale=score_scale(scale, features // heads), dropout=dropout, o=_heads(out, heads),
+        keep=bool(any_needed),
     )  # fmt: skip
-    out = o.transpose(1, 2).reshape(batch, tokens, features)
     if not any_needed:
         return out, ()
     return out, (
         x if needs_grad.parameters else None,
         *(parameters[:3] if needs_grad.x else (None, None, None)),
-        qkv, bias, key_mask, seed if dropout > 0 else None,
+        qkv, bias, key_mask, seed if dropout > 0 else None, None if lse is None else out, lse, low,
     )  # fmt: skip
 
 
@@ -114,21 +115,20 @@ def backward(
     needs_grad: Any, saved_tensors: Any, dout: Tensor,
     *, heads: int, scale: float | None, dropout: float,
 ) -> tuple[Any, ...]:  # fmt: skip
-    x, *weights, qkv, bias, key_mask, seed = saved_tensors
+    x, *weights, qkv, bias, key_mask, seed, out, lse, low = saved_tensors
     batch, tokens, features = dout.shape
     q, k, v = _parts(qkv, heads)
     do, scale = _heads(dout.contiguous(), heads), score_scale(scale, features // heads)
     dx = dparameters = dbias = None
     if needs_grad.bias:
-        dbias = bias_gradient(
-            do, q, k, v, None, None, bias, key_mask, seed, scale, dropout
-        )  # fmt: skip
+        dbias = bias_gradient(do, q, k, v, None, None, bias, key_mask, seed, scale, dropout)
     if not (needs_grad.x or needs_grad.parameters):
         return None, None, dbias, None, None
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     attention_backward(
         do, q, k, v, None, None, bias, key_mask, seed, scale=scale, dropout=dropout,
         want_q=True, want_kv=True, want_kv2=False, into=_parts(dqkv, heads),
+        kept=(out if out is None else _heads(out, heads), lse, low),
     )  # fmt: skip
     rows = dqkv.view(batch * tokens, 3 * features)
     if needs_grad.x:

@@ -1,0 +1,120 @@
+"""Tile operations of attention's backward in 16 bits.
+
+The forward has kept two things of each row: the logarithm, to base 2, of the sum of exponentials of
+its scores (``lse``), and its result o as two 16-bit numbers, ``high`` and ``low``. A tile lies
+``[keys, rows]`` or ``[rows, keys]``; KEYS is the axis of the keys.
+"""
+
+from __future__ import annotations
+
+from ._attention_tiles import LOG2_E, dropout_factor, load_parts
+from ._triton import tl, triton
+
+LARGEST_STRIDE = tl.constexpr(2**23 - 16)  # so the offsets in a tile of 256 rows fit in int32
+
+
+@triton.jit
+def tile_offsets(local, stride, WIDE: tl.constexpr):
+    """Offsets of a tile's rows from its first row, in int64 if WIDE, else in int32."""
+    if WIDE:
+        return local.to(tl.int64) * stride
+    return local * tl.minimum(stride, LARGEST_STRIDE)
+
+
+@triton.jit
+def tile_product(a1, a2, b1, b2, D2: tl.constexpr, KEYS: tl.constexpr):
+    """The products of keys a and rows b, summed over both parts."""
+    if KEYS == 0:
+        x = tl.dot(a1, tl.trans(b1))
+        if D2 > 0:
+            x = tl.dot(a2, tl.trans(b2), x)
+    else:
+        x = tl.dot(b1, tl.trans(a1))
+        if D2 > 0:
+            x = tl.dot(b2, tl.trans(a2), x)
+    return x
+
+
+@triton.jit
+def head_and_query(row, kv_head, group, queries, ONE_HEAD: tl.constexpr):
+    """The head and the query of rows of a key head, in int64; ONE_HEAD: it serves one head."""
+    if ONE_HEAD:
+        return kv_head + row.to(tl.int64) * 0, row.to(tl.int64)
+    return kv_head * group + row // queries, (row % queries).to(tl.int64)
+
+
+@triton.jit
+def mean_of_dp(
+    do1, do2, row, inside, first, rows, kv_head, group, queries,
+    o_ptr, o_head, o_query, low_ptr, low_head, low_query,
+    d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
+    ONE_HEAD: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """``sum(do * o)`` of each row of a tile, which is the mean of dp under its probabilities.
+
+    o's high part takes the place of the values in the product that yields dp, and the diagonal of
+    that product is taken. So where one key has all the weight, the mean equals that key's dp
+    exactly.
+    """
+    head, query = head_and_query(row, kv_head, group, queries, ONE_HEAD)
+    low1, low2 = load_parts(low_ptr, head * low_head + query * low_query, inside, d, D1, D2)
+    mean = tl.sum(do1.to(tl.float32) * low1.to(tl.float32), axis=1)
+    if D2 > 0:
+        mean += tl.sum(do2.to(tl.float32) * low2.to(tl.float32), axis=1)
+    column = tl.arange(0, BLOCK_M)
+    for start in tl.static_range(0, BLOCK_M, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        head, query = head_and_query(first + n, kv_head, group, queries, ONE_HEAD)
+        there = (n < BLOCK_M) & (first + n < rows)
+        high1, high2 = load_parts(o_ptr, head * o_head + query * o_query, there, d, D1, D2)
+        product = tile_product(high1, high2, do1, do2, D2, KEYS)
+        diagonal = tl.expand_dims(n, 1 - KEYS) == tl.expand_dims(column, KEYS)
+        mean += tl.sum(tl.where(diagonal, product, 0.0), axis=KEYS)
+    return mean
+
+
+@triton.jit
+def probabilities_and_gradients(
+    s, dp, lse, delta, n, inside_keys, first, image, head, query, batch_head, inside,
+    bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
+    seed_ptr, drop_below, survivor_scale, scale,
+    FULL: tl.constexpr, dtype: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """A tile of p after dropout and of ds, in ``dtype``, from the products s and dp.
+
+    ``lse`` is +Inf for rows that see no key, so their p is 0. In bf16 ds includes the factor
+    ``scale``, and so does ``delta``, the mean of dp; in fp16 that would make small numbers
+    subnormal. ``first`` is the number of the source's first key among the keys of all sources.
+    FULL: all rows of the tile exist, else those that are ``inside``.
+    """
+    s *= scale * LOG2_E
+    key = (first + n).to(tl.int64)
+    if bias_ptr is not None:
+        row = image * bias_batch + head * bias_head + query * bias_query
+        at = bias_ptr + (tl.expand_dims(row, KEYS) + tl.expand_dims(key * bias_key, 1 - KEYS))
+        there = tl.expand_dims(inside_keys, 1 - KEYS) & tl.expand_dims(inside, KEYS)
+        s += tl.load(at, mask=there, other=0.0).to(tl.float32) * LOG2_E
+    seen = inside_keys
+    if mask_ptr is not None:
+        at = mask_ptr + image * mask_batch + key * mask_key
+        seen = tl.load(at, mask=inside_keys, other=0) != 0
+    seen = tl.expand_dims(seen, 1 - KEYS)
+    p = tl.exp2(tl.where(seen, s, -float("inf")) - tl.expand_dims(lse, KEYS))  # NaN stays NaN
+    if not FULL:  # a row past the last has 0 * Inf = NaN
+        there = tl.expand_dims(inside, KEYS)
+        p, dp = tl.where(there, p, 0.0), tl.where(there, dp, 0.0)
+    dropped = p
+    if seed_ptr is not None:
+        factor = dropout_factor(
+            seed_ptr, drop_below, survivor_scale, first + n, query, batch_head, KEYS
+        )
+        dp *= factor
+        dropped = p * factor
+    if dtype == tl.bfloat16:
+        dp *= scale
+    ds = p * (dp - tl.expand_dims(delta, KEYS))
+    if seed_ptr is not None:  # a key with all the weight: the rounding of a scaled o would remain
+        ds = tl.where(p == 1.0, 0.0, ds)
+    if mask_ptr is not None:  # 0 even where a hidden value is not finite
+        ds = tl.where(seen, ds, 0.0)
+    return dropped.to(dtype), ds.to(dtype)
