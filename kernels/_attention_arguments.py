@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,13 @@ _NO_MASKS = (None, 0, 0, 0, 0, None, 0, 0, None, 0, 1.0)
 def by_strides(x: Tensor | None) -> Strided:
     """The argument for ``(images, heads, tokens, d)``, or for None."""
     return ABSENT if x is None else (x, *x.stride()[:3])  # type: ignore[return-value]
+
+
+def new_kept(o: Tensor, shape: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+    """Memory for lse, of this shape, and low, which the forward keeps; None in fp32."""
+    if o.dtype is torch.float32:
+        return None, None
+    return o.new_empty(shape, dtype=torch.float32), torch.empty_like(o)
 
 
 def kept_by_strides(o: Tensor | None, lse: Tensor | None, low: Tensor | None) -> KeptByStrides:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from ._attention_tiles import LOG2_E, dropout_factor, load_parts
 from ._triton import tl, triton
 
-LARGEST_STRIDE = tl.constexpr(2**23 - 16)  # so the offsets in a tile of 256 rows fit in int32
+WIDE_STRIDE = 2**23 - 16  # of tokens; up to here the offsets in a tile of 256 fit in int32
+LARGEST_STRIDE = tl.constexpr(WIDE_STRIDE)
 
 
 @triton.jit

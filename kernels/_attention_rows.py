@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._attention_arguments import ABSENT, Kept, Masks, Strided
+from ._attention_arguments import ABSENT, Kept, Masks, Strided, new_kept
 from ._cross_attention_backward import launch_backward
 from ._launcher import runs_triton
-from .cross_attention import attention_backward, attention_forward, launch_forward, new_kept
+from .cross_attention import attention_backward, attention_forward, launch_forward
 
 
 def rows_forward(

@@ -9,31 +9,44 @@ into two parts, each with a matrix product of its own: 80 = 64 + 16 is not padde
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from ._dropout import keep_tile
 from ._triton import tl, triton
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_OF_E = math.log2(math.e)
+LOG2_E = tl.constexpr(LOG2_OF_E)
 # Arguments that vary from call to call. By default Triton would compile further variants for the
 # value 1 and for multiples of 16.
 SIZES = ("kv_heads", "queries", "rows", "keys", "count", "drop_below")
 
 
 @triton.jit
+def addresses(ptr, row, col):
+    """The addresses of columns in rows at offsets ``row``; offsets in int32 are added in int32."""
+    if row.dtype == tl.int32:
+        return ptr + (row[:, None] + col[None, :])
+    return ptr + row[:, None] + col[None, :]
+
+
+@triton.jit
 def load_part(ptr, row, inside, first: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
     """Load D columns from ``first`` on of the rows at offsets ``row``; zeros beyond column d."""
     col = first + tl.arange(0, D)
+    at = addresses(ptr, row, col)
     mask = inside[:, None] & (col < d)[None, :] if d < first + D else inside[:, None]
-    return tl.load(ptr + (row[:, None] + col[None, :]), mask=mask, other=0.0)
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_part(ptr, row, inside, x, first: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
     """Store what `load_part` loads, in the pointer's dtype."""
     col = first + tl.arange(0, D)
+    at = addresses(ptr, row, col)
     mask = inside[:, None] & (col < d)[None, :] if d < first + D else inside[:, None]
-    tl.store(ptr + (row[:, None] + col[None, :]), x.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(at, x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._attention_arguments import KeptByStrides, Masks, Strided, mask_arguments
+from ._attention_gradient_tiles import WIDE_STRIDE
 from ._attention_shares import add_shares_kernel, gradient_splits, summing_programs
 from ._attention_tilings import tiling
 from ._cross_attention_backward_fp32 import launch_backward_fp32
@@ -24,7 +25,6 @@ from ._query_gradient import query_gradient_kernel
 from ._sizes import cdiv
 
 NOT_WRITTEN = (None, None, 0, 0, 0) * 2
-WIDE_STRIDE = 2**23 - 16  # between tokens; above it the offsets in a tile need int64
 
 
 def launch_backward(
@@ -57,7 +57,7 @@ def launch_backward(
     scored = mask_arguments(masks, dropout, (batch, heads, queries, keys + keys2))
     bias, seed = scored[0], scored[8]
     tiles = tiling(capability(like), rows, d, (bias is not None) + (seed is not None))
-    wide = max(q[3], do[3], k[3], v[3], k2[3], v2[3], dk[3], dk2[3]) > WIDE_STRIDE
+    wide = is_wide(q, do, k, v, k2, v2, dk, dk2)
     written = (dk[0], dv[0], *dk[1:], dk2[0], dv2[0], *dk2[1:])
     later = dk[0] is not None and not tiles.one_kernel
     programs = batch * kv_heads * cdiv(rows, tiles.block_m)
@@ -103,3 +103,8 @@ def launch_backward(
 def key_tiles(keys: int, keys2: int, block: int) -> int:
     """The number of tiles of the keys of both sources."""
     return cdiv(keys, block) + cdiv(keys2, block)
+
+
+def is_wide(*tensors: Strided) -> bool:
+    """Whether tokens are so far apart that the offsets in a tile do not fit in int32."""
+    return max([x[3] for x in tensors]) > WIDE_STRIDE

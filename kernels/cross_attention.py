@@ -21,6 +21,7 @@ from ._attention_arguments import (
     call_sizes,
     kept_by_strides,
     mask_arguments,
+    new_kept,
 )
 from ._attention_shares import combine_splits_kernel, key_splits, log_sum_exp
 from ._attention_tiles import (
@@ -35,7 +36,7 @@ from ._attention_tiles import (
 )
 from ._attention_tilings import head_parts, row_block, tile_divisor
 from ._cross_attention_backward import launch_backward
-from ._launcher import Config, dense, is_traced, kernel, precision, runs_triton
+from ._launcher import Config, capability, dense, is_traced, kernel, precision, runs_triton
 from ._sizes import cdiv, next_power_of_2
 from ._triton import tl, triton
 
@@ -75,7 +76,11 @@ def _attend(
     return largest, total, acc1, acc2
 
 
-@kernel(Config({"BLOCK_N": 64}, num_warps=4, num_stages=2))
+# With what is kept for backward the first spills before sm_90.
+CONFIGS = [Config({"BLOCK_N": 64}, num_warps=4, num_stages=stages) for stages in (2, 3)]
+
+
+@kernel(*CONFIGS, choose=lambda number: number, exclusive=True)
 @triton.jit(do_not_specialize=[*SIZES, "keys2", "splits"])
 def cross_attention_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
@@ -145,14 +150,14 @@ def cross_attention_kernel(
         inverse = 1.0 / tl.where(total == 0.0, 1.0, total)[None, :]  # all keys masked: zeros
         acc1, acc2 = acc1 * inverse, acc2 * inverse
         out_row = ((image * queries + query) * kv_heads * group + head) * d
-        acc1, acc2 = tl.trans(acc1), tl.trans(acc2)
-        store_parts(o_ptr, out_row, inside_rows, acc1, acc2, d, D1, D2)
+        high1, high2 = acc1.to(q1.dtype), acc2.to(q1.dtype)
+        store_parts(o_ptr, out_row, inside_rows, tl.trans(high1), tl.trans(high2), d, D1, D2)
         if lse_ptr is not None:
             lse = log_sum_exp(largest, total)
             tl.store(lse_ptr + batch_head * queries + query, lse, mask=inside_rows)
-            acc1 -= acc1.to(q1.dtype).to(tl.float32)
-            acc2 -= acc2.to(q1.dtype).to(tl.float32)
-            store_parts(low_ptr, out_row, inside_rows, acc1, acc2, d, D1, D2)
+            low1 = (acc1 - high1.to(tl.float32)).to(q1.dtype)
+            low2 = (acc2 - high2.to(tl.float32)).to(q1.dtype)
+            store_parts(low_ptr, out_row, inside_rows, tl.trans(low1), tl.trans(low2), d, D1, D2)
 
 
 def attention_forward(
@@ -181,13 +186,6 @@ def attention_forward(
     elif not is_traced(q):
         aten.forward(q, k, v, k2, v2, bias, key_mask, seed, scale, dropout, o)
     return o, lse, low
-
-
-def new_kept(o: Tensor, shape: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
-    """Memory for lse, of this shape, and low, which the forward keeps; None in fp32."""
-    if o.dtype is torch.float32:
-        return None, None
-    return o.new_empty(shape, dtype=torch.float32), torch.empty_like(o)
 
 
 def attention_backward(
@@ -287,6 +285,7 @@ def launch_forward(
         out, stats, lse, low,
         kv_heads, heads // kv_heads, queries, rows, keys, keys2, count, splits, scale, d,
         *head_parts(d), block, tile_divisor(o.dtype, d), splits > 1, precision(o.dtype),
+        size=int(lse is not None and d <= 64 and capability(o) < 90),
     )  # fmt: skip
     if splits > 1:
         combine_splits_kernel(

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _media_cross_attention_aten as aten
 from ._attention_shares import combine_splits_kernel, key_splits
 from ._attention_tiles import (
-    LOG2_E,
+    LOG2_OF_E,
     SIZES,
     dot_parts,
     load_parts,
@@ -43,7 +43,7 @@ def _attend_to_medium(
     key = medium.to(tl.int64) * tokens_per_media + n
     k1, k2 = load_parts(k_ptr, key * k_key, inside, d, D1, D2)
     v1, v2 = load_parts(v_ptr, key * v_key, inside, d, D1, D2)
-    s = dot_parts(q1, q2, k1, k2, D2, PRECISION) * (scale * LOG2_E)
+    s = dot_parts(q1, q2, k1, k2, D2, PRECISION) * scale
     if UNATTENDED == "uniform":
         s = tl.where(unattended_rows[:, None], 0.0, s)
     s = tl.where(seen[:, None] & inside[None, :], s, -float("inf"))
@@ -264,7 +264,7 @@ def _launch_forward(
         lambda blocks: (programs * splits,),
         q, *strides(q), k, *strides(k), v, *strides(v), index, q_norm, out, stats,
         kv_heads, heads // kv_heads, queries, rows, keys // tokens_per_media, tokens_per_media,
-        count, splits, scale, eps, attend, unattended,
+        count, splits, scale * LOG2_OF_E, eps, attend, unattended,  # scores are to base 2
         d, *head_parts(d), block, tile_divisor(q.dtype, d), splits > 1, precision(q.dtype),
     )  # fmt: skip
     if splits > 1:
