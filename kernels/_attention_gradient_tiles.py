@@ -88,19 +88,20 @@ def probabilities_and_gradients(
     subnormal. ``first`` is the number of the source's first key among the keys of all sources.
     FULL: all rows of the tile exist, else those that are ``inside``.
     """
-    s *= scale * LOG2_E
+    exponent = s * (scale * LOG2_E) - tl.expand_dims(lse, KEYS)
     key = (first + n).to(tl.int64)
     if bias_ptr is not None:
         row = image * bias_batch + head * bias_head + query * bias_query
         at = bias_ptr + (tl.expand_dims(row, KEYS) + tl.expand_dims(key * bias_key, 1 - KEYS))
         there = tl.expand_dims(inside_keys, 1 - KEYS) & tl.expand_dims(inside, KEYS)
-        s += tl.load(at, mask=there, other=0.0).to(tl.float32) * LOG2_E
+        exponent += tl.load(at, mask=there, other=0.0).to(tl.float32) * LOG2_E
     seen = inside_keys
     if mask_ptr is not None:
         at = mask_ptr + image * mask_batch + key * mask_key
         seen = tl.load(at, mask=inside_keys, other=0) != 0
     seen = tl.expand_dims(seen, 1 - KEYS)
-    p = tl.exp2(tl.where(seen, s, -float("inf")) - tl.expand_dims(lse, KEYS))  # NaN stays NaN
+    hidden = tl.expand_dims(-float("inf") - lse, KEYS)  # NaN in a row of NaN
+    p = tl.exp2(tl.where(seen, exponent, hidden))
     if not FULL:  # a row past the last has 0 * Inf = NaN
         there = tl.expand_dims(inside, KEYS)
         p, dp = tl.where(there, p, 0.0), tl.where(there, dp, 0.0)

@@ -48,7 +48,7 @@ def _gradients_of_keys(
         head = kv_head * group + step // blocks
         token = tl.cast(step % blocks, tl.int64) * BLOCK_M  # of the tile's first row
         query = token + r
-        inside = query < queries
+        inside = r < queries - token.to(tl.int32)
         batch_head = image * kv_heads * group + head
         place = batch_head * queries + token
         own = q_ptr + head * q_head + token * q_query
