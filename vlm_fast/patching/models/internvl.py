@@ -88,7 +88,7 @@ class FusedShuffleMerge(FusedMerge):
             return super().pixel_shuffle(x, scale_factor)  # type: ignore[misc]
         down, across = height // FACTOR, width // FACTOR
         shape = (batch, down, across, FACTOR**2 * features)
-        projector = self._modules["multi_modal_projector"]  # type: ignore[has-type]
+        projector = self.__dict__["_modules"]["multi_modal_projector"]
         deferred = height == width and isinstance(projector, FusedNormedMLP)
         # A FakeTensor cannot change its type, and the compiler fuses the norm itself.
         if deferred and type(x) is Tensor and not torch.compiler.is_compiling():
