@@ -40,7 +40,7 @@ def test_each_gradient_by_itself(shape):
 
 def test_an_image_needs_queries_and_one_sequence():
     args, options = qformer_layer.sample(SHAPES["text"])
-    with pytest.raises(ValueError, match="image_kv .* expected None, without query tokens"):
+    with pytest.raises(ValueError, match=r"image_kv .* expected None, without query tokens"):
         qformer_layer(args[0], torch.randn(2, 7, 48), *args[2:], **options)
     args, options = qformer_layer.sample(SHAPES["both"])
     with pytest.raises(ValueError, match="expected one image for one sequence with text"):
