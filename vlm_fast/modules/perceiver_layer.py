@@ -6,12 +6,13 @@ concatenated: the attention op takes both.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.direct_runs import mlp_part
@@ -46,8 +47,39 @@ class Layer(NamedTuple):
     head_norms: tuple[Any, Any] | None = None
 
 
+def directly(layer: Layer) -> Layer:
+    """A layer whose linears and norms are read instead of called.
+
+    To be called after `why_not_direct_tree` has given None for their root.
+    """
+    q_norm_and_k_norm = layer.head_norms
+    if q_norm_and_k_norm is not None:
+        q_norm_and_k_norm = (read_directly(q_norm_and_k_norm[0]), q_norm_and_k_norm[1])
+    return layer._replace(
+        norm_context=read_directly(layer.norm_context),
+        norm_latents=read_directly(layer.norm_latents),
+        query=read_directly(layer.query),
+        key_value=tuple(map(read_directly, layer.key_value)),
+        out=read_directly(layer.out),
+        head_norms=q_norm_and_k_norm,
+    )
+
+
+def read_directly(module: Any) -> Any:
+    """What an nn.Linear or nn.LayerNorm computes, as a function of its parameters."""
+    if type(module) is nn.Linear:
+        return functools.partial(F.linear, weight=module.weight, bias=module.bias)
+    if type(module) is nn.LayerNorm:
+        return functools.partial(
+            torch.layer_norm, normalized_shape=module.normalized_shape, weight=module.weight,
+            bias=module.bias, eps=module.eps,
+        )  # fmt: skip
+    return module
+
+
 def fused_sequence(norm: Any, linear_1: Any, act: Any, linear_2: Any) -> Callable[[Tensor], Tensor]:
-    """``linear_2(act(linear_1(norm(x))))`` as a function."""
+    """``linear_2(act(linear_1(norm(x))))`` as a function, which reads their parameters."""
+    norm = read_directly(norm)
     parts = (mlp_part((linear_1, act, linear_2), "preactivation"),)
     return lambda x: run_parts(OP, norm(x), parts)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
@@ -26,7 +24,7 @@ from vlm_fast.modules.parameter_access.module_tree import (
     why_tree_dtypes_differ,
 )
 from vlm_fast.modules.parameter_access.remembered import ask_once
-from vlm_fast.modules.perceiver_layer import Layer, resample
+from vlm_fast.modules.perceiver_layer import Layer, directly, resample
 from vlm_fast.ops.argument_errors import wrong_value
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.patched_module import PatchedModule
@@ -128,16 +126,12 @@ def _layers_of(resampler: Any) -> tuple[list[Layer], Callable[[Tensor], Tensor]]
 
 def _layer(layer: Any) -> Layer:
     attention = layer.self_attn
-    q, k, v, out = (
-        functools.partial(F.linear, weight=linear.weight, bias=linear.bias)
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    )
     norm = _norm(layer.post_attention_layernorm)
-    return Layer(
-        _norm(layer.input_context_norm), _norm(layer.input_latents_norm), q, (k, v), out,
-        attention.num_heads, attention.num_key_value_heads, attention_scale(attention),
-        lambda x: layer.mlp(norm(x)),
-    )  # fmt: skip
+    return directly(Layer(
+        _norm(layer.input_context_norm), _norm(layer.input_latents_norm), attention.q_proj,
+        (attention.k_proj, attention.v_proj), attention.o_proj, attention.num_heads,
+        attention.num_key_value_heads, attention_scale(attention), lambda x: layer.mlp(norm(x)),
+    ))  # fmt: skip
 
 
 def _norm(norm: Any) -> Callable[[Tensor], Tensor]:
