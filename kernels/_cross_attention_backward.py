@@ -79,7 +79,7 @@ def launch_backward(
         kv_heads, group, queries, rows, keys, keys2, count, splits, splits2, scale,
         d, *tiles.widths, tiles.block_m,
         group == 1, rows % tiles.block_m == 0, tiles.keys_axis, wide,
-        size=tiles.config,
+        config=tiles.config,
     )  # fmt: skip
     adding = summing_programs(size)
     if later:
@@ -94,7 +94,7 @@ def launch_backward(
             shares, dq[0] if size else None, size, splits + splits2,
             kv_heads, group, queries, keys, keys2, pairs, scale,
             d, *tiles.widths, tiles.key_block_m, queries % tiles.key_block_m == 0, wide,
-            size=tiles.key_config,
+            config=tiles.key_config,
         )  # fmt: skip
     elif size:
         add_shares_kernel(lambda blocks: (adding,), shares, dq[0], size, splits + splits2)

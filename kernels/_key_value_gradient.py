@@ -76,7 +76,7 @@ def _gradients_of_keys(
     store_parts(dk_ptr + far * dk_key, at, inside_keys, dk1, dk2, d, D1, D2)
 
 
-@kernel(*CONFIGS, choose=lambda number: number, exclusive=True)
+@kernel(*CONFIGS, exclusive=True)
 @triton.jit(do_not_specialize=[*SIZES, "keys2", "pairs", "shares"])
 def key_value_gradient_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)

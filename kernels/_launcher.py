@@ -63,8 +63,9 @@ class Kernel:
     """A Triton kernel with its config, launched by ``kernel(grid, *arguments)``.
 
     ``grid`` maps the block sizes to the number of programs. A kernel may have several configs:
-    ``choose`` then maps the ``size`` of a call to the index of a config. If they are ``exclusive``,
-    a call can run with the chosen config only; with others its registers might spill.
+    ``choose`` then maps the ``size`` of a call to the index of a config, or the call names the
+    ``config``. If configs are ``exclusive``, a call can run with that one only; with others its
+    registers might spill.
 
     Attributes:
         launch: launches with a config; Triton's own launch until it has compiled a kernel, then a
@@ -83,8 +84,8 @@ class Kernel:
         self.launch: Callable[..., Any] = self.launch_by_triton
         KERNELS[self.name] = self
 
-    def __call__(self, grid: Grid, *arguments: Any, size: int = 0) -> None:
-        self.launch(0 if self.choose is None else self.choose(size), grid, *arguments)
+    def __call__(self, grid: Grid, *arguments: Any, size: int = 0, config: int = 0) -> None:
+        self.launch(config if self.choose is None else self.choose(size), grid, *arguments)
 
     def launch_by_triton(self, config: int, grid: Grid, *arguments: Any) -> Recipe | None:
         """Record the launch if asked for, and run it unless the tensors are traced.

@@ -24,7 +24,7 @@ CONFIGS = (  # `tiling` chooses by their numbers
 )
 
 
-@kernel(*CONFIGS, choose=lambda number: number, exclusive=True)
+@kernel(*CONFIGS, exclusive=True)
 @triton.jit(do_not_specialize=[*SIZES, "keys2", "splits", "splits2"])
 def query_gradient_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)

@@ -80,7 +80,7 @@ def _attend(
 CONFIGS = [Config({"BLOCK_N": 64}, num_warps=4, num_stages=stages) for stages in (2, 3)]
 
 
-@kernel(*CONFIGS, choose=lambda number: number, exclusive=True)
+@kernel(*CONFIGS, exclusive=True)
 @triton.jit(do_not_specialize=[*SIZES, "keys2", "splits"])
 def cross_attention_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
@@ -285,7 +285,7 @@ def launch_forward(
         out, stats, lse, low,
         kv_heads, heads // kv_heads, queries, rows, keys, keys2, count, splits, scale, d,
         *head_parts(d), block, tile_divisor(o.dtype, d), splits > 1, precision(o.dtype),
-        size=int(lse is not None and d <= 64 and capability(o) < 90),
+        config=int(lse is not None and d <= 64 and capability(o) < 90),
     )  # fmt: skip
     if splits > 1:
         combine_splits_kernel(

@@ -102,9 +102,8 @@ def attention_block(
     options: Options, *, keep: bool, keep_scores: bool, keep_attended: bool,
 ) -> tuple[Tensor, Saved]:  # fmt: skip
     """``LayerNorm(dropout(dense(attention)) + residual)``; tail: of the dense layer and norm."""
-    attended, lse, low = rows_forward(
-        *at, masks, options.scale, options.attention_dropout, keep_scores
-    )
+    scale, dropout = options.scale, options.attention_dropout
+    attended, *kept = rows_forward(*at, masks, scale, dropout, keep_scores)
     x = F.linear(attended, tail[0])
     if residual.ndim == 3:
         x = x.view(*residual.shape)
@@ -112,8 +111,8 @@ def attention_block(
     if not keep:
         return y, ()
     inner = (tail[0], *masks) if keep_scores else (None,) * 4
-    keep_attended = keep_attended or lse is not None
-    return y, (*of_norm, attended if keep_attended else None, *inner, lse, low)
+    keep_attended = keep_attended or kept[0] is not None
+    return y, (*of_norm, attended if keep_attended else None, *inner, *kept)
 
 
 def attention_block_backward(
@@ -122,9 +121,8 @@ def attention_block_backward(
 ) -> tuple[Tensor | None, Any, list[Any], Masks, Kept]:  # fmt: skip
     """The gradients of the attention's result, the residual and the tail; masks, what is kept."""
     dx, dresidual, of_norm = normed_backward(
-        dy, saved, tail[1:], options,
-        want_x=want_scores or tail[0], want_residual=want_residual,
-    )  # fmt: skip
+        dy, saved, tail[1:], options, want_x=want_scores or tail[0], want_residual=want_residual
+    )
     attended, dense, *masks, lse, low = islice(saved, 7)
     ddense = torch.mm(dx.t(), attended) if tail[0] else None
     do = torch.mm(dx, dense) if want_scores else None
