@@ -79,7 +79,7 @@ def tiling(capability: int, rows: int, d: int, heavy: int) -> Tiling:
     """
     before_hopper, wide = capability < 90, d > 64
     block_m = max(16, next_power_of_2(rows))
-    one_kernel = block_m <= (64 if wide or (before_hopper and heavy) else 128)
+    one_kernel = block_m <= (64 if wide or before_hopper else 128)
     if not one_kernel:
         block_m = 64
     widths = head_parts(d)
@@ -99,7 +99,7 @@ def _for_rows(
     if d > 64 and (before_hopper or heavy):
         return KEYS_32_WARPS_8, 1
     if block_m == 128:
-        return (KEYS_32_WARPS_8 if before_hopper or heavy else KEYS_64_WARPS_8), 1
+        return (KEYS_32_WARPS_8 if heavy else KEYS_64_WARPS_8), 1
     if before_hopper:
         return KEYS_32, 2
     if heavy:

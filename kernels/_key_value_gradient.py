@@ -97,7 +97,7 @@ def key_value_gradient_kernel(
     program = tl.program_id(0)
     tiles = tl.cdiv(keys, BLOCK_N)
     both = tiles + tl.cdiv(keys2, BLOCK_N)
-    programs = pairs * both  # of gradients
+    programs = pairs.to(tl.int64) * both  # of gradients
     if program < programs:
         tile, heads = program % both, program // both
         kv_head, image = (heads % kv_heads).to(tl.int64), (heads // kv_heads).to(tl.int64)
