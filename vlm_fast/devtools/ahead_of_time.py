@@ -243,8 +243,13 @@ def fake_arguments(
     return op._bind(tree_map_only(Tensor, _on_cuda, values), settings)
 
 
-def run_with_gradients(op: Op[..., Any], values: tuple[Any, ...], settings: dict[str, Any]) -> None:
-    """Run the op's forward and backward functions for the gradients of all arguments.
+def run_with_gradients(
+    op: Op[..., Any],
+    values: tuple[Any, ...],
+    settings: dict[str, Any],
+    between: Callable[[], None] = lambda: None,
+) -> None:
+    """Run the op's forward, ``between()``, and its backward for the gradients of all arguments.
 
     This bypasses autograd: the autograd engine of a CPU build of torch has no CUDA device, not even
     for fake tensors.
@@ -253,6 +258,7 @@ def run_with_gradients(op: Op[..., Any], values: tuple[Any, ...], settings: dict
     count = path.count(values)
     needs = tuple(isinstance(v, Tensor) and v.is_floating_point() for v in path.flatten(values))
     result, kept = path.forward(path.needs_of(needs, count), *values, **settings)
+    between()
     dy = [torch.empty_like(r) for r in ((result,) if path.single else result)]
     path.gradients(needs, count, kept, dy, settings)
 
