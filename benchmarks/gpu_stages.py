@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -18,6 +17,7 @@ from vlm_fast.benchmarks import (
     gpu_checks,
     gpu_compile,
     gpu_hopper,
+    gpu_ops,
     gpu_proof,
     image_token_merge,
     models,
@@ -110,15 +110,9 @@ def memcheck(results: Results, device: str, deadline: float) -> list[str]:
 
 def benchmark_ops(results: Results, device: str, deadline: float) -> list[str]:
     results["ops"] = rows = []
-    for row, _ in ops.measure(
-        ops.Selection(), quick=device == "cpu", device=device, seconds=0.08,
-        deadline=deadline, thorough=False,
-    ):  # fmt: skip
-        rows.append(row)
-        if time.monotonic() > deadline:
-            return ["out of time"]
+    failures = gpu_ops.measure(device, deadline, rows, quick=device == "cpu")
     ops.show(rows, device)
-    return []
+    return failures
 
 
 def model(name: str) -> Callable[[Results, str, float], list[str]]:

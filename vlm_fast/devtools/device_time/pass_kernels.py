@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from vlm_fast.devtools import ahead_of_time
+from vlm_fast.devtools import fake_runs
 from vlm_fast.kernels._launcher import Launch, recording
 from vlm_fast.ops.declaration import Op
 from vlm_fast.verification.tolerance import convert, differentiable
@@ -44,13 +44,13 @@ def of_op(
 ) -> Passes:
     """The forward without gradients and the backward for all of them, of an op's kernels."""
     with FakeTensorMode(), torch.no_grad(), recording() as launches:
-        values, settings = ahead_of_time.fake_arguments(op, shape, dtype)
+        values, settings = fake_runs.fake_arguments(op, shape, dtype)
         path = op._path
         with _Recorder(launches) as recorder:
             path.forward(path.none_needed, *op.accepted(values, settings), **settings)
             found = {"forward": recorder.kernels()}
             if not op.returns_indices:
-                ahead_of_time.run_with_gradients(op, values, settings, recorder.restart)
+                fake_runs.run_with_gradients(op, values, settings, recorder.restart)
                 found["backward"] = recorder.kernels()
     return found
 
