@@ -17,6 +17,7 @@ from vlm_fast.benchmarks import (
     gpu_checks,
     gpu_compile,
     gpu_hopper,
+    gpu_library_attention,
     gpu_ops,
     gpu_proof,
     image_token_merge,
@@ -115,6 +116,14 @@ def benchmark_ops(results: Results, device: str, deadline: float) -> list[str]:
     return failures
 
 
+def library_attention(results: Results, device: str, deadline: float) -> list[str]:
+    """What decides whether a library may serve plain attention; nothing here is a failure."""
+    results["library_attention"] = gpu_library_attention.evidence(
+        device, deadline, quick=device == "cpu"
+    )
+    return []
+
+
 def model(name: str) -> Callable[[Results, str, float], list[str]]:
     """A stage that measures a whole model before and after the patch."""
 
@@ -163,6 +172,7 @@ STAGES = (
     Stage("proof", 70, proof, needs_cuda=False),
     Stage("Hopper GEMMs", 10, hopper_gemms),
     Stage("ops", 105, benchmark_ops, needs_cuda=False, timed=True),
+    Stage("library attention", 8, library_attention, needs_cuda=False),
     Stage("LLaVA", 25, model("llava"), needs_cuda=False, timed=True),
     Stage("Flamingo", 20, family(gated_cross_attention, 1.0), needs_cuda=False, timed=True),
     Stage("Q-Former", 25, family(qformer, 1.0), needs_cuda=False, timed=True),
