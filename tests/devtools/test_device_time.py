@@ -3,17 +3,20 @@
 import dataclasses
 import json
 import statistics
+import sys
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.support.cases import OPS
 from vlm_fast.cli import main
 from vlm_fast.devtools.device_time import calibration, causes, count_measured, measured_rows
 from vlm_fast.devtools.device_time.counts import KernelCounts
 from vlm_fast.devtools.device_time.model import BOUNDS, Table, microseconds
 from vlm_fast.devtools.device_time.occupancy import occupancy
 from vlm_fast.devtools.device_time.pass_kernels import AtenKernel, bytes_of
+from vlm_fast.verification import results_files
 
 CONSTANTS = calibration.read_calibration()["constants"]
 IDLE = KernelCounts("k", 132, 4, 8, 0, 0, 0, 0, 0, 0)
@@ -225,3 +228,36 @@ def test_a_report_is_of_one_gpu_and_checks_nothing(arguments):
     pytest.importorskip("triton")
     found = call(*arguments)
     assert found.exit_code == main.Exit.USAGE and "--report is of sm_90 alone" in found.output
+
+
+def results_of_one_op(sources):
+    modes = ("forward", "backward")
+    rows = [
+        dict(op="gated_add", shape=shape, provider=provider, mode=mode, status="measured",
+             median=1e-5, launches=9, dtype="bfloat16")
+        for shape in OPS["gated_add"].bench_shapes
+        for provider in ("vlm_fast", "eager")
+        for mode in modes
+    ]  # fmt: skip
+    return dict(ops=rows, sources=sources, commit="new", capability="sm_90")
+
+
+@pytest.mark.parametrize("current", [True, False])
+def test_a_new_results_file_is_counted_where_the_source_is_the_measured_one(
+    monkeypatch, tmp_path, current
+):
+    pytest.importorskip("triton")
+    sources = results_files.sources(OPS["gated_add"]) if current else {"another": "file"}
+    content = results_of_one_op({"gated_add": sources})
+    (tmp_path / "GPU.json").write_text(json.dumps(content))
+    counts = tmp_path / "counts.json"
+    monkeypatch.setattr(results_files, "RESULTS", tmp_path)
+    monkeypatch.setattr(count_measured, "COUNTS", counts)
+    monkeypatch.setattr(sys, "argv", ["count_measured", "GPU"])
+    count_measured.main()
+    found = measured_rows.read_rows(counts)
+    assert {row.op for row in found} == ({"gated_add"} if current else set())
+    assert len(found) == (12 if current else 0)
+    for row in found:
+        assert row.measured == pytest.approx(10.0) and row.unseen == 9 - len(row.counts)
+        assert (row.provider == "vlm_fast") == isinstance(row.counts[0], KernelCounts)

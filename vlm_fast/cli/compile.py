@@ -86,6 +86,8 @@ def show_report(names: list[str] | None, as_json: bool) -> None:
         for row in found
     ]  # fmt: skip
     terminal.show("device time on an H200, bf16, in microseconds", columns, cells)
+    by_op = [(op, f"{value:.0%}") for op, value in error["median_by_op"].items()]
+    terminal.show("error of the model for an op left out of its fit", ("op", "median"), by_op)
     print(
         "Predicted by a model, not measured: of an op that its constants have not seen it is "
         f"{error['median']:.0%} off (median of {error['rows']} passes), one in ten more than "
