@@ -8,6 +8,7 @@ from typing import Any
 from vlm_fast.patching.models import (
     anyres,
     aria,
+    frame_pooler,
     idefics,
     idefics2,
     image_token_merge,
@@ -39,7 +40,7 @@ FAMILIES: list[tuple[type[PatchedModule], Callable[..., Any]]] = [
     (pixel_shuffle.FusedShuffleMLP, pixel_shuffle.recognise_llama4),
     (pooling.FusedPooledNorm, pooling.recognise_gemma3),
     (pooling.FusedPooledMLP, pooling.recognise_perception_lm),
-    (pooling.FusedPooler, pooling.recognise_next_video),
+    (frame_pooler.FusedPooler, frame_pooler.recognise),
     (pooling.FusedPooledFrames, pooling.recognise_onevision),
     (pooling.FusedFrameProjector, pooling.recognise_frame_projector),
     (mlp.FusedMLP, mlp.recognise),
