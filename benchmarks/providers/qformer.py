@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlm_fast.benchmarks.providers.peer import Peer, Unavailable
 from vlm_fast.ops.activations import activate
-from vlm_fast.ops.qformer_layer_parameters import MLP, SELF
+from vlm_fast.ops.qformer_layer_parameters import split
 
 Function = Callable[..., Any]
 
@@ -55,6 +55,8 @@ def self_attention(
 
 def qformer_layer(hidden: Tensor, image_kv: Tensor | None, *rest: Any, **options: Any) -> Function:
     without_dropout(options)
+    if options.get("text"):
+        raise Unavailable("takes query tokens alone")
     if image_kv is not None and image_kv.shape[0] != hidden.shape[0]:
         raise Unavailable("takes a sequence for each image")
 
@@ -63,7 +65,7 @@ def qformer_layer(hidden: Tensor, image_kv: Tensor | None, *rest: Any, **options
         key_mask: Any = None, image_mask: Any = None, *_: Any, heads: int,
         scale: float | None = None, eps: float = 1e-12, activation: str = "gelu", **options: Any,
     ) -> Tensor:  # fmt: skip
-        first, cross, last = parameters[:SELF], parameters[SELF:-MLP], parameters[-MLP:]
+        first, cross, last, _ = split(parameters, image_kv is not None, True)
 
         def normed(x: Tensor, residual: Tensor, tail: list[Tensor]) -> Tensor:
             weight, bias, *norm = tail
