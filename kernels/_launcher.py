@@ -47,7 +47,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Launch:
-    """A recorded launch: the kernel, its arguments by name, its grid, and its config's index."""
+    """A recorded launch: the kernel, its arguments by name, its grid and its config's number."""
 
     kernel: Kernel
     arguments: dict[str, Any]
