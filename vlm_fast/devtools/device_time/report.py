@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlm_fast.devtools import fake_runs
 from vlm_fast.devtools.device_time import counts, pass_kernels
 from vlm_fast.devtools.device_time.calibration import read_calibration
 from vlm_fast.devtools.device_time.causes import time_by_cause
@@ -93,7 +92,7 @@ def measured_times(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...]
 
 def _cost(op: Op[..., Any], shape: Mapping[str, Any]) -> Cost:
     with FakeTensorMode():
-        values, settings = fake_runs.fake_arguments(op, shape, torch.bfloat16)
+        values, settings = op.sample(shape, torch.bfloat16)
         return op.cost_of(*values, **settings)
 
 
