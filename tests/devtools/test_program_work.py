@@ -46,7 +46,8 @@ def test_loops_run_as_often_as_their_bounds_say():
     assert work.wide_flops == 2 * 2 * 64 * 16 * 32 and work.narrow_flops == 0
     assert work.moved["read", frozenset(["x_ptr"])] == 2 * 2 * (64 * 16 + 16 * 32)
     assert work.moved["written", frozenset(["y_ptr"])] == pytest.approx(32 * 4 / 3)
-    assert work.steps == 2 * 3 + 1  # two loads and a product a turn, and the reduction
+    assert work.steps == 2 + 1  # a product a turn, and the reduction
+    assert work.loads == work.looped_loads == 2 * 2
 
 
 def test_products_of_few_rows_or_warps_are_narrow():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vlm_fast.devtools import ahead_of_time, sass
-from vlm_fast.devtools.ahead_of_time import Build
+from vlm_fast.devtools.ahead_of_time import Build, Resources
 from vlm_fast.devtools.device_time.occupancy import occupancy
 from vlm_fast.devtools.device_time.pass_kernels import AtenKernel, bytes_of
 from vlm_fast.devtools.device_time.program_work import Program, Work
@@ -26,8 +26,10 @@ class KernelCounts:
         programs, warps: of the launch, and of a program.
         blocks: programs that a multiprocessor holds at a time.
         bytes: read from memory and written to it; what all programs read alike counts once.
-        instructions, steps, shared, wide_flops, narrow_flops: of one program, as of
+        instructions, shared, wide_flops, narrow_flops: of one program, as of
             `vlm_fast.devtools.device_time.work.Work`.
+        steps: of one program: products, reductions, and loads that nothing hides. Loads in loops
+            are hidden where the compiled code copies ahead (cp.async, TMA).
     """
 
     name: str
@@ -58,19 +60,18 @@ def count(kernels: Iterable[Launch | AtenKernel], arch: str) -> list[Counts]:
 def count_launch(launch: Launch, arch: str, config: int = 0) -> KernelCounts:
     """Compile the kernel of a launch with config number ``config`` and count its work."""
     options = launch.kernel.configs[config]
-    code, instructions, registers, shared_bytes = _compiled(
-        _Hashed(ahead_of_time.build_of(launch, arch, config))
-    )
+    code, instructions, resources = _compiled(_Hashed(ahead_of_time.build_of(launch, arch, config)))
     program = Program(code, launch.arguments, options.num_warps, unknown_trips(launch, config))
     grid = launch.programs(config)
     programs = math.prod(grid)
     work = program.work(grid)
     # Machine code has more instructions than Triton's IR has operations: addresses, conversions.
     work.instructions *= instructions / program.static_instructions()
-    fit = occupancy(arch, registers, shared_bytes, options.num_warps)
+    hidden = work.looped_loads if resources.async_loads + resources.tma else 0.0
+    fit = occupancy(arch, resources.registers, resources.shared_bytes, options.num_warps)
     return KernelCounts(
         launch.kernel.name, programs, options.num_warps, fit.blocks, _bytes(launch, work, programs),
-        round(work.instructions), round(work.steps), round(work.shared),
+        round(work.instructions), round(work.steps + work.loads - hidden), round(work.shared),
         round(work.wide_flops), round(work.narrow_flops),
     )  # fmt: skip
 
@@ -111,9 +112,9 @@ class _Hashed:
 
 
 @functools.cache
-def _compiled(hashed: _Hashed) -> tuple[str, int, int, int]:
-    """TTIR, machine instructions, registers and bytes of shared memory of a build."""
+def _compiled(hashed: _Hashed) -> tuple[str, int, Resources]:
+    """TTIR, number of machine instructions, and resources of a build."""
     (resources,) = ahead_of_time.count([hashed.build])
     asm = hashed.build.compile().asm
     instructions = len(sass.code(asm["cubin"])) // sass.INSTRUCTION_BYTES
-    return asm["ttir"], instructions, resources.registers, resources.shared_bytes
+    return asm["ttir"], instructions, resources

@@ -1,15 +1,15 @@
 """Device time from counts: the formulas, whose constants `calibration` fits.
 
 A pass takes ``first`` and the time of its kernels, each with the gap of a launch. A kernel of this
-package takes the longer of two: its bytes at ``bandwidth``, and rounds of programs over the
-multiprocessors. A program takes ``program`` and the longest of
+package joins two times: its bytes at ``bandwidth``, and rounds of programs over the
+multiprocessors. A round takes ``program`` and joins four:
 
-- latency: its instructions and its steps one after the other,
+- latency: the instructions and the steps of one program, one after the other,
 - issue: the instructions of all programs on the multiprocessor, at one a cycle and scheduler,
 - shared: their bytes through shared memory, at 128 a cycle,
 - products: their floating-point operations at a share of the tensor cores' rate.
 
-"The longest" is a norm, see `aten_time.longest`, because none hides behind another for nothing.
+Times are joined by a norm of them, see `aten_time.longest`, because they overlap in part.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from vlm_fast.devtools.device_time import aten_time
-from vlm_fast.devtools.device_time.aten_time import CYCLES, MULTIPROCESSORS, Constants, longest
+from vlm_fast.devtools.device_time.aten_time import (
+    CYCLES,
+    MULTIPROCESSORS,
+    PROGRAM_ORDER,
+    Constants,
+    longest,
+)
 from vlm_fast.devtools.device_time.counts import Counts, KernelCounts
 
 SCHEDULERS = 4  # of a multiprocessor
@@ -105,8 +111,9 @@ def kernel_parts(ours: Tensor, c: Constants) -> dict[str, Tensor]:
     """Microseconds of kernels of this package: of their rounds, and of their bytes."""
     programs, size, slots = ours[0], ours[3], slots_of(ours)
     whole, rest = torch.floor(programs / slots), programs % slots
-    rounds = whole * (c["program"] + longest(round_parts(ours, slots, c)))
-    rounds = rounds + (rest > 0) * (c["program"] + longest(round_parts(ours, rest, c)))
+    full = longest(round_parts(ours, slots, c), PROGRAM_ORDER)
+    last = longest(round_parts(ours, rest, c), PROGRAM_ORDER)
+    rounds = whole * (c["program"] + full) + (rest > 0) * (c["program"] + last)
     return {"rounds": rounds, "memory": size / (c["bandwidth"] * 1e6)}
 
 

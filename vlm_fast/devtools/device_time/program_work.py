@@ -103,6 +103,7 @@ class Program:
             known = isinstance(first, int) and isinstance(step, int)
             inner[variable] = first + number * step if known else None  # type: ignore[operator]
             found, end, yielded = self._block(at, dict(inner))
+            found.looped_loads = found.loads
             if walked:
                 work.add(found, trips / walked)
             for (name, _), value in zip(pairs, yielded, strict=False):
@@ -128,10 +129,10 @@ class Program:
             return self.numbers["xyz".index(rest.split()[0])]
         if name in LOADS or name in STORES:
             size = ttir.elements(rest) * ttir.item_bytes(rest)
-            kind, own = ("read", 1) if name in LOADS else ("written", 0)
+            kind = "read" if name in LOADS else "written"
             work.moved[kind, found[0] if found else pointers] += size
             work.instructions += max(1.0, size / 16 / (32 * self.warps))
-            work.steps += own
+            work.loads += name in LOADS
             return None
         if name == "tt.dot":
             work.add_product(rest, self.warps)

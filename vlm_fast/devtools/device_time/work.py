@@ -11,13 +11,19 @@ WGMMA_ROWS = 64  # on sm_90 four warps share one instruction of a product with s
 Pointers = frozenset[str]
 
 
+SUMMED = (
+    "instructions", "steps", "loads", "looped_loads", "shared", "wide_flops", "narrow_flops",
+)  # fmt: skip
+
+
 @dataclass
 class Work:
     """What one program executes, on average over programs.
 
     Attributes:
         instructions: of one thread.
-        steps: operations for which all threads of a program wait: products, reductions, loads.
+        steps: products and reductions, for which all threads of a program wait.
+        loads, looped_loads: loads, and of these the ones in loops.
         shared: bytes that products move through shared memory.
         wide_flops, narrow_flops: of products on tiles for wgmma, and on smaller ones.
         moved: bytes loaded, and bytes stored, by the arguments that hold the pointer.
@@ -25,13 +31,15 @@ class Work:
 
     instructions: float = 0.0
     steps: float = 0.0
+    loads: float = 0.0
+    looped_loads: float = 0.0
     shared: float = 0.0
     wide_flops: float = 0.0
     narrow_flops: float = 0.0
     moved: Counter[tuple[str, Pointers]] = field(default_factory=Counter)
 
     def add(self, other: Work, times: float = 1.0) -> None:
-        for name in ("instructions", "steps", "shared", "wide_flops", "narrow_flops"):
+        for name in SUMMED:
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
         for key, size in other.moved.items():
             self.moved[key] += times * size  # type: ignore[assignment]
