@@ -221,6 +221,7 @@ def test_the_report_has_every_pass_and_its_error():
     assert lost == sorted(lost, reverse=True)
     text = call("--op", "gated_add").stdout
     assert "gated_add_backward_kernel" in text and "not measured" in text
+    assert "Not counted" not in text and "max_similarity." in call("--op", "max_similarity").stdout
 
 
 @pytest.mark.parametrize("arguments", [("--arch", "sm_80"), ("--check",)])

@@ -14,6 +14,7 @@ from vlm_fast.devtools import ahead_of_time, budgets, environment
 from vlm_fast.devtools.device_time import report as device_time_report
 from vlm_fast.devtools.device_time.calibration import read_calibration
 from vlm_fast.kernels import _triton
+from vlm_fast.ops.declaration import OPS
 
 
 def compile_(
@@ -88,6 +89,8 @@ def show_report(names: list[str] | None, as_json: bool) -> None:
     terminal.show("device time on an H200, bf16, in microseconds", columns, cells)
     by_op = [(op, f"{value:.0%}") for op, value in error["median_by_op"].items()]
     terminal.show("error of the model for an op left out of its fit", ("op", "median"), by_op)
+    if missing := set(names or OPS) - {row.op for row in found}:
+        print(f"Not counted, because they compute in parts that need data: {', '.join(missing)}.")
     print(
         "Predicted by a model, not measured: of an op that its constants have not seen it is "
         f"{error['median']:.0%} off (median of {error['rows']} passes), one in ten more than "

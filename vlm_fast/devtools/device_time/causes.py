@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from vlm_fast.devtools.device_time.aten_time import CLASSES, product_parts
+from vlm_fast.devtools.device_time.aten_time import CLASSES, PROGRAM_ORDER, product_parts
 from vlm_fast.devtools.device_time.counts import Counts
 from vlm_fast.devtools.device_time.model import (
     Constants,
@@ -19,6 +19,7 @@ from vlm_fast.devtools.device_time.model import (
 from vlm_fast.devtools.device_time.pass_kernels import AtenKernel
 
 WAVES = 0.25  # the share of its time from which a kernel's last, incomplete round is a cause
+NAMES = {"latency": "occupancy", "issue": "instruction issue"}
 
 
 def time_by_cause(counted: Sequence[Counts], c: Constants) -> Iterator[tuple[str, str, float]]:
@@ -35,29 +36,33 @@ def time_by_cause(counted: Sequence[Counts], c: Constants) -> Iterator[tuple[str
         if isinstance(kernel, AtenKernel):
             gap = c["aten_launch"]
             work = _largest(product_parts(table.aten, c))
-            cause = work if table.aten[5].item() == CLASSES.index("product") else "memory"
+            product = table.aten[5].item() == CLASSES.index("product")
+            shares = {work if product else "memory": total - gap}
         else:
             gap = c["launch"]
-            cause, lost = _cause(table, c)
-            if lost:
-                yield "waves", kernel.name, lost
-            total -= lost
+            shares = _shares(table.ours, total - gap, c)
         yield "launch", kernel.name, gap
-        yield cause, kernel.name, total - gap
+        for cause, time in shares.items():
+            yield cause, kernel.name, time
 
 
-def _cause(table: Table, c: Constants) -> tuple[str, float]:
-    """What a kernel of this package waits for, and microseconds that waves lose."""
-    ours = table.ours
+def _shares(ours: torch.Tensor, total: float, c: Constants) -> dict[str, float]:
+    """What the time of a kernel of this package, without its launch, goes to."""
     parts = kernel_parts(ours, c)
     if _largest(parts) == "memory":
-        return "memory", 0.0
+        return {"memory": total}
     programs, slots = ours[0], slots_of(ours)
     full = kernel_parts(torch.cat([slots[None], ours[1:]]), c)["rounds"]  # of one whole round
     lost = (parts["rounds"] - programs / slots * full).item() if programs > slots else 0.0
-    lost = lost if lost > WAVES * parts["rounds"].item() else 0.0
-    cause = _largest(round_parts(ours, torch.minimum(programs, slots), c))
-    return {"latency": "occupancy", "issue": "instruction issue"}.get(cause, cause), lost
+    found = {"waves": lost} if lost > WAVES * total else {}
+    waits = round_parts(ours, torch.minimum(programs, slots), c)
+    weights = {name: wait.pow(PROGRAM_ORDER).item() for name, wait in waits.items()}
+    left, whole = total - sum(found.values()), sum(weights.values()) or 1.0
+    for name, weight in weights.items():
+        found[NAMES.get(name, name)] = left * weight / whole
+    if not any(weights.values()):
+        found["occupancy"] = left
+    return found
 
 
 def _largest(parts: Mapping[str, torch.Tensor]) -> str:
