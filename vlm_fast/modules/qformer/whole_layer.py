@@ -46,7 +46,9 @@ def run_as_one_op(
     text for several images, blocks or modes that differ, or autocast.
     """
     sequences, tokens, _ = hidden.shape
-    text = tokens - inputs.query_length
+    queries, text = inputs.query_length, tokens - inputs.query_length
+    if torch.jit.is_tracing():  # sizes are tensors
+        queries, text = int(queries), int(text)
     if (
         tokens == 0
         or text < 0
@@ -55,7 +57,7 @@ def run_as_one_op(
         or torch.is_autocast_enabled(autocast_device(hidden))
     ):
         return None
-    reading: LayerReading | None = derived(layer, _READINGS[inputs.query_length > 0, text > 0])
+    reading: LayerReading | None = derived(layer, _READINGS[bool(queries > 0), bool(text > 0)])
     if reading is None or reading.parameters[0].dtype is not hidden.dtype:
         return None
     dropout, attention_dropout = map(_active, reading.dropouts)

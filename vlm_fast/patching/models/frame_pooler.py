@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
-from vlm_fast.modules.parameter_access.guard import Guard
-from vlm_fast.modules.parameter_access.remembered import recall, remember
+from vlm_fast.modules.parameter_access.remembered import recall, remember_call
 from vlm_fast.modules.spatial_pool import WINDOWS, why_not_window
 from vlm_fast.modules.token_grid import side_of_square
 from vlm_fast.patching.class_swap import is_class
@@ -37,23 +36,24 @@ class FusedPooler(PatchedModule):
             height=side, width=side, mode=WINDOWS[type(self.pool)],
             stride=int(self.pool.kernel_size),
         )  # fmt: skip
-        pooler: Any = self
-        remember(pooler, _POOLING, (side, call), lambda: Guard(pooler, (self.pool,)))
+        remember_call(self, _POOLING, side, call, lambda: (self.pool,))
         return call(image_features)
 
     def why_not(self) -> str | None:
         return why_not_window(self.pool, self.pool.kernel_size)
 
 
-_POOLING = "_pooling"  # where the side of the last grid and its pooling are stored
+_POOLING = "_pooling"  # where the poolings are stored, by the side of their grid
 
 
 def _remembered_pooling(pooler: Any, x: Any) -> Any:
-    """The result of the last pooling, if it is known to serve x too; else NotImplemented."""
-    found = recall(pooler, _POOLING)
-    if found is None or type(x) is not Tensor or x.ndim != 3 or x.shape[1] != found[0] ** 2:
+    """The result of an earlier call's pooling, if it is known to serve x; else NotImplemented."""
+    calls = recall(pooler, _POOLING)
+    if calls is None or type(x) is not Tensor or x.ndim != 3:
         return NotImplemented
-    return found[1].if_known(x)
+    side = side_of_square(x.shape[1])
+    call = calls.get(side)
+    return NotImplemented if call is None or side**2 != x.shape[1] else call.if_known(x)
 
 
 def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:

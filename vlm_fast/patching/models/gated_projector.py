@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,7 +13,6 @@ from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.normed_mlp import normed_mlp
 from vlm_fast.modules.parameter_access.activation import activation_name, why_not_activation
 from vlm_fast.modules.parameter_access.dtypes import has_other_input, why_dtypes_differ
-from vlm_fast.modules.parameter_access.guard import Guard
 from vlm_fast.modules.parameter_access.linear import why_not_direct
 from vlm_fast.modules.parameter_access.norm import (
     NormParameters,
@@ -20,7 +20,9 @@ from vlm_fast.modules.parameter_access.norm import (
     shuffle_and_norm,
     why_not_direct_norm,
 )
-from vlm_fast.modules.parameter_access.remembered import ask_once, recall, remember
+from vlm_fast.modules.parameter_access.remembered import ask_once, recall, remember_call
+from vlm_fast.modules.token_grid import side_of_square
+from vlm_fast.ops.autocast import autocast_device
 from vlm_fast.ops.prepared_call import PreparedCall
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.models.pixel_shuffle import side_of
@@ -31,22 +33,26 @@ GATED = {
     "cohere2_vision": "Cohere2VisionMultiModalProjector",
 }
 
-Parameters = tuple[Tensor, Tensor | None]
-
 
 class DirectCalls(NamedTuple):
-    """A projector whose parameters are read: ``(side / factor) ** 2`` tokens of a grid of side."""
+    """The calls of a projector whose parameters are read, for grids of one side.
 
-    side: int
+    Attributes:
+        merged: the side of the grid of merged tokens.
+        shuffle, norm: the pixel shuffle with its norm's parameters.
+        first, second: weights and biases of the linears.
+        gated: the gate and the second linear.
+    """
+
     merged: int
     shuffle: PreparedCall
     norm: tuple[Tensor | None, Tensor | None]
-    first: Parameters
+    first: tuple[Tensor, Tensor | None]
     gated: PreparedCall
-    second: Parameters
+    second: tuple[Tensor, Tensor | None]
 
 
-_CALLS = "_direct_calls"  # where the calls for the side of the last grid are stored
+_CALLS = "_direct_calls"  # where the calls are stored, by the side of their grid
 
 
 class FusedGatedProjector(PatchedModule):
@@ -75,29 +81,29 @@ class FusedGatedProjector(PatchedModule):
         if norm is None:
             x = ops.pixel_shuffle_norm(x, **grid)
         else:
-            parts = normed_mlp(self, _norm_of)
+            parts = normed_mlp(self, lambda projector: (projector.layernorm,))
             x = shuffle_and_norm(name, x, norm, parts.parameters, norm_after=True, **grid)
-        z = self.linear_1(x)
-        reason = self._why_not_gated() or why_dtypes_differ(z, linear_2=self.linear_2)
+        z, last = self.linear_1(x), self.linear_2
+        reason = self._why_not_gated() or why_dtypes_differ(z, linear_2=last)
         y: Tensor
         if reason is None:
-            weight, bias = self.linear_2.weight, self.linear_2.bias
             activation = activation_name(self.act) or ""
-            y = ops.act_linear(z, weight, bias, activation=activation, gated=True)
-            self._remember(side)
+            y = ops.act_linear(z, last.weight, last.bias, activation=activation, gated=True)
+            if side not in (recall(self, _CALLS) or ()):
+                self._remember(side)
         else:
             record_fallback(name, reason)
             x, gate = z.chunk(2, dim=-1)
-            y = self.linear_2(self.act(gate) * x)
+            y = last(self.act(gate) * x)
         return y.unflatten(1, (side // factor, side // factor))
 
     def _why_not_gated(self) -> str | None:
         def asked() -> str | None:
-            reason = why_not_activation(self.act)
-            if reason is not None:
-                return f"act: {reason}"
-            reason = why_not_direct(self.linear_2)
-            return None if reason is None else f"linear_2: {reason}"
+            for name, why_not in (("act", why_not_activation), ("linear_2", why_not_direct)):
+                reason = why_not(getattr(self, name))
+                if reason is not None:
+                    return f"{name}: {reason}"
+            return None
 
         return ask_once(self, asked, lambda: (self.act, self.linear_2))
 
@@ -107,12 +113,11 @@ class FusedGatedProjector(PatchedModule):
         read = [self.linear_1, self.act, self.linear_2]
         of_norm: Any = NormParameters("none", None, None, 0.0, True)  # type: ignore[arg-type]
         if norm is not None:
-            of_norm = norm_parameters(norm)
-            read.append(norm)
+            of_norm, read = norm_parameters(norm), [*read, norm]
         if isinstance(of_norm, str) or why_not_direct(self.linear_1) is not None:
             return
         calls = DirectCalls(
-            side, side // self.downsample_factor,
+            side // self.downsample_factor,
             ops.pixel_shuffle_norm.prepared(
                 height=side, width=side, factor=self.downsample_factor, norm=of_norm.kind,
                 **({} if norm is None else {"norm_after": True, "eps": of_norm.eps}),
@@ -121,7 +126,7 @@ class FusedGatedProjector(PatchedModule):
             ops.act_linear.prepared(activation=activation_name(self.act), gated=True),
             (self.linear_2.weight, self.linear_2.bias),
         )  # fmt: skip
-        remember(self, _CALLS, calls, lambda: Guard(self, read))
+        remember_call(self, _CALLS, side, calls, lambda: read)
 
     def why_not(self) -> str | None:
         norm = getattr(self, "layernorm", None)
@@ -129,21 +134,22 @@ class FusedGatedProjector(PatchedModule):
         return reason or self._why_not_gated() or why_dtypes_differ(None, linear_2=self.linear_2)
 
 
-def _norm_of(projector: Any) -> tuple[nn.Module]:
-    return (projector.layernorm,)
-
-
 def _remembered_calls(projector: Any, x: Any) -> Any:
     """The result by calls that are known to serve; otherwise NotImplemented."""
-    calls: DirectCalls | None = recall(projector, _CALLS)
-    if calls is None or type(x) is not Tensor or x.ndim != 3 or x.shape[1] != calls.side**2:
+    known = recall(projector, _CALLS)
+    if known is None or type(x) is not Tensor or x.ndim != 3:
         return NotImplemented
-    if has_other_input() or x.dtype is not calls.first[0].dtype:
+    side = side_of_square(x.shape[1])
+    calls: DirectCalls | None = known.get(side)
+    if calls is None or side**2 != x.shape[1] or has_other_input():
+        return NotImplemented
+    differ = x.dtype is not calls.first[0].dtype
+    if differ and not torch.is_autocast_enabled(autocast_device(x)):
         return NotImplemented
     y = calls.shuffle.if_known(x, *calls.norm, None)
     if y is NotImplemented:
         return y
-    y = calls.gated.if_known(F.linear(y, *calls.first), *calls.second)
+    y = calls.gated.if_known(F.linear(y, *calls.first), *calls.second, casts=True)
     if y is NotImplemented:
         return y
     return y.view(y.shape[0], calls.merged, calls.merged, y.shape[2])
