@@ -77,7 +77,8 @@ def _seeds(seeds: Tensor | None, options: Options) -> Any:
 def _parts(x: Tensor, queries: int) -> tuple[Tensor, Tensor]:
     """The rows of the query tokens and those of the text tokens of x ``(batch, tokens, ...)``."""
     features = x.shape[2]
-    return x[:, :queries].reshape(-1, features), x[:, queries:].reshape(-1, features)
+    words = x.narrow(1, queries, x.shape[1] - queries)
+    return x.narrow(1, 0, queries).reshape(-1, features), words.reshape(-1, features)
 
 
 def backward(
