@@ -46,7 +46,7 @@ MUTANTS = (
         NORM,
     ),
     Mutant(
-        "a program also sums rows of the next one", "kernels/add_layer_norm.py",
+        "a program also sums rows of the next one", "kernels/_add_layer_norm_backward.py",
         "inside_rows = row < last", "inside_rows = row < rows",
         NORM,
     ),
