@@ -17,7 +17,7 @@ from ._triton import tl, triton
 @kernel(
     Config({"ELEMENTS": 2048}, num_warps=8),
     Config({"ELEMENTS": 4096}, num_warps=16),
-    choose=lambda size: size,
+    choose=int,
 )
 @triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def add_layer_norm_backward_kernel(

@@ -18,7 +18,7 @@ from ._triton import tl, triton
 @kernel(
     Config({"ELEMENTS": 2048}, num_warps=8),
     Config({"ELEMENTS": 4096}, num_warps=16),
-    choose=lambda size: size,
+    choose=int,
 )
 @triton.jit(do_not_specialize=["rows", "rows_per_program", "tokens"])
 def gated_add_backward_kernel(

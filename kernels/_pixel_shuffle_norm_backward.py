@@ -25,7 +25,7 @@ from ._triton import tl, triton
 @kernel(
     Config({"ELEMENTS": 4096}, num_warps=8),
     Config({"ELEMENTS": 4096}, num_warps=16),
-    choose=lambda size: size,
+    choose=int,
 )
 @triton.jit(do_not_specialize=["rows", "merged", "per_program", "blocks"])
 def pixel_shuffle_norm_backward_kernel(
@@ -43,7 +43,7 @@ def pixel_shuffle_norm_backward_kernel(
 ):  # fmt: skip
     TOKENS: tl.constexpr = ELEMENTS // (POSITIONS * COLS) if ELEMENTS > POSITIONS * COLS else 1
     BITS: tl.constexpr = dy_ptr.dtype.element_ty.primitive_bitwidth
-    STAGES: tl.constexpr = stages(BITS, 2 * TOKENS * POSITIONS * COLS, 8 * ELEMENTS)
+    STAGES: tl.constexpr = stages(BITS, 2 * TOKENS * POSITIONS * COLS, 8 * ELEMENTS, 2)
     program = tl.program_id(0).to(tl.int64)
     p, c = tl.arange(0, POSITIONS), tl.arange(0, COLS)
     channel = merged_channels(p, c, cols, FACTOR, BY_CHANNEL)

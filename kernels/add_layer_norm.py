@@ -144,7 +144,7 @@ def add_layer_norm_backward(
         lambda blocks: (programs,),
         dy, z, mean, rstd, weight, seed, threshold(dropout), 1 / (1 - dropout), dz, dx,
         *parameters, shares, shares_row, rows, rows_per_program, cols, next_power_of_2(cols),
-        size=int(wide or programs == 1),
+        size=wide or programs == 1,
     )  # fmt: skip
     sum_shares(shares, *parameters)
     dx = dz if shared and want_x else dx

@@ -157,7 +157,7 @@ def gated_add_backward(
         y if want_gate else None, *(y.stride()[:2] if want_gate and y is not None else (0, 0)),
         gate, _bytes(row_mask), dx, dy, dweight, dbias, dgate, shares, shares_row,
         rows, rows_per_program, tokens, cols, gate.numel() > 1, norm, next_power_of_2(cols),
-        size=int(wide or programs == 1),
+        size=wide or programs == 1,
     )  # fmt: skip
     sum_shares(shares, dweight, dbias, dgate)
     return dh if plain and want_x else dx, dy, dgate, dweight, dbias

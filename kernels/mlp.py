@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._activation import value_and_slope
 from ._launcher import Config, kernel, runs_triton
+from ._pipeline import stages
 from ._sizes import cdiv
 from ._sum_shares import new_shares, store_share, sum_shares
 from ._triton import tl, triton
@@ -63,10 +64,12 @@ def _activation_backward(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """A program's rows and columns of dz and h, and its share of the bias gradient."""
+    BITS: tl.constexpr = dh_ptr.dtype.element_ty.primitive_bitwidth
+    STAGES: tl.constexpr = stages(BITS, 2 * BLOCK_ROWS * BLOCK_COLS, 8 * BLOCK_ROWS * BLOCK_COLS)
     col = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     inside_cols = col < cols
     dbias = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
-    for start in tl.range(0, tl.minimum(rows - first, ROWS), BLOCK_ROWS, num_stages=3):
+    for start in tl.range(0, tl.minimum(rows - first, ROWS), BLOCK_ROWS, num_stages=STAGES):
         row = first + start + tl.arange(0, BLOCK_ROWS)
         inside = (row < rows)[:, None] & inside_cols[None, :]
         z_row = row

@@ -196,7 +196,7 @@ def pixel_shuffle_norm_backward(
         lambda sizes: (programs,), dy, x, *x.stride()[:2], blocks.index, weight, mean, rstd, dx,
         x.shape[1] * cols, dweight, dbias, shares, shares_row, tokens, rows, merged, per_program,
         *across, cols, blocks.factor, blocks.by_channel, norm.kind, norm.after, positions, block,
-        size=int(wide or programs == 1),
+        size=wide or programs == 1,
     )  # fmt: skip
     sum_shares(shares, dweight, dbias)
     return dx, dweight, dbias
