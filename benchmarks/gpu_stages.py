@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -18,6 +17,8 @@ from vlm_fast.benchmarks import (
     gpu_checks,
     gpu_compile,
     gpu_hopper,
+    gpu_library_attention,
+    gpu_ops,
     gpu_proof,
     image_token_merge,
     models,
@@ -110,14 +111,16 @@ def memcheck(results: Results, device: str, deadline: float) -> list[str]:
 
 def benchmark_ops(results: Results, device: str, deadline: float) -> list[str]:
     results["ops"] = rows = []
-    for row, _ in ops.measure(
-        ops.Selection(), quick=device == "cpu", device=device, seconds=0.08,
-        deadline=deadline, thorough=False,
-    ):  # fmt: skip
-        rows.append(row)
-        if time.monotonic() > deadline:
-            return ["out of time"]
+    failures = gpu_ops.measure(device, deadline, rows, quick=device == "cpu")
     ops.show(rows, device)
+    return failures
+
+
+def library_attention(results: Results, device: str, deadline: float) -> list[str]:
+    """What decides whether a library may serve plain attention; nothing here is a failure."""
+    results["library_attention"] = gpu_library_attention.evidence(
+        device, deadline, quick=device == "cpu"
+    )
     return []
 
 
@@ -169,6 +172,7 @@ STAGES = (
     Stage("proof", 70, proof, needs_cuda=False),
     Stage("Hopper GEMMs", 10, hopper_gemms),
     Stage("ops", 105, benchmark_ops, needs_cuda=False, timed=True),
+    Stage("library attention", 8, library_attention, needs_cuda=False),
     Stage("LLaVA", 25, model("llava"), needs_cuda=False, timed=True),
     Stage("Flamingo", 20, family(gated_cross_attention, 1.0), needs_cuda=False, timed=True),
     Stage("Q-Former", 25, family(qformer, 1.0), needs_cuda=False, timed=True),

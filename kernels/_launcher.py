@@ -47,11 +47,12 @@ class Config:
 
 @dataclass(frozen=True)
 class Launch:
-    """A recorded launch: the kernel, its arguments by name, and its grid."""
+    """A recorded launch: the kernel, its arguments by name, its grid and its config's number."""
 
     kernel: Kernel
     arguments: dict[str, Any]
     grid: Grid
+    config: int = 0
 
     def programs(self, config: int = 0) -> tuple[int, ...]:
         """The grid with one of the kernel's configs."""
@@ -92,7 +93,7 @@ class Kernel:
         if _recordings:
             named = dict(zip(self.jit.arg_names, arguments, strict=False))
             for launches in tuple(_recordings.values()):
-                launches.append(Launch(self, named, grid))
+                launches.append(Launch(self, named, grid, config))
         if is_traced(tensor):
             return None
         chosen = self.configs[config]

@@ -36,7 +36,7 @@ def halves(tokens: int, protected: int) -> Halves:
 @kernel(
     Config({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_K": 32}, num_warps=8),
     Config({"BLOCK_A": 16, "BLOCK_B": 128, "BLOCK_K": 64}, num_warps=8),
-    choose=lambda tokens_a: int(tokens_a <= 132 * 16),
+    choose=int,
 )
 @triton.jit(do_not_specialize=["count_a", "count_b", "first_a", "first_b"])
 def nearest_kernel(
@@ -116,7 +116,7 @@ def find_nearest(metric: Tensor, half: Halves, best: Tensor, nearest: Tensor) ->
             lambda blocks: (batch * cdiv(count_a, blocks["BLOCK_A"]),),
             metric, *metric.stride()[:2], best, nearest, count_a, count_b,
             2 * half.protected_a, 2 * half.protected_b + 1, features, precision(metric.dtype),
-            size=batch * count_a,
+            size=batch * count_a <= 132 * 16,
         )  # fmt: skip
         return
     rows = max(TILE // count_b, 1)

@@ -75,7 +75,8 @@ def pixel_shuffle_norm_backward_kernel(
             x -= tl.load(mean_ptr + group, mask=group_inside, other=0.0)
         # What lies outside is 0 in dy and rstd, so it adds nothing to any sum.
         unit = x * rstd
-        if dweight_ptr is not None:
+        # The place of this sum, here or behind dx, decides whether registers spill.
+        if AFTER and dweight_ptr is not None:
             dweight += dy * unit
         if dbias_ptr is not None:
             dbias += dy
@@ -93,6 +94,8 @@ def pixel_shuffle_norm_backward_kernel(
             )  # fmt: skip
             at = dx_ptr + to[:, :, None] + c[None, None, :]
             tl.store(at, (dx * rstd).to(dx_ptr.dtype.element_ty), patch_inside[:, :, None] & inside)
+        if not AFTER and dweight_ptr is not None:
+            dweight += dy * unit
     at = program * shares_row
     if dweight_ptr is not None:
         _store(dweight_ptr, shares_ptr, at, dweight, channel, c, channel_inside, cols, AFTER)

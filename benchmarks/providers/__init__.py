@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 
-from vlm_fast.benchmarks.providers import attention, image_token_merge, norms, projectors
+from vlm_fast.benchmarks.providers import (
+    attention,
+    image_token_merge,
+    norms,
+    projectors,
+    qformer,
+)
 from vlm_fast.benchmarks.providers.peer import Peer, Unavailable
 from vlm_fast.ops.declaration import Op
 
@@ -24,6 +30,7 @@ PEERS: tuple[Peer, ...] = (
     *norms.PEERS,
     *projectors.PEERS,
     *image_token_merge.PEERS,
+    *qformer.PEERS,
 )
 NAMES = (OURS, EAGER, *COMPILED, *dict.fromkeys(peer.name for peer in PEERS))
 

@@ -140,5 +140,5 @@ PEERS = (
         cuda_only=True,
     ),
     Peer("SDPA (dense mask)", "media_cross_attention", dense_mask),
-    Peer("FlexAttention", "media_cross_attention", block_mask, cuda_only=True),
+    Peer("FlexAttention", "media_cross_attention", block_mask, cuda_only=True, compiles=True),
 )

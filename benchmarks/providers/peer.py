@@ -34,6 +34,7 @@ class Peer:
         package: that must be installed, if any.
         cuda_only: whether it runs on GPUs only.
         same: False for a provider that computes another function, as its name says.
+        compiles: whether its first call takes seconds.
     """
 
     name: str
@@ -42,3 +43,4 @@ class Peer:
     package: str | None = None
     cuda_only: bool = False
     same: bool = True
+    compiles: bool = False

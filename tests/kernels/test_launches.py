@@ -70,7 +70,10 @@ MLP, SUM = "mlp_activation_backward_kernel", "sum_shares_kernel"
 # For each op shapes, and all launches of a backward at this shape: our kernels, then ATen's. One
 # row more is where the rows of some kernels become too many for one program.
 BACKWARDS = {
-    "act_linear": [(dict(shape=(257, 24), out=16), f"{MLP} {SUM} mm mm")],
+    "act_linear": [
+        (dict(shape=(257, 24), out=16), f"{MLP} {SUM} mm mm"),
+        (dict(shape=(257, 24), out=16, gated=True), "gated_activation_backward_kernel mm sum mm"),
+    ],
     "add_layer_norm": [
         (dict(shape=(32, 24), x_biased=True), "add_layer_norm_backward_kernel"),
         (dict(shape=(33, 24), x_biased=True), f"add_layer_norm_backward_kernel {SUM}"),

@@ -121,6 +121,40 @@ def test_autocast_is_obeyed_by_known_calls():
         assert ops.mlp(*args).dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_known_calls_cast_under_autocast(given, monkeypatch):
+    """The arguments are cast as in a checked call, and autocast is on again after it."""
+    args = [a.requires_grad_() for a in projector()]
+    args[0] = args[0].detach().to(given)
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = ops.mlp(*args)
+            assert torch.is_autocast_enabled("cpu")
+        return found, *torch.autograd.grad(found.float().square().sum(), args[1:])
+
+    first = step()
+    monkeypatch.setattr(type(ops.mlp), "_checked", None)
+    again = step()
+    assert [x.dtype for x in again] == [torch.bfloat16] + [torch.float32] * 4
+    assert all(map(torch.equal, first, again))
+
+
+def test_autocast_is_on_again_after_an_error(monkeypatch):
+    args = projector()
+    ops.mlp(*args)
+
+    def fails(*args, **options):
+        raise MemoryError
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ops.mlp(*args)
+        monkeypatch.setattr(ops.mlp._path, "forward", fails)
+        with pytest.raises(MemoryError):
+            ops.mlp(*args)
+        assert torch.is_autocast_enabled("cpu")
+
+
 def test_gradients_are_those_of_the_moment():
     args = projector()
     assert not ops.mlp(*args).requires_grad

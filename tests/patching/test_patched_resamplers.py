@@ -137,8 +137,9 @@ def test_kosmos_matches_eager_attention(version, dtype):
     with vlm_fast.strict():
         assert fast(x)[1] is None
     found, exact = results(fast, x), results(*in_double(plain, x))
-    # It shifts all scores equally, so its exact gradient is zero.
-    assert not found.pop("x_attn.k_proj.bias").any()
+    # It shifts all scores equally, so its exact gradient is zero; rounding errors are left.
+    largest = found.pop("x_attn.k_proj.bias").abs().max()
+    assert largest <= torch.finfo(dtype).eps * found["x_attn.v_proj.bias"].abs().max()
     assert_right(found, lambda: results(plain, x), exact, "output")
 
 

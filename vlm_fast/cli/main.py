@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, astuple, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +14,12 @@ import typer
 
 from vlm_fast import terminal
 from vlm_fast.cli.advise import advise
+from vlm_fast.cli.compile import compile_
 from vlm_fast.cli.data import data
 from vlm_fast.cli.options import (
     Exit,
     Json,
     OpArgument,
-    OpOption,
     OpsOption,
     print_json,
     stop,
@@ -28,7 +27,7 @@ from vlm_fast.cli.options import (
 )
 from vlm_fast.cli.profile import profile
 from vlm_fast.cli.recipe import recipe
-from vlm_fast.devtools import ahead_of_time, budgets, environment
+from vlm_fast.devtools import environment
 from vlm_fast.kernels import _native, _triton
 from vlm_fast.ops.declaration import FLOATS, OPS, Op
 from vlm_fast.verification import results_files, self_test
@@ -178,46 +177,9 @@ def bench(
         raise typer.Exit(code)
 
 
-@app.command(name="compile")
-def compile_(
-    arch: Annotated[
-        list[str] | None, typer.Option(help="sm_80, sm_90, gfx942, ...; may be repeated.")
-    ] = None,
-    op: OpOption = None,
-    as_json: Json = False,
-    check: Annotated[
-        bool, typer.Option(help="Fail if a budget (of Triton 3.6) is exceeded.")
-    ] = False,
-) -> None:
-    """Compile every kernel for GPUs that need not be here; print registers, spills, memory."""
-    if not _triton.AVAILABLE or _triton.INTERPRETED:
-        lack = "TRITON_INTERPRET=1 is set" if _triton.INTERPRETED else "Triton is not installed"
-        stop(Exit.ENVIRONMENT, f"nothing can be compiled: {lack}")
-    archs, names = arch or ahead_of_time.ARCHS, [op] if op else None
-    try:
-        with terminal.counter("compiling") as count:
-            found = ahead_of_time.compile_all(archs, ops=names, progress=count)
-    except ValueError as error:
-        stop(Exit.USAGE, str(error))
-    broken = budgets.violations(found) if check else []
-    if as_json:
-        print_json({"kernels": [asdict(row) for row in found], "violations": broken})
-    else:
-        columns = [field.name for field in fields(ahead_of_time.Resources)]
-        terminal.show("kernels", columns, [astuple(row) for row in found])
-        for line in broken:
-            print(line)
-    version = environment.version_of("triton")
-    comparable = version == budgets.BUDGETS_TRITON
-    if check and not comparable:
-        compilers = f"budgets are of Triton {budgets.BUDGETS_TRITON}, and this is {version}"
-        print(f"vlm-fast: {compilers}: registers may differ, nothing is refused", file=sys.stderr)
-    if (broken and comparable) or not found:
-        raise typer.Exit(Exit.FAILURE)
-
-
 for command in (advise, profile, recipe):
     app.command()(command)
+app.command(name="compile")(compile_)
 app.add_typer(data)
 
 

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 import vlm_fast.ops  # noqa: F401  declares what is compiled
 from vlm_fast.devtools import sass
+from vlm_fast.devtools.fake_runs import fake_arguments, run_with_gradients
 from vlm_fast.kernels._launcher import Config, Kernel, Launch, recording
 from vlm_fast.kernels._triton import AVAILABLE, INTERPRETED, triton
 from vlm_fast.ops.declaration import FLOATS, OPS, Op
@@ -230,38 +231,6 @@ def launches_at(op: Op[..., Any], shape: Mapping[str, Any], dtype: torch.dtype) 
         if not op.returns_indices:
             run_with_gradients(op, values, settings)
     return found
-
-
-def fake_arguments(
-    op: Op[..., Any], shape: Mapping[str, Any], dtype: torch.dtype
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional arguments and options of an op at a shape, with tensors on a fake GPU.
-
-    Call this inside a `FakeTensorMode`.
-    """
-    values, settings = op.sample(shape, dtype)
-    return op._bind(tree_map_only(Tensor, _on_cuda, values), settings)
-
-
-def run_with_gradients(op: Op[..., Any], values: tuple[Any, ...], settings: dict[str, Any]) -> None:
-    """Run the op's forward and backward functions for the gradients of all arguments.
-
-    This bypasses autograd: the autograd engine of a CPU build of torch has no CUDA device, not even
-    for fake tensors.
-    """
-    path, values = op._path, op.accepted(values, settings)
-    count = path.count(values)
-    needs = tuple(isinstance(v, Tensor) and v.is_floating_point() for v in path.flatten(values))
-    result, kept = path.forward(path.needs_of(needs, count), *values, **settings)
-    dy = [torch.empty_like(r) for r in ((result,) if path.single else result)]
-    path.gradients(needs, count, kept, dy, settings)
-
-
-def _on_cuda(tensor: Tensor) -> Tensor:
-    """A CUDA tensor with the same strides and offset; they decide how wide a load can be."""
-    size = tensor.untyped_storage().nbytes() // tensor.itemsize
-    storage = torch.empty(size, dtype=tensor.dtype, device="cuda")
-    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 class _Address:

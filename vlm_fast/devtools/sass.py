@@ -64,18 +64,18 @@ def _count(cubins: Sequence[bytes], arch: str) -> list[dict[str, int]]:
     """Number of instructions of each kind in each kernel."""
     # All kernels go into one file, because starting nvdisasm takes longer than compiling a small
     # kernel.
-    code = [_instructions(cubin) for cubin in cubins]
+    parts = [code(cubin) for cubin in cubins]
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
-        file.write(b"".join(code))
+        file.write(b"".join(parts))
         file.flush()
         model = arch.replace("sm_", "SM")
         listing = _output(triton.knobs.nvidia.nvdisasm.path, "-ndf", "-b", model, file.name)
     # Lines of instructions start with an address.
     lines = [line for line in listing.splitlines() if re.match(r"\s*/\*[0-9a-f]+\*/", line)]
-    if INSTRUCTION_BYTES * len(lines) != sum(map(len, code)):
+    if INSTRUCTION_BYTES * len(lines) != sum(map(len, parts)):
         raise RuntimeError(f"nvdisasm left out instructions of {arch}")
     found, first = [], 0
-    for size in map(len, code):
+    for size in map(len, parts):
         last = first + size // INSTRUCTION_BYTES
         text = "\n".join(lines[first:last])
         found.append({kind: len(pattern.findall(text)) for kind, pattern in NVIDIA.items()})
@@ -98,7 +98,7 @@ def _amd(assembly: str) -> dict[str, int]:
     }
 
 
-def _instructions(cubin: bytes) -> bytes:
+def code(cubin: bytes) -> bytes:
     """The .text section of a cubin, an ELF file with one kernel."""
     (table,) = struct.unpack_from("<Q", cubin, 40)
     entry, count, names = struct.unpack_from("<HHH", cubin, 58)

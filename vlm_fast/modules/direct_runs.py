@@ -29,12 +29,14 @@ class DirectRun(NamedTuple):
         parameters: its arguments after the input.
         options: its options.
         dtype: the dtype of all weights; None if they differ.
+        casts: whether the op casts under autocast what the modules do: a linear is first.
     """
 
     call: PreparedCall
     parameters: tuple[Tensor | None, ...]
     options: dict[str, Any]
     dtype: torch.dtype | None
+    casts: bool = False
 
 
 class Part(NamedTuple):
@@ -86,7 +88,7 @@ def _direct(active: Sequence[Step], saved: str) -> DirectRun:
     if owns[-1]["weight"].dtype is not dtype:
         dtype = None
     op: Any = ops.mlp if first else ops.act_linear
-    return DirectRun(op.prepared(**options), parameters, options, dtype)
+    return DirectRun(op.prepared(**options), parameters, options, dtype, bool(first))
 
 
 def why_not_read(run: Sequence[Step]) -> str | None:

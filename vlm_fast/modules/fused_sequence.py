@@ -62,7 +62,7 @@ def remembered_run(owner: Any, x: Tensor) -> Any:
     direct = parts[0].direct
     if direct is None or has_other_input():
         return NotImplemented
-    return direct.call.if_known(x, *direct.parameters)
+    return direct.call.if_known(x, *direct.parameters, casts=direct.casts)
 
 
 def run_parts(owner: str, x: Tensor, parts: Sequence[Part]) -> Any:
@@ -71,7 +71,7 @@ def run_parts(owner: str, x: Tensor, parts: Sequence[Part]) -> Any:
         if direct is not None:
             found: Any = NotImplemented
             if not torch.compiler.is_compiling() and not has_other_input():
-                found = direct.call.if_known(x, *direct.parameters)
+                found = direct.call.if_known(x, *direct.parameters, casts=direct.casts)
             if found is not NotImplemented:
                 x = found
                 continue

@@ -6,12 +6,13 @@ concatenated: the attention op takes both.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.modules.direct_runs import mlp_part
@@ -22,10 +23,10 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class Layer(NamedTuple):
-    """The modules and settings of one resampler layer, whatever a model calls them.
+    """The functions and settings of one resampler layer, whatever a model calls them.
 
     Attributes:
-        norm_context, norm_latents: LayerNorm or RMSNorm modules.
+        norm_context, norm_latents: LayerNorm or RMSNorm.
         query, out: linears.
         key_value: one linear for keys and values together, or one for each.
         heads, key_heads: number of heads of queries, and of keys and values.
@@ -46,8 +47,39 @@ class Layer(NamedTuple):
     head_norms: tuple[Any, Any] | None = None
 
 
+def directly(layer: Layer) -> Layer:
+    """A layer whose linears and norms are read instead of called.
+
+    To be called after `why_not_direct_tree` has given None for their root.
+    """
+    q_norm_and_k_norm = layer.head_norms
+    if q_norm_and_k_norm is not None:
+        q_norm_and_k_norm = (read_directly(q_norm_and_k_norm[0]), q_norm_and_k_norm[1])
+    return layer._replace(
+        norm_context=read_directly(layer.norm_context),
+        norm_latents=read_directly(layer.norm_latents),
+        query=read_directly(layer.query),
+        key_value=tuple(map(read_directly, layer.key_value)),
+        out=read_directly(layer.out),
+        head_norms=q_norm_and_k_norm,
+    )
+
+
+def read_directly(module: Any) -> Any:
+    """What an nn.Linear or nn.LayerNorm computes, as a function of its parameters."""
+    if type(module) is nn.Linear:
+        return functools.partial(F.linear, weight=module.weight, bias=module.bias)
+    if type(module) is nn.LayerNorm:
+        return functools.partial(
+            torch.layer_norm, normalized_shape=module.normalized_shape, weight=module.weight,
+            bias=module.bias, eps=module.eps,
+        )  # fmt: skip
+    return module
+
+
 def fused_sequence(norm: Any, linear_1: Any, act: Any, linear_2: Any) -> Callable[[Tensor], Tensor]:
-    """``linear_2(act(linear_1(norm(x))))`` as a function."""
+    """``linear_2(act(linear_1(norm(x))))`` as a function, which reads their parameters."""
+    norm = read_directly(norm)
     parts = (mlp_part((linear_1, act, linear_2), "preactivation"),)
     return lambda x: run_parts(OP, norm(x), parts)
 
@@ -82,7 +114,8 @@ def attend(layer: Layer, latents: Tensor, context: Tensor, key_mask: Tensor | No
     The result is ``(batch, n, heads * d)``.
     """
     batch, normed = context.shape[0], layer.norm_latents(latents)
-    q = layer.query(normed).unflatten(2, (layer.heads, -1))
+    q = layer.query(normed)
+    q = q.view(*q.shape[:2], layer.heads, q.shape[2] // layer.heads)
     if layer.head_norms is not None:
         q = layer.head_norms[0](q)
     (k, v), (k2, v2) = _key_values(layer, layer.norm_context(context), normed)
@@ -91,7 +124,7 @@ def attend(layer: Layer, latents: Tensor, context: Tensor, key_mask: Tensor | No
     return attended.transpose(1, 2).flatten(2)
 
 
-def _key_values(layer: Layer, context: Tensor, latents: Tensor) -> list[KeysValues]:
+def _key_values(layer: Layer, context: Tensor, latents: Tensor) -> tuple[KeysValues, KeysValues]:
     """Keys and values ``(batch, heads, tokens, d)`` of the normalized context, and of the latents.
 
     The rows of both are multiplied at once. Two products with one weight would make autograd hold
@@ -100,15 +133,15 @@ def _key_values(layer: Layer, context: Tensor, latents: Tensor) -> list[KeysValu
     rows = torch.cat((context.flatten(0, 1), latents.flatten(0, 1)))
     parts = [linear(rows) for linear in layer.key_value]
     k, v = parts if len(parts) == 2 else parts[0].chunk(2, -1)
-    counts = [x.shape[0] * x.shape[1] for x in (context, latents)]
-    return [
-        _as_heads(layer, *(rows.unflatten(0, x.shape[:2]) for rows in pair))
-        for x, *pair in zip((context, latents), k.split(counts), v.split(counts), strict=True)
-    ]
+    batch, tokens, _ = context.shape
+    own, n, _ = latents.shape
+    (k, k2), (v, v2) = (x.split_with_sizes((batch * tokens, own * n)) for x in (k, v))
+    return _as_heads(layer, batch, tokens, k, v), _as_heads(layer, own, n, k2, v2)
 
 
-def _as_heads(layer: Layer, k: Tensor, v: Tensor) -> KeysValues:
-    k, v = (t.unflatten(2, (layer.key_heads, -1)) for t in (k, v))
+def _as_heads(layer: Layer, batch: int, tokens: int, k: Tensor, v: Tensor) -> KeysValues:
+    heads = (batch, tokens, layer.key_heads, k.shape[1] // layer.key_heads)
+    k, v = k.view(heads), v.view(heads)
     if layer.head_norms is not None:
         norm = layer.head_norms[1]
         # The bias adds the same number to all scores of a query, which the softmax cancels. Its

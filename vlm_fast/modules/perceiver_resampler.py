@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.parameter_access.module_tree import derived, why_not_direct_tree
-from vlm_fast.modules.perceiver_layer import OP, Layer, attend, fused_sequence, resample
+from vlm_fast.modules.perceiver_layer import OP, Layer, attend, directly, fused_sequence, resample
 from vlm_fast.ops.argument_errors import check_tensor, not_a_tensor, wrong_value
 
 
@@ -140,7 +140,7 @@ def resample_media(module: Any, x: Any, reason: str | None) -> Tensor:
 
 
 def _layers_of(module: Any) -> list[Layer]:
-    return [layer_of_openflamingo(attention, ff) for attention, ff in module.layers]
+    return [directly(layer_of_openflamingo(attention, ff)) for attention, ff in module.layers]
 
 
 def layer_of_openflamingo(attention: Any, ff: Any) -> Layer:

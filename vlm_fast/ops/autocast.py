@@ -48,9 +48,12 @@ def autocast_values(values: Sequence[Any], exempt: Sequence[bool], dtype: torch.
     The op casts them itself, because torch.compile skips register_autocast on torch 2.11.
     """
 
-    def to(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [to(v) for v in value]
-        return value.to(dtype) if isinstance(value, Tensor) and value.dtype in FLOATS else value
-
-    return [v if left else to(v) for v, left in zip(values, exempt, strict=True)]
+    cast: list[Any] = []
+    for value, left in zip(values, exempt, strict=True):
+        if not left and isinstance(value, Tensor):
+            if value.dtype is not dtype and value.dtype in FLOATS:
+                value = value.to(dtype)
+        elif not left and isinstance(value, (list, tuple)):
+            value = autocast_values(value, [False] * len(value), dtype)
+        cast.append(value)
+    return cast

@@ -56,7 +56,7 @@ class CallableOp(OpArguments[P, R]):
             prepared = self._prepare(key, options)
         except TypeError:  # an option that cannot be hashed
             return self._checked(args, options)
-        found = prepared.in_plain_eager(args)
+        found = prepared.in_plain_eager(args, casts=True)
         return self._checked(args, options) if found is NotImplemented else found
 
     def prepared(self, **options: Any) -> PreparedCall:

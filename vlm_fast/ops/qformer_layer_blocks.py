@@ -19,7 +19,8 @@ from vlm_fast.kernels import add_layer_norm as norms
 from vlm_fast.kernels._attention_arguments import Masks, Strided
 from vlm_fast.kernels._attention_rows import rows_forward
 from vlm_fast.ops.mlp import gradients, hidden_and_saved
-from vlm_fast.ops.qformer_layer_gradients import Needs
+from vlm_fast.ops.qformer_layer_gradients import MLPNeeds
+from vlm_fast.ops.qformer_layer_parameters import MLP
 
 Saved = tuple[Tensor | None, ...]
 
@@ -128,28 +129,31 @@ def attention_block_backward(
 
 
 def mlp_block(
-    x: Tensor, parameters: Sequence[Tensor], seed: Tensor | None, options: Options, needs: Needs
+    x: Tensor, parameters: Sequence[Tensor], seed: Tensor | None, options: Options, needs: MLPNeeds
 ) -> tuple[Tensor, Saved]:
-    """The last block."""
+    """The last block, of the query or of the text tokens."""
     weight_1, bias_1, weight_2, *tail = parameters
     h, of_mlp = hidden_and_saved(
         needs.mlp, x, weight_1, bias_1, weight_2, options.activation, "preactivation"
     )
-    keep = needs.after_cross or any(needs.last)
+    keep = needs.any()
     y, of_norm = normed(F.linear(h, weight_2), x, tail, seed, options, keep)
     return y, (*of_norm, *(of_mlp or (None,) * 6)) if keep else ()
 
 
 def mlp_block_backward(
-    dy: Tensor, saved: Iterator[Any], options: Options, needs: Needs
+    dy: Tensor, saved: Iterator[Any], options: Options, needs: MLPNeeds
 ) -> tuple[Tensor | None, list[Any]]:
     """The gradients of x and of the parameters."""
+    if not needs.any():
+        return None, [None] * MLP
     wanted = any(needs.mlp)
     dz, dresidual, of_norm = normed_backward(
-        dy, saved, needs.last[3:], options, want_x=wanted, want_residual=needs.after_cross
+        dy, saved, needs.parameters[3:], options, want_x=wanted, want_residual=needs.x
     )
-    if not wanted:
-        return None, [None, None, None, *of_norm]
     of_mlp = islice(saved, 6)
+    if not wanted:
+        list(of_mlp)  # what follows belongs to another block
+        return None, [None, None, None, *of_norm]
     dx, *found, _ = gradients(needs.mlp, of_mlp, dz, options.activation, "preactivation", dresidual)
     return dx, [*found, *of_norm]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlm_fast.ops.cost import Cost, nbytes
-from vlm_fast.ops.qformer_layer_parameters import MLP, SELF, parameter_shapes
+from vlm_fast.ops.qformer_layer_parameters import MLP, SELF, Blocks, parameter_shapes, split
 
 SHAPES: dict[str, Any] = dict(
     smallest=dict(batch=1, tokens=1, features=2, inner=1, heads=1, eps=0.01),
@@ -21,6 +21,11 @@ SHAPES: dict[str, Any] = dict(
         ),
         dict(batch=1, tokens=5, features=24, inner=40, shared_by=3, keys=7, heads=2),
         dict(batch=4, tokens=5, features=24, inner=40, per_image=2, keys=7, masked=True, heads=3),
+        dict(
+            batch=2, tokens=11, text=4, features=24, inner=40, keys=7, masked=True, heads=3,
+            dropout=0.25, attention_dropout=0.1,
+        ),
+        dict(batch=2, tokens=5, text=5, features=24, inner=40, heads=2),
     ],
     large=dict(batch=5, tokens=107_000, features=64, inner=4096, heads=1),
     bench={
@@ -30,17 +35,21 @@ SHAPES: dict[str, Any] = dict(
         "BLIP-2 Q-Former, 16 images": dict(
             batch=16, tokens=32, features=768, inner=3072, keys=257, heads=12
         ),
+        "InstructBLIP Q-Former, 16 images": dict(
+            batch=16, tokens=64, text=32, features=768, inner=3072, keys=257, heads=12
+        ),
     },
 )  # fmt: skip
 
 
 def inputs(
-    batch: int, tokens: int, features: int, inner: int, *, keys: int = 0, per_image: int = 1,
-    shared_by: int = 0, masked: bool = False, biased: bool = False,
+    batch: int, tokens: int, features: int, inner: int, *, text: int = 0, keys: int = 0,
+    per_image: int = 1, shared_by: int = 0, masked: bool = False, biased: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Random arguments; without ``keys`` the layer has no cross-attention.
 
-    per_image: the sequences of an image; shared_by: the images that share one sequence.
+    text: how many of the tokens are text; per_image: the sequences of an image; shared_by: the
+    images that share one sequence.
     """
     images = shared_by or batch // per_image
 
@@ -50,16 +59,19 @@ def inputs(
     return (
         torch.randn(batch, tokens, features),
         torch.randn(images, keys, 2 * features) if keys else None,
-        _parameters(features, inner, keys > 0),
+        _parameters(features, inner, keys > 0, text < tokens, text > 0),
         torch.randn(1, 1, tokens, tokens) if biased else None,
-        mask(batch, tokens), mask(images, keys), torch.arange(20261, 20266),
+        mask(batch, tokens), mask(images, keys), torch.arange(20261, 20267),
     )  # fmt: skip
 
 
-def _parameters(width: int, inner: int, has_image: bool) -> list[Tensor]:
+def _parameters(
+    width: int, inner: int, has_image: bool, has_queries: bool, has_text: bool
+) -> list[Tensor]:
     """Random parameters; the weights of norms are near 1."""
-    shapes = parameter_shapes(width, inner, has_image)
-    norms = {SELF - 2, len(shapes) - MLP - 2, len(shapes) - 2}
+    inners = inner if has_queries else (), inner if has_text else ()
+    shapes = parameter_shapes(width, Blocks((), 0 if has_image else (), *inners))
+    norms = {end - 2 for end in range(SELF, len(shapes) + 1, MLP)}
     return [
         torch.randn(shape) * shape[1] ** -0.5
         if len(shape) == 2
@@ -69,16 +81,19 @@ def _parameters(width: int, inner: int, has_image: bool) -> list[Tensor]:
 
 
 def cost(
-    hidden: Tensor, image_kv: Tensor | None, parameters: list[Tensor], *others: Any, **options: Any
-) -> Cost:
+    hidden: Tensor, image_kv: Tensor | None, parameters: list[Tensor], *others: Any,
+    text: int, **options: Any,
+) -> Cost:  # fmt: skip
     """The cost of a call: products, and each tensor read or written once."""
     batch, tokens, features = hidden.shape
     images, keys = (0, 0) if image_kv is None else image_kv.shape[:2]
-    shared, rows = batch == 1 and images > 1, max(batch, images) * tokens
-    before = batch * tokens * sum(p.numel() for p in parameters[:SELF])
-    weights = before + rows * sum(p.numel() for p in parameters[SELF:])
-    scores = batch * tokens * tokens + (images if shared else batch) * tokens * keys
-    written = rows * (features + parameters[-MLP].shape[0]) * hidden.element_size()
+    shared, queries = batch == 1 and images > 1, max(batch, images) * (tokens - text)
+    blocks = split(parameters, image_kv is not None, text < tokens)
+    rows = batch * tokens, queries, queries, batch * text
+    weights = sum(n * sum(p.numel() for p in block) for n, block in zip(rows, blocks, strict=True))
+    scores = batch * tokens * tokens + (images if shared else batch) * (tokens - text) * keys
+    inner = sum(n * p[0].shape[0] for n, p in zip(rows[2:], blocks[2:], strict=True) if p)
+    written = ((queries + batch * text) * features + inner) * hidden.element_size()
     moved = nbytes(hidden, image_kv, *parameters) + written
     flops = 2 * weights + 4 * scores * features
     return Cost(flops, moved, 2 * flops, 2 * moved)

@@ -19,6 +19,7 @@ _ASKED = "_asked_once"  # where `ask_once` stores that there is no reason
 # An owner that changes before so many calls in a row is asked at every call from then on, because
 # making a guard takes longer than asking.
 MAX_CHANGES = 8
+MAX_CALLS = 64  # that `remember_call` stores for a key
 
 
 class Remembered:
@@ -123,6 +124,27 @@ def ask_once(
     if reason is None:
         remember(owner, key, True, lambda: Guard(owner, modules()))
     return reason
+
+
+def remember_call(
+    owner: Any, key: str, which: Any, call: Any, modules: Callable[[], Iterable[nn.Module]]
+) -> None:
+    """Store one of several calls of ``owner``, which depend on the same facts.
+
+    Args:
+        owner: the module that is called.
+        key: the name of an attribute of the owner, under which `recall` gives all calls.
+        which: what a later call is looked up by, such as the side of its grid.
+        call: not None.
+        modules: gives the modules inside the owner that are read.
+    """
+    calls = recall(owner, key)
+    if calls is None:
+        calls = {}
+        remember(owner, key, calls, lambda: Guard(owner, modules()))
+    if len(calls) >= MAX_CALLS:
+        calls.clear()
+    calls[which] = call
 
 
 def forget(owner: nn.Module) -> None:

@@ -1,7 +1,8 @@
-"""A Q-Former's layer on query tokens as one op, with what it reads of the layer's modules."""
+"""A Q-Former's layer as one op, with what it reads of the layer's modules."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ class LayerReading(NamedTuple):
 
     Attributes:
         parameters: as the op takes them.
-        keys_values: weights of the cross-attention's keys and values, then their biases; or empty.
+        keys_values: weights of the cross-attention's keys and values, then their biases; empty for
+            a layer without one, and without query tokens.
         options: heads, scale, eps and activation.
         dropouts: for the outputs and for the attentions, the probability of dropout and the modules
             whose modes say whether it is active; no modules if the probability is 0.
@@ -40,17 +42,22 @@ def run_as_one_op(
 ) -> Tensor | None:
     """The result of a layer whose parameters can be read directly, from one op.
 
-    None if the op cannot compute the layer: it has text tokens, a bias of the image's scores,
-    blocks or modes that differ, or autocast.
+    None if the op cannot compute the layer: it has a bias of the image's scores, one sequence with
+    text for several images, blocks or modes that differ, or autocast.
     """
+    sequences, tokens, _ = hidden.shape
+    queries, text = inputs.query_length, tokens - inputs.query_length
+    if torch.jit.is_tracing():  # sizes are tensors
+        queries, text = int(queries), int(text)
     if (
-        inputs.query_length != hidden.shape[1]
-        or inputs.query_length == 0
+        tokens == 0
+        or text < 0
         or inputs.image_bias is not None
+        or (text and sequences == 1 and image is not None and image.shape[0] != 1)
         or torch.is_autocast_enabled(autocast_device(hidden))
     ):
         return None
-    reading: LayerReading | None = derived(layer, reading_of)
+    reading: LayerReading | None = derived(layer, _READINGS[bool(queries > 0), bool(text > 0)])
     if reading is None or reading.parameters[0].dtype is not hidden.dtype:
         return None
     dropout, attention_dropout = map(_active, reading.dropouts)
@@ -64,23 +71,27 @@ def run_as_one_op(
     elif not inputs.projected:
         image = ops.stacked_linear(image, reading.keys_values)
     options, seeds = reading.options, None
+    if text:
+        options = {**options, "text": text}
     if dropout or attention_dropout:
         options = {**options, "dropout": dropout, "attention_dropout": attention_dropout}
-        seeds = None if inputs.seeds is None else inputs.seeds[:5]
+        seeds = inputs.seeds
     return ops.qformer_layer(
         hidden, image, reading.parameters, inputs.bias, inputs.key_mask,
         inputs.image_mask if crosses else None, seeds, **options,
     )  # fmt: skip
 
 
-def reading_of(layer: Any) -> LayerReading | None:
+def reading_of(layer: Any, has_queries: bool, has_text: bool) -> LayerReading | None:
     """The `LayerReading` of a layer; None if dtypes, or the settings of its blocks, differ."""
     blocks = [layer.attention]
-    cross = getattr(layer, "crossattention", None)
+    cross = getattr(layer, "crossattention", None) if has_queries else None
     if cross is not None:
         blocks.append(cross)
     attentions = [block.attention for block in blocks]
-    outputs = [*[block.output for block in blocks], layer.output_query]
+    mlps = [(layer.intermediate_query, layer.output_query)] if has_queries else []
+    mlps += [(layer.intermediate, layer.output)] if has_text else []
+    outputs = [*[block.output for block in blocks], *[output for _, output in mlps]]
     qkv = [attentions[0].query, attentions[0].key, attentions[0].value]
     parameters = [*[linear.weight for linear in qkv], *[linear.bias for linear in qkv]]
     parameters += _output_parameters(outputs[0])
@@ -89,23 +100,27 @@ def reading_of(layer: Any) -> LayerReading | None:
         query, key, value = attentions[1].query, attentions[1].key, attentions[1].value
         keys_values = [key.weight, value.weight, key.bias, value.bias]
         parameters += [query.weight, query.bias, *_output_parameters(outputs[1])]
-    first = layer.intermediate_query.dense
-    parameters += [first.weight, first.bias, *_output_parameters(outputs[-1])]
+    for intermediate, output in mlps:
+        first = intermediate.dense
+        parameters += [first.weight, first.bias, *_output_parameters(output)]
+    activations = [activation_name(intermediate.intermediate_act_fn) for intermediate, _ in mlps]
     settings = [(a.num_attention_heads, attention_scale(a)) for a in attentions]
     eps = [output.LayerNorm.eps for output in outputs]
     switches = [(output.dropout, float(output.dropout.p)) for output in outputs]
     of_attentions = [attention_dropout_switch(a) for a in attentions]
-    for same in (settings, eps, [p for _, p in switches], [p for _, p in of_attentions],
-                 [p.dtype for p in parameters]):  # fmt: skip
+    for same in (settings, eps, activations, [p for _, p in switches],
+                 [p for _, p in of_attentions], [p.dtype for p in parameters]):  # fmt: skip
         if any(value != same[0] for value in same):
             return None
-    options = dict(
-        heads=settings[0][0], scale=settings[0][1], eps=eps[0],
-        activation=activation_name(layer.intermediate_query.intermediate_act_fn),
-    )  # fmt: skip
-    return LayerReading(
-        parameters, keys_values, options, (_switch(switches), _switch(of_attentions))
-    )
+    (heads, scale), dropouts = settings[0], (_switch(switches), _switch(of_attentions))
+    options = dict(heads=heads, scale=scale, eps=eps[0], activation=activations[0])
+    return LayerReading(parameters, keys_values, options, dropouts)
+
+
+_READINGS = {  # by whether there are queries and text
+    kind: functools.partial(reading_of, has_queries=kind[0], has_text=kind[1])
+    for kind in ((True, False), (True, True), (False, True))
+}
 
 
 def _output_parameters(output: Any) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
+from vlm_fast.modules.gated_residual import rms_norm
 from vlm_fast.modules.parameter_access.activation import activation_name, why_not_activation
 from vlm_fast.modules.parameter_access.attention_settings import attention_scale
 from vlm_fast.modules.parameter_access.linear import why_not_direct
@@ -22,7 +24,7 @@ from vlm_fast.modules.parameter_access.module_tree import (
     why_tree_dtypes_differ,
 )
 from vlm_fast.modules.parameter_access.remembered import ask_once
-from vlm_fast.modules.perceiver_layer import Layer, resample
+from vlm_fast.modules.perceiver_layer import Layer, directly, resample
 from vlm_fast.ops.argument_errors import wrong_value
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.patched_module import PatchedModule
@@ -78,7 +80,6 @@ class FusedIdefics2Perceiver(PatchedModule):
 
     layers: Any
     latents: Any
-    norm: Any
     training: bool
     required_attributes: ClassVar[tuple[str, ...]] = (
         *(f"layers.0.{name}" for name in (
@@ -108,8 +109,8 @@ class FusedIdefics2Perceiver(PatchedModule):
         seen: Tensor | None = attention_mask != 0
         if seen is not None and seen.is_cpu and not torch.compiler.is_compiling() and seen.all():
             seen = None  # nothing is masked; on a GPU the host would wait for this answer
-        layers = derived(self, _layers_of)
-        return self.norm(resample(context, self.latents, layers, seen))
+        layers, norm = derived(self, _layers_of)
+        return norm(resample(context, self.latents, layers, seen))
 
     def why_not(self) -> str | None:
         attentions = [layer.self_attn for layer in self.layers]
@@ -118,18 +119,25 @@ class FusedIdefics2Perceiver(PatchedModule):
         return why_not_direct_tree(self, biases=False)  # type: ignore[arg-type]
 
 
-def _layers_of(resampler: Any) -> list[Layer]:
-    return [_layer(layer) for layer in resampler.layers]
+def _layers_of(resampler: Any) -> tuple[list[Layer], Callable[[Tensor], Tensor]]:
+    """The layers, and the last norm."""
+    return [_layer(layer) for layer in resampler.layers], _norm(resampler.norm)
 
 
 def _layer(layer: Any) -> Layer:
     attention = layer.self_attn
-    return Layer(
-        layer.input_context_norm, layer.input_latents_norm, attention.q_proj,
+    norm = _norm(layer.post_attention_layernorm)
+    return directly(Layer(
+        _norm(layer.input_context_norm), _norm(layer.input_latents_norm), attention.q_proj,
         (attention.k_proj, attention.v_proj), attention.o_proj, attention.num_heads,
-        attention.num_key_value_heads, attention_scale(attention),
-        lambda x: layer.mlp(layer.post_attention_layernorm(x)),
-    )  # fmt: skip
+        attention.num_key_value_heads, attention_scale(attention), lambda x: layer.mlp(norm(x)),
+    ))  # fmt: skip
+
+
+def _norm(norm: Any) -> Callable[[Tensor], Tensor]:
+    """An Idefics2RMSNorm as a function; it is called where it would change the input's dtype."""
+    dtype = norm.weight.dtype
+    return lambda x: rms_norm(x, norm) if x.dtype is dtype else norm(x)
 
 
 def recognise_mlp(module: nn.Module, **options: Any) -> tuple[()] | str | None:

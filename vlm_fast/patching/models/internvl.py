@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from vlm_fast import ops
-from vlm_fast.modules.normed_mlp import normed_mlp
+from vlm_fast.modules.fused_sequence import remembered_run
+from vlm_fast.modules.normed_mlp import normed_mlp, recalled_normed_mlp
 from vlm_fast.modules.parameter_access.chain import Chain, find_chain
 from vlm_fast.modules.parameter_access.norm import why_not_direct_norm
 from vlm_fast.modules.token_grid import side_of_square
@@ -33,15 +34,22 @@ CALLS = ("layer_norm", "linear_1", "act", "linear_2")
 class DeferredPixelShuffle(DeferredTensor):
     """Tokens ``(batch, ..., 4 * features)`` of square grids; the patches are in row-major order."""
 
+    @property
+    def shape(self) -> Any:  # type: ignore[override]  # each read by __torch_function__ costs 1 us
+        with torch._C.DisableTorchFunctionSubclass():
+            return super().shape
+
+    def reshape(self, *shape: Any) -> Any:
+        """A `DeferredPixelShuffle` if the last dimension and the batch stay; else a tensor."""
+        with torch._C.DisableTorchFunctionSubclass():
+            batch, *_, features = super().shape
+            if len(shape) == 3 and shape[0] == batch and shape[2] == features:
+                return super().reshape(shape).as_subclass(DeferredPixelShuffle)
+        return super().reshape(*shape)
+
     @classmethod
     def shortcut(cls, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if func in _SHAPE_FUNCTIONS:
-            return func(*args, **kwargs)
-        if func is Tensor.reshape and len(args) == 4 and not kwargs:
-            x, batch, _, features = args
-            if batch == x.shape[0] and features == x.shape[-1]:  # rows stay whole
-                return func(*args).as_subclass(DeferredPixelShuffle)
-        return None
+        return func(*args, **kwargs) if func in _SHAPE_FUNCTIONS else None
 
     @classmethod
     def resolve(cls, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -56,8 +64,8 @@ _SHAPE_FUNCTIONS = {Tensor.size, Tensor.dim} | {
 
 def _patches(x: Tensor) -> tuple[Tensor, int]:
     """The patches ``(batch, side ** 2, features)`` as a plain tensor, and the side of the grid."""
-    features = x.shape[-1] // FACTOR**2
-    patches = x.as_subclass(Tensor).reshape(x.shape[0], -1, features)
+    x = x.as_subclass(Tensor)
+    patches = x.reshape(x.shape[0], -1, x.shape[-1] // FACTOR**2)
     return patches, side_of_square(patches.shape[1])
 
 
@@ -80,7 +88,8 @@ class FusedShuffleMerge(FusedMerge):
             return super().pixel_shuffle(x, scale_factor)  # type: ignore[misc]
         down, across = height // FACTOR, width // FACTOR
         shape = (batch, down, across, FACTOR**2 * features)
-        deferred = height == width and isinstance(self.multi_modal_projector, FusedNormedMLP)
+        projector = self.__dict__["_modules"]["multi_modal_projector"]
+        deferred = height == width and isinstance(projector, FusedNormedMLP)
         # A FakeTensor cannot change its type, and the compiler fuses the norm itself.
         if deferred and type(x) is Tensor and not torch.compiler.is_compiling():
             return x.reshape(shape).as_subclass(DeferredPixelShuffle)
@@ -96,7 +105,7 @@ class FusedNormedMLP(FusedMLP):
     act: nn.Module
     linear_2: nn.Module
 
-    remembered_forward: ClassVar[Any] = FusedMLP.remembered_forward
+    remembered_forward: ClassVar[Any] = staticmethod(lambda self, x: _remembered_run(self, x))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         chain: Chain = self.patch_spec.settings
@@ -109,6 +118,17 @@ class FusedNormedMLP(FusedMLP):
 
     def why_not(self) -> str | None:
         return why_not_direct_norm(self.layer_norm, self.linear_1) or super().why_not()
+
+
+def _remembered_run(module: FusedNormedMLP, x: Any) -> Any:
+    """The result by one op that is known to serve; otherwise NotImplemented."""
+    if type(x) is not DeferredPixelShuffle:
+        return remembered_run(module, x)
+    parts = recalled_normed_mlp(module)
+    if parts is None:
+        return NotImplemented
+    patches, side = _patches(x)
+    return parts.fused(patches, FACTOR, True, side, side)
 
 
 _children_of = attrgetter("layer_norm", "linear_1", "act", "linear_2")

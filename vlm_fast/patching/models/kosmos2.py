@@ -6,14 +6,16 @@ latents, which is a mistake. Eager attention is right; the patch computes the sa
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
 from vlm_fast.modules.parameter_access.module_tree import (
+    derived,
     why_not_direct_tree,
     why_tree_dtypes_differ,
 )
@@ -29,9 +31,6 @@ class FusedKosmosProjection(PatchedModule):
 
     same_call_signature = True
 
-    dense: Any
-    latent_query: Any
-    x_attn: Any
     training: bool
     required_attributes: ClassVar[tuple[str, ...]] = (
         *(f"x_attn.{name}" for name in (
@@ -44,20 +43,16 @@ class FusedKosmosProjection(PatchedModule):
         if reason is not None:
             record_fallback(type(self).__name__, reason)
             return super().forward(features)  # type: ignore[misc]
-        attn, image, latents = self.x_attn, self.dense(features), self.latent_query.unsqueeze(0)
+        read: Reading = derived(self, _reading)
+        image, latents = F.linear(features, *read.dense), read.latents.unsqueeze(0)
         images = image.shape[0]
         seen = torch.cat((image, latents.expand(images, -1, -1)), dim=1)
-        # The bias of keys adds the same to all scores of a query: no effect, gradient 0.
-        k = torch.addmm(attn.k_proj.bias, seen.flatten(0, 1), attn.k_proj.weight.t(), beta=0)
-
-        def heads(x: Tensor, tokens: int) -> Tensor:
-            return x.view(-1, tokens, attn.num_heads, attn.head_dim).transpose(1, 2)
-
-        q = heads(attn.q_proj(latents), latents.shape[1]).expand(images, -1, -1, -1)
-        attended = ops.cross_attention(
-            q, heads(k, seen.shape[1]), heads(attn.v_proj(seen), seen.shape[1]), scale=attn.scaling
+        q, k, v = (
+            F.linear(x, *linear).view(-1, x.shape[1], *read.heads).transpose(1, 2)
+            for x, linear in ((latents, read.query), (seen, read.key), (seen, read.value))
         )
-        return attn.out_proj(attended.transpose(1, 2).flatten(2)), None
+        attended = ops.cross_attention(q.expand(images, -1, -1, -1), k, v, scale=read.scale)
+        return F.linear(attended.transpose(1, 2).flatten(2), *read.output), None
 
     def unpatched_copy(self) -> nn.Module:
         """A copy with the original class, eager attention, and None instead of attention maps."""
@@ -68,14 +63,50 @@ class FusedKosmosProjection(PatchedModule):
         return plain
 
     def why_not(self) -> str | None:
-        attn = self.x_attn
-        if attn.config._attn_implementation == "eager":
-            return "eager attention returns its maps, which no kernel forms"
-        if self.training and attn.dropout > 0:
+        reason = why_not_direct_tree(self)  # type: ignore[arg-type]
+        if reason is not None:
+            return reason
+        read: Reading = derived(self, _reading)
+        if self.training and read.dropout > 0:
             return "attention has dropout"
-        if getattr(attn, "inner_attn_ln", None) is not None:
-            return "its attention has a norm inside"
-        return why_not_direct_tree(self)  # type: ignore[arg-type]
+        return read.reason
+
+
+class Reading(NamedTuple):
+    """What the forward reads of a projection.
+
+    Attributes:
+        reason: why it cannot be served, or None.
+        dense, query, key, value, output: weight and bias of the linears.
+        latents: ``(latents, features)``.
+        heads: the number of heads, and the features of one.
+    """
+
+    reason: str | None
+    dropout: float
+    dense: tuple[Tensor, Tensor]
+    query: tuple[Tensor, Tensor]
+    key: tuple[Tensor, Tensor]
+    value: tuple[Tensor, Tensor]
+    output: tuple[Tensor, Tensor]
+    latents: Tensor
+    heads: tuple[int, int]
+    scale: float
+
+
+def _reading(projection: Any) -> Reading:
+    attn = projection.x_attn
+    linears = [projection.dense, attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj]
+    dense, q, k, v, output = [(linear.weight, linear.bias) for linear in linears]
+    reason = None
+    if attn.config._attn_implementation == "eager":
+        reason = "eager attention returns its maps, which no kernel forms"
+    elif getattr(attn, "inner_attn_ln", None) is not None:
+        reason = "its attention has a norm inside"
+    heads = (attn.num_heads, attn.head_dim)
+    return Reading(
+        reason, attn.dropout, dense, q, k, v, output, projection.latent_query, heads, attn.scaling
+    )
 
 
 def recognise(module: nn.Module, **options: Any) -> tuple[()] | str | None:

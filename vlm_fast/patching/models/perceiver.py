@@ -13,7 +13,7 @@ from vlm_fast.modules.parameter_access.module_tree import (
     why_not_direct_tree,
     why_tree_dtypes_differ,
 )
-from vlm_fast.modules.perceiver_layer import Layer, fused_sequence, resample
+from vlm_fast.modules.perceiver_layer import Layer, directly, fused_sequence, resample
 from vlm_fast.modules.perceiver_resampler import resample_media
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.patched_module import PatchedModule
@@ -64,7 +64,7 @@ class FusedIdeficsPerceiver(PatchedModule):
 
 
 def _layers_of_idefics(resampler: Any) -> list[Layer]:
-    return [_layer_of_idefics(attention, ff) for attention, ff in resampler.blocks]
+    return [directly(_layer_of_idefics(attention, ff)) for attention, ff in resampler.blocks]
 
 
 def _layer_of_idefics(attention: Any, ff: Any) -> Layer:

@@ -1,4 +1,4 @@
-"""Patches of projectors with a pixel shuffle: Idefics3, SmolVLM, Aya, Cohere 2, Llama 4."""
+"""Patches of projectors with a pixel shuffle: Idefics3, SmolVLM, Llama 4."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from vlm_fast import ops
 from vlm_fast.fallback import record_fallback
-from vlm_fast.modules.normed_mlp import normed_mlp
-from vlm_fast.modules.parameter_access.norm import shuffle_and_norm, why_not_direct_norm
 from vlm_fast.modules.token_grid import side_of_square
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.patched_module import PatchedModule
@@ -18,10 +16,6 @@ CONNECTORS = {
     "idefics3": "Idefics3Connector",
     "smolvlm": "SmolVLMConnector",
     "modernvbert": "ModernVBertConnector",
-}
-GATED = {
-    "aya_vision": "AyaVisionMultiModalProjector",
-    "cohere2_vision": "Cohere2VisionMultiModalProjector",
 }
 
 
@@ -51,45 +45,6 @@ class FusedConnector(PatchedModule):
         return ops.pixel_shuffle_norm(x, height=side, width=side, factor=factor)
 
 
-class FusedGatedProjector(PatchedModule):
-    """Replaces the forward of AyaVision's and Cohere2Vision's MultiModalProjector.
-
-    Pixel shuffle and norm (if there is one) are one pass; then ``linear_2(act(gate) * x)``.
-    """
-
-    same_call_signature = True
-
-    downsample_factor: int
-    linear_1: nn.Module
-    act: nn.Module
-    linear_2: nn.Module
-
-    def forward(self, image_features: Tensor) -> Tensor:
-        x, factor, name = image_features, self.downsample_factor, type(self).__name__
-        side = side_of(x, factor)
-        if side is None:
-            record_fallback(name, "its grid is not a square that the factor divides")
-            return super().forward(x)  # type: ignore[misc]
-        norm: Any = getattr(self, "layernorm", None)
-        grid: dict[str, Any] = dict(height=side, width=side, factor=factor)
-        if norm is None:
-            x = ops.pixel_shuffle_norm(x, **grid)
-        else:
-            parts = normed_mlp(self, _norm_of)
-            x = shuffle_and_norm(name, x, norm, parts.parameters, norm_after=True, **grid)
-        x, gate = self.linear_1(x).chunk(2, dim=-1)
-        y: Tensor = self.linear_2(self.act(gate) * x)
-        return y.unflatten(1, (side // factor, side // factor))
-
-    def why_not(self) -> str | None:
-        norm = getattr(self, "layernorm", None)
-        return None if norm is None else why_not_direct_norm(norm, self.linear_1)
-
-
-def _norm_of(projector: Any) -> tuple[nn.Module]:
-    return (projector.layernorm,)
-
-
 class FusedShuffleMLP(PatchedModule):
     """Replaces the forward of Llama4VisionPixelShuffleMLP: the shuffle is one copy."""
 
@@ -111,11 +66,6 @@ def recognise_connector(module: nn.Module, **options: Any) -> tuple[()] | None:
     """Empty settings, or None for another class."""
     known = any(is_class(module, family, name) for family, name in CONNECTORS.items())
     return () if known else None
-
-
-def recognise_gated(module: nn.Module, **options: Any) -> tuple[()] | None:
-    """Empty settings for Aya's and Cohere 2's projectors, or None for another class."""
-    return () if any(is_class(module, family, name) for family, name in GATED.items()) else None
 
 
 def recognise_llama4(module: nn.Module, **options: Any) -> tuple[()] | None:

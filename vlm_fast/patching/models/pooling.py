@@ -1,4 +1,4 @@
-"""Patches of projectors that pool a grid: Gemma 3, PerceptionLM, LLaVA-NeXT-Video, OneVision."""
+"""Patches of projectors that pool a grid: Gemma 3, PerceptionLM, LLaVA-OneVision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlm_fast.modules.parameter_access.module_calls import (
 from vlm_fast.modules.parameter_access.norm import why_not_direct_norm
 from vlm_fast.modules.parameter_access.remembered import ask_once
 from vlm_fast.modules.pooled_projector import norm_of, pooled_mlp, pooled_norm, times_matrix
-from vlm_fast.modules.spatial_pool import WINDOWS, why_not_window
+from vlm_fast.modules.spatial_pool import why_not_window
 from vlm_fast.modules.token_grid import side_of_square
 from vlm_fast.patching.class_swap import is_class
 from vlm_fast.patching.models import anyres
@@ -106,32 +106,6 @@ class FusedPooledMLP(PatchedModule):
             return f"pooling: {reason}"
         reason = why_not_direct(self.linear_2)
         return None if reason is None else f"linear_2: {reason}"
-
-
-class FusedPooler(PatchedModule):
-    """Replaces the forward of LlavaNextVideoPooler: pools frames in rows, without copies."""
-
-    same_call_signature = True
-
-    pool: Any
-
-    def forward(self, image_features: Tensor) -> Any:
-        reason = self.why_not()
-        side = side_of_square(image_features.shape[1]) if image_features.ndim == 3 else 0
-        if side**2 != image_features.shape[-2]:
-            reason = "its tokens are no square grid"
-        if reason is not None:
-            record_fallback(type(self).__name__, reason)
-            return super().forward(image_features)  # type: ignore[misc]
-        return ops.spatial_pool(
-            image_features, height=side, width=side, mode=WINDOWS[type(self.pool)],
-            stride=int(self.pool.kernel_size),
-        )  # fmt: skip
-
-    def why_not(self) -> str | None:
-        return ask_once(
-            self, lambda: why_not_window(self.pool, self.pool.kernel_size), lambda: (self.pool,)
-        )
 
 
 class FusedFrameProjector(FusedMLP):
@@ -223,14 +197,6 @@ def recognise_perception_lm(module: nn.Module, **options: Any) -> tuple[()] | st
         return None
     ratio = getattr(module.pooling, "pooling_ratio", 1)
     return () if 1 <= ratio <= 8 else f"it pools by {ratio}"
-
-
-def recognise_next_video(module: nn.Module, **options: Any) -> tuple[()] | str | None:
-    """Empty settings, a reason not to patch (pooling by a convolution), or None."""
-    if not is_class(module, "llava_next_video", "LlavaNextVideoPooler"):
-        return None
-    pooler: Any = module
-    return () if type(pooler.pool) in WINDOWS else "it pools by a convolution"
 
 
 def recognise_onevision(module: nn.Module, **options: Any) -> MaskSpec | str | None:
