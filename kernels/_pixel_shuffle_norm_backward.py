@@ -1,15 +1,17 @@
 """The kernel of `pixel_shuffle_norm`'s backward; a program takes consecutive merged tokens.
 
-It reads x again and needs no shuffled copy. A program computes its share of the parameters'
-gradients.
+It reads x again and needs no shuffled copy. It loads some tokens while it computes others, and sums
+its share of the parameters' gradients.
 """
 
 from __future__ import annotations
 
 from ._launcher import Config, kernel
+from ._pipeline import stages
 from ._pixel_shuffle_tiles import (
     group_index,
     group_sum,
+    group_sums,
     load_parameter,
     merged_channels,
     patch_offsets,
@@ -18,7 +20,13 @@ from ._sum_shares import store_share
 from ._triton import tl, triton
 
 
-@kernel(Config({"ELEMENTS": 4096}, num_warps=8))
+# Two programs of the first config fit on a multiprocessor. The second is for a single program and
+# for wide merged tokens.
+@kernel(
+    Config({"ELEMENTS": 4096}, num_warps=8),
+    Config({"ELEMENTS": 4096}, num_warps=16),
+    choose=int,
+)
 @triton.jit(do_not_specialize=["rows", "merged", "per_program", "blocks"])
 def pixel_shuffle_norm_backward_kernel(
     dy_ptr,  # (merged, FACTOR ** 2 * cols)
@@ -34,6 +42,8 @@ def pixel_shuffle_norm_backward_kernel(
     POSITIONS: tl.constexpr, COLS: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = ELEMENTS // (POSITIONS * COLS) if ELEMENTS > POSITIONS * COLS else 1
+    BITS: tl.constexpr = dy_ptr.dtype.element_ty.primitive_bitwidth
+    STAGES: tl.constexpr = stages(BITS, 2 * TOKENS * POSITIONS * COLS, 8 * ELEMENTS, 2)
     program = tl.program_id(0).to(tl.int64)
     p, c = tl.arange(0, POSITIONS), tl.arange(0, COLS)
     channel = merged_channels(p, c, cols, FACTOR, BY_CHANNEL)
@@ -46,7 +56,7 @@ def pixel_shuffle_norm_backward_kernel(
     dbias = tl.zeros([TOKENS, POSITIONS, COLS], dtype=tl.float32)
     first = program * per_program
     last = tl.minimum(first + per_program, merged)
-    for start in range(0, per_program, TOKENS):
+    for start in tl.range(0, per_program, TOKENS, num_stages=STAGES):
         token = (first + start + tl.arange(0, TOKENS)).to(tl.int32)
         patches = (token < last)[:, None] & (p < FACTOR * FACTOR)[None, :]
         source, patch_inside = patch_offsets(
@@ -63,22 +73,29 @@ def pixel_shuffle_norm_backward_kernel(
         rstd = tl.load(rstd_ptr + group, mask=group_inside, other=0.0)
         if NORM == "layer":
             x -= tl.load(mean_ptr + group, mask=group_inside, other=0.0)
-        unit = tl.where(inside, x * rstd, 0.0)
-        if dweight_ptr is not None:
+        # What lies outside is 0 in dy and rstd, so it adds nothing to any sum.
+        unit = x * rstd
+        # The place of this sum, here or behind dx, decides whether registers spill.
+        if AFTER and dweight_ptr is not None:
             dweight += dy * unit
         if dbias_ptr is not None:
             dbias += dy
         if dx_ptr is not None:
             dunit = dy * weight
-            dx = dunit - unit * (group_sum(dunit * unit, AFTER) / size)
             if NORM == "layer":
-                dx -= group_sum(dunit, AFTER) / size
+                along, shift = group_sums(dunit * unit, dunit, AFTER)
+                dunit -= shift / size
+            else:
+                along = group_sum(dunit * unit, AFTER)
+            dx = dunit - unit * (along / size)
             to, _ = patch_offsets(
                 token, p, patches, index_ptr, dx_batch, cols,
                 tokens, rows, blocks, blocks_across, width, FACTOR,
             )  # fmt: skip
             at = dx_ptr + to[:, :, None] + c[None, None, :]
             tl.store(at, (dx * rstd).to(dx_ptr.dtype.element_ty), patch_inside[:, :, None] & inside)
+        if not AFTER and dweight_ptr is not None:
+            dweight += dy * unit
     at = program * shares_row
     if dweight_ptr is not None:
         _store(dweight_ptr, shares_ptr, at, dweight, channel, c, channel_inside, cols, AFTER)

@@ -33,12 +33,26 @@ def merged_channels(p, c, cols, FACTOR: tl.constexpr, BY_CHANNEL: tl.constexpr):
 
 
 @triton.jit
+def _by_group(x, AFTER: tl.constexpr):
+    """``[TOKENS, POSITIONS, COLS]`` with all channels of a normed group in the last dimension."""
+    if AFTER:
+        return tl.reshape(x, [x.shape[0], 1, x.shape[1] * x.shape[2]])
+    else:
+        return x
+
+
+@triton.jit
 def group_sum(x, AFTER: tl.constexpr):
     """The sum over a normed group: the channels of a patch or, if AFTER, of a merged token."""
-    total = tl.sum(x, axis=2, keep_dims=True)
-    if AFTER:
-        total = tl.sum(total, axis=1, keep_dims=True)
-    return total
+    return tl.sum(_by_group(x, AFTER), axis=2, keep_dims=True)
+
+
+@triton.jit
+def group_sums(x, y, AFTER: tl.constexpr):
+    """`group_sum` of two tiles, with one exchange between the warps for both."""
+    sums = tl.sum(tl.join(_by_group(x, AFTER), _by_group(y, AFTER)), axis=2)
+    of_x, of_y = tl.split(sums)
+    return of_x[:, :, None], of_y[:, :, None]
 
 
 @triton.jit

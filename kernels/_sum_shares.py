@@ -14,20 +14,21 @@ from torch import Tensor
 from ._launcher import Config, kernel
 from ._triton import tl, triton
 
-MAX_PROGRAMS = 512  # that share the rows: about four per multiprocessor of an H200
+MAX_PROGRAMS = 264  # that share the rows: two per multiprocessor of an H200
 MOST_GRADIENTS = 4  # that one launch sums
 ALIGNMENT = 16  # columns; Triton's wide accesses need strides that are a multiple of it
 
 
-def split_rows(rows: int, least: int) -> tuple[int, int]:
+def split_rows(rows: int, least: int, wide: bool = False) -> tuple[int, int]:
     """Return the rows of a program and the number of programs.
 
-    A program takes ``least`` rows or more. Up to twice as many all go to one program, which saves
-    the launch of `sum_shares`.
+    Programs take an equal number of rows, ``least`` or more. Up to eight times as many all go to
+    one program, which saves the launch of `sum_shares`. Of programs with ``wide`` rows only one
+    fits on a multiprocessor.
     """
-    if rows <= 2 * least:
+    if rows <= 8 * least:
         return rows, 1
-    rows_per_program = max(least, -(-rows // MAX_PROGRAMS))
+    rows_per_program = max(least, -(-rows // (MAX_PROGRAMS // 2 if wide else MAX_PROGRAMS)))
     return rows_per_program, -(-rows // rows_per_program)
 
 
@@ -61,9 +62,10 @@ def _store_columns(ptr, cols, total, col, IS_ZERO: tl.constexpr):
         tl.store(ptr + col, total.to(ptr.dtype.element_ty), mask=(col >= 0) & (col < cols))
 
 
-# The second config is for thousands of shares: fewer columns, so more programs.
+# The first config loads all shares of the norms' backwards at once. The second is for thousands of
+# shares: fewer columns, so more programs.
 @kernel(
-    Config({"BLOCK_ROWS": 128, "BLOCK_COLS": 32}, num_warps=4),
+    Config({"BLOCK_ROWS": 512, "BLOCK_COLS": 32}, num_warps=8),
     Config({"BLOCK_ROWS": 512, "BLOCK_COLS": 16}, num_warps=8),
     choose=lambda count: int(count > 1024),
 )

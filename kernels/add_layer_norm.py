@@ -1,7 +1,6 @@
 """``LayerNorm(dropout(x + x_bias) + residual)``, one pass over memory in each direction.
 
-A program holds whole rows. The forward saves z, the sum before the norm, and its statistics. A
-program of the backward takes consecutive rows and its share of the parameters' gradients.
+A program holds whole rows. The forward saves z, the sum before the norm, and its statistics.
 """
 
 from __future__ import annotations
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor
 
 from . import _add_layer_norm_aten as aten
+from ._add_layer_norm_backward import add_layer_norm_backward_kernel
 from ._dropout import keep_tile, threshold
 from ._launcher import Config, kernel, runs_triton
 from ._sizes import next_power_of_2
-from ._sum_shares import new_shares, split_rows, store_share, sum_shares
+from ._sum_shares import new_shares, split_rows, sum_shares
 from ._triton import tl, triton
 
 
@@ -75,68 +75,6 @@ def add_layer_norm_kernel(
         tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
-@kernel(Config({"ELEMENTS": 2048}, num_warps=16))
-@triton.jit(do_not_specialize=["rows", "rows_per_program"])
-def add_layer_norm_backward_kernel(
-    dy_ptr, z_ptr,  # (rows, cols)
-    mean_ptr, rstd_ptr,  # (rows,)
-    weight_ptr,  # (cols,)
-    seed_ptr, drop_below, survivor_scale,
-    dz_ptr, dx_ptr,  # (rows, cols) or None
-    dweight_ptr, dbias_ptr, dx_bias_ptr,  # (cols,) or None
-    shares_ptr, shares_row,  # (programs, cols of all three) fp32, or None for one program
-    rows, rows_per_program, cols,
-    BLOCK_COLS: tl.constexpr, ELEMENTS: tl.constexpr,
-):  # fmt: skip
-    ROWS: tl.constexpr = ELEMENTS // BLOCK_COLS if ELEMENTS > BLOCK_COLS else 1
-    program = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK_COLS)
-    inside_cols = col < cols
-    weight = tl.load(weight_ptr + col, mask=inside_cols, other=0.0).to(tl.float32)
-    dweight = tl.zeros([ROWS, BLOCK_COLS], dtype=tl.float32)
-    dbias = tl.zeros([ROWS, BLOCK_COLS], dtype=tl.float32)
-    dx_bias = tl.zeros([ROWS, BLOCK_COLS], dtype=tl.float32)
-    first = program * rows_per_program
-    last = tl.minimum(first + rows_per_program, rows)
-    for start in range(0, rows_per_program, ROWS):
-        row = first + start + tl.arange(0, ROWS)
-        inside_rows = row < last
-        inside = inside_rows[:, None] & inside_cols[None, :]
-        offset = row[:, None] * cols + col[None, :]
-        dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + row, mask=inside_rows, other=0.0)
-        rstd = tl.load(rstd_ptr + row, mask=inside_rows, other=0.0)
-        normed = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
-        dnormed = dy * weight[None, :]
-        projection = tl.sum(dnormed * normed, axis=1) / cols
-        mean_dnormed = tl.sum(dnormed, axis=1) / cols
-        dz = (dnormed - normed * projection[:, None] - mean_dnormed[:, None]) * rstd[:, None]
-        if dz_ptr is not None:
-            tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside)
-        if seed_ptr is not None:
-            dz *= survivor_scale * keep_tile(
-                tl.load(seed_ptr), col[None, :], row.to(tl.int32)[:, None], 0, drop_below
-            )
-        if dx_ptr is not None:
-            tl.store(dx_ptr + offset, dz.to(dx_ptr.dtype.element_ty), mask=inside)
-        if dweight_ptr is not None:
-            dweight += dy * normed
-        if dbias_ptr is not None:
-            dbias += dy
-        if dx_bias_ptr is not None:
-            dx_bias += tl.where(inside, dz, 0.0)
-    at = program * shares_row
-    if dweight_ptr is not None:
-        store_share(dweight_ptr, shares_ptr, at, tl.sum(dweight, axis=0), col, inside_cols)
-        at += cols
-    if dbias_ptr is not None:
-        store_share(dbias_ptr, shares_ptr, at, tl.sum(dbias, axis=0), col, inside_cols)
-        at += cols
-    if dx_bias_ptr is not None:
-        store_share(dx_bias_ptr, shares_ptr, at, tl.sum(dx_bias, axis=0), col, inside_cols)
-
-
 Statistics = tuple[Tensor, ...]  # z (rows, cols), mean (rows,), rstd (rows,); or ()
 
 
@@ -194,7 +132,8 @@ def add_layer_norm_backward(
     shared = seed is None and x_dtype == z.dtype
     dz = torch.empty_like(z) if want_residual or (shared and want_x) else None
     dx = torch.empty_like(z, dtype=x_dtype) if want_x and not shared else None
-    rows_per_program, programs = split_rows(rows, least=16)
+    wide = cols > 4096
+    rows_per_program, programs = split_rows(rows, 4, wide)
     parameters = (
         weight.new_empty(cols) if want_weight else None,
         weight.new_empty(cols) if want_bias else None,
@@ -205,6 +144,7 @@ def add_layer_norm_backward(
         lambda blocks: (programs,),
         dy, z, mean, rstd, weight, seed, threshold(dropout), 1 / (1 - dropout), dz, dx,
         *parameters, shares, shares_row, rows, rows_per_program, cols, next_power_of_2(cols),
+        size=wide or programs == 1,
     )  # fmt: skip
     sum_shares(shares, *parameters)
     dx = dz if shared and want_x else dx

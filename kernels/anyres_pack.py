@@ -230,7 +230,7 @@ def fill_gradient(
     if runs_triton(dy) or is_traced(dy):
         dfill = dy.new_empty(cols, dtype=dtype)
         if runs_triton(dy):
-            rows_per_share, count = split_rows(rows, least=64)
+            rows_per_share, count = split_rows(rows, least=16)
             shares, row = new_shares(count, dfill)
             fill_gradient_kernel(
                 lambda blocks: (count * -(-cols // blocks["BLOCK_COLS"]),),

@@ -25,7 +25,7 @@ from ._sizes import cdiv
 from ._triton import tl, triton
 
 
-@kernel(Config({"BLOCK": 32, "OTHERS": 64}, num_warps=4))
+@kernel(Config({"BLOCK": 16, "OTHERS": 256}, num_warps=4))
 @triton.jit(do_not_specialize=["count", "r"])
 def closest_pairs_kernel(
     best_ptr, kept_ptr,  # (batch, count), fp32 and bytes
@@ -37,17 +37,18 @@ def closest_pairs_kernel(
     a = ((program % blocks) * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
     inside = a < count
     mine = tl.load(best_ptr + first + a, mask=inside, other=0.0)
-    closer = tl.zeros([BLOCK], tl.int32)
+    closer = tl.zeros([BLOCK, OTHERS], tl.int32)
     for start in range(0, count, OTHERS):
         o = start + tl.arange(0, OTHERS)
-        other = tl.load(best_ptr + first + o, mask=o < count, other=0.0)[None, :]
+        # What lies outside is -Inf with a higher number than any pair, so it is never closer.
+        other = tl.load(best_ptr + first + o, mask=o < count, other=float("-inf"))[None, :]
         lower = o[None, :] < a[:, None]
-        before = (other > mine[:, None]) | ((other == mine[:, None]) & lower)
-        closer += tl.sum((before & (o < count)[None, :]).to(tl.int32), axis=1)
-    tl.store(kept_ptr + first + a, (closer < r).to(tl.uint8), mask=inside)
+        closer += ((other > mine[:, None]) | ((other == mine[:, None]) & lower)).to(tl.int32)
+    kept = tl.sum(closer, axis=1) < r
+    tl.store(kept_ptr + first + a, kept.to(tl.uint8), mask=inside)
 
 
-@kernel(Config({"BLOCK": 32, "OTHERS": 64}, num_warps=4))
+@kernel(Config({"BLOCK": 16, "OTHERS": 128}, num_warps=4))
 @triton.jit(do_not_specialize=["tokens", "r", "count", "first_a", "first_b"])
 def merged_order_kernel(
     kept_ptr, nearest_ptr,  # (batch, count)
@@ -66,19 +67,25 @@ def merged_order_kernel(
     paired = (own >= 0) & (own < count)
     merges = tl.load(kept_ptr + pairs + own, mask=paired, other=0) != 0
     partner = first_b + tl.load(nearest_ptr + pairs + own, mask=paired, other=0)
-    merged_before = tl.zeros([BLOCK], tl.int32)  # merging A before this A
-    ahead_of_pair = tl.zeros([BLOCK], tl.int32)  # merging A whose B comes before this A's B
-    earlier_in_group = tl.zeros([BLOCK], tl.int32)  # merging A before this A, into the same B
-    merged_into_lower = tl.zeros([BLOCK], tl.int32)  # merging A whose B comes before this B
+    none = tl.zeros([BLOCK, OTHERS], tl.int32)
+    merged_before = none  # merging A before this A
+    ahead_of_pair = none  # merging A whose B comes before this A's B
+    earlier_in_group = none  # merging A before this A, into the same B
+    merged_into_lower = none  # merging A whose B comes before this B
     for start in range(0, count, OTHERS):
         o = start + tl.arange(0, OTHERS)
-        kept = (tl.load(kept_ptr + pairs + o, mask=o < count, other=0) != 0)[None, :]
-        target = first_b + tl.load(nearest_ptr + pairs + o, mask=o < count, other=0)[None, :]
-        before = kept & (o[None, :] < own[:, None])
-        merged_before += tl.sum(before.to(tl.int32), axis=1)
-        earlier_in_group += tl.sum((before & (target == partner[:, None])).to(tl.int32), axis=1)
-        ahead_of_pair += tl.sum((kept & (target < partner[:, None])).to(tl.int32), axis=1)
-        merged_into_lower += tl.sum((kept & (target < i[:, None])).to(tl.int32), axis=1)
+        kept = tl.load(kept_ptr + pairs + o, mask=o < count, other=0) != 0
+        target = first_b + tl.load(nearest_ptr + pairs + o, mask=o < count, other=0)
+        # An A that does not merge comes after all and has a B after all.
+        o, target = tl.where(kept, o, tokens)[None, :], tl.where(kept, target, tokens)[None, :]
+        before = o < own[:, None]
+        merged_before += before.to(tl.int32)
+        earlier_in_group += (before & (target == partner[:, None])).to(tl.int32)
+        ahead_of_pair += (target < partner[:, None]).to(tl.int32)
+        merged_into_lower += (target < i[:, None]).to(tl.int32)
+    merged_before, ahead_of_pair = tl.sum(merged_before, axis=1), tl.sum(ahead_of_pair, axis=1)
+    earlier_in_group = tl.sum(earlier_in_group, axis=1)
+    merged_into_lower = tl.sum(merged_into_lower, axis=1)
     remaining_a = half_a - r
     is_a, is_b = i < half_a, i < half_b
     to_a = tl.where(merges, remaining_a + partner, i - merged_before)

@@ -148,7 +148,8 @@ def gated_add_backward(
     dgate = torch.empty_like(gate) if want_gate else None
     dweight = torch.empty_like(weight) if want_weight and weight is not None else None
     dbias = torch.empty_like(weight) if want_bias and weight is not None else None
-    rows_per_program, programs = split_rows(rows, least=16)
+    wide = not plain and cols > 2048
+    rows_per_program, programs = split_rows(rows, 4, wide)
     shares, shares_row = new_shares(programs, dweight, dbias, dgate)
     gated_add_backward_kernel(
         lambda blocks: (programs,),
@@ -156,6 +157,7 @@ def gated_add_backward(
         y if want_gate else None, *(y.stride()[:2] if want_gate and y is not None else (0, 0)),
         gate, _bytes(row_mask), dx, dy, dweight, dbias, dgate, shares, shares_row,
         rows, rows_per_program, tokens, cols, gate.numel() > 1, norm, next_power_of_2(cols),
+        size=wide or programs == 1,
     )  # fmt: skip
     sum_shares(shares, dweight, dbias, dgate)
     return dh if plain and want_x else dx, dy, dgate, dweight, dbias

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._activation import value_and_slope
 from ._launcher import Config, kernel, runs_triton
+from ._pipeline import stages
 from ._sizes import cdiv
 from ._sum_shares import new_shares, store_share, sum_shares
 from ._triton import tl, triton
@@ -22,12 +23,12 @@ ROWS_PER_PROGRAM = 128
 
 
 @kernel(Config({"BLOCK_ROWS": 16, "BLOCK_COLS": 128}, num_warps=4))
-@triton.jit(do_not_specialize=["rows", "tokens", "period", "out", "out_at"])
+@triton.jit(do_not_specialize=["rows", "tokens", "period", "out_at"])
 def mlp_activation_backward_kernel(
-    z_ptr,  # (images * period - gap, cols): `tokens` rows per image, then a gap
+    z_ptr,  # (images * period - gap, cols): `tokens` rows per image, then a gap; period may be None
     dh_ptr,  # (rows, cols)
     dz_ptr,  # (rows, cols), may be dh
-    h_ptr,  # (rows, cols) or None
+    h_ptr,  # (rows, cols), may be z without gaps; or None
     dbias_ptr,  # (cols,) or None
     dy_ptr, dy_row, dy_col, dbias_2_ptr,  # (rows, out) at these strides, (out,); or None
     shares_ptr, shares_row,  # (cdiv(rows, ROWS), ...) fp32: of dbias, at out_at of dbias_2; or None
@@ -46,11 +47,11 @@ def mlp_activation_backward_kernel(
     else:
         col = (block - blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
         total = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
-        for start in range(0, tl.minimum(rows - first, ROWS), BLOCK_ROWS):  # not unrolled
+        for start in tl.range(0, tl.minimum(rows - first, ROWS), BLOCK_ROWS, num_stages=3):
             row = first + start + tl.arange(0, BLOCK_ROWS)
             inside = (row < rows)[:, None] & (col < out)[None, :]
-            dy = tl.load(dy_ptr + row[:, None] * dy_row + col[None, :] * dy_col, mask=inside)
-            total += tl.where(inside, dy.to(tl.float32), 0.0)
+            at = dy_ptr + row[:, None] * dy_row + col[None, :] * dy_col
+            total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
         share = tl.sum(total, axis=0)
         store_share(dbias_2_ptr, shares_ptr, shares_at + out_at, share, col, col < out)
 
@@ -63,13 +64,17 @@ def _activation_backward(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """A program's rows and columns of dz and h, and its share of the bias gradient."""
+    BITS: tl.constexpr = dh_ptr.dtype.element_ty.primitive_bitwidth
+    STAGES: tl.constexpr = stages(BITS, 2 * BLOCK_ROWS * BLOCK_COLS, 8 * BLOCK_ROWS * BLOCK_COLS)
     col = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     inside_cols = col < cols
     dbias = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
-    for start in range(0, ROWS, BLOCK_ROWS):
+    for start in tl.range(0, tl.minimum(rows - first, ROWS), BLOCK_ROWS, num_stages=STAGES):
         row = first + start + tl.arange(0, BLOCK_ROWS)
         inside = (row < rows)[:, None] & inside_cols[None, :]
-        z_row = row + row // tokens * (period - tokens)
+        z_row = row
+        if period is not None:
+            z_row += row.to(tl.int32) // tokens * (period - tokens)
         offset = row[:, None] * cols + col[None, :]
         z = tl.load(z_ptr + z_row[:, None] * cols + col[None, :], mask=inside, other=0.0)
         dh = tl.load(dh_ptr + offset, mask=inside, other=0.0)
@@ -95,18 +100,23 @@ def mlp_activation_backward(
     want_h: bool,
     want_dbias: bool,
     want_dbias_2: bool,
+    overwrite_z: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return dz (written over dh) and, if wanted, h and the gradients of both biases.
 
     z: ``(images * period - gap, cols)`` in any shape; dh: ``(images * tokens, cols)``; contiguous.
-    dy: ``(images * tokens, out)``.
+    dy: ``(images * tokens, out)``. ``overwrite_z`` allows h to be written over z, which is done if
+    there are no gaps between images.
     """
     if not runs_triton(dh):
-        dz, h, dbias = _aten(z, dh, tokens, period, activation, want_h, want_dbias)
+        overwrite_z = overwrite_z and tokens == period
+        dz, h, dbias = _aten(z, dh, tokens, period, activation, want_h, want_dbias, overwrite_z)
         return dz, h, dbias, dy.sum(0) if want_dbias_2 else None
     rows, cols = dh.shape
     out = dy.shape[1]
-    h = torch.empty_like(dh) if want_h else None
+    h = None
+    if want_h:
+        h = z.view(rows, cols) if overwrite_z and tokens == period else torch.empty_like(dh)
     dbias = dh.new_empty(cols) if want_dbias else None
     dbias_2 = dh.new_empty(out) if want_dbias_2 else None
     chunks = max(-(-rows // ROWS_PER_PROGRAM), 1)
@@ -118,7 +128,8 @@ def mlp_activation_backward(
 
     mlp_activation_backward_kernel(
         grid, z, dh, dh, h, dbias, dy if want_dbias_2 else None, *dy.stride(), dbias_2,
-        shares, shares_row, rows, cols, tokens, period, out, cols if want_dbias else 0,
+        shares, shares_row, rows, cols, tokens, None if tokens == period else period,
+        out, cols if want_dbias else 0,
         activation, ROWS_PER_PROGRAM,
     )  # fmt: skip
     sum_shares(shares, dbias, dbias_2)
@@ -126,8 +137,9 @@ def mlp_activation_backward(
 
 
 def _aten(
-    z: Tensor, dh: Tensor, tokens: int, period: int, activation: str, want_h: bool, want_dbias: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    z: Tensor, dh: Tensor, tokens: int, period: int, activation: str, want_h: bool,
+    want_dbias: bool, overwrite_z: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """`mlp_activation_backward` of z and the first bias from ATen's kernels, for CPUs."""
     if tokens == period:
         z = z if z.ndim == 2 else z.view(*dh.shape)
@@ -136,7 +148,7 @@ def _aten(
         cols = dh.shape[1]
         z = z.as_strided((dh.shape[0] // tokens, tokens, cols), (period * cols, cols, 1))
         dz = activation_backward(dh.view(*z.shape), z, activation).view(*dh.shape)
-    h = activate(z, activation) if want_h else None
+    h = activate(z, activation, overwrite=overwrite_z) if want_h else None
     return dz, h, dz.sum(0) if want_dbias else None
 
 

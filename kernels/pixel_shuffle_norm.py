@@ -188,15 +188,15 @@ def pixel_shuffle_norm_backward(
     dx = _empty_gradient(dy, blocks, shape) if want_x else None
     merged, cols = dy.shape[0], x.shape[2]
     dweight, dbias = (torch.empty_like(weight) if w else None for w in (want_weight, want_bias))
-    per_program, programs = split_rows(merged, least=4)
+    positions, block = next_power_of_2(blocks.positions), next_power_of_2(cols)
+    per_program, programs = split_rows(merged, 1, wide := positions * block > 4096)
     shares, shares_row = new_shares(programs, dweight, dbias)
     tokens, rows, _, *across = _sizes(x.shape, blocks, merged)
     pixel_shuffle_norm_backward_kernel(
-        lambda sizes: (programs,),
-        dy, x, *x.stride()[:2], blocks.index, weight, mean, rstd, dx, x.shape[1] * cols,
-        dweight, dbias, shares, shares_row, tokens, rows, merged, per_program, *across, cols,
-        blocks.factor, blocks.by_channel, norm.kind, norm.after,
-        next_power_of_2(blocks.positions), next_power_of_2(cols),
+        lambda sizes: (programs,), dy, x, *x.stride()[:2], blocks.index, weight, mean, rstd, dx,
+        x.shape[1] * cols, dweight, dbias, shares, shares_row, tokens, rows, merged, per_program,
+        *across, cols, blocks.factor, blocks.by_channel, norm.kind, norm.after, positions, block,
+        size=wide or programs == 1,
     )  # fmt: skip
     sum_shares(shares, dweight, dbias)
     return dx, dweight, dbias

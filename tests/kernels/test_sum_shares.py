@@ -63,7 +63,7 @@ def test_programs_cover_all_rows(rows, least):
 
 
 SIZES = [  # rows and columns
-    (1, 4096), (2, 1408), (31, 1152), (257, 5), (577, 100), (2049, 1),
+    (1, 4096), (2, 1408), (31, 1152), (257, 5), (577, 100), (2049, 1), (257, 729), (37, 1152),
     *[pytest.param(s, marks=pytest.mark.slow) for s in ((257, 768), (2049, 5), (2049, 4096))],
 ]  # fmt: skip
 OTHERS = {

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from tests.support.guard_bands import GuardBands
+from tests.support.op_accuracy import assert_accurate
 from vlm_fast import ops
+from vlm_fast.kernels import _nearest_tokens
+from vlm_fast.ops.declaration import OPS
 from vlm_fast.verification import tolerance
 
 pytestmark = [pytest.mark.devices("cpu", "interpreter", "cuda"), pytest.mark.aten]
@@ -84,6 +87,19 @@ def test_ties_across_tiles_go_to_the_lower_index(device):
     metric = torch.eye(WIDTH)[torch.arange(140) * 7 % 5].expand(1, -1, -1)
     assert_equal_to_the_paper(device, metric, 40, 1)
     assert_equal_to_the_paper(device, torch.zeros(1, 140, 2), 40, 0)
+
+
+@pytest.mark.devices("interpreter", "cuda")  # a CPU has no configs
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens, features", [(257, 72), (577, 40), (729, 17)])
+@pytest.mark.parametrize("config", range(2))
+def test_every_config_finds_the_nearest(device, monkeypatch, config, tokens, features, dtype):
+    """Also with zero rows, equal rows in different tiles, and rows that are not contiguous."""
+    monkeypatch.setattr(_nearest_tokens.nearest_kernel, "choose", lambda size: config)
+    metric = torch.randn(2, tokens, 2 * features, device=device).to(dtype)[..., :features]
+    metric[0, 5:9] = 0
+    metric[1, 200:] = metric[1, :-200].clone()
+    assert_accurate(OPS["bipartite_match"], (metric,), {"r": tokens // 3, "protected": 1})
 
 
 def test_nan_similarity_ranks_last(device):

@@ -106,10 +106,10 @@ def gradients(
     dx = dweight_1 = dbias_1 = dweight_2 = dbias_2 = None
     if needs_grad.x or needs_grad.weight_1 or needs_grad.bias_1:
         dz, fresh_h, dbias_1, dbias_2 = _second_linear_backward(
-            z, dy, weight_2, leading, activation, want_h, needs_grad.bias_1, needs_grad.bias_2
-        )
-        z = None
-        h = fresh_h if want_h else h
+            z, dy, weight_2, leading, activation, want_h, needs_grad.bias_1, needs_grad.bias_2,
+            saved == "input",
+        )  # fmt: skip
+        z, h = None, fresh_h if want_h else h
     else:
         if want_h:
             h = activate(_without_gaps(z, leading), activation)
@@ -148,9 +148,9 @@ def _first_linear(
 
 def _second_linear_backward(
     z: Tensor, dy: Tensor, weight: Tensor, leading: torch.Size, activation: str,
-    want_h: bool, want_dbias_1: bool, want_dbias_2: bool,
+    want_h: bool, want_dbias_1: bool, want_dbias_2: bool, overwrite_z: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """``dz``, the activation if wanted, and the gradients of the biases; dy is a matrix."""
+    """``dz``, the activation if wanted (perhaps over z), and the gradients of the biases."""
     tokens, period = _tokens_and_period(z, leading)
     if tokens == period and _takes_whole_rows(dy, weight, activation):
         z = z.view(dy.shape[0], weight.shape[1])
@@ -160,7 +160,7 @@ def _second_linear_backward(
         return dz, h, dbias_1, dy.sum(0) if want_dbias_2 else None
     return mlp_activation_backward(
         z, torch.mm(dy, weight), dy, tokens, period, activation,
-        want_h=want_h, want_dbias=want_dbias_1, want_dbias_2=want_dbias_2,
+        want_h=want_h, want_dbias=want_dbias_1, want_dbias_2=want_dbias_2, overwrite_z=overwrite_z,
     )  # fmt: skip
 
 
