@@ -12,6 +12,7 @@ from ._triton import tl, triton
 
 WIDE_STRIDE = 2**23 - 16  # of tokens; up to here the offsets in a tile of 256 fit in int32
 LARGEST_STRIDE = tl.constexpr(WIDE_STRIDE)
+ROUNDING = tl.constexpr(2.0**-22)  # of a score in fp32, which may be rounded twice
 
 
 @triton.jit
@@ -116,7 +117,8 @@ def probabilities_and_gradients(
         dp *= scale
     ds = p * (dp - tl.expand_dims(delta, KEYS))
     if seed_ptr is not None:  # a key with all the weight: the rounding of a scaled o would remain
-        ds = tl.where(p == 1.0, 0.0, ds)
+        rounding = tl.abs(tl.expand_dims(lse, KEYS)) * ROUNDING
+        ds = tl.where((p == 1.0) | (tl.abs(exponent) <= rounding), 0.0, ds)
     if mask_ptr is not None:  # 0 even where a hidden value is not finite
         ds = tl.where(seen, ds, 0.0)
     return dropped.to(dtype), ds.to(dtype)

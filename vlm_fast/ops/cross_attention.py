@@ -111,14 +111,13 @@ def score_scale(scale: float | None, d: int) -> float:
 @cross_attention.forward
 def forward(needs_grad, q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
     scale = score_scale(scale, q.shape[3])
-    needed = any(needs_grad)
     o, lse, low = attention_forward(
-        q, k, v, k2, v2, bias, key_mask, seed, scale=scale, dropout=dropout, keep=needed
+        q, k, v, k2, v2, bias, key_mask, seed, scale=scale, dropout=dropout, keep=any(needs_grad)
     )  # fmt: skip
-    if not needed:
+    if not any(needs_grad):
         return o, ()
-    seed = seed if dropout > 0 else None
-    return o, (q, k, v, k2, v2, bias, key_mask, seed, None if lse is None else o, lse, low)
+    kept = None if lse is None else o, lse, low
+    return o, (q, k, v, k2, v2, bias, key_mask, seed if dropout > 0 else None, *kept)
 
 
 @cross_attention.backward
@@ -143,7 +142,7 @@ def cost(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
     flops = 4 * q.numel() * keys
     sources, masks = nbytes(k, v, k2, v2), nbytes(bias, key_mask)
     # In 16 bits backward reads o's low part and the log-sum-exp of each row too.
-    kept = 0 if q.element_size() == 4 else nbytes(q) + 4 * q[..., 0].numel()
+    kept = 0 if q.element_size() == 4 else nbytes(q) + 4 * (q.numel() // max(q.shape[3], 1))
     return Cost(
         forward_flops=flops,
         forward_bytes=2 * nbytes(q) + sources + masks,
@@ -164,6 +163,7 @@ def cost(q, k, v, k2, v2, bias, key_mask, seed, *, scale, dropout):
         dict(batch=1, heads=2, shape=(4, 35), d=80, scale=0.2),
         dict(batch=1, heads=4, kv_heads=1, shape=(9, 40), keys2=9, d=96),
         dict(batch=1, heads=1, shape=(96, 96), d=32),
+        dict(batch=1, heads=1, shape=(136, 40), d=16),
     ],
     large=dict(batch=5, heads=16, shape=(64, 107_000), d=64),
     bench={
