@@ -122,20 +122,25 @@ class HostWork(NamedTuple):
 
     frames: int
     aten: int
+    allocations: int
     launches: int
     by_triton: int
 
 
 def host_work(call):
-    """Python frames, ATen calls, launches, and launches by Triton's own path, in a repeated call.
+    """What a repeated call does: Python frames, ATen calls, allocations of tensors, launches, and
+    launches by Triton's own path.
 
     The first calls compile kernels and fill caches. Only frames of this package count: torch's vary
     with what ran before, such as settings of its logging.
     """
     for _ in range(3):
         call()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
+    recorded = profile.profiler.kineto_results.events()
+    allocations = sum(e.name() == "[memory]" and e.nbytes() > 0 for e in recorded)
     aten = sum(e.name.startswith("aten::") and not inside_aten(e) for e in profile.events())
     frames = by_triton = 0
     run = triton.runtime.jit.JITFunction.run.__code__
@@ -154,7 +159,7 @@ def host_work(call):
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-    return HostWork(frames, aten, driver().stub_launches() - launches, by_triton)
+    return HostWork(frames, aten, allocations, driver().stub_launches() - launches, by_triton)
 
 
 def inside_aten(event):

@@ -97,14 +97,17 @@ def work_of_call(function, trained, leaves):
 
 
 def assert_within(found, budgets, same_versions):
-    """Check the work of each kind of call; frames and ATen calls only if versions are the same."""
+    """Check the work of each kind of call; if versions differ only launches.
+
+    ATen calls, allocations and paths through torch vary with its version.
+    """
     for kind, work in found.items():
         budget = budgets[kind]
         assert work["by_triton"] == 0, kind
         assert work["launches"] <= budget["launches"], kind
-        if same_versions:  # ATen calls and paths through torch vary with its version
-            within = work["aten"] <= budget["aten"] and work["frames"] <= budget["frames"]
-            assert within, f"{kind}: {work}, not {budget}"
+        if same_versions:
+            over = [what for what in budget if work[what] > budget[what]]
+            assert not over, f"{kind}: {over} of {work}, not {budget}"
 
 
 def write(file, title, work):
