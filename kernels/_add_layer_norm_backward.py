@@ -57,8 +57,9 @@ def add_layer_norm_backward_kernel(
         dnormed = dy * weight[None, :]
         # Both sums at once take one exchange between the warps.
         sums = tl.sum(tl.join(dnormed * normed, dnormed), axis=1)
-        along, shift = tl.split(sums * (rstd / cols)[:, None])
-        dz = dnormed * rstd[:, None] - shift[:, None] - normed * along[:, None]
+        along, shift = tl.split(sums / cols)
+        # The mean first, and rstd last: what cancels is not rounded before.
+        dz = (dnormed - shift[:, None] - normed * along[:, None]) * rstd[:, None]
         if dz_ptr is not None:
             tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside)
         if seed_ptr is not None:

@@ -69,12 +69,11 @@ def gated_add_backward_kernel(
             dnormed *= weight[None, :]
             if NORM == "layer":  # both sums at once take one exchange between the warps
                 sums = tl.sum(tl.join(dnormed * unit, dnormed), axis=1)
-                along, shift = tl.split(sums * (rstd / cols)[:, None])
-                dnormed = dnormed * rstd[:, None] - shift[:, None]
+                along, shift = tl.split(sums / cols)
+                dnormed -= shift[:, None]
             else:
-                along = tl.sum(dnormed * unit, axis=1) * (rstd / cols)
-                dnormed *= rstd[:, None]
-            dnormed -= unit * along[:, None]
+                along = tl.sum(dnormed * unit, axis=1) / cols
+            dnormed = (dnormed - unit * along[:, None]) * rstd[:, None]
         # Read only now, so that it takes no registers while warps wait for each other.
         dh = tl.load(dh_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         if NORM != "none":

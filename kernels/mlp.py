@@ -74,7 +74,7 @@ def _activation_backward(
         inside = (row < rows)[:, None] & inside_cols[None, :]
         z_row = row
         if period is not None:
-            z_row += row.to(tl.int32) // tokens * (period - tokens)
+            z_row += (row.to(tl.int32) // tokens).to(tl.int64) * (period - tokens)
         offset = row[:, None] * cols + col[None, :]
         z = tl.load(z_ptr + z_row[:, None] * cols + col[None, :], mask=inside, other=0.0)
         dh = tl.load(dh_ptr + offset, mask=inside, other=0.0)

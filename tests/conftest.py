@@ -106,8 +106,10 @@ def inherited_sigint(request):
 def fresh_state(monkeypatch):
     """The same random numbers for every test; no counts, warnings or switches from another."""
     from vlm_fast import fallback
+    from vlm_fast.modules.parameter_access import dtypes
 
     torch.manual_seed(0)
+    monkeypatch.setattr(dtypes, "_last_input", None)  # modules that wait for the garbage collector
     for switch in ("strict_switch", "disabled_switch"):
         monkeypatch.setattr(fallback.switches, switch, fallback.Switch())
     for record in ("fast_calls", "_fallbacks", "_warned"):

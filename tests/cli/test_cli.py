@@ -69,7 +69,7 @@ def test_op_sources_are_its_files_and_shared_files():
     assert results_files.sources(OPS["mlp"]).keys() == {
         "ops/mlp.py", "ops/rows.py", "kernels/mlp.py", "kernels/_activation.py",
         "kernels/_hopper.py", "kernels/_sum_shares.py", "kernels/_linear_activation.py",
-        "kernels/_packed_weights.py",
+        "kernels/_packed_weights.py", "kernels/_pipeline.py",
         *(f"csrc/{path.name}" for path in results_files.CSRC.glob("hopper_*")),
     }  # fmt: skip
     assert "csrc/hopper_gelu.h" in results_files.sources(OPS["mlp"])

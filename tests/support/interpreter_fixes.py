@@ -24,9 +24,7 @@ from triton.runtime.interpreter import InterpreterBuilder as Builder
 from triton.runtime.interpreter import ReduceOps, ScanOps, TensorHandle
 
 ON_BITS = (np.left_shift, np.right_shift, np.bitwise_and, np.bitwise_or, np.bitwise_xor)
-COMPARISONS = (
-    np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal,
-)  # fmt: skip
+COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
 
 
 def apply() -> None:
@@ -237,6 +235,9 @@ def _reduce_in_bf16() -> None:
         # Halves are added and rounded until one is left. Adding in fp32 and rounding once would
         # hide a kernel that forgot to widen.
         if not is_bf16(tensor.handle):
+            if self.axis is not None:  # NumPy adds in pairs along a contiguous axis only
+                moved = np.ascontiguousarray(np.moveaxis(tensor.handle.data, self.axis, -1))
+                tensor = self.to_tensor(np.moveaxis(moved, -1, self.axis), tensor.dtype)
             return add(self, tensor)
         handle, axis = tensor.handle, self.axis
         if axis is None:
