@@ -232,8 +232,7 @@ def _reduce_in_bf16() -> None:
     add, extrema, scan = ReduceOps.sum, ReduceOps.min_max, ScanOps.apply_impl
 
     def sum_pairs(self, tensor):
-        # Halves are added and rounded until one is left. Adding in fp32 and rounding once would
-        # hide a kernel that forgot to widen.
+        # Halves are added and rounded: rounding once would hide a kernel that forgot to widen.
         if not is_bf16(tensor.handle):
             if self.axis is not None:  # NumPy adds in pairs along a contiguous axis only
                 moved = np.ascontiguousarray(np.moveaxis(tensor.handle.data, self.axis, -1))
