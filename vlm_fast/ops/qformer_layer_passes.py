@@ -96,9 +96,10 @@ def backward(
     dhidden = dkv = dbias = None
     d: Any
     dwords: Any
-    d = dwords = dy.contiguous().view(batch * tokens, features)
     if queries and text:
         d, dwords = _parts(dy, queries)
+    else:
+        d = dwords = dy.contiguous().view(batch * tokens, features)
     parameters: list[Any] = []
     if queries:
         d, parameters = mlp_block_backward(d, saved, options, needs.queries)

@@ -114,7 +114,8 @@ class FusedGatedProjector(PatchedModule):
         of_norm: Any = NormParameters("none", None, None, 0.0, True)  # type: ignore[arg-type]
         if norm is not None:
             of_norm, read = norm_parameters(norm), [*read, norm]
-        if isinstance(of_norm, str) or why_not_direct(self.linear_1) is not None:
+        dtypes = {p.dtype for module in read for p in module.parameters()}
+        if isinstance(of_norm, str) or why_not_direct(self.linear_1) or len(dtypes) != 1:
             return
         calls = DirectCalls(
             side // self.downsample_factor,
@@ -143,16 +144,15 @@ def _remembered_calls(projector: Any, x: Any) -> Any:
     calls: DirectCalls | None = known.get(side)
     if calls is None or side**2 != x.shape[1] or has_other_input():
         return NotImplemented
-    differ = x.dtype is not calls.first[0].dtype
-    if differ and not torch.is_autocast_enabled(autocast_device(x)):
+    dtype = calls.first[0].dtype  # autocast leaves a norm in 16 bits alone
+    casts = dtype is torch.float32 and torch.is_autocast_enabled(autocast_device(x))
+    if x.dtype is not dtype and not casts:
         return NotImplemented
     y = calls.shuffle.if_known(x, *calls.norm, None)
     if y is NotImplemented:
         return y
     y = calls.gated.if_known(F.linear(y, *calls.first), *calls.second, casts=True)
-    if y is NotImplemented:
-        return y
-    return y.view(y.shape[0], calls.merged, calls.merged, y.shape[2])
+    return y if y is NotImplemented else y.unflatten(1, (calls.merged, calls.merged))
 
 
 def recognise(module: nn.Module, **options: Any) -> tuple[()] | None:

@@ -39,13 +39,13 @@ class DeferredPixelShuffle(DeferredTensor):
         with torch._C.DisableTorchFunctionSubclass():
             return super().shape
 
-    def reshape(self, *shape: Any) -> Any:
+    def reshape(self, *shape: Any, **named: Any) -> Any:
         """A `DeferredPixelShuffle` if the last dimension and the batch stay; else a tensor."""
         with torch._C.DisableTorchFunctionSubclass():
             batch, *_, features = super().shape
             if len(shape) == 3 and shape[0] == batch and shape[2] == features:
                 return super().reshape(shape).as_subclass(DeferredPixelShuffle)
-        return super().reshape(*shape)
+        return super().reshape(*shape, **named)
 
     @classmethod
     def shortcut(cls, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
