@@ -83,9 +83,12 @@ def summing_programs(size: int) -> int:
     return cdiv(size, SUMMED_BY_PROGRAM)
 
 
-def key_splits(programs: int, keys: int) -> int:
-    """The number of programs that share the keys of a row. It depends on nothing but shapes."""
-    return max(1, min(FULL_GPU // programs, keys // MIN_SPLIT_KEYS, MAX_SPLITS))
+def key_splits(programs: int, keys: int, held: int = 1) -> int:
+    """The number of programs that share the keys of a row. It depends on nothing but shapes.
+
+    Together they fill the GPU with ``held`` programs a multiprocessor.
+    """
+    return max(1, min(FULL_GPU * held // programs, keys // MIN_SPLIT_KEYS, MAX_SPLITS))
 
 
 def gradient_splits(programs: int, keys: int, keys2: int, held: int) -> tuple[int, int]:

@@ -24,28 +24,52 @@ def load_index(index_ptr, query, inside, ATTEND: tl.constexpr):
 
 
 @triton.jit
+def _bit_or(a, b):
+    return a | b
+
+
+@triton.jit
 def visible_range(
     index_ptr, query, inside, media, ATTEND: tl.constexpr, UNATTENDED: tl.constexpr
 ):  # fmt: skip
-    """Indices of a tile of rows, which rows have no medium, and the range of media to visit.
+    """Indices of a tile of rows, which rows have no medium, and the media to visit.
 
-    No row attends to a medium outside of ``[low, high)``.
+    These are the numbers in ``[low, high)`` whose bit in ``union`` is set. With "latest" and
+    "all_previous" every bit is set.
     """
     index, unattended_rows = load_index(index_ptr, query, inside, ATTEND)
+    low, high = media * 0, media
+    union = tl.cast(-1, tl.int64)
     if ATTEND == "listed":
-        low, high = media * 0, media
+        union = tl.reduce(index, 0, _bit_or)
+        low, high = media, media * 0
+        for medium in range(media):
+            there = (union >> tl.cast(medium, tl.int64)) & 1 != 0
+            low, high = (
+                tl.where(there & (low > medium), medium, low),
+                tl.where(there, medium + 1, high),
+            )
     else:
         some = (index > 0) & inside
         last = tl.minimum(index, media)
         high = tl.max(tl.where(some, last, 0), axis=0)
-        low = media * 0
         if ATTEND == "latest":
             low = tl.min(tl.where(some, last - 1, media), axis=0)
             low = tl.minimum(low, high)
     if UNATTENDED != "zero":
         anyone = tl.max(unattended_rows.to(tl.int32), axis=0) > 0
         low, high = tl.where(anyone, 0, low), tl.where(anyone, media, high)
-    return index, unattended_rows, low, high
+        union = tl.where(anyone, -1, union)
+    return index, unattended_rows, low, high, union
+
+
+@triton.jit
+def number_of_media(union, low, high):
+    """The number of media in ``[low, high)`` whose bit in ``union`` is set."""
+    found = low * 0
+    for medium in range(low, high):
+        found += ((union >> tl.cast(medium, tl.int64)) & 1).to(tl.int32)
+    return found
 
 
 @triton.jit
@@ -58,10 +82,33 @@ def is_visible(
     elif ATTEND == "all_previous":
         seen = index > medium
     else:
-        seen = (index >> medium.to(tl.int64)) & 1 != 0
+        seen = (index >> tl.cast(medium, tl.int64)) & 1 != 0
     if UNATTENDED != "zero":
         seen = seen | unattended_rows
     return seen & inside
+
+
+@triton.jit
+def tokens_of_medium(
+    index_ptr, reach_ptr, program, queries, media,
+    ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store the first token that attends to a medium, and the last plus 1.
+
+    ``program`` is the number of the medium among those of all images.
+    """
+    image, medium = (program // media).to(tl.int64), program % media
+    first, last = queries, queries * 0
+    for start in range(0, queries, BLOCK):
+        query = start + tl.arange(0, BLOCK)
+        inside = query < queries
+        index, unattended_rows = load_index(index_ptr + image * queries, query, inside, ATTEND)
+        seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
+        first = tl.minimum(first, tl.min(tl.where(seen, query, queries), axis=0))
+        last = tl.maximum(last, tl.max(tl.where(seen, query + 1, 0), axis=0))
+    at = reach_ptr + (image * media + medium) * 2
+    tl.store(at, first)
+    tl.store(at + 1, last)
 
 
 @triton.jit
@@ -74,7 +121,7 @@ def tiles_of(low, high, per_medium):
 @triton.jit
 def first_of_tile(tile, SIZE: tl.constexpr):
     """The first token of a tile. The product is taken in int64; a token's number fits in int32."""
-    return (tile.to(tl.int64) * SIZE).to(tl.int32)
+    return (tl.cast(tile, tl.int64) * SIZE).to(tl.int32)
 
 
 def media_seen(media_index: Tensor, media: int, attend: str) -> Tensor:

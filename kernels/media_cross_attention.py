@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from . import _media_cross_attention_aten as aten
-from ._attention_shares import combine_splits_kernel, key_splits
+from ._attention_arguments import NOTHING_KEPT, Kept, by_strides, new_kept
+from ._attention_gradient_tiles import WIDE_STRIDE, tile_offsets
+from ._attention_shares import combine_splits_kernel, key_splits, log_sum_exp
 from ._attention_tiles import (
     LOG2_OF_E,
     SIZES,
@@ -19,33 +21,37 @@ from ._attention_tiles import (
     rms_norm,
     softmax_step,
     store_parts,
-    strides,
 )
-from ._attention_tilings import head_parts, tile_divisor
 from ._cross_attention_aten import by_tokens
-from ._launcher import Config, dense, is_traced, kernel, precision, runs_triton
+from ._launcher import capability, dense, is_traced, kernel, precision, runs_triton
+from ._media_attention_tilings import CONFIGS, forward_tiling, skips_media
 from ._media_cross_attention_backward import launch_backward
-from ._media_mask import first_of_tile, is_visible, tiles_of, visible_range
+from ._media_mask import first_of_tile, is_visible, number_of_media, tiles_of, visible_range
+from ._query_norm import norm_backward, normed, norms_inside
 from ._sizes import cdiv, next_power_of_2
 from ._triton import tl, triton
 
 
 @triton.jit
-def _attend_to_medium(
-    largest, total, acc1, acc2, q1, q2, seen, unattended_rows,
+def _attend_to_tile(
+    largest, total, acc1, acc2, q1, q2, index, unattended_rows, inside_rows,
     k_ptr, k_key, v_ptr, v_key, medium, first, tokens_per_media, scale,
-    UNATTENDED: tl.constexpr, d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, WIDE: tl.constexpr,
+    d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, over one tile of a medium's keys."""
-    n = first + tl.arange(0, TILE)
-    inside = n < tokens_per_media
-    key = medium.to(tl.int64) * tokens_per_media + n
-    k1, k2 = load_parts(k_ptr, key * k_key, inside, d, D1, D2)
-    v1, v2 = load_parts(v_ptr, key * v_key, inside, d, D1, D2)
+    """One step of the online softmax, over the keys of a medium from its token ``first`` on."""
+    local = tl.arange(0, BLOCK_N)
+    inside = first + local < tokens_per_media
+    far = tl.cast(medium, tl.int64) * tokens_per_media + first
+    at = tile_offsets(local, k_key, WIDE)
+    k1, k2 = load_parts(k_ptr + far * k_key, at, inside, d, D1, D2)
+    at = tile_offsets(local, v_key, WIDE)
+    v1, v2 = load_parts(v_ptr + far * v_key, at, inside, d, D1, D2)
     s = dot_parts(q1, q2, k1, k2, D2, PRECISION) * scale
     if UNATTENDED == "uniform":
         s = tl.where(unattended_rows[:, None], 0.0, s)
+    seen = is_visible(index, unattended_rows, inside_rows, medium, ATTEND, UNATTENDED)
     s = tl.where(seen[:, None] & inside[None, :], s, -float("inf"))
     p, rescale, largest, total = softmax_step(s, largest, total, v1.dtype, 1)
     p = p.to(v1.dtype)
@@ -55,7 +61,7 @@ def _attend_to_medium(
     return largest, total, acc1, acc2
 
 
-@kernel(Config({"BLOCK_N": 32}, num_warps=4, num_stages=1))  # other configs spill on some GPU
+@kernel(*CONFIGS, exclusive=True)
 @triton.jit(do_not_specialize=[*SIZES, "media", "splits"])
 def media_cross_attention_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
@@ -64,13 +70,12 @@ def media_cross_attention_kernel(
     q_norm_ptr,  # (d,) or None: the queries are not normed
     o_ptr,  # (batch, queries, heads, d); with several splits (splits, count, d) fp32, and
     stats_ptr,  # (splits, 2, count) fp32: largest score, sum of exponentials
+    lse_ptr, low_ptr,  # (count,) fp32, as o; or None: see `media_attention_forward`
     kv_heads, group, queries, rows, media, tokens_per_media, count, splits, scale, eps,
-    ATTEND: tl.constexpr, UNATTENDED: tl.constexpr,
+    ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, NESTED: tl.constexpr, WIDE: tl.constexpr,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILE_DIVISOR: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    PARTIAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    TILE: tl.constexpr = BLOCK_N // TILE_DIVISOR if BLOCK_N // TILE_DIVISOR > 16 else 16
     program = tl.program_id(0)
     split, program = (program % splits).to(tl.int64), program // splits
     tiles = tl.cdiv(rows, BLOCK_M)
@@ -84,7 +89,7 @@ def media_cross_attention_kernel(
     q1, q2 = load_parts(q_ptr, head * q_head + query * q_query, inside_rows, d, D1, D2)
     if q_norm_ptr is not None:
         q1, q2 = rms_norm(q1, q2, inside_rows, q_norm_ptr, eps, d, D1, D2)
-    index, unattended_rows, low, high = visible_range(
+    index, unattended_rows, low, high, union = visible_range(
         index_ptr + image * queries, query, inside_rows, media, ATTEND, UNATTENDED
     )
     k_ptr += image * k_batch + kv_head * k_head
@@ -93,27 +98,39 @@ def media_cross_attention_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
     acc2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
-    # The tiles of the media in range have consecutive numbers, divided among the splits.
-    per_medium = tl.cdiv(tokens_per_media, TILE)
-    start, end = tiles_of(low, high, per_medium)
-    share = tl.cdiv(end - start, splits)
-    start += (split * share).to(tl.int32)
-    for at in range(start, tl.minimum(start + share, end)):
-        medium, first = at // per_medium, first_of_tile(at % per_medium, TILE)
-        seen = is_visible(index, unattended_rows, inside_rows, medium, ATTEND, UNATTENDED)
-        if ATTEND == "listed":
-            if tl.max(seen.to(tl.int32), axis=0) > 0:
-                largest, total, acc1, acc2 = _attend_to_medium(
-                    largest, total, acc1, acc2, q1, q2, seen, unattended_rows,
-                    k_ptr, k_key, v_ptr, v_key, medium, first, tokens_per_media, scale,
-                    UNATTENDED, d, D1, D2, TILE, PRECISION,
-                )  # fmt: skip
-        else:
-            largest, total, acc1, acc2 = _attend_to_medium(
-                largest, total, acc1, acc2, q1, q2, seen, unattended_rows,
-                k_ptr, k_key, v_ptr, v_key, medium, first, tokens_per_media, scale,
-                UNATTENDED, d, D1, D2, TILE, PRECISION,
+    # The tiles of the media that are seen have consecutive numbers, divided among the splits.
+    per_medium = tl.cdiv(tokens_per_media, BLOCK_N)
+    if NESTED:
+        tiles = number_of_media(union, low, high).to(tl.int64) * per_medium
+        share = tl.cdiv(tiles, splits)
+        start, end = (split * share).to(tl.int32), ((split + 1) * share).to(tl.int32)
+        for medium in range(low, high):
+            if (union >> tl.cast(medium, tl.int64)) & 1 != 0:
+                for tile in range(tl.maximum(start, 0), tl.minimum(end, per_medium)):
+                    largest, total, acc1, acc2 = _attend_to_tile(
+                        largest, total, acc1, acc2, q1, q2, index, unattended_rows, inside_rows,
+                        k_ptr, k_key, v_ptr, v_key, medium, first_of_tile(tile, BLOCK_N),
+                        tokens_per_media, scale, ATTEND, UNATTENDED, WIDE, d, D1, D2, BLOCK_N,
+                        PRECISION,
+                    )  # fmt: skip
+                start -= per_medium
+                end -= per_medium
+    else:
+        first, end = tiles_of(low, high, per_medium)
+        share = tl.cdiv(end - first, splits)
+        first += (split * share).to(tl.int32)
+        for at in range(first, tl.minimum(first + share, end)):
+            largest, total, acc1, acc2 = _attend_to_tile(
+                largest, total, acc1, acc2, q1, q2, index, unattended_rows, inside_rows,
+                k_ptr, k_key, v_ptr, v_key, at // per_medium,
+                first_of_tile(at % per_medium, BLOCK_N),
+                tokens_per_media, scale, ATTEND, UNATTENDED, WIDE, d, D1, D2, BLOCK_N, PRECISION,
             )  # fmt: skip
+    # Computed again: registers that hold them through the loop would spill.
+    row += tl.minimum(media, 0)
+    head, query = kv_head * group + row // queries, (row % queries).to(tl.int64)
+    inside_rows = row < rows
+    batch_head = image * kv_heads * group + head
     if PARTIAL:
         at = batch_head * queries + query
         stats_ptr += split * 2 * count
@@ -124,8 +141,15 @@ def media_cross_attention_kernel(
     else:
         inverse = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]  # a row without media: zeros
         acc1, acc2 = acc1 * inverse, acc2 * inverse
+        high1, high2 = acc1.to(q1.dtype), acc2.to(q1.dtype)
         out_row = ((image * queries + query) * kv_heads * group + head) * d
-        store_parts(o_ptr, out_row, inside_rows, acc1, acc2, d, D1, D2)
+        store_parts(o_ptr, out_row, inside_rows, high1, high2, d, D1, D2)
+        if lse_ptr is not None:
+            lse = log_sum_exp(largest, total)
+            tl.store(lse_ptr + batch_head * queries + query, lse, mask=inside_rows)
+            low1 = (acc1 - high1.to(tl.float32)).to(q1.dtype)
+            low2 = (acc2 - high2.to(tl.float32)).to(q1.dtype)
+            store_parts(low_ptr, out_row, inside_rows, low1, low2, d, D1, D2)
 
 
 def media_attention_forward(
@@ -140,27 +164,33 @@ def media_attention_forward(
     unattended: str,
     scale: float,
     eps: float,
-) -> Tensor:
-    """Return ``(batch, heads, queries, d)``, laid out in memory as ``(batch, queries, heads, d)``.
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return o ``(batch, heads, queries, d)``, in memory ``(batch, queries, heads, d)``.
 
     The arguments are those of the op `media_cross_attention`. An index of a medium that does not
-    exist selects nothing.
+    exist selects nothing. Where Triton runs in 16 bits, ``keep`` also returns what
+    `media_attention_backward` needs: ``lse (batch, heads, queries)`` in fp32, see `log_sum_exp`,
+    and ``low``, what the rounding of o took off, as o.
     """
     q, k, v, index = dense(q), dense(k), dense(v), media_index.contiguous()
-    if q_norm is not None and not _norms_inside(q):
-        q, q_norm = _normed(q, q_norm, eps)[0], None
+    if q_norm is not None and not norms_inside(q):
+        q, q_norm = normed(q, q_norm, eps)[0], None
     empty = q.numel() == 0 or k.shape[2] == 0
     if not (runs_triton(q) or is_traced(q) or empty):
-        return aten.forward(q, k, v, index, tokens_per_media, attend, unattended, scale)
-    o = by_tokens(q)
+        o = aten.forward(q, k, v, index, tokens_per_media, attend, unattended, scale)
+        return o, None, None
+    o, lse, low = by_tokens(q), None, None
     if empty:
         o.zero_()
     elif runs_triton(q):
         q_norm = q_norm if q_norm is None else q_norm.contiguous()
+        if keep:
+            lse, low = new_kept(o, q.shape[:3])
         _launch_forward(
-            q, k, v, index, q_norm, tokens_per_media, attend, unattended, scale, eps, o
+            q, k, v, index, q_norm, tokens_per_media, attend, unattended, scale, eps, o, lse, low
         )  # fmt: skip
-    return o
+    return o, lse, low
 
 
 def media_attention_backward(
@@ -178,21 +208,22 @@ def media_attention_backward(
     eps: float,
     want_q: bool,
     want_kv: bool,
+    kept: Kept = NOTHING_KEPT,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of q, k, v and q_norm, or None for those that are not wanted.
 
     The first three are laid out in memory as ``(batch, tokens, heads, d)``. The gradient of q_norm
-    is computed whenever q's is.
+    is computed whenever q's is. kept: what `media_attention_forward` has returned.
     """
-    if q_norm is not None and not _norms_inside(q):
-        normed, inverse = _normed(q, q_norm, eps)
+    if q_norm is not None and not norms_inside(q):
+        unit, inverse = normed(q, q_norm, eps)
         dnormed, dk, dv, _ = media_attention_backward(
-            do, normed, k, v, media_index, None, tokens_per_media=tokens_per_media, attend=attend,
+            do, unit, k, v, media_index, None, tokens_per_media=tokens_per_media, attend=attend,
             unattended=unattended, scale=scale, eps=eps, want_q=want_q, want_kv=want_kv,
         )  # fmt: skip
         if dnormed is None:
             return None, dk, dv, None
-        found = _norm_backward(dnormed, q, q_norm, inverse)
+        found = norm_backward(dnormed, q, q_norm, inverse)
         return found[0], dk, dv, found[1]
     do, q, k, v = dense(do), dense(q), dense(k), dense(v)
     index = media_index.contiguous()
@@ -208,7 +239,7 @@ def media_attention_backward(
     elif runs_triton(q):
         q_norm = q_norm if q_norm is None else q_norm.contiguous()
         dq_norm = launch_backward(
-            do, q, k, v, index, q_norm, tokens_per_media, attend, unattended, scale, eps,
+            do, q, k, v, index, q_norm, tokens_per_media, attend, unattended, scale, eps, kept,
             dq, dk, dv,
         )  # fmt: skip
     elif not is_traced(q):
@@ -218,57 +249,34 @@ def media_attention_backward(
     return dq, dk, dv, dq_norm
 
 
-def _norms_inside(q: Tensor) -> bool:
-    """Whether the kernels norm the queries. fp32 products leave no registers for it."""
-    return runs_triton(q) and q.dtype != torch.float32
-
-
-def _normed(q: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMS norm in plain PyTorch, rounded before the weight; and 1 / rms in fp32."""
-    wide = q.float()
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return ((wide * inverse).to(q.dtype) * weight).to(q.dtype), inverse
-
-
-def _norm_backward(
-    dnormed: Tensor, q: Tensor, weight: Tensor, inverse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Backward of `_normed`: gradients of the queries and of the weight.
-
-    The first is laid out in memory as ``(batch, queries, heads, d)``.
-    """
-    unit = q.float() * inverse
-    dweight = (dnormed * unit.to(q.dtype)).sum((0, 1, 2), dtype=torch.float32).to(weight.dtype)
-    dunit = dnormed * weight.float()
-    dq = (dunit - unit * (dunit * unit).mean(-1, keepdim=True)) * inverse
-    return dq.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), dweight
-
-
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, q_norm: Tensor | None,
     tokens_per_media: int, attend: str, unattended: str, scale: float, eps: float, o: Tensor,
+    lse: Tensor | None, low: Tensor | None,
 ) -> None:  # fmt: skip
     batch, heads, queries, d = q.shape
     kv_heads, keys = k.shape[1:3]
     rows, count = heads // kv_heads * queries, batch * heads * queries
-    # fp32 products run on scalar units; with 64 rows their registers would spill.
-    block = 16 if rows <= 16 or q.dtype == torch.float32 else 64
-    programs = batch * kv_heads * cdiv(rows, block)
+    tiles = forward_tiling(capability(q), rows, d, q.dtype)
+    programs = batch * kv_heads * cdiv(rows, tiles.block_m)
     # With "latest" a row attends to the keys of one medium, else possibly to all keys.
-    splits = key_splits(programs, tokens_per_media if attend == "latest" else keys)
+    seen = tokens_per_media if attend == "latest" else keys
+    splits = key_splits(programs, seen, tiles.held)
     out, stats = o, None
     if splits > 1:
         out = q.new_empty(splits, count, d, dtype=torch.float32)
         stats = q.new_empty(splits, 2, count, dtype=torch.float32)
     media_cross_attention_kernel(
         lambda blocks: (programs * splits,),
-        q, *strides(q), k, *strides(k), v, *strides(v), index, q_norm, out, stats,
+        *by_strides(q), *by_strides(k), *by_strides(v), index, q_norm, out, stats, lse, low,
         kv_heads, heads // kv_heads, queries, rows, keys // tokens_per_media, tokens_per_media,
         count, splits, scale * LOG2_OF_E, eps, attend, unattended,  # scores are to base 2
-        d, *head_parts(d), block, tile_divisor(q.dtype, d), splits > 1, precision(q.dtype),
+        skips_media(attend, tokens_per_media), max(k.stride(2), v.stride(2)) > WIDE_STRIDE,
+        d, *tiles.widths, tiles.block_m, splits > 1, precision(q.dtype),
+        config=tiles.config,
     )  # fmt: skip
     if splits > 1:
         combine_splits_kernel(
-            lambda blocks: (count,), out, stats, o, None, None, heads, queries, count, splits, d,
+            lambda blocks: (count,), out, stats, o, lse, low, heads, queries, count, splits, d,
             next_power_of_2(d), next_power_of_2(splits),
         )  # fmt: skip

@@ -131,21 +131,24 @@ def forward(
     needs_grad, q, k, v, media_index, q_norm, *, tokens_per_media, attend, unattended, scale, eps
 ):  # fmt: skip
     _check_index(media_index, k.shape[2] // tokens_per_media, attend)
-    o = media_attention_forward(
+    o, lse, low = media_attention_forward(
         q, k, v, media_index, q_norm, tokens_per_media=tokens_per_media, attend=attend,
-        unattended=unattended, scale=score_scale(scale, q.shape[3]), eps=eps,
+        unattended=unattended, scale=score_scale(scale, q.shape[3]), eps=eps, keep=any(needs_grad),
     )  # fmt: skip
-    # Only inputs are saved; backward computes the scores again.
-    return o, (q, k, v, media_index, q_norm) if any(needs_grad) else ()
+    if not any(needs_grad):
+        return o, ()
+    kept = None if lse is None else o, lse, low
+    return o, (q, k, v, media_index, q_norm, *kept)
 
 
 @media_cross_attention.backward
 def backward(needs_grad, saved_tensors, do, *, tokens_per_media, attend, unattended, scale, eps):
-    q, k, v, media_index, q_norm = saved_tensors
+    q, k, v, media_index, q_norm, *kept = saved_tensors
     dq, dk, dv, dq_norm = media_attention_backward(
         do, q, k, v, media_index, q_norm, tokens_per_media=tokens_per_media, attend=attend,
         unattended=unattended, scale=score_scale(scale, q.shape[3]), eps=eps,
         want_q=needs_grad.q or needs_grad.q_norm, want_kv=needs_grad.k or needs_grad.v,
+        kept=tuple(kept),
     )  # fmt: skip
     gradients = (dq, dk, dv, None, dq_norm)
     return tuple(g if need else None for g, need in zip(gradients, needs_grad, strict=True))
@@ -180,11 +183,13 @@ def cost(q, k, v, media_index, q_norm, *, tokens_per_media, attend, unattended, 
     seen = {"latest": min(1, media), "all_previous": (media + 1) / 2, "listed": media}[attend]
     flops = int(4 * q.numel() * tokens_per_media * seen)
     sources = nbytes(k, v)
+    # In 16 bits backward reads o's low part and the log-sum-exp of each row too.
+    kept = 0 if q.element_size() == 4 else nbytes(q) + 4 * (q.numel() // max(q.shape[3], 1))
     return Cost(
         forward_flops=flops,
         forward_bytes=2 * nbytes(q) + sources + nbytes(media_index),
         backward_flops=5 * flops // 2,
-        backward_bytes=4 * nbytes(q) + 2 * sources + nbytes(media_index),
+        backward_bytes=4 * nbytes(q) + kept + 2 * sources + nbytes(media_index),
     )
 
 

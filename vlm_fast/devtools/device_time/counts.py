@@ -76,15 +76,24 @@ def count_launch(launch: Launch, arch: str, config: int = 0) -> KernelCounts:
     )  # fmt: skip
 
 
-def unknown_trips(launch: Launch, config: int) -> float:
-    """How often a loop runs on average whose bounds are loaded from memory; 1 if unknown."""
+def unknown_trips(launch: Launch, config: int) -> tuple[float, ...]:
+    """How often loops run on average whose bounds are loaded from memory, the outer loop first.
+
+    They are loops of media attention; tokens are assumed to see media as in `cost` of the op.
+    """
     given = launch.arguments
     if "tokens_per_media" not in given:
-        return 1.0
-    if launch.kernel.name == "media_key_gradient_kernel":  # over the rows that see a medium
-        return math.ceil(given["queries"] / given["media"] / given["BLOCK_M"]) * given["group"]
-    tile = max(16, launch.kernel.configs[config].blocks["BLOCK_N"] // given.get("SHRINK", 1))
-    return math.ceil(given["tokens_per_media"] / tile)
+        return (1.0,)
+    media, queries, block_m = (given[name] for name in ("media", "queries", "BLOCK_M"))
+    if launch.kernel.name.startswith("media_key_gradient"):  # over the rows that see a medium
+        return (math.ceil(queries / media / block_m) * given["group"],)
+    by_latest = 1 + (block_m - 1) * media / queries  # a tile may have tokens of two media
+    seen = {"latest": min(by_latest, media), "all_previous": (media + 1) / 2, "listed": media}
+    tiles = math.ceil(given["tokens_per_media"] / launch.kernel.configs[config].blocks["BLOCK_N"])
+    tiles = math.ceil(tiles / given.get("splits", 1))
+    return (seen[given["ATTEND"]], tiles) if given.get("NESTED") else (
+        seen[given["ATTEND"]] * tiles,
+    )
 
 
 def _bytes(launch: Launch, work: Work, programs: int) -> int:

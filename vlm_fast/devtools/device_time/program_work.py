@@ -2,7 +2,7 @@
 
 Integers that depend on arguments and on the program's number are computed, loops are taken as
 often as they run, and every operation on a tensor is added up. A loop whose bounds are loaded from
-memory is taken as often as the caller assumes.
+memory is taken as often as the caller assumes for loops of its depth.
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ class Program:
     """A kernel's TTIR with the arguments of one launch."""
 
     def __init__(
-        self, code: str, arguments: Mapping[str, Any], warps: int, unknown_trips: float = 1.0
+        self,
+        code: str,
+        arguments: Mapping[str, Any],
+        warps: int,
+        unknown_trips: Sequence[float] = (1.0,),
     ) -> None:
         self.lines = ttir.without_locations(code)
         self.start = next(i for i, ln in enumerate(self.lines) if ln.startswith("tt.func public"))
         self.warps, self.unknown_trips, self.once = warps, unknown_trips, False
+        self.depth = 0  # of loops around the operation that is counted
         self.arguments: dict[str, Any] = {}
         for name in re.findall(r"%(\w+): ", self.lines[self.start]):
             value = arguments.get(name)
@@ -91,7 +96,7 @@ class Program:
         first, last, step = (env.get(name) for name in bounds)
         pairs = [part.split(" = ") for part in carried.split(", ")] if carried else []
         inner = {**env, **{name: env.get(initial) for name, initial in pairs}}
-        trips: float = self.unknown_trips
+        trips = self.unknown_trips[min(self.depth, len(self.unknown_trips) - 1)]
         if isinstance(first, int) and isinstance(last, int) and isinstance(step, int):
             trips = max(0, -(-(last - first) // step))
         trips = 1 if self.once else trips
@@ -102,7 +107,9 @@ class Program:
             number = 0 if walked < 2 else round(i * (trips - 1) / (walked - 1))
             known = isinstance(first, int) and isinstance(step, int)
             inner[variable] = first + number * step if known else None  # type: ignore[operator]
+            self.depth += 1
             found, end, yielded = self._block(at, dict(inner))
+            self.depth -= 1
             found.looped_loads = found.loads
             if walked:
                 work.add(found, trips / walked)

@@ -1,0 +1,99 @@
+"""The sizes of media attention's tiles, by dtype, number of rows, head size and GPU.
+
+They are chosen from compiled code: no spills, then the fewest instructions for a score.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from ._attention_tilings import head_parts
+from ._launcher import Config
+from ._sizes import next_power_of_2
+
+CONFIGS = (
+    Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
+    Config({"BLOCK_N": 64}, num_warps=8, num_stages=2),
+    Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
+    Config({"BLOCK_N": 32}, num_warps=8, num_stages=2),
+    Config({"BLOCK_N": 128}, num_warps=8, num_stages=2),
+    Config({"BLOCK_N": 16}, num_warps=4, num_stages=1),
+)
+BY_64, BY_64_WARPS_8, BY_32, BY_32_WARPS_8, BY_128_WARPS_8, BY_16 = range(6)
+
+
+class Tiling(NamedTuple):
+    """The tiles of a kernel.
+
+    Attributes:
+        block_m: rows in a tile.
+        config: number in `CONFIGS`, which says how many keys are in a tile.
+        widths: of the two parts of a head.
+        held: programs that a multiprocessor of an H200 holds.
+    """
+
+    block_m: int
+    config: int
+    widths: tuple[int, int]
+    held: int = 1
+
+
+def padded(d: int) -> tuple[int, int]:
+    """The widths of a head of size d in one part."""
+    return max(16, next_power_of_2(d)), 0
+
+
+@functools.cache
+def forward_tiling(capability: int, rows: int, d: int, dtype: torch.dtype) -> Tiling:
+    """The tiles of `media_cross_attention_kernel` for so many rows of a key head.
+
+    Args:
+        capability: of the GPU, 10 times the major and the minor number.
+        rows: the queries of all heads that share a key head.
+        d: the head size.
+        dtype: of the queries. fp32 products run on scalar units and need more registers.
+    """
+    if dtype is torch.float32:
+        return Tiling(16, BY_16, head_parts(d))
+    if rows <= 16:
+        return Tiling(16, BY_32, padded(d), 3)
+    if d <= 64:
+        return Tiling(64, BY_64, padded(d), 3)
+    hopper = capability // 10 == 9
+    if rows < 128:
+        return Tiling(64, BY_64 if hopper else BY_32_WARPS_8, padded(d), 2 if hopper else 1)
+    return Tiling(128, BY_64_WARPS_8 if hopper else BY_32_WARPS_8, padded(d))
+
+
+@functools.cache
+def query_tiling(capability: int, rows: int, d: int) -> Tiling:
+    """The tiles of `media_query_gradient_kernel`, in 16 bits; see `forward_tiling`."""
+    if rows <= 16:
+        return Tiling(16, BY_32, padded(d))
+    if d <= 64:
+        return Tiling(64, BY_32 if capability < 90 else BY_64, padded(d))
+    return Tiling(64, BY_64 if capability // 10 == 9 else BY_32_WARPS_8, padded(d))
+
+
+@functools.cache
+def key_tiling(capability: int, tokens_per_media: int, d: int) -> Tiling:
+    """The tiles of `media_key_gradient_kernel`, in 16 bits; see `forward_tiling`."""
+    if capability < 90:
+        return Tiling(32, BY_32, padded(d))
+    if d <= 64:
+        return Tiling(64, BY_64, padded(d))
+    if capability >= 100:
+        return Tiling(32, BY_64_WARPS_8, padded(d))
+    return Tiling(32, BY_64 if tokens_per_media <= 64 else BY_128_WARPS_8, padded(d))
+
+
+def skips_media(attend: str, tokens_per_media: int) -> bool:
+    """Whether kernels loop over media, of which they skip some, and within over their tiles.
+
+    Otherwise they loop over the tiles of a range of media, so that even one tile of each medium is
+    loaded ahead.
+    """
+    return attend == "listed" and tokens_per_media > 64

@@ -1,0 +1,86 @@
+"""The kernel of the gradients of media attention's keys and values in 16 bits.
+
+A program takes a tile of a medium's keys and loops over the tokens that may attend to it, whose
+mean of dp `media_query_gradient_kernel` has stored.
+"""
+
+from __future__ import annotations
+
+from ._attention_gradient_tiles import tile_offsets, tile_product
+from ._attention_tiles import SIZES, load_part, store_part
+from ._launcher import kernel
+from ._media_attention_tilings import CONFIGS
+from ._media_gradient_tiles import gradient_scales, media_probabilities_and_gradients
+from ._media_mask import first_of_tile, is_visible, load_index
+from ._triton import tl, triton
+
+
+@kernel(*CONFIGS, exclusive=True)
+@triton.jit(do_not_specialize=[*SIZES, "media"])
+def media_key_gradient_kernel(
+    q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d), normed if there is a norm
+    do_ptr, do_batch, do_head, do_query,
+    stats_ptr,  # (count, 2) fp32: lse and delta
+    k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
+    index_ptr, reach_ptr,  # (batch, queries) int64, (batch, media, 2) int32
+    dk_ptr, dv_ptr, dk_batch, dk_head, dk_key,  # of both the same strides
+    kv_heads, group, queries, media, tokens_per_media, scale,
+    ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr,
+    d: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    per_medium = tl.cdiv(tokens_per_media, BLOCK_N)
+    start = first_of_tile(program % per_medium, BLOCK_N)
+    medium = program // per_medium % media
+    kv_head = (program // per_medium // media % kv_heads).to(tl.int64)
+    image = (program // per_medium // media // kv_heads).to(tl.int64)
+    local = tl.arange(0, BLOCK_N)
+    inside_keys = start + local < tokens_per_media
+    far = medium.to(tl.int64) * tokens_per_media + start
+    k_ptr += image * k_batch + kv_head * k_head + far * k_key
+    v_ptr += image * v_batch + kv_head * v_head + far * v_key
+    k = load_part(k_ptr, tile_offsets(local, k_key, WIDE), inside_keys, 0, d, D)
+    v = load_part(v_ptr, tile_offsets(local, v_key, WIDE), inside_keys, 0, d, D)
+    first = tl.load(reach_ptr + (image * media + medium) * 2)
+    last = tl.load(reach_ptr + (image * media + medium) * 2 + 1)
+    index_ptr += image * queries
+    dk = tl.zeros([BLOCK_N, D], tl.float32)
+    dv = tl.zeros([BLOCK_N, D], tl.float32)
+    r = tl.arange(0, BLOCK_M)
+    q_local, do_local = tile_offsets(r, q_query, WIDE), tile_offsets(r, do_query, WIDE)
+    blocks = tl.maximum(tl.cdiv(last - first, BLOCK_M), 0)
+    for step in range((blocks.to(tl.int64) * group).to(tl.int32)):
+        head = kv_head * group + step // blocks
+        token = first + first_of_tile(step % blocks, BLOCK_M)  # the tile's first
+        inside = r < last - token
+        far = tl.cast(token, tl.int64)
+        own = q_ptr + image * q_batch + head * q_head + far * q_query
+        q = load_part(own, q_local, inside, 0, d, D)
+        own = do_ptr + image * do_batch + head * do_head + far * do_query
+        do = load_part(own, do_local, inside, 0, d, D)
+        place = (image * kv_heads * group + head) * queries + far
+        pair = place * 2 + (r[:, None] * 2 + tl.arange(0, 2)[None, :])
+        pairs = tl.load(stats_ptr + pair, mask=inside[:, None], other=float("inf"))
+        lse, delta = tl.split(pairs)
+        index, unattended_rows = load_index(index_ptr + far, r, inside, ATTEND)
+        seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
+        lse = tl.where(seen, lse, float("inf"))
+        of_s, of_dp = gradient_scales(unattended_rows, scale, UNATTENDED, dtype, KEYS)
+        p, ds = media_probabilities_and_gradients(
+            tile_product(k, k, q, q, 0, KEYS), tile_product(v, v, do, do, 0, KEYS),
+            lse, delta, inside_keys, lse != float("inf"), of_s, of_dp, KEYS,
+        )  # fmt: skip
+        p, ds = p.to(dtype), ds.to(dtype)
+        if KEYS == 1:
+            p, ds = tl.trans(p), tl.trans(ds)
+        dv = tl.dot(p, do, dv)
+        dk = tl.dot(ds, q, dk)
+    if dtype != tl.bfloat16:
+        dk *= scale
+    far = medium.to(tl.int64) * tokens_per_media + start
+    at = image * dk_batch + kv_head * dk_head + far * dk_key
+    local = tile_offsets(local, dk_key, WIDE)
+    store_part(dv_ptr + at, local, inside_keys, dv, 0, d, D)
+    store_part(dk_ptr + at, local, inside_keys, dk, 0, d, D)
