@@ -47,11 +47,10 @@ def padded(d: int) -> tuple[int, int]:
 
 
 @functools.cache
-def forward_tiling(capability: int, rows: int, d: int, dtype: torch.dtype) -> Tiling:
+def forward_tiling(rows: int, d: int, dtype: torch.dtype) -> Tiling:
     """The tiles of `media_cross_attention_kernel` for so many rows of a key head.
 
     Args:
-        capability: of the GPU, 10 times the major and the minor number.
         rows: the queries of all heads that share a key head.
         d: the head size.
         dtype: of the queries. fp32 products run on scalar units and need more registers.
@@ -62,15 +61,19 @@ def forward_tiling(capability: int, rows: int, d: int, dtype: torch.dtype) -> Ti
         return Tiling(16, BY_32, padded(d), 3)
     if d <= 64:
         return Tiling(64, BY_64, padded(d), 3)
-    hopper = capability // 10 == 9
-    if rows < 128:
-        return Tiling(64, BY_64 if hopper else BY_32_WARPS_8, padded(d), 2 if hopper else 1)
-    return Tiling(128, BY_64_WARPS_8 if hopper else BY_32_WARPS_8, padded(d))
+    return (
+        Tiling(64, BY_32_WARPS_8, padded(d))
+        if rows < 128
+        else Tiling(128, BY_64_WARPS_8, padded(d))
+    )
 
 
 @functools.cache
 def query_tiling(capability: int, rows: int, d: int) -> Tiling:
-    """The tiles of `media_query_gradient_kernel`, in 16 bits; see `forward_tiling`."""
+    """The tiles of `media_query_gradient_kernel`, in 16 bits; see `forward_tiling`.
+
+    capability: of the GPU, 10 times the major and the minor number.
+    """
     if rows <= 16:
         return Tiling(16, BY_32, padded(d))
     if d <= 64:
@@ -80,14 +83,13 @@ def query_tiling(capability: int, rows: int, d: int) -> Tiling:
 
 @functools.cache
 def key_tiling(capability: int, tokens_per_media: int, d: int) -> Tiling:
-    """The tiles of `media_key_gradient_kernel`, in 16 bits; see `forward_tiling`."""
+    """The tiles of `media_key_gradient_kernel`, in 16 bits; see `query_tiling`."""
     if capability < 90:
         return Tiling(32, BY_32, padded(d))
     if d <= 64:
         return Tiling(64, BY_64, padded(d))
-    if capability >= 100:
-        return Tiling(32, BY_64_WARPS_8, padded(d))
-    return Tiling(32, BY_64 if tokens_per_media <= 64 else BY_128_WARPS_8, padded(d))
+    one_tile = capability >= 100 or tokens_per_media <= 64
+    return Tiling(32, BY_64_WARPS_8 if one_tile else BY_128_WARPS_8, padded(d))
 
 
 def skips_media(attend: str, tokens_per_media: int) -> bool:

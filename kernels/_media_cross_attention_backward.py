@@ -2,7 +2,7 @@
 
 In 16 bits the forward has kept the log-sum-exp of each row and its result with a 16-bit remainder.
 `media_query_gradient_kernel` computes dq, and stores what `media_key_gradient_kernel` needs: the
-mean of dp of each row, the normed queries, and which tokens attend to each medium. fp32 has kernels
+mean of dp of each row and the normed queries. fp32 has kernels
 of its own, see `_media_cross_attention_backward_fp32`.
 """
 
@@ -18,7 +18,7 @@ from ._media_attention_tilings import key_tiling, query_tiling, skips_media
 from ._media_cross_attention_backward_fp32 import launch_backward_fp32
 from ._media_key_gradient import media_key_gradient_kernel
 from ._media_query_gradient import media_query_gradient_kernel
-from ._sizes import cdiv, next_power_of_2
+from ._sizes import cdiv
 from ._sum_shares import sum_shares
 
 
@@ -43,10 +43,9 @@ def launch_backward(
     gpu = capability(q)
     tiles = query_tiling(gpu, rows, d)
     programs = batch * kv_heads * cdiv(rows, tiles.block_m)
-    stats = reach = normed = shares = dq_norm = None
+    stats = normed = shares = dq_norm = None
     if dk is not None:
         stats = q.new_empty(count, 2, dtype=torch.float32)
-        reach = q.new_empty(batch, media, 2, dtype=torch.int32)
     if q_norm is not None and dk is not None:
         normed = q.new_empty(batch, heads, queries, d)
     if q_norm is not None and dq is not None:
@@ -55,15 +54,13 @@ def launch_backward(
     outer, (o, lse, low) = by_strides(do), kept_by_strides(*kept)
     sources = (*by_strides(k), *by_strides(v))
     wide = max(x.stride(2) for x in (do, q, k, v)) > WIDE_STRIDE
-    ranges = 0 if reach is None else batch * media
     media_query_gradient_kernel(
-        lambda blocks: (programs + ranges,),
-        *by_strides(q), *outer, *o, *low, lse, stats, *sources, index, reach, q_norm, normed,
+        lambda blocks: (programs,),
+        *by_strides(q), *outer, *o, *low, lse, stats, *sources, index, q_norm, normed,
         *by_strides(dq), shares,
-        kv_heads, group, queries, rows, media, tokens_per_media, programs, scale, eps,
+        kv_heads, group, queries, rows, media, tokens_per_media, scale, eps,
         attend, unattended, skips_media(attend, tokens_per_media), wide,
-        int(tiles.block_m >= 64), min(1024, next_power_of_2(queries)),
-        d, tiles.widths[0], tiles.block_m,
+        int(tiles.block_m >= 64), d, tiles.widths[0], tiles.block_m,
         config=tiles.config,
     )  # fmt: skip
     if dk is not None and dv is not None:
@@ -75,7 +72,7 @@ def launch_backward(
 
         media_key_gradient_kernel(
             grid,
-            *by_strides(q if normed is None else normed), *outer, stats, *sources, index, reach,
+            *by_strides(q if normed is None else normed), *outer, stats, *sources, index,
             dk, dv, *dk.stride()[:3],
             kv_heads, group, queries, media, tokens_per_media, scale,
             attend, unattended, wide, int(tiles.block_m >= 64), d, tiles.widths[0], tiles.block_m,

@@ -2,14 +2,12 @@
 
 The forward keeps its inputs only, because the mean of dp is not exact enough in fp32 if it is taken
 from the forward's result. The first kernel, one program per tile of rows, computes dq and stores
-the statistics of the softmax. The second, one program per medium, finds the first and the last
-token that attends to it. The third, one program per tile of a medium's keys, loops over those
-tokens and computes dk and dv.
+the statistics of the softmax. The second, one program per tile of a medium's keys, loops over the
+tokens that may attend to it and computes dk and dv.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ._attention_tiles import (
@@ -31,7 +29,7 @@ from ._media_mask import (
     tokens_of_medium,
     visible_range,
 )
-from ._sizes import cdiv, next_power_of_2
+from ._sizes import cdiv
 from ._triton import tl, triton
 
 
@@ -144,25 +142,13 @@ def media_query_gradient_fp32_kernel(
         store_parts(dq_ptr, at, inside, dq1, dq2, d, D1, D2)
 
 
-@kernel(Config({}, num_warps=4))
-@triton.jit(do_not_specialize=["queries", "media"])
-def media_reach_kernel(
-    index_ptr,  # (batch, queries) int64
-    reach_ptr,  # (batch, media, 2) int32: the first token that attends to it, and the last + 1
-    queries, media, ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    tokens_of_medium(
-        index_ptr, reach_ptr, tl.program_id(0), queries, media, ATTEND, UNATTENDED, BLOCK
-    )  # fmt: skip
-
-
 @kernel(Config({"BLOCK_N": 16}, num_warps=8, num_stages=1))
 @triton.jit(do_not_specialize=[*SIZES, "media"])
 def media_key_gradient_fp32_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
     do_ptr, do_batch, do_head, do_query,
     k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
-    index_ptr, reach_ptr,  # (batch, queries) int64, (batch, media, 2) int32
+    index_ptr,  # (batch, queries) int64
     stats_ptr,  # (4, count) fp32, written by media_query_gradient_fp32_kernel
     dk_ptr, dk_batch, dk_head, dk_key, dv_ptr, dv_batch, dv_head, dv_key,
     kv_heads, group, queries, media, tokens_per_media, count, scale,
@@ -182,9 +168,10 @@ def media_key_gradient_fp32_kernel(
     v_ptr += image * v_batch + kv_head * v_head
     k1, k2 = load_parts(k_ptr, key * k_key, inside_keys, d, D1, D2)
     v1, v2 = load_parts(v_ptr, key * v_key, inside_keys, d, D1, D2)
-    first = tl.load(reach_ptr + (image * media + medium) * 2)
-    last = tl.load(reach_ptr + (image * media + medium) * 2 + 1)
     index_ptr += image * queries
+    first, last = tokens_of_medium(
+        index_ptr, medium, media, queries, ATTEND, UNATTENDED, OWNED=False
+    )  # fmt: skip
     dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
     dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
     dk2 = tl.zeros([BLOCK_N, D2 if D2 > 0 else 16], tl.float32)
@@ -248,19 +235,13 @@ def launch_backward_fp32(
     )  # fmt: skip
     if dk is None or dv is None:
         return
-    reach = torch.empty(batch, media, 2, dtype=torch.int32, device=q.device)
-    media_reach_kernel(
-        lambda blocks: (batch * media,),
-        index, reach, queries, media, attend, unattended,
-        min(1024, next_power_of_2(queries)),
-    )  # fmt: skip
 
     def programs(blocks: dict[str, int]) -> tuple[int, ...]:
         return (batch * kv_heads * media * cdiv(tokens_per_media, blocks["BLOCK_N"]),)
 
     media_key_gradient_fp32_kernel(
         programs,
-        *shared, reach, stats, dk, *strides(dk), dv, *strides(dv),
+        *shared, stats, dk, *strides(dk), dv, *strides(dv),
         kv_heads, group, queries, media, tokens_per_media, count, scale, attend, unattended,
         *widths, block, precision(q.dtype),
     )  # fmt: skip

@@ -12,33 +12,31 @@ from ._triton import tl, triton
 
 
 @triton.jit
-def gradient_scales(
+def scale_of_dp(
     unattended_rows, scale, UNATTENDED: tl.constexpr, dtype: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
-    """The factors of scores and of dp, to be broadcast to a tile.
+    """The factor of dp, to be broadcast to a tile.
 
-    In bf16 ds includes the factor ``scale``; in fp16 that would make small numbers subnormal. Both
-    factors are 0 for rows whose weights are equal, so that their scores get no gradient.
+    In bf16 ds includes the factor ``scale``; in fp16 that would make small numbers subnormal. The
+    factor is 0 for rows whose weights are equal, so that their scores get no gradient.
     """
-    of_dp = scale if dtype == tl.bfloat16 else scale * 0.0 + 1.0
-    scale *= LOG2_E
+    factor = scale if dtype == tl.bfloat16 else scale * 0.0 + 1.0
     if UNATTENDED == "uniform":
-        scale = tl.expand_dims(tl.where(unattended_rows, 0.0, scale), KEYS)
-        of_dp = tl.expand_dims(tl.where(unattended_rows, 0.0, of_dp), KEYS)
-    return scale, of_dp
+        factor = tl.expand_dims(tl.where(unattended_rows, 0.0, factor), KEYS)
+    return factor
 
 
 @triton.jit
 def media_probabilities_and_gradients(
-    s, dp, lse, delta, inside_keys, seen, scale, scale_of_dp, KEYS: tl.constexpr
+    s, dp, lse, delta, inside_keys, seen, scale, factor, KEYS: tl.constexpr
 ):  # fmt: skip
     """A tile of p and of ds from the products s and dp.
 
-    ``seen`` marks the rows that see the medium. The scales are those of `gradient_scales`, and
-    ``delta`` includes that of dp.
+    ``seen`` marks the rows that see the medium. ``factor`` is that of dp, see `scale_of_dp`, which
+    ``delta`` includes.
     """
-    exponent = s * scale - tl.expand_dims(lse, KEYS)
+    exponent = s * (scale * LOG2_E) - tl.expand_dims(lse, KEYS)
     visible = tl.expand_dims(inside_keys, 1 - KEYS) & tl.expand_dims(seen, KEYS)
     p = tl.exp2(tl.where(visible, exponent, -float("inf")))
-    ds = p * (dp * scale_of_dp - tl.expand_dims(delta, KEYS))
+    ds = p * (dp * factor - tl.expand_dims(delta, KEYS))
     return p, tl.where(p != 0.0, ds, 0.0)  # 0 even where a hidden value is not finite

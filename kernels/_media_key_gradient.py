@@ -10,8 +10,8 @@ from ._attention_gradient_tiles import tile_offsets, tile_product
 from ._attention_tiles import SIZES, load_part, store_part
 from ._launcher import kernel
 from ._media_attention_tilings import CONFIGS
-from ._media_gradient_tiles import gradient_scales, media_probabilities_and_gradients
-from ._media_mask import first_of_tile, is_visible, load_index
+from ._media_gradient_tiles import media_probabilities_and_gradients, scale_of_dp
+from ._media_mask import first_of_tile, is_visible, load_index, tokens_of_medium
 from ._triton import tl, triton
 
 
@@ -22,7 +22,7 @@ def media_key_gradient_kernel(
     do_ptr, do_batch, do_head, do_query,
     stats_ptr,  # (count, 2) fp32: lse and delta
     k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
-    index_ptr, reach_ptr,  # (batch, queries) int64, (batch, media, 2) int32
+    index_ptr,  # (batch, queries) int64
     dk_ptr, dv_ptr, dk_batch, dk_head, dk_key,  # of both the same strides
     kv_heads, group, queries, media, tokens_per_media, scale,
     ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr,
@@ -43,9 +43,10 @@ def media_key_gradient_kernel(
     v_ptr += image * v_batch + kv_head * v_head + far * v_key
     k = load_part(k_ptr, tile_offsets(local, k_key, WIDE), inside_keys, 0, d, D)
     v = load_part(v_ptr, tile_offsets(local, v_key, WIDE), inside_keys, 0, d, D)
-    first = tl.load(reach_ptr + (image * media + medium) * 2)
-    last = tl.load(reach_ptr + (image * media + medium) * 2 + 1)
     index_ptr += image * queries
+    first, last = tokens_of_medium(
+        index_ptr, medium, media, queries, ATTEND, UNATTENDED, OWNED=False
+    )  # fmt: skip
     dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
     r = tl.arange(0, BLOCK_M)
@@ -67,10 +68,13 @@ def media_key_gradient_kernel(
         index, unattended_rows = load_index(index_ptr + far, r, inside, ATTEND)
         seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
         lse = tl.where(seen, lse, float("inf"))
-        of_s, of_dp = gradient_scales(unattended_rows, scale, UNATTENDED, dtype, KEYS)
+        factor = scale_of_dp(unattended_rows, scale, UNATTENDED, dtype, KEYS)
+        s = tile_product(k, k, q, q, 0, KEYS)
+        if UNATTENDED == "uniform":
+            s = tl.where(tl.expand_dims(unattended_rows, KEYS), 0.0, s)
         p, ds = media_probabilities_and_gradients(
-            tile_product(k, k, q, q, 0, KEYS), tile_product(v, v, do, do, 0, KEYS),
-            lse, delta, inside_keys, lse != float("inf"), of_s, of_dp, KEYS,
+            s, tile_product(v, v, do, do, 0, KEYS),
+            lse, delta, inside_keys, lse != float("inf"), scale, factor, KEYS,
         )  # fmt: skip
         p, ds = p.to(dtype), ds.to(dtype)
         if KEYS == 1:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ._triton import tl, triton
 
+SCANNED = tl.constexpr(512)  # tokens at once
+
 
 @triton.jit
 def load_index(index_ptr, query, inside, ATTEND: tl.constexpr):
@@ -90,25 +92,40 @@ def is_visible(
 
 @triton.jit
 def tokens_of_medium(
-    index_ptr, reach_ptr, program, queries, media,
-    ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, BLOCK: tl.constexpr,
+    index_ptr, medium, media, queries,
+    ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, OWNED: tl.constexpr,
 ):  # fmt: skip
-    """Store the first token that attends to a medium, and the last plus 1.
+    """The first token of a sample that attends to a medium, and the last plus 1.
 
-    ``program`` is the number of the medium among those of all images.
+    OWNED: of the tokens that the medium owns, see `is_owned`.
     """
-    image, medium = (program // media).to(tl.int64), program % media
     first, last = queries, queries * 0
-    for start in range(0, queries, BLOCK):
-        query = start + tl.arange(0, BLOCK)
+    for start in range(0, queries, SCANNED):
+        query = start + tl.arange(0, SCANNED)
         inside = query < queries
-        index, unattended_rows = load_index(index_ptr + image * queries, query, inside, ATTEND)
-        seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
+        index, unattended_rows = load_index(index_ptr, query, inside, ATTEND)
+        if OWNED:
+            seen = is_owned(index, medium, media) & inside
+        else:
+            seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
         first = tl.minimum(first, tl.min(tl.where(seen, query, queries), axis=0))
         last = tl.maximum(last, tl.max(tl.where(seen, query + 1, 0), axis=0))
-    at = reach_ptr + (image * media + medium) * 2
-    tl.store(at, first)
-    tl.store(at + 1, last)
+    return first, last
+
+
+@triton.jit
+def is_owned(index, medium, media):
+    """Which tokens a medium owns. Each has one owner: with "latest" the medium that it sees.
+
+    The first medium owns the tokens without media, too.
+    """
+    return tl.minimum(tl.maximum(index, 1), media) == medium + 1
+
+
+@triton.jit
+def zero_where_equal(q, unattended_rows, UNATTENDED: tl.constexpr):
+    """Rows q ``[rows, d]`` with zeros where all weights are to be equal: so are the scores then."""
+    return tl.where(unattended_rows[:, None], 0.0, q) if UNATTENDED == "uniform" else q
 
 
 @triton.jit

@@ -1,7 +1,6 @@
 """The kernel of the gradient of media attention's queries in 16 bits.
 
-A program takes a tile of rows and loops over the keys that some row sees. The last programs find,
-for each medium, the first and the last token that attends to it.
+A program takes a tile of rows and loops over the keys that some row sees.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from ._attention_gradient_tiles import mean_of_dp, tile_offsets, tile_product
 from ._attention_tiles import SIZES, load_part, rms_norm, rms_norm_backward, store_part
 from ._launcher import kernel
 from ._media_attention_tilings import CONFIGS
-from ._media_gradient_tiles import gradient_scales, media_probabilities_and_gradients
-from ._media_mask import first_of_tile, is_visible, tiles_of, tokens_of_medium, visible_range
+from ._media_gradient_tiles import media_probabilities_and_gradients, scale_of_dp
+from ._media_mask import first_of_tile, is_visible, tiles_of, visible_range, zero_where_equal
 from ._triton import tl, triton
 
 
@@ -31,21 +30,30 @@ def _add_tile(
     at = tile_offsets(local, v_key, WIDE)
     v = load_part(v_ptr + far * v_key, at, inside_keys, 0, d, D)
     seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
-    scale, of_dp = gradient_scales(unattended_rows, scale, UNATTENDED, q.dtype, KEYS)
+    factor = scale_of_dp(unattended_rows, scale, UNATTENDED, q.dtype, KEYS)
     _, ds = media_probabilities_and_gradients(
         tile_product(k, k, q, q, 0, KEYS), tile_product(v, v, do, do, 0, KEYS),
-        lse, delta, inside_keys, seen, scale, of_dp, KEYS,
+        lse, delta, inside_keys, seen, scale, factor, KEYS,
     )  # fmt: skip
     ds = ds.to(q.dtype)
     return tl.dot(ds, k, dq) if KEYS == 1 else tl.dot(tl.trans(k), ds, dq)
 
 
-@triton.jit
-def _gradients_of_rows(
-    program, q_ptr, q_batch, q_head, q_query, do_ptr, do_batch, do_head, do_query,
-    o_ptr, o_batch, o_head, o_query, low_ptr, low_batch, low_head, low_query,
-    lse_ptr, stats_ptr, k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,
-    index_ptr, q_norm_ptr, normed_ptr, dq_ptr, dq_batch, dq_head, dq_query, dq_norm_ptr,
+@kernel(*CONFIGS, exclusive=True)
+@triton.jit(do_not_specialize=[*SIZES, "media"])
+def media_query_gradient_kernel(
+    q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
+    do_ptr, do_batch, do_head, do_query,
+    o_ptr, o_batch, o_head, o_query,  # the forward's result, and what its rounding took off
+    low_ptr, low_batch, low_head, low_query,
+    lse_ptr,  # (count,) fp32, to base 2
+    stats_ptr,  # (count, 2) fp32 or None: where to store lse and the mean of dp
+    k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
+    index_ptr,  # (batch, queries) int64
+    q_norm_ptr,  # (d,) or None
+    normed_ptr,  # (count, d) or None: where to store the normed queries
+    dq_ptr, dq_batch, dq_head, dq_query,  # or None
+    dq_norm_ptr,  # (programs, d) fp32 or None
     kv_heads, group, queries, rows, media, tokens_per_media, scale, eps,
     ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, NESTED: tl.constexpr, WIDE: tl.constexpr,
     KEYS: tl.constexpr,
@@ -53,6 +61,7 @@ def _gradients_of_rows(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = q_ptr.dtype.element_ty
+    program = tl.program_id(0)
     tiles = tl.cdiv(rows, BLOCK_M)
     first = ((program % tiles).to(tl.int64) * BLOCK_M).to(tl.int32)
     kv_head = (program // tiles % kv_heads).to(tl.int64)
@@ -85,6 +94,7 @@ def _gradients_of_rows(
         q, _ = rms_norm(q, q, inside, q_norm_ptr, eps, d, D, 0)
         if normed_ptr is not None:
             store_part(normed_ptr, place * d, inside, q, 0, d, D)
+    q = zero_where_equal(q, unattended_rows, UNATTENDED)
     k_ptr += image * k_batch + kv_head * k_head
     v_ptr += image * v_batch + kv_head * v_head
     dq = tl.zeros([BLOCK_M, D] if KEYS == 1 else [D, BLOCK_M], tl.float32)
@@ -124,42 +134,3 @@ def _gradients_of_rows(
             )  # fmt: skip
         at = image * dq_batch + head * dq_head + query * dq_query
         store_part(dq_ptr, at, inside, dq, 0, d, D)
-
-
-@kernel(*CONFIGS, exclusive=True)
-@triton.jit(do_not_specialize=[*SIZES, "media", "programs"])
-def media_query_gradient_kernel(
-    q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
-    do_ptr, do_batch, do_head, do_query,
-    o_ptr, o_batch, o_head, o_query,  # the forward's result, and what its rounding took off
-    low_ptr, low_batch, low_head, low_query,
-    lse_ptr,  # (count,) fp32, to base 2
-    stats_ptr,  # (count, 2) fp32 or None: where to store lse and the mean of dp
-    k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
-    index_ptr,  # (batch, queries) int64
-    reach_ptr,  # (batch, media, 2) int32 or None: the first token that attends, and the last + 1
-    q_norm_ptr,  # (d,) or None
-    normed_ptr,  # (count, d) or None: where to store the normed queries
-    dq_ptr, dq_batch, dq_head, dq_query,  # or None
-    dq_norm_ptr,  # (programs, d) fp32 or None
-    kv_heads, group, queries, rows, media, tokens_per_media, programs, scale, eps,
-    ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, NESTED: tl.constexpr, WIDE: tl.constexpr,
-    KEYS: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
-    d: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    if program < programs:  # of rows
-        _gradients_of_rows(
-            program, q_ptr, q_batch, q_head, q_query, do_ptr, do_batch, do_head, do_query,
-            o_ptr, o_batch, o_head, o_query, low_ptr, low_batch, low_head, low_query,
-            lse_ptr, stats_ptr, k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,
-            index_ptr, q_norm_ptr, normed_ptr, dq_ptr, dq_batch, dq_head, dq_query, dq_norm_ptr,
-            kv_heads, group, queries, rows, media, tokens_per_media, scale, eps,
-            ATTEND, UNATTENDED, NESTED, WIDE, KEYS, d, D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    elif reach_ptr is not None:
-        tokens_of_medium(
-            index_ptr, reach_ptr, program - programs, queries, media, ATTEND, UNATTENDED,
-            BLOCK_QUERIES,
-        )  # fmt: skip

@@ -19,14 +19,21 @@ from ._attention_tiles import (
     dot_parts,
     load_parts,
     rms_norm,
-    softmax_step,
     store_parts,
 )
 from ._cross_attention_aten import by_tokens
-from ._launcher import capability, dense, is_traced, kernel, precision, runs_triton
+from ._launcher import dense, is_traced, kernel, precision, runs_triton
 from ._media_attention_tilings import CONFIGS, forward_tiling, skips_media
 from ._media_cross_attention_backward import launch_backward
-from ._media_mask import first_of_tile, is_visible, number_of_media, tiles_of, visible_range
+from ._media_mask import (
+    first_of_tile,
+    is_visible,
+    number_of_media,
+    tiles_of,
+    visible_range,
+    zero_where_equal,
+)
+from ._online_softmax import LEAST_SCALE, add_scores, empty_sums, one_column
 from ._query_norm import norm_backward, normed, norms_inside
 from ._sizes import cdiv, next_power_of_2
 from ._triton import tl, triton
@@ -40,7 +47,7 @@ def _attend_to_tile(
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, over the keys of a medium from its token ``first`` on."""
+    """One step of the online softmax over the keys of a medium from its token ``first`` on."""
     local = tl.arange(0, BLOCK_N)
     inside = first + local < tokens_per_media
     far = tl.cast(medium, tl.int64) * tokens_per_media + first
@@ -48,13 +55,10 @@ def _attend_to_tile(
     k1, k2 = load_parts(k_ptr + far * k_key, at, inside, d, D1, D2)
     at = tile_offsets(local, v_key, WIDE)
     v1, v2 = load_parts(v_ptr + far * v_key, at, inside, d, D1, D2)
-    s = dot_parts(q1, q2, k1, k2, D2, PRECISION) * scale
-    if UNATTENDED == "uniform":
-        s = tl.where(unattended_rows[:, None], 0.0, s)
+    s = dot_parts(q1, q2, k1, k2, D2, PRECISION)
     seen = is_visible(index, unattended_rows, inside_rows, medium, ATTEND, UNATTENDED)
     s = tl.where(seen[:, None] & inside[None, :], s, -float("inf"))
-    p, rescale, largest, total = softmax_step(s, largest, total, v1.dtype, 1)
-    p = p.to(v1.dtype)
+    p, rescale, largest, total = add_scores(s, largest, total, scale, v1.dtype)
     acc1 = tl.dot(p, v1, acc1 * rescale[:, None], input_precision=PRECISION)
     if D2 > 0:
         acc2 = tl.dot(p, v2, acc2 * rescale[:, None], input_precision=PRECISION)
@@ -92,10 +96,11 @@ def media_cross_attention_kernel(
     index, unattended_rows, low, high, union = visible_range(
         index_ptr + image * queries, query, inside_rows, media, ATTEND, UNATTENDED
     )
+    q1 = zero_where_equal(q1, unattended_rows, UNATTENDED)
+    q2 = zero_where_equal(q2, unattended_rows, UNATTENDED)
     k_ptr += image * k_batch + kv_head * k_head
     v_ptr += image * v_batch + kv_head * v_head
-    largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    largest, total = empty_sums(BLOCK_M, q1.dtype)
     acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
     acc2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
     # The tiles of the media that are seen have consecutive numbers, divided among the splits.
@@ -126,6 +131,7 @@ def media_cross_attention_kernel(
                 first_of_tile(at % per_medium, BLOCK_N),
                 tokens_per_media, scale, ATTEND, UNATTENDED, WIDE, d, D1, D2, BLOCK_N, PRECISION,
             )  # fmt: skip
+    largest, total = largest * scale, one_column(total, q1.dtype)
     # Computed again: registers that hold them through the loop would spill.
     row += tl.minimum(media, 0)
     head, query = kv_head * group + row // queries, (row % queries).to(tl.int64)
@@ -257,7 +263,10 @@ def _launch_forward(
     batch, heads, queries, d = q.shape
     kv_heads, keys = k.shape[1:3]
     rows, count = heads // kv_heads * queries, batch * heads * queries
-    tiles = forward_tiling(capability(q), rows, d, q.dtype)
+    if scale < 0:
+        q, scale = dense(-q), -scale
+    scale = max(scale, LEAST_SCALE)
+    tiles = forward_tiling(rows, d, q.dtype)
     programs = batch * kv_heads * cdiv(rows, tiles.block_m)
     # With "latest" a row attends to the keys of one medium, else possibly to all keys.
     seen = tokens_per_media if attend == "latest" else keys

@@ -91,8 +91,8 @@ def unknown_trips(launch: Launch, config: int) -> tuple[float, ...]:
     seen = {"latest": min(by_latest, media), "all_previous": (media + 1) / 2, "listed": media}
     tiles = math.ceil(given["tokens_per_media"] / launch.kernel.configs[config].blocks["BLOCK_N"])
     tiles = math.ceil(tiles / given.get("splits", 1))
-    return (seen[given["ATTEND"]], tiles) if given.get("NESTED") else (
-        seen[given["ATTEND"]] * tiles,
+    return (
+        (seen[given["ATTEND"]], tiles) if given.get("NESTED") else (seen[given["ATTEND"]] * tiles,)
     )
 
 
