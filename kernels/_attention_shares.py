@@ -9,6 +9,7 @@ from ._triton import tl, triton
 FULL_GPU = 132  # programs, as many as an H200 has multiprocessors; with fewer, keys are split
 MAX_SPLITS = 16
 MIN_SPLIT_KEYS = 128  # with fewer keys in a split, combining costs more than splitting saves
+MIN_SPLIT_ROWS = 256  # for the same reason
 FEW_KEYS = 320  # which one program reads faster than two and a sum
 SUMMED_BY_PROGRAM = 2048  # elements
 SUMMED = tl.constexpr(SUMMED_BY_PROGRAM)
@@ -100,3 +101,8 @@ def gradient_splits(programs: int, keys: int, keys2: int, held: int) -> tuple[in
     splits = most if keys + keys2 > FEW_KEYS else 1
     splits2 = 0 if keys2 == 0 else max(1, splits * keys2 // (keys + keys2))
     return max(1, splits - splits2), splits2
+
+
+def row_splits(programs: int, rows: int) -> int:
+    """The number of programs that share the rows that see a tile of keys."""
+    return max(1, min(2 * FULL_GPU // programs, rows // MIN_SPLIT_ROWS, MAX_SPLITS))

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._attention_arguments import Kept, by_strides, kept_by_strides
+from ._attention_arguments import Kept, by_strides
 from ._attention_gradient_tiles import WIDE_STRIDE
+from ._attention_shares import add_shares_kernel, row_splits, summing_programs
 from ._launcher import capability
 from ._media_attention_tilings import key_tiling, query_tiling, skips_media
 from ._media_cross_attention_backward_fp32 import launch_backward_fp32
@@ -29,7 +30,8 @@ def launch_backward(
 ) -> Tensor | None:  # fmt: skip
     """Fill those of dq, dk and dv that are not None; return the gradient of q_norm or None.
 
-    kept: what `media_attention_forward` has returned. dk and dv have the same strides.
+    kept: what `media_attention_forward` has returned. All lie in memory as ``(batch, tokens,
+    heads, d)``, and dv follows dk.
     """
     if q.dtype is torch.float32:
         launch_backward_fp32(
@@ -51,13 +53,13 @@ def launch_backward(
     if q_norm is not None and dq is not None:
         dq_norm = torch.empty_like(q_norm)
         shares = q.new_empty(programs, d, dtype=torch.float32)
-    outer, (o, lse, low) = by_strides(do), kept_by_strides(*kept)
+    outer, (o, lse, low) = by_strides(do), kept
     sources = (*by_strides(k), *by_strides(v))
     wide = max(x.stride(2) for x in (do, q, k, v)) > WIDE_STRIDE
     media_query_gradient_kernel(
         lambda blocks: (programs,),
-        *by_strides(q), *outer, *o, *low, lse, stats, *sources, index, q_norm, normed,
-        *by_strides(dq), shares,
+        *by_strides(q), *outer, o, low, lse, stats, *sources, index, q_norm, normed,
+        dq, shares,
         kv_heads, group, queries, rows, media, tokens_per_media, scale, eps,
         attend, unattended, skips_media(attend, tokens_per_media), wide,
         int(tiles.block_m >= 64), d, tiles.widths[0], tiles.block_m,
@@ -66,17 +68,27 @@ def launch_backward(
     if dk is not None and dv is not None:
         tiles = key_tiling(gpu, tokens_per_media, d)
         pairs = batch * kv_heads * media
+        splits = row_splits(pairs * cdiv(tokens_per_media, 64), rows // media)
+        strides, size = dk.stride()[:3], dk.numel()
+        into, written = (dk, dv), 0
+        if splits > 1:
+            parts = q.new_empty(splits, 2 * size, dtype=torch.float32)
+            into, written = (parts, parts[0, size:]), 2 * size
 
         def grid(blocks: dict[str, int]) -> tuple[int, ...]:
-            return (pairs * cdiv(tokens_per_media, blocks["BLOCK_N"]),)
+            return (pairs * cdiv(tokens_per_media, blocks["BLOCK_N"]) * splits,)
 
         media_key_gradient_kernel(
             grid,
             *by_strides(q if normed is None else normed), *outer, stats, *sources, index,
-            dk, dv, *dk.stride()[:3],
-            kv_heads, group, queries, media, tokens_per_media, scale,
-            attend, unattended, wide, int(tiles.block_m >= 64), d, tiles.widths[0], tiles.block_m,
+            *into, *strides, written,
+            kv_heads, group, queries, media, tokens_per_media, splits, scale,
+            attend, unattended, wide, d, tiles.widths[0], tiles.block_m,
             config=tiles.config,
         )  # fmt: skip
+        if splits > 1:
+            add_shares_kernel(
+                lambda blocks: (summing_programs(2 * size),), parts, dk, 2 * size, splits
+            )
     sum_shares(shares, dq_norm)
     return dq_norm

@@ -44,15 +44,14 @@ def _add_tile(
 def media_query_gradient_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
     do_ptr, do_batch, do_head, do_query,
-    o_ptr, o_batch, o_head, o_query,  # the forward's result, and what its rounding took off
-    low_ptr, low_batch, low_head, low_query,
+    o_ptr, low_ptr,  # (batch, queries, heads, d): o and what its rounding took off
     lse_ptr,  # (count,) fp32, to base 2
     stats_ptr,  # (count, 2) fp32 or None: where to store lse and the mean of dp
     k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
     index_ptr,  # (batch, queries) int64
     q_norm_ptr,  # (d,) or None
     normed_ptr,  # (count, d) or None: where to store the normed queries
-    dq_ptr, dq_batch, dq_head, dq_query,  # or None
+    dq_ptr,  # as o, or None
     dq_norm_ptr,  # (programs, d) fp32 or None
     kv_heads, group, queries, rows, media, tokens_per_media, scale, eps,
     ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, NESTED: tl.constexpr, WIDE: tl.constexpr,
@@ -72,9 +71,11 @@ def media_query_gradient_kernel(
     place = (image * kv_heads * group + head) * queries + query
     at = head * do_head + query * do_query
     do = load_part(do_ptr + image * do_batch, at, inside, 0, d, D)
+    o_query = kv_heads * group * d
+    at_o = image * queries * o_query
     delta = mean_of_dp(
         do, do, row, inside, first, rows, kv_head, group, queries,
-        o_ptr + image * o_batch, o_head, o_query, low_ptr + image * low_batch, low_head, low_query,
+        o_ptr + at_o, d, o_query, low_ptr + at_o, d, o_query,
         d, D, 0, BLOCK_M, False, BLOCK_N, KEYS,
     )  # fmt: skip
     index, unattended_rows, low, high, union = visible_range(
@@ -132,5 +133,5 @@ def media_query_gradient_kernel(
                 q, q, dq, dq, inside, q_norm_ptr, dq_norm_ptr + program.to(tl.int64) * d, eps,
                 d, D, 0,
             )  # fmt: skip
-        at = image * dq_batch + head * dq_head + query * dq_query
+        at = ((image * queries + query) * kv_heads * group + head) * d
         store_part(dq_ptr, at, inside, dq, 0, d, D)

@@ -234,7 +234,10 @@ def media_attention_backward(
     do, q, k, v = dense(do), dense(q), dense(k), dense(v)
     index = media_index.contiguous()
     dq = by_tokens(q) if want_q else None
-    dk, dv = (by_tokens(k), by_tokens(k)) if want_kv else (None, None)
+    dk = dv = None
+    batch, kv_heads, keys, d = k.shape
+    if want_kv:
+        dk, dv = k.new_empty(2, batch, keys, kv_heads, d).transpose(2, 3)
     dq_norm: Tensor | None = None
     if q.numel() == 0 or k.shape[2] == 0:
         for gradient in (dq, dk, dv):
