@@ -65,15 +65,13 @@ def launch_backward(
         int(tiles.block_m >= 64), d, tiles.widths[0], tiles.block_m,
         config=tiles.config,
     )  # fmt: skip
-    if dk is not None and dv is not None:
+    if dk is not None:
         tiles = key_tiling(gpu, tokens_per_media, d)
         pairs = batch * kv_heads * media
         splits = row_splits(pairs * cdiv(tokens_per_media, 64), rows // media)
-        strides, size = dk.stride()[:3], dk.numel()
-        into, written = (dk, dv), 0
+        size, into = dk.numel(), dk
         if splits > 1:
-            parts = q.new_empty(splits, 2 * size, dtype=torch.float32)
-            into, written = (parts, parts[0, size:]), 2 * size
+            into = q.new_empty(splits, 2 * size, dtype=torch.float32)
 
         def grid(blocks: dict[str, int]) -> tuple[int, ...]:
             return (pairs * cdiv(tokens_per_media, blocks["BLOCK_N"]) * splits,)
@@ -81,14 +79,14 @@ def launch_backward(
         media_key_gradient_kernel(
             grid,
             *by_strides(q if normed is None else normed), *outer, stats, *sources, index,
-            *into, *strides, written,
+            into, *dk.stride()[:3], size, 2 * size,
             kv_heads, group, queries, media, tokens_per_media, splits, scale,
             attend, unattended, wide, d, tiles.widths[0], tiles.block_m,
             config=tiles.config,
         )  # fmt: skip
         if splits > 1:
             add_shares_kernel(
-                lambda blocks: (summing_programs(2 * size),), parts, dk, 2 * size, splits
+                lambda blocks: (summing_programs(2 * size),), into, dk, 2 * size, splits
             )
     sum_shares(shares, dq_norm)
     return dq_norm

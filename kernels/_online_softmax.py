@@ -28,21 +28,28 @@ def one_column(total, dtype: tl.constexpr):
 
 
 @triton.jit
-def add_scores(s, largest, total, scale, dtype: tl.constexpr):
-    """Add a tile of scores, whose exponentials are ``exp2(scale * s)``.
+def exponentials(s, largest, scale, dtype: tl.constexpr):
+    """The exponentials ``exp2(scale * s)`` of a tile of scores, over that of the largest so far.
 
     Returns:
-        The exponentials in ``dtype``, the factor that rescales earlier sums, the largest unscaled
-        score and the sum of exponentials so far.
+        The exponentials in ``dtype``, the factor that rescales earlier sums and the largest
+        unscaled score so far.
     """
     new_largest = tl.maximum(largest, tl.max(s, axis=1))
     shift = tl.where(new_largest == -float("inf"), 0.0, new_largest * scale)  # no key seen yet
     p = tl.exp2(s * scale - shift[:, None])
-    rescale = tl.exp2(largest * scale - shift)
+    return p.to(dtype), tl.exp2(largest * scale - shift), new_largest
+
+
+@triton.jit
+def rescaled(total, rescale, dtype: tl.constexpr):
+    """The sums of exponentials, rescaled."""
+    return total * (rescale if dtype == tl.float32 else rescale[:, None])
+
+
+@triton.jit
+def add_exponentials(total, p, dtype: tl.constexpr):
+    """Add the exponentials of a tile to the sums."""
     if dtype == tl.float32:
-        total = total * rescale + tl.sum(p, axis=1)
-    else:
-        p = p.to(dtype)
-        ones = tl.full([s.shape[1], COLUMNS], 1.0, dtype)
-        total = tl.dot(p, ones, total * rescale[:, None])
-    return p, rescale, new_largest, total
+        return total + tl.sum(p, axis=1)
+    return tl.dot(p, tl.full([p.shape[1], COLUMNS], 1.0, dtype), total)

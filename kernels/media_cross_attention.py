@@ -33,7 +33,14 @@ from ._media_mask import (
     visible_range,
     zero_where_equal,
 )
-from ._online_softmax import LEAST_SCALE, add_scores, empty_sums, one_column
+from ._online_softmax import (
+    LEAST_SCALE,
+    add_exponentials,
+    empty_sums,
+    exponentials,
+    one_column,
+    rescaled,
+)
 from ._query_norm import norm_backward, normed, norms_inside
 from ._sizes import cdiv, next_power_of_2
 from ._triton import tl, triton
@@ -58,10 +65,16 @@ def _attend_to_tile(
     s = dot_parts(q1, q2, k1, k2, D2, PRECISION)
     seen = is_visible(index, unattended_rows, inside_rows, medium, ATTEND, UNATTENDED)
     s = tl.where(seen[:, None] & inside[None, :], s, -float("inf"))
-    p, rescale, largest, total = add_scores(s, largest, total, scale, v1.dtype)
-    acc1 = tl.dot(p, v1, acc1 * rescale[:, None], input_precision=PRECISION)
+    p, rescale, largest = exponentials(s, largest, scale, v1.dtype)
+    # Sums are rescaled before the first product: a product that runs waits for what comes between.
+    total = rescaled(total, rescale, v1.dtype)
+    acc1 *= rescale[:, None]
     if D2 > 0:
-        acc2 = tl.dot(p, v2, acc2 * rescale[:, None], input_precision=PRECISION)
+        acc2 *= rescale[:, None]
+    total = add_exponentials(total, p, v1.dtype)
+    acc1 = tl.dot(p, v1, acc1, input_precision=PRECISION)
+    if D2 > 0:
+        acc2 = tl.dot(p, v2, acc2, input_precision=PRECISION)
     return largest, total, acc1, acc2
 
 

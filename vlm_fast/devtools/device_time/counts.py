@@ -86,7 +86,8 @@ def unknown_trips(launch: Launch, config: int) -> tuple[float, ...]:
         return (1.0,)
     media, queries, block_m = (given[name] for name in ("media", "queries", "BLOCK_M"))
     if launch.kernel.name.startswith("media_key_gradient"):  # over the rows that see a medium
-        return (math.ceil(queries / media / block_m) * given["group"],)
+        steps = math.ceil(queries / media / block_m) * given["group"]
+        return (math.ceil(steps / given.get("splits", 1)),)
     by_latest = 1 + (block_m - 1) * media / queries  # a tile may have tokens of two media
     seen = {"latest": min(by_latest, media), "all_previous": (media + 1) / 2, "listed": media}
     tiles = math.ceil(given["tokens_per_media"] / launch.kernel.configs[config].blocks["BLOCK_N"])
