@@ -26,13 +26,14 @@ from ._sum_shares import sum_shares
 def launch_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, q_norm: Tensor | None,
     tokens_per_media: int, attend: str, unattended: str, scale: float, eps: float, kept: Kept,
-    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
+    dq: Tensor | None, dkv: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
-    """Fill those of dq, dk and dv that are not None; return the gradient of q_norm or None.
+    """Fill those of dq and dkv that are not None; return the gradient of q_norm or None.
 
-    kept: what `media_attention_forward` has returned. All lie in memory as ``(batch, tokens,
-    heads, d)``, and dv follows dk.
+    kept: what `media_attention_forward` has returned. dkv: dk and dv, one after the other. All
+    gradients lie in memory as ``(batch, tokens, heads, d)``.
     """
+    dk, dv = (None, None) if dkv is None else dkv
     if q.dtype is torch.float32:
         launch_backward_fp32(
             do, q, k, v, index, tokens_per_media, attend, unattended, scale, dq, dk, dv
@@ -65,13 +66,14 @@ def launch_backward(
         int(tiles.block_m >= 64), d, tiles.widths[0], tiles.block_m,
         config=tiles.config,
     )  # fmt: skip
-    if dk is not None:
+    if dkv is not None and dk is not None:
         tiles = key_tiling(gpu, tokens_per_media, d)
         pairs = batch * kv_heads * media
         splits = row_splits(pairs * cdiv(tokens_per_media, 64), rows // media)
-        size, into = dk.numel(), dk
+        size, into = dk.numel(), (dk, dv)
         if splits > 1:
-            into = q.new_empty(splits, 2 * size, dtype=torch.float32)
+            parts = q.new_empty(splits, 2, size, dtype=torch.float32)
+            into = (parts, parts.select(1, 1))
 
         def grid(blocks: dict[str, int]) -> tuple[int, ...]:
             return (pairs * cdiv(tokens_per_media, blocks["BLOCK_N"]) * splits,)
@@ -79,14 +81,14 @@ def launch_backward(
         media_key_gradient_kernel(
             grid,
             *by_strides(q if normed is None else normed), *outer, stats, *sources, index,
-            into, *dk.stride()[:3], size, 2 * size,
+            *into, *dk.stride()[:3], 2 * size,
             kv_heads, group, queries, media, tokens_per_media, splits, scale,
             attend, unattended, wide, d, tiles.widths[0], tiles.block_m,
             config=tiles.config,
         )  # fmt: skip
         if splits > 1:
             add_shares_kernel(
-                lambda blocks: (summing_programs(2 * size),), into, dk, 2 * size, splits
+                lambda blocks: (summing_programs(2 * size),), parts, dkv, 2 * size, splits
             )
     sum_shares(shares, dq_norm)
     return dq_norm

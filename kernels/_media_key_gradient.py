@@ -23,8 +23,8 @@ def media_key_gradient_kernel(
     stats_ptr,  # (count, 2) fp32: lse and delta
     k_ptr, k_batch, k_head, k_key, v_ptr, v_batch, v_head, v_key,  # (batch, kv_heads, keys, d)
     index_ptr,  # (batch, queries) int64
-    dk_ptr, dk_batch, dk_head, dk_key,  # with several splits fp32 shares of dk and dv
-    dv_offset, dk_split,  # from dk to dv, of the same strides, and from share to share
+    dk_ptr, dv_ptr, dk_batch, dk_head, dk_key,  # of both the same strides
+    dk_split,  # with several splits dk and dv are fp32 shares
     kv_heads, group, queries, media, tokens_per_media, splits, scale,
     ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, WIDE: tl.constexpr,
     d: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -94,7 +94,7 @@ def media_key_gradient_kernel(
     local = tl.minimum(media, 0) + tl.arange(0, BLOCK_N)
     inside_keys = start + local < tokens_per_media
     far = medium.to(tl.int64) * tokens_per_media + start
-    dk_ptr += split * dk_split + image * dk_batch + kv_head * dk_head + far * dk_key
+    at = split * dk_split + image * dk_batch + kv_head * dk_head + far * dk_key
     local = tile_offsets(local, dk_key, WIDE)
-    store_part(dk_ptr + dv_offset, local, inside_keys, dv, 0, d, D)
-    store_part(dk_ptr, local, inside_keys, dk, 0, d, D)
+    store_part(dv_ptr + at, local, inside_keys, dv, 0, d, D)
+    store_part(dk_ptr + at, local, inside_keys, dk, 0, d, D)

@@ -247,13 +247,12 @@ def media_attention_backward(
     do, q, k, v = dense(do), dense(q), dense(k), dense(v)
     index = media_index.contiguous()
     dq = by_tokens(q) if want_q else None
-    dk = dv = None
     batch, kv_heads, keys, d = k.shape
-    if want_kv:
-        dk, dv = k.new_empty(2, batch, keys, kv_heads, d).transpose(2, 3)
+    dkv = k.new_empty(2, batch, keys, kv_heads, d).transpose(2, 3) if want_kv else None
+    dk, dv = (None, None) if dkv is None else dkv
     dq_norm: Tensor | None = None
     if q.numel() == 0 or k.shape[2] == 0:
-        for gradient in (dq, dk, dv):
+        for gradient in (dq, dkv):
             if gradient is not None:
                 gradient.zero_()
         if q_norm is not None and want_q:
@@ -262,7 +261,7 @@ def media_attention_backward(
         q_norm = q_norm if q_norm is None else q_norm.contiguous()
         dq_norm = launch_backward(
             do, q, k, v, index, q_norm, tokens_per_media, attend, unattended, scale, eps, kept,
-            dq, dk, dv,
+            dq, dkv,
         )  # fmt: skip
     elif not is_traced(q):
         aten.backward(
