@@ -76,36 +76,47 @@ def mean_of_dp(
 
 
 @triton.jit
+def largest_exponent(lse, inside):
+    """The largest exponent that a row's probabilities may have: 0, and -Inf for rows past the last.
+
+    A row of NaN has NaN.
+    """
+    return tl.where(inside, tl.where(lse != lse, lse, 0.0), -float("inf"))
+
+
+@triton.jit
 def probabilities_and_gradients(
     s, dp, lse, delta, n, inside_keys, first, image, head, query, batch_head, inside,
     bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
     seed_ptr, drop_below, survivor_scale, scale,
-    FULL: tl.constexpr, dtype: tl.constexpr, KEYS: tl.constexpr,
+    FULL: tl.constexpr, HIDE: tl.constexpr, CLAMP: tl.constexpr, dtype: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
     """A tile of p after dropout and of ds, in ``dtype``, from the products s and dp.
 
     ``lse`` is +Inf for rows that see no key, so their p is 0. In bf16 ds includes the factor
     ``scale``, and so does ``delta``, the mean of dp; in fp16 that would make small numbers
     subnormal. ``first`` is the number of the source's first key among the keys of all sources.
-    FULL: all rows of the tile exist, else those that are ``inside``.
+    FULL: all rows of the tile exist, else those that are ``inside``. HIDE: p and ds of hidden keys
+    are 0; else they have no meaning, and with CLAMP they are at least finite.
     """
     exponent = s * (scale * LOG2_E) - tl.expand_dims(lse, KEYS)
-    key = (first + n).to(tl.int64)
     if bias_ptr is not None:
         row = image * bias_batch + head * bias_head + query * bias_query
-        at = bias_ptr + (tl.expand_dims(row, KEYS) + tl.expand_dims(key * bias_key, 1 - KEYS))
+        key = (first + n).to(tl.int64) * bias_key
+        at = bias_ptr + (tl.expand_dims(row, KEYS) + tl.expand_dims(key, 1 - KEYS))
         there = tl.expand_dims(inside_keys, 1 - KEYS) & tl.expand_dims(inside, KEYS)
         exponent += tl.load(at, mask=there, other=0.0).to(tl.float32) * LOG2_E
-    seen = inside_keys
-    if mask_ptr is not None:
-        at = mask_ptr + image * mask_batch + key * mask_key
-        seen = tl.load(at, mask=inside_keys, other=0) != 0
-    seen = tl.expand_dims(seen, 1 - KEYS)
-    hidden = tl.expand_dims(-float("inf") - lse, KEYS)  # NaN in a row of NaN
-    p = tl.exp2(tl.where(seen, exponent, hidden))
-    if not FULL:  # a row past the last has 0 * Inf = NaN
-        there = tl.expand_dims(inside, KEYS)
-        p, dp = tl.where(there, p, 0.0), tl.where(there, dp, 0.0)
+    seen = tl.expand_dims(inside_keys, 1 - KEYS)
+    if HIDE:
+        if mask_ptr is not None:
+            at = mask_ptr + image * mask_batch + (first + n).to(tl.int64) * mask_key
+            seen = tl.expand_dims(tl.load(at, mask=inside_keys, other=0) != 0, 1 - KEYS)
+        hidden = tl.expand_dims(-float("inf") - lse, KEYS)  # NaN in a row of NaN
+        exponent = tl.where(seen, exponent, hidden)
+    if CLAMP or not FULL:  # a row past the last has 0 * Inf = NaN
+        exponent = tl.minimum(exponent, tl.expand_dims(largest_exponent(lse, inside), KEYS))
+    p = tl.exp2(exponent)
     dropped = p
     if seed_ptr is not None:
         factor = dropout_factor(
@@ -119,6 +130,6 @@ def probabilities_and_gradients(
     if seed_ptr is not None:  # a key with all the weight: the rounding of a scaled o would remain
         rounding = tl.abs(tl.expand_dims(lse, KEYS)) * ROUNDING
         ds = tl.where((p == 1.0) | (tl.abs(exponent) <= rounding), 0.0, ds)
-    if mask_ptr is not None:  # 0 even where a hidden value is not finite
+    if HIDE and mask_ptr is not None:  # 0 even where a hidden value is not finite
         ds = tl.where(seen, ds, 0.0)
     return dropped.to(dtype), ds.to(dtype)

@@ -115,7 +115,8 @@ def query_gradient_kernel(
             tile_product(k1, k2, q1, q2, D2, KEYS), tile_product(v1, v2, do1, do2, D2, KEYS),
             lse, delta, n, inside_keys, first_key, image, head, query, batch_head, inside,
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
-            seed_ptr, drop_below, survivor_scale, scale, FULL, dtype, KEYS,
+            seed_ptr, drop_below, survivor_scale, scale,
+            FULL, True, False, dtype, KEYS,
         )  # fmt: skip
         if dq_ptr is not None:
             if KEYS == 1:
