@@ -7,7 +7,7 @@ its scores (``lse``), and its result o as two 16-bit numbers, ``high`` and ``low
 
 from __future__ import annotations
 
-from ._attention_tiles import LOG2_E, dropout_factor, load_parts
+from ._attention_tiles import LOG2_E, dropout_factor, load_parts, store_part
 from ._triton import tl, triton
 
 WIDE_STRIDE = 2**23 - 16  # of tokens; up to here the offsets in a tile of 256 fit in int32
@@ -73,6 +73,28 @@ def mean_of_dp(
         diagonal = tl.expand_dims(n, 1 - KEYS) == tl.expand_dims(column, KEYS)
         mean += tl.sum(tl.where(diagonal, product, 0.0), axis=KEYS)
     return mean
+
+
+@triton.jit
+def load_mask(ptr, stride, n, keys):
+    """The bytes of the mask of keys n; 0 past the last key."""
+    return tl.load(ptr + n.to(tl.int64) * stride, mask=n < keys, other=0)
+
+
+@triton.jit
+def store_keys(
+    ptr, row, inside, seen, x, first: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
+    HIDE: tl.constexpr,
+):  # fmt: skip
+    """Store what `store_part` stores; with HIDE zeros for those keys that are not ``seen``.
+
+    Two stores cost less than a selection of every element.
+    """
+    if HIDE:
+        store_part(ptr, row, inside & seen, x, first, d, D)
+        store_part(ptr, row, inside & (seen == 0), tl.zeros_like(x), first, d, D)
+    else:
+        store_part(ptr, row, inside, x, first, d, D)
 
 
 @triton.jit

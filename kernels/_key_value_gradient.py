@@ -6,9 +6,15 @@ A program takes a tile of keys of one source and loops over all rows, whose mean
 
 from __future__ import annotations
 
-from ._attention_gradient_tiles import probabilities_and_gradients, tile_offsets, tile_product
+from ._attention_gradient_tiles import (
+    load_mask,
+    probabilities_and_gradients,
+    store_keys,
+    tile_offsets,
+    tile_product,
+)
 from ._attention_shares import add_shares
-from ._attention_tiles import SIZES, load_parts, store_parts
+from ._attention_tiles import SIZES, load_parts
 from ._launcher import Config, kernel
 from ._triton import tl, triton
 
@@ -43,9 +49,9 @@ def _gradients_of_keys(
     dv2 = tl.zeros([BLOCK_N, D2 if D2 > 0 else 16], tl.float32)
     r = tl.arange(0, BLOCK_M)
     q_local, do_local = tile_offsets(r, q_query, WIDE), tile_offsets(r, do_query, WIDE)
-    if FULL:
-        queries = queries // BLOCK_M * BLOCK_M  # so that loads of lse and delta are known to be aligned
-    # The address of a tile's first row, from tile to tile, and from a head's last to the next's first.
+    if FULL:  # then the compiler sees that loads of lse and delta are aligned
+        queries = queries // BLOCK_M * BLOCK_M
+    # Addresses go from tile to tile, and from the last tile of a head to the first of the next.
     blocks = tl.cdiv(queries, BLOCK_M)
     before = (blocks - 1).to(tl.int64) * BLOCK_M
     q_step, do_step = tl.cast(q_query, tl.int64) * BLOCK_M, tl.cast(do_query, tl.int64) * BLOCK_M
@@ -57,10 +63,7 @@ def _gradients_of_keys(
     lse_ptr += place
     delta_ptr += place
     for _ in range((blocks.to(tl.int64) * group).to(tl.int32)):
-        if FULL:
-            inside = tl.full([BLOCK_M], True, tl.int1)
-        else:
-            inside = r < queries - token
+        inside = tl.full([BLOCK_M], True, tl.int1) if FULL else r < queries - token
         q1, q2 = load_parts(q_ptr, q_local, inside, d, D1, D2)
         do1, do2 = load_parts(do_ptr, do_local, inside, d, D1, D2)
         lse = tl.load(lse_ptr + r, mask=inside, other=float("inf"))
@@ -89,14 +92,17 @@ def _gradients_of_keys(
             dk2 = tl.dot(ds, q2, dk2)
     if dtype != tl.bfloat16:
         dk1, dk2 = dk1 * scale, dk2 * scale
-    if mask_ptr is not None:  # what the loop yields for hidden keys has no meaning
-        at = mask_ptr + image * mask_batch + (first_key + n).to(tl.int64) * mask_key
-        seen = (tl.load(at, mask=inside_keys, other=0) != 0)[:, None]
-        dk1, dv1 = tl.where(seen, dk1, 0.0), tl.where(seen, dv1, 0.0)
-        dk2, dv2 = tl.where(seen, dk2, 0.0), tl.where(seen, dv2, 0.0)
+    seen = inside_keys
+    hide: tl.constexpr = mask_ptr is not None  # what the loop yields for hidden keys is not 0
+    if hide:
+        mask_ptr += image * mask_batch + tl.cast(first_key, tl.int64) * mask_key
+        seen = load_mask(mask_ptr, mask_key, n, keys) != 0
     at = tile_offsets(local, dk_key, WIDE)
-    store_parts(dv_ptr + far * dk_key, at, inside_keys, dv1, dv2, d, D1, D2)
-    store_parts(dk_ptr + far * dk_key, at, inside_keys, dk1, dk2, d, D1, D2)
+    store_keys(dv_ptr + far * dk_key, at, inside_keys, seen, dv1, 0, d, D1, hide)
+    store_keys(dk_ptr + far * dk_key, at, inside_keys, seen, dk1, 0, d, D1, hide)
+    if D2 > 0:
+        store_keys(dv_ptr + far * dk_key, at, inside_keys, seen, dv2, D1, d, D2, hide)
+        store_keys(dk_ptr + far * dk_key, at, inside_keys, seen, dk2, D1, d, D2, hide)
 
 
 @kernel(*CONFIGS, exclusive=True)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from ._attention_gradient_tiles import (
     head_and_query,
+    load_mask,
     mean_of_dp,
     probabilities_and_gradients,
+    store_keys,
     tile_offsets,
     tile_product,
 )
-from ._attention_tiles import SIZES, load_parts, store_part, store_parts
+from ._attention_tiles import SIZES, load_parts, store_parts
 from ._launcher import Config, kernel
 from ._triton import tl, triton
 
@@ -47,6 +49,11 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = q_ptr.dtype.element_ty
+    # The keys lie along the columns of [rows, keys], where a thread would read a quarter of the
+    # tile's mask. Instead hidden keys are loaded as zeros: they add nothing to dq, if ds is finite.
+    # In fp16 it may overflow.
+    ZEROED: tl.constexpr = KEYS == 1 and dtype == tl.bfloat16
+    HIDE: tl.constexpr = ZEROED and mask_ptr is not None
     program = tl.program_id(0)
     shares = splits + splits2
     split, program = (program % shares).to(tl.int64), program // shares
@@ -105,18 +112,30 @@ def query_gradient_kernel(
     share = tl.cdiv(tl.cdiv(keys, BLOCK_N), own_splits)
     start = tl.minimum(own_split * share * BLOCK_N, keys).to(tl.int32)
     end = tl.minimum((own_split + 1) * share * BLOCK_N, keys).to(tl.int32)
+    far = tl.cast(start, tl.int64)
+    k_ptr += far * k_key
+    v_ptr += far * v_key
+    if dk_ptr is not None:
+        dk_ptr += far * dk_key
+        dv_ptr += far * dk_key
+    if HIDE:
+        mask_ptr += image * mask_batch + (first_key + far) * mask_key
+        seen = load_mask(mask_ptr, mask_key, local, keys - start)
     for begin in range(start, end, BLOCK_N):
         n = begin + local
-        far = tl.cast(begin, tl.int64)
         inside_keys = n < keys
-        k1, k2 = load_parts(k_ptr + far * k_key, k_local, inside_keys, d, D1, D2)
-        v1, v2 = load_parts(v_ptr + far * v_key, v_local, inside_keys, d, D1, D2)
+        loaded = seen != 0 if HIDE else inside_keys
+        k1, k2 = load_parts(k_ptr, k_local, loaded, d, D1, D2)
+        v1, v2 = load_parts(v_ptr, v_local, loaded, d, D1, D2)
+        if HIDE:  # of the next tile
+            mask_ptr += tl.cast(mask_key, tl.int64) * BLOCK_N
+            seen = load_mask(mask_ptr, mask_key, local, keys - begin - BLOCK_N)
         p, ds = probabilities_and_gradients(
             tile_product(k1, k2, q1, q2, D2, KEYS), tile_product(v1, v2, do1, do2, D2, KEYS),
             lse, delta, n, inside_keys, first_key, image, head, query, batch_head, inside,
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
             seed_ptr, drop_below, survivor_scale, scale,
-            FULL, True, False, dtype, KEYS,
+            FULL, not ZEROED, ZEROED, dtype, KEYS,
         )  # fmt: skip
         if dq_ptr is not None:
             if KEYS == 1:
@@ -131,15 +150,21 @@ def query_gradient_kernel(
             if KEYS == 1:
                 p, ds = tl.trans(p), tl.trans(ds)
             dk_local = tile_offsets(local, dk_key, WIDE)
-            store_part(dv_ptr + far * dk_key, dk_local, inside_keys, tl.dot(p, do1), 0, d, D1)
+            x = tl.dot(p, do1)
+            store_keys(dv_ptr, dk_local, inside_keys, loaded, x, 0, d, D1, HIDE)
             x = tl.dot(ds, q1)
             x = x if dtype == tl.bfloat16 else x * scale
-            store_part(dk_ptr + far * dk_key, dk_local, inside_keys, x, 0, d, D1)
+            store_keys(dk_ptr, dk_local, inside_keys, loaded, x, 0, d, D1, HIDE)
             if D2 > 0:
-                store_part(dv_ptr + far * dk_key, dk_local, inside_keys, tl.dot(p, do2), D1, d, D2)
+                x = tl.dot(p, do2)
+                store_keys(dv_ptr, dk_local, inside_keys, loaded, x, D1, d, D2, HIDE)
                 x = tl.dot(ds, q2)
                 x = x if dtype == tl.bfloat16 else x * scale
-                store_part(dk_ptr + far * dk_key, dk_local, inside_keys, x, D1, d, D2)
+                store_keys(dk_ptr, dk_local, inside_keys, loaded, x, D1, d, D2, HIDE)
+            dk_ptr += tl.cast(dk_key, tl.int64) * BLOCK_N
+            dv_ptr += tl.cast(dk_key, tl.int64) * BLOCK_N
+        k_ptr += tl.cast(k_key, tl.int64) * BLOCK_N
+        v_ptr += tl.cast(v_key, tl.int64) * BLOCK_N
     if dq_ptr is not None:
         if dtype != tl.bfloat16:
             dq1, dq2 = dq1 * scale, dq2 * scale
