@@ -47,6 +47,8 @@ def _gradients_of_keys(
     dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
     dk2 = tl.zeros([BLOCK_N, D2 if D2 > 0 else 16], tl.float32)
     dv2 = tl.zeros([BLOCK_N, D2 if D2 > 0 else 16], tl.float32)
+    if mask_ptr is not None:
+        mask_ptr += image * mask_batch + tl.cast(first_key, tl.int64) * mask_key
     r = tl.arange(0, BLOCK_M)
     q_local, do_local = tile_offsets(r, q_query, WIDE), tile_offsets(r, do_query, WIDE)
     if FULL:  # then the compiler sees that loads of lse and delta are aligned
@@ -95,7 +97,6 @@ def _gradients_of_keys(
     seen = inside_keys
     hide: tl.constexpr = mask_ptr is not None  # what the loop yields for hidden keys is not 0
     if hide:
-        mask_ptr += image * mask_batch + tl.cast(first_key, tl.int64) * mask_key
         seen = load_mask(mask_ptr, mask_key, n, keys) != 0
     at = tile_offsets(local, dk_key, WIDE)
     store_keys(dv_ptr + far * dk_key, at, inside_keys, seen, dv1, 0, d, D1, hide)

@@ -49,10 +49,15 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    # The keys lie along the columns of [rows, keys], where a thread would read a quarter of the
-    # tile's mask. Instead hidden keys are loaded as zeros: they add nothing to dq, if ds is finite.
-    # In fp16 it may overflow.
-    ZEROED: tl.constexpr = KEYS == 1 and dtype == tl.bfloat16
+    # Of keys that lie along the columns, a thread would read a quarter of the tile's mask. Instead
+    # hidden keys are loaded as zeros: they add nothing to dq, if ds is finite. In fp16 ds may
+    # overflow; with dropout, or with dk and dv of wide heads, registers would spill.
+    ZEROED: tl.constexpr = (
+        KEYS == 1
+        and dtype == tl.bfloat16
+        and seed_ptr is None
+        and (dk_ptr is None or D2 < 32)
+    )
     HIDE: tl.constexpr = ZEROED and mask_ptr is not None
     program = tl.program_id(0)
     shares = splits + splits2
@@ -115,9 +120,6 @@ def query_gradient_kernel(
     far = tl.cast(start, tl.int64)
     k_ptr += far * k_key
     v_ptr += far * v_key
-    if dk_ptr is not None:
-        dk_ptr += far * dk_key
-        dv_ptr += far * dk_key
     if HIDE:
         mask_ptr += image * mask_batch + (first_key + far) * mask_key
         seen = load_mask(mask_ptr, mask_key, local, keys - start)
@@ -149,20 +151,19 @@ def query_gradient_kernel(
         if dk_ptr is not None:
             if KEYS == 1:
                 p, ds = tl.trans(p), tl.trans(ds)
+            far = tl.cast(begin, tl.int64) * dk_key
             dk_local = tile_offsets(local, dk_key, WIDE)
             x = tl.dot(p, do1)
-            store_keys(dv_ptr, dk_local, inside_keys, loaded, x, 0, d, D1, HIDE)
+            store_keys(dv_ptr + far, dk_local, inside_keys, loaded, x, 0, d, D1, HIDE)
             x = tl.dot(ds, q1)
             x = x if dtype == tl.bfloat16 else x * scale
-            store_keys(dk_ptr, dk_local, inside_keys, loaded, x, 0, d, D1, HIDE)
+            store_keys(dk_ptr + far, dk_local, inside_keys, loaded, x, 0, d, D1, HIDE)
             if D2 > 0:
                 x = tl.dot(p, do2)
-                store_keys(dv_ptr, dk_local, inside_keys, loaded, x, D1, d, D2, HIDE)
+                store_keys(dv_ptr + far, dk_local, inside_keys, loaded, x, D1, d, D2, HIDE)
                 x = tl.dot(ds, q2)
                 x = x if dtype == tl.bfloat16 else x * scale
-                store_keys(dk_ptr, dk_local, inside_keys, loaded, x, D1, d, D2, HIDE)
-            dk_ptr += tl.cast(dk_key, tl.int64) * BLOCK_N
-            dv_ptr += tl.cast(dk_key, tl.int64) * BLOCK_N
+                store_keys(dk_ptr + far, dk_local, inside_keys, loaded, x, D1, d, D2, HIDE)
         k_ptr += tl.cast(k_key, tl.int64) * BLOCK_N
         v_ptr += tl.cast(v_key, tl.int64) * BLOCK_N
     if dq_ptr is not None:
