@@ -38,16 +38,19 @@ def tile_product(a1, a2, b1, b2, D2: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def head_and_query(row, kv_head, group, queries, ONE_HEAD: tl.constexpr):
-    """The head and the query of rows of a key head, in int64; ONE_HEAD: it serves one head."""
+def row_offsets(row, head_stride, query_stride, queries, ONE_HEAD: tl.constexpr):
+    """Offsets of rows of a key head from its first row, in int64; ONE_HEAD: it serves one head.
+
+    Each is the sum of two products of 32-bit numbers, which take one instruction each.
+    """
     if ONE_HEAD:
-        return kv_head + row.to(tl.int64) * 0, row.to(tl.int64)
-    return kv_head * group + row // queries, (row % queries).to(tl.int64)
+        return row.to(tl.int64) * query_stride
+    return (row // queries).to(tl.int64) * head_stride + (row % queries).to(tl.int64) * query_stride
 
 
 @triton.jit
 def mean_of_dp(
-    do1, do2, row, inside, first, rows, kv_head, group, queries,
+    do1, do2, row, inside, first, rows, queries,
     o_ptr, o_head, o_query, low_ptr, low_head, low_query,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
     ONE_HEAD: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr,
@@ -58,17 +61,17 @@ def mean_of_dp(
     that product is taken. So where one key has all the weight, the mean equals that key's dp
     exactly.
     """
-    head, query = head_and_query(row, kv_head, group, queries, ONE_HEAD)
-    low1, low2 = load_parts(low_ptr, head * low_head + query * low_query, inside, d, D1, D2)
+    at = row_offsets(row, low_head, low_query, queries, ONE_HEAD)
+    low1, low2 = load_parts(low_ptr, at, inside, d, D1, D2)
     mean = tl.sum(do1.to(tl.float32) * low1.to(tl.float32), axis=1)
     if D2 > 0:
         mean += tl.sum(do2.to(tl.float32) * low2.to(tl.float32), axis=1)
     column = tl.arange(0, BLOCK_M)
     for start in tl.static_range(0, BLOCK_M, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        head, query = head_and_query(first + n, kv_head, group, queries, ONE_HEAD)
+        at = row_offsets(first + n, o_head, o_query, queries, ONE_HEAD)
         there = (n < BLOCK_M) & (first + n < rows)
-        high1, high2 = load_parts(o_ptr, head * o_head + query * o_query, there, d, D1, D2)
+        high1, high2 = load_parts(o_ptr, at, there, d, D1, D2)
         product = tile_product(high1, high2, do1, do2, D2, KEYS)
         diagonal = tl.expand_dims(n, 1 - KEYS) == tl.expand_dims(column, KEYS)
         mean += tl.sum(tl.where(diagonal, product, 0.0), axis=KEYS)
@@ -134,8 +137,7 @@ def probabilities_and_gradients(
         if mask_ptr is not None:
             at = mask_ptr + image * mask_batch + (first + n).to(tl.int64) * mask_key
             seen = tl.expand_dims(tl.load(at, mask=inside_keys, other=0) != 0, 1 - KEYS)
-        hidden = tl.expand_dims(-float("inf") - lse, KEYS)  # NaN in a row of NaN
-        exponent = tl.where(seen, exponent, hidden)
+        exponent = tl.where(seen, exponent, -float("inf"))
     if CLAMP or not FULL:  # a row past the last has 0 * Inf = NaN
         exponent = tl.minimum(exponent, tl.expand_dims(largest_exponent(lse, inside), KEYS))
     p = tl.exp2(exponent)

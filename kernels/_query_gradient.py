@@ -6,10 +6,10 @@ A program takes a tile of rows and a share of the keys of one source. It reads t
 from __future__ import annotations
 
 from ._attention_gradient_tiles import (
-    head_and_query,
     load_mask,
     mean_of_dp,
     probabilities_and_gradients,
+    row_offsets,
     store_keys,
     tile_offsets,
     tile_product,
@@ -53,10 +53,7 @@ def query_gradient_kernel(
     # hidden keys are loaded as zeros: they add nothing to dq, if ds is finite. In fp16 ds may
     # overflow; with dropout, or with dk and dv of wide heads, registers would spill.
     ZEROED: tl.constexpr = (
-        KEYS == 1
-        and dtype == tl.bfloat16
-        and seed_ptr is None
-        and (dk_ptr is None or D2 < 32)
+        KEYS == 1 and dtype == tl.bfloat16 and seed_ptr is None and (dk_ptr is None or D2 < 32)
     )
     HIDE: tl.constexpr = ZEROED and mask_ptr is not None
     program = tl.program_id(0)
@@ -68,14 +65,15 @@ def query_gradient_kernel(
     image = (program // tiles // kv_heads).to(tl.int64)
     row = first + tl.arange(0, BLOCK_M)
     inside = row < rows
-    head, query = head_and_query(row, kv_head, group, queries, ONE_HEAD)
-    batch_head = image * kv_heads * group + head
-    place = batch_head * queries + query
-    at = head * do_head + query * do_query
-    do1, do2 = load_parts(do_ptr + image * do_batch, at, inside, d, D1, D2)
+    first_head = kv_head * group
+    place = (image * kv_heads * group + first_head) * queries + row
+    at = row_offsets(row, do_head, do_query, queries, ONE_HEAD)
+    do_ptr += image * do_batch + first_head * do_head
+    do1, do2 = load_parts(do_ptr, at, inside, d, D1, D2)
     delta = mean_of_dp(
-        do1, do2, row, inside, first, rows, kv_head, group, queries,
-        o_ptr + image * o_batch, o_head, o_query, low_ptr + image * low_batch, low_head, low_query,
+        do1, do2, row, inside, first, rows, queries,
+        o_ptr + image * o_batch + first_head * o_head, o_head, o_query,
+        low_ptr + image * low_batch + first_head * low_head, low_head, low_query,
         d, D1, D2, BLOCK_M, ONE_HEAD, BLOCK_N, KEYS,
     )  # fmt: skip
     if dtype == tl.bfloat16:
@@ -83,8 +81,13 @@ def query_gradient_kernel(
     if delta_ptr is not None:
         tl.store(delta_ptr + place, delta, mask=inside & (split == 0))
     lse = tl.load(lse_ptr + place, mask=inside, other=float("inf"))
-    at = head * q_head + query * q_query
-    q1, q2 = load_parts(q_ptr + image * q_batch, at, inside, d, D1, D2)
+    at = row_offsets(row, q_head, q_query, queries, ONE_HEAD)
+    q_ptr += image * q_batch + first_head * q_head
+    q1, q2 = load_parts(q_ptr, at, inside, d, D1, D2)
+    head, query = first_head + row.to(tl.int64) * 0, row.to(tl.int64)  # of bias and dropout
+    if not ONE_HEAD:
+        head, query = first_head + row // queries, (row % queries).to(tl.int64)
+    batch_head = image * kv_heads * group + head
     # The program's source: where it begins, how many keys it has and the number of its first.
     k_ptr += image * k_batch + kv_head * k_head
     v_ptr += image * v_batch + kv_head * v_head
@@ -171,5 +174,6 @@ def query_gradient_kernel(
             dq1, dq2 = dq1 * scale, dq2 * scale
         if KEYS == 0:
             dq1, dq2 = tl.trans(dq1), tl.trans(dq2)
-        dq_ptr += split * dq_split + image * dq_batch
-        store_parts(dq_ptr, head * dq_head + query * dq_query, inside, dq1, dq2, d, D1, D2)
+        dq_ptr += split * dq_split + image * dq_batch + first_head * dq_head
+        at = row_offsets(row, dq_head, dq_query, queries, ONE_HEAD)
+        store_parts(dq_ptr, at, inside, dq1, dq2, d, D1, D2)
