@@ -7,7 +7,7 @@ its scores (``lse``), and its result o as two 16-bit numbers, ``high`` and ``low
 
 from __future__ import annotations
 
-from ._attention_tiles import LOG2_E, dropout_factor, load_parts
+from ._attention_tiles import LOG2_E, dropout_factor, load_parts, store_part
 from ._triton import tl, triton
 
 WIDE_STRIDE = 2**23 - 16  # of tokens; up to here the offsets in a tile of 256 fit in int32
@@ -38,16 +38,19 @@ def tile_product(a1, a2, b1, b2, D2: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def head_and_query(row, kv_head, group, queries, ONE_HEAD: tl.constexpr):
-    """The head and the query of rows of a key head, in int64; ONE_HEAD: it serves one head."""
+def row_offsets(row, head_stride, query_stride, queries, ONE_HEAD: tl.constexpr):
+    """Offsets of rows of a key head from its first row, in int64; ONE_HEAD: it serves one head.
+
+    Each is the sum of two products of 32-bit numbers, which take one instruction each.
+    """
     if ONE_HEAD:
-        return kv_head + row.to(tl.int64) * 0, row.to(tl.int64)
-    return kv_head * group + row // queries, (row % queries).to(tl.int64)
+        return row.to(tl.int64) * query_stride
+    return (row // queries).to(tl.int64) * head_stride + (row % queries).to(tl.int64) * query_stride
 
 
 @triton.jit
 def mean_of_dp(
-    do1, do2, row, inside, first, rows, kv_head, group, queries,
+    do1, do2, row, inside, first, rows, queries,
     o_ptr, o_head, o_query, low_ptr, low_head, low_query,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
     ONE_HEAD: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr,
@@ -58,17 +61,17 @@ def mean_of_dp(
     that product is taken. So where one key has all the weight, the mean equals that key's dp
     exactly.
     """
-    head, query = head_and_query(row, kv_head, group, queries, ONE_HEAD)
-    low1, low2 = load_parts(low_ptr, head * low_head + query * low_query, inside, d, D1, D2)
+    at = row_offsets(row, low_head, low_query, queries, ONE_HEAD)
+    low1, low2 = load_parts(low_ptr, at, inside, d, D1, D2)
     mean = tl.sum(do1.to(tl.float32) * low1.to(tl.float32), axis=1)
     if D2 > 0:
         mean += tl.sum(do2.to(tl.float32) * low2.to(tl.float32), axis=1)
     column = tl.arange(0, BLOCK_M)
     for start in tl.static_range(0, BLOCK_M, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        head, query = head_and_query(first + n, kv_head, group, queries, ONE_HEAD)
+        at = row_offsets(first + n, o_head, o_query, queries, ONE_HEAD)
         there = (n < BLOCK_M) & (first + n < rows)
-        high1, high2 = load_parts(o_ptr, head * o_head + query * o_query, there, d, D1, D2)
+        high1, high2 = load_parts(o_ptr, at, there, d, D1, D2)
         product = tile_product(high1, high2, do1, do2, D2, KEYS)
         diagonal = tl.expand_dims(n, 1 - KEYS) == tl.expand_dims(column, KEYS)
         mean += tl.sum(tl.where(diagonal, product, 0.0), axis=KEYS)
@@ -76,36 +79,68 @@ def mean_of_dp(
 
 
 @triton.jit
+def load_mask(ptr, stride, n, keys):
+    """The bytes of the mask of keys n; 0 past the last key."""
+    return tl.load(ptr + n.to(tl.int64) * stride, mask=n < keys, other=0)
+
+
+@triton.jit
+def store_keys(
+    ptr, row, inside, seen, x, first: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
+    HIDE: tl.constexpr,
+):  # fmt: skip
+    """Store what `store_part` stores; with HIDE zeros for those keys that are not ``seen``.
+
+    Two stores cost less than a selection of every element.
+    """
+    if HIDE:
+        store_part(ptr, row, inside & seen, x, first, d, D)
+        store_part(ptr, row, inside & (seen == 0), tl.zeros_like(x), first, d, D)
+    else:
+        store_part(ptr, row, inside, x, first, d, D)
+
+
+@triton.jit
+def largest_exponent(lse, inside):
+    """The largest exponent that a row's probabilities may have: 0, and -Inf for rows past the last.
+
+    A row of NaN has NaN.
+    """
+    return tl.where(inside, tl.where(lse != lse, lse, 0.0), -float("inf"))
+
+
+@triton.jit
 def probabilities_and_gradients(
     s, dp, lse, delta, n, inside_keys, first, image, head, query, batch_head, inside,
     bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
     seed_ptr, drop_below, survivor_scale, scale,
-    FULL: tl.constexpr, dtype: tl.constexpr, KEYS: tl.constexpr,
+    FULL: tl.constexpr, HIDE: tl.constexpr, CLAMP: tl.constexpr, dtype: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
     """A tile of p after dropout and of ds, in ``dtype``, from the products s and dp.
 
     ``lse`` is +Inf for rows that see no key, so their p is 0. In bf16 ds includes the factor
     ``scale``, and so does ``delta``, the mean of dp; in fp16 that would make small numbers
     subnormal. ``first`` is the number of the source's first key among the keys of all sources.
-    FULL: all rows of the tile exist, else those that are ``inside``.
+    FULL: all rows of the tile exist, else those that are ``inside``. HIDE: p and ds of hidden keys
+    are 0; else they have no meaning, and with CLAMP they are at least finite.
     """
     exponent = s * (scale * LOG2_E) - tl.expand_dims(lse, KEYS)
-    key = (first + n).to(tl.int64)
     if bias_ptr is not None:
         row = image * bias_batch + head * bias_head + query * bias_query
-        at = bias_ptr + (tl.expand_dims(row, KEYS) + tl.expand_dims(key * bias_key, 1 - KEYS))
+        key = (first + n).to(tl.int64) * bias_key
+        at = bias_ptr + (tl.expand_dims(row, KEYS) + tl.expand_dims(key, 1 - KEYS))
         there = tl.expand_dims(inside_keys, 1 - KEYS) & tl.expand_dims(inside, KEYS)
         exponent += tl.load(at, mask=there, other=0.0).to(tl.float32) * LOG2_E
-    seen = inside_keys
-    if mask_ptr is not None:
-        at = mask_ptr + image * mask_batch + key * mask_key
-        seen = tl.load(at, mask=inside_keys, other=0) != 0
-    seen = tl.expand_dims(seen, 1 - KEYS)
-    hidden = tl.expand_dims(-float("inf") - lse, KEYS)  # NaN in a row of NaN
-    p = tl.exp2(tl.where(seen, exponent, hidden))
-    if not FULL:  # a row past the last has 0 * Inf = NaN
-        there = tl.expand_dims(inside, KEYS)
-        p, dp = tl.where(there, p, 0.0), tl.where(there, dp, 0.0)
+    seen = tl.expand_dims(inside_keys, 1 - KEYS)
+    if HIDE:
+        if mask_ptr is not None:
+            at = mask_ptr + image * mask_batch + (first + n).to(tl.int64) * mask_key
+            seen = tl.expand_dims(tl.load(at, mask=inside_keys, other=0) != 0, 1 - KEYS)
+        exponent = tl.where(seen, exponent, -float("inf"))
+    if CLAMP or not FULL:  # a row past the last has 0 * Inf = NaN
+        exponent = tl.minimum(exponent, tl.expand_dims(largest_exponent(lse, inside), KEYS))
+    p = tl.exp2(exponent)
     dropped = p
     if seed_ptr is not None:
         factor = dropout_factor(
@@ -119,6 +154,6 @@ def probabilities_and_gradients(
     if seed_ptr is not None:  # a key with all the weight: the rounding of a scaled o would remain
         rounding = tl.abs(tl.expand_dims(lse, KEYS)) * ROUNDING
         ds = tl.where((p == 1.0) | (tl.abs(exponent) <= rounding), 0.0, ds)
-    if mask_ptr is not None:  # 0 even where a hidden value is not finite
+    if HIDE and mask_ptr is not None:  # 0 even where a hidden value is not finite
         ds = tl.where(seen, ds, 0.0)
     return dropped.to(dtype), ds.to(dtype)

@@ -96,7 +96,7 @@ def _for_rows(
     before_hopper: bool, block_m: int, d: int, heavy: int, one_kernel: bool
 ) -> tuple[int, int]:
     """The config of `query_gradient_kernel` and how many of its programs are held."""
-    if d > 64 and (before_hopper or heavy):
+    if (d > 64 and (before_hopper or heavy)) or (before_hopper and block_m == 64 and heavy == 2):
         return KEYS_32_WARPS_8, 1
     if block_m == 128:
         return (KEYS_32_WARPS_8 if heavy else KEYS_64_WARPS_8), 1

@@ -6,9 +6,15 @@ A program takes a tile of keys of one source and loops over all rows, whose mean
 
 from __future__ import annotations
 
-from ._attention_gradient_tiles import probabilities_and_gradients, tile_offsets, tile_product
+from ._attention_gradient_tiles import (
+    load_mask,
+    probabilities_and_gradients,
+    store_keys,
+    tile_offsets,
+    tile_product,
+)
 from ._attention_shares import add_shares
-from ._attention_tiles import SIZES, load_parts, store_parts
+from ._attention_tiles import SIZES, load_parts
 from ._launcher import Config, kernel
 from ._triton import tl, triton
 
@@ -41,29 +47,46 @@ def _gradients_of_keys(
     dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
     dk2 = tl.zeros([BLOCK_N, D2 if D2 > 0 else 16], tl.float32)
     dv2 = tl.zeros([BLOCK_N, D2 if D2 > 0 else 16], tl.float32)
+    if mask_ptr is not None:
+        mask_ptr += image * mask_batch + tl.cast(first_key, tl.int64) * mask_key
     r = tl.arange(0, BLOCK_M)
     q_local, do_local = tile_offsets(r, q_query, WIDE), tile_offsets(r, do_query, WIDE)
+    if FULL:  # then the compiler sees that loads of lse and delta are aligned
+        queries = queries // BLOCK_M * BLOCK_M
+    # Addresses go from tile to tile, and from the last tile of a head to the first of the next.
     blocks = tl.cdiv(queries, BLOCK_M)
-    for step in range((blocks.to(tl.int64) * group).to(tl.int32)):
-        head = kv_head * group + step // blocks
-        token = tl.cast(step % blocks, tl.int64) * BLOCK_M  # of the tile's first row
-        query = token + r
-        inside = r < queries - token.to(tl.int32)
-        batch_head = image * kv_heads * group + head
-        place = batch_head * queries + token
-        own = q_ptr + head * q_head + token * q_query
-        q1, q2 = load_parts(own, q_local, inside, d, D1, D2)
-        own = do_ptr + head * do_head + token * do_query
-        do1, do2 = load_parts(own, do_local, inside, d, D1, D2)
-        lse = tl.load(lse_ptr + place + r, mask=inside, other=float("inf"))
-        delta = tl.load(delta_ptr + place + r, mask=inside, other=0.0)
+    before = (blocks - 1).to(tl.int64) * BLOCK_M
+    q_step, do_step = tl.cast(q_query, tl.int64) * BLOCK_M, tl.cast(do_query, tl.int64) * BLOCK_M
+    q_jump, do_jump = q_head - before * q_query, do_head - before * do_query
+    head, token = kv_head * group, 0
+    place = (image * kv_heads * group + head) * queries
+    q_ptr += head * q_head
+    do_ptr += head * do_head
+    lse_ptr += place
+    delta_ptr += place
+    for _ in range((blocks.to(tl.int64) * group).to(tl.int32)):
+        inside = tl.full([BLOCK_M], True, tl.int1) if FULL else r < queries - token
+        q1, q2 = load_parts(q_ptr, q_local, inside, d, D1, D2)
+        do1, do2 = load_parts(do_ptr, do_local, inside, d, D1, D2)
+        lse = tl.load(lse_ptr + r, mask=inside, other=float("inf"))
+        delta = tl.load(delta_ptr + r, mask=inside, other=0.0)
+        query = (token + r).to(tl.int64)
         p, ds = probabilities_and_gradients(
             tile_product(k1, k2, q1, q2, D2, 0), tile_product(v1, v2, do1, do2, D2, 0),
-            lse, delta, n, inside_keys, first_key, image, head, query, batch_head + query * 0,
-            inside, bias_ptr, bias_batch, bias_head, bias_query, bias_key,
+            lse, delta, n, inside_keys, first_key, image, head, query,
+            image * kv_heads * group + head + query * 0, inside,
+            bias_ptr, bias_batch, bias_head, bias_query, bias_key,
             mask_ptr, mask_batch, mask_key, seed_ptr, drop_below, survivor_scale, scale,
-            FULL, dtype, 0,
+            FULL, False, False, dtype, 0,
         )  # fmt: skip
+        last = token + BLOCK_M >= queries
+        q_ptr += tl.where(last, q_jump, q_step)
+        do_ptr += tl.where(last, do_jump, do_step)
+        rows = tl.where(last, queries - token, BLOCK_M)
+        lse_ptr += rows
+        delta_ptr += rows
+        head += tl.where(last, 1, 0)
+        token = tl.where(last, 0, token + BLOCK_M)
         dv1 = tl.dot(p, do1, dv1)
         dk1 = tl.dot(ds, q1, dk1)
         if D2 > 0:
@@ -71,9 +94,16 @@ def _gradients_of_keys(
             dk2 = tl.dot(ds, q2, dk2)
     if dtype != tl.bfloat16:
         dk1, dk2 = dk1 * scale, dk2 * scale
+    seen = inside_keys
+    hide: tl.constexpr = mask_ptr is not None  # what the loop yields for hidden keys is not 0
+    if hide:
+        seen = load_mask(mask_ptr, mask_key, n, keys) != 0
     at = tile_offsets(local, dk_key, WIDE)
-    store_parts(dv_ptr + far * dk_key, at, inside_keys, dv1, dv2, d, D1, D2)
-    store_parts(dk_ptr + far * dk_key, at, inside_keys, dk1, dk2, d, D1, D2)
+    store_keys(dv_ptr + far * dk_key, at, inside_keys, seen, dv1, 0, d, D1, hide)
+    store_keys(dk_ptr + far * dk_key, at, inside_keys, seen, dk1, 0, d, D1, hide)
+    if D2 > 0:
+        store_keys(dv_ptr + far * dk_key, at, inside_keys, seen, dv2, D1, d, D2, hide)
+        store_keys(dk_ptr + far * dk_key, at, inside_keys, seen, dk2, D1, d, D2, hide)
 
 
 @kernel(*CONFIGS, exclusive=True)

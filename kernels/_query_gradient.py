@@ -6,13 +6,15 @@ A program takes a tile of rows and a share of the keys of one source. It reads t
 from __future__ import annotations
 
 from ._attention_gradient_tiles import (
-    head_and_query,
+    load_mask,
     mean_of_dp,
     probabilities_and_gradients,
+    row_offsets,
+    store_keys,
     tile_offsets,
     tile_product,
 )
-from ._attention_tiles import SIZES, load_parts, store_part, store_parts
+from ._attention_tiles import SIZES, load_parts, store_parts
 from ._launcher import Config, kernel
 from ._triton import tl, triton
 
@@ -47,6 +49,13 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = q_ptr.dtype.element_ty
+    # Of keys that lie along the columns, a thread would read a quarter of the tile's mask. Instead
+    # hidden keys are loaded as zeros: they add nothing to dq, if ds is finite. In fp16 ds may
+    # overflow; with dropout, or with dk and dv of wide heads, registers would spill.
+    ZEROED: tl.constexpr = (
+        KEYS == 1 and dtype == tl.bfloat16 and seed_ptr is None and (dk_ptr is None or D2 < 32)
+    )
+    HIDE: tl.constexpr = ZEROED and mask_ptr is not None
     program = tl.program_id(0)
     shares = splits + splits2
     split, program = (program % shares).to(tl.int64), program // shares
@@ -56,14 +65,15 @@ def query_gradient_kernel(
     image = (program // tiles // kv_heads).to(tl.int64)
     row = first + tl.arange(0, BLOCK_M)
     inside = row < rows
-    head, query = head_and_query(row, kv_head, group, queries, ONE_HEAD)
-    batch_head = image * kv_heads * group + head
-    place = batch_head * queries + query
-    at = head * do_head + query * do_query
-    do1, do2 = load_parts(do_ptr + image * do_batch, at, inside, d, D1, D2)
+    first_head = kv_head * group
+    place = (image * kv_heads * group + first_head) * queries + row
+    at = row_offsets(row, do_head, do_query, queries, ONE_HEAD)
+    do_ptr += image * do_batch + first_head * do_head
+    do1, do2 = load_parts(do_ptr, at, inside, d, D1, D2)
     delta = mean_of_dp(
-        do1, do2, row, inside, first, rows, kv_head, group, queries,
-        o_ptr + image * o_batch, o_head, o_query, low_ptr + image * low_batch, low_head, low_query,
+        do1, do2, row, inside, first, rows, queries,
+        o_ptr + image * o_batch + first_head * o_head, o_head, o_query,
+        low_ptr + image * low_batch + first_head * low_head, low_head, low_query,
         d, D1, D2, BLOCK_M, ONE_HEAD, BLOCK_N, KEYS,
     )  # fmt: skip
     if dtype == tl.bfloat16:
@@ -71,8 +81,13 @@ def query_gradient_kernel(
     if delta_ptr is not None:
         tl.store(delta_ptr + place, delta, mask=inside & (split == 0))
     lse = tl.load(lse_ptr + place, mask=inside, other=float("inf"))
-    at = head * q_head + query * q_query
-    q1, q2 = load_parts(q_ptr + image * q_batch, at, inside, d, D1, D2)
+    at = row_offsets(row, q_head, q_query, queries, ONE_HEAD)
+    q_ptr += image * q_batch + first_head * q_head
+    q1, q2 = load_parts(q_ptr, at, inside, d, D1, D2)
+    head, query = first_head + row.to(tl.int64) * 0, row.to(tl.int64)  # of bias and dropout
+    if not ONE_HEAD:
+        head, query = first_head + row // queries, (row % queries).to(tl.int64)
+    batch_head = image * kv_heads * group + head
     # The program's source: where it begins, how many keys it has and the number of its first.
     k_ptr += image * k_batch + kv_head * k_head
     v_ptr += image * v_batch + kv_head * v_head
@@ -105,17 +120,27 @@ def query_gradient_kernel(
     share = tl.cdiv(tl.cdiv(keys, BLOCK_N), own_splits)
     start = tl.minimum(own_split * share * BLOCK_N, keys).to(tl.int32)
     end = tl.minimum((own_split + 1) * share * BLOCK_N, keys).to(tl.int32)
+    far = tl.cast(start, tl.int64)
+    k_ptr += far * k_key
+    v_ptr += far * v_key
+    if HIDE:
+        mask_ptr += image * mask_batch + (first_key + far) * mask_key
+        seen = load_mask(mask_ptr, mask_key, local, keys - start)
     for begin in range(start, end, BLOCK_N):
         n = begin + local
-        far = tl.cast(begin, tl.int64)
         inside_keys = n < keys
-        k1, k2 = load_parts(k_ptr + far * k_key, k_local, inside_keys, d, D1, D2)
-        v1, v2 = load_parts(v_ptr + far * v_key, v_local, inside_keys, d, D1, D2)
+        loaded = seen != 0 if HIDE else inside_keys
+        k1, k2 = load_parts(k_ptr, k_local, loaded, d, D1, D2)
+        v1, v2 = load_parts(v_ptr, v_local, loaded, d, D1, D2)
+        if HIDE:  # of the next tile
+            mask_ptr += tl.cast(mask_key, tl.int64) * BLOCK_N
+            seen = load_mask(mask_ptr, mask_key, local, keys - begin - BLOCK_N)
         p, ds = probabilities_and_gradients(
             tile_product(k1, k2, q1, q2, D2, KEYS), tile_product(v1, v2, do1, do2, D2, KEYS),
             lse, delta, n, inside_keys, first_key, image, head, query, batch_head, inside,
             bias_ptr, bias_batch, bias_head, bias_query, bias_key, mask_ptr, mask_batch, mask_key,
-            seed_ptr, drop_below, survivor_scale, scale, FULL, dtype, KEYS,
+            seed_ptr, drop_below, survivor_scale, scale,
+            FULL, not ZEROED, ZEROED, dtype, KEYS,
         )  # fmt: skip
         if dq_ptr is not None:
             if KEYS == 1:
@@ -129,20 +154,26 @@ def query_gradient_kernel(
         if dk_ptr is not None:
             if KEYS == 1:
                 p, ds = tl.trans(p), tl.trans(ds)
+            far = tl.cast(begin, tl.int64) * dk_key
             dk_local = tile_offsets(local, dk_key, WIDE)
-            store_part(dv_ptr + far * dk_key, dk_local, inside_keys, tl.dot(p, do1), 0, d, D1)
+            x = tl.dot(p, do1)
+            store_keys(dv_ptr + far, dk_local, inside_keys, loaded, x, 0, d, D1, HIDE)
             x = tl.dot(ds, q1)
             x = x if dtype == tl.bfloat16 else x * scale
-            store_part(dk_ptr + far * dk_key, dk_local, inside_keys, x, 0, d, D1)
+            store_keys(dk_ptr + far, dk_local, inside_keys, loaded, x, 0, d, D1, HIDE)
             if D2 > 0:
-                store_part(dv_ptr + far * dk_key, dk_local, inside_keys, tl.dot(p, do2), D1, d, D2)
+                x = tl.dot(p, do2)
+                store_keys(dv_ptr + far, dk_local, inside_keys, loaded, x, D1, d, D2, HIDE)
                 x = tl.dot(ds, q2)
                 x = x if dtype == tl.bfloat16 else x * scale
-                store_part(dk_ptr + far * dk_key, dk_local, inside_keys, x, D1, d, D2)
+                store_keys(dk_ptr + far, dk_local, inside_keys, loaded, x, D1, d, D2, HIDE)
+        k_ptr += tl.cast(k_key, tl.int64) * BLOCK_N
+        v_ptr += tl.cast(v_key, tl.int64) * BLOCK_N
     if dq_ptr is not None:
         if dtype != tl.bfloat16:
             dq1, dq2 = dq1 * scale, dq2 * scale
         if KEYS == 0:
             dq1, dq2 = tl.trans(dq1), tl.trans(dq2)
-        dq_ptr += split * dq_split + image * dq_batch
-        store_parts(dq_ptr, head * dq_head + query * dq_query, inside, dq1, dq2, d, D1, D2)
+        dq_ptr += split * dq_split + image * dq_batch + first_head * dq_head
+        at = row_offsets(row, dq_head, dq_query, queries, ONE_HEAD)
+        store_parts(dq_ptr, at, inside, dq1, dq2, d, D1, D2)

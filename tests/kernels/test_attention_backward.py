@@ -147,6 +147,33 @@ def test_infinite_keys_do_not_reach_the_gradient_of_values(device, dtype):
 
 
 @half_dtypes
+@pytest.mark.parametrize("rows", [9, 45, 96, 140])
+def test_hidden_keys_do_not_reach_the_gradients_of_keys_and_values(device, rows, dtype):
+    args, options = sample(dict(batch=2, heads=1, shape=(rows, 70), d=64), dtype, device)
+    q, k, v, k2, v2, bias, _, seed = args
+    seen = torch.arange(70, device=device) % 3 != 1
+    mask = seen.expand(2, 70)
+    found = []
+    for value in (0.0, torch.nan):
+        k = k.masked_fill(~seen[:, None], value)
+        args = (q, k, v, k2, v2, bias, mask, seed)
+        found.append(tolerance.outputs_and_gradients(ATTENTION.fast, args, options)[1])
+    for finite, ours in zip(found[0][1:3], found[1][1:3], strict=True):
+        assert torch.equal(ours, finite) and not ours[:, :, ~seen].any()
+
+
+@half_dtypes
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("rows", [9, 45, 140])
+def test_scores_far_below_those_of_absent_keys(device, rows, hidden, dtype):
+    """The score of a key that is loaded as zeros is 0, which exp2 of -lse makes infinite."""
+    shape = dict(batch=1, heads=1, shape=(rows, 70), d=64, hidden=hidden)
+    args, options = sample(shape, dtype, device)
+    q, k, *rest = args
+    assert_accurate(ATTENTION, (q.abs() + 4, -k.abs() - 40, *rest), options)
+
+
+@half_dtypes
 @pytest.mark.parametrize("rows", [32, 140])
 def test_strides_of_zero_and_wide_ones(device, rows, dtype):
     args, options = sample(dict(batch=2, heads=2, shape=(rows, 70), d=64), dtype, device)
