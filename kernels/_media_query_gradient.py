@@ -72,9 +72,9 @@ def media_query_gradient_kernel(
     at = head * do_head + query * do_query
     do = load_part(do_ptr + image * do_batch, at, inside, 0, d, D)
     o_query = kv_heads * group * d
-    at_o = image * queries * o_query
+    at_o = image * queries * o_query + kv_head * group * d  # of the first head
     delta = mean_of_dp(
-        do, do, row, inside, first, rows, kv_head, group, queries,
+        do, do, row, inside, first, rows, queries,
         o_ptr + at_o, d, o_query, low_ptr + at_o, d, o_query,
         d, D, 0, BLOCK_M, False, BLOCK_N, KEYS,
     )  # fmt: skip
