@@ -91,7 +91,7 @@ def test_fp32_and_what_takes_registers_keep_small_tiles():
 def test_splits_fill_the_gpu_only_where_that_saves_time():
     assert forward_splits(12, 257, 3) == 1  # one launch
     assert forward_splits(192, 677, 3) == 1
-    assert forward_splits(192, 1025, 3) == 2
+    assert forward_splits(192, 1025, 3) == 1
     assert forward_splits(80, 4964, 2) == 3
     assert forward_splits(1000, 100_000, 2) == 1
     for programs in (1, 7, 100, 131, 132, 133, 264, 500):
