@@ -18,9 +18,8 @@ ROUNDING = tl.constexpr(2.0**-22)  # of a score in fp32, which may be rounded tw
 @triton.jit
 def tile_offsets(local, stride, WIDE: tl.constexpr):
     """Offsets of a tile's rows from its first row, in int64 if WIDE, else in int32."""
-    if WIDE:
-        return local.to(tl.int64) * stride
-    return local * tl.minimum(stride, LARGEST_STRIDE)
+    # One return, because Triton compares the types of all that a function has.
+    return local.to(tl.int64) * stride if WIDE else local * tl.minimum(stride, LARGEST_STRIDE)
 
 
 @triton.jit

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ._attention_arguments import ABSENT, Kept, Masks, Strided, new_kept
 from ._cross_attention_backward import launch_backward
+from ._cross_attention_forward import launch_forward
 from ._launcher import runs_triton
-from .cross_attention import attention_backward, attention_forward, launch_forward
+from .cross_attention import attention_backward, attention_forward
 
 
 def rows_forward(

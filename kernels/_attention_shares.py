@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from ._launcher import Config, kernel
 from ._sizes import cdiv
 from ._triton import tl, triton
@@ -10,6 +12,9 @@ FULL_GPU = 132  # programs, as many as an H200 has multiprocessors; with fewer, 
 MAX_SPLITS = 16
 MIN_SPLIT_KEYS = 128  # with fewer keys in a split, combining costs more than splitting saves
 MIN_SPLIT_ROWS = 256  # for the same reason
+FORWARD_KEYS = 64  # in a tile of the forward
+BUSY = 0.43  # of its time a multiprocessor is busy with a tile, the rest it waits
+COMBINING = 6.0  # tiles could be attended to while shares are allocated, launched and combined
 FEW_KEYS = 320  # which one program reads faster than two and a sum
 SUMMED_BY_PROGRAM = 2048  # elements
 SUMMED = tl.constexpr(SUMMED_BY_PROGRAM)
@@ -90,6 +95,23 @@ def key_splits(programs: int, keys: int, held: int = 1) -> int:
     Together they fill the GPU with ``held`` programs a multiprocessor.
     """
     return max(1, min(FULL_GPU * held // programs, keys // MIN_SPLIT_KEYS, MAX_SPLITS))
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_splits(programs: int, keys: int, held: int) -> int:
+    """The number of programs that share the keys of a row in the forward with ``[rows, keys]``.
+
+    That which takes the least time by an estimate, if each multiprocessor has room for ``held``
+    programs. The unit is the time of one tile of a program that has a multiprocessor to itself.
+    """
+    tiles = cdiv(keys, FORWARD_KEYS)
+
+    def time(splits: int) -> float:
+        at_once = cdiv(programs * splits, FULL_GPU)
+        return cdiv(tiles, splits) * max(1.0, at_once * BUSY) + COMBINING * (splits > 1)
+
+    most = max(1, min(FULL_GPU * held // programs, tiles, MAX_SPLITS))
+    return min(range(1, most + 1), key=time)
 
 
 def gradient_splits(programs: int, keys: int, keys2: int, held: int) -> tuple[int, int]:

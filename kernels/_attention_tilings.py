@@ -1,4 +1,4 @@
-"""The sizes of attention's tiles, by dtype, number of rows and head size, and in backward by GPU.
+"""The sizes of attention's tiles, by dtype, number of rows, head size and GPU.
 
 They are chosen from compiled code: no spills, then the most programs on a multiprocessor.
 """
@@ -37,14 +37,65 @@ def row_block(q: Tensor, rows: int) -> int:
     return 16 if rows <= 16 or q.dtype == torch.float32 else 32
 
 
-# Numbers of the configs of `query_gradient_kernel`.
+# Numbers of the configs of `cross_attention_kernel`.
+FORWARD_16, FORWARD_32, FORWARD_64, FORWARD_64_STAGES_3 = range(4)
+# And of those of `query_gradient_kernel`.
 KEYS_32, KEYS_64, KEYS_64_WARPS_8, KEYS_32_WARPS_8 = range(4)
 # And of those of `key_value_gradient_kernel`.
 BY_32_KEYS, BY_64_KEYS, BY_128_KEYS, BY_128_KEYS_STAGED = range(4)
 
 
+class ForwardTiling(NamedTuple):
+    """The tiles of `cross_attention_kernel`.
+
+    Attributes:
+        block_m: rows in a tile.
+        config: of the kernel.
+        keys_axis: of the tiles.
+        held: programs that a multiprocessor holds.
+        widths: of the two parts of a head.
+    """
+
+    block_m: int
+    config: int
+    keys_axis: int
+    held: int
+    widths: tuple[int, int]
+
+
+@functools.cache
+def forward_tiling(
+    capability: int, dtype: torch.dtype, rows: int, d: int, plain: bool
+) -> ForwardTiling:
+    """The tiles of the forward for so many rows of a key head.
+
+    From Hopper on the tensor cores take 64 rows at once, and keep the probabilities in registers;
+    rows that do not exist cost less than to exchange probabilities between warps. Datacenter
+    Blackwell's copy a tile between two memories instead, so it gets the tiles of older GPUs.
+
+    Args:
+        capability: of the GPU, 10 times the major and the minor number.
+        dtype: of the queries.
+        rows: the queries of all heads that share a key head.
+        d: the head size.
+        plain: whether there is neither bias nor dropout, and the scale is positive.
+    """
+    widths = head_parts(d)
+    if dtype == torch.float32:
+        return ForwardTiling(16, FORWARD_16, 0, 1, widths)
+    if not plain:  # they take registers
+        return ForwardTiling(16 if rows <= 16 else 32, FORWARD_32, 0, 1, widths)
+    if 90 <= capability < 100:
+        if d > 96:
+            return ForwardTiling(64, FORWARD_64, 1, 2, widths)
+        return ForwardTiling(64, FORWARD_64_STAGES_3, 1, 3 if d <= 64 else 2, widths)
+    if rows > 32 and capability < 90:
+        return ForwardTiling(64, FORWARD_32, 1, 2, widths)
+    return ForwardTiling(32, FORWARD_32 if d > 64 else FORWARD_64, 1, 2, widths)
+
+
 class Tiling(NamedTuple):
-    """The tiles of a call.
+    """The tiles of a call of backward.
 
     Attributes:
         block_m: rows in a tile of `query_gradient_kernel`.
@@ -69,7 +120,7 @@ class Tiling(NamedTuple):
 
 @functools.cache
 def tiling(capability: int, rows: int, d: int, heavy: int) -> Tiling:
-    """The tiles for so many rows of a key head.
+    """The tiles of backward for so many rows of a key head.
 
     Args:
         capability: of the GPU, 10 times the major and the minor number.

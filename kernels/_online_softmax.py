@@ -1,8 +1,8 @@
 """The online softmax (arXiv 1805.02867) over tiles ``[rows, keys]`` of unscaled scores.
 
-In 16 bits a product with ones sums the exponentials, as rounded for the product with the values. So
-the result is an exact mean of the values, and no exponential is converted back. Such a sum has
-COLUMNS equal columns; in fp32 it has none.
+Its scale is positive and to base 2. In 16 bits a product with ones sums the exponentials, as
+rounded for the product with the values. So the result is an exact mean of the values, and no
+exponential is converted back. Such a sum has COLUMNS equal columns; in fp32 it has none.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def one_column(total, dtype: tl.constexpr):
 
 @triton.jit
 def exponentials(s, largest, scale, dtype: tl.constexpr):
-    """The exponentials ``exp2(scale * s)`` of a tile of scores, over that of the largest so far.
+    """The exponentials ``exp2(scale * s - largest)`` of a tile of scores.
 
     Returns:
-        The exponentials in ``dtype``, the factor that rescales earlier sums and the largest
-        unscaled score so far.
+        The exponentials in ``dtype``, the factor that rescales earlier sums and the largest scaled
+        score so far.
     """
-    new_largest = tl.maximum(largest, tl.max(s, axis=1))
-    shift = tl.where(new_largest == -float("inf"), 0.0, new_largest * scale)  # no key seen yet
+    new_largest = tl.maximum(largest, tl.max(s, axis=1) * scale)
+    shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)  # no key seen yet
     p = tl.exp2(s * scale - shift[:, None])
-    return p.to(dtype), tl.exp2(largest * scale - shift), new_largest
+    return p.to(dtype), tl.exp2(largest - shift), new_largest
 
 
 @triton.jit

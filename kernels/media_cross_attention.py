@@ -144,7 +144,7 @@ def media_cross_attention_kernel(
                 first_of_tile(at % per_medium, BLOCK_N),
                 tokens_per_media, scale, ATTEND, UNATTENDED, WIDE, d, D1, D2, BLOCK_N, PRECISION,
             )  # fmt: skip
-    largest, total = largest * scale, one_column(total, q1.dtype)
+    total = one_column(total, q1.dtype)
     # Computed again: registers that hold them through the loop would spill.
     row += tl.minimum(media, 0)
     head, query = kv_head * group + row // queries, (row % queries).to(tl.int64)

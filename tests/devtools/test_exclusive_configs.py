@@ -1,5 +1,7 @@
 """Attention's kernels, which have exclusive configs, as they are compiled ahead of time."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -13,9 +15,9 @@ BLIP2 = ATTENTION.bench_shapes["BLIP-2, 64 images"]
 IDEFICS2 = ATTENTION.bench_shapes["Idefics2 perceiver, 8 images"]
 
 
-def exclusive_launches(shape, capability):
+def exclusive_launches(shape, capability, dtype=torch.bfloat16):
     with assume_capability(capability):
-        found = ahead_of_time.launches_at(ATTENTION, shape, torch.bfloat16)
+        found = ahead_of_time.launches_at(ATTENTION, shape, dtype)
     return {launch.kernel.name: launch for launch in found if launch.kernel.exclusive}
 
 
@@ -47,11 +49,33 @@ def test_every_exclusive_config_is_chosen_for_some_gpu():
         (name, launch.config)
         for capability in (80, 90)
         for shape in (*ATTENTION.bench_shapes.values(), *more)
-        for name, launch in exclusive_launches(shape, capability).items()
+        for dtype in (torch.bfloat16, torch.float32)
+        for name, launch in exclusive_launches(shape, capability, dtype).items()
     }
     assert chosen == {
         (name, i) for name, k in KERNELS.items() if k.exclusive for i in range(len(k.configs))
     }
+
+
+def test_tokens_that_are_far_apart_have_kernels_that_compile():
+    many = dict(batch=1, heads=1, shape=(130, 64), d=64)
+    found = exclusive_launches(many, 90).values()
+    wide = [dataclasses.replace(x, arguments={**x.arguments, "WIDE": True}) for x in found]
+    assert len(wide) == 3
+    builds = [ahead_of_time.build_of(launch, "sm_90", launch.config) for launch in wide]
+    assert all(r.tensor_core for r in ahead_of_time.count(builds))
+
+
+def test_hopper_keeps_the_probabilities_of_the_forward_in_registers():
+    """Products take 64 rows, none waits for the next, and warps meet only for keys and values."""
+    launch = exclusive_launches(BLIP2, 90)["cross_attention_kernel"]
+    build = ahead_of_time.build_of(launch, "sm_90", launch.config)
+    (found,) = ahead_of_time.count([build])
+    assert found.dots == 3 and found.async_loads and not found.spills
+    code = build.compile().asm["ptx"]
+    assert "mma.sync" not in code
+    products = code.count("wgmma.mma_async")
+    assert code.count("wgmma.commit_group") < products
 
 
 def test_products_of_attention_backward():
