@@ -51,5 +51,7 @@ def rescaled(total, rescale, dtype: tl.constexpr):
 def add_exponentials(total, p, dtype: tl.constexpr):
     """Add the exponentials of a tile to the sums."""
     if dtype == tl.float32:
-        return total + tl.sum(p, axis=1)
-    return tl.dot(p, tl.full([p.shape[1], COLUMNS], 1.0, dtype), total)
+        total += tl.sum(p, axis=1)
+    else:
+        total = tl.dot(p, tl.full([p.shape[1], COLUMNS], 1.0, dtype), total)
+    return total

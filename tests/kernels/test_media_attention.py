@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support.op_accuracy import assert_accurate
-from vlm_fast.kernels import _media_cross_attention_backward, media_cross_attention
+from vlm_fast.kernels import _media_cross_attention_backward, _media_cross_attention_forward
 from vlm_fast.kernels._launcher import assume_capability, recording
 from vlm_fast.kernels._media_attention_tilings import forward_tiling, key_tiling, query_tiling
 from vlm_fast.ops.declaration import OPS
@@ -83,7 +83,7 @@ def test_shapes_have_every_tiling():
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
 def test_parity_with_splits(device, monkeypatch, number, splits):
     """Of the keys of a row in the forward, and of the rows of a medium in backward."""
-    monkeypatch.setattr(media_cross_attention, "key_splits", lambda *sizes: splits)
+    monkeypatch.setattr(_media_cross_attention_forward, "key_splits", lambda *sizes: splits)
     monkeypatch.setattr(_media_cross_attention_backward, "row_splits", lambda *sizes: splits)
     args, options = sample(SHAPES[number], torch.bfloat16, device)
     with recording() as launches:

@@ -90,11 +90,7 @@ def media_cross_attention(
         wide = q.to(torch.promote_types(q.dtype, torch.float32))
         unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         q = (unit.to(q.dtype) * q_norm).to(q.dtype)
-    group = (
-        batch,
-        kv_heads,
-        heads // max(kv_heads, 1) * queries,
-    )  # queries of all heads that share keys
+    group = (batch, kv_heads, heads // max(kv_heads, 1) * queries)  # heads that share keys
     seen = media_seen(media_index, keys // tokens_per_media, attend)
     sees_none = ~seen.any(-1, keepdim=True)
     if unattended != "zero":
@@ -131,14 +127,11 @@ def forward(
     needs_grad, q, k, v, media_index, q_norm, *, tokens_per_media, attend, unattended, scale, eps
 ):  # fmt: skip
     _check_index(media_index, k.shape[2] // tokens_per_media, attend)
-    o, lse, low = media_attention_forward(
+    o, kept = media_attention_forward(
         q, k, v, media_index, q_norm, tokens_per_media=tokens_per_media, attend=attend,
         unattended=unattended, scale=score_scale(scale, q.shape[3]), eps=eps, keep=any(needs_grad),
     )  # fmt: skip
-    if not any(needs_grad):
-        return o, ()
-    kept = None if lse is None else o, lse, low
-    return o, (q, k, v, media_index, q_norm, *kept)
+    return o, (q, k, v, media_index, q_norm, *kept) if any(needs_grad) else ()
 
 
 @media_cross_attention.backward
