@@ -9,6 +9,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ._attention_tilings import head_parts
 from ._launcher import Config
@@ -47,10 +48,11 @@ def padded(d: int) -> tuple[int, int]:
 
 
 @functools.cache
-def forward_tiling(rows: int, d: int, dtype: torch.dtype) -> Tiling:
+def forward_tiling(capability: int, rows: int, d: int, dtype: torch.dtype) -> Tiling:
     """The tiles of `media_cross_attention_kernel` for so many rows of a key head.
 
     Args:
+        capability: of the GPU, 10 times the major and the minor number.
         rows: the queries of all heads that share a key head.
         d: the head size.
         dtype: of the queries. fp32 products run on scalar units and need more registers.
@@ -60,20 +62,15 @@ def forward_tiling(rows: int, d: int, dtype: torch.dtype) -> Tiling:
     if rows <= 16:
         return Tiling(16, BY_32, padded(d), 3)
     if d <= 64:
-        return Tiling(64, BY_64, padded(d), 3)
-    return (
-        Tiling(64, BY_32_WARPS_8, padded(d))
-        if rows < 128
-        else Tiling(128, BY_64_WARPS_8, padded(d))
-    )
+        return Tiling(64, BY_32 if capability < 90 else BY_64, padded(d), 3)
+    if rows < 128:
+        return Tiling(64, BY_32_WARPS_8, padded(d))
+    return Tiling(128, BY_64_WARPS_8, padded(d))
 
 
 @functools.cache
 def query_tiling(capability: int, rows: int, d: int) -> Tiling:
-    """The tiles of `media_query_gradient_kernel`, in 16 bits; see `forward_tiling`.
-
-    capability: of the GPU, 10 times the major and the minor number.
-    """
+    """The tiles of `media_query_gradient_kernel`, in 16 bits; see `forward_tiling`."""
     if rows <= 16:
         return Tiling(16, BY_32, padded(d))
     if d <= 64:
@@ -83,7 +80,7 @@ def query_tiling(capability: int, rows: int, d: int) -> Tiling:
 
 @functools.cache
 def key_tiling(capability: int, tokens_per_media: int, d: int) -> Tiling:
-    """The tiles of `media_key_gradient_kernel`, in 16 bits; see `query_tiling`."""
+    """The tiles of `media_key_gradient_kernel`, in 16 bits; see `forward_tiling`."""
     if capability < 90:
         return Tiling(32, BY_32, padded(d))
     if d <= 64:
@@ -92,10 +89,10 @@ def key_tiling(capability: int, tokens_per_media: int, d: int) -> Tiling:
     return Tiling(32, BY_64_WARPS_8 if one_tile else BY_128_WARPS_8, padded(d))
 
 
-def skips_media(attend: str, tokens_per_media: int) -> bool:
+def skips_media(q: Tensor, attend: str, tokens_per_media: int) -> bool:
     """Whether kernels loop over media, of which they skip some, and within over their tiles.
 
     Otherwise they loop over the tiles of a range of media, so that even one tile of each medium is
-    loaded ahead.
+    loaded ahead. In fp32 two loops would spill registers.
     """
-    return attend == "listed" and tokens_per_media > 64
+    return attend == "listed" and tokens_per_media > 64 and q.dtype is not torch.float32

@@ -62,7 +62,7 @@ def launch_backward(
         *by_strides(q), *outer, o, low, lse, stats, *sources, index, q_norm, normed,
         dq, shares,
         kv_heads, group, queries, rows, media, tokens_per_media, scale, eps,
-        attend, unattended, skips_media(attend, tokens_per_media), wide,
+        attend, unattended, skips_media(q, attend, tokens_per_media), wide,
         int(tiles.block_m >= 64), d, tiles.widths[0], tiles.block_m,
         config=tiles.config,
     )  # fmt: skip

@@ -75,7 +75,7 @@ def media_query_gradient_fp32_kernel(
     do1, do2 = load_parts(
         do_ptr + image * do_batch, head * do_head + query * do_query, inside, d, D1, D2
     )
-    index, unattended_rows, low, high, _ = visible_range(
+    index, unattended_rows, low, high, _union = visible_range(
         index_ptr + image * queries, query, inside, media, ATTEND, UNATTENDED
     )
     k_ptr += image * k_batch + kv_head * k_head
@@ -207,6 +207,10 @@ def media_key_gradient_fp32_kernel(
         if D2 > 0:
             dv2 = tl.dot(tl.trans(p), do2, dv2, input_precision=PRECISION)
             dk2 = tl.dot(tl.trans(ds), q2, dk2, input_precision=PRECISION)
+    # Computed again: registers that hold them through the loop would spill.
+    n += tl.minimum(media, 0)
+    inside_keys = n < tokens_per_media
+    key = medium.to(tl.int64) * tokens_per_media + n
     dk_ptr += image * dk_batch + kv_head * dk_head
     dv_ptr += image * dv_batch + kv_head * dv_head
     store_parts(dv_ptr, key * dv_key, inside_keys, dv1, dv2, d, D1, D2)

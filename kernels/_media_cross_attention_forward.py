@@ -20,7 +20,7 @@ from ._attention_tiles import (
     rms_norm,
     store_parts,
 )
-from ._launcher import dense, kernel, precision
+from ._launcher import capability, dense, kernel, precision
 from ._media_attention_tilings import CONFIGS, forward_tiling, skips_media
 from ._media_mask import (
     first_of_tile,
@@ -179,7 +179,7 @@ def launch_forward(
     if scale < 0:
         q, scale = dense(-q), -scale
     scale = max(scale, LEAST_SCALE)
-    tiles = forward_tiling(rows, d, q.dtype)
+    tiles = forward_tiling(capability(q), rows, d, q.dtype)
     programs = batch * kv_heads * cdiv(rows, tiles.block_m)
     # With "latest" a row attends to the keys of one medium, else possibly to all keys.
     seen = tokens_per_media if attend == "latest" else keys
@@ -193,7 +193,7 @@ def launch_forward(
         *by_strides(q), *by_strides(k), *by_strides(v), index, q_norm, out, stats, lse, low,
         kv_heads, heads // kv_heads, queries, rows, keys // tokens_per_media, tokens_per_media,
         count, splits, scale * LOG2_OF_E, eps, attend, unattended,  # scores are to base 2
-        skips_media(attend, tokens_per_media), max(k.stride(2), v.stride(2)) > WIDE_STRIDE,
+        skips_media(q, attend, tokens_per_media), max(k.stride(2), v.stride(2)) > WIDE_STRIDE,
         d, *tiles.widths, tiles.block_m, splits > 1, precision(q.dtype),
         config=tiles.config,
     )  # fmt: skip

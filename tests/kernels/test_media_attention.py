@@ -68,11 +68,11 @@ def test_parity_at_every_tiling(device, shape, dtype, capability):
 def test_shapes_have_every_tiling():
     rows_of = lambda s: s["heads"] // s.get("kv_heads", s["heads"]) * s["queries"]  # noqa: E731
     every_rows, every_d = (16, 64, 128), (64, 128)
-    found = {forward_tiling(rows_of(s), s["d"], torch.bfloat16).config for s in SHAPES}
-    assert found == {
-        forward_tiling(r, d, torch.bfloat16).config for r in every_rows for d in every_d
-    }
     for gpu in (80, 90, 100):
+        found = {forward_tiling(gpu, rows_of(s), s["d"], torch.bfloat16).config for s in SHAPES}
+        assert found == {
+            forward_tiling(gpu, r, d, torch.bfloat16).config for r in every_rows for d in every_d
+        }
         found = {query_tiling(gpu, rows_of(s), s["d"]).config for s in SHAPES}
         assert found == {query_tiling(gpu, r, d).config for r in every_rows for d in every_d}
         found = {key_tiling(gpu, s["tokens_per_media"], s["d"]).config for s in SHAPES}
