@@ -55,7 +55,7 @@ def test_products_of_few_rows_or_warps_are_narrow():
 
 
 def test_unknown_bounds_take_the_assumed_turns():
-    work = Program(CODE, {}, warps=4, unknown_trips=5).work((3,))
+    work = Program(CODE, {}, warps=4, unknown_trips=(5,)).work((3,))
     assert work.wide_flops == 5 * 2 * 64 * 16 * 32
 
 
@@ -77,11 +77,21 @@ def counted(name, shape, mode):
 
 def test_attention_reads_keys_once_and_does_two_products():
     (found,) = counted("cross_attention", "1025 keys, 16 images", "forward")
-    queries, keys, tiled = 32, 1025, 17 * 64
+    queries, keys, rows, tiled, ones = 32, 1025, 64, 17 * 64, 16
     flops = found.programs * (found.wide_flops + found.narrow_flops)
-    assert flops == pytest.approx(16 * 12 * 4 * queries * tiled * 64, rel=0.01)
+    assert flops == pytest.approx(16 * 12 * 2 * rows * tiled * (64 + 64 + ones), rel=0.01)
     least = 2 * 16 * 12 * 64 * (2 * queries + 2 * keys)
     assert least <= found.bytes <= 1.05 * least
+
+
+def test_attention_backward_reads_keys_once_and_does_five_products():
+    """And one more of a tile, whose diagonal is the mean of dp."""
+    (found,) = counted("cross_attention", "BLIP-2, 64 images", "backward")
+    queries, keys, tiles = 32, 257, 5
+    flops = found.programs * (found.wide_flops + found.narrow_flops)
+    assert flops == pytest.approx(64 * 12 * 2 * queries * 64 * 64 * (5 * tiles + 1), rel=0.01)
+    least = 2 * 64 * 12 * 64 * (5 * queries + 4 * keys)
+    assert least <= found.bytes <= 1.15 * least
 
 
 def test_an_elementwise_kernel_moves_the_least_bytes():
