@@ -16,14 +16,14 @@ from ._launcher import Config
 from ._sizes import next_power_of_2
 
 CONFIGS = (
+    Config({"BLOCK_N": 16}, num_warps=4, num_stages=1),
     Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
     Config({"BLOCK_N": 64}, num_warps=8, num_stages=2),
     Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
     Config({"BLOCK_N": 32}, num_warps=8, num_stages=2),
     Config({"BLOCK_N": 128}, num_warps=8, num_stages=2),
-    Config({"BLOCK_N": 16}, num_warps=4, num_stages=1),
 )
-BY_64, BY_64_WARPS_8, BY_32, BY_32_WARPS_8, BY_128_WARPS_8, BY_16 = range(6)
+BY_16, BY_64, BY_64_WARPS_8, BY_32, BY_32_WARPS_8, BY_128_WARPS_8 = range(6)
 
 
 class Tiling(NamedTuple):
@@ -69,13 +69,15 @@ def forward_tiling(capability: int, rows: int, d: int, dtype: torch.dtype) -> Ti
 
 
 @functools.cache
-def query_tiling(capability: int, rows: int, d: int) -> Tiling:
+def query_tiling(capability: int, rows: int, d: int, dtype: torch.dtype) -> Tiling:
     """The tiles of `media_query_gradient_kernel`, in 16 bits; see `forward_tiling`."""
     if rows <= 16:
         return Tiling(16, BY_32, padded(d))
     if d <= 64:
         return Tiling(64, BY_32 if capability < 90 else BY_64, padded(d))
-    return Tiling(64, BY_64 if capability // 10 == 9 else BY_32_WARPS_8, padded(d))
+    if capability // 10 != 9:
+        return Tiling(64, BY_32_WARPS_8, padded(d))
+    return Tiling(64, BY_64 if dtype is torch.bfloat16 else BY_64_WARPS_8, padded(d))
 
 
 @functools.cache

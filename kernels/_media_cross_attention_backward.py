@@ -44,7 +44,7 @@ def launch_backward(
     media, group = keys // tokens_per_media, heads // kv_heads
     rows, count = group * queries, batch * heads * queries
     gpu = capability(q)
-    tiles = query_tiling(gpu, rows, d)
+    tiles = query_tiling(gpu, rows, d, q.dtype)
     programs = batch * kv_heads * cdiv(rows, tiles.block_m)
     stats = normed = shares = dq_norm = None
     if dk is not None:

@@ -73,8 +73,11 @@ def test_shapes_have_every_tiling():
         assert found == {
             forward_tiling(gpu, r, d, torch.bfloat16).config for r in every_rows for d in every_d
         }
-        found = {query_tiling(gpu, rows_of(s), s["d"]).config for s in SHAPES}
-        assert found == {query_tiling(gpu, r, d).config for r in every_rows for d in every_d}
+        for dtype in (torch.bfloat16, torch.float16):
+            found = {query_tiling(gpu, rows_of(s), s["d"], dtype).config for s in SHAPES}
+            assert found == {
+                query_tiling(gpu, r, d, dtype).config for r in every_rows for d in every_d
+            }
         found = {key_tiling(gpu, s["tokens_per_media"], s["d"]).config for s in SHAPES}
         assert found == {key_tiling(gpu, n, d).config for n in (64, 65) for d in every_d}
 
