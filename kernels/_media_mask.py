@@ -92,34 +92,18 @@ def is_visible(
 
 @triton.jit
 def tokens_of_medium(
-    index_ptr, medium, media, queries,
-    ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, OWNED: tl.constexpr,
+    index_ptr, medium, queries, ATTEND: tl.constexpr, UNATTENDED: tl.constexpr
 ):  # fmt: skip
-    """The first token of a sample that attends to a medium, and the last plus 1.
-
-    OWNED: of the tokens that the medium owns, see `is_owned`.
-    """
+    """The first token of a sample that attends to a medium, and the last plus 1."""
     first, last = queries, queries * 0
     for start in range(0, queries, SCANNED):
         query = start + tl.arange(0, SCANNED)
         inside = query < queries
         index, unattended_rows = load_index(index_ptr, query, inside, ATTEND)
-        if OWNED:
-            seen = is_owned(index, medium, media) & inside
-        else:
-            seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
+        seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
         first = tl.minimum(first, tl.min(tl.where(seen, query, queries), axis=0))
         last = tl.maximum(last, tl.max(tl.where(seen, query + 1, 0), axis=0))
     return first, last
-
-
-@triton.jit
-def is_owned(index, medium, media):
-    """Which tokens a medium owns. Each has one owner: with "latest" the medium that it sees.
-
-    The first medium owns the tokens without media, too.
-    """
-    return tl.minimum(tl.maximum(index, 1), media) == medium + 1
 
 
 @triton.jit
