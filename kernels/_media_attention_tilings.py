@@ -15,15 +15,15 @@ from ._attention_tilings import head_parts
 from ._launcher import Config
 from ._sizes import next_power_of_2
 
-CONFIGS = (
-    Config({"BLOCK_N": 16}, num_warps=4, num_stages=1),
-    Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
-    Config({"BLOCK_N": 64}, num_warps=8, num_stages=2),
-    Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
-    Config({"BLOCK_N": 32}, num_warps=8, num_stages=2),
-    Config({"BLOCK_N": 128}, num_warps=8, num_stages=2),
-)
-BY_16, BY_64, BY_64_WARPS_8, BY_32, BY_32_WARPS_8, BY_128_WARPS_8 = range(6)
+BY_16 = Config({"BLOCK_N": 16}, num_warps=4, num_stages=1)
+BY_32 = Config({"BLOCK_N": 32}, num_warps=4, num_stages=2)
+BY_32_WARPS_8 = Config({"BLOCK_N": 32}, num_warps=8, num_stages=2)
+BY_64 = Config({"BLOCK_N": 64}, num_warps=4, num_stages=2)
+BY_64_WARPS_8 = Config({"BLOCK_N": 64}, num_warps=8, num_stages=2)
+BY_128_WARPS_8 = Config({"BLOCK_N": 128}, num_warps=8, num_stages=2)
+FORWARD = (BY_16, BY_32, BY_32_WARPS_8, BY_64, BY_64_WARPS_8)
+OF_QUERIES = (BY_32, BY_32_WARPS_8, BY_64, BY_64_WARPS_8)
+OF_KEYS = (BY_32, BY_64, BY_64_WARPS_8, BY_128_WARPS_8)
 
 
 class Tiling(NamedTuple):
@@ -31,7 +31,7 @@ class Tiling(NamedTuple):
 
     Attributes:
         block_m: rows in a tile.
-        config: number in `CONFIGS`, which says how many keys are in a tile.
+        config: number of the kernel's config, which says how many keys are in a tile.
         widths: of the two parts of a head.
         held: programs that a multiprocessor of an H200 holds.
     """
@@ -58,37 +58,39 @@ def forward_tiling(capability: int, rows: int, d: int, dtype: torch.dtype) -> Ti
         dtype: of the queries. fp32 products run on scalar units and need more registers.
     """
     if dtype is torch.float32:
-        return Tiling(16, BY_16, head_parts(d))
+        return Tiling(16, FORWARD.index(BY_16), head_parts(d))
     if rows <= 16:
-        return Tiling(16, BY_32, padded(d), 3)
+        return Tiling(16, FORWARD.index(BY_32), padded(d), 3)
     if d <= 64:
-        return Tiling(64, BY_32 if capability < 90 else BY_64, padded(d), 3)
+        return Tiling(64, FORWARD.index(BY_32 if capability < 90 else BY_64), padded(d), 3)
     if rows < 128:
-        return Tiling(64, BY_32_WARPS_8, padded(d))
-    return Tiling(128, BY_64_WARPS_8, padded(d))
+        return Tiling(64, FORWARD.index(BY_32_WARPS_8), padded(d))
+    return Tiling(128, FORWARD.index(BY_64_WARPS_8), padded(d))
 
 
 @functools.cache
 def query_tiling(capability: int, rows: int, d: int, dtype: torch.dtype) -> Tiling:
     """The tiles of `media_query_gradient_kernel`, in 16 bits; see `forward_tiling`."""
     if rows <= 16:
-        return Tiling(16, BY_32, padded(d))
+        return Tiling(16, OF_QUERIES.index(BY_32), padded(d))
     if d <= 64:
-        return Tiling(64, BY_32 if capability < 90 else BY_64, padded(d))
+        return Tiling(64, OF_QUERIES.index(BY_32 if capability < 90 else BY_64), padded(d))
     if capability // 10 != 9:
-        return Tiling(64, BY_32_WARPS_8, padded(d))
-    return Tiling(64, BY_64 if dtype is torch.bfloat16 else BY_64_WARPS_8, padded(d))
+        return Tiling(64, OF_QUERIES.index(BY_32_WARPS_8), padded(d))
+    return Tiling(
+        64, OF_QUERIES.index(BY_64 if dtype is torch.bfloat16 else BY_64_WARPS_8), padded(d)
+    )
 
 
 @functools.cache
 def key_tiling(capability: int, tokens_per_media: int, d: int) -> Tiling:
     """The tiles of `media_key_gradient_kernel`, in 16 bits; see `forward_tiling`."""
     if capability < 90:
-        return Tiling(32, BY_32, padded(d))
+        return Tiling(32, OF_KEYS.index(BY_32), padded(d))
     if d <= 64:
-        return Tiling(64, BY_64, padded(d))
+        return Tiling(64, OF_KEYS.index(BY_64), padded(d))
     one_tile = capability >= 100 or tokens_per_media <= 64
-    return Tiling(32, BY_64_WARPS_8 if one_tile else BY_128_WARPS_8, padded(d))
+    return Tiling(32, OF_KEYS.index(BY_64_WARPS_8 if one_tile else BY_128_WARPS_8), padded(d))
 
 
 def skips_media(q: Tensor, attend: str, tokens_per_media: int) -> bool:

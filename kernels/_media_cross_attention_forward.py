@@ -21,7 +21,7 @@ from ._attention_tiles import (
     store_parts,
 )
 from ._launcher import capability, dense, kernel, precision
-from ._media_attention_tilings import CONFIGS, forward_tiling, skips_media
+from ._media_attention_tilings import FORWARD, forward_tiling, skips_media
 from ._media_mask import (
     first_of_tile,
     is_visible,
@@ -74,7 +74,7 @@ def _attend_to_tile(
     return largest, total, acc1, acc2
 
 
-@kernel(*CONFIGS, exclusive=True)
+@kernel(*FORWARD, exclusive=True)
 @triton.jit(do_not_specialize=[*SIZES, "media", "splits"])
 def media_cross_attention_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from ._attention_gradient_tiles import tile_offsets, tile_product
 from ._attention_tiles import SIZES, load_part, store_part
 from ._launcher import kernel
-from ._media_attention_tilings import CONFIGS
+from ._media_attention_tilings import OF_KEYS
 from ._media_gradient_tiles import media_probabilities_and_gradients, scale_of_dp
 from ._media_mask import first_of_tile, is_visible, tokens_of_medium
 from ._triton import tl, triton
 
 
-@kernel(*CONFIGS, exclusive=True)
+@kernel(*OF_KEYS, exclusive=True)
 @triton.jit(do_not_specialize=[*SIZES, "media", "splits"])
 def media_key_gradient_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d), normed if there is a norm

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ._attention_gradient_tiles import mean_of_dp, tile_offsets, tile_product
 from ._attention_tiles import SIZES, load_part, rms_norm, rms_norm_backward, store_part
 from ._launcher import kernel
-from ._media_attention_tilings import CONFIGS
+from ._media_attention_tilings import OF_QUERIES
 from ._media_gradient_tiles import media_probabilities_and_gradients, scale_of_dp
 from ._media_mask import first_of_tile, is_visible, tiles_of, visible_range, zero_where_equal
 from ._triton import tl, triton
@@ -39,7 +39,7 @@ def _add_tile(
     return tl.dot(ds, k, dq) if KEYS == 1 else tl.dot(tl.trans(k), ds, dq)
 
 
-@kernel(*CONFIGS, exclusive=True)
+@kernel(*OF_QUERIES, exclusive=True)
 @triton.jit(do_not_specialize=[*SIZES, "media"])
 def media_query_gradient_kernel(
     q_ptr, q_batch, q_head, q_query,  # (batch, heads, queries, d)
@@ -71,7 +71,7 @@ def media_query_gradient_kernel(
     place = (image * kv_heads * group + head) * queries + query
     at = head * do_head + query * do_query
     do = load_part(do_ptr + image * do_batch, at, inside, 0, d, D)
-    o_query = kv_heads * group * d
+    o_query = tl.cast(kv_heads, tl.int64) * group * d
     at_o = image * queries * o_query + kv_head * group * d  # of the first head
     delta = mean_of_dp(
         do, do, row, inside, first, rows, queries,
