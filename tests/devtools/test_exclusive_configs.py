@@ -10,14 +10,14 @@ from vlm_fast.devtools import ahead_of_time
 from vlm_fast.kernels._launcher import KERNELS, assume_capability
 from vlm_fast.ops.declaration import OPS
 
-ATTENTION = OPS["cross_attention"]
+ATTENTION, MEDIA = OPS["cross_attention"], OPS["media_cross_attention"]
 BLIP2 = ATTENTION.bench_shapes["BLIP-2, 64 images"]
 IDEFICS2 = ATTENTION.bench_shapes["Idefics2 perceiver, 8 images"]
 
 
-def exclusive_launches(shape, capability, dtype=torch.bfloat16):
+def exclusive_launches(shape, capability, dtype=torch.bfloat16, op=ATTENTION):
     with assume_capability(capability):
-        found = ahead_of_time.launches_at(ATTENTION, shape, dtype)
+        found = ahead_of_time.launches_at(op, shape, dtype)
     return {launch.kernel.name: launch for launch in found if launch.kernel.exclusive}
 
 
@@ -45,12 +45,15 @@ def test_every_exclusive_config_is_chosen_for_some_gpu():
     many = dict(heavy, shape=(130, 64))
     more = [heavy, dict(heavy, d=96), many, dict(batch=1, heads=1, shape=(130, 64), d=64)]
     more.append(dict(batch=1, heads=1, shape=(130, 64), d=128))
+    few = dict(batch=1, heads=1, queries=40, media=1, keys=9, tokens_per_media=9, d=128)
+    shapes = [(ATTENTION, shape) for shape in (*ATTENTION.bench_shapes.values(), *more)]
+    shapes += [(MEDIA, shape) for shape in (*MEDIA.bench_shapes.values(), few)]
     chosen = {
         (name, launch.config)
         for capability in (80, 90)
-        for shape in (*ATTENTION.bench_shapes.values(), *more)
-        for dtype in (torch.bfloat16, torch.float32)
-        for name, launch in exclusive_launches(shape, capability, dtype).items()
+        for op, shape in shapes
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for name, launch in exclusive_launches(shape, capability, dtype, op).items()
     }
     assert chosen == {
         (name, i) for name, k in KERNELS.items() if k.exclusive for i in range(len(k.configs))
