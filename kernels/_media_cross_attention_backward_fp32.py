@@ -88,10 +88,8 @@ def media_query_gradient_fp32_kernel(
     per_medium = tl.cdiv(tokens_per_media, BLOCK_N)
     start, end = tiles_of(low, high, per_medium)
     for at in range(start, end):
-        medium, n = (
-            at // per_medium,
-            first_of_tile(at % per_medium, BLOCK_N) + tl.arange(0, BLOCK_N),
-        )
+        medium = at // per_medium
+        n = first_of_tile(at % per_medium, BLOCK_N) + tl.arange(0, BLOCK_N)
         seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
         inside_keys = n < tokens_per_media
         key = medium.to(tl.int64) * tokens_per_media + n
@@ -117,10 +115,8 @@ def media_query_gradient_fp32_kernel(
         dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
         dq2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
         for at in range(start, end):
-            medium, n = (
-                at // per_medium,
-                first_of_tile(at % per_medium, BLOCK_N) + tl.arange(0, BLOCK_N),
-            )
+            medium = at // per_medium
+            n = first_of_tile(at % per_medium, BLOCK_N) + tl.arange(0, BLOCK_N)
             seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
             inside_keys = n < tokens_per_media
             key = medium.to(tl.int64) * tokens_per_media + n
