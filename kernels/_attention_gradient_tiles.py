@@ -133,10 +133,13 @@ def probabilities_and_gradients(
         exponent += tl.load(at, mask=there, other=0.0).to(tl.float32) * LOG2_E
     seen = tl.expand_dims(inside_keys, 1 - KEYS)
     if HIDE:
+        lowest = -float("inf")
         if mask_ptr is not None:
             at = mask_ptr + image * mask_batch + (first + n).to(tl.int64) * mask_key
             seen = tl.expand_dims(tl.load(at, mask=inside_keys, other=0) != 0, 1 - KEYS)
-        exponent = tl.where(seen, exponent, -float("inf"))
+            # A row of NaN is NaN at hidden keys too, as plain PyTorch's is.
+            lowest = tl.expand_dims(tl.where(lse != lse, lse, -float("inf")), KEYS)
+        exponent = tl.where(seen, exponent, lowest)
     if CLAMP or not FULL:  # a row past the last has 0 * Inf = NaN
         exponent = tl.minimum(exponent, tl.expand_dims(largest_exponent(lse, inside), KEYS))
     p = tl.exp2(exponent)

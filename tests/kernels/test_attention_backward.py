@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.op_accuracy import assert_accurate
+from tests.support.op_accuracy import assert_accurate, evaluate, verdict_on
 from vlm_fast.kernels import _cross_attention_backward
 from vlm_fast.kernels._attention_tilings import tiling
 from vlm_fast.kernels._launcher import assume_capability, recording
@@ -160,6 +160,26 @@ def test_hidden_keys_do_not_reach_the_gradients_of_keys_and_values(device, rows,
         found.append(tolerance.outputs_and_gradients(ATTENTION.fast, args, options)[1])
     for finite, ours in zip(found[0][1:3], found[1][1:3], strict=True):
         assert torch.equal(ours, finite) and not ours[:, :, ~seen].any()
+
+
+@half_dtypes
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("rows", [9, 45, 140])
+def test_a_row_of_nan_beside_hidden_keys(device, rows, dropout, dtype):
+    """Visible keys get NaN as from float64; hidden ones get that or 0, and every other row is right."""
+    shape = dict(batch=1, heads=2, shape=(rows, 70), d=64, hidden=True, dropout=dropout)
+    args, options = sample(shape, dtype, device)
+    q, *rest = args
+    q[:, 1, 2, 5] = torch.nan
+    names, found, _ = evaluate(ATTENTION, (q, *rest), options, tolerance.random_upstream)
+    hidden = args[6][:, None, :, None] == 0
+    for name, (ours, native, exact) in zip(names, found, strict=True):
+        if name in ("gradient 1", "gradient 2"):
+            assert ours.isfinite().all(-1).any() and not ours[exact.isfinite() & hidden].any()
+            alike = torch.where(hidden & (ours == 0), 0.0, 1.0)
+            ours, native, exact = (torch.where(alike == 0, 0, t) for t in (ours, native, exact))
+        verdict = verdict_on(name, (ours, native, exact), ())
+        assert verdict.ok, verdict
 
 
 @half_dtypes
