@@ -166,7 +166,7 @@ def test_hidden_keys_do_not_reach_the_gradients_of_keys_and_values(device, rows,
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("rows", [9, 45, 140])
 def test_a_row_of_nan_beside_hidden_keys(device, rows, dropout, dtype):
-    """Visible keys get NaN as from float64; hidden ones get that or 0, and every other row is right."""
+    """Visible keys get NaN as from float64, hidden ones that or 0; all other rows are right."""
     shape = dict(batch=1, heads=2, shape=(rows, 70), d=64, hidden=True, dropout=dropout)
     args, options = sample(shape, dtype, device)
     q, *rest = args
