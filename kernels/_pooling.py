@@ -8,12 +8,14 @@ class Pooling:
 
     Attributes:
         pooled: height and width of the pooled grid.
+        wide: whether products of two sides do not fit in int32.
     """
 
-    __slots__ = ("height", "mode", "pooled", "stride", "width")
+    __slots__ = ("height", "mode", "pooled", "stride", "wide", "width")
 
     def __init__(self, height: int, width: int, mode: str, stride: int) -> None:
         self.height, self.width, self.mode, self.stride = height, width, mode, stride
+        self.wide = max(height, width) > 2**15
         if mode == "bilinear":
             self.pooled = -(-height // stride), -(-width // stride)
         else:

@@ -42,14 +42,15 @@ def _pooled_coordinate(source, near, size, pooled, STRIDE: tl.constexpr, BILINEA
         return at, tl.where(at < pooled, 1.0, 0.0)
 
 
-@kernel(Config({"TOKENS": 2, "COLS": 1024}, num_warps=8))
+@kernel(Config({"TOKENS": 8, "COLS": 256}, num_warps=8))
 @triton.jit(do_not_specialize=["rows"])
 def spatial_pool_kernel(
     x_ptr, x_batch, x_token,  # (batch, height * width, cols) at these strides, inner 1
     pooled_ptr,  # (rows, cols), rows of all images
     chosen_ptr,  # (rows, cols) bytes: the number of the largest tap; or None
     rows, height, width, pooled_height, pooled_width, cols,
-    MODE: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
+    MODE: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr,
+    TOKENS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     BILINEAR: tl.constexpr = MODE == "bilinear"
     TAPS: tl.constexpr = 2 if BILINEAR else STRIDE
@@ -57,7 +58,9 @@ def spatial_pool_kernel(
     row = first + tl.arange(0, TOKENS)
     line = row // pooled_width
     image = (line // pooled_height).to(tl.int64)
-    y, x = (line % pooled_height).to(tl.int64), (row % pooled_width).to(tl.int64)
+    y, x = line % pooled_height, row % pooled_width
+    if WIDE:
+        y, x = y.to(tl.int64), x.to(tl.int64)
     for start in range(0, cols, COLS):
         col = start + tl.arange(0, COLS)
         inside = (row < rows)[:, None] & (col < cols)[None, :]
@@ -65,10 +68,10 @@ def spatial_pool_kernel(
         chosen = tl.zeros([TOKENS, COLS], tl.int32)
         for tap_y in range(TAPS):  # not unrolled, which saves registers
             from_y, weight_y = _tap(y, tap_y, height, pooled_height, STRIDE, BILINEAR)
-            line_ptr = x_ptr + image * x_batch + from_y * width * x_token
+            line_ptr = x_ptr + image * x_batch + from_y.to(tl.int64) * width * x_token
             for tap_x in tl.static_range(TAPS):
                 from_x, weight_x = _tap(x, tap_x, width, pooled_width, STRIDE, BILINEAR)
-                at = (line_ptr + from_x * x_token)[:, None] + col[None, :]
+                at = (line_ptr + from_x.to(tl.int64) * x_token)[:, None] + col[None, :]
                 value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
                 if MODE == "max":  # NaN is the largest; the last of several NaN is taken
                     larger = (value > total) | (value != value)
@@ -84,48 +87,69 @@ def spatial_pool_kernel(
             tl.store(chosen_ptr + to, chosen.to(tl.uint8), mask=inside)
 
 
-@kernel(Config({"TOKENS": 2, "COLS": 1024}, num_warps=8))
+@kernel(Config({"TOKENS": 8, "COLS": 256}, num_warps=8))
 @triton.jit(do_not_specialize=["rows"])
 def spatial_pool_backward_kernel(
     dpooled_ptr,  # (batch, pooled tokens, cols), dense
     chosen_ptr,  # written by the forward, or None
     dx_ptr,  # (rows, cols), rows of all images
     rows, height, width, pooled_height, pooled_width, cols,
-    MODE: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
+    MODE: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr,
+    TOKENS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    BILINEAR: tl.constexpr = MODE == "bilinear"
-    NEAR: tl.constexpr = 2 if BILINEAR else 1  # a coordinate has 2 bilinear neighbours
     first = (tl.program_id(0).to(tl.int64) * TOKENS).to(tl.int32)
     row = first + tl.arange(0, TOKENS)
-    line = row // width
-    image = (line // height).to(tl.int64)
-    y, x = (line % height).to(tl.int64), (row % width).to(tl.int64)
-    tap = y % STRIDE * STRIDE + x % STRIDE
+    tap = row // width % height % STRIDE * STRIDE + row % width % STRIDE
+    sizes = (height, width, pooled_height, pooled_width)
+    at, weight = _pooled_token(row, 0, 0, sizes, MODE, STRIDE, WIDE)
+    if MODE == "bilinear":  # a coordinate has two neighbours
+        at_01, weight_01 = _pooled_token(row, 0, 1, sizes, MODE, STRIDE, WIDE)
+        at_10, weight_10 = _pooled_token(row, 1, 0, sizes, MODE, STRIDE, WIDE)
+        at_11, weight_11 = _pooled_token(row, 1, 1, sizes, MODE, STRIDE, WIDE)
     for start in range(0, cols, COLS):
         col = start + tl.arange(0, COLS)
         inside = (row < rows)[:, None] & (col < cols)[None, :]
-        total = tl.zeros([TOKENS, COLS], tl.float32)
-        for near in tl.static_range(NEAR * NEAR):
-            to_y, weight_y = _pooled_coordinate(
-                y, near // NEAR, height, pooled_height, STRIDE, BILINEAR
-            )
-            to_x, weight_x = _pooled_coordinate(
-                x, near % NEAR, width, pooled_width, STRIDE, BILINEAR
-            )
-            pooled = (image * pooled_height + to_y) * pooled_width + to_x
-            weight = weight_y * weight_x
-            inside_pooled = inside & (weight > 0)[:, None]
-            at = pooled[:, None] * cols + col[None, :]
-            dpooled = tl.load(dpooled_ptr + at, mask=inside_pooled, other=0.0).to(tl.float32)
-            if MODE == "max":
-                chosen = tl.load(chosen_ptr + at, mask=inside_pooled, other=255).to(tl.int32)
-                total = tl.where(inside_pooled & (chosen == tap[:, None]), dpooled, 0.0)
-            else:
-                total += tl.where(inside_pooled, weight[:, None] * dpooled, 0.0)
-        if MODE == "avg":
+        total = _weighted(dpooled_ptr, at, weight, col, cols, inside)
+        if MODE == "max":
+            here = inside & (weight > 0)[:, None]
+            chosen = tl.load(
+                chosen_ptr + at[:, None] * cols + col[None, :], mask=here, other=255
+            ).to(tl.int32)  # fmt: skip
+            total = tl.where(chosen == tap[:, None], total, 0.0)
+        elif MODE == "bilinear":
+            total += _weighted(dpooled_ptr, at_01, weight_01, col, cols, inside)
+            total += _weighted(dpooled_ptr, at_10, weight_10, col, cols, inside)
+            total += _weighted(dpooled_ptr, at_11, weight_11, col, cols, inside)
+        else:
             total /= STRIDE * STRIDE
         to = row.to(tl.int64)[:, None] * cols + col[None, :]
         tl.store(dx_ptr + to, total.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _pooled_token(
+    row, near_y: tl.constexpr, near_x: tl.constexpr, sizes,
+    MODE: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A pooled token, among those of all images, that a token may go into, and its weight."""
+    height, width, pooled_height, pooled_width = sizes
+    BILINEAR: tl.constexpr = MODE == "bilinear"
+    line = row // width
+    y, x = line % height, row % width
+    if WIDE:
+        y, x = y.to(tl.int64), x.to(tl.int64)
+    to_y, weight_y = _pooled_coordinate(y, near_y, height, pooled_height, STRIDE, BILINEAR)
+    to_x, weight_x = _pooled_coordinate(x, near_x, width, pooled_width, STRIDE, BILINEAR)
+    at = (line // height * pooled_height + to_y) * pooled_width + to_x
+    return at.to(tl.int64), weight_y * weight_x
+
+
+@triton.jit
+def _weighted(ptr, row, weight, col, cols, inside):
+    """A tile of rows times their weights; rows whose weight is 0 are not read."""
+    at = row[:, None] * cols + col[None, :]
+    x = tl.load(ptr + at, mask=inside & (weight > 0)[:, None], other=0.0).to(tl.float32)
+    return x * weight[:, None]
 
 
 def spatial_pool(x: Tensor, pooling: Pooling, want_chosen: bool) -> tuple[Tensor, Tensor | None]:
@@ -144,7 +168,7 @@ def spatial_pool(x: Tensor, pooling: Pooling, want_chosen: bool) -> tuple[Tensor
     spatial_pool_kernel(
         lambda blocks: (cdiv(rows, blocks["TOKENS"]),),
         x, *x.stride()[:2], pooled, chosen, rows, pooling.height, pooling.width, height, width,
-        cols, pooling.mode, pooling.stride,
+        cols, pooling.mode, pooling.stride, pooling.wide,
     )  # fmt: skip
     return pooled, chosen
 
@@ -160,6 +184,6 @@ def spatial_pool_backward(dpooled: Tensor, chosen: Tensor | None, pooling: Pooli
     spatial_pool_backward_kernel(
         lambda blocks: (cdiv(rows, blocks["TOKENS"]),),
         dpooled, chosen, dx, rows, pooling.height, pooling.width, *pooling.pooled, cols,
-        pooling.mode, pooling.stride,
+        pooling.mode, pooling.stride, pooling.wide,
     )  # fmt: skip
     return dx
