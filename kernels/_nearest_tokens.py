@@ -30,12 +30,12 @@ def halves(tokens: int, protected: int) -> Halves:
     return Halves((tokens + 1) // 2, tokens // 2, (protected + 1) // 2, protected // 2)
 
 
-# With the first config two programs fit on a multiprocessor of an H200. Wider tiles would read A
-# from the second-level cache less often, but then only one fits. The second config is for so few
-# tokens that each of its programs has a multiprocessor.
+# The first config is for so few tokens that each of its programs has a multiprocessor. With the
+# second one two programs fit on a multiprocessor of an H200. Wider tiles would read A from the
+# second-level cache less often, but then only one fits.
 @kernel(
-    Config({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_K": 32}, num_warps=8),
     Config({"BLOCK_A": 16, "BLOCK_B": 128, "BLOCK_K": 64}, num_warps=8),
+    Config({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_K": 64}, num_warps=8),
     choose=int,
 )
 @triton.jit(do_not_specialize=["count_a", "count_b", "first_a", "first_b"])
@@ -47,12 +47,18 @@ def nearest_kernel(
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # fp32 products run on scalar units, and their registers spill with more features at a time.
-    COLS: tl.constexpr = 16 if metric_ptr.dtype.element_ty == tl.float32 else BLOCK_K
+    WIDE: tl.constexpr = metric_ptr.dtype.element_ty == tl.float32
+    COLS: tl.constexpr = 16 if WIDE else BLOCK_K
+    TALL: tl.constexpr = BLOCK_A >= 64
+    # A thread adds the squares of the 8 neighbours that it loads at once, to save registers.
+    GROUP: tl.constexpr = 8 if TALL and not WIDE else 1
     blocks = tl.cdiv(count_a, BLOCK_A)
     program = tl.program_id(0).to(tl.int64)
     image = program // blocks
-    a = ((program % blocks) * BLOCK_A).to(tl.int32) + tl.arange(0, BLOCK_A)
-    inside_a = a < count_a
+    rows = tl.cdiv(count_a, blocks)  # the same number in each program, so that all read alike
+    row = tl.arange(0, BLOCK_A)
+    a = (program % blocks).to(tl.int32) * rows + row
+    inside_a = (row < rows) & (a < count_a)
     at_image = metric_ptr + image * metric_batch
     at_a = at_image + (first_a + 2 * a.to(tl.int64)) * metric_token
     lane = tl.arange(0, COLS)
@@ -63,7 +69,7 @@ def nearest_kernel(
         inside_b = b < count_b
         at_b = at_image + (first_b + 2 * b.to(tl.int64)) * metric_token
         scores = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
-        squares = tl.zeros([BLOCK_B, COLS], tl.float32)
+        squares = tl.zeros([BLOCK_B, COLS // GROUP], tl.float32)
         for k in range(0, features, COLS):
             col = k + lane
             inside = col < features
@@ -74,8 +80,11 @@ def nearest_kernel(
                 at_b[:, None] + col[None, :], mask=inside_b[:, None] & inside[None, :], other=0.0
             )
             scores = tl.dot(x, tl.trans(y), scores, input_precision=PRECISION)
-            wide = y.to(tl.float32)
-            squares += wide * wide
+            # y is read twice, by the product and for its squares. Triton 3.6 then has no buffer to
+            # spare: it would copy the next y into this one while the tensor cores still read it. A
+            # use of the scores makes each product end first; this one costs no instruction.
+            scores = scores.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
+            squares += _squares(y.to(tl.float32), GROUP)
         # The length of an a does not change which b is nearest, so it is divided by at the end.
         scores *= _inverse_length(tl.sum(squares, axis=1))[None, :]
         valid = inside_b[None, :] & (scores == scores)  # NaN counts as -Inf
@@ -85,9 +94,10 @@ def nearest_kernel(
         place = tl.where(scores == found[:, None], b[None, :], start + BLOCK_B)
         nearest = tl.where(found > best, tl.min(place, axis=1), nearest)
         best = tl.maximum(best, found)
-    lane = tl.arange(0, 2 * COLS)
-    squares_a = tl.zeros([BLOCK_A, 2 * COLS], tl.float32)
-    for k in tl.range(0, features, 2 * COLS, num_stages=3):
+    COLS_A: tl.constexpr = COLS if TALL else 2 * COLS
+    lane = tl.arange(0, COLS_A)
+    squares_a = tl.zeros([BLOCK_A, COLS_A], tl.float32)
+    for k in tl.range(0, features, COLS_A, num_stages=3):
         mask = inside_a[:, None] & (k + lane < features)[None, :]
         x = tl.load(at_a[:, None] + (k + lane)[None, :], mask=mask, other=0.0).to(tl.float32)
         squares_a += x * x
@@ -96,6 +106,16 @@ def nearest_kernel(
     offset = image * count_a + a
     tl.store(best_ptr + offset, tl.where(valid, best, float("-inf")), mask=inside_a)
     tl.store(nearest_ptr + offset, tl.where(valid, nearest, 0), mask=inside_a)
+
+
+@triton.jit
+def _squares(x, GROUP: tl.constexpr):
+    """Sums of the squares of each GROUP neighbours in a row: ``(rows, columns / GROUP)``."""
+    square = x * x
+    if GROUP > 1:
+        groups: tl.constexpr = square.shape[1] // GROUP
+        square = tl.sum(tl.reshape(square, [square.shape[0], groups, GROUP]), axis=2)
+    return square
 
 
 @triton.jit
@@ -116,7 +136,7 @@ def find_nearest(metric: Tensor, half: Halves, best: Tensor, nearest: Tensor) ->
             lambda blocks: (batch * cdiv(count_a, blocks["BLOCK_A"]),),
             metric, *metric.stride()[:2], best, nearest, count_a, count_b,
             2 * half.protected_a, 2 * half.protected_b + 1, features, precision(metric.dtype),
-            size=batch * count_a <= 132 * 16,
+            size=batch * count_a > 132 * 16,
         )  # fmt: skip
         return
     rows = max(TILE // count_b, 1)
