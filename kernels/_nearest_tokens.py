@@ -57,7 +57,7 @@ def nearest_kernel(
     image = program // blocks
     rows = tl.cdiv(count_a, blocks)  # the same number in each program, so that all read alike
     row = tl.arange(0, BLOCK_A)
-    a = (program % blocks).to(tl.int32) * rows + row
+    a = ((program % blocks) * rows).to(tl.int32) + row
     inside_a = (row < rows) & (a < count_a)
     at_image = metric_ptr + image * metric_batch
     at_a = at_image + (first_a + 2 * a.to(tl.int64)) * metric_token
