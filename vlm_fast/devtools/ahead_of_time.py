@@ -258,8 +258,11 @@ def _build(launch: Launch, index: int, arch: str, backend: Any) -> Build:
     jit, config = launch.kernel.jit, launch.kernel.configs[index]
     bind = create_function_from_signature(jit.signature, jit.params, backend)
     arguments = tree_map_only(Tensor, _Address, launch.arguments)
-    bound = bind(**arguments, **config.options)
-    options, *parts = jit._pack_args(backend, config.options, *bound)
+    wanted = config.options
+    if backend.target.backend != "cuda":
+        wanted = {name: x for name, x in wanted.items() if name != "maxnreg"}
+    bound = bind(**arguments, **wanted)
+    options, *parts = jit._pack_args(backend, wanted, *bound)
     source = ASTSource(jit, *parts)
     signature = _describe(jit.params, source, config)
     return Build(launch.kernel, signature, index, arch, source, options.__dict__)
