@@ -83,9 +83,13 @@ def attend(
     for begin in range(start, end, BLOCK_N):
         n = begin + local
         inside = n < keys
-        far = tl.cast(begin, tl.int64)
-        k1, k2 = load_parts(k_ptr + far * k_key, k_local, inside, d, D1, D2)
-        v1, v2 = load_parts(v_ptr + far * v_key, v_local, inside, d, D1, D2)
+        if dtype == tl.float32:  # these offsets leave more registers to fp32, others to 16 bits
+            k1, k2 = load_parts(k_ptr, n.to(tl.int64) * k_key, inside, d, D1, D2)
+            v1, v2 = load_parts(v_ptr, n.to(tl.int64) * v_key, inside, d, D1, D2)
+        else:
+            far = tl.cast(begin, tl.int64)
+            k1, k2 = load_parts(k_ptr + far * k_key, k_local, inside, d, D1, D2)
+            v1, v2 = load_parts(v_ptr + far * v_key, v_local, inside, d, D1, D2)
         if KEYS == 1:
             s = dot_parts(q1, q2, k1, k2, D2, PRECISION)
             s = _hide(s, begin, n, inside, keys, first, image, mask_ptr, mask_batch, mask_key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,10 @@ class Config:
         if self.registers and torch.version.hip is None:  # ROCm does not know it
             options["maxnreg"] = self.registers
         return options
+
+    def on(self, backend: str) -> Config:
+        """The config for a backend of Triton: only CUDA bounds the registers."""
+        return self if backend == "cuda" else replace(self, registers=None)
 
 
 @dataclass(frozen=True)

@@ -255,14 +255,11 @@ def build_of(launch: Launch, arch: str, index: int = 0) -> Build:
 
 
 def _build(launch: Launch, index: int, arch: str, backend: Any) -> Build:
-    jit, config = launch.kernel.jit, launch.kernel.configs[index]
+    jit, config = launch.kernel.jit, launch.kernel.configs[index].on(backend.target.backend)
     bind = create_function_from_signature(jit.signature, jit.params, backend)
     arguments = tree_map_only(Tensor, _Address, launch.arguments)
-    wanted = config.options
-    if backend.target.backend != "cuda":
-        wanted = {name: x for name, x in wanted.items() if name != "maxnreg"}
-    bound = bind(**arguments, **wanted)
-    options, *parts = jit._pack_args(backend, wanted, *bound)
+    bound = bind(**arguments, **config.options)
+    options, *parts = jit._pack_args(backend, config.options, *bound)
     source = ASTSource(jit, *parts)
     signature = _describe(jit.params, source, config)
     return Build(launch.kernel, signature, index, arch, source, options.__dict__)
