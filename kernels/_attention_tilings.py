@@ -39,6 +39,7 @@ def row_block(q: Tensor, rows: int) -> int:
 
 # Numbers of the configs of `cross_attention_kernel`.
 FORWARD_16, FORWARD_32, FORWARD_64, FORWARD_64_STAGES_3 = range(4)
+FORWARD_32_OF_168, FORWARD_32_OF_255 = 4, 5  # registers
 # And of those of `query_gradient_kernel`.
 KEYS_32, KEYS_64, KEYS_64_WARPS_8, KEYS_32_WARPS_8 = range(4)
 # And of those of `key_value_gradient_kernel`.
@@ -65,7 +66,7 @@ class ForwardTiling(NamedTuple):
 
 @functools.cache
 def forward_tiling(
-    capability: int, dtype: torch.dtype, rows: int, d: int, plain: bool
+    capability: int, dtype: torch.dtype, rows: int, d: int, plain: bool, bias: bool = False
 ) -> ForwardTiling:
     """The tiles of the forward for so many rows of a key head.
 
@@ -79,12 +80,13 @@ def forward_tiling(
         rows: the queries of all heads that share a key head.
         d: the head size.
         plain: whether there is neither bias nor dropout, and the scale is positive.
+        bias: whether there is a bias.
     """
     widths = head_parts(d)
     if dtype == torch.float32:
         return ForwardTiling(16, FORWARD_16, 0, 1, widths)
-    if not plain:  # they take registers
-        return ForwardTiling(16 if rows <= 16 else 32, FORWARD_32, 0, 1, widths)
+    if not plain:
+        return _scored_tiling(90 <= capability < 100, rows, d, bias)
     if 90 <= capability < 100:
         if d > 96:
             return ForwardTiling(64, FORWARD_64, 1, 2, widths)
@@ -92,6 +94,17 @@ def forward_tiling(
     if rows > 32 and capability < 90:
         return ForwardTiling(64, FORWARD_32, 1, 2, widths)
     return ForwardTiling(32, FORWARD_32 if d > 64 else FORWARD_64, 1, 2, widths)
+
+
+def _scored_tiling(hopper: bool, rows: int, d: int, bias: bool) -> ForwardTiling:
+    """The tiles of the forward with bias or dropout, which take registers."""
+    if hopper:  # two parts take more registers and instructions than padding
+        widths = head_parts(d) if d <= 64 else (128, 0)
+        return ForwardTiling(16 if rows <= 16 else 32, FORWARD_32, 0, 1, widths)
+    heavy = bias and d > 64
+    if rows <= 16 and not heavy:
+        return ForwardTiling(16, FORWARD_32_OF_168, 0, 1, head_parts(d))
+    return ForwardTiling(16 if heavy else 32, FORWARD_32_OF_255, 0, 1, head_parts(d))
 
 
 class Tiling(NamedTuple):

@@ -27,6 +27,8 @@ CONFIGS = (  # `forward_tiling` chooses by their numbers
     Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
     Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
     Config({"BLOCK_N": 64}, num_warps=4, num_stages=3),
+    Config({"BLOCK_N": 32}, num_warps=4, num_stages=2, registers=168),
+    Config({"BLOCK_N": 32}, num_warps=4, num_stages=2, registers=255),
 )
 
 
@@ -139,12 +141,11 @@ def launch_forward(
     rows, dtype = group * queries, o.dtype
     scored = mask_arguments(masks, dropout, (batch, heads, queries, keys + keys2))
     plain = scored[0] is None and scored[8] is None and scale > 0
-    tiles = forward_tiling(capability(o), dtype, rows, d, plain)
+    tiles = forward_tiling(capability(o), dtype, rows, d, plain, scored[0] is not None)
     programs = batch * kv_heads * cdiv(rows, tiles.block_m)
-    wide = False
+    wide = max(k[3], v[3], k2[3], v2[3]) > WIDE_STRIDE
     if tiles.keys_axis == 1:
         splits = forward_splits(programs, keys + keys2, tiles.held)
-        wide = max(k[3], v[3], k2[3], v2[3]) > WIDE_STRIDE
     else:
         splits = key_splits(programs, keys + keys2)
     out, stats = o, None

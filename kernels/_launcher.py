@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,15 @@ class Config:
     """Block sizes of a kernel (powers of two), its warps and its pipeline stages.
 
     With ``asserts``, the kernel's ``assert`` statements are compiled; otherwise they are omitted.
+    ``registers`` is the most that a thread may have. Without it ptxas aims at a number with which
+    more programs run at once, such as 128, and spills a few to reach it.
     """
 
     blocks: dict[str, int]
     num_warps: int = 4
     num_stages: int = 3
     asserts: bool = False
+    registers: int | None = None
 
     @functools.cached_property
     def options(self) -> dict[str, int]:
@@ -42,7 +45,13 @@ class Config:
         }
         if self.asserts:  # those of the kernel, without one for every sum of integers
             options |= {"debug": True, "sanitize_overflow": False}
+        if self.registers and torch.version.hip is None:  # ROCm does not know it
+            options["maxnreg"] = self.registers
         return options
+
+    def on(self, backend: str) -> Config:
+        """The config for a backend of Triton: only CUDA bounds the registers."""
+        return self if backend == "cuda" else replace(self, registers=None)
 
 
 @dataclass(frozen=True)

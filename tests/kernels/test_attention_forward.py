@@ -83,9 +83,11 @@ def test_fp32_and_what_takes_registers_keep_small_tiles():
     for capability in (80, 90, 100):
         for d in (64, 128):
             fp32 = forward_tiling(capability, torch.float32, 64, d, True)
-            heavy = forward_tiling(capability, torch.bfloat16, 64, d, False)
-            assert fp32.keys_axis == heavy.keys_axis == 0
-            assert fp32.block_m == 16 and heavy.block_m == 32
+            dropout = forward_tiling(capability, torch.bfloat16, 64, d, False)
+            bias = forward_tiling(capability, torch.bfloat16, 64, d, False, True)
+            assert fp32.keys_axis == dropout.keys_axis == bias.keys_axis == 0
+            assert fp32.block_m == 16 and dropout.block_m == 32
+            assert bias.block_m == (32 if capability == 90 or d == 64 else 16)
 
 
 def test_splits_fill_the_gpu_only_where_that_saves_time():

@@ -255,7 +255,7 @@ def build_of(launch: Launch, arch: str, index: int = 0) -> Build:
 
 
 def _build(launch: Launch, index: int, arch: str, backend: Any) -> Build:
-    jit, config = launch.kernel.jit, launch.kernel.configs[index]
+    jit, config = launch.kernel.jit, launch.kernel.configs[index].on(backend.target.backend)
     bind = create_function_from_signature(jit.signature, jit.params, backend)
     arguments = tree_map_only(Tensor, _Address, launch.arguments)
     bound = bind(**arguments, **config.options)
