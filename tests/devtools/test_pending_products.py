@@ -1,4 +1,4 @@
-"""No copy overwrites shared memory that a pending product of Hopper's tensor cores still reads."""
+"""Products of Hopper's tensor cores run side by side, and no copy overwrites what they still read."""
 
 import re
 
@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from vlm_fast.devtools import ahead_of_time
+from vlm_fast.devtools import ahead_of_time, sass
 from vlm_fast.kernels._nearest_tokens import nearest_kernel
 from vlm_fast.ops.declaration import OPS
 
@@ -71,6 +71,25 @@ def test_token_matching_copies_over_no_pending_product():
     ttgir = matching_build(64)
     assert PRODUCT.search(ttgir) and COPY.search(ttgir)
     assert overwritten(ttgir) == []
+
+
+@pytest.mark.slow
+def test_no_kernel_copies_over_a_pending_product(builds):
+    listings = {str(build): build.compile().asm["ttgir"] for build in builds}
+    assert sum(bool(PRODUCT.search(ttgir)) for ttgir in listings.values()) > 20
+    assert {name: bad for name, ttgir in listings.items() if (bad := overwritten(ttgir))} == {}
+
+
+@pytest.mark.slow
+def test_products_do_not_wait_one_for_another(builds, monkeypatch):
+    """ptxas runs each wgmma alone if, for example, a factor is changed between load and product."""
+    kinds = {"products": r"\bHGMMA\b", "waits": r"\bWARPGROUP\.DEPBAR\b"}
+    monkeypatch.setattr(sass, "NVIDIA", {kind: re.compile(x) for kind, x in kinds.items()})
+    counts = sass.inspect([build.compile().asm for build in builds], "sm_90")
+    found = dict(zip(map(str, builds), counts, strict=True))
+    many = {name: c for name, c in found.items() if c["products"] >= 12}
+    assert len(many) > 20
+    assert {name: c for name, c in many.items() if 2 * c["waits"] > c["products"]} == {}
 
 
 def test_a_pending_product_is_found():
