@@ -1,4 +1,4 @@
-"""Products of Hopper's tensor cores run side by side, and no copy overwrites what they still read."""
+"""Products of Hopper's tensor cores run side by side, and no copy overwrites what they read."""
 
 import re
 
