@@ -95,15 +95,37 @@ def tokens_of_medium(
     index_ptr, medium, queries, ATTEND: tl.constexpr, UNATTENDED: tl.constexpr
 ):  # fmt: skip
     """The first token of a sample that attends to a medium, and the last plus 1."""
-    first, last = queries, queries * 0
+    first = tl.full([SCANNED], 2147483647, tl.int32)
+    last = tl.zeros([SCANNED], tl.int32)
     for start in range(0, queries, SCANNED):
         query = start + tl.arange(0, SCANNED)
         inside = query < queries
         index, unattended_rows = load_index(index_ptr, query, inside, ATTEND)
         seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
-        first = tl.minimum(first, tl.min(tl.where(seen, query, queries), axis=0))
-        last = tl.maximum(last, tl.max(tl.where(seen, query + 1, 0), axis=0))
-    return first, last
+        first = tl.where(seen, tl.minimum(first, query), first)
+        last = tl.where(seen, query + 1, last)
+    return tl.minimum(tl.min(first, axis=0), queries), tl.max(last, axis=0)
+
+
+@triton.jit
+def run_of_medium(index_ptr, medium, begin, end):
+    """The next tokens from ``begin`` to ``end`` that follow each other and see medium ``medium``.
+
+    They are the first of them and the last plus 1, with "latest". ``begin`` < ``end``.
+    """
+    first = end
+    stop = end
+    start = begin
+    while start < end:
+        query = start + tl.arange(0, SCANNED)
+        inside = query < end
+        index, _ = load_index(index_ptr, query, inside, "latest")
+        seen = (index == medium + 1) & inside
+        found = tl.min(tl.where(seen, query, end), axis=0)
+        first = tl.minimum(first, found)
+        stop = tl.min(tl.where(seen | (query < first), end, tl.minimum(query, end)), axis=0)
+        start = tl.where(stop < end, end, start + SCANNED)
+    return first, stop
 
 
 @triton.jit
