@@ -119,6 +119,18 @@ def sees_one_tile(
     )  # fmt: skip
 
 
+def kept_bytes(
+    q: Tensor, k: Tensor, q_norm: Tensor | None, tokens_per_media: int, attend: str, unattended: str
+) -> int:
+    """Bytes that backward reads of what the forward has kept; in fp32 those of o."""
+    size = q.numel() * q.element_size()
+    if q.dtype is torch.float32:
+        return size
+    lse = 4 * (q.numel() // max(q.shape[3], 1))
+    one_tile = sees_one_tile(q, k, q_norm, tokens_per_media, attend, unattended)
+    return lse if one_tile else 2 * size + lse
+
+
 def skips_media(q: Tensor, attend: str, tokens_per_media: int) -> bool:
     """Whether kernels loop over media, of which they skip some, and within over their tiles.
 

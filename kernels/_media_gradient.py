@@ -11,7 +11,7 @@ from ._attention_gradient_tiles import tile_offsets
 from ._attention_tiles import LOG2_E, SIZES, load_part, store_part
 from ._launcher import kernel
 from ._media_attention_tilings import OF_ALL
-from ._media_mask import SCANNED, load_index, run_of_medium, tokens_of_medium
+from ._media_mask import WINDOW, load_index, run_of_medium, tokens_of_medium
 from ._triton import tl, triton
 
 
@@ -124,10 +124,13 @@ def media_gradient_kernel(
         dq_ptr += image * dq_batch + head * dq_head
     dk = tl.zeros([BLOCK_N, d], tl.float32)
     dv = tl.zeros([BLOCK_N, d], tl.float32)
-    first, last = tokens_of_medium(index_ptr, medium, queries, "latest", "zero")
+    first, last, count = tokens_of_medium(index_ptr, medium, queries, "latest", "zero")
     begin, end = _share(first, last, split, splits, BLOCK_M)
-    while begin < end:  # nearly always once: the tokens that see a medium follow each other
-        begin, stop = run_of_medium(index_ptr, medium, begin, end)
+    while begin < end:
+        if count == last - first:  # nearly always: the tokens that see it follow each other
+            stop = end
+        else:
+            begin, stop = run_of_medium(index_ptr, medium, begin, end)
         at = tl.cast(begin, tl.int64)
         own_q, own_do, own_lse = q_ptr + at * q_query, do_ptr + at * do_query, lse_ptr + at
         own_dq = dq_ptr
@@ -161,8 +164,8 @@ def media_gradient_kernel(
         store_part(dk_ptr + at, local, every_key, dk, 0, d, d)
     if dq_ptr is not None:  # tokens that see no medium are divided among all programs of the head
         begin, end = _share(0, queries, medium * splits + split, media * splits, BLOCK_M)
-        for start in range(begin, end, SCANNED):
-            query = start + tl.arange(0, SCANNED)
+        for start in range(begin, end, WINDOW):
+            query = start + tl.arange(0, WINDOW)
             none = _sees_none(index_ptr, query, end, media)
             first = tl.min(tl.where(none, query, end), axis=0)
             last = tl.max(tl.where(none, query + 1, 0), axis=0)
