@@ -50,7 +50,7 @@ def test_every_exclusive_config_is_chosen_for_some_gpu():
     shapes += [(MEDIA, shape) for shape in (*MEDIA.bench_shapes.values(), few)]
     chosen = {
         (name, launch.config)
-        for capability in (80, 90)
+        for capability in (80, 90, 100)
         for op, shape in shapes
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
         for name, launch in exclusive_launches(shape, capability, dtype, op).items()
