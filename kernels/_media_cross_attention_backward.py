@@ -49,7 +49,7 @@ def launch_backward(
         )  # fmt: skip
         return None
     if sees_one_tile(q, k, q_norm, tokens_per_media, attend, unattended):
-        _launch_for_one_tile(do, q, k, v, index, tokens_per_media, scale, kept[1], dq, dkv)
+        _launch_for_one_tile(do, q, k, v, index, tokens_per_media, scale, kept[1], dq, dk, dv, dkv)
         return None
     batch, heads, queries, d = q.shape
     kv_heads, keys = k.shape[1:3]
@@ -82,7 +82,7 @@ def launch_backward(
         tiles = key_tiling(gpu, tokens_per_media, d)
         pairs = batch * kv_heads * media
         splits = row_splits(pairs * cdiv(tokens_per_media, 64), rows // media)
-        parts, into = _shares(dkv, splits)
+        parts, into = _shares(dk, dv, splits)
 
         def grid(blocks: dict[str, int]) -> tuple[int, ...]:
             return (pairs * cdiv(tokens_per_media, blocks["BLOCK_N"]) * splits,)
@@ -102,19 +102,20 @@ def launch_backward(
 
 def _launch_for_one_tile(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, tokens_per_media: int,
-    scale: float, lse: Tensor | None, dq: Tensor | None, dkv: Tensor | None,
+    scale: float, lse: Tensor | None, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
+    dkv: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fill dq and dkv where `sees_one_tile` holds; see `launch_backward`."""
+    """Fill dq and dkv, which is dk and dv, where `sees_one_tile` holds; see `launch_backward`."""
     batch, heads, queries, d = q.shape
     media = k.shape[2] // tokens_per_media
     tiles = gradient_tiling(capability(q))
     pairs = batch * heads * media
     splits = row_splits(pairs, queries // media)
-    shares, into = _shares(dkv, splits)
+    shares, into = _shares(dk, dv, splits)
     media_gradient_kernel(
         lambda blocks: (pairs * splits,),
         *by_strides(q), *by_strides(do), lse, *by_strides(k), *by_strides(v), index,
-        *by_strides(dq), *into, *strides(None if dkv is None else dkv.select(0, 0)),
+        *by_strides(dq), *into, *strides(dk),
         0 if dkv is None else dkv.numel(), heads, queries, media, splits, scale,
         max(x.stride(2) for x in (do, q, k, v)) > WIDE_STRIDE, d, tiles.block_m,
         config=tiles.config,
@@ -123,14 +124,12 @@ def _launch_for_one_tile(
 
 
 def _shares(
-    dkv: Tensor | None, splits: int
+    dk: Tensor | None, dv: Tensor | None, splits: int
 ) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None]]:
     """Memory for the shares of dk and dv, if there are several, and where to store dk and dv."""
-    if dkv is None:
-        return None, (None, None)
-    if splits == 1:
-        return None, (dkv.select(0, 0), dkv.select(0, 1))
-    shares = dkv.new_empty(splits, 2, dkv.numel() // 2, dtype=torch.float32)
+    if dk is None or splits == 1:
+        return None, (dk, dv)
+    shares = dk.new_empty(splits, 2, dk.numel(), dtype=torch.float32)
     return shares, (shares, shares.select(1, 1))
 
 
