@@ -26,11 +26,14 @@ def by_strides(x: Tensor | None) -> Strided:
     return ABSENT if x is None else (x, *x.stride()[:3])  # type: ignore[return-value]
 
 
-def new_kept(o: Tensor, shape: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+def new_kept(
+    o: Tensor, shape: Sequence[int], *, with_low: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
     """Memory for lse, of this shape, and low, which the forward keeps; None in fp32."""
     if o.dtype is torch.float32:
         return None, None
-    return o.new_empty(shape, dtype=torch.float32), torch.empty_like(o)
+    lse = o.new_empty(shape, dtype=torch.float32)
+    return lse, torch.empty_like(o) if with_low else None
 
 
 def kept_by_strides(o: Tensor | None, lse: Tensor | None, low: Tensor | None) -> KeptByStrides:

@@ -37,7 +37,7 @@ def combine_splits_kernel(
     partial_ptr,  # (splits, count, d) fp32
     stats_ptr,  # (splits, 2, count) fp32
     o_ptr,  # (batch, queries, heads, d)
-    lse_ptr, low_ptr,  # (count,) fp32, as o; or None
+    lse_ptr, low_ptr,  # (count,) fp32, as o; each or None
     heads, queries, count, splits, d: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     # One program per row (batch, head, query); it reads all splits at once.
@@ -63,6 +63,7 @@ def combine_splits_kernel(
     tl.store(o_ptr + at, high, mask=col < d)
     if lse_ptr is not None:
         tl.store(lse_ptr + row, log_sum_exp(overall, total))
+    if low_ptr is not None:
         tl.store(low_ptr + at, (o - high.to(tl.float32)).to(high.dtype), mask=col < d)
 
 

@@ -19,11 +19,15 @@ BY_16 = Config({"BLOCK_N": 16}, num_warps=4, num_stages=1)
 BY_32 = Config({"BLOCK_N": 32}, num_warps=4, num_stages=2)
 BY_32_WARPS_8 = Config({"BLOCK_N": 32}, num_warps=8, num_stages=2)
 BY_64 = Config({"BLOCK_N": 64}, num_warps=4, num_stages=2)
+BY_64_ALONE = Config({"BLOCK_N": 64}, num_warps=4, num_stages=1)
+BY_64_ALONE_WARPS_8 = Config({"BLOCK_N": 64}, num_warps=8, num_stages=1)
+BY_64_AHEAD = Config({"BLOCK_N": 64}, num_warps=4, num_stages=3)
 BY_64_WARPS_8 = Config({"BLOCK_N": 64}, num_warps=8, num_stages=2)
 BY_128_WARPS_8 = Config({"BLOCK_N": 128}, num_warps=8, num_stages=2)
 FORWARD = (BY_16, BY_32, BY_32_WARPS_8, BY_64, BY_64_WARPS_8)
 OF_QUERIES = (BY_32, BY_32_WARPS_8, BY_64, BY_64_WARPS_8)
 OF_KEYS = (BY_32, BY_64, BY_64_WARPS_8, BY_128_WARPS_8)
+OF_ALL = (BY_64_ALONE, BY_64_AHEAD, BY_64_ALONE_WARPS_8)
 
 
 class Tiling(NamedTuple):
@@ -91,6 +95,42 @@ def key_tiling(capability: int, tokens_per_media: int, d: int) -> Tiling:
         return Tiling(64, OF_KEYS.index(BY_64), padded(d))
     one_tile = capability >= 100 or tokens_per_media <= 64
     return Tiling(32, OF_KEYS.index(BY_64_WARPS_8 if one_tile else BY_128_WARPS_8), padded(d))
+
+
+@functools.cache
+def gradient_tiling(capability: int) -> Tiling:
+    """The tiles of `media_gradient_kernel`; see `forward_tiling`."""
+    if capability < 90:
+        return Tiling(32, OF_ALL.index(BY_64_ALONE), padded(64))
+    config = BY_64_AHEAD if capability < 100 else BY_64_ALONE_WARPS_8
+    return Tiling(64, OF_ALL.index(config), padded(64))
+
+
+def sees_one_tile(
+    q: Tensor, k: Tensor, q_norm: Tensor | None, tokens_per_media: int, attend: str, unattended: str
+) -> bool:
+    """Whether `media_gradient_kernel` computes all gradients, from nothing but the log-sum-exp.
+
+    Each row sees one medium at most, whose keys fit in a tile, and the rows that share keys are
+    those of one head, so that the tokens that see a medium follow each other in memory.
+    """
+    return (
+        attend == "latest" and unattended == "zero" and q_norm is None
+        and tokens_per_media == 64 and q.shape[3] == 64 and q.shape[1] == k.shape[1]
+        and q.dtype is not torch.float32
+    )  # fmt: skip
+
+
+def kept_bytes(
+    q: Tensor, k: Tensor, q_norm: Tensor | None, tokens_per_media: int, attend: str, unattended: str
+) -> int:
+    """Bytes that backward reads of what the forward has kept; in fp32 those of o."""
+    size = q.numel() * q.element_size()
+    if q.dtype is torch.float32:
+        return size
+    lse = 4 * (q.numel() // max(q.shape[3], 1))
+    one_tile = sees_one_tile(q, k, q_norm, tokens_per_media, attend, unattended)
+    return lse if one_tile else 2 * size + lse
 
 
 def skips_media(q: Tensor, attend: str, tokens_per_media: int) -> bool:

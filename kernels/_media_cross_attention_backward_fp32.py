@@ -165,7 +165,7 @@ def media_key_gradient_fp32_kernel(
     k1, k2 = load_parts(k_ptr, key * k_key, inside_keys, d, D1, D2)
     v1, v2 = load_parts(v_ptr, key * v_key, inside_keys, d, D1, D2)
     index_ptr += image * queries
-    first, last = tokens_of_medium(index_ptr, medium, queries, ATTEND, UNATTENDED)
+    first, last, _ = tokens_of_medium(index_ptr, medium, queries, ATTEND, UNATTENDED)
     dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
     dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
     dk2 = tl.zeros([BLOCK_N, D2 if D2 > 0 else 16], tl.float32)

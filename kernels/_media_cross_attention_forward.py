@@ -82,7 +82,7 @@ def media_cross_attention_kernel(
     q_norm_ptr,  # (d,) or None: the queries are not normed
     o_ptr,  # (batch, queries, heads, d); with several splits (splits, count, d) fp32, and
     stats_ptr,  # (splits, 2, count) fp32: largest score, sum of exponentials
-    lse_ptr, low_ptr,  # (count,) fp32, as o; or None: see `media_attention_forward`
+    lse_ptr, low_ptr,  # (count,) fp32, as o; each or None: see `media_attention_forward`
     kv_heads, group, queries, rows, media, tokens_per_media, count, splits, scale, eps,
     ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, NESTED: tl.constexpr, WIDE: tl.constexpr,
     d: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -162,6 +162,7 @@ def media_cross_attention_kernel(
         if lse_ptr is not None:
             lse = log_sum_exp(largest, total)
             tl.store(lse_ptr + batch_head * queries + query, lse, mask=inside_rows)
+        if low_ptr is not None:
             low1 = (acc1 - high1.to(tl.float32)).to(q1.dtype)
             low2 = (acc2 - high2.to(tl.float32)).to(q1.dtype)
             store_parts(low_ptr, out_row, inside_rows, low1, low2, d, D1, D2)

@@ -46,7 +46,7 @@ def media_key_gradient_kernel(
     k = load_part(k_ptr, tile_offsets(local, k_key, WIDE), inside_keys, 0, d, D)
     v = load_part(v_ptr, tile_offsets(local, v_key, WIDE), inside_keys, 0, d, D)
     index_ptr += image * queries
-    first, last = tokens_of_medium(index_ptr, medium, queries, ATTEND, UNATTENDED)
+    first, last, _ = tokens_of_medium(index_ptr, medium, queries, ATTEND, UNATTENDED)
     dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
     first_head = kv_head * group

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ._triton import tl, triton
 
-SCANNED = tl.constexpr(512)  # tokens at once
+SCANNED = tl.constexpr(2048)  # tokens of a sample at once, so that their latencies overlap
+WINDOW = tl.constexpr(512)  # tokens of a program's share at once
 
 
 @triton.jit
@@ -94,16 +95,38 @@ def is_visible(
 def tokens_of_medium(
     index_ptr, medium, queries, ATTEND: tl.constexpr, UNATTENDED: tl.constexpr
 ):  # fmt: skip
-    """The first token of a sample that attends to a medium, and the last plus 1."""
-    first, last = queries, queries * 0
+    """The first token of a sample that attends to a medium, the last plus 1, and their number."""
+    first = tl.full([SCANNED], 2147483647, tl.int32)
+    last = tl.zeros([SCANNED], tl.int32)
+    count = tl.zeros([SCANNED], tl.int32)
     for start in range(0, queries, SCANNED):
         query = start + tl.arange(0, SCANNED)
         inside = query < queries
         index, unattended_rows = load_index(index_ptr, query, inside, ATTEND)
         seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
-        first = tl.minimum(first, tl.min(tl.where(seen, query, queries), axis=0))
-        last = tl.maximum(last, tl.max(tl.where(seen, query + 1, 0), axis=0))
-    return first, last
+        first = tl.where(seen, tl.minimum(first, query), first)
+        last = tl.where(seen, query + 1, last)
+        count += seen.to(tl.int32)
+    first = tl.minimum(tl.min(first, axis=0), queries)
+    return first, tl.max(last, axis=0), tl.sum(count, axis=0)
+
+
+@triton.jit
+def run_of_medium(index_ptr, medium, begin, end):
+    """The next tokens from ``begin`` to ``end`` that see a medium and follow each other.
+
+    They are the first of them and the last plus 1; with "latest".
+    """
+    first, stop, start = end, end, begin
+    while start < end:
+        query = start + tl.arange(0, WINDOW)
+        index, _ = load_index(index_ptr, query, query < end, "latest")
+        seen = (index == medium + 1) & (query < end)
+        first = tl.minimum(first, tl.min(tl.where(seen, query, end), axis=0))
+        after = (query > first) & (query < end) & (seen == 0)
+        stop = tl.min(tl.where(after, query, end), axis=0)
+        start = tl.where(stop < end, end, start + WINDOW)
+    return first, stop
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from . import _media_cross_attention_aten as aten
 from ._attention_arguments import NOTHING_KEPT, Kept, new_kept
 from ._cross_attention_aten import by_tokens
 from ._launcher import dense, is_traced, runs_triton
+from ._media_attention_tilings import sees_one_tile
 from ._media_cross_attention_backward import launch_backward
 from ._media_cross_attention_forward import launch_forward
 from ._query_norm import norm_backward, normed, norms_inside
@@ -32,8 +33,8 @@ def media_attention_forward(
 
     The arguments are those of the op `media_cross_attention`. An index of a medium that does not
     exist selects nothing. Where Triton runs in 16 bits, ``keep`` also returns what
-    `media_attention_backward` needs: o, ``lse (batch, heads, queries)`` in fp32, see `log_sum_exp`,
-    and ``low``, what the rounding of o took off, as o.
+    `media_attention_backward` needs: ``lse (batch, heads, queries)`` in fp32, see `log_sum_exp`,
+    and but where `sees_one_tile` holds o and ``low``, what the rounding of o took off, as o.
     """
     q, k, v, index = dense(q), dense(k), dense(v), media_index.contiguous()
     if q_norm is not None and not norms_inside(q):
@@ -48,11 +49,12 @@ def media_attention_forward(
     elif runs_triton(q):
         q_norm = q_norm if q_norm is None else q_norm.contiguous()
         if keep:
-            lse, low = new_kept(o, q.shape[:3])
+            one_tile = sees_one_tile(q, k, q_norm, tokens_per_media, attend, unattended)
+            lse, low = new_kept(o, q.shape[:3], with_low=not one_tile)
         launch_forward(
             q, k, v, index, q_norm, tokens_per_media, attend, unattended, scale, eps, o, lse, low
         )  # fmt: skip
-    return o, NOTHING_KEPT if lse is None else (o, lse, low)
+    return o, (None if low is None else o, lse, low)
 
 
 def media_attention_backward(

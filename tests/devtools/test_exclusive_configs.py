@@ -50,7 +50,7 @@ def test_every_exclusive_config_is_chosen_for_some_gpu():
     shapes += [(MEDIA, shape) for shape in (*MEDIA.bench_shapes.values(), few)]
     chosen = {
         (name, launch.config)
-        for capability in (80, 90)
+        for capability in (80, 90, 100)
         for op, shape in shapes
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
         for name, launch in exclusive_launches(shape, capability, dtype, op).items()
@@ -99,3 +99,23 @@ def test_products_of_attention_backward():
     }  # fmt: skip
     for r in (*few.values(), *many.values()):
         assert r.async_loads and not r.spills and not r.stack_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_products_of_media_attention_backward(dtype):
+    """Five if a row sees one tile of keys. On Hopper their steps do not wait for each other."""
+    shape = MEDIA.bench_shapes["OpenFlamingo-9B, 8 x 2048, 1 image"]
+    for arch, capability in (("sm_80", 80), ("sm_90", 90), ("sm_100", 100)):
+        (launch,) = (
+            launch
+            for name, launch in exclusive_launches(shape, capability, dtype, MEDIA).items()
+            if name.endswith("gradient_kernel")
+        )
+        build = ahead_of_time.build_of(launch, arch, launch.config)
+        (found,) = ahead_of_time.count([build])
+        assert launch.kernel.name == "media_gradient_kernel" and found.dots == 5
+        assert not found.spills and not found.stack_bytes
+        if arch == "sm_90":
+            code = build.compile().asm["ptx"]
+            assert "mma.sync" not in code and found.async_loads
+            assert code.count("wgmma.commit_group") == code.count("wgmma.mma_async") // 4

@@ -59,6 +59,24 @@ def test_unknown_bounds_take_the_assumed_turns():
     assert work.wide_flops == 5 * 2 * 64 * 16 * 32
 
 
+def test_a_while_loop_is_taken_once():
+    loop = """
+    %d:2 = scf.while (%i = %c0, %s = %zero) : (i32, tensor<64x32xf32>) -> (i32, tensor<64x32xf32>) {
+      %more = arith.cmpi slt, %i, %n : i32
+      scf.condition(%more) %i, %s : i32, tensor<64x32xf32>
+    } do {
+    ^bb0(%j: i32, %t: tensor<64x32xf32>):
+      %e = math.exp2 %t : tensor<64x32xf32>
+      scf.yield %n, %e : i32, tensor<64x32xf32>
+    }
+    tt.return
+"""
+    before = Program(CODE, {"n": 64}, warps=4).work((3,)).instructions
+    code = CODE.replace("    tt.return loc(#loc1)\n", loop)
+    found = Program(code, {"n": 64}, warps=4).work((3,))
+    assert found.instructions == pytest.approx(before + 4 * 64 * 32 / 128)
+
+
 def test_static_instructions_take_each_loop_once():
     program = Program(CODE, {"n": 64}, warps=4)
     exp2 = 4 * 64 * 32 / 128
@@ -117,3 +135,14 @@ def test_the_reference_is_counted_forward_and_backward():
     found = pass_kernels.of_reference(OPS["gated_add"], {"shape": (3, 16)})
     names = [kernel.name for kernel in found["forward"]]
     assert "aten.tanh" in names and "aten.mul" in names and found["backward"]
+
+
+def test_media_attention_backward_reads_queries_once():
+    """Neither o nor its low part is read."""
+    shape = "OpenFlamingo-9B, 8 x 2048, 4 images"
+    (found,) = counted("media_cross_attention", shape, "backward")
+    rows, heads = 8 * 2048, 8
+    flops = found.programs * (found.wide_flops + found.narrow_flops)
+    assert flops == pytest.approx(5 * 2 * rows * heads * 64 * 64, rel=0.01)
+    least = 2 * heads * 64 * (3 * rows + 4 * 8 * 256)
+    assert least <= found.bytes <= 1.05 * least

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vlm_fast.fallback import switches
 from vlm_fast.kernels._launcher import is_traced
+from vlm_fast.kernels._media_attention_tilings import kept_bytes
 from vlm_fast.kernels._media_mask import media_seen
 from vlm_fast.kernels.media_cross_attention import media_attention_backward, media_attention_forward
 from vlm_fast.ops.cross_attention import MAX_HEAD_SIZE, safe_softmax, score_scale
@@ -175,14 +176,12 @@ def cost(q, k, v, media_index, q_norm, *, tokens_per_media, attend, unattended, 
     media = k.shape[2] // tokens_per_media
     seen = {"latest": min(1, media), "all_previous": (media + 1) / 2, "listed": media}[attend]
     flops = int(4 * q.numel() * tokens_per_media * seen)
-    sources = nbytes(k, v)
-    # In 16 bits backward reads o's low part and the log-sum-exp of each row too.
-    kept = 0 if q.element_size() == 4 else nbytes(q) + 4 * (q.numel() // max(q.shape[3], 1))
+    kept = kept_bytes(q, k, q_norm, tokens_per_media, attend, unattended)
     return Cost(
         forward_flops=flops,
-        forward_bytes=2 * nbytes(q) + sources + nbytes(media_index),
+        forward_bytes=2 * nbytes(q) + nbytes(k, v) + nbytes(media_index),
         backward_flops=5 * flops // 2,
-        backward_bytes=4 * nbytes(q) + kept + 2 * sources + nbytes(media_index),
+        backward_bytes=3 * nbytes(q) + kept + 2 * nbytes(k, v) + nbytes(media_index),
     )
 
 

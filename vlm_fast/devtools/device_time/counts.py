@@ -82,9 +82,11 @@ def unknown_trips(launch: Launch, config: int) -> tuple[float, ...]:
     They are loops of media attention; tokens are assumed to see media as in `cost` of the op.
     """
     given = launch.arguments
-    if "tokens_per_media" not in given:
+    if not launch.kernel.name.startswith("media_"):
         return (1.0,)
     media, queries, block_m = (given[name] for name in ("media", "queries", "BLOCK_M"))
+    if "tokens_per_media" not in given:  # over the rows that see a medium; then those that see none
+        return (math.ceil(math.ceil(queries / media / block_m) / given["splits"]), 0.0)
     if launch.kernel.name.startswith("media_key_gradient"):  # over the rows that see a medium
         steps = math.ceil(queries / media / block_m) * given["group"]
         return (math.ceil(steps / given.get("splits", 1)),)

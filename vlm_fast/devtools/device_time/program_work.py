@@ -2,7 +2,7 @@
 
 Integers that depend on arguments and on the program's number are computed, loops are taken as
 often as they run, and every operation on a tensor is added up. A loop whose bounds are loaded from
-memory is taken as often as the caller assumes for loops of its depth.
+memory is taken as often as the caller assumes for loops of its depth, and a while loop once.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class Program:
             result, count, name, rest = match.groups()
             if name == "scf.for":
                 at, values = self._loop(at, rest, env, work)
+            elif name == "scf.while":
+                at, values = self._while(at, env, work), [None] * int(count or 1)
             elif name == "scf.if":
                 at, values = self._branch(at, rest, env, work)
             elif name in ("tt.reduce", "tt.scan"):
@@ -81,6 +83,8 @@ class Program:
                 at, values = at + 1, [None] * int(count or 1)
             elif name == "scf.yield":
                 yielded = [env.get(n) for n in ttir.NAME.findall(rest)]
+                continue
+            elif name == "scf.condition":
                 continue
             else:
                 values = [self._operation(name, rest, env, work)]
@@ -116,6 +120,14 @@ class Program:
             for (name, _), value in zip(pairs, yielded, strict=False):
                 inner[name] = value if value == inner[name] or _is_pointer(value) else None
         return end + 1, [inner[name] for name, _ in pairs]
+
+    def _while(self, at: int, env: dict[str, Any], work: Work) -> int:
+        """Take a while loop once: its condition and its body."""
+        found, at, _ = self._block(at, dict(env))
+        work.add(found)
+        found, at, _ = self._block(at + 1, dict(env))
+        work.add(found)
+        return at + 1
 
     def _branch(self, at: int, rest: str, env: dict[str, Any], work: Work) -> tuple[int, Values]:
         condition = env.get(ttir.NAME.findall(rest)[0])
