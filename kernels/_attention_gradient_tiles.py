@@ -137,8 +137,8 @@ def probabilities_and_gradients(
         if mask_ptr is not None:
             at = mask_ptr + image * mask_batch + (first + n).to(tl.int64) * mask_key
             seen = tl.expand_dims(tl.load(at, mask=inside_keys, other=0) != 0, 1 - KEYS)
-            # A row of NaN is NaN at hidden keys too, as plain PyTorch's is.
-            lowest = tl.expand_dims(tl.where(lse != lse, lse, -float("inf")), KEYS)
+            if KEYS == 0:  # a row of NaN is NaN at hidden keys too; elsewhere registers would spill
+                lowest = tl.expand_dims(tl.where(lse != lse, lse, -float("inf")), KEYS)
         exponent = tl.where(seen, exponent, lowest)
     if CLAMP or not FULL:  # a row past the last has 0 * Inf = NaN
         exponent = tl.minimum(exponent, tl.expand_dims(largest_exponent(lse, inside), KEYS))

@@ -25,6 +25,7 @@ from ._media_attention_tilings import FORWARD, forward_tiling, skips_media
 from ._media_mask import (
     first_of_tile,
     is_visible,
+    load_index,
     number_of_media,
     tiles_of,
     visible_range,
@@ -97,16 +98,19 @@ def media_cross_attention_kernel(
     inside_rows = row < rows
     head, query = kv_head * group + row // queries, (row % queries).to(tl.int64)
     batch_head = image * kv_heads * group + head
-    index, unattended_rows, low, high, union = visible_range(
-        index_ptr + image * queries, query, inside_rows, media, ATTEND, UNATTENDED
-    )
     # Rows of equal weights are loaded as zeros, so their scores are equal. A selection after the
     # load would move q into registers, and each product would wait for the one before.
-    there = inside_rows & (unattended_rows == 0) if UNATTENDED == "uniform" else inside_rows
+    there = inside_rows
+    if UNATTENDED == "uniform":
+        _, equal = load_index(index_ptr + image * queries, query, inside_rows, ATTEND)
+        there = inside_rows & (equal == 0)
     q_ptr += image * q_batch
     q1, q2 = load_parts(q_ptr, head * q_head + query * q_query, there, d, D1, D2)
     if q_norm_ptr is not None:
         q1, q2 = rms_norm(q1, q2, there, q_norm_ptr, eps, d, D1, D2)
+    index, unattended_rows, low, high, union = visible_range(
+        index_ptr + image * queries, query, inside_rows, media, ATTEND, UNATTENDED
+    )
     k_ptr += image * k_batch + kv_head * k_head
     v_ptr += image * v_batch + kv_head * v_head
     largest, total = empty_sums(BLOCK_M, q1.dtype)
