@@ -43,7 +43,13 @@ def test_each_launch_is_compiled_with_its_own_exclusive_config():
 def test_every_exclusive_config_is_chosen_for_some_gpu():
     heavy = dict(batch=1, heads=1, shape=(32, 64), d=64, bias="full", dropout=0.25)
     many = dict(heavy, shape=(130, 64))
-    more = [heavy, dict(heavy, d=96), many, dict(batch=1, heads=1, shape=(130, 64), d=64)]
+    more = [
+        heavy,
+        dict(heavy, d=96),
+        dict(heavy, shape=(9, 64)),
+        many,
+        dict(batch=1, heads=1, shape=(130, 64), d=64),
+    ]
     more.append(dict(batch=1, heads=1, shape=(130, 64), d=128))
     few = dict(batch=1, heads=1, queries=40, media=1, keys=9, tokens_per_media=9, d=128)
     shapes = [(ATTENTION, shape) for shape in (*ATTENTION.bench_shapes.values(), *more)]

@@ -209,7 +209,7 @@ _LLAMA = dict(
             before=-1, attend="listed", sets="all",
         ),
     ],
-    large=dict(batch=5, heads=16, queries=107_000, media=16, keys=1024, tokens_per_media=64, d=64),
+    large=dict(batch=5, heads=16, queries=140_000, media=16, keys=1024, tokens_per_media=64, d=64),
     bench={
         "OpenFlamingo-9B, 8 x 2048, 1 image": dict(media=1, keys=64, before=32, **_FLAMINGO),
         "OpenFlamingo-9B, 8 x 2048, 4 images": dict(media=4, keys=256, before=32, **_FLAMINGO),
