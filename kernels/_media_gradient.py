@@ -163,7 +163,8 @@ def media_gradient_kernel(
         store_part(dv_ptr + at, local, every_key, dv, 0, d, d)
         store_part(dk_ptr + at, local, every_key, dk, 0, d, d)
     if dq_ptr is not None:  # tokens that see no medium are divided among all programs of the head
-        begin, end = _share(0, queries, medium * splits + split, media * splits, BLOCK_M)
+        number = medium.to(tl.int64) * splits + split
+        begin, end = _share(0, queries, number, tl.cast(media, tl.int64) * splits, BLOCK_M)
         for start in range(begin, end, WINDOW):
             query = start + tl.arange(0, WINDOW)
             none = _sees_none(index_ptr, query, end, media)

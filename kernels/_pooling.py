@@ -15,7 +15,7 @@ class Pooling:
 
     def __init__(self, height: int, width: int, mode: str, stride: int) -> None:
         self.height, self.width, self.mode, self.stride = height, width, mode, stride
-        self.wide = max(height, width) > 2**15
+        self.wide = max(height, width) >= 2**15
         if mode == "bilinear":
             self.pooled = -(-height // stride), -(-width // stride)
         else:

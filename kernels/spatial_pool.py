@@ -15,24 +15,34 @@ from ._pooling import Pooling
 from ._sizes import cdiv
 from ._triton import tl, triton
 
+LARGEST = tl.constexpr(2**15 - 1)  # of two such numbers the product fits in int32, twice
+
+
+@triton.jit
+def _coordinate(x, WIDE: tl.constexpr):
+    """A coordinate or a side in int64 if WIDE, else in int32 and bounded."""
+    return tl.cast(x, tl.int64) if WIDE else tl.minimum(x, LARGEST)
+
 
 @triton.jit
 def _tap(at, tap, size, pooled, STRIDE: tl.constexpr, BILINEAR: tl.constexpr):
     """The ``tap``-th input coordinate of the pooled coordinate ``at``, and its weight."""
     if BILINEAR:  # integers, so that weights are exact except for one division
         halves = (2 * at + 1) * size - pooled
-        first = halves // 2 // pooled  # 2 * pooled may overflow
-        share = (halves - 2 * first * pooled).to(tl.float32) / (2.0 * pooled)
+        first = halves // (2 * pooled)
+        share = (halves % (2 * pooled)).to(tl.float32) / (2.0 * pooled)
         return tl.minimum(first + tap, size - 1), tl.where(tap == 1, share, 1.0 - share)
     else:
         return at * STRIDE + tap, tl.full(at.shape, 1.0, tl.float32)
 
 
 @triton.jit
-def _pooled_coordinate(source, near, size, pooled, STRIDE: tl.constexpr, BILINEAR: tl.constexpr):
+def _pooled_coordinate(
+    source, near, size, pooled, STRIDE: tl.constexpr, BILINEAR: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
     """The ``near``-th pooled coordinate that ``source`` may be a tap of, and its weight."""
     if BILINEAR:
-        at = ((2 * source - 1) * pooled + size) // 2 // size + near
+        at = _coordinate(((2 * source - 1) * pooled + size) // (2 * size) + near, WIDE)
         first, weight = _tap(at, 0, size, pooled, STRIDE, BILINEAR)
         second, other = _tap(at, 1, size, pooled, STRIDE, BILINEAR)
         weight = tl.where(first == source, weight, 0.0) + tl.where(second == source, other, 0.0)
@@ -54,13 +64,14 @@ def spatial_pool_kernel(
 ):  # fmt: skip
     BILINEAR: tl.constexpr = MODE == "bilinear"
     TAPS: tl.constexpr = 2 if BILINEAR else STRIDE
+    height, width = _coordinate(height, WIDE), _coordinate(width, WIDE)
+    pooled_height = _coordinate(pooled_height, WIDE)
+    pooled_width = _coordinate(pooled_width, WIDE)
     first = (tl.program_id(0).to(tl.int64) * TOKENS).to(tl.int32)  # int32 holds tokens, not offsets
     row = first + tl.arange(0, TOKENS)
     line = row // pooled_width
     image = (line // pooled_height).to(tl.int64)
     y, x = line % pooled_height, row % pooled_width
-    if WIDE:
-        y, x = y.to(tl.int64), x.to(tl.int64)
     for start in range(0, cols, COLS):
         col = start + tl.arange(0, COLS)
         inside = (row < rows)[:, None] & (col < cols)[None, :]
@@ -97,6 +108,9 @@ def spatial_pool_backward_kernel(
     MODE: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr,
     TOKENS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    height, width = _coordinate(height, WIDE), _coordinate(width, WIDE)
+    pooled_height = _coordinate(pooled_height, WIDE)
+    pooled_width = _coordinate(pooled_width, WIDE)
     first = (tl.program_id(0).to(tl.int64) * TOKENS).to(tl.int32)
     row = first + tl.arange(0, TOKENS)
     tap = row // width % height % STRIDE * STRIDE + row % width % STRIDE
@@ -135,13 +149,14 @@ def _pooled_token(
     height, width, pooled_height, pooled_width = sizes
     BILINEAR: tl.constexpr = MODE == "bilinear"
     line = row // width
-    y, x = line % height, row % width
-    if WIDE:
-        y, x = y.to(tl.int64), x.to(tl.int64)
-    to_y, weight_y = _pooled_coordinate(y, near_y, height, pooled_height, STRIDE, BILINEAR)
-    to_x, weight_x = _pooled_coordinate(x, near_x, width, pooled_width, STRIDE, BILINEAR)
-    at = (line // height * pooled_height + to_y) * pooled_width + to_x
-    return at.to(tl.int64), weight_y * weight_x
+    to_y, weight_y = _pooled_coordinate(
+        line % height, near_y, height, pooled_height, STRIDE, BILINEAR, WIDE
+    )
+    to_x, weight_x = _pooled_coordinate(
+        row % width, near_x, width, pooled_width, STRIDE, BILINEAR, WIDE
+    )
+    image = (line // height).to(tl.int64)
+    return (image * pooled_height + to_y) * pooled_width + to_x, weight_y * weight_x
 
 
 @triton.jit

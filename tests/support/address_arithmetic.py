@@ -19,6 +19,7 @@ VALUE = re.compile(r"%[\w$.-]+(?:#\d+)?")
 OPERATION = re.compile(r'(?:(%[\w$.-]+)(?::(\d+))? = )?"?([a-z_]+\.[\w.]+)"?(.*)')
 LOCATION = re.compile(r"\s*loc\((?:[^()]|\([^()]*\))*\)")
 LOOP = re.compile(r" (%\S+) = (%\S+) to (%\S+) step %\S+(?: iter_args\((.*?)\) ->)?")
+WHILE = re.compile(r" \((.*?)\) : ")
 
 
 @dataclass(eq=False)
@@ -95,6 +96,7 @@ def parse(ttir: str) -> list[Value]:
     values: list[Value] = []
     names: dict[str, Value] = {}
     regions: list[list[list[Value]]] = []  # by region: the values that its i-th yield reaches
+    in_body = False
 
     def resolve(text: str) -> list[Value]:
         # A name means its last definition above: sibling regions use names again.
@@ -104,24 +106,35 @@ def parse(ttir: str) -> list[Value]:
         line = LOCATION.sub("", line).strip()
         if line.startswith("}"):
             region = regions.pop()
-            if line.endswith("{"):  # else
+            if line.endswith("{"):  # else, or the body of a while loop
                 regions.append(region)
+            in_body = line == "} do {"
+            continue
+        if in_body:  # the names of what the condition passes on
+            in_body = False
+            names.update(zip(VALUE.findall(line), (to[0] for to in regions[-1]), strict=True))
             continue
         reached: list[list[Value]] = []
         if (parsed := OPERATION.match(line)) and not line.startswith("tt.func"):
             result, count, operation, rest = parsed.groups()
-            if operation.startswith("cf.") or operation in ("scf.while", "tt.call"):
+            if operation.startswith("cf.") or operation == "tt.call":
                 raise NotImplementedError(line)
             results = [result] if count is None else [f"{result}#{i}" for i in range(int(count))]
-            if operation == "scf.yield":
-                for value, targets in zip(resolve(rest), regions[-1], strict=False):
+            if operation in ("scf.yield", "scf.condition"):
+                passed = resolve(rest)[operation == "scf.condition" :]
+                for value, targets in zip(passed, regions[-1], strict=False):
                     for target in targets:
                         target.operands.append(value)
-            elif operation in ("scf.for", "scf.if") and line.endswith("{"):
+            elif operation in ("scf.for", "scf.if", "scf.while") and line.endswith("{"):
                 reached = [[Value(operation)] for _ in results if result]
+                starts = None
                 if loop := LOOP.match(rest):
-                    carried = re.findall(rf"({VALUE.pattern}) = ({VALUE.pattern})", loop[4] or "")
                     names[loop[1]] = Value("induction", "", resolve(f"{loop[2]} {loop[3]}"))
+                    starts = loop[4] or ""
+                elif operation == "scf.while":
+                    starts = WHILE.match(rest)[1]
+                if starts is not None:
+                    carried = re.findall(rf"({VALUE.pattern}) = ({VALUE.pattern})", starts)
                     for targets, (name, start) in zip(reached, carried, strict=True):
                         inside = names[name] = Value("carried", "", resolve(start))
                         targets[0].operands += inside.operands
