@@ -18,6 +18,11 @@ for path in vlm_fast.kernels.__path__:
         importlib.import_module(f"vlm_fast.kernels.{file.stem}")
 
 
+@pytest.fixture
+def fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def cache_of_these_sources():
     """A cache of Triton for exactly these kernels: it serves no binary of other code."""
