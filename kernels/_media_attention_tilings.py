@@ -26,7 +26,9 @@ BY_64_WARPS_8 = Config({"BLOCK_N": 64}, num_warps=8, num_stages=2)
 BY_128_WARPS_8 = Config({"BLOCK_N": 128}, num_warps=8, num_stages=2)
 FORWARD = (BY_16, BY_32, BY_32_WARPS_8, BY_64, BY_64_WARPS_8)
 OF_QUERIES = (BY_32, BY_32_WARPS_8, BY_64, BY_64_WARPS_8)
-OF_KEYS = (BY_32, BY_64, BY_64_WARPS_8, BY_128_WARPS_8)
+OF_KEYS = (
+    BY_32, BY_64, BY_64_ALONE, BY_64_WARPS_8, BY_64_ALONE_WARPS_8, BY_128_WARPS_8
+)  # fmt: skip
 OF_ALL = (BY_64_ALONE, BY_64_AHEAD, BY_64_ALONE_WARPS_8)
 
 
@@ -38,12 +40,14 @@ class Tiling(NamedTuple):
         config: number of the kernel's config, which says how many keys are in a tile.
         widths: of the two parts of a head.
         held: programs that a multiprocessor of an H200 holds.
+        keys: the axis of the keys in a tile of scores.
     """
 
     block_m: int
     config: int
     widths: tuple[int, int]
     held: int = 1
+    keys: int = 0
 
 
 def padded(d: int) -> tuple[int, int]:
@@ -88,13 +92,20 @@ def query_tiling(capability: int, rows: int, d: int, dtype: torch.dtype) -> Tili
 
 @functools.cache
 def key_tiling(capability: int, tokens_per_media: int, d: int) -> Tiling:
-    """The tiles of `media_key_gradient_kernel`, in 16 bits; see `forward_tiling`."""
+    """The tiles of `media_key_gradient_kernel`, in 16 bits; see `forward_tiling`.
+
+    Hopper's tiles ``[rows, keys]`` have one stage: with more, ptxas runs their products one after
+    the other, or spills. With several tiles of keys, loads ahead are worth more.
+    """
     if capability < 90:
         return Tiling(32, OF_KEYS.index(BY_32), padded(d))
+    if capability >= 100:
+        return Tiling(64, OF_KEYS.index(BY_64 if d <= 64 else BY_64_WARPS_8), padded(d), keys=1)
     if d <= 64:
-        return Tiling(64, OF_KEYS.index(BY_64), padded(d))
-    one_tile = capability >= 100 or tokens_per_media <= 64
-    return Tiling(32, OF_KEYS.index(BY_64_WARPS_8 if one_tile else BY_128_WARPS_8), padded(d))
+        return Tiling(64, OF_KEYS.index(BY_64_ALONE), padded(d), keys=1)
+    if tokens_per_media <= 64:
+        return Tiling(128, OF_KEYS.index(BY_64_ALONE_WARPS_8), padded(d), keys=1)
+    return Tiling(32, OF_KEYS.index(BY_128_WARPS_8), padded(d))
 
 
 @functools.cache

@@ -92,7 +92,7 @@ def launch_backward(
             *by_strides(q if normed is None else normed), *outer, stats, *sources, index,
             *into, *dk.stride()[:3], dkv.numel(),
             kv_heads, group, queries, media, tokens_per_media, splits, scale,
-            attend, unattended, wide, d, tiles.widths[0], tiles.block_m,
+            attend, unattended, wide, tiles.keys, d, tiles.widths[0], tiles.block_m,
             config=tiles.config,
         )  # fmt: skip
         _add_shares(parts, dkv)

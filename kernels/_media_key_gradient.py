@@ -27,6 +27,7 @@ def media_key_gradient_kernel(
     dk_split,  # with several splits dk and dv are fp32 shares
     kv_heads, group, queries, media, tokens_per_media, splits, scale,
     ATTEND: tl.constexpr, UNATTENDED: tl.constexpr, WIDE: tl.constexpr,
+    KEYS: tl.constexpr,  # the axis of the keys in a tile of scores
     d: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -75,15 +76,17 @@ def media_key_gradient_kernel(
         unattended_rows = index == 0 if ATTEND == "listed" else index <= 0
         seen = is_visible(index, unattended_rows, inside, medium, ATTEND, UNATTENDED)
         lse = tl.where(seen, lse, float("inf"))
-        factor = scale_of_dp(unattended_rows, scale, UNATTENDED, dtype, 0)
-        s = tile_product(k, k, q, q, 0, 0)
+        factor = scale_of_dp(unattended_rows, scale, UNATTENDED, dtype, KEYS)
+        s = tile_product(k, k, q, q, 0, KEYS)
         if UNATTENDED == "uniform":
-            s = tl.where(tl.expand_dims(unattended_rows, 0), 0.0, s)
+            s = tl.where(tl.expand_dims(unattended_rows, KEYS), 0.0, s)
         p, ds = media_probabilities_and_gradients(
-            s, tile_product(v, v, do, do, 0, 0),
-            lse, delta, inside_keys, lse != float("inf"), scale, factor, 0,
+            s, tile_product(v, v, do, do, 0, KEYS),
+            lse, delta, inside_keys, lse != float("inf"), scale, factor, KEYS,
         )  # fmt: skip
         p, ds = p.to(dtype), ds.to(dtype)
+        if KEYS == 1:
+            p, ds = tl.trans(p), tl.trans(ds)
         dv = tl.dot(p, do, dv)
         dk = tl.dot(ds, q, dk)
     if dtype != tl.bfloat16:

@@ -36,6 +36,7 @@ SHAPES = [
     shape(1, 70, 3, 65, 80, before=9, attend="listed", sets="previous"),
     shape(2, 9, 1, 729, 17, batch=2, before=3),
     shape(1, 130, 2, 20, 33, before=60, attend="all_previous"),
+    shape(1, 130, 2, 60, 72, before=8, attend="listed", sets="previous"),
 ]
 
 
