@@ -185,7 +185,7 @@ def cost(q, k, v, media_index, q_norm, *, tokens_per_media, attend, unattended, 
     )
 
 
-_FLAMINGO = dict(batch=8, heads=8, queries=2048, tokens_per_media=64, d=64)
+_FLAMINGO = dict(batch=8, heads=8, queries=2048, tokens_per_media=64, d=64, before=32)
 _LLAMA = dict(
     batch=4, heads=32, kv_heads=8, media=4, keys=6404, tokens_per_media=1601, d=128,
     attend="listed", unattended="everything", sets="all", normed=True,
@@ -208,18 +208,17 @@ _LLAMA = dict(
             batch=1, heads=2, kv_heads=1, queries=1, media=2, keys=266, tokens_per_media=133, d=16,
             before=-1, attend="listed", sets="all",
         ),
+        dict(batch=2, heads=2, queries=70, media=2, keys=128, tokens_per_media=64, d=64, before=5),
     ],
     large=dict(batch=5, heads=16, queries=140_000, media=16, keys=1024, tokens_per_media=64, d=64),
     bench={
-        "OpenFlamingo-9B, 8 x 2048, 1 image": dict(media=1, keys=64, before=32, **_FLAMINGO),
-        "OpenFlamingo-9B, 8 x 2048, 4 images": dict(media=4, keys=256, before=32, **_FLAMINGO),
-        "OpenFlamingo-9B, 8 x 2048, 16 images": dict(media=16, keys=1024, before=32, **_FLAMINGO),
+        "OpenFlamingo-9B, 8 x 2048, 1 image": dict(media=1, keys=64, **_FLAMINGO),
+        "OpenFlamingo-9B, 8 x 2048, 4 images": dict(media=4, keys=256, **_FLAMINGO),
+        "OpenFlamingo-9B, 8 x 2048, 16 images": dict(media=16, keys=1024, **_FLAMINGO),
         "OpenFlamingo-9B, 8 x 2048, 4 images, all previous": dict(
-            media=4, keys=256, before=32, attend="all_previous", unattended="uniform", **_FLAMINGO
+            media=4, keys=256, attend="all_previous", unattended="uniform", **_FLAMINGO
         ),
-        "OpenFlamingo-9B, 1 x 2048, 4 images": dict(
-            media=4, keys=256, before=32, **{**_FLAMINGO, "batch": 1}
-        ),
+        "OpenFlamingo-9B, 1 x 2048, 4 images": dict(_FLAMINGO, batch=1, media=4, keys=256),
         "IDEFICS-9B, 4 x 1024, 4 images": dict(
             batch=4, heads=32, queries=1024, media=4, keys=256, tokens_per_media=64, d=128,
             before=16, attend="listed", unattended="uniform", sets="previous",
