@@ -21,15 +21,18 @@ BY_32_WARPS_8 = Config({"BLOCK_N": 32}, num_warps=8, num_stages=2)
 BY_64 = Config({"BLOCK_N": 64}, num_warps=4, num_stages=2)
 BY_64_ALONE = Config({"BLOCK_N": 64}, num_warps=4, num_stages=1)
 BY_64_ALONE_WARPS_8 = Config({"BLOCK_N": 64}, num_warps=8, num_stages=1)
-BY_64_AHEAD = Config({"BLOCK_N": 64}, num_warps=4, num_stages=3)
 BY_64_WARPS_8 = Config({"BLOCK_N": 64}, num_warps=8, num_stages=2)
 BY_128_WARPS_8 = Config({"BLOCK_N": 128}, num_warps=8, num_stages=2)
+# Of the kernel whose tiles have the keys of a medium.
+ALONE = Config({}, num_warps=4, num_stages=1)
+AHEAD = Config({}, num_warps=4, num_stages=3)
+ALONE_WARPS_8 = Config({}, num_warps=8, num_stages=1)
 FORWARD = (BY_16, BY_32, BY_32_WARPS_8, BY_64, BY_64_WARPS_8)
 OF_QUERIES = (BY_32, BY_32_WARPS_8, BY_64, BY_64_WARPS_8)
 OF_KEYS = (
     BY_32, BY_64, BY_64_ALONE, BY_64_WARPS_8, BY_64_ALONE_WARPS_8, BY_128_WARPS_8
 )  # fmt: skip
-OF_ALL = (BY_64_ALONE, BY_64_AHEAD, BY_64_ALONE_WARPS_8)
+OF_ALL = (ALONE, AHEAD, ALONE_WARPS_8)
 
 
 class Tiling(NamedTuple):
@@ -112,8 +115,8 @@ def key_tiling(capability: int, tokens_per_media: int, d: int) -> Tiling:
 def gradient_tiling(capability: int) -> Tiling:
     """The tiles of `media_gradient_kernel`; see `forward_tiling`."""
     if capability < 90:
-        return Tiling(32, OF_ALL.index(BY_64_ALONE), padded(64))
-    config = BY_64_AHEAD if capability < 100 else BY_64_ALONE_WARPS_8
+        return Tiling(32, OF_ALL.index(ALONE), padded(64))
+    config = AHEAD if capability < 100 else ALONE_WARPS_8
     return Tiling(64, OF_ALL.index(config), padded(64))
 
 

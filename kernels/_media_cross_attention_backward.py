@@ -117,7 +117,7 @@ def _launch_for_one_tile(
         *by_strides(q), *by_strides(do), lse, *by_strides(k), *by_strides(v), index,
         *by_strides(dq), *into, *strides(dk),
         0 if dkv is None else dkv.numel(), heads, queries, media, splits, scale,
-        max(x.stride(2) for x in (do, q, k, v)) > WIDE_STRIDE, d, tiles.block_m,
+        max(x.stride(2) for x in (do, q, k, v)) > WIDE_STRIDE, d, tiles.block_m, tokens_per_media,
         config=tiles.config,
     )  # fmt: skip
     _add_shares(shares, dkv)

@@ -102,16 +102,17 @@ def media_gradient_kernel(
     dk_ptr, dv_ptr, dk_batch, dk_head, dk_key,  # of both the same strides; or None
     dk_split,  # with several splits dk and dv are fp32 shares
     heads, queries, media, splits, scale,
-    WIDE: tl.constexpr, d: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr, d: tl.constexpr, BLOCK_M: tl.constexpr,
+    TOKENS: tl.constexpr,  # of a medium
 ):  # fmt: skip
     program = tl.program_id(0)
     split, program = (program % splits).to(tl.int64), program // splits
     medium = program % media
     head = (program // media % heads).to(tl.int64)
     image = (program // media // heads).to(tl.int64)
-    local = tl.arange(0, BLOCK_N)
-    every_key = tl.full([BLOCK_N], True, tl.int1)
-    far = medium.to(tl.int64) * BLOCK_N
+    local = tl.arange(0, TOKENS)
+    every_key = tl.full([TOKENS], True, tl.int1)
+    far = medium.to(tl.int64) * TOKENS
     k_ptr += image * k_batch + head * k_head + far * k_key
     v_ptr += image * v_batch + head * v_head + far * v_key
     k = load_part(k_ptr, tile_offsets(local, k_key, WIDE), every_key, 0, d, d)
@@ -122,8 +123,8 @@ def media_gradient_kernel(
     lse_ptr += (image * heads + head) * queries
     if dq_ptr is not None:
         dq_ptr += image * dq_batch + head * dq_head
-    dk = tl.zeros([BLOCK_N, d], tl.float32)
-    dv = tl.zeros([BLOCK_N, d], tl.float32)
+    dk = tl.zeros([TOKENS, d], tl.float32)
+    dv = tl.zeros([TOKENS, d], tl.float32)
     first, last, count = tokens_of_medium(index_ptr, medium, queries, "latest", "zero")
     begin, end = _share(first, last, split, splits, BLOCK_M)
     while begin < end:
@@ -156,8 +157,8 @@ def media_gradient_kernel(
     if dk_ptr is not None:
         if q_ptr.dtype.element_ty != tl.bfloat16:
             dk *= scale
-        local = tl.minimum(media, 0) + tl.arange(0, BLOCK_N)
-        far = medium.to(tl.int64) * BLOCK_N
+        local = tl.minimum(media, 0) + tl.arange(0, TOKENS)
+        far = medium.to(tl.int64) * TOKENS
         at = split * dk_split + image * dk_batch + head * dk_head + far * dk_key
         local = tile_offsets(local, dk_key, WIDE)
         store_part(dv_ptr + at, local, every_key, dv, 0, d, d)
