@@ -107,7 +107,7 @@ def key_tiling(capability: int, tokens_per_media: int, d: int) -> Tiling:
     if d <= 64:
         return Tiling(64, OF_KEYS.index(BY_64_ALONE), padded(d), keys=1)
     if tokens_per_media <= 64:
-        return Tiling(128, OF_KEYS.index(BY_64_ALONE_WARPS_8), padded(d), keys=1)
+        return Tiling(64, OF_KEYS.index(BY_64_ALONE_WARPS_8), padded(d), keys=1)
     return Tiling(32, OF_KEYS.index(BY_128_WARPS_8), padded(d))
 
 
