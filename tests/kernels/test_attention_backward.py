@@ -166,7 +166,7 @@ def test_hidden_keys_do_not_reach_the_gradients_of_keys_and_values(device, rows,
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("rows", [9, 45, 140])
 def test_a_row_of_nan_beside_hidden_keys(device, rows, dropout, dtype):
-    """Visible keys get NaN as from float64, hidden ones that or 0; all other rows are right."""
+    """Keys get NaN as from float64; with many rows hidden ones get 0. All other rows are right."""
     shape = dict(batch=1, heads=2, shape=(rows, 70), d=64, hidden=True, dropout=dropout)
     args, options = sample(shape, dtype, device)
     q, *rest = args
@@ -174,7 +174,7 @@ def test_a_row_of_nan_beside_hidden_keys(device, rows, dropout, dtype):
     names, found, _ = evaluate(ATTENTION, (q, *rest), options, tolerance.random_upstream)
     hidden = args[6][:, None, :, None] == 0
     for name, (ours, native, exact) in zip(names, found, strict=True):
-        if name in ("gradient 1", "gradient 2"):
+        if rows > 32 and name in ("gradient 1", "gradient 2"):
             assert ours.isfinite().all(-1).any() and not ours[exact.isfinite() & hidden].any()
             alike = torch.where(hidden & (ours == 0), 0.0, 1.0)
             ours, native, exact = (torch.where(alike == 0, 0, t) for t in (ours, native, exact))
